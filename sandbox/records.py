@@ -1,0 +1,112 @@
+"""What is remembered of pods and containers, on disk and in memory.
+
+    pod:        STARTING ──> READY ──> NOT_READY          (a failed start is undone and forgotten)
+    container:  CREATED ──> RUNNING ──> EXITED
+                                └────> UNKNOWN ──> EXITED (255, after StopContainer)
+
+A record is written before the effect that it announces: `steps` names each acquisition begun, so
+whatever the daemon was doing when it was killed, the next start knows what to undo.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from network.attach import Attachment
+from sandbox.spec import (
+    ContainerId,
+    ContainerSpec,
+    ImageDefaults,
+    PodId,
+    PodSpec,
+    Resources,
+    Value,
+    VmSize,
+)
+from sandbox.vmm import VmHandle
+
+VERSION = 1
+
+
+class PodState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    NOT_READY = "not-ready"
+
+
+class Phase(Value, kw_only=True):
+    """A stretch of the start, for the waterfall; seconds since RunPodSandbox began."""
+
+    name: str
+    begin_s: float
+    end_s: float
+
+
+class PodRecord(Value, kw_only=True):
+    version: int = VERSION
+    id: PodId
+    spec: PodSpec
+    created_at_ns: int
+    state: PodState = PodState.STARTING
+    steps: tuple[str, ...] = ()  # begun, in order
+    size: VmSize | None = None
+    accelerator: str = ""
+    network: Attachment | None = None
+    vm: VmHandle | None = None
+    token: bytes = b""  # resync token of the guest channel, 16 bytes
+    epoch: int = 0
+    phases: tuple[Phase, ...] = ()
+    guest_kernel: str = ""
+    problem: str = ""  # why it is NOT_READY, when nobody asked for it
+
+    @property
+    def ready(self) -> bool:
+        return self.state is PodState.READY
+
+
+class ContainerState(StrEnum):
+    CREATED = "created"
+    RUNNING = "running"
+    EXITED = "exited"
+    UNKNOWN = "unknown"
+
+
+class User(Value, kw_only=True):
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+
+
+class LogPosition(Value, kw_only=True):
+    """Which byte of the guest's log stream the file begins with: written = base + file size.
+
+    `inode` tells the file apart from one that took its name; `next_base` is set while a reopen is
+    under way and is the base of the file that it makes.
+    """
+
+    base: int = 0
+    inode: int = 0
+    next_base: int | None = None
+
+
+class ContainerRecord(Value, kw_only=True):
+    version: int = VERSION
+    id: ContainerId
+    pod_id: PodId
+    spec: ContainerSpec
+    created_at_ns: int
+    image_id: str  # "sha256:..." of the image's configuration
+    image_ref: str
+    defaults: ImageDefaults
+    state: ContainerState = ContainerState.CREATED
+    steps: tuple[str, ...] = ()
+    started_at_ns: int = 0
+    finished_at_ns: int = 0
+    exit_code: int = 0
+    reason: str = ""
+    message: str = ""
+    user: User = User()
+    resources: Resources = Resources()  # in force
+    stop_signal: str = "SIGTERM"
+    log_path: str = ""  # absolute on the host
+    log: LogPosition = LogPosition()

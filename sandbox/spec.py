@@ -1,0 +1,203 @@
+"""What a client asked for, as values.
+
+These are the only shapes in which `cri` hands wishes to `sandbox`; they are also what the records
+on disk hold, so a field may be added with a default but never renamed or given another meaning.
+Pure: no clock, no files, no event loop.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NewType
+
+import msgspec
+
+PodId = NewType("PodId", str)
+ContainerId = NewType("ContainerId", str)
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of every value: immutable, compared by content, stored as JSON."""
+
+
+# ------------------------------------------------------------------------------------ common
+
+
+class Resources(Value, kw_only=True):
+    """LinuxContainerResources of the CRI; 0 means "not given" as it does there.
+
+    `cpu_period` and `cpu_quota` are microseconds, memory is bytes.
+    """
+
+    cpu_period: int = 0
+    cpu_quota: int = 0
+    cpu_shares: int = 0
+    memory_limit: int = 0
+    memory_swap_limit: int = 0
+    oom_score_adj: int = 0
+    cpuset_cpus: str = ""
+    cpuset_mems: str = ""
+    hugepage_limits: dict[str, int] = {}
+    unified: dict[str, str] = {}
+
+
+class SeccompKind(StrEnum):
+    UNCONFINED = "unconfined"
+    RUNTIME_DEFAULT = "runtime-default"
+    LOCALHOST = "localhost"
+
+
+class Seccomp(Value, kw_only=True):
+    kind: SeccompKind = SeccompKind.UNCONFINED
+    path: str = ""  # absolute path on the host, with LOCALHOST
+
+
+class PidMode(StrEnum):
+    POD = "pod"
+    CONTAINER = "container"
+    TARGET = "target"
+
+
+# --------------------------------------------------------------------------------------- pod
+
+
+class Dns(Value, kw_only=True):
+    servers: tuple[str, ...] = ()
+    searches: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+class PortMapping(Value, kw_only=True):
+    protocol: str = "tcp"  # tcp, udp or sctp
+    container_port: int = 0
+    host_port: int = 0  # 0: not published
+    host_ip: str = ""
+
+
+class PodSpec(Value, kw_only=True):
+    name: str
+    namespace: str
+    uid: str
+    attempt: int = 0
+    handler: str = ""
+    hostname: str = ""
+    log_directory: str = ""
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    dns: Dns = Dns()
+    port_mappings: tuple[PortMapping, ...] = ()
+    sysctls: dict[str, str] = {}
+    cgroup_parent: str = ""
+    resources: Resources = Resources()
+    overhead: Resources = Resources()
+    pid_mode: PidMode = PidMode.CONTAINER
+    privileged: bool = False
+    run_as_user: int | None = None
+    run_as_group: int | None = None
+    supplemental_groups: tuple[int, ...] = ()
+    readonly_rootfs: bool = False
+    seccomp: Seccomp = Seccomp()
+
+
+# --------------------------------------------------------------------------------- container
+
+
+class Propagation(StrEnum):
+    PRIVATE = "private"
+    HOST_TO_CONTAINER = "host-to-container"
+    BIDIRECTIONAL = "bidirectional"
+
+
+class MountSpec(Value, kw_only=True):
+    container_path: str
+    host_path: str
+    readonly: bool = False
+    recursive_readonly: bool = False
+    propagation: Propagation = Propagation.PRIVATE
+    selinux_relabel: bool = False
+
+
+class DeviceSpec(Value, kw_only=True):
+    container_path: str
+    host_path: str
+    permissions: str = "rwm"
+
+
+class GroupsPolicy(StrEnum):
+    MERGE = "merge"
+    STRICT = "strict"
+
+
+class SecuritySpec(Value, kw_only=True):
+    privileged: bool = False
+    add_capabilities: tuple[str, ...] = ()
+    drop_capabilities: tuple[str, ...] = ()
+    ambient_capabilities: tuple[str, ...] = ()
+    pid_mode: PidMode = PidMode.CONTAINER
+    pid_target: str = ""  # container id, with TARGET
+    run_as_user: int | None = None
+    run_as_username: str = ""
+    run_as_group: int | None = None
+    supplemental_groups: tuple[int, ...] = ()
+    groups_policy: GroupsPolicy = GroupsPolicy.MERGE
+    readonly_rootfs: bool = False
+    no_new_privs: bool = False
+    masked_paths: tuple[str, ...] = ()
+    readonly_paths: tuple[str, ...] = ()
+    seccomp: Seccomp = Seccomp()
+
+
+class ContainerSpec(Value, kw_only=True):
+    name: str
+    attempt: int = 0
+    image: str  # as the client named it
+    user_specified_image: str = ""
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    working_dir: str = ""
+    envs: tuple[tuple[str, bytes], ...] = ()
+    mounts: tuple[MountSpec, ...] = ()
+    devices: tuple[DeviceSpec, ...] = ()
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    log_path: str = ""  # relative to the pod's log directory; empty: no log
+    stdin: bool = False
+    stdin_once: bool = False
+    tty: bool = False
+    resources: Resources = Resources()
+    security: SecuritySpec = SecuritySpec()
+    stop_signal: str = ""  # "SIGTERM", "SIGRTMIN+3"; empty: the image's, else SIGTERM
+
+
+class ImageDefaults(Value, kw_only=True):
+    """What the image's configuration says about running it (OCI image-spec, config.md)."""
+
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+    user: str = ""
+    stop_signal: str = ""
+    volumes: tuple[str, ...] = ()
+
+
+# ----------------------------------------------------------------------------------- machine
+
+
+class Handler(Value, kw_only=True):
+    """A runtime handler as configured ([handlers.NAME] in config.toml), all defaults filled in."""
+
+    name: str
+    kernel: str  # path of the guest's vmlinux; empty: the one that `husk guest build` made
+    initramfs: str
+    memory_mib: int
+    vcpus: int
+    accelerator: str  # auto, kvm or tcg
+    machine: str  # QEMU machine type
+
+
+class VmSize(Value, kw_only=True):
+    """What a pod needs; `plan.vm_size` derives it from a PodSpec and a Handler."""
+
+    memory_mib: int
+    vcpus: int
