@@ -9,7 +9,7 @@ from __future__ import annotations
 from sandbox.spec import Value
 
 
-class ProcessIdentity(Value, kw_only=True):
+class ProcessIdentity(Value, frozen=True, kw_only=True):
     """A process for good: pids are reused, (pid, start time, boot) is not.
 
     `start_time` is field 22 of /proc/PID/stat, in clock ticks since boot (proc(5)).

@@ -34,7 +34,7 @@ class PodState(StrEnum):
     NOT_READY = "not-ready"
 
 
-class Phase(Value, kw_only=True):
+class Phase(Value, frozen=True, kw_only=True):
     """A stretch of the start, for the waterfall; seconds since RunPodSandbox began."""
 
     name: str
@@ -42,7 +42,7 @@ class Phase(Value, kw_only=True):
     end_s: float
 
 
-class PodRecord(Value, kw_only=True):
+class PodRecord(Value, frozen=True, kw_only=True):
     version: int = VERSION
     id: PodId
     spec: PodSpec
@@ -71,13 +71,13 @@ class ContainerState(StrEnum):
     UNKNOWN = "unknown"
 
 
-class User(Value, kw_only=True):
+class User(Value, frozen=True, kw_only=True):
     uid: int = 0
     gid: int = 0
     groups: tuple[int, ...] = ()
 
 
-class LogPosition(Value, kw_only=True):
+class LogPosition(Value, frozen=True, kw_only=True):
     """Which byte of the guest's log stream the file begins with: written = base + file size.
 
     `inode` tells the file apart from one that took its name; `next_base` is set while a reopen is
@@ -89,7 +89,7 @@ class LogPosition(Value, kw_only=True):
     next_base: int | None = None
 
 
-class ContainerRecord(Value, kw_only=True):
+class ContainerRecord(Value, frozen=True, kw_only=True):
     version: int = VERSION
     id: ContainerId
     pod_id: PodId

@@ -23,7 +23,7 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 # ------------------------------------------------------------------------------------ common
 
 
-class Resources(Value, kw_only=True):
+class Resources(Value, frozen=True, kw_only=True):
     """LinuxContainerResources of the CRI; 0 means "not given" as it does there.
 
     `cpu_period` and `cpu_quota` are microseconds, memory is bytes.
@@ -47,7 +47,7 @@ class SeccompKind(StrEnum):
     LOCALHOST = "localhost"
 
 
-class Seccomp(Value, kw_only=True):
+class Seccomp(Value, frozen=True, kw_only=True):
     kind: SeccompKind = SeccompKind.UNCONFINED
     path: str = ""  # absolute path on the host, with LOCALHOST
 
@@ -61,20 +61,20 @@ class PidMode(StrEnum):
 # --------------------------------------------------------------------------------------- pod
 
 
-class Dns(Value, kw_only=True):
+class Dns(Value, frozen=True, kw_only=True):
     servers: tuple[str, ...] = ()
     searches: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
 
 
-class PortMapping(Value, kw_only=True):
+class PortMapping(Value, frozen=True, kw_only=True):
     protocol: str = "tcp"  # tcp, udp or sctp
     container_port: int = 0
     host_port: int = 0  # 0: not published
     host_ip: str = ""
 
 
-class PodSpec(Value, kw_only=True):
+class PodSpec(Value, frozen=True, kw_only=True):
     name: str
     namespace: str
     uid: str
@@ -108,7 +108,7 @@ class Propagation(StrEnum):
     BIDIRECTIONAL = "bidirectional"
 
 
-class MountSpec(Value, kw_only=True):
+class MountSpec(Value, frozen=True, kw_only=True):
     container_path: str
     host_path: str
     readonly: bool = False
@@ -117,7 +117,7 @@ class MountSpec(Value, kw_only=True):
     selinux_relabel: bool = False
 
 
-class DeviceSpec(Value, kw_only=True):
+class DeviceSpec(Value, frozen=True, kw_only=True):
     container_path: str
     host_path: str
     permissions: str = "rwm"
@@ -128,7 +128,7 @@ class GroupsPolicy(StrEnum):
     STRICT = "strict"
 
 
-class SecuritySpec(Value, kw_only=True):
+class SecuritySpec(Value, frozen=True, kw_only=True):
     privileged: bool = False
     add_capabilities: tuple[str, ...] = ()
     drop_capabilities: tuple[str, ...] = ()
@@ -147,7 +147,7 @@ class SecuritySpec(Value, kw_only=True):
     seccomp: Seccomp = Seccomp()
 
 
-class ContainerSpec(Value, kw_only=True):
+class ContainerSpec(Value, frozen=True, kw_only=True):
     name: str
     attempt: int = 0
     image: str  # as the client named it
@@ -169,7 +169,7 @@ class ContainerSpec(Value, kw_only=True):
     stop_signal: str = ""  # "SIGTERM", "SIGRTMIN+3"; empty: the image's, else SIGTERM
 
 
-class ImageDefaults(Value, kw_only=True):
+class ImageDefaults(Value, frozen=True, kw_only=True):
     """What the image's configuration says about running it (OCI image-spec, config.md)."""
 
     entrypoint: tuple[str, ...] = ()
@@ -184,7 +184,7 @@ class ImageDefaults(Value, kw_only=True):
 # ----------------------------------------------------------------------------------- machine
 
 
-class Handler(Value, kw_only=True):
+class Handler(Value, frozen=True, kw_only=True):
     """A runtime handler as configured ([handlers.NAME] in config.toml), all defaults filled in."""
 
     name: str
@@ -196,7 +196,7 @@ class Handler(Value, kw_only=True):
     machine: str  # QEMU machine type
 
 
-class VmSize(Value, kw_only=True):
+class VmSize(Value, frozen=True, kw_only=True):
     """What a pod needs; `plan.vm_size` derives it from a PodSpec and a Handler."""
 
     memory_mib: int

@@ -18,7 +18,7 @@ from sandbox.process import ProcessIdentity
 from sandbox.spec import Value
 
 
-class ShareSpec(Value, kw_only=True):
+class ShareSpec(Value, frozen=True, kw_only=True):
     """A directory of the host that the guest mounts under `tag`, through a virtiofsd of its own."""
 
     tag: str
@@ -26,12 +26,12 @@ class ShareSpec(Value, kw_only=True):
     cache: str  # "always" (only the guest writes) or "auto" (the host may change it)
 
 
-class NicSpec(Value, kw_only=True):
+class NicSpec(Value, frozen=True, kw_only=True):
     mac: str
     mtu: int = 1500
 
 
-class VmSpec(Value, kw_only=True):
+class VmSpec(Value, frozen=True, kw_only=True):
     """Everything that decides how a VM is run; no file descriptors, no running things."""
 
     pod_id: str
@@ -49,7 +49,7 @@ class VmSpec(Value, kw_only=True):
     cgroups: tuple[str, ...] = ()  # cgroup directories joined before exec
 
 
-class VmHandle(Value, kw_only=True):
+class VmHandle(Value, frozen=True, kw_only=True):
     """A VM that was started: stored in the pod's record, enough to attach to it again."""
 
     hypervisor: str
