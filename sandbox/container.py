@@ -1,0 +1,71 @@
+"""One container in memory: its record, its plan for the agent, and its log."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sandbox.errors import WrongState
+from sandbox.guest import guest_pb2 as pb
+from sandbox.pod import Pod
+from sandbox.records import ContainerRecord, ContainerState
+from sandbox.spec import ContainerId
+from sandbox.store import Recorded, Store
+
+if TYPE_CHECKING:
+    from sandbox.logs import LogRelay
+
+
+class Container(Recorded[ContainerRecord]):
+    """`exited` is set once the state is EXITED; `early_exit` holds an exit that the guest told
+    before StartContainer had its answer."""
+
+    def __init__(self, record: ContainerRecord, store: Store[ContainerRecord], pod: Pod, plans: Path) -> None:
+        super().__init__(record, store)
+        self.pod = pod
+        self.plan_path = plans / f"{record.id}.plan"
+        self.relay: LogRelay | None = None
+        self.lock = asyncio.Lock()  # held by start and remove
+        self.exited = asyncio.Event()
+        self.early_exit: pb.Exited | None = None
+        self._plan: pb.Start | None = None
+        if record.state is ContainerState.EXITED:
+            self.exited.set()
+
+    @property
+    def id(self) -> ContainerId:
+        return self.record.id
+
+    @property
+    def rootfs(self) -> Path:
+        return self.pod.rootfs_share / self.id
+
+    @property
+    def volumes(self) -> Path:
+        return self.pod.volumes_share / self.id
+
+    @property
+    def running(self) -> bool:
+        return self.record.state is ContainerState.RUNNING
+
+    def require(self, state: ContainerState) -> None:
+        if self.record.state is not state:
+            raise WrongState("container", self.id, self.record.state, state)
+
+    @property
+    def plan(self) -> pb.Start:
+        """What the agent is told to do; compiled once, at CreateContainer."""
+        if self._plan is None:
+            self._plan = pb.Start.FromString(self.plan_path.read_bytes())
+        return self._plan
+
+    def save_plan(self, plan: pb.Start) -> None:
+        self.plan_path.write_bytes(plan.SerializeToString())
+        self._plan = plan
+
+    def take_exit(self, exit_code: int, at_ns: int, reason: str, message: str = "") -> None:
+        self.update(
+            state=ContainerState.EXITED, exit_code=exit_code, finished_at_ns=at_ns, reason=reason, message=message
+        )
+        self.exited.set()

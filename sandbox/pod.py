@@ -1,0 +1,90 @@
+"""One pod in memory: its record, the VM that it lives in and the conversation with its agent.
+
+The record is the truth that survives; `machine` and `client` are connections that a new daemon
+makes again. Nothing here decides when a pod starts or stops: see `pods` and `steps`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sandbox.errors import GuestUnreachable, WrongState
+from sandbox.guest import guest_pb2 as pb
+from sandbox.records import Phase, PodRecord, PodState
+from sandbox.spec import Handler, PodId
+from sandbox.store import Recorded, Store
+
+if TYPE_CHECKING:
+    from sandbox.guest.client import GuestClient
+    from sandbox.vmm import Machine
+
+# Long enough for a loaded, emulated guest; short enough that a caller learns of a dead one.
+GUEST_CALL_TIMEOUT_S = 60.0
+
+
+class Pod(Recorded[PodRecord]):
+    def __init__(self, record: PodRecord, store: Store[PodRecord], run_dir: Path) -> None:
+        super().__init__(record, store)
+        self.run_dir = run_dir
+        self.handler: Handler | None = None  # only while it starts
+        self.machine: Machine | None = None
+        self.client: GuestClient | None = None
+        self.lock = asyncio.Lock()  # held by start, stop and remove
+        self.watch: asyncio.Task[None] | None = None
+        self.connected = asyncio.Event()
+
+    @property
+    def id(self) -> PodId:
+        return self.record.id
+
+    @property
+    def rootfs_share(self) -> Path:
+        return self.run_dir / "share" / "rootfs"
+
+    @property
+    def volumes_share(self) -> Path:
+        return self.run_dir / "share" / "volumes"
+
+    def note_phase(self, name: str, begin_s: float, end_s: float) -> None:
+        """Kept with the next `update`: a waterfall is not worth a write of its own."""
+        phase = Phase(name=name, begin_s=begin_s, end_s=end_s)
+        self.record = msgspec.structs.replace(self.record, phases=(*self.record.phases, phase))
+
+    def require_ready(self) -> None:
+        if self.record.state is not PodState.READY:
+            raise WrongState("sandbox", self.id, self.record.state, "ready")
+
+    def console(self) -> str:
+        return self.machine.console_tail() if self.machine else ""
+
+    async def call(self, request: pb.Request, timeout_s: float = GUEST_CALL_TIMEOUT_S) -> pb.Reply:
+        """Ask the agent. While the connection is being made anew, wait for it.
+
+        Raises GuestError, GuestUnreachable, DeadlineExceeded.
+        """
+        return await (await self.guest(timeout_s)).call(request, timeout_s)
+
+    async def guest(self, timeout_s: float = GUEST_CALL_TIMEOUT_S) -> GuestClient:
+        """The connection to the agent, once there is one. Raises GuestUnreachable."""
+        if self.client is None:
+            try:
+                await asyncio.wait_for(self.connected.wait(), timeout_s)
+            except TimeoutError:
+                raise GuestUnreachable(f"pod {self.id}: no connection to its agent") from None
+        if self.client is None:
+            raise GuestUnreachable(f"pod {self.id}: its VM is gone")
+        return self.client
+
+    async def disconnect(self) -> None:
+        """Let go of the agent and the VM, without touching them."""
+        client, self.client = self.client, None
+        machine, self.machine = self.machine, None
+        self.connected.clear()
+        if client is not None:
+            await client.close()
+        if machine is not None:
+            await machine.close()
