@@ -7,6 +7,7 @@ makes again. Nothing here decides when a pod starts or stops: see `pods` and `st
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ class Pod(Recorded[PodRecord]):
         self.machine: Machine | None = None
         self.client: GuestClient | None = None
         self.lock = asyncio.Lock()  # held by start, stop and remove
+        self.on_event: Callable[[Pod, pb.Event], None] | None = None
         self.watch: asyncio.Task[None] | None = None
         self.connected = asyncio.Event()
 
@@ -48,6 +50,15 @@ class Pod(Recorded[PodRecord]):
     @property
     def volumes_share(self) -> Path:
         return self.run_dir / "share" / "volumes"
+
+    def back_of(self, share: Path) -> Path:
+        """Where mount points of a share are made: the share itself is read-only."""
+        return self.run_dir / "back" / share.name
+
+    def take_event(self, event: pb.Event) -> None:
+        """Called by the guest connection, in the order in which the guest sent them."""
+        if self.on_event is not None:
+            self.on_event(self, event)
 
     def note_phase(self, name: str, begin_s: float, end_s: float) -> None:
         """Kept with the next `update`: a waterfall is not worth a write of its own."""

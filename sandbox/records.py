@@ -97,6 +97,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True):
     created_at_ns: int
     image_id: str  # "sha256:..." of the image's configuration
     image_ref: str
+    chain_ids: tuple[str, ...] = ()  # of its root filesystem, kept from collection
     defaults: ImageDefaults
     state: ContainerState = ContainerState.CREATED
     steps: tuple[str, ...] = ()

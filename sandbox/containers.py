@@ -1,0 +1,420 @@
+"""The verbs of containers: create, start, stop, remove, exec, logs, resources, usage.
+
+CreateContainer does all the host's work (root filesystem, volumes, the compiled plan), so that
+StartContainer is one message to the guest. The state changes in one place each: `start` makes
+RUNNING, `_apply_exit` makes EXITED.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from image.library import Library
+from image.stores import RootfsStore
+from sandbox.container import Container
+from sandbox.container_steps import Plan, Rootfs, Volumes
+from sandbox.errors import (
+    GuestError,
+    GuestUnreachable,
+    InvalidSpec,
+    NotFound,
+    SandboxError,
+    WrongState,
+)
+from sandbox.guest import guest_pb2 as pb
+from sandbox.guest.client import ExecResult
+from sandbox.lifecycle import Step, UndoFailed, bring_up, take_down
+from sandbox.logs import LogRelay
+from sandbox.plan import compile_exec, compile_resources, resolve_stop_signal, signal_number
+from sandbox.pod import Pod
+from sandbox.records import ContainerRecord, ContainerState, LogPosition
+from sandbox.registry import Registry
+from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Resources
+from sandbox.stats import FILES, ContainerStats, parse
+from sandbox.store import Store
+
+log = logging.getLogger(__name__)
+
+LOG_WINDOW = 1 << 20
+KILL_TIMEOUT_S = 30.0
+# Two of these and the frame around them must fit the 16 MiB that a CRI client receives.
+EXEC_OUTPUT_LIMIT = 7 << 20
+EXIT_CODE_START_ERROR = 128
+EXIT_CODE_KILLED = 137
+EXIT_CODE_UNKNOWN = 255
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerHost:
+    """What containers need of the host."""
+
+    store: Store[ContainerRecord]
+    plans: Path
+    images: Library
+    rootfs: RootfsStore
+    seccomp_default: Callable[..., bytes]
+
+
+class Containers:
+    def __init__(self, registry: Registry, host: ContainerHost) -> None:
+        self._registry = registry
+        self._host = host
+        self._steps: Sequence[Step[Container]] = (
+            Rootfs(host.rootfs),
+            Volumes(),
+            Plan(host.images),
+        )
+
+    # ------------------------------------------------------------------------------- look-up
+
+    def find(self, id: str) -> ContainerRecord:
+        return self._registry.container(id).record
+
+    def list(self) -> Sequence[ContainerRecord]:
+        return [container.record for container in self._registry.containers.values()]
+
+    # ------------------------------------------------------------------------------- create
+
+    async def create(self, pod_id: str, spec: ContainerSpec) -> ContainerId:
+        """Prepare everything on the host. Raises NotFound, WrongState, Reserved, InvalidSpec,
+        ImageNotFound, PhaseFailed; after any of them nothing is left."""
+        pod = self._registry.pod(pod_id)
+        pod.require_ready()
+        image = self._host.images.index.find(spec.image)
+        self._registry.check_container_name(pod, spec)
+        defaults = ImageDefaults(
+            entrypoint=tuple(image.config.entrypoint),
+            cmd=tuple(image.config.cmd),
+            env=tuple(image.config.env),
+            working_dir=image.config.working_dir,
+            user=image.config.user,
+            stop_signal=image.config.stop_signal,
+            volumes=tuple(image.config.volumes),
+        )
+        record = ContainerRecord(
+            id=ContainerId(secrets.token_hex(32)),
+            pod_id=pod.id,
+            spec=spec,
+            created_at_ns=time.time_ns(),
+            image_id=image.id,
+            image_ref=image.id,
+            chain_ids=tuple(image.chain_ids),
+            defaults=defaults,
+            resources=spec.resources,
+            stop_signal=resolve_stop_signal(spec.stop_signal, image.config.stop_signal),
+            log_path=_log_path(pod.record.spec.log_directory, spec.log_path),
+        )
+        container = self._adopted(record, pod)
+        self._host.store.put(record)
+        self._registry.containers[container.id] = container
+        try:
+            await bring_up(
+                self._steps,
+                container,
+                begin=container.begin,
+                finish=lambda name, begin, end: None,
+                ended=container.ended,
+                console=pod.console,
+            )
+        except BaseException:
+            if not container.record.steps:
+                self._forget(container)
+            raise
+        return container.id
+
+    def adopt(self, record: ContainerRecord, pod: Pod) -> Container:
+        """Take up a container of an earlier daemon; its state is settled by `sync`."""
+        container = self._adopted(record, pod)
+        self._registry.containers[container.id] = container
+        return container
+
+    def _adopted(self, record: ContainerRecord, pod: Pod) -> Container:
+        return Container(record, self._host.store, pod, self._host.plans)
+
+    # ------------------------------------------------------------------------------- start
+
+    async def start(self, id: str) -> None:
+        """Run the first process. Raises NotFound, WrongState, GuestError (the program cannot be
+        run: the container is EXITED with code 128 and reason StartError)."""
+        container = self._registry.container(id)
+        async with container.lock:
+            container.require(ContainerState.CREATED)
+            container.pod.require_ready()
+            client = await container.pod.guest()
+            request = pb.Request(start=container.plan)
+            if container.record.log_path:
+                container.relay = await self._open_log(container)
+                container.relay.stream = client.open_input(container.relay, LOG_WINDOW)
+                request.start.log_stream = container.relay.stream
+                request.start.log_window = LOG_WINDOW
+            try:
+                await container.pod.call(request)
+            except GuestError as error:
+                self._start_failed(container, error)
+                raise
+            container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
+            if container.early_exit is not None:
+                self._apply_exit(container, container.early_exit)
+
+    def _start_failed(self, container: Container, error: GuestError) -> None:
+        now = time.time_ns()
+        container.update(started_at_ns=now)
+        container.take_exit(EXIT_CODE_START_ERROR, now, "StartError", str(error))
+        self._close_log(container)
+
+    # ------------------------------------------------------------------------------- exits
+
+    def take_event(self, pod: Pod, event: pb.Event) -> None:
+        """An event of the pod's guest: believed only about the pod's own containers."""
+        if event.WhichOneof("body") != "exited":
+            return
+        exited = event.exited
+        container = self._registry.containers.get(ContainerId(exited.container_id))
+        if container is None or container.pod is not pod or exited.exec_id:
+            return
+        if container.record.state is ContainerState.CREATED:
+            container.early_exit = exited
+        elif container.running:
+            self._apply_exit(container, exited)
+
+    def _apply_exit(self, container: Container, exited: pb.Exited) -> None:
+        if exited.oom_kills:
+            reason = "OOMKilled"
+        else:
+            reason = "Completed" if exited.exit_code == 0 else "Error"
+        container.take_exit(exited.exit_code, exited.at_ns or time.time_ns(), reason)
+
+    def vm_gone(self, pod: Pod, reason: str) -> None:
+        """Every running container of a dead VM was killed with it."""
+        for container in self._registry.containers_of(pod):
+            if container.record.state in (ContainerState.RUNNING, ContainerState.UNKNOWN):
+                container.take_exit(EXIT_CODE_KILLED, time.time_ns(), "Error", reason)
+            self._close_log(container)
+
+    # ------------------------------------------------------------------------------- adoption
+
+    async def sync(self, pod: Pod, welcome: pb.Welcome) -> None:
+        """Settle the containers of an adopted pod by what its guest says of them, and go on with
+        their logs from the byte after the last one written."""
+        told = {state.id: state for state in welcome.containers}
+        for container in self._registry.containers_of(pod):
+            state = told.get(container.id)
+            if state is not None:
+                await self._sync_one(container, state)
+            elif container.running:
+                now = time.time_ns()
+                container.take_exit(EXIT_CODE_UNKNOWN, now, "Unknown", "the guest has forgotten this container")
+
+    async def _sync_one(self, container: Container, state: pb.ContainerState) -> None:
+        if container.record.state is ContainerState.CREATED:
+            # killed between asking the guest and writing down its answer
+            container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
+        await self._resume_log(container)
+        if state.state == pb.ContainerState.EXITED and container.running:
+            self._apply_exit(container, state.exited)
+
+    async def _open_log(self, container: Container) -> LogRelay:
+        path = Path(container.record.log_path)
+        relay = await LogRelay.open(path, container.record.log, lambda position: container.update(log=position))
+        return relay
+
+    async def _resume_log(self, container: Container) -> None:
+        if not container.record.log_path:
+            return
+        client = await container.pod.guest()
+        if container.relay is None:
+            container.relay = await self._open_log(container)
+        relay = container.relay
+        relay.stream = client.open_input(relay, LOG_WINDOW)
+        reply = await container.pod.call(
+            pb.Request(
+                open_log=pb.OpenLog(
+                    container_id=container.id, offset=relay.offset, stream=relay.stream, window=LOG_WINDOW
+                )
+            )
+        )
+        if reply.log_opened.offset != relay.offset:
+            log.error("container %s: log bytes %d to %d are lost", container.id, relay.offset, reply.log_opened.offset)
+
+    def _close_log(self, container: Container) -> None:
+        if container.relay is not None:
+            container.relay.close()
+            container.relay = None
+
+    # ------------------------------------------------------------------------------- stop
+
+    async def stop(self, id: str, timeout_s: float) -> None:
+        """Ask with the stop signal, kill after `timeout_s`. Unknown ids and ended ones are fine."""
+        try:
+            container = self._registry.container(id)
+        except NotFound:
+            return
+        if container.record.state is ContainerState.UNKNOWN:
+            container.take_exit(EXIT_CODE_UNKNOWN, time.time_ns(), "Unknown")
+        if not container.running:
+            return
+        if timeout_s > 0:
+            await self._signal(container, signal_number(container.record.stop_signal), all=False)
+            if await self._ended_within(container, timeout_s):
+                return
+        await self._kill(container)
+
+    async def _kill(self, container: Container) -> None:
+        await self._signal(container, signal_number("SIGKILL"), all=True)
+        if not await self._ended_within(container, KILL_TIMEOUT_S):
+            raise GuestUnreachable(f"container {container.id} did not end within {KILL_TIMEOUT_S:g} s of SIGKILL")
+
+    async def _signal(self, container: Container, number: int, *, all: bool) -> None:
+        try:
+            signal = pb.Signal(container_id=container.id, signal=number, all=all)
+            await container.pod.call(pb.Request(signal=signal))
+        except GuestError:
+            if container.running:  # else it ended by itself meanwhile
+                raise
+        except GuestUnreachable:
+            if container.pod.record.ready:  # else the VM is gone, and the container with it
+                raise
+
+    async def _ended_within(self, container: Container, timeout_s: float) -> bool:
+        try:
+            await asyncio.wait_for(container.exited.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    # ------------------------------------------------------------------------------- remove
+
+    async def remove(self, id: str) -> None:
+        """Kill if running, release everything, forget. Unknown ids are fine."""
+        try:
+            container = self._registry.container(id)
+        except NotFound:
+            return
+        async with container.lock:
+            if container.id not in self._registry.containers:
+                return
+            if container.running and container.pod.record.ready:
+                await self._kill(container)
+            await self.release(container)
+
+    async def release(self, container: Container) -> None:
+        """Everything that a container holds, in the guest and on the host. Raises UndoFailed."""
+        pod = container.pod
+        if pod.record.ready and container.record.started_at_ns:
+            await pod.call(pb.Request(remove=pb.Remove(container_id=container.id)))
+        self._close_log(container)
+        await take_down(self._steps, container, ended=container.ended)
+        self._forget(container)
+
+    def _forget(self, container: Container) -> None:
+        container.forget()
+        self._registry.containers.pop(container.id, None)
+
+    # ------------------------------------------------------------------------------- the rest
+
+    async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult:
+        """Run `cmd` to its end. Raises NotFound, WrongState, GuestError (cannot be run),
+        DeadlineExceeded (every process of it is dead by then)."""
+        container = self._registry.container(id)
+        container.require(ContainerState.RUNNING)
+        if not cmd:
+            raise InvalidSpec("cmd", "is empty", "a program and its arguments")
+        client = await container.pod.guest()
+        process = compile_exec(container.plan, cmd, tty=False)
+        return await client.exec_sync(container.id, process, timeout_s, EXEC_OUTPUT_LIMIT)
+
+    async def reopen_log(self, id: str) -> None:
+        container = self._registry.container(id)
+        container.require(ContainerState.RUNNING)
+        if container.relay is not None:
+            await container.relay.reopen()
+
+    async def update(self, id: str, resources: Resources) -> None:
+        """Change limits in the guest; fields that are 0 or empty stay as they are."""
+        container = self._registry.container(id)
+        merged = merge_resources(container.record.resources, resources)
+        files = compile_resources(merged)
+        if container.running:
+            write = pb.WriteCgroup(container_id=container.id, files=files)
+            await container.pod.call(pb.Request(write_cgroup=write))
+        elif container.record.state is ContainerState.CREATED:
+            plan = container.plan
+            del plan.cgroup[:]
+            plan.cgroup.extend(files)
+            container.save_plan(plan)
+        else:
+            raise WrongState("container", container.id, container.record.state, "created or running")
+        container.update(resources=merged)
+
+    async def stats(self, ids: Sequence[ContainerId]) -> Sequence[ContainerStats]:
+        """Usage of these containers; those that are not running any more are left out.
+        One round trip per pod."""
+        by_pod: dict[Pod, list[Container]] = {}
+        for id in ids:
+            container = self._registry.containers.get(id)
+            if container is not None and container.running:
+                by_pod.setdefault(container.pod, []).append(container)
+        answers = await asyncio.gather(
+            *(self._pod_stats(pod, containers) for pod, containers in by_pod.items()), return_exceptions=True
+        )
+        found: list[ContainerStats] = []
+        for answer in answers:
+            if isinstance(answer, SandboxError):
+                log.warning("no usage from one pod: %s", answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found.extend(answer)
+        return found
+
+    async def _pod_stats(self, pod: Pod, containers: Sequence[Container]) -> Sequence[ContainerStats]:
+        read = pb.ReadCgroup(container_ids=[container.id for container in containers], names=FILES)
+        reply = await pod.call(pb.Request(read_cgroup=read))
+        found = []
+        for index, container in enumerate(containers):
+            values = reply.values.values[index * len(FILES) : (index + 1) * len(FILES)]
+            if len(values) == len(FILES):
+                layer = self._host.rootfs.usage(container.id)
+                found.append(
+                    parse(
+                        container.id,
+                        time.time_ns(),
+                        values,
+                        layer_bytes=layer.bytes,
+                        layer_inodes=layer.inodes,
+                    )
+                )
+        return found
+
+
+def merge_resources(current: Resources, wanted: Resources) -> Resources:
+    """`wanted` over `current`: 0 and "" mean "leave as it is" (CRI, LinuxContainerResources)."""
+    changes = {
+        name: value
+        for name in Resources.__struct_fields__
+        if (value := getattr(wanted, name)) and name not in ("unified", "hugepage_limits")
+    }
+    return Resources(
+        **{name: getattr(current, name) for name in Resources.__struct_fields__}
+        | changes
+        | {
+            "unified": current.unified | wanted.unified,
+            "hugepage_limits": current.hugepage_limits | wanted.hugepage_limits,
+        }
+    )
+
+
+def _log_path(directory: str, name: str) -> str:
+    """The container's log file on the host; empty: it keeps none."""
+    if not directory or not name:
+        return ""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise InvalidSpec("config.log_path", f"{name!r} leaves the log directory", "a path relative to it")
+    return str(PurePosixPath(directory) / relative)
