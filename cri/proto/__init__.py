@@ -1,0 +1,1 @@
+"""The wire: what deploy/generate makes of the .proto files here."""
