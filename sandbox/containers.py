@@ -77,7 +77,8 @@ class Containers:
         return self._registry.container(id).record
 
     def list(self) -> Sequence[ContainerRecord]:
-        return [container.record for container in self._registry.containers.values()]
+        containers = self._registry.containers.values()
+        return [each.record for each in containers if each.record.state is not ContainerState.CREATING]
 
     # ------------------------------------------------------------------------------- create
 
@@ -122,10 +123,11 @@ class Containers:
                 ended=container.ended,
                 console=pod.console,
             )
-        except BaseException:
+        except Exception:
             if not container.record.steps:
                 self._forget(container)
             raise
+        container.update(state=ContainerState.CREATED)
         return container.id
 
     def adopt(self, record: ContainerRecord, pod: Pod) -> Container:
@@ -198,6 +200,12 @@ class Containers:
             self._close_log(container)
 
     # ------------------------------------------------------------------------------- adoption
+
+    async def settle(self, container: Container) -> None:
+        """Undo a creation that the daemon's end cut short."""
+        if container.record.state is ContainerState.CREATING:
+            await take_down(self._steps, container, ended=container.ended)
+            self._forget(container)
 
     async def sync(self, pod: Pod, welcome: pb.Welcome) -> None:
         """Settle the containers of an adopted pod by what its guest says of them, and go on with

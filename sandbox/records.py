@@ -1,8 +1,10 @@
 """What is remembered of pods and containers, on disk and in memory.
 
     pod:        STARTING ──> READY ──> NOT_READY          (a failed start is undone and forgotten)
-    container:  CREATED ──> RUNNING ──> EXITED
-                                └────> UNKNOWN ──> EXITED (255, after StopContainer)
+    container:  CREATING ──> CREATED ──> RUNNING ──> EXITED
+                                             └────> UNKNOWN ──> EXITED (255, after StopContainer)
+
+STARTING and CREATING are never shown to a client: it has not been told the id yet.
 
 A record is written before the effect that it announces: `steps` names each acquisition begun, so
 whatever the daemon was doing when it was killed, the next start knows what to undo.
@@ -65,6 +67,7 @@ class PodRecord(Value, frozen=True, kw_only=True):
 
 
 class ContainerState(StrEnum):
+    CREATING = "creating"
     CREATED = "created"
     RUNNING = "running"
     EXITED = "exited"
@@ -99,7 +102,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True):
     image_ref: str
     chain_ids: tuple[str, ...] = ()  # of its root filesystem, kept from collection
     defaults: ImageDefaults
-    state: ContainerState = ContainerState.CREATED
+    state: ContainerState = ContainerState.CREATING
     steps: tuple[str, ...] = ()
     started_at_ns: int = 0
     finished_at_ns: int = 0

@@ -1,0 +1,48 @@
+"""Read a file of an image without leaving the image: its links are an attacker's."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+from pathlib import Path
+
+from sandbox.errors import InvalidSpec
+
+_SYS_OPENAT2 = 437
+_RESOLVE_IN_ROOT = 0x10
+_RESOLVE_NO_MAGICLINKS = 0x02
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def read_beneath(root: Path, name: str, limit: int) -> bytes:
+    """Contents of `name` as it would be found by a process whose root is `root` (openat2(2),
+    RESOLVE_IN_ROOT); empty when there is no such regular file. Raises InvalidSpec over `limit` bytes."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # O_NONBLOCK: a FIFO in the image must not hold us
+        how = _OpenHow(
+            os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS
+        )
+        file = _libc.syscall(
+            ctypes.c_long(_SYS_OPENAT2),
+            ctypes.c_int(directory),
+            os.fsencode(name),
+            ctypes.byref(how),
+            ctypes.c_size_t(ctypes.sizeof(how)),
+        )
+    finally:
+        os.close(directory)
+    if file < 0:
+        return b""
+    with os.fdopen(file, "rb") as handle:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            return b""
+        content = handle.read(limit + 1)
+    if len(content) > limit:
+        raise InvalidSpec("config.image", f"its /{name} is larger than {limit} bytes")
+    return content
