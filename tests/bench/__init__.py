@@ -1,0 +1,1 @@
+"""Husk beside containerd + runc: same host, same client, same images, one run."""

@@ -1,0 +1,10 @@
+/* Tells who it runs as; installed set-user-id root to show whether privileges can be gained. */
+#include <stdio.h>
+#include <unistd.h>
+
+int main(void)
+{
+	printf("uid=%d euid=%d gid=%d egid=%d\n", (int)getuid(), (int)geteuid(), (int)getgid(),
+	       (int)getegid());
+	return 0;
+}

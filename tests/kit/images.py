@@ -1,0 +1,338 @@
+"""Test images made of what Debian packages: a busybox userland, a web server, users, helpers.
+
+Deterministic: the bytes depend only on the installed packages and this file, so digests are stable on one
+machine. An image can be written as an OCI layout, as a docker-archive, or pushed (see `kit.registry`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
+from pathlib import Path
+
+import zstandard
+
+from tests.kit.scratch import scratch_root
+
+HELPERS = Path(__file__).parent / "helpers"
+EPOCH = "2020-01-01T00:00:00Z"
+PATH_VARIABLE = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+type_oci = "application/vnd.oci.image"
+type_docker = "application/vnd.docker"
+
+
+class Form(Enum):
+    """Media types of manifest, configuration, layer and index."""
+
+    OCI = (
+        f"{type_oci}.manifest.v1+json",
+        f"{type_oci}.config.v1+json",
+        f"{type_oci}.layer.v1.tar",
+        f"{type_oci}.index.v1+json",
+    )
+    DOCKER = (
+        f"{type_docker}.distribution.manifest.v2+json",
+        f"{type_docker}.container.image.v1+json",
+        f"{type_docker}.image.rootfs.diff.tar",
+        f"{type_docker}.distribution.manifest.list.v2+json",
+    )
+
+    @property
+    def manifest(self) -> str:
+        return self.value[0]
+
+    @property
+    def config(self) -> str:
+        return self.value[1]
+
+    @property
+    def index(self) -> str:
+        return self.value[3]
+
+    def layer(self, packing: Packing) -> str:
+        separator = "." if self is Form.DOCKER else "+"
+        return self.value[2] + (separator + packing.value if packing.value else "")
+
+
+class Packing(Enum):
+    PLAIN = ""
+    GZIP = "gzip"
+    ZSTD = "zstd"
+
+
+def digest_of(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+# ------------------------------------------------------------------------------------ layers
+
+
+@dataclass
+class Layer:
+    """A tar archive whose bytes depend on its contents only. `add` creates missing parents."""
+
+    packing: Packing = Packing.GZIP
+    entries: dict[str, tuple[tarfile.TarInfo, bytes]] = field(default_factory=dict)
+    _made: dict[str, bytes] = field(default_factory=dict)  # tar and packed bytes, until the next add
+
+    def add(
+        self,
+        path: str,
+        data: bytes | str = b"",
+        *,
+        mode: int = 0o644,
+        kind: bytes = tarfile.REGTYPE,
+        link: str = "",
+        uid: int = 0,
+        gid: int = 0,
+    ) -> Layer:
+        path = path.strip("/")
+        parent = path.rpartition("/")[0]
+        if parent and parent not in self.entries:
+            self.directory(parent)
+        content = data.encode() if isinstance(data, str) else data
+        info = tarfile.TarInfo(path)
+        info.type, info.mode, info.linkname, info.uid, info.gid = kind, mode, link, uid, gid
+        info.size = len(content) if kind == tarfile.REGTYPE else 0
+        self.entries[path] = (info, content)
+        self._made.clear()
+        return self
+
+    def directory(self, path: str, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Layer:
+        return self.add(path, mode=mode, kind=tarfile.DIRTYPE, uid=uid, gid=gid)
+
+    def symlink(self, path: str, target: str) -> Layer:
+        return self.add(path, kind=tarfile.SYMTYPE, link=target, mode=0o777)
+
+    def hardlink(self, path: str, target: str) -> Layer:
+        return self.add(path, kind=tarfile.LNKTYPE, link=target, mode=0o755)
+
+    def tar(self) -> bytes:
+        if "tar" not in self._made:
+            self._made["tar"] = self._tar()
+        return self._made["tar"]
+
+    def packed(self) -> bytes:
+        if "packed" not in self._made:
+            self._made["packed"] = self._packed()
+        return self._made["packed"]
+
+    def _tar(self) -> bytes:
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as archive:
+            # a hard link must come behind what it names
+            for path in sorted(self.entries, key=lambda name: (self.entries[name][0].islnk(), name)):
+                info, data = self.entries[path]
+                archive.addfile(info, io.BytesIO(data) if info.size else None)
+        return raw.getvalue()
+
+    def _packed(self) -> bytes:
+        raw = self.tar()
+        match self.packing:
+            case Packing.PLAIN:
+                return raw
+            case Packing.GZIP:
+                return gzip.compress(raw, compresslevel=6, mtime=0)
+            case Packing.ZSTD:
+                return zstandard.ZstdCompressor(level=3).compress(raw)
+
+
+# ------------------------------------------------------------------------------------ images
+
+
+@dataclass(frozen=True)
+class Image:
+    """A single-platform image, before it is given a name."""
+
+    layers: tuple[Layer, ...]
+    form: Form = Form.OCI
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: tuple[str, ...] = (PATH_VARIABLE,)
+    user: str = ""
+    working_dir: str = ""
+    stop_signal: str = ""
+    volumes: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    architecture: str = "amd64"
+
+    def config(self) -> bytes:
+        run: dict[str, object] = {"Env": list(self.env)}
+        run |= {"Entrypoint": list(self.entrypoint)} if self.entrypoint else {}
+        run |= {"Cmd": list(self.cmd)} if self.cmd else {}
+        run |= {"User": self.user} if self.user else {}
+        run |= {"WorkingDir": self.working_dir} if self.working_dir else {}
+        run |= {"StopSignal": self.stop_signal} if self.stop_signal else {}
+        run |= {"Volumes": {volume: {} for volume in self.volumes}} if self.volumes else {}
+        run |= {"Labels": dict(self.labels)} if self.labels else {}
+        document = {
+            "architecture": self.architecture,
+            "os": "linux",
+            "created": EPOCH,
+            "config": run,
+            "rootfs": {"type": "layers", "diff_ids": [digest_of(layer.tar()) for layer in self.layers]},
+            "history": [{"created": EPOCH} for _ in self.layers],
+        }
+        return to_json(document)
+
+    def manifest(self) -> bytes:
+        config = self.config()
+        document = {
+            "schemaVersion": 2,
+            "mediaType": self.form.manifest,
+            "config": descriptor(self.form.config, config),
+            "layers": [descriptor(self.form.layer(layer.packing), layer.packed()) for layer in self.layers],
+        }
+        return to_json(document)
+
+    def blobs(self) -> Iterator[bytes]:
+        """Configuration and packed layers: everything that a manifest names."""
+        yield self.config()
+        for layer in self.layers:
+            yield layer.packed()
+
+    @property
+    def id(self) -> str:
+        return digest_of(self.config())
+
+
+def to_json(document: object) -> bytes:
+    return json.dumps(document, indent=1, sort_keys=True).encode()
+
+
+def descriptor(media_type: str, data: bytes) -> dict[str, object]:
+    return {"mediaType": media_type, "digest": digest_of(data), "size": len(data)}
+
+
+def index_of(images: Sequence[Image], form: Form = Form.OCI) -> bytes:
+    """An image index (manifest list) over images of several platforms."""
+    members = [
+        descriptor(form.manifest, image.manifest())
+        | {"platform": {"architecture": image.architecture, "os": "linux"}}
+        for image in images
+    ]
+    return to_json({"schemaVersion": 2, "mediaType": form.index, "manifests": members})
+
+
+def write_oci_layout(archive: Path, images: Mapping[str, Image]) -> None:
+    """A tar of an OCI image layout (image-spec, image-layout.md) with one entry per full name."""
+    files = {"oci-layout": to_json({"imageLayoutVersion": "1.0.0"})}
+    members = []
+    for name, image in images.items():
+        manifest = image.manifest()
+        for blob in (manifest, *image.blobs()):
+            files["blobs/" + digest_of(blob).replace(":", "/")] = blob
+        notes = {"annotations": {"org.opencontainers.image.ref.name": name}}
+        members.append(descriptor(image.form.manifest, manifest) | notes)
+    files["index.json"] = to_json({"schemaVersion": 2, "manifests": members})
+    write_tar(archive, files)
+
+
+def write_docker_archive(archive: Path, images: Mapping[str, Image]) -> None:
+    """A tar as `docker save` makes it: manifest.json over plain layer tars."""
+    files: dict[str, bytes] = {}
+    members = []
+    for name, image in images.items():
+        config_name = image.id.removeprefix("sha256:") + ".json"
+        layers = {f"{digest_of(tar)[7:]}/layer.tar": tar for tar in (each.tar() for each in image.layers)}
+        files |= {config_name: image.config(), **layers}
+        members.append({"Config": config_name, "RepoTags": [name], "Layers": list(layers)})
+    files["manifest.json"] = to_json(members)
+    write_tar(archive, files)
+
+
+def write_tar(archive: Path, files: Mapping[str, bytes]) -> None:
+    content = Layer(packing=Packing.PLAIN)
+    for path, data in files.items():
+        content.add(path, data)
+    archive.write_bytes(content.tar())
+
+
+# ----------------------------------------------------------------------- what the tests pull
+
+PASSWD = """root:x:0:0:root:/root:/bin/sh
+daemon:x:1:1:daemon:/usr/sbin:/bin/false
+www-data:x:33:33:www-data:/var/www:/bin/false
+worker:x:1000:1000:worker:/home/worker:/bin/sh
+nobody:x:65534:65534:nobody:/nonexistent:/bin/false
+"""
+GROUP = """root:x:0:
+daemon:x:1:
+www-data:x:33:
+worker:x:1000:
+helpers:x:50000:worker
+nogroup:x:65534:
+"""
+
+
+@cache
+def base_layer() -> Layer:
+    """Busybox from the package busybox-static, its commands, users and groups."""
+    program = shutil.which("busybox")
+    if program is None:
+        raise FileNotFoundError("busybox (Debian package busybox-static)")
+    names = subprocess.run([program, "--list"], check=True, capture_output=True, text=True).stdout.split()
+    layer = Layer().add("bin/busybox", Path(program).read_bytes(), mode=0o755)
+    for name in names:
+        if name != "busybox":
+            layer.symlink(f"bin/{name}", "busybox")
+    layer.add("etc/passwd", PASSWD).add("etc/group", GROUP)
+    for folder in ("dev", "proc", "sys", "root", "run", "mnt", "var/log", "usr/bin", "home/worker"):
+        layer.directory(folder)
+    return layer.directory("tmp", 0o1777).symlink("var/run", "/run")
+
+
+@cache
+def helper(name: str) -> bytes:
+    """A static program compiled from kit/helpers/NAME.c."""
+    target = scratch_root() / f"helper-{name}"
+    # no build id and no temporary names in it: the same bytes from every build
+    flags = ["-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none"]
+    subprocess.run(["cc", *flags, "-o", str(target), str(HELPERS / f"{name}.c")], check=True)
+    return target.read_bytes()
+
+
+def mark(word: str) -> Layer:
+    """A small layer that makes an image differ from every other one."""
+    return Layer().add("etc/image-mark", word + "\n")
+
+
+def busybox(word: str = "busybox", **changes: object) -> Image:
+    return Image((base_layer(), mark(word)), cmd=("sh",), **changes)  # type: ignore[arg-type]
+
+
+def web(page: str = "hello from the pod\n") -> Image:
+    """A web server on port 80 that logs each request."""
+    layer = Layer().add("www/index.html", page)
+    return Image((base_layer(), layer), cmd=("httpd", "-f", "-vv", "-p", "80", "-h", "/www"))
+
+
+def setuid() -> Image:
+    """/bin/effective is set-user-id root and tells who it runs as."""
+    layer = Layer().add("bin/effective", helper("effective"), mode=0o4755)
+    return Image((base_layer(), layer), cmd=("effective",), user="worker")
+
+
+def pause() -> Image:
+    return Image((Layer().add("pause", helper("pause"), mode=0o755),), entrypoint=("/pause",))
+
+
+def payload(mebibytes: int) -> Image:
+    """An image with a layer of this size that packs to about half of it, for measuring pulls."""
+    block = hashlib.shake_128(b"payload").digest(1 << 20)
+    layer = Layer(packing=Packing.GZIP)
+    for number in range(mebibytes):
+        text = number.to_bytes(4, "big") * (1 << 17)
+        # halves that differ between files: one of random bytes, one that repeats
+        layer.add(f"data/{number // 16}/{number}", block[number : number + (1 << 19)] + text)
+    return Image((layer,), cmd=("/none",))

@@ -1,0 +1,132 @@
+"""What a test run has left behind: processes, mounts, cgroups, directories, leases, network devices.
+
+Only ours: what names the run's scratch directory, or lives in the run's own namespace or cgroup. `Census`
+is taken before and after a test and compared; `python -m tests.kit.leaks DIRECTORY` looks once for
+anything at all that still names it, for the end of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tests.kit.cni import leases_in
+from tests.kit.namespace import Namespace
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Census:
+    processes: frozenset[str] = frozenset()
+    mounts: frozenset[str] = frozenset()
+    cgroups: frozenset[str] = frozenset()
+    directories: frozenset[str] = frozenset()
+    leases: frozenset[str] = frozenset()
+    links: frozenset[str] = frozenset()
+
+    def since(self, before: Census) -> list[str]:
+        """What is here that was not there before, a line each."""
+        return [
+            f"{field.name}: {each}"
+            for field in fields(self)
+            for each in sorted(getattr(self, field.name) - getattr(before, field.name))
+        ]
+
+
+def processes_naming(mark: str) -> frozenset[str]:
+    """Processes other than ourselves (and our parents) with `mark` in their command line."""
+    spared = {os.getpid(), os.getppid()}
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) in spared:
+            continue
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it ended meanwhile
+        if mark in line:
+            found.add(f"{entry.name} {line[:200]}")
+    return frozenset(found)
+
+
+def mounts_naming(mark: str, pid: int | str = "self") -> frozenset[str]:
+    """Mount points (field 5 of /proc/PID/mountinfo, proc(5)) with `mark` in them, as that process sees."""
+    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    return frozenset(point for point in (line.split()[4] for line in lines) if mark in point)
+
+
+def cgroups_naming(*marks: str) -> frozenset[str]:
+    """Directories of any cgroup hierarchy whose path has every mark in it."""
+    found = set()
+    for folder, names, _ in os.walk(CGROUPS):
+        for name in names:
+            path = f"{folder}/{name}"
+            if all(mark in path for mark in marks):
+                found.add(path)
+    return frozenset(found)
+
+
+def remove_cgroups(name: str) -> None:
+    """Take away empty cgroups of this name in every hierarchy; one in use is left and will be reported."""
+    for path in sorted(cgroups_naming(name), reverse=True):
+        with contextlib.suppress(OSError):
+            Path(path).rmdir()
+
+
+def entries(*folders: Path) -> frozenset[str]:
+    return frozenset(str(path) for folder in folders if folder.is_dir() for path in folder.iterdir())
+
+
+def links_of(namespace: Namespace) -> frozenset[str]:
+    """Network devices inside; the bridge belongs to the network and stays, veth pairs come and go."""
+    lines = namespace.run("ip", "-o", "link").splitlines()
+    return frozenset(line.split(": ")[1].split("@")[0] for line in lines)
+
+
+def take_census(
+    namespace: Namespace,
+    root: Path,
+    run: Path,
+    leases: Path,
+    cgroup: str,
+    ignore: frozenset[int] = frozenset(),
+) -> Census:
+    """Everything that a daemon with this state and run directory holds; `ignore` are pids that may live."""
+    return Census(
+        processes=frozenset(
+            each for each in processes_naming(str(root)) if int(each.split()[0]) not in ignore
+        ),
+        mounts=mounts_naming(str(root), namespace.pid),
+        cgroups=cgroups_naming(cgroup, "husk-"),
+        directories=entries(
+            root / "pods", root / "containers", root / "rootfs", root / "cni", run / "pods", run / "netns"
+        ),
+        leases=leases_in(leases),
+        links=links_of(namespace),
+    )
+
+
+def left_over(mark: str) -> list[str]:
+    """Anything on the machine that still names `mark`."""
+    return Census(
+        processes=processes_naming(mark), mounts=mounts_naming(mark), cgroups=cgroups_naming(Path(mark).name)
+    ).since(Census())
+
+
+def main(mark: str, patience_s: float = 10) -> int:
+    """0 when nothing is left. Waits a little: the kernel takes a moment to end what was killed."""
+    end = time.monotonic() + patience_s
+    while (found := left_over(mark)) and time.monotonic() < end:
+        time.sleep(0.2)
+    for each in found:
+        print(f"left behind: {each}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

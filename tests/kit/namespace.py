@@ -1,0 +1,125 @@
+"""A network and mount namespace of its own, so that nothing of the machine's network changes.
+
+A sleeping process holds both namespaces; ending it releases them with all that was made inside. Unix
+sockets are found by path and so reach across; for TCP, `dial` opens the socket inside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import http.client
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+CLONE_NEWNET = 0x40000000
+
+# /run holds iptables' lock, named namespaces and run-time directories of other runtimes; /var/lib/cni the
+# leases of host-local and /etc/cni its configuration: each namespace gets its own, empty.
+SET_UP = """set -e
+mount -t tmpfs -o mode=755 husk-test-run /run
+mkdir -p /var/lib/cni /etc/cni /run/netns /run/lock
+mount -t tmpfs -o mode=755 husk-test-cni /var/lib/cni
+mount -t tmpfs -o mode=755 husk-test-cni /etc/cni
+ip link set lo up
+echo ready
+exec sleep infinity
+"""
+
+
+class Namespace:
+    def __init__(self, mark: Path) -> None:
+        # the argument behind SET_UP is unused by the shell: it names the run for the leak check
+        self._holder = subprocess.Popen(
+            ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", SET_UP, str(mark)],
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert self._holder.stdout is not None
+        answer = self._holder.stdout.readline()
+        if answer != b"ready\n":
+            self.close()
+            raise RuntimeError("cannot make a network and mount namespace (root is needed)")
+
+    @property
+    def pid(self) -> int:
+        return self._holder.pid
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """`argv`, run inside. nsenter becomes the program, so its pid is the program's."""
+        return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--", *argv]
+
+    def run(self, *argv: str, check: bool = True, timeout_s: float = 60) -> str:
+        """Standard output of a program inside; raises CalledProcessError as subprocess does."""
+        done = subprocess.run(
+            self.command(argv), check=check, timeout=timeout_s, capture_output=True, text=True
+        )
+        return done.stdout
+
+    def dial(self, host: str, port: int, timeout_s: float = 5) -> socket.socket:
+        """A TCP connection made inside. A socket keeps the namespace that it was made in.
+
+        Raises OSError as connect does.
+        """
+        return self._inside(lambda: socket.create_connection((host, port), timeout_s))
+
+    def fetch(self, host: str, port: int, path: str = "/", timeout_s: float = 5) -> str:
+        """The body of http://host:port/path as seen from inside; raises OSError or HTTPException."""
+        connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+        connection.sock = self.dial(host, port, timeout_s)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
+    def _inside(self, action: Callable[[], socket.socket]) -> socket.socket:
+        result: list[socket.socket] = []
+        fault: list[BaseException] = []
+
+        def work() -> None:
+            # the thread ends afterwards and takes its foreign namespace with it
+            try:
+                enter_network(self.pid)
+                result.append(action())
+            except BaseException as caught:
+                fault.append(caught)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        if fault:
+            raise fault[0]
+        return result[0]
+
+    def close(self) -> None:
+        """Release both namespaces. Idempotent."""
+        if self._holder.stdout is not None:
+            self._holder.stdout.close()
+        self._holder.kill()
+        self._holder.wait()
+
+    def __enter__(self) -> Namespace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def enter_network(pid: int) -> None:
+    """Move the calling thread into that process's network (setns(2); os.setns came with Python 3.12)."""
+    descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(descriptor, CLONE_NEWNET) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), "setns")
+    finally:
+        os.close(descriptor)

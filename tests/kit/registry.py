@@ -1,0 +1,130 @@
+"""Debian's docker-registry inside a test namespace, on loopback, and pushing images to it.
+
+Runtimes reach it through mirror settings (`write_mirrors`): the names in tests look like those of real
+registries, and no traffic leaves the namespace.
+"""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.kit.images import Form, Image, digest_of, index_of
+from tests.kit.namespace import Namespace
+from tests.kit.scratch import scratch_dir
+
+HOST = "registry.test"  # what image names in tests begin with
+
+
+class Registry:
+    def __init__(self, namespace: Namespace, port: int = 5000) -> None:
+        program = shutil.which("docker-registry")
+        if program is None:
+            raise FileNotFoundError("docker-registry (Debian package docker-registry)")
+        self.port = port
+        self._namespace = namespace
+        self.directory = scratch_dir("registry")
+        config = self.directory / "config.yml"
+        config.write_text(
+            "version: 0.1\n"
+            "log: {level: warn, accesslog: {disabled: true}}\n"
+            "storage:\n"
+            f'  filesystem: {{rootdirectory: "{self.directory}/data"}}\n'
+            "  delete: {enabled: true}\n"
+            f'http: {{addr: "127.0.0.1:{port}"}}\n'
+        )
+        with (self.directory / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                namespace.command([program, "serve", str(config)]),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        self._await_ready()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def _await_ready(self, deadline_s: float = 20) -> None:
+        end = time.monotonic() + deadline_s
+        while True:
+            try:
+                self._namespace.dial("127.0.0.1", self.port).close()
+                return
+            except OSError:
+                if self._process.poll() is not None or time.monotonic() > end:
+                    log = (self.directory / "log").read_text()
+                    self.close()
+                    raise RuntimeError(f"docker-registry did not start:\n{log}") from None
+                time.sleep(0.02)
+
+    def push(self, repository: str, tag: str, image: Image) -> str:
+        """Returns the manifest's digest."""
+        with _Pusher(self, repository) as pusher:
+            return pusher.image(tag, image)
+
+    def push_index(self, repository: str, tag: str, images: Sequence[Image], form: Form = Form.OCI) -> str:
+        """Returns the index's digest."""
+        with _Pusher(self, repository) as pusher:
+            for image in images:
+                pusher.image(digest_of(image.manifest()), image)
+            return pusher.manifest(tag, form.index, index_of(images, form))
+
+    def write_mirrors(self, directory: Path, hosts: Sequence[str] = (HOST,)) -> Path:
+        """certs.d/<host>/hosts.toml files that send these hosts here; returns `directory`."""
+        for host in hosts:
+            (directory / host).mkdir(parents=True, exist_ok=True)
+            (directory / host / "hosts.toml").write_text(
+                f'server = "{self.url}"\n\n[host."{self.url}"]\n  capabilities = ["pull", "resolve"]\n'
+            )
+        return directory
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._process.kill()
+        self._process.wait()
+
+
+class _Pusher:
+    """One connection that pushes into one repository (distribution-spec, "Push")."""
+
+    def __init__(self, registry: Registry, repository: str) -> None:
+        self._repository = repository
+        self._wire = http.client.HTTPConnection("127.0.0.1", registry.port, timeout=30)
+        self._wire.sock = registry._namespace.dial("127.0.0.1", registry.port, 30)
+
+    def __enter__(self) -> _Pusher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wire.close()
+
+    def image(self, reference: str, image: Image) -> str:
+        for blob in image.blobs():
+            self._blob(blob)
+        return self.manifest(reference, image.form.manifest, image.manifest())
+
+    def manifest(self, reference: str, media_type: str, data: bytes) -> str:
+        self._ask("PUT", f"/v2/{self._repository}/manifests/{reference}", data, media_type)
+        return digest_of(data)
+
+    def _blob(self, data: bytes) -> None:
+        headers = self._ask("POST", f"/v2/{self._repository}/blobs/uploads/")
+        place = headers["Location"].partition("/v2/")[2]
+        separator = "&" if "?" in place else "?"
+        self._ask("PUT", f"/v2/{place}{separator}digest={digest_of(data)}", data)
+
+    def _ask(
+        self, method: str, path: str, body: bytes = b"", media_type: str = "application/octet-stream"
+    ) -> Mapping[str, str]:
+        self._wire.request(method, path, body, {"Content-Type": media_type})
+        answer = self._wire.getresponse()
+        text = answer.read()
+        if answer.status >= 400:
+            raise RuntimeError(f"{method} {path}: {answer.status} {text[:200]!r}")
+        return dict(answer.getheaders())
