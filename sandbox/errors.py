@@ -103,3 +103,16 @@ class GuestUnreachable(SandboxError):
 
 class ProtocolError(GuestUnreachable):
     """The guest sent bytes that make no sense; the connection is closed."""
+
+
+class VersionMismatch(GuestUnreachable):
+    """The agent speaks another version of the protocol: its guest image is not this Husk's."""
+
+    def __init__(self, agent: int, husk: int) -> None:
+        super().__init__(f"the agent speaks protocol version {agent}, Husk speaks {husk}")
+        self.agent = agent
+        self.husk = husk
+
+
+class StreamReset(SandboxError):
+    """The reader at the other end wants no more of this stream."""
