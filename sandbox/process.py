@@ -1,12 +1,59 @@
 """Processes that outlive the daemon: how they are started, known again, watched and ended.
 
 One door: nothing else in `sandbox` starts a process. Children are started with `subprocess` from
-worker threads (never asyncio's: see STYLE), detached into a session of their own.
+threads of their own (never asyncio's: see below), detached into a session of their own, and are in
+their cgroups before the program that was asked for runs its first instruction.
+
+Why no asyncio here: its child watchers fork on the event loop's thread, which under uvloop beside
+live gRPC calls crashed children. A plain thread also can enter a network namespace, start the
+child there, and end: it never needs to find its way back, so no thread of the daemon is ever left
+in a pod's namespace.
+
+Crash story: nothing is remembered in memory. A process is known again by its identity from the
+record; where the record was not written in time, by its cgroup, or by its command line together
+with a mark in its environment that `start` leaves.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ctypes
+import functools
+import os
+import select
+import selectors
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from sandbox.errors import DeadlineExceeded
 from sandbox.spec import Value
+
+T = TypeVar("T")
+
+MARK = "HUSK_PROCESS"
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C"}
+_CLONE_NEWNET = 0x40000000
+
+# Runs before the program: what a child must be before it is exec'ed, done by the child itself, as
+# preexec_fn is not safe beside threads. No core dumps: they would hold a guest's memory.
+_PRELUDE = """
+umask "$1" && ulimit -c 0 && echo "$2" >/proc/self/oom_score_adj || exit 126
+shift 2
+while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit 126; shift; done
+shift
+exec "$@"
+"""
+# In a mount namespace of its own, which sees what the host unmounts.
+_BIND = 'while [ "$1" != -- ]; do mount --bind "$1" "$2" || exit 126; shift 2; done; shift; exec "$@"'
 
 
 class ProcessIdentity(Value, frozen=True, kw_only=True):
@@ -18,3 +65,346 @@ class ProcessIdentity(Value, frozen=True, kw_only=True):
     pid: int
     start_time: int
     boot_id: str
+
+
+class User(msgspec.Struct, frozen=True, kw_only=True):
+    """Whom a program runs as; `groups` are the supplementary ones, and there are no others."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+class Completed(msgspec.Struct, frozen=True, kw_only=True):
+    """A short-lived program that has ended. Negative `status`: the signal that ended it."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+    truncated: bool = False
+
+
+# ------------------------------------------------------------------------------------- identity
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot: random.4, /proc/sys/kernel/random/boot_id."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """State letter and start time. The name in between may hold blanks and parentheses."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text[text.rindex(b")") + 1 :].split()
+    return fields[0].decode(), int(fields[19])
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """Who has this pid now; None when nobody does, or only a zombie."""
+    stat = _stat(pid)
+    if stat is None or stat[0] in "ZX":
+        return None
+    return ProcessIdentity(pid=pid, start_time=stat[1], boot_id=boot_id())
+
+
+def alive(identity: ProcessIdentity) -> bool:
+    return identify(identity.pid) == identity
+
+
+def _pidfd(identity: ProcessIdentity) -> int | None:
+    """A descriptor of exactly this process, or of its zombie; None when it is gone."""
+    try:
+        fd = os.pidfd_open(identity.pid)
+    except ProcessLookupError:
+        return None
+    stat = _stat(identity.pid)  # after pidfd_open: from here on the pid cannot change hands unnoticed
+    if stat is None or stat[1] != identity.start_time or boot_id() != identity.boot_id:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _reap(fd: int) -> int | None:
+    """Collect a child of ours, so that no zombie stays; somebody else's is their business."""
+    try:
+        result = os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if result is None:
+        return None
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+async def wait_exit(identity: ProcessIdentity) -> int | None:
+    """Return once the process is gone: its status where it was our child and not yet collected.
+
+    A negative status is the signal that ended it. Works for children and adopted processes alike.
+    """
+    fd = _pidfd(identity)
+    if fd is None:
+        return None
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    try:
+        loop.add_reader(fd, ended.set)
+        await ended.wait()
+        return _reap(fd)
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+
+async def kill(identity: ProcessIdentity, timeout_s: float = 5.0) -> None:
+    """End it with SIGKILL and wait. Idempotent. Raises DeadlineExceeded when it will not go."""
+    fd = _pidfd(identity)
+    if fd is None:
+        return
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    finally:
+        os.close(fd)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await wait_exit(identity)
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"ending process {identity.pid}", timeout_s) from error
+
+
+# ----------------------------------------------------------------------------------- recovery
+
+
+def find_by_cgroup(directories: Iterable[str]) -> list[ProcessIdentity]:
+    """Everything that runs in these cgroups; directories that are gone hold nothing."""
+    pids: set[int] = set()
+    for directory in directories:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, OSError):
+            pids.update(map(int, Path(directory, "cgroup.procs").read_text().split()))
+    found = (identify(pid) for pid in sorted(pids) if pid)
+    return [identity for identity in found if identity is not None]
+
+
+def find_by_argument(needle: str) -> list[ProcessIdentity]:
+    """Processes made by `start` that have `needle` in an argument; looks at all of /proc.
+
+    The mark in the environment keeps an editor or `tail` on the same file out of it. Finds a child
+    also in the moment before it is exec'ed, and children that it forked itself.
+    """
+    wanted = os.fsencode(needle)
+    mark = MARK.encode() + b"="
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted not in (entry / "cmdline").read_bytes():
+                continue
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # ended while we looked
+        identity = identify(int(entry.name))
+        if identity is not None and any(v.startswith(mark) for v in variables):
+            found.append(identity)
+    return found
+
+
+# ------------------------------------------------------------------------------------ starting
+
+
+async def start(
+    argv: Sequence[str],
+    *,
+    cgroups: Sequence[str] = (),
+    user: User | None = None,
+    netns: str = "",
+    pass_fds: Sequence[int] = (),
+    stdout: int = subprocess.DEVNULL,
+    stderr: int = subprocess.DEVNULL,
+    environment: Mapping[str, str] | None = None,
+    oom_score_adj: int = 0,
+    umask: int = 0o077,
+    binds: Mapping[str, str] | None = None,
+) -> ProcessIdentity:
+    """Start a program that shall outlive the daemon, and return before it has done anything.
+
+    `cgroups` are directories, of several hierarchies on cgroup v1. Without `user` it stays root;
+    in both cases it can gain no new privileges. `binds` (source by target) are mounted in a mount
+    namespace of the child's own. Descriptors keep their numbers.
+    A step before exec that fails ends the child with status 126 and its reason on stderr.
+    Raises OSError when not even that could be started (netns is gone, no memory).
+    """
+    command = _wrapped(argv, cgroups, user, oom_score_adj, umask, binds or {})
+    variables = {**ENVIRONMENT, **(environment or {}), MARK: "1"}
+
+    def spawn() -> ProcessIdentity:
+        if netns:
+            _enter_network(netns)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=tuple(pass_fds),
+            env=variables,
+            cwd="/",
+            start_new_session=True,
+        )
+        stat = _stat(child.pid)
+        assert stat is not None, "a child that nobody waited for cannot vanish"
+        # From here on it is known by its identity: Popen shall neither reap it nor complain.
+        child.returncode = 0
+        return ProcessIdentity(pid=child.pid, start_time=stat[1], boot_id=boot_id())
+
+    pending = _in_own_thread(spawn)
+    try:
+        return await asyncio.shield(pending)
+    except asyncio.CancelledError:
+        # The thread cannot be stopped; what it makes would belong to nobody.
+        with contextlib.suppress(OSError):
+            await kill(await pending)
+        raise
+
+
+def _wrapped(
+    argv: Sequence[str],
+    cgroups: Sequence[str],
+    user: User | None,
+    oom_score_adj: int,
+    umask: int,
+    binds: Mapping[str, str],
+) -> list[str]:
+    prelude = ["/bin/sh", "-c", _PRELUDE, "husk-start", f"{umask:04o}", str(oom_score_adj), *cgroups, "--"]
+    if binds:
+        pairs = [path for target, source in binds.items() for path in (source, target)]
+        prelude += ["unshare", "--mount", "--propagation", "slave", "/bin/sh", "-c", _BIND, "husk-bind"]
+        prelude += [*pairs, "--"]
+    drop = ["setpriv", "--no-new-privs"]
+    if user is not None:
+        groups = ",".join(map(str, user.groups))
+        drop += [f"--reuid={user.uid}", f"--regid={user.gid}"]
+        drop += [f"--groups={groups}" if groups else "--clear-groups"]
+        drop += ["--inh-caps=-all", "--bounding-set=-all"]
+    return [*prelude, *drop, "--", *argv]
+
+
+def _enter_network(path: str) -> None:
+    """Move the calling thread into a network namespace, for the rest of its life (setns(2))."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET) != 0:
+            error = ctypes.get_errno()
+            raise OSError(error, f"setns: {os.strerror(error)}", path)
+    finally:
+        os.close(fd)
+
+
+def _in_own_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Like asyncio.to_thread, with a thread that ends with the work instead of being reused."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # the thread's edge: handed to who waits
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="husk-start", daemon=True).start()
+    return asyncio.wrap_future(future)
+
+
+# --------------------------------------------------------------------------- short-lived programs
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    max_output: int = 1 << 20,
+    environment: Mapping[str, str] | None = None,
+    cwd: str = "/",
+    netns: str = "",
+    user: User | None = None,
+) -> Completed:
+    """Run a program to its end; of each output the first `max_output` bytes are kept.
+
+    It is killed, with what it started, after `timeout_s` or when the caller is cancelled.
+    Raises DeadlineExceeded, and OSError when it cannot be started (FileNotFoundError: not there).
+    """
+    cancelled = threading.Event()
+
+    def work() -> Completed:
+        if netns:
+            _enter_network(netns)
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**ENVIRONMENT, **(environment or {})},
+            cwd=cwd,
+            start_new_session=True,
+            user=user.uid if user else None,
+            group=user.gid if user else None,
+            extra_groups=user.groups if user else None,
+        )
+        return _collect(child, argv[0], timeout_s, max_output, cancelled.is_set)
+
+    try:
+        return await asyncio.shield(_in_own_thread(work))
+    except asyncio.CancelledError:
+        cancelled.set()
+        raise
+
+
+def _collect(
+    child: subprocess.Popen[bytes],
+    name: str,
+    timeout_s: float,
+    max_output: int,
+    cancelled: Callable[[], bool],
+) -> Completed:
+    deadline = time.monotonic() + timeout_s
+    kept: dict[int, bytearray] = {}
+    truncated = False
+    assert child.stdout is not None and child.stderr is not None
+    with child.stdout, child.stderr, selectors.DefaultSelector() as selector:
+        for stream in (child.stdout, child.stderr):
+            kept[stream.fileno()] = bytearray()
+            selector.register(stream.fileno(), selectors.EVENT_READ)
+        outputs = list(kept.values())
+        try:
+            while selector.get_map():
+                _give_up_after(deadline, name, timeout_s, cancelled)
+                for key, _ in selector.select(min(0.2, max(0.0, deadline - time.monotonic()))):
+                    chunk = os.read(key.fd, 1 << 16)
+                    if not chunk:
+                        selector.unregister(key.fd)
+                    room = max_output - len(kept[key.fd])
+                    truncated = truncated or len(chunk) > room
+                    kept[key.fd] += chunk[:room]
+            _await_end(child.pid, functools.partial(_give_up_after, deadline, name, timeout_s, cancelled))
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            raise
+        finally:
+            status = child.wait()
+    return Completed(status=status, stdout=bytes(outputs[0]), stderr=bytes(outputs[1]), truncated=truncated)
+
+
+def _give_up_after(deadline: float, name: str, timeout_s: float, cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise InterruptedError(f"{name}: nobody waits for it any more")
+    if time.monotonic() >= deadline:
+        raise DeadlineExceeded(name, timeout_s)
+
+
+def _await_end(pid: int, check: Callable[[], None]) -> None:
+    """A program may close its outputs and go on; wait for its end without reaping it."""
+    fd = os.pidfd_open(pid)
+    try:
+        while not select.select([fd], [], [], 0.2)[0]:
+            check()
+    finally:
+        os.close(fd)

@@ -1,0 +1,303 @@
+"""What a VM boots: the distribution's kernel and an initramfs with the agent, made on this host.
+
+    ROOT/guest/
+      packages/NAME_VERSION.deb       kernel packages as downloaded, by version
+      HASH/{vmlinux,initramfs,image.json}
+      current -> HASH                 the image that new pods get
+
+HASH is taken of the content, so the same inputs give the same directory, and nothing in it ever
+changes. A build happens in a directory beside it that gets its name when it is complete; `current`
+is replaced by renaming. Killed anywhere, the old image stays in use and the next build starts anew
+and sweeps what was left. The image before the last is kept, as a pod may be about to boot it.
+"""
+
+# ruff: noqa: ASYNC240 -- runs as a command of its own, with nothing else on its loop
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from sandbox import cpio, process
+from sandbox.errors import MissingProgram, SandboxError
+from sandbox.kernel_image import (
+    BadKernel,
+    extract_vmlinux,
+    find_modules,
+    load_modules,
+    read_builtin,
+)
+
+# virtio_mem and the like come with what uses them; each module costs a start some milliseconds.
+MODULES = ("virtio_pci", "virtio_console", "virtiofs", "virtio_net", "overlay", "virtio_balloon")
+# The smallest kernel that a distribution offers for VMs comes first: Debian, then Ubuntu.
+KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", "linux-image-generic")
+AGENT = Path(__file__).parent / "agent"
+DIRECTORIES = ("dev", "modules", "proc", "run", "sys", "tmp")
+
+Progress = Callable[[str], None]
+
+
+class GuestImage(msgspec.Struct, frozen=True, kw_only=True):
+    kernel: Path
+    initramfs: Path
+    hash: str
+    kernel_version: str
+
+
+class BuildFailed(SandboxError):
+    """A program that the build runs has failed; `output` is the end of what it said."""
+
+    def __init__(self, what: str, output: str) -> None:
+        super().__init__(f"{what}: {output}")
+        self.what = what
+        self.output = output
+
+
+class Kernel(msgspec.Struct, frozen=True, kw_only=True):
+    """A kernel image (bzImage or ELF) and the /lib/modules/VERSION that belongs to it."""
+
+    image: Path
+    modules: Path
+
+    @property
+    def version(self) -> str:
+        return self.modules.name
+
+
+def find_image(root: Path) -> GuestImage | None:
+    """The image that new pods get; None before the first build."""
+    current = root / "guest" / "current"
+    try:
+        directory = current.resolve(strict=True)
+        facts = msgspec.json.decode((directory / "image.json").read_bytes(), type=_Facts)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return GuestImage(
+        kernel=directory / "vmlinux",
+        initramfs=directory / "initramfs",
+        hash=directory.name,
+        kernel_version=facts.kernel_version,
+    )
+
+
+class _Facts(msgspec.Struct, frozen=True):
+    kernel_version: str
+    modules: tuple[str, ...]
+
+
+async def build(
+    root: Path,
+    *,
+    kernel: Path | None = None,
+    modules: Path | None = None,
+    progress: Progress = lambda line: None,
+    agent: Path = AGENT,
+) -> GuestImage:
+    """Make the image and let new pods use it; quick when nothing has changed.
+
+    `kernel` is used instead of the distribution's; its modules are looked for in `modules`, or
+    where an installed or unpacked kernel has them. Raises BuildFailed, BadKernel, MissingProgram,
+    and OSError.
+    """
+    guest = root / "guest"
+    guest.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=guest, prefix=".build-") as scratch_name:
+        scratch = Path(scratch_name)
+        if kernel is not None:
+            chosen = Kernel(image=kernel, modules=modules or find_modules_of(kernel))
+        else:
+            chosen = await fetch_kernel(guest / "packages", scratch, progress)
+        progress(f"kernel {chosen.version}")
+        program = await compile_agent(agent, scratch, progress)
+        image = await asyncio.to_thread(_assemble, guest, scratch, chosen, program)
+    progress(f"guest image {image.hash[:16]} is ready")
+    return image
+
+
+# -------------------------------------------------------------------------------------- kernel
+
+
+def find_modules_of(kernel: Path) -> Path:
+    """The modules directory of a kernel by its file name's version: beside it (lib/modules of the
+    tree that it lies in) or of this host. Raises BadKernel.
+    """
+    version = re.sub(r"^(vmlinuz|vmlinux|bzImage)-?", "", kernel.name)
+    places = [kernel.parent / "modules" / version, kernel.parent.parent / "lib/modules" / version]
+    places += [Path("/lib/modules") / version] if version else []
+    for place in places:
+        if version and (place / "kernel").is_dir():
+            return place
+    raise BadKernel(str(kernel), "its modules were not found; name their directory with --modules")
+
+
+async def fetch_kernel(packages: Path, scratch: Path, progress: Progress) -> Kernel:
+    """Download (once per version) and unpack the newest kernel for VMs that apt knows."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        raise MissingProgram("apt-get", "a Debian or Ubuntu host, or: husk guest build --kernel PATH")
+    names = await find_kernel_packages()
+    tree = scratch / "package"
+    for name, version in names:
+        deb = await download(packages, name, version, progress)
+        await _checked(["dpkg", "-x", str(deb), str(tree)], timeout_s=120)
+    images = sorted((tree / "boot").glob("vmlinuz-*"))
+    if not images:
+        raise BadKernel(names[0][0], "its package holds no /boot/vmlinuz")
+    version = images[0].name.removeprefix("vmlinuz-")
+    directory = next((d for d in (tree / "lib/modules", tree / "usr/lib/modules") if d.is_dir()), tree)
+    return Kernel(image=images[0], modules=directory / version)
+
+
+async def find_kernel_packages() -> list[tuple[str, str]]:
+    """The package of the kernel itself, with the one of its modules where that is separate (Ubuntu).
+
+    The name that stays the same over upgrades depends on the one with the version in it.
+    """
+    for meta in KERNELS:
+        shown = await _show(meta)
+        image = re.search(r"\b(linux-image-(?:unsigned-)?\d[^\s,(]*)", _field(shown, "Depends"))
+        if image is None:
+            continue
+        details = await _show(image[1])
+        modules = re.search(r"\b(linux-modules-\d[^\s,(]*)", _field(details, "Depends"))
+        found = [(image[1], _field(details, "Version"))]
+        if modules is not None:
+            found.append((modules[1], _field(await _show(modules[1]), "Version")))
+        return found
+    raise BuildFailed("apt-cache show", f"none of {', '.join(KERNELS)} is known; run apt-get update")
+
+
+async def _show(package: str) -> str:
+    done = await process.run(["apt-cache", "show", "--no-all-versions", package], timeout_s=60)
+    return done.stdout.decode(errors="replace") if done.status == 0 else ""
+
+
+def _field(paragraph: str, name: str) -> str:
+    found = re.search(rf"^{name}: (.*)$", paragraph, re.MULTILINE)
+    return found[1] if found else ""
+
+
+async def download(packages: Path, name: str, version: str, progress: Progress) -> Path:
+    """The package's file, from the cache where it has been fetched before."""
+    wanted = packages / f"{name}_{version.replace(':', '%3a')}.deb"
+    if wanted.exists():
+        return wanted
+    progress(f"downloading {name} {version}")
+    packages.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=packages, prefix=".download-") as scratch:
+        # apt would rather download as a user of its own, who cannot write here, and warns of it.
+        command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", f"{name}={version}"]
+        await _checked(command, timeout_s=900, cwd=scratch)
+        (got,) = Path(scratch).glob("*.deb")
+        got.rename(wanted)
+    for other in packages.glob(f"{re.split(r'[0-9]', name, maxsplit=1)[0]}*.deb"):
+        if other != wanted:
+            other.unlink()  # an older version of the same
+    return wanted
+
+
+# --------------------------------------------------------------------------------------- agent
+
+
+async def compile_agent(source: Path, scratch: Path, progress: Progress) -> bytes:
+    """Compile the agent out of its sources; a file is taken as the program itself."""
+    if source.is_file():
+        return source.read_bytes()
+    for program, package in (("make", "make"), ("cc", "gcc libc6-dev libprotobuf-c-dev protobuf-c-compiler")):
+        if shutil.which(program) is None:
+            raise MissingProgram(program, f"apt-get install {package}")
+    progress("compiling the agent")
+    out = scratch / "agent"
+    out.mkdir()
+    await _checked(["make", "-C", str(source), f"OUT={out}"], timeout_s=300)
+    return (out / "agent").read_bytes()
+
+
+# ------------------------------------------------------------------------------------ assembly
+
+
+def make_initramfs(program: bytes, modules: dict[str, bytes]) -> bytes:
+    """/init, the modules, and the order to load them in. Not compressed: reading two megabytes is
+    quicker for an emulated processor than unpacking one.
+    """
+    members = [cpio.directory(name) for name in DIRECTORIES]
+    members.append(cpio.character_device("dev/console", 5, 1))
+    members.append(cpio.file("init", program, 0o755))
+    members.append(cpio.file("modules/order", "".join(f"{name}.ko\n" for name in modules).encode()))
+    members += [cpio.file(f"modules/{name}.ko", content) for name, content in modules.items()]
+    return cpio.write_archive(members)
+
+
+def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes) -> GuestImage:
+    vmlinux = extract_vmlinux(kernel.image.read_bytes(), str(kernel.image))
+    modules = load_modules(find_modules(kernel.modules), read_builtin(kernel.modules), MODULES)
+    initramfs = make_initramfs(program, modules)
+    facts = msgspec.json.encode(_Facts(kernel.version, tuple(modules)))
+    digest = hash_of(vmlinux, initramfs, facts)
+    staging = scratch / digest
+    staging.mkdir(mode=0o755)
+    for name, content in (("vmlinux", vmlinux), ("initramfs", initramfs), ("image.json", facts)):
+        _write(staging / name, content)
+    final = guest / digest
+    try:
+        staging.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise  # it is there already, with the same content
+    _make_current(guest, scratch, digest)
+    _sweep(guest, scratch)
+    image = find_image(guest.parent)
+    assert image is not None
+    return image
+
+
+def hash_of(*parts: bytes) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()[:32]
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as out:
+        out.write(content)
+        out.flush()
+        os.fchmod(out.fileno(), 0o644)
+        os.fsync(out.fileno())
+
+
+def _make_current(guest: Path, scratch: Path, digest: str) -> None:
+    link = scratch / "current"
+    link.symlink_to(digest)
+    link.rename(guest / "current")
+    descriptor = os.open(guest, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(guest: Path, scratch: Path) -> None:
+    """Remove all images but the current and the one before, and what killed builds have left."""
+    current = (guest / "current").resolve()
+    images = [d for d in guest.iterdir() if (d / "image.json").exists() and not d.is_symlink()]
+    others = sorted((d for d in images if d != current), key=lambda d: d.stat().st_mtime)
+    left = [d for d in guest.glob(".build-*") if d != scratch]
+    for directory in (*others[:-1], *left):
+        shutil.rmtree(directory)
+
+
+async def _checked(argv: Sequence[str], *, timeout_s: float, cwd: str = "/") -> None:
+    done = await process.run(argv, timeout_s=timeout_s, cwd=cwd)
+    if done.status != 0:
+        said = (done.stdout[-2000:] + done.stderr[-4000:]).decode(errors="replace").strip()
+        raise BuildFailed(f"{' '.join(argv)} (status {done.status})", said)
