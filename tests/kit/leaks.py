@@ -2,13 +2,15 @@
 
 Only ours: what names the run's scratch directory, or lives in the run's own namespace or cgroup. `Census`
 is taken before and after a test and compared; `python -m tests.kit.leaks DIRECTORY` looks once for
-anything at all that still names it, for the end of a run.
+anything at all that still names it, for the end of a run; with `--end` first it also ends and releases that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -118,6 +120,19 @@ def left_over(mark: str) -> list[str]:
     ).since(Census())
 
 
+def end_all(mark: str) -> None:
+    """Kill what is left of a run that was broken off, and release its mounts and cgroups."""
+    for each in processes_naming(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(each.split()[0]), signal.SIGKILL)
+    for point in sorted(mounts_naming(mark), reverse=True):
+        subprocess.run(["umount", "--lazy", point], check=False)
+    end = time.monotonic() + 5
+    while processes_naming(mark) and time.monotonic() < end:
+        time.sleep(0.1)
+    remove_cgroups(Path(mark).name)
+
+
 def main(mark: str, patience_s: float = 10) -> int:
     """0 when nothing is left. Waits a little: the kernel takes a moment to end what was killed."""
     end = time.monotonic() + patience_s
@@ -129,4 +144,7 @@ def main(mark: str, patience_s: float = 10) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    if sys.argv[1] == "--end":
+        end_all(sys.argv[2])
+    else:
+        sys.exit(main(sys.argv[1]))
