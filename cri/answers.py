@@ -1,0 +1,248 @@
+"""Records as the CRI's messages. Pure: no clock, no files, no event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cri.proto import runtime_v1_pb2 as pb
+from sandbox.records import ContainerRecord, ContainerState, PodRecord, User
+from sandbox.spec import MountSpec, PidMode, PodSpec, Propagation, Resources
+from sandbox.stats import ContainerStats
+
+# ----------------------------------------------------------------------------------------- pods
+
+
+def pod_state(record: PodRecord) -> pb.PodSandboxState.ValueType:
+    return pb.SANDBOX_READY if record.ready else pb.SANDBOX_NOTREADY
+
+
+def _pod_metadata(spec: PodSpec) -> pb.PodSandboxMetadata:
+    return pb.PodSandboxMetadata(name=spec.name, uid=spec.uid, namespace=spec.namespace, attempt=spec.attempt)
+
+
+def pod_item(record: PodRecord) -> pb.PodSandbox:
+    return pb.PodSandbox(
+        id=record.id,
+        metadata=_pod_metadata(record.spec),
+        state=pod_state(record),
+        created_at=record.created_at_ns,
+        labels=record.spec.labels,
+        annotations=record.spec.annotations,
+        runtime_handler=record.spec.handler,
+    )
+
+
+_PID_MODES = {PidMode.POD: pb.POD, PidMode.CONTAINER: pb.CONTAINER, PidMode.TARGET: pb.TARGET}
+
+
+def pod_status(record: PodRecord) -> pb.PodSandboxStatus:
+    """A pod that has ended keeps its address: a kubelet reads it still."""
+    ips = record.network.ips if record.network else ()
+    options = pb.NamespaceOption(network=pb.POD, pid=_PID_MODES[record.spec.pid_mode], ipc=pb.POD)
+    return pb.PodSandboxStatus(
+        id=record.id,
+        metadata=_pod_metadata(record.spec),
+        state=pod_state(record),
+        created_at=record.created_at_ns,
+        network=pb.PodSandboxNetworkStatus(
+            ip=ips[0] if ips else "", additional_ips=[pb.PodIP(ip=ip) for ip in ips[1:]]
+        ),
+        linux=pb.LinuxPodSandboxStatus(namespaces=pb.Namespace(options=options)),
+        labels=record.spec.labels,
+        annotations=record.spec.annotations,
+        runtime_handler=record.spec.handler,
+    )
+
+
+# ------------------------------------------------------------------------------------ containers
+
+_STATES = {
+    ContainerState.CREATED: pb.CONTAINER_CREATED,
+    ContainerState.RUNNING: pb.CONTAINER_RUNNING,
+    ContainerState.EXITED: pb.CONTAINER_EXITED,
+    ContainerState.UNKNOWN: pb.CONTAINER_UNKNOWN,
+}
+
+
+def container_state(record: ContainerRecord) -> pb.ContainerState.ValueType:
+    return _STATES[record.state]
+
+
+def _container_metadata(record: ContainerRecord) -> pb.ContainerMetadata:
+    return pb.ContainerMetadata(name=record.spec.name, attempt=record.spec.attempt)
+
+
+def _image_spec(record: ContainerRecord) -> pb.ImageSpec:
+    return pb.ImageSpec(image=record.spec.image, user_specified_image=record.spec.user_specified_image)
+
+
+def container_item(record: ContainerRecord) -> pb.Container:
+    return pb.Container(
+        id=record.id,
+        pod_sandbox_id=record.pod_id,
+        metadata=_container_metadata(record),
+        image=_image_spec(record),
+        image_ref=record.image_ref,
+        image_id=record.image_id,
+        state=container_state(record),
+        created_at=record.created_at_ns,
+        labels=record.spec.labels,
+        annotations=record.spec.annotations,
+    )
+
+
+def container_status(record: ContainerRecord) -> pb.ContainerStatus:
+    return pb.ContainerStatus(
+        id=record.id,
+        metadata=_container_metadata(record),
+        state=container_state(record),
+        created_at=record.created_at_ns,
+        started_at=record.started_at_ns,
+        finished_at=record.finished_at_ns,
+        exit_code=record.exit_code,
+        image=_image_spec(record),
+        image_ref=record.image_ref,
+        image_id=record.image_id,
+        reason=record.reason,
+        message=record.message,
+        labels=record.spec.labels,
+        annotations=record.spec.annotations,
+        mounts=[_mount(mount) for mount in record.spec.mounts],
+        log_path=record.log_path,
+        resources=pb.ContainerResources(linux=_resources(record.resources)),
+        user=_user(record.user),
+        stop_signal=stop_signal(record.stop_signal),
+    )
+
+
+_PROPAGATION = {
+    Propagation.PRIVATE: pb.PROPAGATION_PRIVATE,
+    Propagation.HOST_TO_CONTAINER: pb.PROPAGATION_HOST_TO_CONTAINER,
+    Propagation.BIDIRECTIONAL: pb.PROPAGATION_BIDIRECTIONAL,
+}
+
+
+def _mount(mount: MountSpec) -> pb.Mount:
+    return pb.Mount(
+        container_path=mount.container_path,
+        host_path=mount.host_path,
+        readonly=mount.readonly,
+        recursive_read_only=mount.recursive_readonly,
+        propagation=_PROPAGATION[mount.propagation],
+        selinux_relabel=mount.selinux_relabel,
+    )
+
+
+def _resources(resources: Resources) -> pb.LinuxContainerResources:
+    return pb.LinuxContainerResources(
+        cpu_period=resources.cpu_period,
+        cpu_quota=resources.cpu_quota,
+        cpu_shares=resources.cpu_shares,
+        memory_limit_in_bytes=resources.memory_limit,
+        memory_swap_limit_in_bytes=resources.memory_swap_limit,
+        oom_score_adj=resources.oom_score_adj,
+        cpuset_cpus=resources.cpuset_cpus,
+        cpuset_mems=resources.cpuset_mems,
+        hugepage_limits=[
+            pb.HugepageLimit(page_size=size, limit=limit) for size, limit in resources.hugepage_limits.items()
+        ],
+        unified=resources.unified,
+    )
+
+
+def _user(user: User) -> pb.ContainerUser:
+    return pb.ContainerUser(
+        linux=pb.LinuxContainerUser(uid=user.uid, gid=user.gid, supplemental_groups=user.groups)
+    )
+
+
+def stop_signal(name: str) -> pb.Signal.ValueType:
+    """ "SIGRTMIN+3" as the CRI's number; what it has no number for is the runtime's default."""
+    wire = f"SIGNAL_{name.replace('+', 'PLUS').replace('-', 'MINUS')}"
+    return pb.Signal.Value(wire) if wire in pb.Signal.keys() else pb.SIGNAL_RUNTIME_DEFAULT  # noqa: SIM118
+
+
+# ----------------------------------------------------------------------------------- statistics
+
+
+def _count(value: int) -> pb.UInt64Value:
+    return pb.UInt64Value(value=value)
+
+
+def container_stats(
+    record: ContainerRecord, stats: ContainerStats | None, layers_mountpoint: str
+) -> pb.ContainerStats:
+    """Without `stats` (it does not run) only what the container is."""
+    attributes = pb.ContainerAttributes(
+        id=record.id,
+        metadata=_container_metadata(record),
+        labels=record.spec.labels,
+        annotations=record.spec.annotations,
+    )
+    if stats is None:
+        return pb.ContainerStats(attributes=attributes)
+    memory = pb.MemoryUsage(
+        timestamp=stats.at_ns,
+        working_set_bytes=_count(stats.memory_working_set),
+        usage_bytes=_count(stats.memory_usage),
+        rss_bytes=_count(stats.memory_rss),
+        page_faults=_count(stats.page_faults),
+        major_page_faults=_count(stats.major_page_faults),
+    )
+    if stats.memory_limit:
+        memory.available_bytes.value = max(0, stats.memory_limit - stats.memory_working_set)
+    return pb.ContainerStats(
+        attributes=attributes,
+        cpu=pb.CpuUsage(timestamp=stats.at_ns, usage_core_nano_seconds=_count(stats.cpu_usage_ns)),
+        memory=memory,
+        swap=pb.SwapUsage(timestamp=stats.at_ns, swap_usage_bytes=_count(stats.swap_usage)),
+        writable_layer=filesystem(layers_mountpoint, stats.at_ns, stats.layer_bytes, stats.layer_inodes),
+    )
+
+
+def filesystem(mountpoint: str, at_ns: int, used_bytes: int, inodes: int) -> pb.FilesystemUsage:
+    return pb.FilesystemUsage(
+        timestamp=at_ns,
+        fs_id=pb.FilesystemIdentifier(mountpoint=mountpoint),
+        used_bytes=_count(used_bytes),
+        inodes_used=_count(inodes),
+    )
+
+
+# -------------------------------------------------------------------------------------- filters
+
+
+def labels_match(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    return all(labels.get(key) == value for key, value in selector.items())
+
+
+def matching_pods(
+    records: Sequence[PodRecord], filter: pb.PodSandboxFilter | pb.PodSandboxStatsFilter
+) -> list[PodRecord]:
+    """Conditions add up; an id may be the beginning of one (crictl prints 13 digits)."""
+    state = (
+        filter.state.state if isinstance(filter, pb.PodSandboxFilter) and filter.HasField("state") else None
+    )
+    return [
+        record
+        for record in records
+        if record.id.startswith(filter.id)
+        and (state is None or pod_state(record) == state)
+        and labels_match(record.spec.labels, filter.label_selector)
+    ]
+
+
+def matching_containers(
+    records: Sequence[ContainerRecord], filter: pb.ContainerFilter | pb.ContainerStatsFilter
+) -> list[ContainerRecord]:
+    state = (
+        filter.state.state if isinstance(filter, pb.ContainerFilter) and filter.HasField("state") else None
+    )
+    return [
+        record
+        for record in records
+        if record.id.startswith(filter.id)
+        and record.pod_id.startswith(filter.pod_sandbox_id)
+        and (state is None or container_state(record) == state)
+        and labels_match(record.spec.labels, filter.label_selector)
+    ]

@@ -1,0 +1,55 @@
+"""List answers without encoding every item again.
+
+A kubelet asks for both lists every second, and most items have not changed since. Records are
+immutable, so the bytes made of one stay right for as long as that very object is listed. A message
+of the form `repeated Item items = 1` is the concatenation of its encoded items (protobuf encoding,
+"Last One Wins"), each behind its tag and length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+R = TypeVar("R")
+
+ITEM_TAG = b"\x0a"  # field 1, length-delimited
+
+
+class EncodedList(Generic[R]):
+    """The bytes of a list message, remembered per item."""
+
+    def __init__(self, key: Callable[[R], Hashable], encode: Callable[[R], Message]) -> None:
+        self._key = key
+        self._encode = encode
+        self._known: dict[Hashable, tuple[R, bytes]] = {}
+
+    def of(self, records: Iterable[R]) -> bytes:
+        return b"".join([self._item(record) for record in records])
+
+    def keep_only(self, records: Iterable[R]) -> None:
+        """Forget the items that are no more. Call it with a whole list, not a filtered one."""
+        live = {self._key(record) for record in records}
+        if len(live) < len(self._known):
+            self._known = {key: item for key, item in self._known.items() if key in live}
+
+    def _item(self, record: R) -> bytes:
+        key = self._key(record)
+        known = self._known.get(key)
+        if known is not None and known[0] is record:
+            return known[1]
+        body = self._encode(record).SerializeToString()
+        item = ITEM_TAG + _varint(len(body)) + body
+        self._known[key] = (record, item)
+        return item
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)

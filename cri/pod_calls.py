@@ -1,0 +1,56 @@
+"""The CRI's calls about pod sandboxes."""
+
+from __future__ import annotations
+
+import time
+
+from cri import answers
+from cri.encoded import EncodedList
+from cri.flights import Flights
+from cri.observe import as_json
+from cri.ports import Pods
+from cri.proto import runtime_v1_pb2 as pb
+from cri.translate import pod_spec
+from sandbox.records import ContainerRecord, PodRecord
+
+
+class PodCalls:
+    def __init__(self, pods: Pods, flights: Flights) -> None:
+        self._pods = pods
+        self._flights = flights
+        self._items = EncodedList[PodRecord](lambda record: record.id, answers.pod_item)
+
+    async def RunPodSandbox(self, request: pb.RunPodSandboxRequest) -> pb.RunPodSandboxResponse:
+        spec = pod_spec(request.config, request.runtime_handler)
+        key = ("run-pod", spec.namespace, spec.name, spec.uid, spec.attempt)
+        pod_id = await self._flights.join(key, lambda: self._pods.run(spec))
+        return pb.RunPodSandboxResponse(pod_sandbox_id=pod_id)
+
+    async def StopPodSandbox(self, request: pb.StopPodSandboxRequest) -> pb.StopPodSandboxResponse:
+        id = request.pod_sandbox_id
+        await self._flights.join(("stop-pod", id), lambda: self._pods.stop(id))
+        return pb.StopPodSandboxResponse()
+
+    async def RemovePodSandbox(self, request: pb.RemovePodSandboxRequest) -> pb.RemovePodSandboxResponse:
+        id = request.pod_sandbox_id
+        await self._flights.join(("remove-pod", id), lambda: self._pods.remove(id))
+        return pb.RemovePodSandboxResponse()
+
+    async def PodSandboxStatus(self, request: pb.PodSandboxStatusRequest) -> pb.PodSandboxStatusResponse:
+        record = self._pods.find(request.pod_sandbox_id)
+        response = pb.PodSandboxStatusResponse(
+            status=answers.pod_status(record),
+            containers_statuses=[answers.container_status(one) for one in self._containers_of(record)],
+            timestamp=time.time_ns(),
+        )
+        if request.verbose:
+            response.info["info"] = as_json(await self._pods.describe(record))
+        return response
+
+    def _containers_of(self, record: PodRecord) -> list[ContainerRecord]:
+        return sorted(self._pods.containers_of(record.id), key=lambda one: one.created_at_ns)
+
+    async def ListPodSandbox(self, request: pb.ListPodSandboxRequest) -> bytes:
+        records = self._pods.list()
+        self._items.keep_only(records)
+        return self._items.of(answers.matching_pods(records, request.filter))

@@ -1,0 +1,84 @@
+"""What the services need of the rest, as they see it. `cri/daemon.py` plugs the real objects in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from network.attach import NetworkStatus
+from sandbox.records import ContainerRecord, PodRecord
+from sandbox.spec import ContainerId, ContainerSpec, PodId, PodSpec, Resources, Value
+from sandbox.stats import ContainerStats
+
+
+class ExecResult(Protocol):
+    @property
+    def exit_code(self) -> int: ...
+    @property
+    def stdout(self) -> bytes: ...
+    @property
+    def stderr(self) -> bytes: ...
+
+
+class Pods(Protocol):
+    """`find` raises NotFound; `stop` and `remove` do not mind an unknown id."""
+
+    async def run(self, spec: PodSpec) -> PodId: ...
+    async def stop(self, id: str) -> None: ...
+    async def remove(self, id: str) -> None: ...
+    def find(self, id: str) -> PodRecord: ...
+    def list(self) -> Sequence[PodRecord]: ...
+    def containers_of(self, pod_id: PodId) -> Sequence[ContainerRecord]: ...
+    async def describe(self, record: PodRecord) -> Mapping[str, object]: ...
+
+
+class Containers(Protocol):
+    """`find` raises NotFound; `stop` and `remove` do not mind an unknown id."""
+
+    async def create(self, pod_id: str, spec: ContainerSpec) -> ContainerId: ...
+    async def start(self, id: str) -> None: ...
+    async def stop(self, id: str, timeout_s: float) -> None: ...
+    async def remove(self, id: str) -> None: ...
+    def find(self, id: str) -> ContainerRecord: ...
+    def list(self) -> Sequence[ContainerRecord]: ...
+    async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult: ...
+    async def reopen_log(self, id: str) -> None: ...
+    async def update(self, id: str, resources: Resources) -> None: ...
+    async def stats(self, ids: Sequence[ContainerId]) -> Sequence[ContainerStats]: ...
+    async def describe(self, record: ContainerRecord) -> Mapping[str, object]: ...
+
+
+class Networks(Protocol):
+    def status(self) -> NetworkStatus: ...
+    def update_pod_cidr(self, cidr: str) -> None: ...
+
+
+class Condition(Value, frozen=True, kw_only=True):
+    """A condition as Kubernetes has it; `reason` is one CamelCase word."""
+
+    ready: bool
+    reason: str = ""
+    message: str = ""
+
+
+class Features(Value, frozen=True, kw_only=True):
+    """What every handler can do; a kubelet asks for no more than is announced here."""
+
+    recursive_read_only_mounts: bool = True
+    user_namespaces: bool = False
+    supplemental_groups_policy: bool = True
+
+
+class Node(Protocol):
+    """The runtime as a whole."""
+
+    features: Features
+
+    def handlers(self) -> Sequence[str]:
+        """Names of the runtime handlers, the default "" among them."""
+
+    def condition(self) -> Condition:
+        """Whether VMs can be started at all."""
+
+    async def describe(self) -> Mapping[str, object]:
+        """Accelerator and why, versions, configuration in force."""

@@ -1,0 +1,32 @@
+"""The RuntimeService of the CRI: one file per concern, put together here."""
+
+from __future__ import annotations
+
+from cri.container_calls import ContainerCalls
+from cri.flights import Flights
+from cri.node_calls import NodeCalls
+from cri.pod_calls import PodCalls
+from cri.ports import Containers, Networks, Node, Pods
+from cri.proto import runtime_v1_pb2 as pb
+from cri.server import Service
+
+
+def runtime_service(
+    *,
+    pods: Pods,
+    containers: Containers,
+    networks: Networks,
+    node: Node,
+    flights: Flights,
+    version: str,
+    layers_mountpoint: str,
+) -> Service:
+    """`layers_mountpoint` is a path on the filesystem of the containers' writable layers."""
+    return Service(
+        descriptor=pb.DESCRIPTOR.services_by_name["RuntimeService"],
+        parts=(
+            PodCalls(pods, flights),
+            ContainerCalls(containers, flights, layers_mountpoint),
+            NodeCalls(node, networks, version),
+        ),
+    )

@@ -1,0 +1,151 @@
+"""The gRPC server on its unix socket.
+
+Handlers are built from the descriptors of cri/proto: a service is any objects that have async
+methods named as the rpcs (async generators for the streaming ones); what none of them has answers
+UNIMPLEMENTED. The socket belongs to root alone, as whoever may write to it is root on the node.
+
+A crash leaves the socket file behind; the next start removes it once nobody answers on it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+
+from cri.edge import Answer, Context, Edge, Request
+from cri.errors import NotOffered
+
+MESSAGE_MAX = 16 << 20  # what every client of the CRI receives and may send
+ANSWER_TIMEOUT_S = 1.0
+
+
+class SocketTaken(Exception):
+    """Another daemon answers on the socket, or something that is no socket lies there."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    descriptor: ServiceDescriptor
+    parts: Sequence[object]  # asked in order for each rpc
+
+
+class Server:
+    def __init__(self, path: Path, services: Sequence[Service], edge: Edge) -> None:
+        self._path = path
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", MESSAGE_MAX),
+                ("grpc.max_send_message_length", MESSAGE_MAX),
+            )
+        )
+        self._server.add_generic_rpc_handlers([_handlers(service, edge) for service in services])
+
+    async def start(self) -> None:
+        """Serve. Raises SocketTaken, OSError."""
+        self._path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        remove_stale(self._path)
+        with _umask(0o177):  # the socket is made with its final mode: no moment open to others
+            self._server.add_insecure_port(f"unix:{self._path}")
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls, let running ones end for `grace_s`, then cut them off."""
+        await self._server.stop(grace_s)
+        self._path.unlink(missing_ok=True)
+
+    async def wait(self) -> None:
+        await self._server.wait_for_termination()
+
+
+def remove_stale(path: Path) -> None:
+    """Remove the socket that a killed daemon left. Raises SocketTaken."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise SocketTaken(path, "is there and is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(ANSWER_TIMEOUT_S)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise SocketTaken(path, f"cannot be tried: {error}") from error
+    raise SocketTaken(path, "another daemon answers there; stop it, or choose another --socket")
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+# ------------------------------------------------------------------------------------ handlers
+
+
+def _handlers(service: Service, edge: Edge) -> grpc.GenericRpcHandler:
+    methods = {method.name: _handler(method, service.parts, edge) for method in service.descriptor.methods}
+    return grpc.method_handlers_generic_handler(service.descriptor.full_name, methods)
+
+
+def _handler(
+    method: MethodDescriptor, parts: Sequence[object], edge: Edge
+) -> grpc.RpcMethodHandler[Any, Any]:
+    name = method.name
+    call = next((getattr(part, name) for part in parts if hasattr(part, name)), None)
+    make: Callable[..., grpc.RpcMethodHandler[Any, Any]]
+    behaviour: Callable[[Request, Context], Any]
+    if method.server_streaming:
+        behaviour = edge.stream(name, call or _not_offered_stream(name))
+        make = grpc.unary_stream_rpc_method_handler
+    else:
+        behaviour = edge.unary(name, call or _not_offered(name))
+        make = grpc.unary_unary_rpc_method_handler
+    return make(
+        behaviour,
+        request_deserializer=GetMessageClass(method.input_type).FromString,
+        response_serializer=_serialize,
+    )
+
+
+def _serialize(answer: Answer) -> bytes:
+    """List answers come as bytes already (see `encoded`)."""
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()
+
+
+def _not_offered(name: str) -> Callable[[Request], Any]:
+    async def refuse(request: Request) -> Answer:
+        raise NotOffered(name)
+
+    return refuse
+
+
+def _not_offered_stream(name: str) -> Callable[[Request], AsyncIterator[Answer]]:
+    async def refuse(request: Request) -> AsyncIterator[Answer]:
+        no_answers: Sequence[Answer] = ()
+        for answer in no_answers:  # makes it a generator
+            yield answer
+        raise NotOffered(name)
+
+    return refuse

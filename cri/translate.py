@@ -1,0 +1,249 @@
+"""Requests as values: the only place that reads a pod's or a container's configuration.
+
+Every field is used, or refused with its full path (InvalidSpec), or listed with a reason in
+tests/unit/test_translate_fates.py: nothing is dropped in silence.
+Pure: no clock, no files, no event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cri.fields import (
+    absolute,
+    absolute_or_empty,
+    checked_ids,
+    one_of,
+    optional_id,
+    refuse_message,
+    required,
+)
+from cri.proto import runtime_v1_pb2 as pb
+from cri.translate_security import (
+    check_namespaces,
+    pid_mode,
+    refuse_apparmor,
+    refuse_selinux,
+    seccomp,
+    security_spec,
+)
+from sandbox.errors import InvalidSpec
+from sandbox.spec import (
+    ContainerSpec,
+    DeviceSpec,
+    Dns,
+    MountSpec,
+    PidMode,
+    PodSpec,
+    PortMapping,
+    Propagation,
+    Resources,
+)
+
+# ----------------------------------------------------------------------------------------- pods
+
+
+def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
+    """Raises InvalidSpec."""
+    at = "config"
+    refuse_message(config, "windows", at, "a pod's VM runs Linux")
+    linux = config.linux
+    security = linux.security_context
+    deep = f"{at}.linux.security_context"
+    refuse_selinux(security.selinux_options, f"{deep}.selinux_options")
+    refuse_apparmor(security, deep, older="")
+    one_of(
+        pb.SupplementalGroupsPolicy, security.supplemental_groups_policy, f"{deep}.supplemental_groups_policy"
+    )
+    run_as_user = optional_id(security, "run_as_user", deep)
+    run_as_group = optional_id(security, "run_as_group", deep)
+    if run_as_group is not None and run_as_user is None:
+        raise InvalidSpec(f"{deep}.run_as_group", "is set without run_as_user", "both or none")
+    return PodSpec(
+        name=required(config.metadata.name, f"{at}.metadata.name"),
+        namespace=required(config.metadata.namespace, f"{at}.metadata.namespace"),
+        uid=required(config.metadata.uid, f"{at}.metadata.uid"),
+        attempt=config.metadata.attempt,
+        handler=handler,
+        hostname=config.hostname,
+        log_directory=absolute_or_empty(config.log_directory, f"{at}.log_directory"),
+        labels=dict(config.labels),
+        annotations=dict(config.annotations),
+        dns=Dns(
+            servers=tuple(config.dns_config.servers),
+            searches=tuple(config.dns_config.searches),
+            options=tuple(config.dns_config.options),
+        ),
+        port_mappings=tuple(
+            _port_mapping(mapping, f"{at}.port_mappings[{n}]")
+            for n, mapping in enumerate(config.port_mappings)
+        ),
+        sysctls=dict(linux.sysctls),
+        cgroup_parent=linux.cgroup_parent,
+        resources=resources(linux.resources, f"{at}.linux.resources"),
+        overhead=resources(linux.overhead, f"{at}.linux.overhead"),
+        pid_mode=_pod_pid_mode(security.namespace_options, f"{deep}.namespace_options"),
+        privileged=security.privileged,
+        run_as_user=run_as_user,
+        run_as_group=run_as_group,
+        supplemental_groups=checked_ids(security.supplemental_groups, f"{deep}.supplemental_groups"),
+        readonly_rootfs=security.readonly_rootfs,
+        seccomp=seccomp(security, deep),
+    )
+
+
+def _port_mapping(mapping: pb.PortMapping, at: str) -> PortMapping:
+    name = one_of(pb.Protocol, mapping.protocol, f"{at}.protocol")
+    for field, number in (("container_port", mapping.container_port), ("host_port", mapping.host_port)):
+        if not 0 <= number <= 65535:
+            raise InvalidSpec(f"{at}.{field}", f"{number} is not a port", "0 to 65535")
+    if mapping.host_port and not mapping.container_port:
+        raise InvalidSpec(f"{at}.container_port", "is missing", "1 to 65535")
+    return PortMapping(
+        protocol=name.lower(),
+        container_port=mapping.container_port,
+        host_port=mapping.host_port,
+        host_ip=mapping.host_ip,
+    )
+
+
+def _pod_pid_mode(options: pb.NamespaceOption, at: str) -> PidMode:
+    check_namespaces(options, at)
+    mode = pid_mode(options, at)
+    if mode is PidMode.TARGET:
+        raise InvalidSpec(f"{at}.pid", "a sandbox has no target", "POD, CONTAINER")
+    return mode
+
+
+# ------------------------------------------------------------------------------------ containers
+
+
+def container_spec(config: pb.ContainerConfig) -> ContainerSpec:
+    """Raises InvalidSpec.
+
+    The pod's configuration, which a client repeats in CreateContainer, is not looked at: the
+    sandbox is what it was started as.
+    """
+    at = "config"
+    refuse_message(config, "windows", at, "a pod's VM runs Linux")
+    if config.CDI_devices:
+        raise InvalidSpec(f"{at}.CDI_devices", "devices by CDI are not offered", "an empty list")
+    return ContainerSpec(
+        name=required(config.metadata.name, f"{at}.metadata.name"),
+        attempt=config.metadata.attempt,
+        image=required(config.image.image, f"{at}.image.image"),
+        user_specified_image=config.image.user_specified_image,
+        command=tuple(config.command),
+        args=tuple(config.args),
+        working_dir=absolute_or_empty(config.working_dir, f"{at}.working_dir"),
+        envs=tuple(_env(env, f"{at}.envs[{n}]") for n, env in enumerate(config.envs)),
+        mounts=tuple(_mount(mount, f"{at}.mounts[{n}]") for n, mount in enumerate(config.mounts)),
+        devices=tuple(_device(device, f"{at}.devices[{n}]") for n, device in enumerate(config.devices)),
+        labels=dict(config.labels),
+        annotations=dict(config.annotations),
+        log_path=config.log_path,
+        stdin=config.stdin,
+        stdin_once=config.stdin_once,
+        tty=config.tty,
+        resources=resources(config.linux.resources, f"{at}.linux.resources"),
+        security=security_spec(config.linux.security_context, f"{at}.linux.security_context"),
+        stop_signal=_stop_signal(config.stop_signal, f"{at}.stop_signal"),
+    )
+
+
+def _env(env: pb.KeyValue, at: str) -> tuple[str, bytes]:
+    if not env.key or "=" in env.key or "\0" in env.key:
+        raise InvalidSpec(f"{at}.key", f"{env.key!r} is not a variable's name", "text without = and NUL")
+    if b"\0" in env.value:
+        raise InvalidSpec(f"{at}.value", "has a NUL byte in it", "bytes without NUL")
+    return env.key, env.value
+
+
+_PROPAGATION = {
+    pb.PROPAGATION_PRIVATE: Propagation.PRIVATE,
+    pb.PROPAGATION_HOST_TO_CONTAINER: Propagation.HOST_TO_CONTAINER,
+}
+
+
+def _mount(mount: pb.Mount, at: str) -> MountSpec:
+    if mount.HasField("image") or mount.image_sub_path:
+        field = "image" if mount.HasField("image") else "image_sub_path"
+        raise InvalidSpec(f"{at}.{field}", "image volumes are not offered", "a host_path")
+    if mount.mount_options:
+        raise InvalidSpec(f"{at}.mount_options", "mount options are not offered", "an empty list")
+    for field in ("uidMappings", "gidMappings"):
+        if getattr(mount, field):
+            raise InvalidSpec(f"{at}.{field}", "user namespaces are not offered", "an empty list")
+    propagation = _propagation(mount, at)
+    if mount.recursive_read_only and not mount.readonly:
+        raise InvalidSpec(f"{at}.recursive_read_only", "is set on a writable mount", "readonly as well")
+    if mount.recursive_read_only and propagation is not Propagation.PRIVATE:
+        raise InvalidSpec(f"{at}.recursive_read_only", "does not go with propagation", "PROPAGATION_PRIVATE")
+    return MountSpec(
+        container_path=absolute(mount.container_path, f"{at}.container_path"),
+        host_path=absolute(mount.host_path, f"{at}.host_path"),
+        readonly=mount.readonly,
+        recursive_readonly=mount.recursive_read_only,
+        propagation=propagation,
+        selinux_relabel=mount.selinux_relabel,
+    )
+
+
+def _propagation(mount: pb.Mount, at: str) -> Propagation:
+    name = one_of(pb.MountPropagation, mount.propagation, f"{at}.propagation")
+    if mount.propagation not in _PROPAGATION:
+        problem = f"{name}: what a container mounts stays inside its VM"
+        raise InvalidSpec(f"{at}.propagation", problem, "PROPAGATION_PRIVATE, PROPAGATION_HOST_TO_CONTAINER")
+    return _PROPAGATION[mount.propagation]
+
+
+def _device(device: pb.Device, at: str) -> DeviceSpec:
+    permissions = device.permissions or "rwm"
+    if set(permissions) - set("rwm"):
+        raise InvalidSpec(f"{at}.permissions", f"{permissions!r} are not permissions", "of r, w and m")
+    return DeviceSpec(
+        container_path=absolute(device.container_path, f"{at}.container_path"),
+        host_path=absolute(device.host_path, f"{at}.host_path"),
+        permissions=permissions,
+    )
+
+
+def _stop_signal(number: int, at: str) -> str:
+    name = one_of(pb.Signal, number, at).removeprefix("SIGNAL_")
+    if number == pb.SIGNAL_RUNTIME_DEFAULT:
+        return ""
+    return name.replace("PLUS", "+").replace("MINUS", "-")
+
+
+# ------------------------------------------------------------------------------------- resources
+
+
+def resources(wire: pb.LinuxContainerResources, at: str) -> Resources:
+    """Raises InvalidSpec. 0 and "" mean "not given", there and here."""
+    for field in ("cpu_period", "cpu_shares", "memory_limit_in_bytes"):
+        if getattr(wire, field) < 0:
+            raise InvalidSpec(f"{at}.{field}", f"{getattr(wire, field)} is negative", "0 or more")
+    if not -1000 <= wire.oom_score_adj <= 1000:
+        raise InvalidSpec(f"{at}.oom_score_adj", f"{wire.oom_score_adj} is out of range", "-1000 to 1000")
+    return Resources(
+        cpu_period=wire.cpu_period,
+        cpu_quota=wire.cpu_quota,
+        cpu_shares=wire.cpu_shares,
+        memory_limit=wire.memory_limit_in_bytes,
+        memory_swap_limit=wire.memory_swap_limit_in_bytes,
+        oom_score_adj=wire.oom_score_adj,
+        cpuset_cpus=wire.cpuset_cpus,
+        cpuset_mems=wire.cpuset_mems,
+        hugepage_limits=_hugepages(wire.hugepage_limits, f"{at}.hugepage_limits"),
+        unified=dict(wire.unified),
+    )
+
+
+def _hugepages(limits: Iterable[pb.HugepageLimit], at: str) -> dict[str, int]:
+    return {required(limit.page_size, f"{at}[{n}].page_size"): limit.limit for n, limit in enumerate(limits)}
+
+
+def update_resources(request: pb.UpdateContainerResourcesRequest) -> Resources:
+    """Raises InvalidSpec. The annotations of this call are hints to the runtime; there are none for Husk."""
+    refuse_message(request, "windows", "", "a pod's VM runs Linux")
+    return resources(request.linux, "linux")

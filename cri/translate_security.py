@@ -1,0 +1,133 @@
+"""The security half of `translate`: namespaces, users, capabilities, profiles. Pure."""
+
+from __future__ import annotations
+
+from cri.fields import absolute, absolutes, checked_ids, one_of, optional_id
+from cri.proto import runtime_v1_pb2 as pb
+from sandbox.errors import InvalidSpec
+from sandbox.spec import GroupsPolicy, PidMode, Seccomp, SeccompKind, SecuritySpec
+
+_GROUPS = {pb.Merge: GroupsPolicy.MERGE, pb.Strict: GroupsPolicy.STRICT}
+
+
+def security_spec(security: pb.LinuxContainerSecurityContext, at: str) -> SecuritySpec:
+    refuse_selinux(security.selinux_options, f"{at}.selinux_options")
+    refuse_apparmor(security, at, older=security.apparmor_profile)
+    one_of(
+        pb.SupplementalGroupsPolicy, security.supplemental_groups_policy, f"{at}.supplemental_groups_policy"
+    )
+    options = security.namespace_options
+    check_namespaces(options, f"{at}.namespace_options")
+    run_as_user = optional_id(security, "run_as_user", at)
+    run_as_group = optional_id(security, "run_as_group", at)
+    if run_as_group is not None and run_as_user is None and not security.run_as_username:
+        raise InvalidSpec(
+            f"{at}.run_as_group", "is set without a user", "run_as_user or run_as_username as well"
+        )
+    return SecuritySpec(
+        privileged=security.privileged,
+        add_capabilities=tuple(security.capabilities.add_capabilities),
+        drop_capabilities=tuple(security.capabilities.drop_capabilities),
+        ambient_capabilities=tuple(security.capabilities.add_ambient_capabilities),
+        pid_mode=pid_mode(options, f"{at}.namespace_options"),
+        pid_target=options.target_id,
+        run_as_user=run_as_user,
+        run_as_username=security.run_as_username,
+        run_as_group=run_as_group,
+        supplemental_groups=checked_ids(security.supplemental_groups, f"{at}.supplemental_groups"),
+        groups_policy=_GROUPS[security.supplemental_groups_policy],
+        readonly_rootfs=security.readonly_rootfs,
+        no_new_privs=security.no_new_privs,
+        masked_paths=absolutes(security.masked_paths, f"{at}.masked_paths"),
+        readonly_paths=absolutes(security.readonly_paths, f"{at}.readonly_paths"),
+        seccomp=seccomp(security, at),
+    )
+
+
+def check_namespaces(options: pb.NamespaceOption, at: str) -> None:
+    """Network and IPC are the VM's, so only the pod's can be had.
+
+    Host namespaces would have to be another kernel's: a pod that needs them has to run under
+    another runtime.
+    """
+    advice = "in a VM the node's own cannot be had; give the pod a RuntimeClass of a runtime without VMs"
+    for field in ("network", "pid", "ipc"):
+        mode = one_of(pb.NamespaceMode, getattr(options, field), f"{at}.{field}")
+        if mode == "NODE":
+            raise InvalidSpec(f"{at}.{field}", f"NODE: {advice}", "POD")
+        if mode != "POD" and field != "pid":
+            raise InvalidSpec(f"{at}.{field}", f"{mode}: the containers of a pod share it", "POD")
+    if options.HasField("userns_options"):
+        _check_user_namespace(options.userns_options, f"{at}.userns_options")
+    if options.target_id and options.pid != pb.TARGET:
+        raise InvalidSpec(f"{at}.target_id", "is set without pid TARGET", "an empty id")
+
+
+def _check_user_namespace(options: pb.UserNamespace, at: str) -> None:
+    mode = one_of(pb.NamespaceMode, options.mode, f"{at}.mode")
+    if mode != "NODE":
+        raise InvalidSpec(f"{at}.mode", f"{mode}: user namespaces are not offered", "NODE")
+    for field in ("uids", "gids"):
+        if getattr(options, field):
+            raise InvalidSpec(f"{at}.{field}", "user namespaces are not offered", "an empty list")
+
+
+_PID_MODES = {pb.POD: PidMode.POD, pb.CONTAINER: PidMode.CONTAINER, pb.TARGET: PidMode.TARGET}
+
+
+def pid_mode(options: pb.NamespaceOption, at: str) -> PidMode:
+    if options.pid == pb.TARGET and not options.target_id:
+        raise InvalidSpec(f"{at}.target_id", "is missing, with pid TARGET", "a container's id")
+    return _PID_MODES[options.pid]
+
+
+def seccomp(security: pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityContext, at: str) -> Seccomp:
+    """`seccomp` wins over the older string; neither means unconfined ."""
+    if not security.HasField("seccomp"):
+        return _older_seccomp(security.seccomp_profile_path, f"{at}.seccomp_profile_path")
+    profile = security.seccomp
+    kind = _profile_type(profile, f"{at}.seccomp")
+    if kind == "Localhost":
+        path = profile.localhost_ref.removeprefix("localhost/")
+        return Seccomp(kind=SeccompKind.LOCALHOST, path=absolute(path, f"{at}.seccomp.localhost_ref"))
+    if profile.localhost_ref:
+        raise InvalidSpec(f"{at}.seccomp.localhost_ref", f"is set with {kind}", "an empty path, or Localhost")
+    return Seccomp(kind=SeccompKind.UNCONFINED if kind == "Unconfined" else SeccompKind.RUNTIME_DEFAULT)
+
+
+def _older_seccomp(path: str, at: str) -> Seccomp:
+    if path in ("", "unconfined"):
+        return Seccomp()
+    if path in ("runtime/default", "docker/default"):
+        return Seccomp(kind=SeccompKind.RUNTIME_DEFAULT)
+    if path.startswith("localhost/"):
+        return Seccomp(kind=SeccompKind.LOCALHOST, path=absolute(path.removeprefix("localhost/"), at))
+    raise InvalidSpec(
+        at, f"{path!r} is not a profile", "unconfined, runtime/default, localhost/<absolute path>"
+    )
+
+
+def refuse_apparmor(
+    security: pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityContext, at: str, older: str
+) -> None:
+    """`apparmor` wins over the older string. The guest's kernel has no profiles loaded."""
+    if security.HasField("apparmor"):
+        kind = _profile_type(security.apparmor, f"{at}.apparmor")
+        if kind != "Unconfined":
+            raise InvalidSpec(
+                f"{at}.apparmor.profile_type", f"{kind}: the guest has no AppArmor", "Unconfined"
+            )
+        if security.apparmor.localhost_ref:
+            raise InvalidSpec(f"{at}.apparmor.localhost_ref", "the guest has no AppArmor", "an empty name")
+    elif older not in ("", "unconfined"):
+        raise InvalidSpec(f"{at}.apparmor_profile", f"{older!r}: the guest has no AppArmor", "unconfined")
+
+
+def _profile_type(profile: pb.SecurityProfile, at: str) -> str:
+    return one_of(pb.SecurityProfile.ProfileType, profile.profile_type, f"{at}.profile_type")
+
+
+def refuse_selinux(options: pb.SELinuxOption, at: str) -> None:
+    for field in ("user", "role", "type", "level"):
+        if getattr(options, field):
+            raise InvalidSpec(f"{at}.{field}", "the guest has no SELinux", "an empty label")

@@ -1,0 +1,192 @@
+"""Stand-ins for what the CRI's services call: pods and containers that are records and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from cri.ports import Condition, Features
+from network.attach import Attachment, NetworkStatus
+from sandbox.errors import NotFound, Reserved, WrongState
+from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
+from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, PodId, PodSpec, Resources
+from sandbox.stats import ContainerStats
+
+T = TypeVar("T")
+
+replace = msgspec.structs.replace
+
+IMAGE_ID = "sha256:" + "1" * 64
+BORN_NS = 1_700_000_000_000_000_000
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+
+
+@dataclass
+class FakePods:
+    records: dict[str, PodRecord] = field(default_factory=dict)
+    containers: FakeContainers | None = None
+    gate: asyncio.Event | None = None  # `run` waits for it
+    runs: int = 0
+    failure: Exception | None = None
+    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    async def run(self, spec: PodSpec) -> PodId:
+        self.runs += 1
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        for record in self.records.values():
+            if (record.spec.name, record.spec.attempt) == (spec.name, spec.attempt):
+                raise Reserved(spec.name, record.id)
+        id = PodId(f"{next(self.numbers):064x}"[::-1])
+        network = Attachment(netns="/run/netns/x", ips=("10.9.0.2", "fd00::2"))
+        self.records[id] = PodRecord(
+            id=id, spec=spec, created_at_ns=BORN_NS, state=PodState.READY, network=network
+        )
+        return id
+
+    async def stop(self, id: str) -> None:
+        if id in self.records:
+            self.records[id] = replace(self.records[id], state=PodState.NOT_READY)
+
+    async def remove(self, id: str) -> None:
+        self.records.pop(id, None)
+
+    def find(self, id: str) -> PodRecord:
+        return _find("sandbox", id, self.records)
+
+    def list(self) -> Sequence[PodRecord]:
+        return list(self.records.values())
+
+    def containers_of(self, pod_id: PodId) -> Sequence[ContainerRecord]:
+        if self.containers is None:
+            return []
+        return [record for record in self.containers.records.values() if record.pod_id == pod_id]
+
+    async def describe(self, record: PodRecord) -> Mapping[str, object]:
+        return {"accelerator": "tcg", "pid": 4711}
+
+
+@dataclass
+class FakeContainers:
+    pods: FakePods
+    records: dict[str, ContainerRecord] = field(default_factory=dict)
+    stops: list[tuple[str, float]] = field(default_factory=list)
+    execs: list[tuple[Sequence[str], float | None]] = field(default_factory=list)
+    reopened: list[str] = field(default_factory=list)
+    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(10))
+
+    async def create(self, pod_id: str, spec: ContainerSpec) -> ContainerId:
+        pod = self.pods.find(pod_id)
+        id = ContainerId(f"{next(self.numbers):064x}"[::-1])
+        self.records[id] = ContainerRecord(
+            id=id,
+            pod_id=pod.id,
+            spec=spec,
+            created_at_ns=BORN_NS,
+            image_id=IMAGE_ID,
+            image_ref=IMAGE_ID,
+            defaults=ImageDefaults(),
+            resources=spec.resources,
+            stop_signal=spec.stop_signal or "SIGTERM",
+        )
+        return id
+
+    async def start(self, id: str) -> None:
+        record = self.find(id)
+        if record.state is not ContainerState.CREATED:
+            raise WrongState("container", id, record.state, "created")
+        self.records[id] = replace(record, state=ContainerState.RUNNING, started_at_ns=BORN_NS + 1)
+
+    async def stop(self, id: str, timeout_s: float) -> None:
+        self.stops.append((id, timeout_s))
+        if id in self.records:
+            ended = {"exit_code": 137, "reason": "Error", "finished_at_ns": BORN_NS + 2}
+            self.records[id] = replace(self.records[id], state=ContainerState.EXITED, **ended)
+
+    async def remove(self, id: str) -> None:
+        self.records.pop(id, None)
+
+    def find(self, id: str) -> ContainerRecord:
+        return _find("container", id, self.records)
+
+    def list(self) -> Sequence[ContainerRecord]:
+        return list(self.records.values())
+
+    async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult:
+        if self.find(id).state is not ContainerState.RUNNING:
+            raise WrongState("container", id, self.find(id).state, "running")
+        self.execs.append((cmd, timeout_s))
+        return ExecResult(3, b"out\n", b"err\n")
+
+    async def reopen_log(self, id: str) -> None:
+        self.reopened.append(id)
+
+    async def update(self, id: str, resources: Resources) -> None:
+        self.records[id] = replace(self.find(id), resources=resources)
+
+    async def stats(self, ids: Sequence[ContainerId]) -> Sequence[ContainerStats]:
+        return [
+            ContainerStats(
+                container_id=id,
+                at_ns=BORN_NS + 5,
+                cpu_usage_ns=42,
+                memory_working_set=7 << 20,
+                memory_usage=8 << 20,
+                memory_limit=64 << 20,
+                layer_bytes=4096,
+                layer_inodes=3,
+            )
+            for id in ids
+            if self.records[id].state is ContainerState.RUNNING
+        ]
+
+    async def describe(self, record: ContainerRecord) -> Mapping[str, object]:
+        return {"rootfs": "/somewhere"}
+
+
+@dataclass
+class FakeNetworks:
+    state: NetworkStatus = field(default_factory=lambda: NetworkStatus(ready=True))
+    cidr: str = ""
+
+    def status(self) -> NetworkStatus:
+        return self.state
+
+    def update_pod_cidr(self, cidr: str) -> None:
+        self.cidr = cidr
+
+
+@dataclass
+class FakeNode:
+    features: Features = field(default_factory=Features)
+    names: Sequence[str] = ("", "small")
+    state: Condition = field(default_factory=lambda: Condition(ready=True))
+
+    def handlers(self) -> Sequence[str]:
+        return self.names
+
+    def condition(self) -> Condition:
+        return self.state
+
+    async def describe(self) -> Mapping[str, object]:
+        return {"accelerator": {"name": "tcg", "reason": "no /dev/kvm"}, "config": {"root": "/var/lib/husk"}}
+
+
+def _find(kind: str, id: str, records: Mapping[str, T]) -> T:
+    for known, record in records.items():
+        if id and known.startswith(id):
+            return record
+    raise NotFound(kind, id)
