@@ -639,6 +639,7 @@ class Start(_message.Message):
     STDIN_FIELD_NUMBER: _builtins.int
     LOG_STREAM_FIELD_NUMBER: _builtins.int
     LOG_WINDOW_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     rootfs: _builtins.str
     """directory in the guest"""
@@ -672,6 +673,10 @@ class Start(_message.Message):
     def readonly_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def cgroup(self) -> _containers.RepeatedCompositeFieldContainer[Global___CgroupFile]: ...
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
+        """after the devices"""
+
     def __init__(
         self,
         *,
@@ -692,10 +697,11 @@ class Start(_message.Message):
         stdin: _builtins.bool = ...,
         log_stream: _builtins.int = ...,
         log_window: _builtins.int = ...,
+        links: _abc.Iterable[Global___Link] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "device_filter", b"device_filter", "devices", b"devices", "files", b"files", "id", b"id", "log_stream", b"log_stream", "log_window", b"log_window", "masked_paths", b"masked_paths", "mounts", b"mounts", "pid_namespace", b"pid_namespace", "pid_target", b"pid_target", "process", b"process", "readonly_paths", b"readonly_paths", "readonly_rootfs", b"readonly_rootfs", "rootfs", b"rootfs", "rootfs_propagation", b"rootfs_propagation", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "device_filter", b"device_filter", "devices", b"devices", "files", b"files", "id", b"id", "links", b"links", "log_stream", b"log_stream", "log_window", b"log_window", "masked_paths", b"masked_paths", "mounts", b"mounts", "pid_namespace", b"pid_namespace", "pid_target", b"pid_target", "process", b"process", "readonly_paths", b"readonly_paths", "readonly_rootfs", b"readonly_rootfs", "rootfs", b"rootfs", "rootfs_propagation", b"rootfs_propagation", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -803,6 +809,30 @@ class Device(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class Link(_message.Message):
+    """A symbolic link. Whatever is at `path` already stays as it is, and is no failure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    target: _builtins.str
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Link: _TypeAlias = Link  # noqa: Y015
 
 @_typing.final
 class File(_message.Message):
