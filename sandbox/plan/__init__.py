@@ -1,0 +1,36 @@
+"""From what a client asked for to what the agent executes: every decision, none of the doing.
+
+    start       a container: Start, with the parts below
+    process     argv, environment, ids, capabilities, limits of a process
+    mounts      what is mounted where, in order
+    configure   a pod: names, sysctls, network
+    size        a VM: memory and CPUs
+
+Pure: no clock, files or loop, so a plan is a function of its arguments and the golden tests pin it
+(tests/golden/plan). Whatever is wrong with a request is found here, as InvalidSpec with the field,
+before the guest hears of it. `seccomp_for`, which reads Localhost profiles, is not of this package
+and is only named here beside `device_filter_for`, as both give `compile_start` its bytes.
+"""
+
+from sandbox.device_filter import device_filter_for
+from sandbox.plan.configure import compile_configure
+from sandbox.plan.mounts import MountSource
+from sandbox.plan.process import compile_exec
+from sandbox.plan.size import vm_size
+from sandbox.plan.start import compile_start
+from sandbox.resources import compile_resources
+from sandbox.seccomp import seccomp_for
+from sandbox.signals import resolve_stop_signal, signal_number
+
+__all__ = [
+    "MountSource",
+    "compile_configure",
+    "compile_exec",
+    "compile_resources",
+    "compile_start",
+    "device_filter_for",
+    "resolve_stop_signal",
+    "seccomp_for",
+    "signal_number",
+    "vm_size",
+]

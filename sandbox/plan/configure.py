@@ -1,0 +1,95 @@
+"""A pod's Configure message: what is set once in its VM."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from network.attach import Attachment
+from sandbox.errors import InvalidSpec
+from sandbox.guest import guest_pb2 as pb
+from sandbox.paths import checked
+from sandbox.spec import PodSpec
+
+MAX_HOSTNAME = 64  # HOST_NAME_MAX
+_MAX_VALUE_BYTES = 4095  # the kernel reads one page
+_FIELD = "config.linux.sysctls"
+
+# Since containers have no capabilities over their pod's network by default, these are what let an
+# ordinary user serve port 80 and ping; containerd and Docker set the same.
+_DEFAULT_SYSCTLS = {
+    "net.ipv4.ip_unprivileged_port_start": "0",
+    "net.ipv4.ping_group_range": "0 2147483647",
+}
+_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*", re.ASCII)
+
+
+def compile_configure(
+    pod: PodSpec,
+    network: Attachment | None,
+    *,
+    shares: Sequence[tuple[str, str]],
+    entropy: bytes,
+    machine_id: str,
+    shm_bytes: int,
+) -> pb.Configure:
+    """`shares` are pairs of tag and mount point in the guest. Without a network the pod has only its
+    loopback. Raises InvalidSpec with the field.
+
+    Every sysctl is taken that is spelled like one: the kernel is the pod's own, so none of them
+    can reach a neighbour.
+    """
+    interfaces = network.interfaces if network else ()
+    routes = network.routes if network else ()
+    return pb.Configure(
+        # a pod that names none is called as /etc/hostname calls it (see `environment`)
+        hostname=_hostname(pod.hostname) or machine_id[:12],
+        sysctls=_sysctls(pod.sysctls),
+        shares=[pb.Share(tag=tag, path=path) for tag, path in shares],
+        interfaces=[
+            pb.Interface(mac=nic.mac, name=nic.name, mtu=nic.mtu, addresses=nic.addresses)
+            for nic in interfaces
+        ],
+        routes=[
+            pb.Route(
+                destination=route.destination,
+                gateway=route.gateway,
+                interface=route.interface,
+                metric=route.metric,
+                mtu=route.mtu,
+                on_link=route.on_link,
+            )
+            for route in routes
+        ],
+        entropy=entropy,
+        machine_id=machine_id,
+        shm_bytes=shm_bytes,
+    )
+
+
+def _hostname(name: str) -> str:
+    checked(name, "config.hostname")
+    if len(name.encode()) > MAX_HOSTNAME or any(each.isspace() or each == "/" for each in name):
+        raise InvalidSpec("config.hostname", f"{name!r} cannot name a host", f"at most {MAX_HOSTNAME} bytes")
+    return name
+
+
+def _sysctls(wanted: dict[str, str]) -> list[pb.Sysctl]:
+    given = {_canonical(name): value for name, value in wanted.items()}
+    defaults = {name: value for name, value in _DEFAULT_SYSCTLS.items() if _canonical(name) not in given}
+    for name, value in wanted.items():
+        if "\0" in value or "\n" in value or len(value.encode("utf-8", "replace")) > _MAX_VALUE_BYTES:
+            raise InvalidSpec(f"{_FIELD}[{name!r}]", "the value is malformed", "one line of at most one page")
+        checked(value, f"{_FIELD}[{name!r}]")
+    return [pb.Sysctl(name=name, value=value) for name, value in (defaults | wanted).items()]
+
+
+def _canonical(name: str) -> str:
+    """The file beneath /proc/sys. The first separator in a name is the separator, and the other
+    sign is then an ordinary one (sysctl(8): net.ipv4.conf.eth0/1.forwarding is interface eth0.1)."""
+    dot, slash = name.find("."), name.find("/")
+    path = name if slash >= 0 and (dot < 0 or slash < dot) else name.translate(str.maketrans("./", "/."))
+    parts = path.split("/")
+    if len(parts) < 2 or len(name) > 512 or not all(_COMPONENT.fullmatch(part) for part in parts):
+        raise InvalidSpec(f"{_FIELD}[{name!r}]", "is not the name of a sysctl", "such as net.core.somaxconn")
+    return path

@@ -1,0 +1,144 @@
+"""What is mounted in a container, and in which order.
+
+The standard file systems (OCI runtime-spec, config-linux.md, "Default Filesystems", and what
+containerd and CRI-O add), then the client's mounts, sorted so that a target is mounted after those
+it lies beneath. A client's mount takes the place of a standard one at or beneath its target.
+
+Propagation ends at the guest: with BIDIRECTIONAL a container sees the host's later mounts and shares
+its own with namespaces that it makes itself, but none ever reaches the host.
+
+An image's VOLUME needs no mount: the writable layer that it would be copied out of lives exactly as
+long. Only where the root is read-only does it get one, an empty tmpfs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sandbox.errors import InvalidSpec
+from sandbox.guest import guest_pb2 as pb
+from sandbox.paths import container_path, covers, depth
+from sandbox.spec import ContainerSpec, ImageDefaults, MountSpec, Propagation, Value
+
+POD_SHM = "/run/husk/shm"
+
+# linux/mount.h
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MS_STRICTATIME = 1 << 24
+
+_INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC
+_PROPAGATION = {
+    Propagation.PRIVATE: MS_PRIVATE | MS_REC,
+    Propagation.HOST_TO_CONTAINER: MS_SLAVE | MS_REC,
+    Propagation.BIDIRECTIONAL: MS_SHARED | MS_REC,
+}
+
+
+class MountSource(Value, frozen=True, kw_only=True):
+    """Where in the guest the source of a specification's mount is found, and what it is."""
+
+    path: str
+    is_directory: bool
+
+
+def mount_targets(container: ContainerSpec) -> list[str]:
+    """Targets of the client's mounts, one spelling each. Raises InvalidSpec."""
+    targets = []
+    for number, mount in enumerate(container.mounts):
+        field = f"config.mounts[{number}].container_path"
+        target = container_path(mount.container_path, field)
+        if target == "/":
+            raise InvalidSpec(field, "is the root of the container", "a path beneath it")
+        targets.append(target)
+    return targets
+
+
+def compile_mounts(
+    container: ContainerSpec, defaults: ImageDefaults, sources: Sequence[MountSource]
+) -> list[pb.Mount]:
+    """In the order of mounting. Raises InvalidSpec."""
+    targets = mount_targets(container)
+    asked = [
+        _bind(number, mount, target, source)
+        for number, (mount, target, source) in enumerate(zip(container.mounts, targets, sources, strict=True))
+    ]
+    ours = [*_standard(privileged=container.security.privileged), *_volumes(container, defaults)]
+    kept = [mount for mount in ours if not any(covers(target, mount.target) for target in targets)]
+    return sorted([*kept, *asked], key=lambda mount: depth(mount.target))  # stable
+
+
+def rootfs_propagation(container: ContainerSpec) -> int:
+    """What the root must be for mounts to receive anything: a slave of the guest's tree. Never its
+    peer: what the container mounts is not the guest's business."""
+    if all(mount.propagation is Propagation.PRIVATE for mount in container.mounts):
+        return 0
+    return MS_SLAVE | MS_REC
+
+
+def _bind(number: int, mount: MountSpec, target: str, source: MountSource) -> pb.Mount:
+    field = f"config.mounts[{number}].recursive_read_only"
+    if mount.recursive_readonly and not mount.readonly:
+        raise InvalidSpec(field, "the mount is not read-only", "readonly beside it")
+    if mount.recursive_readonly and mount.propagation is not Propagation.PRIVATE:
+        raise InvalidSpec(field, f"propagation is {mount.propagation.value}", "PROPAGATION_PRIVATE")
+    return pb.Mount(
+        source=source.path,
+        target=target,
+        flags=MS_BIND | MS_REC | (MS_RDONLY if mount.readonly else 0),
+        propagation=_PROPAGATION[mount.propagation],
+        make=pb.Mount.DIRECTORY if source.is_directory else pb.Mount.FILE,
+        recursive_readonly=mount.recursive_readonly,
+    )
+
+
+def _standard(*, privileged: bool) -> list[pb.Mount]:
+    kernel_tree = _INERT if privileged else _INERT | MS_RDONLY
+    return [
+        _file_system("proc", "/proc", _INERT),
+        _devices_of_guest() if privileged else _devices_of_container(),
+        _file_system("sysfs", "/sys", kernel_tree),
+        _file_system(
+            "devpts",
+            "/dev/pts",
+            MS_NOSUID | MS_NOEXEC,
+            "newinstance,ptmxmode=0666,mode=0620,gid=5",  # gid 5 is tty everywhere
+        ),
+        _file_system("mqueue", "/dev/mqueue", _INERT),
+        pb.Mount(source=POD_SHM, target="/dev/shm", flags=MS_BIND | _INERT, make=pb.Mount.DIRECTORY),
+        _file_system("cgroup2", "/sys/fs/cgroup", kernel_tree, make=pb.Mount.NOTHING),
+    ]
+
+
+def _devices_of_container() -> pb.Mount:
+    return _file_system("tmpfs", "/dev", MS_NOSUID | MS_STRICTATIME, "mode=0755,size=65536k")
+
+
+def _devices_of_guest() -> pb.Mount:
+    """For a privileged container: "all devices of the host" are the guest's, also later ones."""
+    return _file_system("devtmpfs", "/dev", MS_NOSUID | MS_NOEXEC)
+
+
+def _file_system(
+    type: str, target: str, flags: int, data: str = "", *, make: pb.Mount.Make.ValueType = pb.Mount.DIRECTORY
+) -> pb.Mount:
+    return pb.Mount(source=type, target=target, type=type, flags=flags, data=data, make=make)
+
+
+def _volumes(container: ContainerSpec, defaults: ImageDefaults) -> list[pb.Mount]:
+    if not container.security.readonly_rootfs:
+        return []
+    targets = (container_path(path, "the image's Volumes") for path in defaults.volumes)
+    return [
+        # anyone's, as the image's own user is to write there
+        _file_system("tmpfs", target, MS_NOSUID | MS_NODEV, "mode=1777")
+        for target in dict.fromkeys(targets)
+        if target != "/"
+    ]

@@ -1,0 +1,129 @@
+"""The process of a container, and every other that is run in it."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+
+from sandbox.capabilities import capability_sets
+from sandbox.errors import InvalidSpec
+from sandbox.guest import guest_pb2 as pb
+from sandbox.paths import checked, container_path
+from sandbox.seccomp.profile import Filter
+from sandbox.spec import ContainerSpec, ImageDefaults
+from sandbox.users import ResolvedUser
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+TERM = b"xterm"
+UMASK = 0o022
+
+_RLIMIT_NOFILE = 7
+# As systemd gives a service: enough for servers, and no million of descriptors for the programs
+# that close every possible one. PID 1 of a kernel has 1024 and 4096.
+_NOFILE = (1024, 524288)
+_OOM_SCORES = (-1000, 1000)
+
+
+def compile_process(
+    container: ContainerSpec, defaults: ImageDefaults, user: ResolvedUser, hostname: str, seccomp: Filter
+) -> pb.Process:
+    """The container's first process. Raises InvalidSpec."""
+    caps = capability_sets(container.security)
+    return pb.Process(
+        argv=_argv(container, defaults),
+        env=_environment(container, defaults, user, hostname),
+        cwd=_cwd(container, defaults),
+        uid=user.uid,
+        gid=user.gid,
+        groups=user.groups,
+        cap_bounding=caps.bounding,
+        cap_permitted=caps.permitted,
+        cap_effective=caps.effective,
+        cap_inheritable=caps.inheritable,
+        cap_ambient=caps.ambient,
+        rlimits=[pb.Rlimit(resource=_RLIMIT_NOFILE, soft=_NOFILE[0], hard=_NOFILE[1])],
+        no_new_privs=container.security.no_new_privs,
+        seccomp=seccomp.bpf,
+        seccomp_flags=seccomp.flags,
+        oom_score_adj=_oom_score(container),
+        tty=container.tty,
+        umask=UMASK,
+        make_cwd=True,
+    )
+
+
+def compile_exec(
+    start: pb.Start, argv: Sequence[str], *, tty: bool = False, rows: int = 0, columns: int = 0
+) -> pb.Process:
+    """One more process in a container, with the user, capabilities, filter, environment and working
+    directory that its first one was given. Raises InvalidSpec."""
+    if not argv:
+        raise InvalidSpec("cmd", "is empty", "a program and its arguments")
+    process = pb.Process()
+    process.CopyFrom(start.process)
+    del process.argv[:]
+    process.argv.extend(checked(word, f"cmd[{number}]") for number, word in enumerate(argv))
+    process.tty = tty
+    process.rows, process.columns = rows, columns
+    process.make_cwd = False
+    if tty and not any(entry.startswith(b"TERM=") for entry in process.env):
+        process.env.append(b"TERM=" + TERM)
+    return process
+
+
+def _argv(container: ContainerSpec, defaults: ImageDefaults) -> list[str]:
+    """`command` replaces ENTRYPOINT and, given alone, drops CMD; `args` replaces CMD (CRI,
+    ContainerConfig; the table in Kubernetes' "Define a Command and Arguments")."""
+    if container.command:
+        argv = [*container.command, *container.args]
+    else:
+        argv = [*defaults.entrypoint, *(container.args or defaults.cmd)]
+    if not argv or not argv[0]:
+        raise InvalidSpec(
+            "config.command", "no program: neither command, args nor the image name one", "a program to run"
+        )
+    return [checked(word, "config.command or config.args") for word in argv]
+
+
+def _environment(
+    container: ContainerSpec, defaults: ImageDefaults, user: ResolvedUser, hostname: str
+) -> list[bytes]:
+    """Defaults, then the image's, then the client's: of one name the last counts. HOME is the user's
+    unless somebody said otherwise, as the OCI runtimes do it."""
+    merged = {b"PATH": PATH.encode(), b"HOSTNAME": hostname.encode()}
+    if container.tty:
+        merged[b"TERM"] = TERM
+    for entry in defaults.env:
+        name, equals, value = entry.encode("utf-8", "surrogatepass").partition(b"=")
+        if name and equals and b"\0" not in entry.encode("utf-8", "surrogatepass"):
+            merged[name] = value
+    for number, (name_text, value) in enumerate(container.envs):
+        merged[_env_name(name_text, value, f"config.envs[{number}]")] = value
+    merged.setdefault(b"HOME", user.home.encode())
+    return [name + b"=" + value for name, value in merged.items()]
+
+
+def _env_name(name: str, value: bytes, field: str) -> bytes:
+    checked(name, f"{field}.key")
+    if not name or "=" in name:
+        raise InvalidSpec(f"{field}.key", f"{name!r} cannot name a variable", "a name without =")
+    if b"\0" in value:
+        raise InvalidSpec(f"{field}.value", f"the value of {name} has a zero byte")
+    return name.encode()
+
+
+def _cwd(container: ContainerSpec, defaults: ImageDefaults) -> str:
+    if container.working_dir:
+        return container_path(container.working_dir, "config.working_dir")
+    # a relative WORKDIR counts from the root, as for Docker
+    return container_path(posixpath.join("/", defaults.working_dir), "the image's WorkingDir")
+
+
+def _oom_score(container: ContainerSpec) -> int:
+    score = container.resources.oom_score_adj
+    low, high = _OOM_SCORES
+    if not low <= score <= high:
+        raise InvalidSpec(
+            "config.linux.resources.oom_score_adj", f"{score} is out of range", f"{low} to {high}"
+        )
+    return score

@@ -1,0 +1,133 @@
+"""A container's Start message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sandbox.devices import STANDARD, Node, wanted_devices
+from sandbox.environment import PodFiles
+from sandbox.errors import InvalidSpec
+from sandbox.guest import guest_pb2 as pb
+from sandbox.paths import container_path, covers
+from sandbox.plan.mounts import MountSource, compile_mounts, mount_targets, rootfs_propagation
+from sandbox.plan.process import compile_process
+from sandbox.resources import compile_resources
+from sandbox.seccomp.profile import Filter
+from sandbox.spec import ContainerSpec, ImageDefaults, PidMode, PodSpec
+from sandbox.users import ResolvedUser
+
+# OCI runtime-spec, runtime-linux.md, "Dev symbolic links", and devpts(5) for a private instance
+_LINKS = (
+    ("/dev/ptmx", "pts/ptmx"),
+    ("/dev/fd", "/proc/self/fd"),
+    ("/dev/stdin", "/proc/self/fd/0"),
+    ("/dev/stdout", "/proc/self/fd/1"),
+    ("/dev/stderr", "/proc/self/fd/2"),
+)
+_PID_NAMESPACES = {
+    PidMode.CONTAINER: pb.PidNamespace.OWN,
+    PidMode.POD: pb.PidNamespace.POD,
+    PidMode.TARGET: pb.PidNamespace.TARGET,
+}
+
+
+def compile_start(
+    container: ContainerSpec,
+    pod: PodSpec,
+    defaults: ImageDefaults,
+    *,
+    container_id: str,
+    rootfs: str,
+    mount_sources: Sequence[MountSource],
+    user: ResolvedUser,
+    files: PodFiles,
+    seccomp: Filter,
+    device_filter: bytes,
+    vcpus: int = 0,
+) -> pb.Start:
+    """Everything but the log stream, which the caller opens. Raises InvalidSpec with the field.
+
+    A privileged container gets the guest's own devices, a writable /sys and cgroup tree, and none
+    of its paths hidden (containerd, WithPrivileged). The guest is the fence, so the pod need not
+    be privileged for that.
+    """
+    security = container.security
+    targets = mount_targets(container)
+    own_dev = not any(covers(target, "/dev") for target in targets)
+    return pb.Start(
+        id=container_id,
+        rootfs=rootfs,
+        process=compile_process(container, defaults, user, _hostname(pod, files), seccomp),
+        pid_namespace=_PID_NAMESPACES[security.pid_mode],
+        pid_target=_pid_target(container),
+        mounts=compile_mounts(container, defaults, mount_sources),
+        devices=_devices(container, own_dev),
+        links=_links(container, own_dev),
+        files=_files(container, files, targets),
+        masked_paths=_hidden(container, security.masked_paths, "masked_paths"),
+        readonly_paths=_hidden(container, security.readonly_paths, "readonly_paths"),
+        readonly_rootfs=security.readonly_rootfs,
+        cgroup=compile_resources(container.resources, vcpus=vcpus),
+        device_filter=device_filter,
+        rootfs_propagation=rootfs_propagation(container),
+        stdin=container.stdin,
+    )
+
+
+def _hostname(pod: PodSpec, files: PodFiles) -> str:
+    return pod.hostname or files.hostname.decode("utf-8", "replace").strip()
+
+
+def _pid_target(container: ContainerSpec) -> str:
+    security = container.security
+    field = "config.linux.security_context.namespace_options.target_id"
+    if security.pid_mode is not PidMode.TARGET:
+        return ""
+    if not security.pid_target:
+        raise InvalidSpec(field, "is empty, and pid is TARGET", "the id of a container of this pod")
+    return security.pid_target
+
+
+def _devices(container: ContainerSpec, own_dev: bool) -> list[pb.Device]:
+    """The standard nodes where /dev is ours to fill (a privileged one comes filled), then the asked."""
+    standard = STANDARD if own_dev and not container.security.privileged else ()
+    nodes = {node.path: node for node in standard}
+    nodes |= {each.node.path: each.node for each in wanted_devices(container)}
+    return [_device(node) for node in nodes.values()]
+
+
+def _device(node: Node) -> pb.Device:
+    return pb.Device(path=node.path, type=node.type, major=node.major, minor=node.minor, mode=node.mode)
+
+
+def _links(container: ContainerSpec, own_dev: bool) -> list[pb.Link]:
+    if not own_dev:
+        return []
+    # the guest's own /dev has a ptmx, which finds the pts beside it
+    links = _LINKS[1:] if container.security.privileged else _LINKS
+    return [pb.Link(path=path, target=target) for path, target in links]
+
+
+def _files(container: ContainerSpec, files: PodFiles, targets: Sequence[str]) -> list[pb.File]:
+    """A mount of the client's over the same path stands (the kubelet brings its own hosts file)."""
+    ours = {
+        "/etc/hostname": files.hostname,
+        "/etc/hosts": files.hosts,
+        "/etc/resolv.conf": files.resolv_conf,
+    }
+    return [
+        pb.File(path=path, content=content, mode=0o644, readonly=container.security.readonly_rootfs)
+        for path, content in ours.items()
+        if path not in targets
+    ]
+
+
+def _hidden(container: ContainerSpec, paths: Sequence[str], name: str) -> list[str]:
+    """As given, in one spelling; clients send the usual ones, none is assumed (CRI, masked_paths)."""
+    field = f"config.linux.security_context.{name}"
+    checked = [container_path(path, f"{field}[{number}]") for number, path in enumerate(paths)]
+    if "/" in checked:
+        raise InvalidSpec(
+            field, "the root itself is listed", "paths beneath it; readonly_rootfs for the root"
+        )
+    return [] if container.security.privileged else list(dict.fromkeys(checked))

@@ -1,0 +1,174 @@
+"""Who a container runs as: ids and names against the image's own passwd and group files.
+
+Both files come from an image, so from a stranger: lines that make no sense are skipped, and no line
+can do more than name numbers. passwd(5), group(5). Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sandbox.errors import InvalidSpec
+from sandbox.spec import GroupsPolicy, SecuritySpec
+
+MAX_ID = 0xFFFF_FFFE  # the one above means "no change" to setuid(2)
+
+_CONTEXT = "config.linux.security_context"
+_IMAGE = "the image's User"
+_MAX_FILE_BYTES = 4 << 20
+_MAX_LINE_BYTES = 1 << 20  # groups may list thousands of members
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedUser:
+    """`groups` begins with `gid` and goes on in rising order."""
+
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = (0,)
+    home: str = "/"
+
+
+@dataclass(frozen=True, slots=True)
+class _Account:
+    name: bytes
+    uid: int
+    gid: int
+    home: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """A user and perhaps a group, each a number or a name, and the fields that named them."""
+
+    user: str
+    user_field: str
+    group: str
+    group_field: str
+
+
+def resolve_user(security: SecuritySpec, image_user: str, *, passwd: bytes, group: bytes) -> ResolvedUser:
+    """The ids of a container's processes (contract: run_as_user, or run_as_username looked up, else
+    the image's User, else root).
+
+    A number need not be in passwd; its group is then 0. Merge adds the groups that /etc/group gives
+    the user, Strict does not (CRI, SupplementalGroupsPolicy). Raises InvalidSpec with the field.
+    """
+    wish = _wish(security, image_user)
+    account = _account(wish, passwd)
+    gid = _gid(wish, group) if wish.group else account.gid
+    others = {
+        _checked_id(number, f"{_CONTEXT}.supplemental_groups[{index}]")
+        for index, number in enumerate(security.supplemental_groups)
+    }
+    if security.groups_policy is GroupsPolicy.MERGE and account.name:
+        others |= {number for _, number, members in _groups(group) if account.name in members}
+    return ResolvedUser(
+        uid=account.uid, gid=gid, groups=(gid, *sorted(others - {gid})), home=_home(account.home)
+    )
+
+
+def image_user(user: str) -> tuple[int | None, str]:
+    """Image.uid and Image.username for an image's User: "1003:1003" is (1003, ""), "www-data:x"
+    is (None, "www-data"), "" is (None, "") (CRI, message Image)."""
+    name = user.partition(":")[0]
+    if _is_number(name) and int(name) <= MAX_ID:
+        return int(name), ""
+    return None, name
+
+
+def _wish(security: SecuritySpec, from_image: str) -> _Wish:
+    uid, gid = security.run_as_user, security.run_as_group
+    if uid is not None and security.run_as_username:
+        raise InvalidSpec(f"{_CONTEXT}.run_as_username", "is given together with run_as_user", "one of them")
+    if gid is not None and uid is None and not security.run_as_username:
+        raise InvalidSpec(
+            f"{_CONTEXT}.run_as_group", "is given without a user", "run_as_user or run_as_username beside it"
+        )
+    group_field = f"{_CONTEXT}.run_as_group"
+    group = "" if gid is None else str(_checked_id(gid, group_field))
+    if uid is not None:
+        field = f"{_CONTEXT}.run_as_user"
+        return _Wish(str(_checked_id(uid, field)), field, group, group_field)
+    if security.run_as_username:
+        return _Wish(security.run_as_username, f"{_CONTEXT}.run_as_username", group, group_field)
+    user, _, image_group = from_image.partition(":")
+    return _Wish(user or "0", _IMAGE, image_group, _IMAGE)
+
+
+def _account(wish: _Wish, passwd: bytes) -> _Account:
+    if _is_number(wish.user):
+        uid = _checked_id(int(wish.user), wish.user_field)
+        known = next((each for each in _accounts(passwd) if each.uid == uid), None)
+        return known or _Account(b"", uid, 0, b"")
+    name = wish.user.encode("utf-8", "surrogateescape")
+    found = next((each for each in _accounts(passwd) if each.name == name), None)
+    if found is None:
+        raise InvalidSpec(
+            wish.user_field, f"no user {wish.user!r} in the image", "a number or a name in its /etc/passwd"
+        )
+    return found
+
+
+def _gid(wish: _Wish, group: bytes) -> int:
+    if _is_number(wish.group):
+        return _checked_id(int(wish.group), wish.group_field)
+    name = wish.group.encode("utf-8", "surrogateescape")
+    for known, number, _ in _groups(group):
+        if known == name:
+            return number
+    raise InvalidSpec(
+        wish.group_field, f"no group {wish.group!r} in the image", "a number or a name in its /etc/group"
+    )
+
+
+def _accounts(passwd: bytes) -> Iterator[_Account]:
+    for fields in _lines(passwd):
+        if len(fields) < 4:
+            continue
+        uid, gid = _number(fields[2]), _number(fields[3])
+        if fields[0] and uid is not None and gid is not None:
+            yield _Account(fields[0], uid, gid, fields[5] if len(fields) > 5 else b"")
+
+
+def _groups(group: bytes) -> Iterator[tuple[bytes, int, frozenset[bytes]]]:
+    for fields in _lines(group):
+        if len(fields) < 3:
+            continue
+        number = _number(fields[2])
+        if fields[0] and number is not None:
+            members = fields[3].split(b",") if len(fields) > 3 else []
+            yield fields[0], number, frozenset(member.strip() for member in members)
+
+
+def _lines(content: bytes) -> Iterator[list[bytes]]:
+    for line in content[:_MAX_FILE_BYTES].split(b"\n"):
+        if len(line) <= _MAX_LINE_BYTES:
+            yield line.strip().split(b":")
+
+
+def _number(field: bytes) -> int | None:
+    # isdigit() of bytes is ASCII only; eleven digits cannot be an id
+    if field.isdigit() and len(field) <= 10 and int(field) <= MAX_ID:
+        return int(field)
+    return None
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 20
+
+
+def _checked_id(number: int, field: str) -> int:
+    if not 0 <= number <= MAX_ID:
+        raise InvalidSpec(field, f"{number} is out of range", f"0 to {MAX_ID}")
+    return number
+
+
+def _home(field: bytes) -> str:
+    """An absolute path in UTF-8, or the root: it becomes an environment variable."""
+    try:
+        home = field.decode()
+    except UnicodeDecodeError:
+        return "/"
+    return home if home.startswith("/") and "\0" not in home else "/"
