@@ -15,7 +15,7 @@ import grpc
 
 from tests.kit.cni import PLUGINS
 from tests.kit.cri import Cri
-from tests.kit.leaks import Census, take_census
+from tests.kit.leaks import Census, processes_naming, take_census
 from tests.kit.namespace import Namespace
 from tests.kit.scratch import scratch_dir, scratch_root
 
@@ -144,6 +144,19 @@ class Daemon:
         for pod in self.cri.call("ListPodSandbox").items:
             self.cri.stop_pod(pod.id)
             self.cri.remove_pod(pod.id)
+
+    # -------------------------------------------------------------------------------- VMs
+
+    def vmm_pids(self, pod_id: str) -> list[int]:
+        """The hypervisor processes of a pod, known by the name they were given."""
+        found = (each.split(" ", 2) for each in processes_naming(f"husk-{pod_id}"))
+        return [int(pid) for pid, program, *_ in found if "qemu" in program]
+
+    def kill_vmm(self, pod_id: str) -> None:
+        pids = self.vmm_pids(pod_id)
+        assert pids, f"no VM runs for pod {pod_id}"
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
     # ----------------------------------------------------------------------------- evidence
 

@@ -7,8 +7,10 @@ socket paths, which hold a pod's id of 64 digits, end at 107 bytes (unix(7)).
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
+import shutil
 from itertools import count
 from pathlib import Path
 
@@ -20,6 +22,7 @@ def scratch_root() -> Path:
     if VARIABLE not in os.environ:
         path = Path("/tmp") / f"hk-{secrets.token_hex(3)[:5]}"
         path.mkdir()
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
         os.environ[VARIABLE] = str(path)
     path = Path(os.environ[VARIABLE])
     path.mkdir(parents=True, exist_ok=True)

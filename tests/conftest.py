@@ -1,0 +1,133 @@
+"""Fixtures for tests that drive a real daemon (`-m vm`, `-m node`); other kinds do not touch them.
+
+One namespace with one filled registry serves the whole session; each module gets a daemon of its own, and
+each test is followed by a look for what it left behind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kit import cni, images
+from tests.kit.namespace import Namespace
+from tests.kit.registry import HOST, Registry
+from tests.kit.scratch import scratch_dir, scratch_root
+
+# `HUSK_TEST_RUNTIME=containerd` runs the same flows on containerd + runc: does a test ask too much?
+YARDSTICK = os.environ.get("HUSK_TEST_RUNTIME") == "containerd"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where daemons are started: what all of them share."""
+
+    namespace: Namespace
+    registry: Registry
+    cni: Path
+    leases: Path
+    mirrors: Path
+
+
+def fill(registry: Registry) -> None:
+    registry.push("husk/busybox", "1", images.busybox())
+    registry.push("husk/web", "1", images.web())
+    registry.push("husk/setuid", "1", images.setuid())
+    registry.push("husk/docker", "1", images.busybox("docker form", form=images.Form.DOCKER))
+    platforms = [images.busybox("index", architecture=name) for name in ("arm64", "amd64")]
+    registry.push_index("husk/index", "1", platforms)
+    if YARDSTICK:
+        registry.push("pause", "1", images.pause())
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[Site]:
+    with Namespace(scratch_root()) as namespace:
+        registry = Registry(namespace)
+        try:
+            fill(registry)
+            directory = scratch_dir("site")
+            leases = directory / "leases"
+            conf = cni.write_bridge(directory / "cni", leases)
+            yield Site(namespace, registry, conf, leases, registry.write_mirrors(directory / "certs.d"))
+        finally:
+            registry.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(site: Site) -> Iterator[Any]:
+    """A daemon for this module. Nothing of it may be left when its pods have been removed."""
+    from tests.kit.daemon import Daemon
+
+    if YARDSTICK:
+        from tests.bench.containerd import Containerd
+
+        yardstick = Containerd(site.namespace, site.cni, site.mirrors)
+        yield yardstick
+        yardstick.close()
+        return
+    made = Daemon(site.namespace, site.cni, site.mirrors, leases=site.leases)
+    made.start()
+    before = made.census()
+    yield made
+    if made.alive:
+        made.remove_all()
+    left = made.leaks_since(before)
+    made.close()
+    # the bridge and the plug-ins' own record of their last address belong to the network
+    left = [each for each in left if not each.endswith(f" {cni.BRIDGE}")]
+    assert left == [], made.evidence()
+
+
+@pytest.fixture(scope="module")
+def cri(daemon: Any) -> Any:
+    """The CRI client of the module's daemon, with the base image there."""
+    daemon.cri.pull(f"{HOST}/husk/busybox:1")
+    return daemon.cri
+
+
+@pytest.fixture(scope="module")
+def pod(cri: Any, request: pytest.FixtureRequest) -> Any:
+    """One pod for all tests of a module that need nothing special of it."""
+    return cri.run_pod(request.module.__name__.rpartition(".")[2].replace("_", "-"))
+
+
+@pytest.fixture
+def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Around each test: what it made is removed, and then nothing of it may be left."""
+    daemon = request.getfixturevalue("daemon")
+    for shared in ("cri", "pod"):
+        if shared in request.fixturenames:
+            request.getfixturevalue(shared)  # before the look at what is there
+    client = daemon.cri
+    pods = {each.id for each in client.call("ListPodSandbox").items}
+    containers = {each.id for each in client.call("ListContainers").containers}
+    before = None if YARDSTICK else daemon.census()
+    yield
+    if not YARDSTICK and not daemon.alive:
+        return  # the module's own look tells
+    for container in client.call("ListContainers").containers:
+        if container.id not in containers:
+            client.stop(container.id, timeout=0)
+            client.remove(container.id)
+    for each in client.call("ListPodSandbox").items:
+        if each.id not in pods:
+            client.stop_pod(each.id)
+            client.remove_pod(each.id)
+    if before is not None:
+        left = [each for each in daemon.leaks_since(before) if not each.endswith(f" {cni.BRIDGE}")]
+        assert left == []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    daemon = getattr(item, "funcargs", {}).get("daemon")
+    if report.failed and hasattr(daemon, "evidence"):
+        report.sections.append(("daemon", daemon.evidence()))
+    return report

@@ -1,0 +1,197 @@
+"""Pods: boot, network, hostPort, DNS, sysctls, names, states, through the CRI on the real daemon."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cri.proto import runtime_v1_pb2 as api
+from tests.kit.cri import Cri, Pod
+from tests.kit.registry import HOST
+
+pytestmark = pytest.mark.vm
+
+BUSYBOX = f"{HOST}/husk/busybox:1"
+WEB = f"{HOST}/husk/web:1"
+PAGE = "hello from the pod\n"
+
+
+def code_of(fault: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.StatusCode:
+    code = fault.value.code()
+    assert isinstance(code, grpc.StatusCode)
+    return code
+
+
+def fetched(cri: Cri, site: Any, host: str, port: int = 80) -> str:
+    """The page, as soon as the server listens."""
+
+    def look() -> str:
+        try:
+            return str(site.namespace.fetch(host, port))
+        except OSError:
+            return ""
+
+    return str(cri.wait_for(look, bool, 20))
+
+
+@pytest.fixture(scope="module")
+def web_pod(cri: Cri) -> Pod:
+    """A web server on port 80, published on the host's port 18080."""
+    cri.pull(WEB)
+    mapping = api.PortMapping(protocol=api.TCP, container_port=80, host_port=18080)
+    pod = cri.run_pod("web", port_mappings=[mapping])
+    cri.run(pod, WEB, name="httpd")
+    return pod
+
+
+def test_guest_kernel_is_not_the_hosts(cri: Cri, pod: Pod) -> None:
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    release = cri.exec(container, "uname", "-r").stdout.strip()
+    assert release
+    assert release != platform.release()
+
+
+def test_host_reaches_the_pod(cri: Cri, site: Any, web_pod: Pod) -> None:
+    assert fetched(cri, site, cri.pod_ip(web_pod)) == PAGE
+
+
+def test_every_address_of_the_pod_answers(cri: Cri, site: Any, web_pod: Pod) -> None:
+    status = cri.pod_status(web_pod).status.network
+    addresses = [status.ip, *(each.ip for each in status.additional_ips)]
+    assert {ipaddress.ip_address(each).version for each in addresses} == {4, 6}
+    assert [fetched(cri, site, each) for each in addresses] == [PAGE, PAGE]
+
+
+def test_another_pod_reaches_it(cri: Cri, pod: Pod, web_pod: Pod) -> None:
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    answer = cri.exec(container, "wget", "-qO-", f"http://{cri.pod_ip(web_pod)}/")
+    assert (answer.code, answer.stdout) == (0, PAGE)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.88.0.1"])
+def test_host_port(cri: Cri, site: Any, web_pod: Pod, host: str) -> None:
+    assert fetched(cri, site, host, 18080) == PAGE
+
+
+def test_pod_reaches_itself_by_its_own_address(cri: Cri, web_pod: Pod) -> None:
+    container = cri.run(web_pod, BUSYBOX, ["sleep", "3600"])
+    own = cri.exec(container, "wget", "-qO-", f"http://{cri.pod_ip(web_pod)}/")
+    loopback = cri.exec(container, "wget", "-qO-", "http://127.0.0.1/")
+    assert (own.stdout, loopback.stdout) == (PAGE, PAGE)
+
+
+def test_dns_hostname_and_sysctls(cri: Cri) -> None:
+    dns = api.DNSConfig(
+        servers=["10.96.0.10", "10.96.0.11"], searches=["svc.cluster.test"], options=["ndots:5"]
+    )
+    linux = api.LinuxPodSandboxConfig(
+        sysctls={"kernel.shm_rmid_forced": "1", "net.ipv4.ip_local_port_range": "1024 65000"}
+    )
+    pod = cri.run_pod("environment", hostname="wanted-name", dns_config=dns, linux=linux)
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+
+    resolv = cri.exec(container, "cat", "/etc/resolv.conf").stdout
+    assert [line.split() for line in resolv.splitlines() if line] == [
+        ["search", "svc.cluster.test"],
+        ["nameserver", "10.96.0.10"],
+        ["nameserver", "10.96.0.11"],
+        ["options", "ndots:5"],
+    ]
+    assert cri.exec(container, "hostname").stdout == "wanted-name\n"
+    assert cri.exec(container, "cat", "/etc/hostname").stdout == "wanted-name\n"
+    assert cri.pod_ip(pod) in cri.exec(container, "cat", "/etc/hosts").stdout
+    assert cri.exec(container, "cat", "/proc/sys/kernel/shm_rmid_forced").stdout == "1\n"
+    ports = cri.exec(container, "cat", "/proc/sys/net/ipv4/ip_local_port_range").stdout
+    assert ports.split() == ["1024", "65000"]
+
+
+def test_status_and_list_tell_what_was_asked(cri: Cri) -> None:
+    labels, notes = {"io.kubernetes.pod.uid": "u-1"}, {"note": 'any "text"'}
+    pod = cri.run_pod("described", labels=labels, annotations=notes)
+    status = cri.pod_status(pod).status
+    assert status.state == api.SANDBOX_READY
+    assert (status.metadata.name, status.metadata.namespace) == ("described", "default")
+    assert (dict(status.labels), dict(status.annotations)) == (labels, notes)
+    for found in ({"id": pod.id}, {"id": pod.id[:13]}, {"label_selector": labels}):
+        items = cri.call("ListPodSandbox", filter=api.PodSandboxFilter(**found)).items
+        assert [each.id for each in items] == [pod.id]
+    assert not cri.call("ListPodSandbox", filter=api.PodSandboxFilter(id="0000")).items
+
+
+def test_verbose_status_shows_the_phases_of_the_start(cri: Cri, pod: Pod) -> None:
+    info = json.loads(cri.pod_status(pod, verbose=True).info["info"])
+    assert info["phases"]
+    assert all(phase["end_s"] >= phase["begin_s"] for phase in info["phases"])
+
+
+def test_vm_is_sized_from_the_pods_resources(cri: Cri) -> None:
+    gibibyte = 1 << 30
+    resources = api.LinuxContainerResources(
+        memory_limit_in_bytes=gibibyte, cpu_quota=200_000, cpu_period=100_000
+    )
+    pod = cri.run_pod("sized", linux=api.LinuxPodSandboxConfig(resources=resources))
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    assert int(cri.exec(container, "nproc").stdout) >= 2
+    total = int(cri.exec(container, "awk", "/MemTotal/ { print $2 }", "/proc/meminfo").stdout)
+    assert total > 0.9 * gibibyte / 1024
+
+
+def test_stop_keeps_the_record_and_remove_forgets(cri: Cri) -> None:
+    pod = cri.run_pod("ending")
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    ip = cri.pod_ip(pod)
+    cri.stop_pod(pod)
+    cri.stop_pod(pod)
+    status = cri.pod_status(pod).status
+    assert (status.state, status.network.ip) == (api.SANDBOX_NOTREADY, ip)
+    ended = cri.status(container)
+    assert (ended.state, ended.exit_code, ended.reason) == (api.CONTAINER_EXITED, 137, "Error")
+    with pytest.raises(grpc.RpcError):
+        cri.create(pod, BUSYBOX, ["true"])
+    cri.remove_pod(pod)
+    cri.remove_pod(pod)
+    for look in (lambda: cri.pod_status(pod), lambda: cri.status(container)):
+        with pytest.raises(grpc.RpcError) as fault:
+            look()
+        assert code_of(fault) == grpc.StatusCode.NOT_FOUND
+
+
+def test_reserved_name(cri: Cri, pod: Pod) -> None:
+    with pytest.raises(grpc.RpcError) as fault:
+        cri.call("RunPodSandbox", config=pod.config)
+    assert code_of(fault) == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_unknown_handler_is_refused_by_name(cri: Cri) -> None:
+    with pytest.raises(grpc.RpcError) as fault:
+        cri.run_pod("no-handler", handler="nonesuch")
+    assert "nonesuch" in str(fault.value.details())
+
+
+def test_dead_vm_is_not_ready(cri: Cri, daemon: Any) -> None:
+    pod = cri.run_pod("doomed")
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    daemon.kill_vmm(pod.id)
+    cri.wait_for(lambda: cri.pod_status(pod).status.state, lambda state: state == api.SANDBOX_NOTREADY, 10)
+    ended = cri.wait_exited(container, 10)
+    assert ended.exit_code != 0
+    cri.remove_pod(pod)
+
+
+def test_processes_of_the_pod_run_confined(cri: Cri, pod: Pod, daemon: Any) -> None:
+    for pid in daemon.vmm_pids(pod.id):
+        status = dict(
+            line.split(":\t", 1)
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            if ":\t" in line
+        )
+        assert status["Uid"].split()[0] != "0", "QEMU must not run as root"
+        assert status["Seccomp"].strip() == "2"
+        cgroup = Path(f"/proc/{pid}/cgroup").read_text()
+        assert f"husk-{pod.id}" in cgroup
