@@ -46,7 +46,8 @@ _CLONE_NEWNET = 0x40000000
 # Runs before the program: what a child must be before it is exec'ed, done by the child itself, as
 # preexec_fn is not safe beside threads. No core dumps: they would hold a guest's memory.
 _PRELUDE = """
-umask "$1" && ulimit -c 0 && echo "$2" >/proc/self/oom_score_adj || exit 126
+umask "$1" && ulimit -c 0 || exit 126
+echo "$2" 2>/dev/null >/proc/self/oom_score_adj
 shift 2
 while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit 126; shift; done
 shift
@@ -231,7 +232,9 @@ async def start(
     `cgroups` are directories, of several hierarchies on cgroup v1. Without `user` it stays root;
     in both cases it can gain no new privileges. `binds` (source by target) are mounted in a mount
     namespace of the child's own. Descriptors keep their numbers.
-    A step before exec that fails ends the child with status 126 and its reason on stderr.
+    `oom_score_adj` is set even when it is 0, as the daemon's own is inherited; where lowering it is
+    not allowed (no CAP_SYS_RESOURCE) it stays. A step before exec that fails ends the child with
+    status 126 and its reason on stderr.
     Raises OSError when not even that could be started (netns is gone, no memory).
     """
     command = _wrapped(argv, cgroups, user, oom_score_adj, umask, binds or {})

@@ -5,11 +5,11 @@ its successor in Rust. Both run as root, because files in a container belong to 
 namespaces of their own that hold nothing except the share, with a seccomp filter and without the
 capabilities that reach beyond files.
 
-A share is a directory bound to itself and made shared: what is mounted below it on the host later
-is passed on into the namespace of a virtiofsd that already runs, and appears in the guest as a
-mount of its own (announce-submounts).
+A share has to be a mount of its own with shared propagation: what is mounted below it on the host
+later is then passed on into the namespace of a virtiofsd that already runs, and appears in the
+guest as a mount of its own (announce-submounts). The step that owns the directories makes it so.
 
-Crash story: `make_share` and `remove_share` are idempotent and need the path only.
+Crash story: nothing is left by name; the process ends with the VMM's connection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from sandbox import mounts, process, sockets
+from sandbox import process, sockets
 from sandbox.errors import MissingProgram, VmmError
 from sandbox.process import ProcessIdentity
 
@@ -48,16 +48,32 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     cache: str
 
 
-async def find_virtiofsd(places: Sequence[str] = PLACES) -> Virtiofsd:
-    """The first that can be asked for its version. Raises MissingProgram."""
-    for place in places:
-        if not os.access(place, os.X_OK):
-            continue
-        said = await process.run([place, "--version"], timeout_s=10)
-        version = (said.stdout + said.stderr).decode(errors="replace").splitlines()
-        if said.status == 0 and version:
-            return Virtiofsd(path=place, flavour=tell_flavour(version[0]), version=version[0])
-    raise MissingProgram("virtiofsd", PACKAGE)
+class Finder:
+    """Looks for virtiofsd, and asks a program what it is only when it is a new one."""
+
+    def __init__(self, places: Sequence[str] = PLACES) -> None:
+        self._places = places
+        self._known: dict[tuple[str, int], Virtiofsd] = {}
+
+    async def find(self) -> Virtiofsd:
+        """The first that can be asked for its version. Raises MissingProgram."""
+        for place in self._places:
+            if (changed := _changed_at(place)) is None:
+                continue
+            key = (place, changed)
+            if key not in self._known:
+                said = await process.run([place, "--version"], timeout_s=10)
+                lines = (said.stdout + said.stderr).decode(errors="replace").splitlines()
+                if said.status != 0 or not lines:
+                    continue
+                self._known[key] = Virtiofsd(path=place, flavour=tell_flavour(lines[0]), version=lines[0])
+            return self._known[key]
+        raise MissingProgram("virtiofsd", PACKAGE)
+
+
+def _changed_at(program: str) -> int | None:
+    path = Path(program)
+    return path.stat().st_mtime_ns if os.access(path, os.X_OK) else None
 
 
 def tell_flavour(version: str) -> Flavour:
@@ -101,7 +117,7 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
 
 
 async def start_virtiofsd(
-    program: Virtiofsd, share: Share, *, at: Path, cgroups: Sequence[str], log_fd: int, oom_score_adj: int = 0
+    program: Virtiofsd, share: Share, *, at: Path, cgroups: Sequence[str], log_fd: int
 ) -> tuple[ProcessIdentity, socket.socket]:
     """Start it on a socket that is listening already: nobody ever has to wait for one to appear.
 
@@ -120,7 +136,6 @@ async def start_virtiofsd(
                 pass_fds=(listener.fileno(),),
                 stdout=log_fd,
                 stderr=log_fd,
-                oom_score_adj=oom_score_adj,
                 umask=0,
             )
         except OSError as error:
@@ -141,40 +156,3 @@ def _open(at: Path) -> tuple[socket.socket, socket.socket]:
         raise
     finally:
         at.unlink()
-
-
-# --------------------------------------------------------------------------------------- shares
-
-
-def make_share(path: Path) -> None:
-    """Make a directory to which mounts can be added while a virtiofsd exports it. Idempotent.
-
-    First private, then shared: a bind joins the peer group of what it binds, and in the same group
-    as the host's root the containers' mounts would show up a second time beneath the share.
-    Raises OSError.
-    """
-    path.mkdir(mode=0o755, parents=True, exist_ok=True)
-    if path in mounts.mounts_below(path):
-        return  # setting it again would cut off a virtiofsd that already listens to it
-    mounts.bind(path, path, recursive=False)
-    mounts.set_propagation(path, mounts.MS_PRIVATE)
-    mounts.set_propagation(path, mounts.MS_SHARED)
-
-
-def remove_share(path: Path) -> None:
-    """Unmount the share with whatever is mounted in it, and remove the directory. Idempotent.
-
-    Only empty directories and files that served as mount points are removed with it: nothing is
-    deleted through a mount. Raises OSError.
-    """
-    mounts.unmount_tree(path)
-    if not path.exists():
-        return
-    for current, directories, files in os.walk(path, topdown=False):
-        for name in files:
-            target = Path(current, name)
-            if target.stat().st_size == 0:
-                target.unlink()
-        for name in directories:
-            Path(current, name).rmdir()
-    path.rmdir()

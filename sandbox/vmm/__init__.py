@@ -10,10 +10,13 @@ with no handle at all.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
+from sandbox.errors import InvalidSpec
 from sandbox.process import ProcessIdentity
 from sandbox.spec import Value
 
@@ -94,3 +97,17 @@ class Hypervisor(Protocol):
 
     async def destroy(self, spec_pod_id: str, run_dir: Path) -> None:
         """End whatever runs for this pod, found by name alone. Idempotent."""
+
+
+def find_hypervisors() -> list[str]:
+    """Names of the files in this folder that hold a hypervisor: those with a function `make`."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return [name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "make")]
+
+
+def find_hypervisor(name: str) -> Hypervisor:
+    """Raises InvalidSpec for a name without a file."""
+    known = find_hypervisors()
+    if name not in known:
+        raise InvalidSpec("hypervisor", f"{name!r} is not known", ", ".join(known))
+    return cast(Hypervisor, importlib.import_module(f"{__name__}.{name}").make())

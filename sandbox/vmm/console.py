@@ -1,0 +1,80 @@
+"""What the guest prints: followed from a socket, the last of it kept in memory and on disk.
+
+    console.log     what came last, up to 64 KiB
+    console.log.1   what came before that, up to 64 KiB
+
+A guest can print without end, so nothing here grows. The files let a daemon that was just started
+show what a guest said to the one before it. While no daemon reads, QEMU drops the guest's output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+LIMIT = 64 << 10
+
+
+class Console:
+    def __init__(self, connection: socket.socket, directory: Path) -> None:
+        self._connection = connection
+        self._path = directory / "console.log"
+        self._tail = bytearray(read_tail(directory))
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._size = os.fstat(self._file).st_size
+        self._reader = asyncio.create_task(self._follow(), name="console")
+
+    def tail(self) -> str:
+        return printable(bytes(self._tail))
+
+    async def drain(self, timeout_s: float = 1.0) -> None:
+        """Read what a VMM that has ended left in the socket."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wait({self._reader})
+
+    async def close(self) -> None:
+        """Idempotent."""
+        if self._file < 0:
+            return
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
+        self._connection.close()
+        os.close(self._file)
+        self._file = -1
+
+    async def _follow(self) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):  # a lost connection is how a VM ends
+            while chunk := await loop.sock_recv(self._connection, 1 << 14):
+                self._keep(chunk)
+
+    def _keep(self, chunk: bytes) -> None:
+        self._tail += chunk
+        del self._tail[:-LIMIT]
+        with contextlib.suppress(OSError):  # a full disk must not stop us reading
+            if self._size + len(chunk) > LIMIT:
+                self._path.rename(self._path.with_suffix(".log.1"))
+                os.close(self._file)
+                self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                self._size = 0
+            self._size += os.write(self._file, chunk)
+
+
+def read_tail(directory: Path) -> bytes:
+    """What was kept on disk, at most LIMIT bytes. Nothing kept is fine."""
+    kept = b""
+    for name in ("console.log.1", "console.log"):
+        with contextlib.suppress(FileNotFoundError):
+            kept += (directory / name).read_bytes()
+    return kept[-LIMIT:]
+
+
+def printable(text: bytes) -> str:
+    """Whatever the guest printed, without what could play tricks on a terminal or a log reader."""
+    lines = text.decode(errors="replace").replace("\r\n", "\n")
+    return "".join(c if c == "\n" or c == "\t" or c.isprintable() else "?" for c in lines).strip("\n")
