@@ -14,7 +14,7 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -25,8 +25,9 @@ DEFAULT_ROOT = "/var/lib/husk"
 DEFAULT_RUN = "/run/husk"
 SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them ends it
 
+T = TypeVar("T")
+
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class ConfigError(Exception):
@@ -123,10 +124,19 @@ def _read(file: Path, *, required: bool) -> Mapping[str, object]:
 def parse(tree: Mapping[str, object], source: str) -> Config:
     """Raises ConfigError, which names the key by its path."""
     _refuse_unknown(tree, Config, "", source)
+    handlers = tree.get("handlers")
+    for name, table in handlers.items() if isinstance(handlers, Mapping) else ():
+        # one by one, as an error within a map does not say under which key
+        _convert(table, HandlerTable, f"handlers.{name}", source)
+    return _convert(tree, Config, "", source)
+
+
+def _convert(tree: object, shape: type[T], at: str, source: str) -> T:
     try:
-        return msgspec.convert(tree, Config, strict=True)
+        return msgspec.convert(tree, shape, strict=True)
     except msgspec.ValidationError as error:
-        key, problem = _located(str(error))
+        inner, problem = _located(str(error))
+        key = ".".join(part for part in (at, inner) if part)
         raise ConfigError(source, key, problem, _accepted(key)) from error
 
 
@@ -197,7 +207,7 @@ def _refuse_unknown(tree: object, shape: type[Table], at: str, source: str) -> N
 def _located(message: str) -> tuple[str, str]:
     """msgspec's `problem - at `$.a.b[0]`` as ("a.b[0]", "problem")."""
     problem, _, path = message.partition(" - at `")
-    key = path.rstrip("`").removeprefix("$").removeprefix(".").replace("[...]", ".*")
+    key = path.rstrip("`").removeprefix("$").removeprefix(".")
     return key, problem[:1].lower() + problem[1:].replace("`", "")
 
 

@@ -14,6 +14,7 @@ import grpc
 
 from cri.flights import ShuttingDown
 from image import errors as image
+from network import errors as network
 from sandbox import errors as sandbox
 from sandbox.spec import Value
 
@@ -46,6 +47,9 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     image.PullDeadline: Code.DEADLINE_EXCEEDED,
     image.MirrorConfigInvalid: Code.FAILED_PRECONDITION,
     image.ImageError: Code.INTERNAL,
+    network.NetworkNotReady: Code.UNAVAILABLE,
+    network.WishRefused: Code.INVALID_ARGUMENT,
+    network.NetworkError: Code.INTERNAL,
     ShuttingDown: Code.UNAVAILABLE,
 }
 

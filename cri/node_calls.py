@@ -5,10 +5,13 @@ from __future__ import annotations
 from cri.observe import as_json
 from cri.ports import Networks, Node
 from cri.proto import runtime_v1_pb2 as pb
+from sandbox.cgroup import Driver
 
 RUNTIME_NAME = "husk"
 RUNTIME_API_VERSION = "v1"
 KUBELET_API_VERSION = "0.1.0"
+
+_DRIVERS = {Driver.SYSTEMD: pb.SYSTEMD, Driver.CGROUPFS: pb.CGROUPFS}
 
 
 class NodeCalls:
@@ -62,8 +65,9 @@ class NodeCalls:
         return pb.RuntimeHandler(name=name, features=features)
 
     async def RuntimeConfig(self, request: pb.RuntimeConfigRequest) -> pb.RuntimeConfigResponse:
-        """A pod's cgroup_parent is taken as a path, not as a systemd slice."""
-        return pb.RuntimeConfigResponse(linux=pb.LinuxRuntimeConfiguration(cgroup_driver=pb.CGROUPFS))
+        """What a kubelet reads once and then names the pods' cgroup parents by."""
+        driver = _DRIVERS[self._node.cgroup_driver]
+        return pb.RuntimeConfigResponse(linux=pb.LinuxRuntimeConfiguration(cgroup_driver=driver))
 
     async def UpdateRuntimeConfig(
         self, request: pb.UpdateRuntimeConfigRequest

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from network.attach import NetworkStatus
+from sandbox.cgroup import Driver
 from sandbox.records import ContainerRecord, PodRecord
 from sandbox.spec import ContainerId, ContainerSpec, PodId, PodSpec, Resources, Value
 from sandbox.stats import ContainerStats
@@ -73,6 +74,7 @@ class Node(Protocol):
     """The runtime as a whole."""
 
     features: Features
+    cgroup_driver: Driver
 
     def handlers(self) -> Sequence[str]:
         """Names of the runtime handlers, the default "" among them."""

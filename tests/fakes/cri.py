@@ -12,6 +12,7 @@ import msgspec
 
 from cri.ports import Condition, Features
 from network.attach import Attachment, NetworkStatus
+from sandbox.cgroup import Driver
 from sandbox.errors import NotFound, Reserved, WrongState
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, PodId, PodSpec, Resources
@@ -172,6 +173,7 @@ class FakeNetworks:
 @dataclass
 class FakeNode:
     features: Features = field(default_factory=Features)
+    cgroup_driver: Driver = Driver.CGROUPFS
     names: Sequence[str] = ("", "small")
     state: Condition = field(default_factory=lambda: Condition(ready=True))
 

@@ -1,0 +1,72 @@
+"""Calls from the command line to a running daemon, over its socket. Synchronous: one call, one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from cri.server import MESSAGE_MAX
+
+
+class CallFailed(Exception):
+    """The daemon refused, or could not be reached."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.code = code
+        self.details = details
+
+
+class Client:
+    """Methods of a service by name; the stubs are made from the descriptors, as the server's are."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        options = [
+            ("grpc.max_receive_message_length", MESSAGE_MAX),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        self._channel = grpc.insecure_channel(f"unix:{socket}", options)
+
+    def call(self, service: ServiceDescriptor, method: str, request: Message, timeout_s: float = 60) -> Any:
+        """Raises CallFailed."""
+        stub = self._channel.unary_unary(*self._wire(service, method))
+        try:
+            return stub(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
+    def stream(self, service: ServiceDescriptor, method: str, request: Message) -> Iterator[Any]:
+        """Raises CallFailed while it is read."""
+        stub = self._channel.unary_stream(*self._wire(service, method))
+        try:
+            yield from stub(request)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
+    @staticmethod
+    def _wire(service: ServiceDescriptor, method: str) -> tuple[str, Any, Any]:
+        answer = GetMessageClass(service.methods_by_name[method].output_type)
+        return f"/{service.full_name}/{method}", Message.SerializeToString, answer.FromString
+
+    def _failed(self, error: grpc.RpcError) -> CallFailed:
+        code = error.code()
+        details = error.details() or code.name
+        if code is grpc.StatusCode.UNAVAILABLE and not self._socket.exists():
+            details = f"no daemon listens on {self._socket}; start one with: husk serve"
+        return CallFailed(code, details)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()

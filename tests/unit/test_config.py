@@ -1,0 +1,111 @@
+"""The configuration file: defaults, the command line over it, and errors that name the key."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cri import config as module
+from cri.config import Config, ConfigError, load, to_toml
+
+
+def write(path: Path, text: str) -> Path:
+    file = path / "config.toml"
+    file.write_text(text)
+    return file
+
+
+def refusal(path: Path, text: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load(write(path, text))
+    return caught.value
+
+
+@pytest.fixture(autouse=True)
+def _no_file_of_this_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "DEFAULT_FILE", tmp_path / "absent.toml")
+
+
+def test_without_a_file_the_defaults_are_in_force() -> None:
+    config = load()
+    assert (config.root, config.run, config.socket) == ("/var/lib/husk", "/run/husk", "/run/husk/husk.sock")
+    assert config.metrics.address == "127.0.0.1"
+    assert list(config.runtime_handlers()) == [""]
+
+
+def test_another_root_takes_its_run_directory_with_it() -> None:
+    config = load(root="/srv/second")
+    assert (config.run, config.socket) == ("/srv/second/run", "/srv/second/run/husk.sock")
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, 'root = "/a"\nrun = "/b"\nsocket = "/c.sock"\n')
+    assert load(file).socket == "/c.sock"
+    config = load(file, root="/x", socket="/y.sock")
+    assert (config.root, config.run, config.socket) == ("/x", "/b", "/y.sock")
+
+
+def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "told"),
+    [
+        ("rooot = '/a'", "rooot", "perhaps 'root' is meant"),
+        ("[log]\nlevle = 'info'", "log.levle", "accepted: level, format"),
+        ("[handlers.small]\nmemory = 1", "handlers.small.memory", "perhaps 'memory_mib'"),
+        ("root = 3", "root", "accepted: a string"),
+        ("[metrics]\nport = '80'", "metrics.port", "accepted: a whole number from 0 to 65535"),
+        ("[metrics]\nport = 70000", "metrics.port", "0 to 65535"),
+        ("[metrics]\nport = true", "metrics.port", "0 to 65535"),
+        ("[log]\nlevel = 'loud'", "log.level", "debug, info, warning, error"),
+        ("log = 'info'", "log", "accepted: a table"),
+        ("[handlers.small]\nvcpus = 0", "handlers.small.vcpus", "1 to 255"),
+        ("[handlers.small]\naccelerator = 'xen'", "handlers.small.accelerator", "auto, kvm, tcg"),
+        ("[handlers.'Not a name']", "handlers.Not a name", "lower-case"),
+        ("[handlers]\nsmall = 4", "handlers.small", "accepted: a table"),
+        ("handlers = 4", "handlers", "accepted: a table"),
+        ("default_handler = 'big'\n[handlers.small]", "default_handler", "accepted: small"),
+        ("root = 'var/lib/husk'", "root", "an absolute path"),
+        ("[cni]\nbin_dirs = ['bin']", "cni.bin_dirs[0]", "an absolute path"),
+        ("[cni]\nbin_dirs = [1]", "cni.bin_dirs[0]", "a list of strings"),
+        ("[cni]\nbin_dirs = '/bin'", "cni.bin_dirs", "a list of strings"),
+        ("socket = '/" + "s" * 120 + "'", "socket", "at most 107 bytes"),
+        ("root = '/a/../b'", "root", "without .."),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, key: str, told: str) -> None:
+    error = refusal(tmp_path, text)
+    assert error.key == key
+    assert told in str(error)
+    assert str(tmp_path / "config.toml") in str(error)
+
+
+def test_broken_toml_says_where(tmp_path: Path) -> None:
+    assert "line 1" in str(refusal(tmp_path, "root = \n"))
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_bytes(b"root = '\xff'")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load(file)
+
+
+def test_handlers_get_every_default(tmp_path: Path) -> None:
+    file = write(tmp_path, 'default_handler = "big"\n[handlers.big]\nmemory_mib = 4096\n[handlers.small]\n')
+    handlers = load(file).runtime_handlers()
+    assert list(handlers) == ["", "big", "small"]
+    assert (handlers[""].name, handlers[""].memory_mib) == ("", 4096)
+    assert (handlers["small"].machine, handlers["small"].accelerator) == ("q35", "auto")
+
+
+def test_what_is_printed_reads_back_as_the_same(tmp_path: Path) -> None:
+    file = write(tmp_path, '[handlers.big]\nmemory_mib = 4096\n[cni]\nbin_dirs = ["/a b", "/ü\\"x"]\n')
+    config = load(file)
+    assert load(write(tmp_path, to_toml(config))) == config
+    assert tomllib.loads(to_toml(Config()))["log"] == {"level": "info", "format": "text"}
