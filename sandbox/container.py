@@ -66,6 +66,10 @@ class Container(Recorded[ContainerRecord]):
 
     def take_exit(self, exit_code: int, at_ns: int, reason: str, message: str = "") -> None:
         self.update(
-            state=ContainerState.EXITED, exit_code=exit_code, finished_at_ns=at_ns, reason=reason, message=message
+            state=ContainerState.EXITED,
+            exit_code=exit_code,
+            finished_at_ns=at_ns,
+            reason=reason,
+            message=message,
         )
         self.exited.set()

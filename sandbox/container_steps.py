@@ -1,8 +1,8 @@
 """What a container holds of the host: its root filesystem, its volumes, its plan.
 
-    rootfs    the overlay mount, in the share that the guest sees as GUEST_ROOTFS/<id>
-    volumes   one bind per mount of the specification, seen as GUEST_VOLUMES/<id>/<n>
-    plan      what the agent will be told, compiled and checked
+rootfs    the overlay mount, in the share that the guest sees as GUEST_ROOTFS/<id>
+volumes   one bind per mount of the specification, seen as GUEST_VOLUMES/<id>/<n>
+plan      what the agent will be told, compiled and checked
 """
 
 from __future__ import annotations

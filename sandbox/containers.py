@@ -8,14 +8,16 @@ RUNNING, `_apply_exit` makes EXITED.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from image.library import Library
+
 from image.stores import RootfsStore
 from sandbox.container import Container
 from sandbox.container_steps import Plan, Rootfs, Volumes
@@ -28,20 +30,23 @@ from sandbox.errors import (
     WrongState,
 )
 from sandbox.guest import guest_pb2 as pb
-from sandbox.guest.client import ExecResult
-from sandbox.lifecycle import Step, UndoFailed, bring_up, take_down
-from sandbox.logs import LogRelay
-from sandbox.plan import compile_exec, compile_resources, resolve_stop_signal, signal_number
+from sandbox.guest.execs import ExecResult
+from sandbox.lifecycle import Step, bring_up, take_down
+from sandbox.logs import WINDOW, LogRelay
+from sandbox.plan import compile_exec
 from sandbox.pod import Pod
-from sandbox.records import ContainerRecord, ContainerState, LogPosition
+from sandbox.records import ContainerRecord, ContainerState
 from sandbox.registry import Registry
+from sandbox.resources import compile_resources
+from sandbox.signals import resolve_stop_signal, signal_number
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Resources
 from sandbox.stats import FILES, ContainerStats, parse
 from sandbox.store import Store
+from sandbox.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
-LOG_WINDOW = 1 << 20
+LOG_END_TIMEOUT_S = 5.0  # longer than a busy disk takes; a full one must not hide the exit
 KILL_TIMEOUT_S = 30.0
 # Two of these and the frame around them must fit the 16 MiB that a CRI client receives.
 EXEC_OUTPUT_LIMIT = 7 << 20
@@ -58,7 +63,7 @@ class ContainerHost:
     plans: Path
     images: Library
     rootfs: RootfsStore
-    seccomp_default: Callable[..., bytes]
+    tasks: Tasks
 
 
 class Containers:
@@ -68,7 +73,7 @@ class Containers:
         self._steps: Sequence[Step[Container]] = (
             Rootfs(host.rootfs),
             Volumes(),
-            Plan(host.images),
+            Plan(),
         )
 
     # ------------------------------------------------------------------------------- look-up
@@ -79,6 +84,19 @@ class Containers:
     def list(self) -> Sequence[ContainerRecord]:
         containers = self._registry.containers.values()
         return [each.record for each in containers if each.record.state is not ContainerState.CREATING]
+
+    async def describe(self, record: ContainerRecord) -> Mapping[str, object]:
+        """Facts for a person, beside what the status tells."""
+        container = self._registry.container(record.id)
+        return {
+            "sandboxID": container.pod.id,
+            "rootfs": str(container.rootfs),
+            "plan": str(container.plan_path),
+            "user": record.user,
+            "log": record.log,
+            "imageID": record.image_id,
+            "chainIDs": record.chain_ids,
+        }
 
     # ------------------------------------------------------------------------------- create
 
@@ -150,16 +168,15 @@ class Containers:
             container.pod.require_ready()
             client = await container.pod.guest()
             request = pb.Request(start=container.plan)
-            if container.record.log_path:
-                container.relay = await self._open_log(container)
-                container.relay.stream = client.open_input(container.relay, LOG_WINDOW)
-                request.start.log_stream = container.relay.stream
-                request.start.log_window = LOG_WINDOW
+            relay = await self._open_log(container)
+            request.start.log_stream = await relay.attach(client)
+            request.start.log_window = WINDOW
             try:
                 await container.pod.call(request)
             except GuestError as error:
                 self._start_failed(container, error)
                 raise
+            await relay.begin()
             container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
             if container.early_exit is not None:
                 self._apply_exit(container, container.early_exit)
@@ -186,11 +203,17 @@ class Containers:
             self._apply_exit(container, exited)
 
     def _apply_exit(self, container: Container, exited: pb.Exited) -> None:
-        if exited.oom_kills:
-            reason = "OOMKilled"
-        else:
-            reason = "Completed" if exited.exit_code == 0 else "Error"
-        container.take_exit(exited.exit_code, exited.at_ns or time.time_ns(), reason)
+        """EXITED is shown once the last line is in the file: clients read the log right then."""
+        self._host.tasks.spawn(self._finish(container, exited), f"exit of container {container.id[:12]}")
+
+    async def _finish(self, container: Container, exited: pb.Exited) -> None:
+        relay = container.relay
+        if relay is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOG_END_TIMEOUT_S):
+                    await relay.complete()
+        if container.running:
+            container.take_exit(exited.exit_code, exited.at_ns or time.time_ns(), exit_reason(exited))
 
     def vm_gone(self, pod: Pod, reason: str) -> None:
         """Every running container of a dead VM was killed with it."""
@@ -217,7 +240,9 @@ class Containers:
                 await self._sync_one(container, state)
             elif container.running:
                 now = time.time_ns()
-                container.take_exit(EXIT_CODE_UNKNOWN, now, "Unknown", "the guest has forgotten this container")
+                container.take_exit(
+                    EXIT_CODE_UNKNOWN, now, "Unknown", "the guest has forgotten this container"
+                )
 
     async def _sync_one(self, container: Container, state: pb.ContainerState) -> None:
         if container.record.state is ContainerState.CREATED:
@@ -228,27 +253,25 @@ class Containers:
             self._apply_exit(container, state.exited)
 
     async def _open_log(self, container: Container) -> LogRelay:
-        path = Path(container.record.log_path)
-        relay = await LogRelay.open(path, container.record.log, lambda position: container.update(log=position))
-        return relay
+        if container.relay is None:
+            container.relay = await LogRelay.open(
+                container.record.log_path,
+                container.record.log,
+                lambda position: container.update(log=position),
+            )
+        return container.relay
 
     async def _resume_log(self, container: Container) -> None:
-        if not container.record.log_path:
-            return
         client = await container.pod.guest()
-        if container.relay is None:
-            container.relay = await self._open_log(container)
-        relay = container.relay
-        relay.stream = client.open_input(relay, LOG_WINDOW)
-        reply = await container.pod.call(
-            pb.Request(
-                open_log=pb.OpenLog(
-                    container_id=container.id, offset=relay.offset, stream=relay.stream, window=LOG_WINDOW
-                )
-            )
-        )
-        if reply.log_opened.offset != relay.offset:
-            log.error("container %s: log bytes %d to %d are lost", container.id, relay.offset, reply.log_opened.offset)
+        relay = await self._open_log(container)
+        stream = await relay.attach(client)
+        asked = relay.offset
+        request = pb.OpenLog(container_id=container.id, offset=asked, stream=stream, window=WINDOW)
+        reply = await container.pod.call(pb.Request(open_log=request))
+        opened = reply.log_opened.offset
+        if opened != asked:
+            log.error("container %s: log bytes %d to %d are lost", container.id, asked, opened)
+        await relay.begin(opened)
 
     def _close_log(self, container: Container) -> None:
         if container.relay is not None:
@@ -276,7 +299,9 @@ class Containers:
     async def _kill(self, container: Container) -> None:
         await self._signal(container, signal_number("SIGKILL"), all=True)
         if not await self._ended_within(container, KILL_TIMEOUT_S):
-            raise GuestUnreachable(f"container {container.id} did not end within {KILL_TIMEOUT_S:g} s of SIGKILL")
+            raise GuestUnreachable(
+                f"container {container.id} did not end within {KILL_TIMEOUT_S:g} s of SIGKILL"
+            )
 
     async def _signal(self, container: Container, number: int, *, all: bool) -> None:
         try:
@@ -399,6 +424,13 @@ class Containers:
                     )
                 )
         return found
+
+
+def exit_reason(exited: pb.Exited) -> str:
+    """A child's OOM kill counts too, whatever the first process made of it."""
+    if exited.oom_kills:
+        return "OOMKilled"
+    return "Completed" if exited.exit_code == 0 else "Error"
 
 
 def merge_resources(current: Resources, wanted: Resources) -> Resources:

@@ -21,7 +21,9 @@ def pod_files(record: PodRecord) -> PodFiles:
     hostname = pod_hostname(record)
     ips = record.network.ips if record.network else ()
     return PodFiles(
-        hosts=hosts(hostname, ips), hostname=f"{hostname}\n".encode(), resolv_conf=resolv_conf(record.spec.dns)
+        hosts=hosts(hostname, ips),
+        hostname=f"{hostname}\n".encode(),
+        resolv_conf=resolv_conf(record.spec.dns),
     )
 
 

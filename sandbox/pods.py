@@ -67,7 +67,9 @@ class Pods:
 
     def list(self) -> Sequence[PodRecord]:
         # one that is starting is not shown: its client has not been told the id
-        return [pod.record for pod in self._registry.pods.values() if pod.record.state is not PodState.STARTING]
+        return [
+            pod.record for pod in self._registry.pods.values() if pod.record.state is not PodState.STARTING
+        ]
 
     def containers_of(self, pod_id: str) -> Sequence[ContainerRecord]:
         pod = self._registry.pod(pod_id)
@@ -81,7 +83,9 @@ class Pods:
             "handler": record.spec.handler,
             "accelerator": record.accelerator,
             "guestKernel": record.guest_kernel,
-            "size": {"memoryMiB": record.size.memory_mib, "vcpus": record.size.vcpus} if record.size else None,
+            "size": {"memoryMiB": record.size.memory_mib, "vcpus": record.size.vcpus}
+            if record.size
+            else None,
             "netns": record.network.netns if record.network else "",
             "phases": [
                 {"name": phase.name, "beginSeconds": phase.begin_s, "endSeconds": phase.end_s}

@@ -29,7 +29,12 @@ class ContainerStats(Value, frozen=True, kw_only=True):
 
 
 def parse(
-    container_id: ContainerId, at_ns: int, values: Sequence[bytes], *, layer_bytes: int = 0, layer_inodes: int = 0
+    container_id: ContainerId,
+    at_ns: int,
+    values: Sequence[bytes],
+    *,
+    layer_bytes: int = 0,
+    layer_inodes: int = 0,
 ) -> ContainerStats:
     """Make sense of the contents of FILES. The guest is not trusted: what is no number counts as 0."""
     cpu_stat, current, stat, limit, swap, pids = values

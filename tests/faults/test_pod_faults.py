@@ -1,0 +1,450 @@
+"""Each step of RunPodSandbox and CreateContainer fails in turn, or the daemon is killed in it:
+everything is undone, now or by the next start, and the name is free again."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from image.index import Image, ImageConfig
+
+from sandbox import cgroup
+from sandbox.containers import ContainerHost, Containers
+from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
+from sandbox.guest import guest_pb2 as pb
+from sandbox.lifecycle import UndoFailed
+from sandbox.mounts import mounts_below
+from sandbox.pods import PodHost, Pods, find_handler
+from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
+from sandbox.registry import Registry
+from sandbox.spec import ContainerSpec, Handler, MountSpec, PodSpec, SecuritySpec
+from sandbox.steps import Cgroups, pod_steps
+from sandbox.store import Store
+from sandbox.tasks import Tasks
+from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
+
+POD_FAULTS = ["cgroup.create", "network.up", "network.taps", "vm.start"]
+HANDLER = Handler(
+    name="",
+    kernel="/k",
+    initramfs="/i",
+    memory_mib=256,
+    vcpus=1,
+    accelerator="tcg",
+    machine="q35",
+)
+
+
+class FakeIndex:
+    def find(self, ref: str) -> Image:
+        return Image(
+            id="sha256:" + "1" * 64,
+            repo_tags=("example/web:1",),
+            repo_digests=(),
+            size=1,
+            chain_ids=("sha256:" + "2" * 64,),
+            config=ImageConfig(cmd=("/bin/true",)),
+        )
+
+
+class FakeLibrary:
+    index = FakeIndex()
+
+
+@dataclass
+class Daemon:
+    """One life of the daemon over a host that outlives it."""
+
+    root: Path
+    ledger: Ledger = field(default_factory=Ledger)
+    hypervisor: FakeHypervisor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hypervisor = FakeHypervisor(self.ledger)
+        self.start()
+
+    def start(self) -> None:
+        networks = cast(Any, FakeNetworks(self.ledger))
+        cgroups = Cgroups(cgroup.Layout(mode=cgroup.Mode.V2, hierarchies=(), unified=""), "/husk-test")
+        self.tasks = Tasks()
+        self.registry = Registry()
+        self.pod_store = Store(self.root / "pods", PodRecord)
+        self.container_store = Store(self.root / "containers", ContainerRecord)
+        self.pod_store.load()
+        self.container_store.load()
+        host = ContainerHost(
+            store=self.container_store,
+            plans=self.root / "containers",
+            images=cast(Any, FakeLibrary()),
+            rootfs=cast(Any, FakeRootfs(self.ledger)),
+            tasks=self.tasks,
+        )
+        self.containers = Containers(self.registry, host)
+        self.pods = Pods(
+            self.registry,
+            self.containers,
+            PodHost(
+                store=self.pod_store,
+                run=self.root / "run",
+                hypervisor=self.hypervisor,
+                steps=_with_ledger(pod_steps(self.hypervisor, networks, cgroups), self.ledger),
+                handler=lambda name: find_handler({"": HANDLER}, name),
+                accelerator=_tcg,
+                tasks=self.tasks,
+                on_started=lambda record: None,
+            ),
+        )
+
+    async def kill(self) -> None:
+        """End this life without a farewell; the host stays as it is."""
+        await self.tasks.close()
+        for pod in self.registry.pods.values():
+            if pod.client is not None:
+                await pod.client.close()
+
+    async def restart(self) -> None:
+        await self.kill()
+        self.start()
+        await self.pods.adopt_all(list(self.container_store))
+
+    def assert_empty(self) -> None:
+        assert self.ledger.held == set()
+        assert [path for path in (self.root / "run").rglob("*") if path.name != "pods"] == []
+        assert list((self.root / "pods").iterdir()) == []
+        assert list((self.root / "containers").iterdir()) == []
+        assert mounts_below(self.root) == []
+
+
+async def _tcg(handler: Handler) -> str:
+    return "tcg"
+
+
+def _with_ledger(steps: Any, ledger: Ledger) -> Any:
+    """The cgroup step works on real files, which the fault tests leave to tests of its own."""
+
+    class LedgerCgroup:
+        name = "cgroup"
+
+        async def up(self, pod: Any) -> None:
+            ledger.take("cgroup.create", f"cgroup {pod.id}")
+
+        async def down(self, pod: Any) -> None:
+            ledger.give("cgroup.remove", f"cgroup {pod.id}")
+
+    return tuple(LedgerCgroup() if step.name == "cgroup" else step for step in steps)
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    # short, for the sockets in it
+    path = Path(tempfile.mkdtemp(prefix="husk-faults-"))
+    yield path
+    assert mounts_below(path) == []
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+async def daemon(root: Path) -> AsyncIterator[Daemon]:
+    daemon = Daemon(root)
+    yield daemon
+    daemon.ledger.faults.clear()
+    for pod in list(daemon.registry.pods.values()):
+        await daemon.pods.remove(pod.id)
+    await daemon.kill()
+
+
+def pod_spec(name: str = "web", **fields: Any) -> PodSpec:
+    return PodSpec(name=name, namespace="default", uid="u", **fields)
+
+
+def container_spec(**fields: Any) -> ContainerSpec:
+    return ContainerSpec(name="main", image="example/web:1", **fields)
+
+
+# ------------------------------------------------------------------------------------- pods
+
+
+async def test_a_pod_starts_and_goes_and_leaves_nothing(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec())
+    assert daemon.pods.find(id).state is PodState.READY
+    assert len(daemon.ledger.held) == 3
+    await daemon.pods.stop(id)
+    await daemon.pods.stop(id)
+    record = daemon.pods.find(id)
+    assert record.state is PodState.NOT_READY
+    assert record.network is not None and record.network.ips == ("10.1.0.2",), "the address stays known"
+    assert daemon.ledger.held == set()
+    await daemon.pods.remove(id)
+    await daemon.pods.remove(id)
+    daemon.assert_empty()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("operation", POD_FAULTS)
+async def test_each_step_fails_in_turn(daemon: Daemon, operation: str, moment: str) -> None:
+    daemon.ledger.faults[operation] = moment
+    with pytest.raises(PhaseFailed) as caught:
+        await daemon.pods.run(pod_spec())
+    assert operation in str(caught.value)
+    daemon.assert_empty()
+    daemon.ledger.faults.clear()
+    assert await daemon.pods.run(pod_spec()), "the name is free again"
+
+
+async def test_a_guest_that_refuses_its_configuration(daemon: Daemon) -> None:
+    daemon.hypervisor.make_agent = _refusing("configure", "sysctl kernel.nonsense")
+    with pytest.raises(PhaseFailed, match=r"guest failed.*sysctl kernel.nonsense") as caught:
+        await daemon.pods.run(pod_spec())
+    assert "last words" in caught.value.console
+    daemon.assert_empty()
+
+
+async def test_a_vm_that_dies_while_it_boots(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = daemon.hypervisor.make_agent()
+    agent.silent = True
+    daemon.hypervisor.make_agent = lambda: agent
+    run = asyncio.create_task(daemon.pods.run(pod_spec()))
+    while not daemon.hypervisor.vms:
+        await asyncio.sleep(0.01)
+    [vm] = daemon.hypervisor.vms.values()
+    vm.ended.set()
+    with pytest.raises(PhaseFailed, match="the VM ended"):
+        await run
+    daemon.assert_empty()
+
+
+@pytest.mark.parametrize("operation", ["cgroup.remove", "network.down", "vm.destroy"])
+async def test_what_cannot_be_released_is_tried_again(daemon: Daemon, operation: str) -> None:
+    id = await daemon.pods.run(pod_spec())
+    daemon.ledger.faults[operation] = "before"
+    with pytest.raises(UndoFailed, match=operation):
+        await daemon.pods.stop(id)
+    assert len(daemon.ledger.held) == 1, "all the rest is released"
+    daemon.ledger.faults.clear()
+    await daemon.pods.remove(id)
+    daemon.assert_empty()
+
+
+async def test_a_name_is_taken_while_its_pod_exists(daemon: Daemon) -> None:
+    await daemon.pods.run(pod_spec())
+    with pytest.raises(Reserved, match="web_default_u_0"):
+        await daemon.pods.run(pod_spec())
+    assert await daemon.pods.run(pod_spec(attempt=1))
+
+
+async def test_an_unknown_handler_is_named_and_leaves_nothing(daemon: Daemon) -> None:
+    with pytest.raises(InvalidSpec, match="'gpu' is not configured"):
+        await daemon.pods.run(pod_spec(handler="gpu"))
+    daemon.assert_empty()
+
+
+async def test_a_dead_vm_makes_the_pod_not_ready_at_once(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(id, container_spec())
+    await daemon.containers.start(container)
+    await daemon.hypervisor.vms[id].die()
+    await _until(lambda: daemon.pods.find(id).state is PodState.NOT_READY)
+    record = daemon.containers.find(container)
+    assert (record.state, record.exit_code, record.reason) == (ContainerState.EXITED, 137, "Error")
+
+
+# --------------------------------------------------------------------------- kill and adopt
+
+
+@pytest.mark.parametrize("operation", [*POD_FAULTS, "guest"])
+async def test_killed_in_the_middle_of_a_start_the_next_start_undoes_it(
+    daemon: Daemon, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = asyncio.Event()
+
+    async def hang(self: Any, pod: Any) -> None:
+        stuck.set()
+        await asyncio.Event().wait()
+
+    step = {
+        "cgroup.create": "Network",  # the cgroup is made, the network is about to be
+        "network.up": "Shares",
+        "network.taps": "Vm",
+        "vm.start": "Guest",
+        "guest": "Guest",
+    }[operation]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"sandbox.steps.{step}.up", hang)
+        run = asyncio.create_task(daemon.pods.run(pod_spec()))
+        await stuck.wait()
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+    assert list((daemon.root / "pods").iterdir()), "the record is there, so the next start can know"
+    await daemon.restart()
+    daemon.assert_empty()
+    assert await daemon.pods.run(pod_spec())
+
+
+async def test_a_restart_takes_up_what_runs(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(id, container_spec())
+    await daemon.containers.start(container)
+    created = await daemon.containers.create(id, ContainerSpec(name="second", image="example/web:1"))
+    await daemon.restart()
+    assert daemon.pods.find(id).state is PodState.READY
+    assert daemon.containers.find(container).state is ContainerState.RUNNING
+    agent = daemon.hypervisor.vms[id].agent
+    assert [hello.epoch for hello in agent.hellos] == [1, 2]
+    await daemon.containers.start(created)
+    assert daemon.containers.find(created).state is ContainerState.RUNNING
+
+
+async def test_an_exit_while_the_daemon_was_away_is_not_lost(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(id, container_spec())
+    await daemon.containers.start(container)
+    await daemon.kill()
+    daemon.hypervisor.vms[id].agent.drop()
+    daemon.hypervisor.vms[id].agent._greeted = False
+    daemon.hypervisor.vms[id].agent.exit(container, 3)
+    await daemon.restart()
+    await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+    assert daemon.containers.find(container).exit_code == 3
+
+
+async def test_a_vm_that_died_while_the_daemon_was_away(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(id, container_spec())
+    await daemon.containers.start(container)
+    await daemon.kill()
+    await daemon.hypervisor.vms[id].die()
+    await daemon.restart()
+    assert daemon.pods.find(id).state is PodState.NOT_READY
+    assert daemon.containers.find(container).exit_code == 137
+    await daemon.pods.remove(id)
+    daemon.assert_empty()
+
+
+async def test_a_lost_connection_is_made_anew(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec())
+    agent = daemon.hypervisor.vms[id].agent
+    agent.drop()
+    await _until(lambda: len(agent.hellos) == 2)
+    container = await daemon.containers.create(id, container_spec())
+    await daemon.containers.start(container)
+    assert daemon.containers.find(container).state is ContainerState.RUNNING
+
+
+# ------------------------------------------------------------------------------- containers
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"mounts": (MountSpec(container_path="/x", host_path="/nowhere/at/all"),)}, "does not exist"),
+        ({"security": SecuritySpec(run_as_username="nobody-here")}, "no user 'nobody-here'"),
+        ({"security": SecuritySpec(add_capabilities=("CAP_FLY",))}, "CAP_FLY"),
+        ({"log_path": "../../etc/passwd"}, "log_path"),
+        ({"stop_signal": "SIGNONSENSE"}, "SIGNONSENSE"),
+    ],
+)
+async def test_a_bad_container_is_refused_and_leaves_nothing(
+    daemon: Daemon, fields: dict[str, Any], problem: str
+) -> None:
+    id = await daemon.pods.run(pod_spec(log_directory="/tmp"))
+    held = set(daemon.ledger.held)
+    with pytest.raises(InvalidSpec, match=problem):
+        await daemon.containers.create(id, container_spec(**fields))
+    assert daemon.ledger.held == held
+    assert list((daemon.root / "containers").iterdir()) == []
+    assert await daemon.containers.create(id, container_spec()), "the name is free again"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+async def test_a_root_filesystem_that_cannot_be_made(daemon: Daemon, moment: str) -> None:
+    id = await daemon.pods.run(pod_spec())
+    held = set(daemon.ledger.held)
+    daemon.ledger.faults["rootfs.up"] = moment
+    with pytest.raises(PhaseFailed, match="rootfs failed"):
+        await daemon.containers.create(id, container_spec())
+    assert daemon.ledger.held == held
+    assert list((daemon.root / "containers").iterdir()) == []
+
+
+async def test_killed_in_the_middle_of_a_creation(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    id = await daemon.pods.run(pod_spec())
+    held = set(daemon.ledger.held)
+    stuck = asyncio.Event()
+
+    async def hang(self: Any, container: Any) -> None:
+        stuck.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sandbox.container_steps.Plan.up", hang)
+        create = asyncio.create_task(daemon.containers.create(id, container_spec()))
+        await stuck.wait()
+        create.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await create
+    await daemon.restart()
+    assert daemon.containers.list() == []
+    assert daemon.ledger.held == held
+
+
+async def test_a_program_that_cannot_be_run(daemon: Daemon) -> None:
+    daemon.hypervisor.make_agent = _refusing("start", "exec")
+    id = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(id, container_spec())
+    with pytest.raises(GuestError, match="exec"):
+        await daemon.containers.start(container)
+    record = daemon.containers.find(container)
+    assert (record.state, record.exit_code, record.reason) == (ContainerState.EXITED, 128, "StartError")
+    assert "exec" in record.message
+    with pytest.raises(WrongState):
+        await daemon.containers.start(container)
+
+
+async def test_stopping_and_removing_what_is_unknown_is_fine(daemon: Daemon) -> None:
+    await daemon.pods.stop("nope")
+    await daemon.pods.remove("nope")
+    await daemon.containers.stop("nope", 1)
+    await daemon.containers.remove("nope")
+    assert daemon.pods.list() == []
+
+
+async def test_no_container_in_a_stopped_pod(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec())
+    await daemon.pods.stop(id)
+    with pytest.raises(WrongState, match="not-ready"):
+        await daemon.containers.create(id, container_spec())
+
+
+async def test_removing_a_pod_takes_its_containers_along(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(id, container_spec())
+    await daemon.containers.start(container)
+    await daemon.pods.remove(id)
+    with pytest.raises(SandboxError):
+        daemon.containers.find(container)
+    daemon.assert_empty()
+
+
+def _refusing(body: str, step: str) -> Any:
+    from tests.fakes.guest import FakeAgent
+
+    def make() -> FakeAgent:
+        agent = FakeAgent()
+        failure = pb.Reply(failure=pb.Failure(step=step, errno=2, message="No such file or directory"))
+        agent.answer = lambda request: failure if request.WhichOneof("body") == body else True
+        return agent
+
+    return make
+
+
+async def _until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
