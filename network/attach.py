@@ -1,62 +1,273 @@
-"""A pod's network: its namespace, its CNI attachments, and the tap devices that carry them to a VM."""
+"""A pod's network: its namespace, its CNI attachments, and the tap devices that carry them to a VM.
+
+    up         held file ─> namespace ─> ADD of each plug-in ─> facts of the interfaces
+    open_taps  taps and redirects, as often as a VM is started
+    down       DEL of each plug-in ─> namespace ─> held file
+
+Everything is found by the pod id: the held file (see `held`), the namespace `<netns_dir>/<pod id>`,
+and in it the interfaces. So `down` works for whatever a daemon that was killed had got to.
+
+The event loop does no work here: each verb is plain blocking code in a thread of its own. Verbs of
+one pod wait for each other; GC waits for all and lets none begin (CNI SPEC, "Lifecycle & Ordering").
+"""
 
 from __future__ import annotations
 
+import ipaddress
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from threading import Event
+
 import msgspec
 
+from network import netns
+from network.capabilities import capability_args, cni_args
+from network.cni import Cni
+from network.errors import NetworkError, NetworkNotReady, TapError, TeardownFailed, WishRefused
+from network.held import Held, HeldFiles, HeldUnreadable
+from network.links import read_links
+from network.plugins import Plugins
+from network.readiness import Readiness
+from network.result import Result
+from network.spec import Attachment, Dns, Interface, NetworkStatus, NetworkWish, PortMapping, Route
+from network.tap import open_taps
+from network.threads import in_thread
+from network.turns import Turns
 
-class PortMapping(msgspec.Struct, frozen=True, kw_only=True):
-    """One published port, as the CNI `portMappings` capability takes it."""
+__all__ = [
+    "Attachment",
+    "Dns",
+    "Interface",
+    "NetworkStatus",
+    "NetworkWish",
+    "Networks",
+    "PortMapping",
+    "Route",
+]
 
-    protocol: str  # tcp, udp or sctp
-    container_port: int
-    host_port: int
-    host_ip: str = ""
+log = logging.getLogger(__name__)
 
-
-class NetworkWish(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pod wants; the K8S_POD_* CNI_ARGS are made of the names."""
-
-    pod_id: str
-    name: str
-    namespace: str
-    uid: str
-    port_mappings: tuple[PortMapping, ...] = ()
-    cgroup_path: str = ""  # for the cgroupPath capability
-
-
-class Interface(msgspec.Struct, frozen=True, kw_only=True):
-    """A NIC of the guest: what the CNI plug-ins made, and the tap that carries it."""
-
-    name: str
-    tap: str
-    mac: str
-    mtu: int
-    addresses: tuple[str, ...] = ()  # CIDR
-
-
-class Route(msgspec.Struct, frozen=True, kw_only=True):
-    destination: str  # CIDR
-    gateway: str = ""
-    interface: str
-    metric: int = 0
-    mtu: int = 0
-    on_link: bool = False
+IFNAME = "eth0"  # what Kubernetes' clients expect of a pod's first interface
+_POD_CIDR = "pod-cidr"
 
 
-class Attachment(msgspec.Struct, frozen=True, kw_only=True):
-    """A network that is up. Kept in the pod's record."""
+class Networks:
+    """All pods' networks. `status` and `list_leftovers` may be called at any time."""
 
-    netns: str  # path
-    interfaces: tuple[Interface, ...] = ()
-    routes: tuple[Route, ...] = ()
-    ips: tuple[str, ...] = ()  # of the first interface, as the plug-ins ordered them
-    dns_servers: tuple[str, ...] = ()
-    dns_searches: tuple[str, ...] = ()
-    dns_options: tuple[str, ...] = ()
+    def __init__(
+        self,
+        *,
+        conf_dir: Path,
+        bin_dirs: Sequence[Path],
+        cache_dir: Path,
+        netns_dir: Path,
+        plugin_timeout_s: float = 60.0,
+    ) -> None:
+        self._cni = Cni(Plugins(tuple(bin_dirs), plugin_timeout_s))
+        self._readiness = Readiness(conf_dir, self._cni)
+        self._held = HeldFiles(cache_dir)
+        self._netns_dir = netns_dir
+        self._pod_cidr_file = cache_dir / _POD_CIDR
+        self._turns = Turns()
+
+    def status(self) -> NetworkStatus:
+        """Whether a pod could be attached now; cheap, reads files only when they changed."""
+        return self._readiness.status()
+
+    async def up(self, wish: NetworkWish) -> Attachment:
+        """Make the namespace and attach it. On failure, or when cancelled, nothing is left.
+
+        Raises NetworkNotReady, WishRefused, CniError, NetnsError, TapError.
+        """
+        cancelled = Event()
+        async with self._turns.of(wish.pod_id):
+            return await in_thread(
+                lambda: self._up(wish, cancelled.is_set),
+                on_cancel=cancelled.set,
+                discard=lambda _: self._down(wish.pod_id),
+            )
+
+    async def down(self, pod_id: str) -> None:
+        """Release all that a pod holds; idempotent. What can be released is, whatever else fails.
+
+        Raises TeardownFailed when a plug-in would not DEL: the pod's file is kept for the next try.
+        """
+        cancelled = Event()
+        async with self._turns.of(pod_id):
+            await in_thread(lambda: self._down(pod_id, cancelled.is_set), on_cancel=cancelled.set)
+
+    async def open_taps(self, pod_id: str) -> tuple[int, ...]:
+        """Make the pod's taps and join them to its interfaces; the caller owns the descriptors.
+
+        In the order of Attachment.interfaces. Raises TapError, NetnsError.
+        """
+        async with self._turns.of(pod_id):
+            return await in_thread(lambda: self._open_taps(pod_id), discard=_close)
+
+    async def check(self, pod_id: str) -> None:
+        """Ask the plug-ins whether the attachment is as they left it. Raises CniError, TapError."""
+        async with self._turns.of(pod_id):
+            await in_thread(lambda: self._cni.check(self._attached(pod_id)))
+
+    async def gc(self, valid: Iterable[str]) -> None:
+        """Release what belongs to no valid pod, ours and then the plug-ins'. Raises TeardownFailed.
+
+        `valid` names every pod that is not to be released, also those that are being started.
+        """
+        keep = frozenset(valid)
+        problems: list[Exception] = []
+        for pod_id in self.list_leftovers():
+            if pod_id not in keep:
+                try:
+                    await self.down(pod_id)
+                except TeardownFailed as error:
+                    problems += error.problems
+        async with self._turns.alone():
+            problems += await in_thread(lambda: self._collect(keep))
+        if problems:
+            raise TeardownFailed("(none)", problems)
+
+    def list_leftovers(self) -> tuple[str, ...]:
+        """Ids of all pods that hold anything: those that run, and those that something forgot."""
+        found = set(self._held.pod_ids())
+        if self._netns_dir.is_dir():
+            found |= {path.name for path in self._netns_dir.iterdir()}
+        return tuple(sorted(found))
+
+    def update_pod_cidr(self, cidr: str) -> None:
+        """Remember the node's pod CIDR, or several between commas (CRI, UpdateRuntimeConfig).
+
+        Pods made from now on pass it as the `ipRanges` capability to plug-ins that declare that:
+        host-local then allocates from it. Kept on disk, as a kubelet sends it only when it changes.
+        Raises WishRefused.
+        """
+        cidrs = [each.strip() for each in cidr.split(",") if each.strip()]
+        for each in cidrs:
+            try:
+                ipaddress.ip_network(each)
+            except ValueError as error:
+                raise WishRefused("pod_cidr", str(error)) from error
+        self._pod_cidr_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._pod_cidr_file.write_text(",".join(cidrs))
+
+    # ------------------------------------------------------------------- blocking, in threads
+
+    def _up(self, wish: NetworkWish, cancelled: Callable[[], bool]) -> Attachment:
+        held = self._plan(wish)
+        path = Path(held.netns)
+        if path.exists() or self._held.load(wish.pod_id):
+            raise WishRefused("pod_id", f"{wish.pod_id} holds a network already; take that down first")
+        try:
+            self._held.save(held, durable=True)
+            netns.make(path)
+            held = self._cni.add(held, self._held.save, cancelled)
+            attachment = self._describe(held)
+            self._held.save(_with(held, attachment))
+        except BaseException as error:
+            try:
+                self._down(wish.pod_id)
+            except TeardownFailed as undo:
+                error.add_note(f"and was not wholly undone: {undo}")
+                log.warning("undoing a failed start: %s", undo)
+            raise
+        return attachment
+
+    def _plan(self, wish: NetworkWish) -> Held:
+        conf = self._readiness.conf()
+        self._cni.check_installed(conf)
+        return Held(
+            pod_id=wish.pod_id,
+            netns=str(self._netns_dir / wish.pod_id),
+            ifname=IFNAME,
+            conf=conf,
+            args=cni_args(wish),
+            capabilities=capability_args(wish, self._pod_cidrs()),
+        )
+
+    def _describe(self, held: Held) -> Attachment:
+        result = held.result or Result()
+        interfaces, routes = netns.run_in(Path(held.netns), lambda: read_links(result))
+        dns = result.dns
+        return Attachment(
+            netns=held.netns,
+            interfaces=interfaces,
+            routes=routes,
+            ips=_pod_ips(result, interfaces[0]),
+            dns_servers=dns.nameservers,
+            dns_searches=tuple(dict.fromkeys((*filter(None, [dns.domain]), *dns.search))),
+            dns_options=dns.options,
+        )
+
+    def _down(self, pod_id: str, cancelled: Callable[[], bool] = lambda: False) -> None:
+        problems: list[Exception] = []
+        path = self._netns_dir / pod_id
+        try:
+            held = self._held.load(pod_id)
+        except HeldUnreadable as error:
+            # nothing can be given back with it, and kept it would fail each further try
+            log.error("%s; what its plug-ins hold is left to their GC", error)
+            held = None
+        if held is not None:
+            path = Path(held.netns)
+            problems += self._cni.delete(held, cancelled)
+        try:
+            netns.remove(path)
+        except NetworkError as error:
+            problems.append(error)
+        if problems:
+            raise TeardownFailed(pod_id, problems)
+        self._held.forget(pod_id)
+
+    def _open_taps(self, pod_id: str) -> tuple[int, ...]:
+        held = self._attached(pod_id)
+        assert held.attachment is not None
+        interfaces = held.attachment.interfaces
+        return netns.run_in(Path(held.netns), lambda: open_taps(interfaces))
+
+    def _attached(self, pod_id: str) -> Held:
+        held = self._held.load(pod_id)
+        if held is None or held.attachment is None:
+            raise TapError("(none)", "find", f"pod {pod_id} has no network that is up")
+        return held
+
+    def _collect(self, valid: frozenset[str]) -> list[Exception]:
+        try:
+            conf = self._readiness.conf()
+        except NetworkNotReady:
+            return []
+        # a pod that began meanwhile is no leftover of anybody
+        owners = valid | set(self.list_leftovers())
+        return list(self._cni.collect(conf, [(pod_id, IFNAME) for pod_id in sorted(owners)]))
+
+    def _pod_cidrs(self) -> tuple[str, ...]:
+        try:
+            text = self._pod_cidr_file.read_text()
+        except FileNotFoundError:
+            return ()
+        return tuple(filter(None, text.split(",")))
 
 
-class NetworkStatus(msgspec.Struct, frozen=True, kw_only=True):
-    ready: bool
-    reason: str = ""  # CamelCase word, as a Kubernetes condition has it
-    message: str = ""
+def _close(taps: tuple[int, ...]) -> None:
+    for tap in taps:
+        os.close(tap)
+
+
+def _with(held: Held, attachment: Attachment) -> Held:
+    return msgspec.structs.replace(held, attachment=attachment)
+
+
+def _pod_ips(result: Result, first: Interface) -> tuple[str, ...]:
+    """Addresses of the first interface as the plug-ins ordered them: the first is the pod's own.
+
+    Plug-ins need not say which interface an address is on; then it counts as the first's. Where the
+    result has none, what the kernel has.
+    """
+    interfaces = result.interfaces or ()
+    ips = [
+        each.address
+        for each in result.ips or ()
+        if each.interface is None or interfaces[each.interface].name == first.name
+    ]
+    return tuple(str(ipaddress.ip_interface(cidr).ip) for cidr in ips or first.addresses)

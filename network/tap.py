@@ -1,0 +1,113 @@
+"""Tap devices, and the redirects that carry a CNI interface's frames to them and back.
+
+    bridge ── veth ══ eth0 ──ingress──> tap0 ── fd ── VM        all in the pod's namespace
+                      eth0 <──ingress── tap0
+
+Each side has an ingress qdisc with a u32 filter that matches everything (not every kernel has
+cls_matchall) and hands the frame to the other's egress. The namespace's own stack sees none of it,
+so the addresses that plug-ins left on eth0 stay where their CHECK and DEL look for them.
+
+A tap is not persistent: it is there while its file descriptor is open, in this process and then in
+the VMM. Its qdisc goes with it; the one on the CNI interface is replaced when the tap is made
+again. Nothing is left to undo that does not go with the descriptor or the namespace.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pyroute2.netlink.exceptions import NetlinkError
+
+from network.errors import TapError
+from network.links import open_netlink
+from network.spec import Interface
+
+_TUN = "/dev/net/tun"
+_TUNSETIFF = 0x400454CA  # linux/if_tun.h
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_ETH_P_ALL = 0x0003
+_INGRESS, _INGRESS_PARENT = "ffff:", 0xFFFF0000  # handle of an ingress qdisc, tc(8)
+_FLOW = 0x10001  # a class id that u32 asks for; ingress qdiscs have no classes
+
+
+def open_taps(interfaces: Iterable[Interface]) -> tuple[int, ...]:
+    """Make and join a tap per interface; called in a thread inside the namespace.
+
+    The descriptors do not block and are closed on exec. Raises TapError; then none is left open.
+    """
+    taps: list[int] = []
+    try:
+        with open_netlink() as netlink:
+            for interface in interfaces:
+                taps.append(_open(interface))
+                _join(netlink, interface)
+    except BaseException:
+        for tap in taps:
+            os.close(tap)
+        raise
+    return tuple(taps)
+
+
+def _open(interface: Interface) -> int:
+    try:
+        # the device belongs to the namespace in which this file is opened
+        fd = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise TapError(interface.name, f"open {_TUN}", str(error)) from error
+    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+    try:
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", interface.tap.encode(), flags))
+    except OSError as error:
+        os.close(fd)
+        busy = error.errno == errno.EBUSY
+        problem = "a VMM of this pod still holds it" if busy else str(error)
+        raise TapError(interface.name, f"make {interface.tap}", problem) from error
+    return fd
+
+
+def _join(netlink: Any, interface: Interface) -> None:
+    # or the namespace's stack would greet the guest with router solicitations and listener reports
+    ipv6 = Path(f"/proc/sys/net/ipv6/conf/{interface.tap}/disable_ipv6")
+    if ipv6.exists():
+        ipv6.write_text("1")
+    step = "find both devices"
+    try:
+        tap = netlink.link_lookup(ifname=interface.tap)[0]
+        carrier = netlink.link_lookup(ifname=interface.name)[0]
+        step = "redirect frames"
+        _redirect(netlink, carrier, tap)
+        _redirect(netlink, tap, carrier)
+        step = "bring up"
+        netlink.link("set", index=tap, mtu=interface.mtu, state="up")
+    except IndexError as error:
+        raise TapError(interface.name, step, "one is gone") from error
+    except NetlinkError as error:
+        raise TapError(interface.name, step, str(error)) from error
+
+
+def _redirect(netlink: Any, source: int, target: int) -> None:
+    """Send all that arrives at `source` out of `target`; replaces what an earlier VM of the pod had."""
+    try:
+        netlink.tc("del", "ingress", source, _INGRESS)
+    except NetlinkError as error:
+        if error.code not in (errno.ENOENT, errno.EINVAL):  # there was none
+            raise
+    netlink.tc("add", "ingress", source, _INGRESS)
+    mirred = {"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": target}
+    netlink.tc(
+        "add-filter",
+        "u32",
+        source,
+        parent=_INGRESS_PARENT,
+        protocol=_ETH_P_ALL,
+        prio=1,
+        target=_FLOW,
+        keys=["0x0/0x0+0"],
+        action=mirred,
+    )
