@@ -89,6 +89,11 @@ class Cri:
         rpc, request_type = self._rpcs[name]
         return rpc(request_type(**request), timeout=timeout_s or self.timeout_s)
 
+    def begin(self, name: str, **request: Any) -> Any:
+        """The call's future; not waited for."""
+        rpc, request_type = self._rpcs[name]
+        return rpc.future(request_type(**request), timeout=self.timeout_s)
+
     # ------------------------------------------------------------------------------ images
 
     def pull(self, image: str, **fields: Any) -> str:

@@ -68,6 +68,10 @@ class Namespace:
         """
         return self._inside(lambda: socket.create_connection((host, port), timeout_s))
 
+    def listen(self, host: str, port: int) -> socket.socket:
+        """A listening TCP socket made inside."""
+        return self._inside(lambda: socket.create_server((host, port)))
+
     def fetch(self, host: str, port: int, path: str = "/", timeout_s: float = 5) -> str:
         """The body of http://host:port/path as seen from inside; raises OSError or HTTPException."""
         connection = http.client.HTTPConnection(host, port, timeout=timeout_s)

@@ -156,9 +156,13 @@ def test_stop_keeps_the_record_and_remove_forgets(cri: Cri) -> None:
         cri.create(pod, BUSYBOX, ["true"])
     cri.remove_pod(pod)
     cri.remove_pod(pod)
-    for look in (lambda: cri.pod_status(pod), lambda: cri.status(container)):
+    gone: dict[str, dict[str, Any]] = {
+        "PodSandboxStatus": {"pod_sandbox_id": pod.id},
+        "ContainerStatus": {"container_id": container},
+    }
+    for name, id in gone.items():
         with pytest.raises(grpc.RpcError) as fault:
-            look()
+            cri.call(name, **id)
         assert code_of(fault) == grpc.StatusCode.NOT_FOUND
 
 

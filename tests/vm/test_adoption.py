@@ -1,0 +1,137 @@
+"""The daemon goes, the pods stay: after SIGTERM and after kill -9 the next start takes them up."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cri.proto import runtime_v1_pb2 as api
+from tests.kit.cri import Cri, Pod
+from tests.kit.daemon import Daemon
+from tests.kit.registry import HOST
+
+pytestmark = pytest.mark.vm
+
+BUSYBOX = f"{HOST}/husk/busybox:1"
+WEB = f"{HOST}/husk/web:1"
+COUNTER = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.01; done"
+# waits for a word from outside, so that the test says when it ends
+AWAITED = "until [ -e /go ]; do sleep 0.1; done; echo over; exit 7"
+
+Ending = Callable[[Daemon], int]
+
+
+def count_of(cri: Cri, container: str) -> int:
+    """The last number logged; every line before it must be the one that belongs there."""
+    texts = [line.text for line in cri.log(container)]
+    assert texts == [str(number) for number in range(1, len(texts) + 1)]
+    return len(texts)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [(Daemon.terminate, 0), (Daemon.kill, -signal.SIGKILL)],
+    ids=["SIGTERM", "SIGKILL"],
+)
+def test_pods_outlive_the_daemon(daemon: Daemon, cri: Cri, site: Any, end: Ending, status: int) -> None:
+    cri.pull(WEB)
+    pod = cri.run_pod(f"survivor-{-status}")
+    web = cri.run(pod, WEB, name="web")
+    counter = cri.run(pod, BUSYBOX, ["sh", "-c", COUNTER], name="counter")
+    cri.wait_for(lambda: count_of(cri, counter), lambda count: count > 20)
+    boot = cri.exec(counter, "cat", "/proc/sys/kernel/random/boot_id").stdout
+    ip = cri.pod_ip(pod)
+    began = cri.status(counter).started_at
+
+    assert end(daemon) == status
+    assert site.namespace.fetch(ip, 80) == "hello from the pod\n"
+    daemon.start()
+
+    assert [each.id for each in cri.call("ListPodSandbox").items] == [pod.id]
+    assert {each.id for each in cri.call("ListContainers").containers} == {web, counter}
+    assert cri.pod_status(pod).status.state == api.SANDBOX_READY
+    assert cri.pod_ip(pod) == ip
+    assert [cri.status(each).state for each in (web, counter)] == [api.CONTAINER_RUNNING] * 2
+    assert cri.status(counter).started_at == began
+    assert cri.exec(counter, "cat", "/proc/sys/kernel/random/boot_id").stdout == boot
+
+    seen = count_of(cri, counter)
+    cri.wait_for(lambda: count_of(cri, counter), lambda count: count > seen + 20)
+    third = cri.run(pod, BUSYBOX, ["sleep", "3600"], name="third")
+    assert cri.exec(third, "true").code == 0
+    cri.stop(counter, timeout=0)
+    assert cri.status(counter).exit_code == 137
+    count_of(cri, counter)
+    cri.remove_pod(pod)
+
+
+def leave_and_end_meanwhile(daemon: Daemon, cri: Cri, site: Any, pod: Pod) -> str:
+    """Kill the daemon, then let the container end by its web server's word, then start again."""
+    script = "mkdir -p /w/cgi-bin; printf '#!/bin/sh\\ntouch /go; echo; echo ok\\n' >/w/cgi-bin/go; "
+    script += f"chmod +x /w/cgi-bin/go; httpd -p 80 -h /w; {AWAITED}"
+    container = cri.run(pod, BUSYBOX, ["sh", "-c", script], name="awaited")
+    ip = cri.pod_ip(pod)
+
+    def listening() -> bool:
+        try:
+            site.namespace.dial(ip, 80).close()
+        except OSError:
+            return False
+        return True
+
+    cri.wait_for(listening, bool, 20)
+    daemon.kill()
+    assert "ok" in site.namespace.fetch(ip, 80, "/cgi-bin/go")
+    daemon.start()
+    return container
+
+
+def test_exit_code_is_kept_while_the_daemon_is_away(daemon: Daemon, cri: Cri, site: Any) -> None:
+    pod = cri.run_pod("absent")
+    container = leave_and_end_meanwhile(daemon, cri, site, pod)
+    status = cri.wait_exited(container)
+    assert (status.exit_code, status.reason) == (7, "Error")
+    assert [line.text for line in cri.log(container)] == ["over"]
+    cri.remove_pod(pod)
+
+
+def test_vm_that_died_meanwhile_is_not_ready(daemon: Daemon, cri: Cri) -> None:
+    pod = cri.run_pod("died-meanwhile")
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    daemon.kill()
+    daemon.kill_vmm(pod.id)
+    daemon.start()
+    cri.wait_for(lambda: cri.pod_status(pod).status.state, lambda state: state == api.SANDBOX_NOTREADY)
+    assert cri.wait_exited(container).exit_code != 0
+    cri.remove_pod(pod)
+
+
+def test_stopped_pods_stay_stopped(daemon: Daemon, cri: Cri) -> None:
+    pod = cri.run_pod("stopped")
+    container = cri.run(pod, BUSYBOX, ["sh", "-c", "exit 3"])
+    cri.wait_exited(container)
+    ip = cri.pod_ip(pod)
+    cri.stop_pod(pod)
+    daemon.kill()
+    daemon.start()
+    status = cri.pod_status(pod).status
+    assert (status.state, status.network.ip) == (api.SANDBOX_NOTREADY, ip)
+    assert cri.status(container).exit_code == 3
+    cri.remove_pod(pod)
+
+
+def test_start_killed_half_way_leaves_nothing(daemon: Daemon, cri: Cri) -> None:
+    before = daemon.census()
+    config = cri.pod_config("half-way")
+    request = cri.begin("RunPodSandbox", config=config)
+    # the VM runs and its network is up, and nobody has been told of the pod yet
+    cri.wait_for(lambda: daemon.census().processes, lambda seen: any("qemu" in each for each in seen), 30)
+    daemon.kill()
+    request.cancel()
+    daemon.start()
+    assert not cri.call("ListPodSandbox").items
+    left = [each for each in daemon.leaks_since(before, 20) if "husk-test0" not in each]
+    assert left == []
