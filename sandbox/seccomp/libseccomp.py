@@ -17,6 +17,7 @@ from sandbox.errors import MissingProgram, SandboxError
 
 CompareTriple = tuple[int, int, int, int]  # argument, operator, two data
 
+LIBRARY = "libseccomp.so.2"
 _ATTR_OPTIMIZE = 8  # SCMP_FLTATR_CTL_OPTIMIZE
 _BINARY_TREE = 2
 _NO_SUCH_CALL = -1  # __NR_SCMP_ERROR
@@ -45,9 +46,9 @@ class _Compare(ctypes.Structure):
 def _library() -> ctypes.CDLL:
     """Raises MissingProgram."""
     try:
-        library = ctypes.CDLL("libseccomp.so.2")
+        library = ctypes.CDLL(LIBRARY)
     except OSError as error:
-        raise MissingProgram("libseccomp.so.2", "apt-get install libseccomp2") from error
+        raise MissingProgram(LIBRARY, "apt-get install libseccomp2") from error
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_init.argtypes = [ctypes.c_uint32]
     library.seccomp_release.restype = None

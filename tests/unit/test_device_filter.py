@@ -1,0 +1,228 @@
+"""The device program: by an interpreter for every case, and by the kernel for a few."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox.device_filter import (
+    DEFAULT_RULES,
+    MKNOD,
+    READ,
+    WRITE,
+    Rule,
+    Type,
+    compile_rules,
+    device_filter_for,
+)
+from sandbox.errors import InvalidSpec
+from sandbox.spec import ContainerSpec, DeviceSpec, SecuritySpec
+
+RW = READ | WRITE
+CHAR, BLOCK = Type.CHARACTER, Type.BLOCK
+
+
+def run(program: bytes, type: int, access: int, major: int, minor: int) -> int:
+    """What the kernel's interpreter would answer; only the instructions that we emit."""
+    registers = [0] * 11
+    context = struct.pack("<III", access << 16 | type, major, minor)
+    code = list(struct.iter_unpack("<BBhi", program))
+    at = 0
+    while True:
+        opcode, packed, offset, immediate = code[at]
+        dst, src = packed & 0xF, packed >> 4
+        at += 1
+        match opcode:
+            case 0x61:
+                (registers[dst],) = struct.unpack_from("<I", context, offset)
+            case 0xBC:
+                registers[dst] = registers[src]
+            case 0xB4:
+                registers[dst] = immediate & 0xFFFFFFFF
+            case 0x54:
+                registers[dst] &= immediate & 0xFFFFFFFF
+            case 0x74:
+                registers[dst] >>= immediate
+            case 0x56:
+                assert offset >= 0  # forward only: it ends
+                at += offset if registers[dst] != immediate & 0xFFFFFFFF else 0
+            case 0x95:
+                return registers[0]
+            case _:
+                raise AssertionError(f"opcode {opcode:#x}")
+
+
+@pytest.mark.parametrize(
+    ("type", "access", "major", "minor", "allowed"),
+    [
+        (CHAR, RW, 1, 3, True),  # null
+        (CHAR, RW | MKNOD, 1, 9, True),  # urandom
+        (CHAR, RW, 5, 0, True),  # tty
+        (CHAR, RW, 5, 2, True),  # ptmx
+        (CHAR, RW, 136, 7, True),  # pts
+        (CHAR, MKNOD, 1, 1, True),  # a node may be made of anything
+        (BLOCK, MKNOD, 254, 0, True),
+        (CHAR, READ, 1, 1, False),  # mem
+        (CHAR, READ, 1, 11, False),  # kmsg
+        (CHAR, RW, 5, 1, False),  # the guest's console
+        (CHAR, RW, 10, 229, False),  # fuse
+        (CHAR, WRITE | MKNOD, 1, 1, False),
+        (BLOCK, READ, 254, 0, False),
+        (BLOCK, RW, 1, 3, False),
+        (CHAR, RW, 240, 1, False),  # where virtio ports are
+    ],
+)
+def test_the_default_allows_what_containers_use_and_nothing_of_the_guest(
+    type: int, access: int, major: int, minor: int, allowed: bool
+) -> None:
+    assert run(device_filter_for(ContainerSpec(name="c", image="i")), type, access, major, minor) == allowed
+
+
+def test_privileged_has_no_filter() -> None:
+    spec = ContainerSpec(name="c", image="i", security=SecuritySpec(privileged=True))
+    assert device_filter_for(spec) == b""
+
+
+def test_a_device_asked_for_is_allowed_as_far_as_asked() -> None:
+    device = DeviceSpec(container_path="/dev/fuse", host_path="/dev/fuse", permissions="r")
+    program = device_filter_for(ContainerSpec(name="c", image="i", devices=(device,)))
+    assert run(program, CHAR, READ, 10, 229) == 1
+    assert run(program, CHAR, RW, 10, 229) == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "field"),
+    [
+        (DeviceSpec(container_path="/dev/sda", host_path="/dev/sda"), "host_path"),
+        (DeviceSpec(container_path="/dev/null", host_path="/dev/../dev/null"), "host_path"),
+        (DeviceSpec(container_path="/dev/x", host_path="/dev/null", permissions="rwx"), "permissions"),
+        (DeviceSpec(container_path="dev/x", host_path="/dev/null"), "container_path"),
+    ],
+)
+def test_what_a_vm_cannot_be_given_is_refused(device: DeviceSpec, field: str) -> None:
+    null = DeviceSpec(container_path="/dev/null", host_path="/dev/null")
+    with pytest.raises(InvalidSpec) as caught:
+        device_filter_for(ContainerSpec(name="c", image="i", devices=(null, device)))
+    assert caught.value.field == f"config.devices[1].{field}"
+
+
+numbers = st.integers(0, 3)
+accesses = st.integers(1, 7)
+rules = st.builds(Rule, st.sampled_from(Type), st.none() | numbers, st.none() | numbers, accesses)
+
+
+@given(st.lists(rules, max_size=6), st.sampled_from(Type), accesses, numbers, numbers)
+def test_programs_mean_their_rules(
+    rules: list[Rule], type: Type, access: int, major: int, minor: int
+) -> None:
+    allowed = any(
+        rule.type == type
+        and access & ~rule.access == 0
+        and rule.major in (None, major)
+        and rule.minor in (None, minor)
+        for rule in rules
+    )
+    assert run(compile_rules(rules), type, access, major, minor) == allowed
+
+
+# ---------------------------------------------------------------------------- in this kernel
+
+SYS_BPF = {"x86_64": 321, "aarch64": 280}[platform.machine()]
+PROG_LOAD, PROG_ATTACH = 5, 8
+CGROUP_DEVICE_PROGRAM, CGROUP_DEVICE_ATTACH = 15, 6
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def bpf(command: int, attributes: bytes) -> int:
+    buffer = ctypes.create_string_buffer(attributes.ljust(128, b"\0"), 128)
+    result = int(libc.syscall(ctypes.c_long(SYS_BPF), ctypes.c_int(command), buffer, ctypes.c_uint(128)))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def load(program: bytes) -> int:
+    """The verifier's judgement. Raises OSError."""
+    log = ctypes.create_string_buffer(1 << 16)
+    code = ctypes.create_string_buffer(program, len(program))
+    licence = ctypes.create_string_buffer(b"Apache-2.0")
+    attributes = struct.pack(
+        "<IIQQIIQ",
+        CGROUP_DEVICE_PROGRAM,
+        len(program) // 8,
+        ctypes.addressof(code),
+        ctypes.addressof(licence),
+        1,
+        len(log),
+        ctypes.addressof(log),
+    )
+    return bpf(PROG_LOAD, attributes)
+
+
+def cgroup2_root() -> Path | None:
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == "cgroup2":
+            return Path(fields[1])
+    return None
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[int]:
+    if os.geteuid() != 0:
+        pytest.skip("loading a program needs root")
+    try:
+        load(compile_rules([]))
+    except PermissionError:
+        pytest.skip("this kernel lets no one load programs")
+    descriptor = load(compile_rules(DEFAULT_RULES))
+    yield descriptor
+    os.close(descriptor)
+
+
+TRY = """
+import os, sys
+def attempt(path):
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        return "ok"
+    except OSError as error:
+        return str(error.errno)
+node = sys.argv[2]
+open(sys.argv[1] + "/cgroup.procs", "w").write("0")
+os.mknod(node, 0o20600, os.makedev(1, 11))
+print(attempt("/dev/null"), attempt("/dev/urandom"), attempt(node))
+"""
+
+
+def test_the_kernel_takes_and_enforces_it(loaded: int, tmp_path: Path) -> None:
+    root = cgroup2_root()
+    if root is None:
+        pytest.skip("no cgroup v2 here")
+    group = root / f"husk-device-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        directory = os.open(group, os.O_RDONLY)
+        try:
+            bpf(PROG_ATTACH, struct.pack("<IIII", directory, loaded, CGROUP_DEVICE_ATTACH, 0))
+        finally:
+            os.close(directory)
+        done = subprocess.run(
+            [sys.executable, "-c", TRY, str(group), str(tmp_path / "kmsg")],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.stdout.split() == ["ok", "ok", "1"], done.stderr
+    finally:
+        group.rmdir()

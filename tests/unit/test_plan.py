@@ -1,0 +1,392 @@
+"""Rules of a plan, one at a time; whole plans are pinned by test_plan_golden."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox.environment import PodFiles
+from sandbox.errors import InvalidSpec
+from sandbox.guest import guest_pb2 as pb
+from sandbox.paths import container_path, covers, depth
+from sandbox.plan import MountSource, compile_configure, compile_exec, compile_start, vm_size
+from sandbox.plan.size import BOOT_FLOOR_MIB
+from sandbox.seccomp import Filter
+from sandbox.spec import (
+    ContainerSpec,
+    DeviceSpec,
+    Handler,
+    ImageDefaults,
+    MountSpec,
+    PidMode,
+    PodSpec,
+    Propagation,
+    Resources,
+    SecuritySpec,
+    VmSize,
+)
+from sandbox.users import ResolvedUser
+
+POD = PodSpec(name="web", namespace="default", uid="u1")
+FILES = PodFiles(hosts=b"", hostname=b"fallback\n", resolv_conf=b"")
+
+
+def start(
+    image: ImageDefaults | None = None, *, pod: PodSpec = POD, is_directory: bool = True, **spec: object
+) -> pb.Start:
+    spec = {"command": ("/bin/true",), **spec} if image is None else spec
+    container = ContainerSpec(name="c", image="i", **spec)  # type: ignore[arg-type]
+    return compile_start(
+        container,
+        pod,
+        image or ImageDefaults(),
+        container_id="c1",
+        rootfs="/run/husk/rootfs/c1",
+        mount_sources=[MountSource(path="/v", is_directory=is_directory)] * len(container.mounts),
+        user=ResolvedUser(),
+        files=FILES,
+        seccomp=Filter(),
+        device_filter=b"",
+    )
+
+
+def environment(plan: pb.Start) -> dict[bytes, bytes]:
+    found: dict[bytes, bytes] = {}
+    for entry in plan.process.env:
+        name, _, value = entry.partition(b"=")
+        assert name not in found
+        found[name] = value
+    return found
+
+
+# Kubernetes, "Define a Command and Arguments for a Container": the table
+@pytest.mark.parametrize(
+    ("command", "args", "argv"),
+    [
+        ((), (), ["/ep-1", "foo", "bar"]),
+        (("/ep-2",), (), ["/ep-2"]),
+        ((), ("zoo",), ["/ep-1", "zoo"]),
+        (("/ep-2",), ("zoo",), ["/ep-2", "zoo"]),
+    ],
+)
+def test_command_and_args_replace_the_images(
+    command: tuple[str, ...], args: tuple[str, ...], argv: list[str]
+) -> None:
+    image = ImageDefaults(entrypoint=("/ep-1",), cmd=("foo", "bar"))
+    assert list(start(image, command=command, args=args).process.argv) == argv
+
+
+@pytest.mark.parametrize("image", [ImageDefaults(), ImageDefaults(cmd=("",))])
+def test_no_program_at_all_is_refused(image: ImageDefaults) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        start(image)
+    assert caught.value.field == "config.command"
+
+
+def test_environment_of_an_image_that_has_none() -> None:
+    found = environment(start())
+    assert found[b"PATH"].startswith(b"/usr/local/sbin:")
+    assert found[b"HOSTNAME"] == b"fallback"
+    assert found[b"HOME"] == b"/"
+    assert b"TERM" not in found
+
+
+def test_the_client_wins_over_the_image_over_the_defaults() -> None:
+    image = ImageDefaults(cmd=("x",), env=("PATH=/image", "A=image", "junk", "=x", "B=b=c", "N=\0"))
+    found = environment(start(image, envs=(("A", b"first"), ("A", b"client"), ("HOSTNAME", b"h"))))
+    assert found[b"PATH"] == b"/image"
+    assert found[b"A"] == b"client"
+    assert found[b"B"] == b"b=c"
+    assert found[b"HOSTNAME"] == b"h"
+    assert not {b"", b"junk", b"N"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("image", "wanted", "cwd"),
+    [("", "", "/"), ("app", "", "/app"), ("/app/", "", "/app"), ("/app", "/srv/../x", "/x")],
+)
+def test_working_directory(image: str, wanted: str, cwd: str) -> None:
+    assert start(ImageDefaults(cmd=("x",), working_dir=image), working_dir=wanted).process.cwd == cwd
+
+
+def test_terminal() -> None:
+    assert environment(start(tty=True))[b"TERM"] == b"xterm"
+    assert environment(start(tty=True, envs=(("TERM", b"vt100"),)))[b"TERM"] == b"vt100"
+
+
+def targets(plan: pb.Start) -> list[str]:
+    return [mount.target for mount in plan.mounts]
+
+
+def mount(path: str, **more: object) -> MountSpec:
+    return MountSpec(container_path=path, host_path="/h", **more)  # type: ignore[arg-type]
+
+
+def test_a_clients_mount_takes_the_place_of_ours() -> None:
+    plan = start(mounts=(mount("/dev/shm/"), mount("/sys")))
+    assert targets(plan).count("/dev/shm") == targets(plan).count("/sys") == 1
+    assert "/sys/fs/cgroup" not in targets(plan)
+    assert all(each.source == "/v" for each in plan.mounts if each.target in ("/dev/shm", "/sys"))
+
+
+def test_a_clients_hosts_file_stands() -> None:
+    plan = start(mounts=(mount("/etc//hosts"),), is_directory=False)
+    assert [file.path for file in plan.files] == ["/etc/hostname", "/etc/resolv.conf"]
+    assert next(each for each in plan.mounts if each.target == "/etc/hosts").make == pb.Mount.FILE
+
+
+def test_privileged_writes_to_sysfs_and_has_the_guests_devices() -> None:
+    def flags(plan: pb.Start, target: str) -> int:
+        return next(each.flags for each in plan.mounts if each.target == target)
+
+    privileged = start(security=SecuritySpec(privileged=True, masked_paths=("/proc/kcore",)))
+    for target in ("/sys", "/sys/fs/cgroup"):
+        assert not flags(privileged, target) & 1
+        assert flags(start(), target) & 1
+    assert not privileged.devices
+    assert not privileged.masked_paths
+    assert "devtmpfs" in [each.type for each in privileged.mounts]
+
+
+@given(st.permutations(["/a", "/a/b", "/a/b/c", "/dev/shm/x", "/proc/sys/y", "/z"]))
+def test_no_mount_hides_one_made_before_it(paths: list[str]) -> None:
+    found = targets(start(mounts=tuple(mount(path) for path in paths)))
+    for position, target in enumerate(found):
+        assert not any(covers(target, earlier) for earlier in found[:position])
+
+
+def test_volumes_of_the_image_stay_writable_on_a_read_only_root() -> None:
+    image = ImageDefaults(cmd=("x",), volumes=("/data", "/cache/", "/data"))
+    assert not {"/data", "/cache"} & set(targets(start(image)))
+    plan = start(image, security=SecuritySpec(readonly_rootfs=True), mounts=(mount("/cache"),))
+    assert targets(plan).count("/data") == 1
+    assert [each.type for each in plan.mounts if each.target == "/cache"] == [""]
+
+
+def test_propagation_wants_a_root_that_receives() -> None:
+    assert start(mounts=(mount("/a"),)).rootfs_propagation == 0
+    receiving = start(mounts=(mount("/a"), mount("/b", propagation=Propagation.HOST_TO_CONTAINER)))
+    assert receiving.rootfs_propagation == 1 << 19 | 0x4000
+
+
+@pytest.mark.parametrize(
+    ("mode", "target", "namespace"),
+    [
+        (PidMode.CONTAINER, "", pb.PidNamespace.OWN),
+        (PidMode.POD, "", pb.PidNamespace.POD),
+        (PidMode.TARGET, "c0", pb.PidNamespace.TARGET),
+    ],
+)
+def test_pid_namespaces(mode: PidMode, target: str, namespace: int) -> None:
+    plan = start(security=SecuritySpec(pid_mode=mode, pid_target=target))
+    assert (plan.pid_namespace, plan.pid_target) == (namespace, target)
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"mounts": (mount("/"),)}, "config.mounts[0].container_path"),
+        ({"mounts": (mount("/a"), mount("b"))}, "config.mounts[1].container_path"),
+        ({"mounts": (mount("/a\0"),)}, "config.mounts[0].container_path"),
+        ({"mounts": (mount("/" + "a" * 5000),)}, "config.mounts[0].container_path"),
+        ({"mounts": (mount("/a", recursive_readonly=True),)}, "config.mounts[0].recursive_read_only"),
+        (
+            {
+                "mounts": (
+                    mount(
+                        "/a",
+                        recursive_readonly=True,
+                        readonly=True,
+                        propagation=Propagation.HOST_TO_CONTAINER,
+                    ),
+                )
+            },
+            "config.mounts[0].recursive_read_only",
+        ),
+        (
+            {
+                "mounts": (
+                    mount(
+                        "/a", recursive_readonly=True, readonly=True, propagation=Propagation.BIDIRECTIONAL
+                    ),
+                )
+            },
+            "config.mounts[0].recursive_read_only",
+        ),
+        (
+            {"devices": (DeviceSpec(container_path="/dev/kvm", host_path="/dev/kvm"),)},
+            "config.devices[0].host_path",
+        ),
+        ({"envs": (("A=B", b""),)}, "config.envs[0].key"),
+        ({"envs": (("", b""),)}, "config.envs[0].key"),
+        ({"envs": (("A", b"\0"),)}, "config.envs[0].value"),
+        ({"command": ("a", "\ud800")}, "config.command or config.args"),
+        ({"command": ("a\0",)}, "config.command or config.args"),
+        ({"working_dir": "relative"}, "config.working_dir"),
+        ({"resources": Resources(oom_score_adj=-1001)}, "config.linux.resources.oom_score_adj"),
+        (
+            {"security": SecuritySpec(masked_paths=("/ok", "no"))},
+            "config.linux.security_context.masked_paths[1]",
+        ),
+        ({"security": SecuritySpec(readonly_paths=("//",))}, "config.linux.security_context.readonly_paths"),
+        (
+            {"security": SecuritySpec(pid_mode=PidMode.TARGET)},
+            "config.linux.security_context.namespace_options.target_id",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_with_its_field(spec: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        start(**spec)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+def test_exec_is_the_containers_process_with_other_words() -> None:
+    plan = start(working_dir="/srv", security=SecuritySpec(no_new_privs=True, add_capabilities=("BPF",)))
+    process = compile_exec(plan, ["ls", "-l"])
+    expected = pb.Process()
+    expected.CopyFrom(plan.process)
+    del expected.argv[:]
+    expected.argv.extend(["ls", "-l"])
+    expected.make_cwd = False
+    assert process == expected
+    assert list(plan.process.argv) == ["/bin/true"]  # untouched
+
+
+def test_exec_without_a_program_is_refused() -> None:
+    with pytest.raises(InvalidSpec):
+        compile_exec(start(), [])
+
+
+# ------------------------------------------------------------------------------------- paths
+
+
+@given(st.text())
+def test_a_container_path_has_one_spelling(text: str) -> None:
+    try:
+        path = container_path(text, "f")
+    except InvalidSpec:
+        return
+    assert path.startswith("/")
+    assert not {"", ".", ".."} & set(path[1:].split("/")) or path == "/"
+    assert container_path(path, "f") == path
+    assert covers("/", path)
+    assert depth(path) >= (path != "/")
+
+
+# ---------------------------------------------------------------------------------- configure
+
+
+def configure(**pod: object) -> pb.Configure:
+    spec = PodSpec(name="web", namespace="default", uid="u1", **pod)  # type: ignore[arg-type]
+    return compile_configure(
+        spec, None, shares=(), entropy=b"", machine_id="0123456789abcdef" * 2, shm_bytes=0
+    )
+
+
+def test_a_pod_without_a_network_has_no_interfaces() -> None:
+    configured = configure()
+    assert not configured.interfaces
+    assert configured.hostname == "0123456789ab"
+
+
+def test_a_pods_own_value_replaces_a_default_under_either_spelling() -> None:
+    for name in ("net.ipv4.ip_unprivileged_port_start", "net/ipv4/ip_unprivileged_port_start"):
+        sysctls = configure(sysctls={name: "80"}).sysctls
+        found = [each.value for each in sysctls if each.name.endswith("port_start")]
+        assert found == ["80"]
+
+
+@pytest.mark.parametrize(
+    "name", ["kernel.msgmax", "net/ipv4/conf/eth0.100/forwarding", "net.ipv4.conf.eth0/1.forwarding"]
+)
+def test_sysctls_of_any_kind_are_the_pods_own(name: str) -> None:
+    assert name in [each.name for each in configure(sysctls={name: "1"}).sysctls]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "kernel",
+        "/kernel/x",
+        "../etc/x",
+        "net/../../etc/passwd",
+        "a.//.b",
+        "kernel..x",
+        "k.x\0",
+        "a b.c",
+        "a/",
+    ],
+)
+def test_a_name_that_is_no_sysctl_is_refused(name: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        configure(sysctls={name: "1"})
+    assert caught.value.field == f"config.linux.sysctls[{name!r}]"
+
+
+@pytest.mark.parametrize("value", ["1\n2", "1\0", "9" * 5000])
+def test_a_value_that_no_sysctl_takes_is_refused(value: str) -> None:
+    with pytest.raises(InvalidSpec):
+        configure(sysctls={"kernel.msgmax": value})
+
+
+@pytest.mark.parametrize("hostname", ["a" * 65, "a b", "a\n", "a/b", "a\0"])
+def test_a_hostname_that_no_kernel_or_file_takes_is_refused(hostname: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        configure(hostname=hostname)
+    assert caught.value.field == "config.hostname"
+
+
+# --------------------------------------------------------------------------------------- size
+
+HANDLER = Handler(
+    name="", kernel="", initramfs="", memory_mib=512, vcpus=1, accelerator="auto", machine="q35"
+)
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("resources", "overhead", "size"),
+    [
+        (Resources(), Resources(), VmSize(memory_mib=512, vcpus=1)),
+        (Resources(), Resources(memory_limit=64 * MIB, cpu_quota=50_000), VmSize(memory_mib=512, vcpus=1)),
+        (Resources(cpu_quota=180_000), Resources(), VmSize(memory_mib=512, vcpus=2)),
+        (
+            Resources(cpu_quota=180_000, cpu_period=100_000),
+            Resources(cpu_quota=25_000),
+            VmSize(memory_mib=512, vcpus=3),
+        ),
+        (Resources(cpu_quota=90_000, cpu_period=50_000), Resources(), VmSize(memory_mib=512, vcpus=2)),
+        (Resources(cpu_quota=200_000), Resources(), VmSize(memory_mib=512, vcpus=2)),
+        (Resources(cpu_quota=1_000), Resources(), VmSize(memory_mib=512, vcpus=1)),
+        (Resources(cpu_quota=-1, memory_limit=-1), Resources(), VmSize(memory_mib=512, vcpus=1)),
+        (Resources(cpu_quota=10**12), Resources(), VmSize(memory_mib=512, vcpus=255)),
+        (
+            Resources(memory_limit=1024 * MIB),
+            Resources(memory_limit=160 * MIB),
+            VmSize(memory_mib=1184, vcpus=1),
+        ),
+        (Resources(memory_limit=1), Resources(), VmSize(memory_mib=BOOT_FLOOR_MIB + 1, vcpus=1)),
+    ],
+)
+def test_a_vm_fits_its_pod(resources: Resources, overhead: Resources, size: VmSize) -> None:
+    pod = PodSpec(name="p", namespace="n", uid="u", resources=resources, overhead=overhead)
+    assert vm_size(pod, HANDLER) == size
+
+
+@given(st.integers(-1, 1 << 40), st.integers(-1, 1 << 40))
+def test_no_vm_is_below_the_boot_floor(limit: int, overhead: int) -> None:
+    pod = PodSpec(
+        name="p",
+        namespace="n",
+        uid="u",
+        resources=Resources(memory_limit=limit),
+        overhead=Resources(memory_limit=overhead),
+    )
+    small = Handler(name="", kernel="", initramfs="", memory_mib=8, vcpus=0, accelerator="tcg", machine="q35")
+    size = vm_size(pod, small)
+    assert size.memory_mib >= BOOT_FLOOR_MIB
+    assert size.memory_mib * MIB >= limit
+    assert size.vcpus >= 1
