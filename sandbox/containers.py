@@ -15,8 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from image.library import Library
 
 from image.stores import RootfsStore
 from sandbox.container import Container
@@ -43,6 +43,9 @@ from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Resources
 from sandbox.stats import FILES, ContainerStats, parse
 from sandbox.store import Store
 from sandbox.tasks import Tasks
+
+if TYPE_CHECKING:
+    from image.library import Library
 
 log = logging.getLogger(__name__)
 
@@ -409,11 +412,11 @@ class Containers:
     async def _pod_stats(self, pod: Pod, containers: Sequence[Container]) -> Sequence[ContainerStats]:
         read = pb.ReadCgroup(container_ids=[container.id for container in containers], names=FILES)
         reply = await pod.call(pb.Request(read_cgroup=read))
+        layers = await asyncio.to_thread(lambda: [self._host.rootfs.usage(one.id) for one in containers])
         found = []
-        for index, container in enumerate(containers):
+        for index, (container, layer) in enumerate(zip(containers, layers, strict=True)):
             values = reply.values.values[index * len(FILES) : (index + 1) * len(FILES)]
             if len(values) == len(FILES):
-                layer = self._host.rootfs.usage(container.id)
                 found.append(
                     parse(
                         container.id,

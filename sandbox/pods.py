@@ -16,10 +16,11 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandbox.accelerator import Verdict
 from sandbox.containers import Containers
 from sandbox.errors import GuestUnreachable, InvalidSpec, NotFound, SandboxError, VmmGone
 from sandbox.lifecycle import Step, bring_up, take_down
@@ -28,7 +29,7 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState
 from sandbox.registry import Registry, pod_name
 from sandbox.spec import Handler, PodId, PodSpec
-from sandbox.steps import connect
+from sandbox.steps import connect, remove_tree
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 from sandbox.vmm import Hypervisor
@@ -49,7 +50,7 @@ class PodHost:
     hypervisor: Hypervisor
     steps: Sequence[Step[Pod]]
     handler: Callable[[str], Handler]  # raises InvalidSpec for an unknown name
-    accelerator: Callable[[Handler], Awaitable[str]]
+    accelerator: Callable[[Handler], Awaitable[Verdict]]
     tasks: Tasks
     on_started: Callable[[PodRecord], None]
 
@@ -121,7 +122,8 @@ class Pods:
         self._registry.pods[pod.id] = pod  # the name is taken from here on
         try:
             async with pod.lock:
-                pod.update(accelerator=await self._host.accelerator(handler))
+                verdict = await self._host.accelerator(handler)
+                pod.update(accelerator=verdict.accelerator, cpu=verdict.cpu)
                 await bring_up(
                     self._host.steps,
                     pod,
@@ -298,6 +300,18 @@ class Pods:
         else:
             death.cancel()
             self._watch(pod)
+
+    async def sweep(self, known: Collection[str]) -> None:
+        """End VMs and remove directories that belong to no record."""
+        run = self._host.run / "pods"
+        strays = [path for path in run.iterdir() if path.name not in known] if run.exists() else []
+        for path in strays:
+            log.warning("pod %s has no record; what is left of it is removed", path.name)
+            try:
+                await self._host.hypervisor.destroy(path.name, path)
+                await asyncio.to_thread(remove_tree, path)
+            except (SandboxError, OSError) as error:
+                log.error("what is left of pod %s cannot be removed: %s", path.name, error)
 
     async def close(self) -> None:
         """Let go of every pod, touching none."""

@@ -53,6 +53,7 @@ class PodRecord(Value, frozen=True, kw_only=True):
     steps: tuple[str, ...] = ()  # begun, in order
     size: VmSize | None = None
     accelerator: str = ""
+    cpu: str = ""  # CPU model that the accelerator needs; empty: the usual one
     network: Attachment | None = None
     vm: VmHandle | None = None
     token: bytes = b""  # resync token of the guest channel, 16 bytes

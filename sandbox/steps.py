@@ -170,6 +170,7 @@ class Vm:
             initramfs=handler.initramfs,
             machine=handler.machine,
             accelerator=record.accelerator,
+            cpu=record.cpu,
             memory_mib=record.size.memory_mib,
             vcpus=record.size.vcpus,
             shares=(

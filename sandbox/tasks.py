@@ -16,9 +16,9 @@ class Tasks:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._contained(work, name), name=name)
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
 
     async def close(self) -> None:
@@ -27,10 +27,9 @@ class Tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    @staticmethod
-    async def _contained(work: Coroutine[None, None, None], name: str) -> None:
-        try:
-            await work
-        except Exception as error:
-            log.error("%s broke: %s", name, error)
-            log.debug("%s broke", name, exc_info=True)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("%s broke: %s", task.get_name(), error)
+            log.debug("%s broke", task.get_name(), exc_info=error)

@@ -98,6 +98,7 @@ class FakeVm:
     async def die(self) -> None:
         self.ended.set()
         await self.server.aclose()
+        Path(self.handle.channel.removeprefix("unix:")).unlink(missing_ok=True)
 
 
 @dataclass
@@ -108,7 +109,8 @@ class FakeHypervisor:
     name: str = "fake"
 
     async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> VmHandle:
-        socket = Path(spec.run_dir) / "agent.sock"
+        # beside the run directories: their names are too long for the fake's plain bind
+        socket = Path(spec.run_dir).parents[2] / f"{spec.pod_id[:8]}.sock"
         handle = VmHandle(
             hypervisor=self.name, spec=spec, vmm=identity(4), helpers={}, channel=f"unix:{socket}"
         )

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from image.index import Image, ImageConfig
+from image.index import Image, ImageSettings
 
 from sandbox import cgroup
+from sandbox.accelerator import Verdict
 from sandbox.containers import ContainerHost, Containers
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
 from sandbox.guest import guest_pb2 as pb
@@ -49,7 +50,7 @@ class FakeIndex:
             repo_digests=(),
             size=1,
             chain_ids=("sha256:" + "2" * 64,),
-            config=ImageConfig(cmd=("/bin/true",)),
+            config=ImageSettings(cmd=("/bin/true",)),
         )
 
 
@@ -121,8 +122,8 @@ class Daemon:
         assert mounts_below(self.root) == []
 
 
-async def _tcg(handler: Handler) -> str:
-    return "tcg"
+async def _tcg(handler: Handler) -> Verdict:
+    return Verdict(accelerator="tcg", reason="the test says so")
 
 
 def _with_ledger(steps: Any, ledger: Ledger) -> Any:

@@ -1,0 +1,184 @@
+"""`husk serve`: the one place that reads the configuration and builds the long-lived objects.
+
+Start: records are read, the pods that an earlier daemon left are taken up or undone, what has no
+owner is swept; only then is the socket opened. End: calls under way get a few seconds, everything
+is let go of, and no pod is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from image.library import Library
+
+from cri.config import Config
+from cri.edge import Edge
+from cri.flights import Flights
+from cri.image_service import image_service
+from cri.node import HuskNode
+from cri.observe import Metrics, MetricsServer, SandboxUsage, Sources
+from cri.runtime_service import runtime_service
+from cri.server import Server, Service
+from cri.version import version
+from network.attach import Networks
+from sandbox import cgroup, process
+from sandbox.containers import ContainerHost, Containers
+from sandbox.pods import PodHost, Pods
+from sandbox.records import ContainerRecord, PodRecord
+from sandbox.registry import Registry
+from sandbox.steps import Cgroups, pod_steps
+from sandbox.store import Store
+from sandbox.tasks import Tasks
+from sandbox.vmm import find_hypervisor
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_GRACE_S = 5.0
+
+
+async def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Raises SocketTaken, OSError."""
+    daemon = Daemon(config)
+    await daemon.start()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    log.info("serving on %s", config.socket)
+    await stop.wait()
+    log.info("ending; pods are left as they are")
+    await daemon.stop()
+
+
+class Daemon:
+    """Every long-lived object, made here and nowhere else."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        root, run_dir = Path(config.root), Path(config.run)
+        self.tasks = Tasks()
+        self.flights = Flights()
+        self.metrics = Metrics(version())
+        self.metrics_server: MetricsServer | None = None
+        self.registry = Registry()
+        self.pod_store = Store(root / "pods", PodRecord)
+        self.container_store = Store(root / "containers", ContainerRecord)
+        self.hypervisor = find_hypervisor("qemu")
+        self.networks = Networks(
+            conf_dir=Path(config.cni.conf_dir),
+            bin_dirs=[Path(directory) for directory in config.cni.bin_dirs],
+            cache_dir=root / "cni",
+            netns_dir=run_dir / "netns",
+        )
+        self.images = Library(
+            root,
+            config_path=Path(config.registry.config_path),
+            max_concurrent_downloads=config.registry.max_concurrent_downloads,
+            in_use=self._layers_in_use,
+        )
+        self.node = HuskNode(config, self.hypervisor)
+        self.containers = Containers(
+            self.registry,
+            ContainerHost(
+                store=self.container_store,
+                plans=root / "containers",
+                images=self.images,
+                rootfs=self.images.rootfs,
+                tasks=self.tasks,
+            ),
+        )
+        cgroups = Cgroups(cgroup.find_layout(), config.cgroup_root)
+        self.pods = Pods(
+            self.registry,
+            self.containers,
+            PodHost(
+                store=self.pod_store,
+                run=run_dir,
+                hypervisor=self.hypervisor,
+                steps=pod_steps(self.hypervisor, self.networks, cgroups),
+                handler=self.node.handler,
+                accelerator=self.node.verdict,
+                tasks=self.tasks,
+                on_started=self._note_start,
+            ),
+        )
+        self.server = Server(Path(config.socket), self._services(), Edge(self.metrics))
+
+    def _services(self) -> Sequence[Service]:
+        return (
+            runtime_service(
+                pods=self.pods,
+                containers=self.containers,
+                networks=self.networks,
+                node=self.node,
+                flights=self.flights,
+                version=version(),
+                layers_mountpoint=self.config.root,
+            ),
+            image_service(images=self.images, flights=self.flights, metrics=self.metrics),
+        )
+
+    # ----------------------------------------------------------------------------- start, stop
+
+    async def start(self) -> None:
+        self.pod_store.load()
+        self.container_store.load()
+        await self.images.start()
+        await self.pods.adopt_all(list(self.container_store))
+        await self._sweep()
+        self.metrics.watch(
+            Sources(sandboxes=self._pods_by_state, containers=self._containers_by_state, usage=self._usage)
+        )
+        if self.config.metrics.port:
+            address = self.config.metrics.address
+            self.metrics_server = MetricsServer(self.metrics, address, self.config.metrics.port)
+        await self.server.start()
+        self.tasks.spawn(self.node.warm_up(), "choice of the accelerator")
+
+    async def stop(self) -> None:
+        await self.server.stop(SHUTDOWN_GRACE_S)
+        await self.flights.close(SHUTDOWN_GRACE_S)
+        await self.tasks.close()
+        await self.pods.close()
+        await self.images.close()
+        if self.metrics_server is not None:
+            self.metrics_server.close()
+
+    async def _sweep(self) -> None:
+        """Release what belongs to no record: only a lost or broken record leads to that."""
+        known = {record.id for record in self.pod_store}
+        await self.networks.gc(known)
+        await self.pods.sweep(known)
+
+    # -------------------------------------------------------------------------------- sources
+
+    def _layers_in_use(self) -> frozenset[str]:
+        return frozenset(chain for record in self.container_store for chain in record.chain_ids)
+
+    def _note_start(self, record: PodRecord) -> None:
+        for phase in record.phases:
+            self.metrics.phase(phase.name, phase.end_s - phase.begin_s)
+
+    def _pods_by_state(self) -> Mapping[str, int]:
+        return Counter(str(record.state) for record in self.pod_store)
+
+    def _containers_by_state(self) -> Mapping[str, int]:
+        return Counter(str(record.state) for record in self.container_store)
+
+    def _usage(self) -> Sequence[SandboxUsage]:
+        return [
+            SandboxUsage(
+                namespace=record.spec.namespace,
+                pod=record.spec.name,
+                cpu_seconds=usage.cpu_seconds,
+                memory_bytes=usage.memory_bytes,
+            )
+            for record in self.pod_store
+            if record.ready and record.vm is not None
+            for usage in [process.usage([record.vm.vmm, *record.vm.helpers.values()])]
+        ]
