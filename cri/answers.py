@@ -57,6 +57,7 @@ def pod_status(record: PodRecord) -> pb.PodSandboxStatus:
 # ------------------------------------------------------------------------------------ containers
 
 _STATES = {
+    ContainerState.CREATING: pb.CONTAINER_CREATED,  # not listed: its client has not been told the id
     ContainerState.CREATED: pb.CONTAINER_CREATED,
     ContainerState.RUNNING: pb.CONTAINER_RUNNING,
     ContainerState.EXITED: pb.CONTAINER_EXITED,

@@ -1,0 +1,272 @@
+"""Requests as values: the rules that the CRI states, and refusals that name the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from google.protobuf.json_format import ParseDict
+
+from cri.proto import runtime_v1_pb2 as pb
+from cri.translate import container_spec, pod_spec, resources
+from sandbox.errors import InvalidSpec
+from sandbox.spec import ContainerSpec, GroupsPolicy, PidMode, PodSpec, Propagation, Seccomp, SeccompKind
+
+METADATA = {"name": "web", "uid": "u1", "namespace": "default"}
+
+
+def pod(**config: object) -> PodSpec:
+    return pod_spec(ParseDict({"metadata": METADATA} | config, pb.PodSandboxConfig()), "")
+
+
+def secure_pod(**security: object) -> PodSpec:
+    return pod(linux={"securityContext": security})
+
+
+def container(**config: object) -> ContainerSpec:
+    content: Mapping[str, object] = {"metadata": {"name": "c"}, "image": {"image": "i"}} | config
+    return container_spec(ParseDict(dict(content), pb.ContainerConfig()))
+
+
+def secure(**security: object) -> ContainerSpec:
+    return container(linux={"securityContext": security})
+
+
+def mounted(**mount: object) -> ContainerSpec:
+    return container(mounts=[{"containerPath": "/c", "hostPath": "/h"} | mount])
+
+
+def test_the_smallest_pod() -> None:
+    spec = pod()
+    assert (spec.name, spec.uid, spec.namespace, spec.attempt) == ("web", "u1", "default", 0)
+    # proto3: what is absent has the zero value, and that is POD
+    assert spec.pid_mode is PidMode.POD
+
+
+def test_a_pod_with_everything_of_its_network() -> None:
+    spec = pod(
+        hostname="web-0",
+        dnsConfig={"servers": ["10.0.0.10"], "searches": ["svc"], "options": ["ndots:5"]},
+        portMappings=[{"protocol": "UDP", "containerPort": 53, "hostPort": 5353, "hostIp": "127.0.0.1"}],
+        linux={"cgroupParent": "/kubepods/podu1", "sysctls": {"net.ipv4.ip_forward": "1"}},
+    )
+    assert spec.dns.options == ("ndots:5",)
+    mapping = spec.port_mappings[0]
+    assert (mapping.protocol, mapping.container_port, mapping.host_port) == ("udp", 53, 5353)
+    assert (spec.cgroup_parent, spec.sysctls) == ("/kubepods/podu1", {"net.ipv4.ip_forward": "1"})
+
+
+@pytest.mark.parametrize("missing", ["name", "uid", "namespace"])
+def test_a_pod_needs_its_names(missing: str) -> None:
+    metadata = {key: value for key, value in METADATA.items() if key != missing}
+    with pytest.raises(InvalidSpec) as caught:
+        pod(metadata=metadata)
+    assert caught.value.field == f"config.metadata.{missing}"
+
+
+@pytest.mark.parametrize("kind", ["network", "pid", "ipc"])
+def test_host_namespaces_are_refused_with_advice(kind: str) -> None:
+    for make in (secure_pod, secure):
+        with pytest.raises(InvalidSpec) as caught:
+            make(namespaceOptions={kind: "NODE"})
+        assert caught.value.field == f"config.linux.security_context.namespace_options.{kind}"
+        assert "RuntimeClass" in str(caught.value)
+
+
+def test_pid_modes() -> None:
+    assert secure_pod(namespaceOptions={"pid": "CONTAINER"}).pid_mode is PidMode.CONTAINER
+    assert secure(namespaceOptions={"pid": "CONTAINER"}).security.pid_mode is PidMode.CONTAINER
+    target = secure(namespaceOptions={"pid": "TARGET", "targetId": "abc"}).security
+    assert (target.pid_mode, target.pid_target) == (PidMode.TARGET, "abc")
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"pid": "TARGET"}, "target_id"),
+        ({"targetId": "abc"}, "target_id"),
+        ({"network": "CONTAINER"}, "network"),
+        ({"ipc": "TARGET"}, "ipc"),
+        ({"usernsOptions": {"mode": "POD"}}, "userns_options.mode"),
+        ({"usernsOptions": {"mode": "NODE", "uids": [{"length": 1}]}}, "userns_options.uids"),
+    ],
+)
+def test_namespaces_that_make_no_sense_or_are_not_offered(options: object, field: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        secure(namespaceOptions=options)
+    assert caught.value.field == f"config.linux.security_context.namespace_options.{field}"
+
+
+def test_a_sandbox_has_no_target() -> None:
+    with pytest.raises(InvalidSpec, match="no target"):
+        secure_pod(namespaceOptions={"pid": "TARGET", "targetId": "x"})
+
+
+def test_a_user_namespace_of_the_node_is_what_there_is() -> None:
+    assert secure_pod(namespaceOptions={"usernsOptions": {"mode": "NODE"}}).name == "web"
+
+
+@pytest.mark.parametrize(
+    ("security", "expected"),
+    [
+        ({}, Seccomp()),
+        ({"seccomp": {"profileType": "RuntimeDefault"}}, Seccomp(kind=SeccompKind.RUNTIME_DEFAULT)),
+        ({"seccomp": {"profileType": "Unconfined"}}, Seccomp()),
+        (
+            {"seccomp": {"profileType": "Localhost", "localhostRef": "/var/p.json"}},
+            Seccomp(kind=SeccompKind.LOCALHOST, path="/var/p.json"),
+        ),
+        ({"seccompProfilePath": "runtime/default"}, Seccomp(kind=SeccompKind.RUNTIME_DEFAULT)),
+        ({"seccompProfilePath": "docker/default"}, Seccomp(kind=SeccompKind.RUNTIME_DEFAULT)),
+        ({"seccompProfilePath": "unconfined"}, Seccomp()),
+        (
+            {"seccompProfilePath": "localhost//var/p.json"},
+            Seccomp(kind=SeccompKind.LOCALHOST, path="/var/p.json"),
+        ),
+        # the newer field wins
+        ({"seccomp": {"profileType": "Unconfined"}, "seccompProfilePath": "runtime/default"}, Seccomp()),
+    ],
+)
+def test_seccomp_in_both_spellings(security: dict[str, Any], expected: Seccomp) -> None:
+    assert secure(**security).security.seccomp == expected
+    assert secure_pod(**security).seccomp == expected
+
+
+@pytest.mark.parametrize(
+    ("security", "field"),
+    [
+        ({"seccompProfilePath": "localhost/p.json"}, "seccomp_profile_path"),
+        ({"seccompProfilePath": "strict"}, "seccomp_profile_path"),
+        ({"seccomp": {"profileType": "Localhost"}}, "seccomp.localhost_ref"),
+        ({"apparmor": {"profileType": "RuntimeDefault"}}, "apparmor.profile_type"),
+        ({"apparmorProfile": "localhost/p"}, "apparmor_profile"),
+        ({"selinuxOptions": {"level": "s0"}}, "selinux_options.level"),
+        ({"runAsGroup": {"value": 1}}, "run_as_group"),
+        ({"runAsUser": {"value": -1}}, "run_as_user"),
+        ({"runAsUser": {"value": 1 << 32}}, "run_as_user"),
+        ({"supplementalGroups": [1, -1]}, "supplemental_groups[1]"),
+        ({"maskedPaths": ["proc"]}, "masked_paths[0]"),
+    ],
+)
+def test_security_that_cannot_be_had(security: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        secure(**security)
+    assert caught.value.field == f"config.linux.security_context.{field}"
+
+
+def test_apparmor_unconfined_is_what_there_is() -> None:
+    security = secure(apparmor={"profileType": "Unconfined"}, apparmorProfile="localhost/p").security
+    assert security.seccomp == Seccomp()
+    assert secure(apparmorProfile="unconfined").name == "c"
+
+
+def test_users_and_groups() -> None:
+    security = secure(
+        runAsUsername="www",
+        runAsGroup={"value": 0},
+        supplementalGroups=[7, 8],
+        supplementalGroupsPolicy="Strict",
+    ).security
+    assert (security.run_as_user, security.run_as_username, security.run_as_group) == (None, "www", 0)
+    assert (security.supplemental_groups, security.groups_policy) == ((7, 8), GroupsPolicy.STRICT)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(0, ""), (23, "SIGTERM"), (35, "SIGRTMIN"), (38, "SIGRTMIN+3"), (51, "SIGRTMAX-14"), (65, "SIGRTMAX")],
+)
+def test_stop_signals(number: int, name: str) -> None:
+    assert container(stopSignal=number).stop_signal == name
+
+
+def test_an_enum_of_a_newer_cri_is_refused() -> None:
+    config = ParseDict({"metadata": {"name": "c"}, "image": {"image": "i"}}, pb.ContainerConfig())
+    config.mounts.add(container_path="/c", host_path="/h", propagation=9)
+    with pytest.raises(InvalidSpec) as caught:
+        container_spec(config)
+    assert caught.value.field == "config.mounts[0].propagation"
+    assert "9 is not known" in str(caught.value)
+
+
+def test_a_mount() -> None:
+    mount = mounted(readonly=True, propagation="PROPAGATION_HOST_TO_CONTAINER", selinuxRelabel=True).mounts[0]
+    assert (mount.host_path, mount.container_path, mount.readonly) == ("/h", "/c", True)
+    assert (mount.propagation, mount.selinux_relabel) == (Propagation.HOST_TO_CONTAINER, True)
+    assert mounted(readonly=True, recursiveReadOnly=True).mounts[0].recursive_readonly
+
+
+@pytest.mark.parametrize(
+    ("mount", "field"),
+    [
+        ({"hostPath": ""}, "host_path"),
+        ({"containerPath": "c"}, "container_path"),
+        ({"image": {"image": "x"}, "hostPath": ""}, "image"),
+        ({"imageSubPath": "x"}, "image_sub_path"),
+        ({"mountOptions": ["noexec"]}, "mount_options"),
+        ({"uidMappings": [{"length": 1}]}, "uidMappings"),
+        ({"gidMappings": [{"length": 1}]}, "gidMappings"),
+        ({"propagation": "PROPAGATION_BIDIRECTIONAL"}, "propagation"),
+        ({"recursiveReadOnly": True}, "recursive_read_only"),
+        (
+            {"recursiveReadOnly": True, "readonly": True, "propagation": "PROPAGATION_HOST_TO_CONTAINER"},
+            "recursive_read_only",
+        ),
+    ],
+)
+def test_mounts_that_are_not_offered(mount: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        mounted(**mount)
+    assert caught.value.field == f"config.mounts[0].{field}"
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"windows": {}}, "windows"),
+        ({"CDIDevices": [{"name": "v/c=d"}]}, "CDI_devices"),
+        ({"image": {}}, "image.image"),
+        ({"workingDir": "srv"}, "working_dir"),
+        ({"envs": [{"key": "A=B"}]}, "envs[0].key"),
+        ({"envs": [{"key": "A", "value": "AA=="}]}, "envs[0].value"),
+        (
+            {"devices": [{"containerPath": "/dev/a", "hostPath": "/dev/b", "permissions": "x"}]},
+            "devices[0].permissions",
+        ),
+        ({"linux": {"resources": {"oomScoreAdj": 1001}}}, "linux.resources.oom_score_adj"),
+        ({"linux": {"resources": {"cpuShares": -1}}}, "linux.resources.cpu_shares"),
+    ],
+)
+def test_containers_that_are_refused(config: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        container(**config)
+    assert caught.value.field == f"config.{field}"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "field"),
+    [
+        ({"hostPort": 1}, "container_port"),
+        ({"containerPort": 70000}, "container_port"),
+        ({"hostPort": -1}, "host_port"),
+    ],
+)
+def test_ports_that_are_none(mapping: object, field: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        pod(portMappings=[mapping])
+    assert caught.value.field == f"config.port_mappings[0].{field}"
+
+
+def test_device_permissions_default_to_all() -> None:
+    assert (
+        container(devices=[{"containerPath": "/dev/a", "hostPath": "/dev/b"}]).devices[0].permissions == "rwm"
+    )
+
+
+def test_environment_values_are_bytes() -> None:
+    assert container(envs=[{"key": "A", "value": "/w=="}]).envs == (("A", b"\xff"),)
+
+
+def test_limits_that_mean_unlimited_pass() -> None:
+    wire = pb.LinuxContainerResources(cpu_quota=-1, memory_swap_limit_in_bytes=-1)
+    assert (resources(wire, "linux").cpu_quota, resources(wire, "linux").memory_swap_limit) == (-1, -1)
