@@ -1,0 +1,120 @@
+"""Credentials of one pull, and what a registry asks for. Pure; nothing here is ever printed.
+
+The fields are those of the CRI's AuthConfig. Challenges: RFC 9110 section 11, and the token flow of
+the distribution project ("Token Authentication Specification").
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+import msgspec
+
+_HUB = frozenset(("docker.io", "index.docker.io", "registry-1.docker.io"))
+
+
+class Auth(msgspec.Struct, frozen=True, kw_only=True):
+    username: str = ""
+    password: str = ""
+    auth: str = ""  # base64 of "username:password", as in a docker config file
+    server_address: str = ""
+    identity_token: str = ""
+    registry_token: str = ""
+
+    def __repr__(self) -> str:
+        return "Auth(...)"
+
+    __str__ = __repr__
+
+
+class Credential(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be shown to one registry. At most one of the three forms is set."""
+
+    username: str = ""
+    password: str = ""
+    identity_token: str = ""  # an OAuth2 refresh token
+    registry_token: str = ""  # a bearer token, ready for use
+
+    def __repr__(self) -> str:
+        return "Credential(...)"
+
+    __str__ = __repr__
+
+    @property
+    def basic(self) -> str:
+        """The value of an Authorization header; empty without a password."""
+        if not self.username and not self.password:
+            return ""
+        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+
+
+ANONYMOUS = Credential()
+
+
+def credential(auth: Auth | None, *, hosts: tuple[str, ...]) -> Credential:
+    """What `auth` has for a registry known by these names ("host" or "host:port").
+
+    Nothing when `server_address` names another host. The order of the forms is containerd's.
+    """
+    if auth is None or (auth.server_address and not _names(auth.server_address, hosts)):
+        return ANONYMOUS
+    if auth.username:
+        return Credential(username=auth.username, password=auth.password)
+    if auth.identity_token:
+        return Credential(identity_token=auth.identity_token)
+    if auth.auth:
+        return _decoded(auth.auth)
+    return Credential(registry_token=auth.registry_token)
+
+
+def _names(server_address: str, hosts: tuple[str, ...]) -> bool:
+    """`server_address` is a host or an URL ("https://index.docker.io/v1/")."""
+    named = server_address.partition("://")[2] if "://" in server_address else server_address
+    host = named.partition("/")[0].lower()
+    return any(host == known.lower() or (host in _HUB and known in _HUB) for known in hosts)
+
+
+def _decoded(text: str) -> Credential:
+    """An unreadable value counts as none: the registry's own answer then tells the client."""
+    try:
+        username, _, password = base64.b64decode(text, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        return ANONYMOUS
+    return Credential(username=username, password=password.rstrip("\0"))
+
+
+class Challenge(msgspec.Struct, frozen=True, kw_only=True):
+    scheme: str  # lower case
+    realm: str = ""
+    service: str = ""
+    scope: str = ""
+
+
+_SCHEME = re.compile(r"\s*,?\s*([A-Za-z][A-Za-z0-9-]*)(?:\s+|$)(?!=)")
+_PARAMETER = re.compile(r'\s*,?\s*([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))')
+_LENGTH_LIMIT = 4096
+
+
+def challenges(header: str) -> tuple[Challenge, ...]:
+    """All challenges of a WWW-Authenticate header; what cannot be read is left out."""
+    found: list[Challenge] = []
+    at = 0
+    header = header[:_LENGTH_LIMIT]
+    while match := _SCHEME.match(header, at):
+        at = match.end()
+        parameters: dict[str, str] = {}
+        while parameter := _PARAMETER.match(header, at):
+            at = parameter.end()
+            quoted, bare = parameter.group(2), parameter.group(3)
+            parameters[parameter.group(1).lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted else bare or ""
+        found.append(
+            Challenge(
+                scheme=match.group(1).lower(),
+                realm=parameters.get("realm", ""),
+                service=parameters.get("service", ""),
+                scope=parameters.get("scope", ""),
+            )
+        )
+    return tuple(found)

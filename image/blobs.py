@@ -1,0 +1,143 @@
+"""Blobs on their way in: written to a staging file, hashed as they come, trusted once they are whole.
+
+Nothing is kept after a layer was unpacked, so a blob is a file in a staging directory whose owner
+deletes it. A blob that exceeds its announced size is refused at once, not at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from image.errors import DigestMismatch, DiskFull, StorageFailed
+from image.manifest import Descriptor
+
+BATCH = 1 << 20
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far one step of one blob is, in bytes of the blob.
+
+    Steps are "download", "unpack" and, for a layer that was here already, "present".
+    """
+
+    item: str  # digest
+    step: str
+    current: int
+    total: int
+
+
+class Fetched(msgspec.Struct, frozen=True, kw_only=True):
+    data: bytes
+    digest: str
+    media_type: str = ""
+
+
+class Source(Protocol):
+    """Where an image comes from: a registry, or an archive."""
+
+    async def manifest(self, target: str, size: int | None = None) -> Fetched:
+        """The manifest or index of this tag or digest, its digest checked."""
+
+    async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
+        """A blob that fits in memory, checked."""
+
+    async def blob(self, descriptor: Descriptor, into: BlobWriter) -> None:
+        """Write the blob, going on where `into` stands, and finish it."""
+
+    async def close(self) -> None: ...
+
+
+class BlobWriter:
+    """One blob's staging file. `written` bytes of it are here and hashed.
+
+    Raises DiskFull and StorageFailed when writing, DigestMismatch when the bytes are not the
+    blob's.
+    """
+
+    def __init__(
+        self, path: Path, descriptor: Descriptor, on_progress: Callable[[int], None] | None = None
+    ) -> None:
+        self.path = path
+        self.descriptor = descriptor
+        self.written = 0
+        self._on_progress = on_progress
+        self._buffer = bytearray()
+        self._algorithm = descriptor.digest.partition(":")[0]
+        self._hash = hashlib.new(self._algorithm)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def what(self) -> str:
+        return f"blob {self.descriptor.digest}"
+
+    async def take(self, chunks: AsyncIterator[bytes]) -> None:
+        """Append all of a stream. What came before an error stays and counts."""
+        try:
+            async for chunk in chunks:
+                self._buffer += chunk
+                if self.written + len(self._buffer) > self.descriptor.size:
+                    raise DigestMismatch(f"{self.what}: size", str(self.descriptor.size), "more")
+                if len(self._buffer) >= BATCH:
+                    await self._flush()
+        finally:
+            await self._flush()
+
+    def restart(self) -> None:
+        """Forget what is here: the server began anew, or what came was wrong."""
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self._buffer.clear()
+        self.written = 0
+        self._hash = hashlib.new(self._algorithm)
+
+    async def finish(self) -> None:
+        """Raises DigestMismatch unless the blob is whole and right."""
+        await self._flush()
+        if self.written != self.descriptor.size:
+            raise DigestMismatch(f"{self.what}: size", str(self.descriptor.size), str(self.written))
+        actual = f"{self._algorithm}:{self._hash.hexdigest()}"
+        if actual != self.descriptor.digest:
+            raise DigestMismatch(self.what, self.descriptor.digest, actual)
+
+    async def _flush(self) -> None:
+        """Write in a thread. A cancelled caller waits for it: the buffer must not be written twice."""
+        if not self._buffer:
+            return
+        data, self._buffer = self._buffer, bytearray()
+        work = asyncio.ensure_future(asyncio.to_thread(self._write, data))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait((work,))
+            raise
+        self.written += len(data)
+        if self._on_progress is not None:
+            self._on_progress(self.written)
+
+    def _write(self, data: bytearray) -> None:
+        self._hash.update(data)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            raise storage_error(error, self.path, "downloading") from error
+
+
+def storage_error(error: OSError, path: Path, what: str) -> DiskFull | StorageFailed:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(str(path.parent), what)
+    return StorageFailed(str(path), what, error.errno or 0, error.strerror or str(error))

@@ -1,0 +1,158 @@
+"""What can go wrong with images, named for what a caller can do about it.
+
+Facts are in fields; a message is bounded and never holds a credential, a token or a query string
+(registries put signatures there). Only `cri/errors.py` turns these into status codes.
+"""
+
+from __future__ import annotations
+
+TEXT_LIMIT = 300
+
+
+def bounded(text: str) -> str:
+    """One line of at most TEXT_LIMIT printable characters, of text that a stranger wrote."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * TEXT_LIMIT]).split())
+    return line if len(line) <= TEXT_LIMIT else line[: TEXT_LIMIT - 3] + "..."
+
+
+class ImageError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidReference(ImageError):
+    """The text is not an image reference."""
+
+    def __init__(self, reference: str, problem: str) -> None:
+        super().__init__(f"invalid image reference {bounded(reference)!r}: {problem}")
+        self.reference = reference
+        self.problem = problem
+
+
+class ImageNotFound(ImageError):
+    """No image of the store answers to this name."""
+
+    def __init__(self, reference: str, problem: str = "no such image here") -> None:
+        super().__init__(f"image {bounded(reference)!r}: {problem}")
+        self.reference = reference
+
+
+class ManifestNotFound(ImageError):
+    """The registry answered, and has no such image (or none for this platform)."""
+
+    def __init__(self, reference: str, host: str, detail: str = "manifest unknown") -> None:
+        super().__init__(f"{bounded(reference)}: not found at {host}: {bounded(detail)}")
+        self.reference = reference
+        self.host = host
+        self.detail = bounded(detail)
+
+
+class Unauthorized(ImageError):
+    """The registry refused the credentials, or the lack of them (it may also hide a missing image so)."""
+
+    def __init__(self, reference: str, host: str, status: int, detail: str = "") -> None:
+        text = f"{bounded(reference)}: {host} refused access with {status}"
+        super().__init__(text + (f": {bounded(detail)}" if detail else ""))
+        self.reference = reference
+        self.host = host
+        self.status = status
+        self.detail = bounded(detail)
+
+
+class RegistryUnavailable(ImageError):
+    """The registry cannot be reached or cannot serve now; asking again later may help.
+
+    The text begins with the class's name: kubelet gives such errors an event reason of their own.
+    """
+
+    def __init__(self, host: str, what: str, problem: str, attempts: int = 1) -> None:
+        tries = f" after {attempts} attempts" if attempts > 1 else ""
+        super().__init__(f"RegistryUnavailable: {host}: {bounded(what)}: {bounded(problem)}{tries}")
+        self.host = host
+        self.what = what
+        self.problem = bounded(problem)
+        self.attempts = attempts
+
+
+class DigestMismatch(ImageError):
+    """Bytes are not those that were asked for. `expected` and `actual` are digests or sizes."""
+
+    def __init__(self, what: str, expected: str, actual: str) -> None:
+        super().__init__(f"{what}: expected {bounded(expected)}, got {bounded(actual)}")
+        self.what = what
+        self.expected = expected
+        self.actual = actual
+
+
+class UnsupportedMedia(ImageError):
+    """The image is of a kind that Husk does not run."""
+
+    def __init__(self, what: str, media_type: str, problem: str) -> None:
+        super().__init__(f"{what}: media type {bounded(media_type)!r}: {problem}")
+        self.what = what
+        self.media_type = media_type
+        self.problem = problem
+
+
+class ManifestInvalid(ImageError):
+    """A manifest, index or configuration that contradicts its specification."""
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(f"{what}: {bounded(problem)}")
+        self.what = what
+        self.problem = bounded(problem)
+
+
+class LayerRejected(ImageError):
+    """A layer's archive is broken or hostile; nothing of it was kept."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        where = f" at {bounded(path)!r}" if path else ""
+        super().__init__(f"layer rejected{where}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class ArchiveInvalid(ImageError):
+    """A file given to import is not an image archive."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {bounded(problem)}")
+        self.path = path
+        self.problem = bounded(problem)
+
+
+class DiskFull(ImageError):
+    """The store's filesystem (or a quota) has no room; what was begun was undone."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(f"no space left on the filesystem of {path} while {what}")
+        self.path = path
+        self.what = what
+
+
+class PullDeadline(ImageError):
+    """The pull took longer than the configured limit."""
+
+    def __init__(self, reference: str, timeout_s: float) -> None:
+        super().__init__(f"{bounded(reference)}: not pulled within {timeout_s:g} s")
+        self.reference = reference
+        self.timeout_s = timeout_s
+
+
+class MirrorConfigInvalid(ImageError):
+    """A hosts.toml cannot be used; names the file and the key."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class StorageFailed(ImageError):
+    """A system call on the store failed for a reason that is not the image's."""
+
+    def __init__(self, path: str, what: str, errno: int, problem: str) -> None:
+        super().__init__(f"{what}: {path}: {problem}")
+        self.path = path
+        self.what = what
+        self.errno = errno

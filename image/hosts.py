@@ -1,0 +1,199 @@
+"""Where an image's registry is really asked: mirrors and TLS settings, in containerd's form.
+
+    CONFIG_PATH/
+      HOST_PORT_/hosts.toml    or  HOST:PORT/  or  HOST/  or  _default/ : the first that exists
+
+    server = "https://registry.example.com"
+    [host."https://mirror.example.com"]
+      capabilities = ["pull", "resolve"]
+      ca = "ca.pem"            # beside the file, or absolute; a string or a list
+      client = [["c.pem", "k.pem"]]
+      skip_verify = false
+      override_path = false    # true: the URL's path is the whole prefix, no /v2 is added
+      [host."https://mirror.example.com".header]
+        x-thing = "value"
+
+Hosts are asked in the order of the file, the server itself last. The same keys beside `server`
+concern the server. Read anew for each pull, so that an edit needs no restart.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from image.errors import MirrorConfigInvalid
+from image.reference import DEFAULT_DOMAIN
+
+HUB_SERVER = "registry-1.docker.io"
+CAPABILITIES = frozenset(("pull", "resolve"))
+_KEYS = frozenset(("capabilities", "ca", "client", "skip_verify", "override_path", "header", "dial_timeout"))
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    scheme: str
+    address: str  # host or host:port
+    prefix: str = "/v2"
+    capabilities: frozenset[str] = CAPABILITIES
+    ca: tuple[str, ...] = ()
+    client: tuple[tuple[str, str], ...] = ()  # certificate, key (empty: in the same file)
+    skip_verify: bool = False
+    headers: tuple[tuple[str, str], ...] = ()
+    mirror: bool = False
+    # nobody said which scheme: a registry on loopback may speak either
+    plain_fallback: bool = False
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{self.address}{self.prefix}"
+
+
+def is_loopback(address: str) -> bool:
+    host = urlsplit(f"//{address}").hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def find_hosts(config_path: Path | None, domain: str) -> tuple[Host, ...]:
+    """Whom to ask for images of this registry, in order. Raises MirrorConfigInvalid."""
+    folder = _folder(config_path, domain) if config_path else None
+    if folder is None:
+        return (_origin(domain),)
+    file = folder / "hosts.toml"
+    if not file.exists():
+        # the older layout: certificates only
+        return (msgspec.structs.replace(_origin(domain), **_certificates(folder)),)
+    try:
+        config = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise MirrorConfigInvalid(str(file), str(error)) from error
+    return _Parser(file, domain).hosts(config)
+
+
+def _folder(config_path: Path, domain: str) -> Path | None:
+    host, colon, port = domain.rpartition(":")
+    names = [domain, "_default"]
+    if colon and port.isdecimal():
+        names = [f"{host}_{port}_", domain, host, "_default"]
+    for name in names:
+        if (config_path / name).is_dir():
+            return config_path / name
+    return None
+
+
+def _certificates(folder: Path) -> dict[str, object]:
+    pairs = [(str(c), str(c.with_suffix(".key"))) for c in sorted(folder.glob("*.cert"))]
+    return {"ca": tuple(str(f) for f in sorted(folder.glob("*.crt"))), "client": tuple(pairs)}
+
+
+def _origin(domain: str) -> Host:
+    address = HUB_SERVER if domain == DEFAULT_DOMAIN else domain
+    return Host(scheme="https", address=address, plain_fallback=is_loopback(address))
+
+
+class _Parser:
+    def __init__(self, file: Path, domain: str) -> None:
+        self._file = file
+        self._domain = domain
+
+    def hosts(self, config: Mapping[str, object]) -> tuple[Host, ...]:
+        for key in config:
+            if key not in _KEYS and key not in ("server", "host"):
+                raise self._invalid(key, "unknown key")
+        mirrors = config.get("host", {})
+        if not isinstance(mirrors, dict):
+            raise self._invalid("host", "must be a table")
+        found = [self._host(url, table, mirror=True) for url, table in mirrors.items()]
+        server = config.get("server", "")
+        if not isinstance(server, str):
+            raise self._invalid("server", "must be a string")
+        own = {key: value for key, value in config.items() if key in _KEYS}
+        if server:
+            found.append(self._host(server, own, mirror=False))
+        else:
+            origin = _origin(self._domain)
+            found.append(self._settle(origin, own, "server") if own else origin)
+        return tuple(found)
+
+    def _host(self, url: str, table: object, *, mirror: bool) -> Host:
+        if not isinstance(table, dict):
+            raise self._invalid(f'host."{url}"', "must be a table")
+        text = url
+        if "://" not in url:
+            text = ("http://" if is_loopback(url.partition("/")[0]) else "https://") + url
+        parts = urlsplit(text)
+        if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
+            raise self._invalid(f'"{url}"', "is not an http(s) URL of a host")
+        path = parts.path.rstrip("/")
+        if table.get("override_path") is not True and not path.endswith("/v2"):
+            path += "/v2"
+        host = Host(scheme=parts.scheme, address=parts.netloc, prefix=path, mirror=mirror)
+        return self._settle(host, table, f'host."{url}"')
+
+    def _settle(self, host: Host, table: Mapping[str, object], where: str) -> Host:
+        for key in table:
+            if key not in _KEYS:
+                raise self._invalid(f"{where}.{key}", "unknown key")
+        capabilities = frozenset(self._strings(table, "capabilities", where)) or CAPABILITIES
+        if unknown := capabilities - {"pull", "resolve", "push", "referrers"}:
+            raise self._invalid(f"{where}.capabilities", f"unknown: {', '.join(sorted(unknown))}")
+        return msgspec.structs.replace(
+            host,
+            capabilities=capabilities,
+            ca=tuple(self._path(p) for p in self._strings(table, "ca", where)),
+            client=self._client(table, where),
+            skip_verify=self._flag(table, "skip_verify", where),
+            headers=self._headers(table, where),
+        )
+
+    def _strings(self, table: Mapping[str, object], key: str, where: str) -> tuple[str, ...]:
+        value = table.get(key, [])
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+            raise self._invalid(f"{where}.{key}", "must be a string or a list of strings")
+        return tuple(listed)
+
+    def _flag(self, table: Mapping[str, object], key: str, where: str) -> bool:
+        value = table.get(key, False)
+        if not isinstance(value, bool):
+            raise self._invalid(f"{where}.{key}", "must be true or false")
+        return value
+
+    def _client(self, table: Mapping[str, object], where: str) -> tuple[tuple[str, str], ...]:
+        """A file with both, a list of such, or a list of [certificate, key]."""
+        value = table.get("client", [])
+        listed = [value] if isinstance(value, str) else value
+        pairs: list[tuple[str, str]] = []
+        for item in listed if isinstance(listed, list) else [None]:
+            match item:
+                case str(both) | [str(both)] | [str(both), ""]:
+                    pairs.append((self._path(both), ""))
+                case [str(certificate), str(key)]:
+                    pairs.append((self._path(certificate), self._path(key)))
+                case _:
+                    raise self._invalid(f"{where}.client", "must be a file, or a list of [certificate, key]")
+        return tuple(pairs)
+
+    def _headers(self, table: Mapping[str, object], where: str) -> tuple[tuple[str, str], ...]:
+        value = table.get("header", {})
+        if not isinstance(value, dict):
+            raise self._invalid(f"{where}.header", "must be a table")
+        pairs: list[tuple[str, str]] = []
+        for name in value:
+            pairs.extend((name, text) for text in self._strings(value, name, f"{where}.header"))
+        return tuple(pairs)
+
+    def _path(self, path: str) -> str:
+        return str(self._file.parent / path)
+
+    def _invalid(self, key: str, problem: str) -> MirrorConfigInvalid:
+        return MirrorConfigInvalid(str(self._file), f"{key}: {problem}")

@@ -1,0 +1,483 @@
+"""Unpacks one layer's archive into an empty directory, in overlayfs's form.
+
+Here an attacker's tar meets root. What each kind of entry may do is decided in this file; that
+nothing can lead outside the directory is `tree`'s business; numbers and lengths are `tar`'s.
+
+    .wh.NAME       hides NAME of the layers below: a character device 0/0
+    .wh..wh..opq   hides all of the directory's earlier content: trusted.overlay.opaque
+    last wins      an entry replaces an earlier one of its name, whatever its kind
+
+Owners, modes and times of directories are set at the end: until then they belong to root and have
+no set-group-id bit, so most files need no chown. Blocking: runs in a worker thread, ends soon after
+`stop` is set. Leaves a half-filled directory behind when it raises; the caller deletes it.
+
+Rules: OCI image-spec, layer.md; overlayfs.rst ("whiteouts and opaque directories").
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from image import tar, tree
+from image.errors import DiskFull, LayerRejected, StorageFailed
+from image.tar import Entry
+
+WHITEOUT_PREFIX = b".wh."
+OPAQUE_MARKER = b".wh..wh..opq"
+AUFS_PREFIX = b".wh..wh."  # other notes that aufs made for itself
+
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OWNER_LIMIT = (1 << 32) - 1  # (uid_t) -1 means "leave it"
+_TIME_LIMIT_NS = (1 << 33) * 1_000_000_000
+_PAGE = 4096
+
+# What the entry itself is to blame for; anything else is the host's trouble.
+_REJECTED = frozenset(
+    (
+        errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.EMLINK, errno.ENAMETOOLONG, errno.ENOENT,
+        errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EFBIG, errno.E2BIG, errno.ERANGE, errno.EILSEQ,
+        errno.EOVERFLOW, errno.ENOTSUP,
+    )
+)  # fmt: skip
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of one layer. `max_bytes` counts what its files claim to hold, holes included."""
+
+    max_bytes: int = 128 << 30
+    max_entries: int = 2_000_000
+    max_depth: int = 256
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    bytes: int = 0
+    inodes: int = 0
+
+
+class Stopped(Exception):
+    """The caller set `stop`."""
+
+
+def unpack(
+    chunks: Iterator[bytes],
+    target: str,
+    *,
+    lowers: Sequence[str] = (),
+    limits: Limits | None = None,
+    stop: threading.Event | None = None,
+) -> Usage:
+    """Unpack into `target`, an empty directory of root; `lowers` are the layers below, nearest first.
+
+    Reads `chunks` to their end. Raises LayerRejected, DiskFull, StorageFailed, Stopped.
+    """
+    unpacker = _Unpacker(target, lowers, limits or Limits(), stop or threading.Event())
+    try:
+        return unpacker.run(tar.Chunks(chunks))
+    finally:
+        unpacker.close()
+
+
+class _Attributes(msgspec.Struct, frozen=True):
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    xattrs: tar.Xattrs
+
+
+class _Unpacker:
+    def __init__(self, target: str, lowers: Sequence[str], limits: Limits, stop: threading.Event) -> None:
+        self._target = target
+        self._limits = limits
+        self._stop = stop
+        Path(target).chmod(0o755)
+        os.chown(target, 0, 0)
+        _drop_default_acl(target)
+        self._tree = tree.Tree(target, lowers)
+        self._umask = _umask()
+        self._directories: dict[tree.Path, _Attributes] = {}
+        self._count = 0
+        self._claimed = 0
+        self._pages = 0
+        self._inodes = 1
+        # the parent of the entry before: archives go through a directory at a time
+        self._last_parent: bytes | None = None
+        self._last_path: tree.Path = ()
+        self._entry: Entry | None = None
+
+    def close(self) -> None:
+        self._tree.close()
+
+    # ------------------------------------------------------------------------------ the walk
+
+    def run(self, chunks: tar.Chunks) -> Usage:
+        try:
+            for entry in tar.entries(chunks):
+                self._entry = entry
+                self._admit(entry)
+                self._place(entry, chunks)
+            self._entry = None
+            chunks.drain()
+            self._finish_directories()
+        except tar.TarError as error:
+            raise LayerRejected(self._where(), error.reason) from error
+        except tree.TreeError as error:
+            raise LayerRejected(self._where(), error.reason) from error
+        except OSError as error:
+            raise self._blame(error) from error
+        directories = self._tree.directories_made
+        return Usage(bytes=_PAGE * (self._pages + directories), inodes=self._inodes + directories)
+
+    def _where(self) -> str:
+        return self._entry.name.decode("utf-8", "backslashreplace") if self._entry else ""
+
+    def _blame(self, error: OSError) -> Exception:
+        if error.errno in _FULL:
+            return DiskFull(self._target, "unpacking a layer")
+        problem = error.strerror or str(error)
+        if error.errno in _REJECTED and self._entry is not None:
+            return LayerRejected(self._where(), problem)
+        return StorageFailed(self._target, f"unpacking {self._where()!r}", error.errno or 0, problem)
+
+    def _admit(self, entry: Entry) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        self._count += 1
+        self._claimed += entry.size
+        if self._count > self._limits.max_entries:
+            raise tar.TarError(f"more than {self._limits.max_entries} entries")
+        if self._claimed > self._limits.max_bytes:
+            raise tar.TarError(f"more than {self._limits.max_bytes} bytes when unpacked")
+        if not 0 <= entry.uid < _OWNER_LIMIT or not 0 <= entry.gid < _OWNER_LIMIT:
+            raise tar.TarError(f"impossible owner {entry.uid}:{entry.gid}")
+        entry.mtime_ns = max(-_TIME_LIMIT_NS, min(entry.mtime_ns, _TIME_LIMIT_NS))
+        if entry.xattrs:
+            entry.xattrs = tuple((name, value) for name, value in entry.xattrs if _wanted(name))
+
+    def _place(self, entry: Entry, chunks: tar.Chunks) -> None:
+        parent, name = self._split(entry.name)
+        if not name:
+            self._make_directory((), entry)  # "./", the layer's root
+        elif name.startswith(WHITEOUT_PREFIX):
+            self._white_out((*parent, name))
+        elif entry.kind == tar.REGULAR:
+            self._make_file((*parent, name), entry, chunks)
+            return
+        elif entry.kind == tar.DIRECTORY:
+            self._make_directory((*parent, name), entry)
+        else:
+            self._make_other((*parent, name), entry)
+        if entry.stored:
+            chunks.skip(entry.stored)
+            tar.skip_padding(chunks, entry.stored)
+
+    def _split(self, name: bytes) -> tuple[tree.Path, bytes]:
+        """Parent and last name; the path is cleaned by its text, and may not climb out."""
+        parent, _, base = name.rpartition(b"/")
+        if parent == self._last_parent and base not in (b"", b".", b".."):
+            return self._last_path, base
+        parts: list[bytes] = []
+        for part in name.split(b"/"):
+            if part == b"..":
+                if not parts:
+                    raise tar.TarError("the path climbs out of the layer")
+                parts.pop()
+            elif part not in (b"", b"."):
+                parts.append(part)
+        if b"\0" in name:
+            raise tar.TarError("a zero byte in a name")
+        if len(parts) > self._limits.max_depth:
+            raise tar.TarError(f"more than {self._limits.max_depth} directories deep")
+        if not parts:
+            return (), b""
+        path = tuple(parts[:-1])
+        if base == parts[-1]:
+            self._last_parent, self._last_path = parent, path
+        return path, parts[-1]
+
+    # --------------------------------------------------------------------------------- kinds
+
+    def _make_file(self, path: tree.Path, entry: Entry, chunks: tar.Chunks) -> None:
+        name = path[-1]
+        if b"\0" in name:
+            raise tar.TarError("a zero byte in a name")
+        at = self._tree.directory(path[:-1])
+        # nobody but root sees the file before its owner and mode are right
+        plain = not (entry.mode & self._umask or entry.mode & 0o7000)
+        mode = entry.mode if plain else 0o600
+        try:
+            fd = os.open(name, _CREATE, mode, dir_fd=at)
+        except FileExistsError:
+            self._tree.clear(path, at)
+            fd = os.open(name, _CREATE, mode, dir_fd=at)
+        try:
+            if entry.segments is not None:
+                _write_sparse(fd, entry, chunks)
+            elif entry.stored:
+                for piece in chunks.pieces(entry.stored):
+                    _write_all(fd, piece)
+                    if self._stop.is_set():
+                        raise Stopped
+            if entry.uid or entry.gid:
+                os.fchown(fd, entry.uid, entry.gid)
+                plain = False
+            if not plain:
+                os.fchmod(fd, entry.mode)  # behind chown, which takes set-id bits away
+            for key, value in entry.xattrs:
+                os.setxattr(fd, key, value)  # behind chown too, which takes capabilities away
+            os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
+        finally:
+            os.close(fd)
+        tar.skip_padding(chunks, entry.stored)
+        self._inodes += 1
+        self._pages += (entry.stored + _PAGE - 1) // _PAGE
+
+    def _make_directory(self, path: tree.Path, entry: Entry) -> None:
+        if path:
+            at = self._tree.directory(path[:-1])
+            self._ensure_directory(path, at)
+        # last wins; set at the end, as what follows changes the times
+        self._directories[path] = _Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.xattrs)
+
+    def _ensure_directory(self, path: tree.Path, at: int) -> None:
+        name = path[-1]
+        replaced = self._tree.is_hidden(path)
+        try:
+            os.mkdir(name, 0o700, dir_fd=at)
+        except FileExistsError:
+            if stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+                return
+            self._tree.clear(path, at)
+            os.mkdir(name, 0o700, dir_fd=at)
+            # what stood here hid a directory below: the new one must not show that again
+            replaced = True
+        self._inodes += 1
+        self._pages += 1
+        if replaced:
+            self._make_opaque(path)
+
+    def _make_other(self, path: tree.Path, entry: Entry) -> None:
+        """Links, devices, pipes: made in one call, so "last wins" is one removal before it."""
+        name = path[-1]
+        if b"\0" in name or b"\0" in entry.link:
+            raise tar.TarError("a zero byte in a name")
+        if entry.kind == tar.HARD_LINK:
+            self._link(path, entry)
+            return
+        at = self._tree.directory(path[:-1])
+        self._clear(path, at)
+        match entry.kind:
+            case tar.SYMLINK:
+                if not entry.link:
+                    raise tar.TarError("a symbolic link to nothing")
+                os.symlink(entry.link, name, dir_fd=at)
+            case tar.CHAR | tar.BLOCK_DEVICE:
+                os.mknod(name, _device_mode(entry), os.makedev(entry.major, entry.minor), dir_fd=at)
+            case tar.FIFO:
+                os.mkfifo(name, 0o600, dir_fd=at)
+            case _:
+                raise tar.TarError(f"unknown kind of entry {entry.kind!r}")
+        os.chown(name, entry.uid, entry.gid, dir_fd=at, follow_symlinks=False)
+        if entry.kind != tar.SYMLINK:
+            # what was just made is no link, and nobody else writes here
+            os.chmod(name, entry.mode, dir_fd=at)
+        os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=at, follow_symlinks=False)
+        self._inodes += 1
+
+    def _clear(self, path: tree.Path, at: int) -> None:
+        try:
+            self._tree.clear(path, at)
+        except FileNotFoundError:
+            return
+
+    # --------------------------------------------------------------------------------- links
+
+    def _link(self, path: tree.Path, entry: Entry) -> None:
+        """A second name of a file of this layer, or of one below, which is then copied up.
+
+        The link itself is what a link's target means here: symbolic links are not followed.
+        """
+        target_parent, target_name = self._split(entry.link)
+        target = (*target_parent, target_name)
+        if not target_name or target_name.startswith(WHITEOUT_PREFIX):
+            raise tar.TarError("a hard link to something that cannot be linked")
+        if target == path:
+            raise tar.TarError("a hard link to itself")
+        try:
+            source = os.dup(self._tree.directory(target_parent, make=False))
+        except FileNotFoundError:
+            source = self._copy_up(target)
+        try:
+            info = self._target_info(target, source)
+            if stat.S_ISDIR(info.st_mode) or tree.is_whiteout(info):
+                raise tar.TarError("a hard link to something that cannot be linked")
+            at = self._tree.directory(path[:-1])
+            if _same_place(at, path[-1], info):
+                return
+            self._clear(path, at)
+            os.link(target_name, path[-1], src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False)
+        finally:
+            os.close(source)
+
+    def _target_info(self, target: tree.Path, source: int) -> os.stat_result:
+        try:
+            return os.stat(target[-1], dir_fd=source, follow_symlinks=False)
+        except FileNotFoundError:
+            os.close(self._copy_up(target))
+            return os.stat(target[-1], dir_fd=source, follow_symlinks=False)
+
+    def _copy_up(self, target: tree.Path) -> int:
+        """Copy a file of a layer below into this one; gives its new parent, for the caller to close."""
+        found = self._tree.below(target)
+        if found is None:
+            raise tar.TarError("a hard link to a file that is not there")
+        parent, info = found
+        try:
+            if not stat.S_ISREG(info.st_mode):
+                raise tar.TarError("a hard link to something that cannot be linked")
+            self._claimed += info.st_size
+            if self._claimed > self._limits.max_bytes:
+                raise tar.TarError(f"more than {self._limits.max_bytes} bytes when unpacked")
+            at = os.dup(self._tree.directory(target[:-1]))
+            _copy_file(parent, at, target[-1], info)
+        finally:
+            os.close(parent)
+        self._inodes += 1
+        self._pages += (info.st_size + _PAGE - 1) // _PAGE
+        return at
+
+    # ----------------------------------------------------------------------------- whiteouts
+
+    def _white_out(self, path: tree.Path) -> None:
+        name = path[-1]
+        parent = path[:-1]
+        if name == OPAQUE_MARKER:
+            self._tree.directory(parent)
+            self._make_opaque(parent)
+            return
+        if name.startswith(AUFS_PREFIX):
+            return
+        hidden = name.removeprefix(WHITEOUT_PREFIX)
+        if hidden in (b"", b".", b"..") or b"\0" in hidden:
+            raise tar.TarError("a whiteout of something outside its directory")
+        if not self._tree.has_lowers:
+            return  # nothing to hide
+        self._hide((*parent, hidden))
+
+    def _hide(self, path: tree.Path) -> None:
+        """Hide what is below; what this very layer put here stays (layer.md, "Whiteouts")."""
+        at = self._tree.directory(path[:-1])
+        try:
+            info = os.stat(path[-1], dir_fd=at, follow_symlinks=False)
+        except FileNotFoundError:
+            os.mknod(path[-1], stat.S_IFCHR | 0o000, os.makedev(0, 0), dir_fd=at)
+            self._tree.hide(path)
+            self._inodes += 1
+            return
+        if stat.S_ISDIR(info.st_mode):
+            self._make_opaque(path)
+
+    def _make_opaque(self, path: tree.Path) -> None:
+        if self._tree.has_lowers:
+            os.setxattr(self._tree.directory(path), tree.OPAQUE, b"y")
+        self._tree.hide(path)
+
+    # --------------------------------------------------------------------------- directories
+
+    def _finish_directories(self) -> None:
+        """Deepest first: a directory whose mode was set is not entered any more."""
+        for path in sorted(self._directories, key=len, reverse=True):
+            attributes = self._directories[path]
+            try:
+                fd = self._tree.directory(path, make=False)
+            except (FileNotFoundError, tree.TreeError):
+                continue  # a later entry took its place
+            os.fchown(fd, attributes.uid, attributes.gid)
+            os.fchmod(fd, attributes.mode)
+            for key, value in attributes.xattrs:
+                os.setxattr(fd, key, value)
+            os.utime(fd, ns=(attributes.mtime_ns, attributes.mtime_ns))
+
+
+# ---------------------------------------------------------------------------------- helpers
+
+
+def _wanted(name: str) -> bool:
+    """Which extended attributes an image may set.
+
+    trusted.* is how overlayfs is steered (redirect, metacopy, opaque): an image that brings some is
+    refused. Labels of the builder's host (security.selinux, security.ima) mean nothing here.
+    """
+    if name.startswith("trusted."):
+        raise tar.TarError(f"extended attribute {name} is not allowed")
+    return name == "security.capability" or (
+        name.startswith("user.") and not name.startswith("user.overlay.")
+    )
+
+
+def _device_mode(entry: Entry) -> int:
+    if entry.kind == tar.BLOCK_DEVICE:
+        return stat.S_IFBLK | 0o600
+    if entry.major == 0 and entry.minor == 0:
+        raise tar.TarError("a device 0/0 would be taken for a whiteout")
+    return stat.S_IFCHR | 0o600
+
+
+def _write_all(fd: int, piece: memoryview) -> None:
+    while (written := os.write(fd, piece)) < len(piece):
+        piece = piece[written:]
+
+
+def _write_sparse(fd: int, entry: Entry, chunks: tar.Chunks) -> None:
+    for offset, length in entry.segments or ():
+        os.lseek(fd, offset, os.SEEK_SET)
+        for piece in chunks.pieces(length):
+            _write_all(fd, piece)
+    os.ftruncate(fd, entry.size)
+
+
+def _copy_file(parent: int, at: int, name: bytes, info: os.stat_result) -> None:
+    source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        fd = os.open(name, _CREATE, 0o600, dir_fd=at)
+        try:
+            while os.copy_file_range(source, fd, 1 << 30):
+                pass
+            tree.copy_attributes(source, fd, info)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(source)
+
+
+def _same_place(at: int, name: bytes, info: os.stat_result) -> bool:
+    """Both names are one file already: linking would first remove it."""
+    try:
+        there = os.stat(name, dir_fd=at, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (info.st_dev, info.st_ino)
+
+
+def _drop_default_acl(target: str) -> None:
+    """A default ACL of the store's own directory would leak into every file made beneath."""
+    try:
+        os.removexattr(target, "system.posix_acl_default")
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+            raise
+
+
+def _umask() -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    return 0o777  # unknown: set every mode explicitly

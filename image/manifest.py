@@ -1,0 +1,250 @@
+"""Manifests, indexes and image configurations: OCI image-spec 1.1 and Docker's schema 2.
+
+Bytes come in, values go out; whoever calls has checked digest and size. Everything that cannot be
+run is refused here, by name: schema 1, artifacts, foreign and encrypted layers. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+
+from image.errors import DigestMismatch, ManifestInvalid, UnsupportedMedia
+from image.reference import is_digest
+
+T = TypeVar("T")
+
+MANIFEST_LIMIT = 4 << 20  # distribution-spec: registries should take at least this, few take more
+CONFIG_LIMIT = 8 << 20
+LAYER_COUNT_LIMIT = 500  # overlayfs stacks no more (OVL_MAX_STACK)
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+MANIFESTS = (OCI_MANIFEST, DOCKER_MANIFEST)
+INDEXES = (OCI_INDEX, DOCKER_LIST)
+SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1"
+CONFIGS = (
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+    "application/octet-stream",  # old registries say this of a Docker configuration
+)
+_LAYER = re.compile(
+    r"application/vnd\.oci\.image\.layer\.v1\.tar(\+gzip|\+zstd)?"
+    r"|application/vnd\.docker\.image\.rootfs\.diff\.tar(\.gzip|\.zstd)?"
+)
+
+
+class Platform(msgspec.Struct, frozen=True, kw_only=True):
+    architecture: str = ""
+    os: str = ""
+    variant: str = ""
+
+
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    media_type: str = ""
+    digest: str
+    size: int
+    platform: Platform | None = None
+    annotations: dict[str, str] | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    schema_version: int
+    media_type: str = ""
+    artifact_type: str = ""
+    config: Descriptor
+    layers: list[Descriptor]
+
+
+class ImageIndex(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    schema_version: int
+    media_type: str = ""
+    manifests: list[Descriptor]
+
+
+class _Probe(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Just enough to tell the kinds apart where no media type was given."""
+
+    schema_version: int = 0
+    media_type: str = ""
+    manifests: msgspec.Raw = msgspec.Raw(b"")
+    fs_layers: msgspec.Raw = msgspec.Raw(b"")
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """`config` of an image configuration (OCI image-spec, config.md); null means absent."""
+
+    entrypoint: list[str] | None = None
+    cmd: list[str] | None = None
+    env: list[str] | None = None
+    working_dir: str | None = None
+    user: str | None = None
+    stop_signal: str | None = None
+    volumes: dict[str, object] | None = None
+    exposed_ports: dict[str, object] | None = None
+    labels: dict[str, str] | None = None
+
+
+class RootFs(msgspec.Struct, frozen=True, kw_only=True):
+    type: str = "layers"
+    diff_ids: list[str] = []
+
+
+class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
+    architecture: str = ""
+    os: str = ""
+    variant: str = ""
+    created: str | None = None
+    config: RunConfig | None = None
+    rootfs: RootFs = RootFs()
+
+
+def digest_of(data: bytes, like: str = "sha256:") -> str:
+    algorithm = like.partition(":")[0]
+    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
+
+
+def check(what: str, data: bytes, digest: str, size: int | None = None) -> None:
+    """Raises DigestMismatch."""
+    if size is not None and len(data) != size:
+        raise DigestMismatch(f"{what}: size", str(size), str(len(data)))
+    if (actual := digest_of(data, digest)) != digest:
+        raise DigestMismatch(what, digest, actual)
+
+
+def decode(what: str, data: bytes, media_type: str = "") -> Manifest | ImageIndex:
+    """Tell what a registry sent. Raises UnsupportedMedia, ManifestInvalid."""
+    probe = _decode(what, data, _Probe)
+    kind = probe.media_type or media_type.partition(";")[0].strip()
+    if kind.startswith(SCHEMA_1) or probe.schema_version == 1:
+        raise UnsupportedMedia(what, kind or "schema 1", "Docker schema 1 is obsolete; push the image again")
+    if kind in INDEXES or (kind not in MANIFESTS and bytes(probe.manifests)):
+        return _checked_index(what, _decode(what, data, ImageIndex))
+    if kind in MANIFESTS or not probe.media_type:
+        return _checked_manifest(what, _decode(what, data, Manifest))
+    raise UnsupportedMedia(what, kind, "not an image")
+
+
+def decode_index(what: str, data: bytes) -> ImageIndex:
+    return _checked_index(what, _decode(what, data, ImageIndex))
+
+
+def decode_config(what: str, data: bytes, manifest: Manifest) -> ImageConfig:
+    """Raises ManifestInvalid when the configuration does not fit the manifest's layers."""
+    config = _decode(what, data, ImageConfig)
+    if config.rootfs.type != "layers":
+        raise ManifestInvalid(what, f"rootfs type {config.rootfs.type!r} is not 'layers'")
+    if len(config.rootfs.diff_ids) != len(manifest.layers):
+        raise ManifestInvalid(
+            what, f"{len(manifest.layers)} layers, but {len(config.rootfs.diff_ids)} diff ids"
+        )
+    for diff_id in config.rootfs.diff_ids:
+        if not diff_id.startswith("sha256:") or not is_digest(diff_id):
+            raise ManifestInvalid(what, f"diff id {diff_id!r} is not a sha256 digest")
+    return config
+
+
+def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
+    """Names of the stacks, bottom first (OCI image-spec, config.md, "Layer ChainID")."""
+    chain: list[str] = []
+    for diff_id in diff_ids:
+        chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
+    return tuple(chain)
+
+
+# ---------------------------------------------------------------------------------- platform
+
+_MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+
+
+def host_platform(machine: str) -> Platform:
+    """`machine` is what platform.machine() says."""
+    architecture = _MACHINES.get(machine, machine)
+    variant = {"arm": "v7", "arm64": "v8"}.get(architecture, "")
+    return Platform(os="linux", architecture=architecture, variant=variant)
+
+
+def choose(index: ImageIndex, wanted: Platform) -> Descriptor | None:
+    """The best manifest of an index for this platform; None when there is none.
+
+    The first of equals wins (image-spec, image-index.md). Of amd64 and arm variants the highest
+    that does not exceed the host's wins; an entry without a platform matches last.
+    """
+    best: Descriptor | None = None
+    best_score = -1
+    for entry in index.manifests:
+        if (score := _score(entry, wanted)) > best_score:
+            best, best_score = entry, score
+    return best
+
+
+def _score(entry: Descriptor, wanted: Platform) -> int:
+    if entry.media_type and entry.media_type not in MANIFESTS + INDEXES:
+        return -1
+    platform = entry.platform
+    if platform is None:
+        return 0
+    if (platform.os, platform.architecture) != (wanted.os, wanted.architecture):
+        return -1
+    offered, limit = _level(platform.variant, wanted), _level(wanted.variant, wanted)
+    return 1 + offered if offered <= limit else -1
+
+
+def _level(variant: str, wanted: Platform) -> int:
+    """Variants are "v1", "v2"...; none means the baseline."""
+    baseline = {"amd64": 1, "arm64": 8, "arm": 7}.get(wanted.architecture, 0)
+    number = variant.removeprefix("v")
+    return int(number) if number.isdecimal() and len(number) < 3 else baseline
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _decode(what: str, data: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestInvalid(what, str(error)) from error
+
+
+def _checked_descriptor(what: str, descriptor: Descriptor) -> None:
+    if not is_digest(descriptor.digest):
+        raise ManifestInvalid(what, f"bad digest {descriptor.digest!r}")
+    if descriptor.size < 0:
+        raise ManifestInvalid(what, f"negative size of {descriptor.digest}")
+
+
+def _checked_index(what: str, index: ImageIndex) -> ImageIndex:
+    for entry in index.manifests:
+        _checked_descriptor(what, entry)
+    return index
+
+
+def _checked_manifest(what: str, manifest: Manifest) -> Manifest:
+    _checked_descriptor(what, manifest.config)
+    if manifest.config.media_type not in CONFIGS:
+        raise UnsupportedMedia(what, manifest.config.media_type, "an artifact, not an image that can run")
+    if len(manifest.layers) > LAYER_COUNT_LIMIT:
+        raise ManifestInvalid(what, f"{len(manifest.layers)} layers, the limit is {LAYER_COUNT_LIMIT}")
+    for layer in manifest.layers:
+        _checked_descriptor(what, layer)
+        _checked_layer(what, layer.media_type)
+    return manifest
+
+
+def _checked_layer(what: str, media_type: str) -> None:
+    if _LAYER.fullmatch(media_type):
+        return
+    if "encrypted" in media_type:
+        problem = "encrypted layers are not supported"
+    elif "foreign" in media_type or "nondistributable" in media_type:
+        problem = "layers that lie outside the registry are not supported"
+    else:
+        problem = "not a layer that can be unpacked"
+    raise UnsupportedMedia(what, media_type, problem)

@@ -1,0 +1,277 @@
+"""Brings images in: from a registry or an archive, to layers and an entry of the index.
+
+    manifest -> platform -> configuration -> layers -> index
+
+Layers are fetched in parallel (a bound over all pulls) and unpacked in order, each as soon as it
+and those below are there: a layer may refer to what is below it. A blob is used only after its
+digest and size were checked; its unpacked form only after its diff id was. The image appears in
+the index last, so nothing half-pulled is ever seen.
+
+The same pull asked twice is done once. It ends early when nobody waits for it any more; whatever
+was whole by then stays and is found by the next attempt, or deleted by the next collection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from image import manifest
+from image.archive import Archived, open_archive
+from image.auth import Auth
+from image.blobs import BlobWriter, Fetched, Progress, Source
+from image.errors import ManifestNotFound, PullDeadline
+from image.hosts import find_hosts
+from image.index import Image, Index, settings_of
+from image.layers import LayerStore
+from image.manifest import Descriptor, ImageConfig, ImageIndex, Manifest, Platform
+from image.reference import Reference, parse
+from image.registry import Registry
+from image.settings import Settings
+
+Report = Callable[[Progress], None]
+NESTING_LIMIT = 3  # of indexes
+
+
+class _Names(msgspec.Struct, frozen=True, kw_only=True):
+    """What the image will be called here, and in errors."""
+
+    what: str
+    host: str
+    tags: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+
+
+class _Flight:
+    """A pull under way, and who waits for it."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[Image] | None = None
+        self.waiters = 0
+        self.listeners: list[Report] = []
+
+    def report(self, progress: Progress) -> None:
+        for listener in self.listeners:
+            listener(progress)
+
+
+class Puller:
+    def __init__(self, index: Index, layers: LayerStore, settings: Settings) -> None:
+        self._index = index
+        self._layers = layers
+        self._settings = settings
+        self._platform = manifest.host_platform(platform.machine())
+        self._downloads = asyncio.Semaphore(settings.max_downloads)
+        self._unpacks = asyncio.Semaphore(settings.max_unpacks)
+        self._flights: dict[tuple[Reference, Auth | None], _Flight] = {}
+        self._tasks: set[asyncio.Task[Image]] = set()
+
+    async def pull(self, ref: str, auth: Auth | None = None, *, on_progress: Report | None = None) -> Image:
+        """Fetch an image, or learn that it is here already; the registry is asked in any case.
+
+        Raises any ImageError. Two callers share a pull only with equal credentials: nobody gets an
+        image by someone else's.
+        """
+        reference = parse(ref)
+        key = (reference, auth)
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = _Flight()
+            flight.task = asyncio.create_task(self._bounded(reference, auth, flight.report))
+            self._tasks.add(flight.task)
+            flight.task.add_done_callback(self._tasks.discard)
+            flight.task.add_done_callback(lambda _: self._forget(key, flight))
+        return await self._wait(key, flight, on_progress)
+
+    async def _wait(
+        self, key: tuple[Reference, Auth | None], flight: _Flight, on_progress: Report | None
+    ) -> Image:
+        assert flight.task is not None
+        flight.waiters += 1
+        if on_progress is not None:
+            flight.listeners.append(on_progress)
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiters -= 1
+            if on_progress is not None:
+                flight.listeners.remove(on_progress)
+            if flight.waiters == 0 and not flight.task.done():
+                self._forget(key, flight)  # nobody shall join what is ending
+                flight.task.cancel()
+
+    def _forget(self, key: tuple[Reference, Auth | None], flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if flight.task is not None and flight.task.done() and not flight.task.cancelled():
+            flight.task.exception()  # everyone who asked may have been cancelled meanwhile
+
+    async def close(self) -> None:
+        """End all pulls and wait until they have cleaned up."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def import_archive(
+        self, path: Path, *, name: str = "", on_progress: Report | None = None
+    ) -> tuple[Image, ...]:
+        """Take all images of an OCI layout (directory or tar) or a docker-archive in.
+
+        `name` replaces the archive's own names; it then must hold one image. Raises any ImageError.
+        """
+        tag = parse(name).tagged if name else ""
+        report = on_progress or (lambda progress: None)
+        with self._layers.staging() as scratch:
+            archive = await asyncio.to_thread(open_archive, path, scratch)
+            try:
+                if tag and len(archive.images) > 1:
+                    raise ManifestNotFound(name, str(path), f"{len(archive.images)} images, one name")
+                return tuple(
+                    [await self._import_one(archive, found, tag, path, report) for found in archive.images]
+                )
+            finally:
+                await archive.close()
+
+    async def _import_one(
+        self, archive: Source, found: Archived, tag: str, path: Path, report: Report
+    ) -> Image:
+        fetched = await archive.manifest(found.target)
+        named = [parse(text) for text in ((tag,) if tag else found.names)]
+        names = _Names(
+            what=found.target,
+            host=str(path),
+            tags=tuple(reference.tagged for reference in named if reference.tagged),
+            digests=tuple(f"{r.name}@{found.target}" for r in named) if found.has_digest else (),
+        )
+        return await self._take(archive, fetched, names, report)
+
+    # ----------------------------------------------------------------------------- one pull
+
+    async def _bounded(self, reference: Reference, auth: Auth | None, report: Report) -> Image:
+        limit_s = self._settings.pull_timeout_s or None
+        deadline = asyncio.timeout(limit_s)
+        try:
+            async with deadline:
+                return await self._pull(reference, auth, report)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise PullDeadline(str(reference), limit_s or 0.0) from error
+
+    async def _pull(self, reference: Reference, auth: Auth | None, report: Report) -> Image:
+        hosts = await asyncio.to_thread(find_hosts, self._settings.config_path, reference.domain)
+        registry = Registry(reference, hosts, auth, self._settings.timing)
+        try:
+            fetched = await registry.manifest(reference.target)
+            names = _Names(
+                what=str(reference),
+                host=reference.domain,
+                # by digest: no tag, and the digest as it was asked for
+                tags=() if reference.digest else (reference.tagged,),
+                digests=(f"{reference.name}@{fetched.digest}",),
+            )
+            return await self._take(registry, fetched, names, report)
+        finally:
+            await registry.close()
+
+    async def _take(self, source: Source, fetched: Fetched, names: _Names, report: Report) -> Image:
+        chosen = await self._choose(source, fetched, names)
+        raw = await source.small_blob(chosen.config, manifest.CONFIG_LIMIT)
+        config = manifest.decode_config(f"configuration of {names.what}", raw, chosen)
+        self._check_platform(config, names)
+        chain = manifest.chain_ids(config.rootfs.diff_ids)
+        with self._layers.pinned(chain):
+            await self._take_layers(source, chosen.layers, config.rootfs.diff_ids, chain, report)
+            layers = [self._layers.find(chain_id) for chain_id in chain]
+            return self._index.add(
+                Image(
+                    id=chosen.config.digest,
+                    repo_tags=names.tags,
+                    repo_digests=names.digests,
+                    size=len(raw) + sum(layer.bytes for layer in layers if layer),
+                    chain_ids=chain,
+                    config=settings_of(config.config),
+                    created=config.created or "",
+                )
+            )
+
+    async def _choose(self, source: Source, fetched: Fetched, names: _Names) -> Manifest:
+        found = manifest.decode(names.what, fetched.data, fetched.media_type)
+        for _ in range(NESTING_LIMIT):
+            if not isinstance(found, ImageIndex):
+                return found
+            entry = manifest.choose(found, self._platform)
+            if entry is None:
+                raise self._wrong_platform(names, [e.platform for e in found.manifests if e.platform])
+            fetched = await source.manifest(entry.digest, entry.size)
+            found = manifest.decode(names.what, fetched.data, entry.media_type)
+        raise ManifestNotFound(names.what, names.host, "an index of indexes of indexes")
+
+    def _check_platform(self, config: ImageConfig, names: _Names) -> None:
+        own = self._platform
+        if (config.os or own.os, config.architecture or own.architecture) != (own.os, own.architecture):
+            offered = Platform(os=config.os, architecture=config.architecture)
+            raise self._wrong_platform(names, [offered])
+
+    def _wrong_platform(self, names: _Names, offered: Sequence[Platform]) -> ManifestNotFound:
+        have = sorted({f"{p.os}/{p.architecture}" for p in offered})
+        wanted = f"{self._platform.os}/{self._platform.architecture}"
+        return ManifestNotFound(names.what, names.host, f"nothing for {wanted}, only {', '.join(have)}")
+
+    # ------------------------------------------------------------------------------- layers
+
+    async def _take_layers(
+        self,
+        source: Source,
+        blobs: Sequence[Descriptor],
+        diff_ids: Sequence[str],
+        chain: Sequence[str],
+        report: Report,
+    ) -> None:
+        ready = [asyncio.Event() for _ in chain]
+
+        async def take(n: int, stage: Path) -> None:
+            async with self._layers.making(chain[n]):
+                if self._layers.find(chain[n]):
+                    report(Progress(item=blobs[n].digest, step="present", current=1, total=1))
+                else:
+                    await self._download(source, blobs[n], stage / str(n), report)
+                    if n:
+                        await ready[n - 1].wait()
+                    await self._unpack(blobs[n], diff_ids[n], chain[: n + 1], stage / str(n), report)
+            ready[n].set()
+
+        with self._layers.staging() as stage:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for n in range(len(chain)):
+                        group.create_task(take(n, stage))
+            except BaseExceptionGroup as errors:
+                # the first to fail ended the others; its own error is what the caller knows
+                raise errors.exceptions[0] from errors
+
+    async def _download(self, source: Source, blob: Descriptor, path: Path, report: Report) -> None:
+        def tell(written: int) -> None:
+            report(Progress(item=blob.digest, step="download", current=written, total=blob.size))
+
+        async with self._downloads:
+            tell(0)
+            writer = await asyncio.to_thread(BlobWriter, path, blob, tell)
+            try:
+                await source.blob(blob, writer)
+            finally:
+                writer.close()
+
+    async def _unpack(
+        self, blob: Descriptor, diff_id: str, chain: Sequence[str], path: Path, report: Report
+    ) -> None:
+        async with self._unpacks:
+            report(Progress(item=blob.digest, step="unpack", current=0, total=blob.size))
+            await self._layers.unpack(chain[-1], diff_id, chain[:-1], path)
+            report(Progress(item=blob.digest, step="unpack", current=blob.size, total=blob.size))
+        await asyncio.to_thread(path.unlink)

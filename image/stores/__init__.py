@@ -1,0 +1,33 @@
+"""The seam to a root filesystem: how a container gets a writable one out of an image's layers.
+
+One file per kind, found by its name. `key` is the container's id: all names derive from it and
+from `target`, so `down` works after a crash at any point, with no other memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from image.layer import Usage
+
+__all__ = ["RootfsStore", "Usage"]
+
+
+class RootfsStore(Protocol):
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path) -> None:
+        """Mount a fresh writable root at `target`, of these layers, bottom first.
+
+        `target` is a directory, made if it is missing. What an `up` that failed or was killed left
+        behind is replaced. Raises ImageNotFound when a layer is gone, StorageFailed, DiskFull.
+        """
+
+    async def down(self, key: str, target: Path) -> None:
+        """Unmount it and delete what the container wrote. Idempotent, also after a crash."""
+
+    def usage(self, key: str) -> Usage:
+        """What the container wrote. Zero for an unknown key. Blocking: it walks the directory."""
+
+    def keys(self) -> Collection[str]:
+        """Every key that holds something here, for the sweep at start."""

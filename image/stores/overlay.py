@@ -1,0 +1,170 @@
+"""Root filesystems by overlayfs.
+
+    ROOT/rootfs/KEY/upper    what the container wrote
+    ROOT/rootfs/KEY/work     overlayfs's own
+
+Layers are given to the kernel as /proc/self/fd/N: mount(2) takes one page of options, which the
+paths of some forty layers would fill, and short names allow all that overlayfs can stack. It also
+spares the escaping of colons and commas.
+
+Mounted `volatile`: a writable layer never outlives the machine's boot (its container is gone then),
+so neither an fsync in the guest nor the unmounting waits for the host's disk. Mounted nosuid and
+nodev: set-id programs and device nodes are for the guest's kernel, and its virtio-fs sees them as
+they are; on the host they must do nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from image.blobs import storage_error
+from image.errors import ImageNotFound
+from image.layer import Usage
+from image.layers import LayerStore
+
+MS_NOSUID, MS_NODEV = 2, 4
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+_PATH_ONLY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_BLOCK = 512
+_NAME_LIMIT = 128
+
+
+class OverlayStore:
+    def __init__(self, root: Path, layers: LayerStore) -> None:
+        self._root = root / "rootfs"
+        self._layers = layers
+
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path) -> None:
+        for chain_id in chain_ids:
+            if self._layers.find(chain_id) is None:
+                raise ImageNotFound(chain_id, "this layer of the image is not here any more")
+        with self._layers.pinned(chain_ids):
+            work = asyncio.ensure_future(asyncio.to_thread(self._up, key, chain_ids, target))
+            try:
+                await asyncio.shield(work)
+            except asyncio.CancelledError:
+                # the thread cannot be stopped; a mount made after our undo would be nobody's
+                await asyncio.wait((work,))
+                if not work.exception():
+                    await asyncio.to_thread(self._down, key, target)
+                raise
+
+    async def down(self, key: str, target: Path) -> None:
+        await asyncio.to_thread(self._down, key, target)
+
+    def usage(self, key: str) -> Usage:
+        upper = self._home(key) / "upper"
+        total = count = 0
+        folders = [os.fspath(upper)]
+        while folders:
+            # what vanishes under our eyes counts as gone
+            with (
+                contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                os.scandir(folders.pop()) as entries,
+            ):
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):
+                        total += entry.stat(follow_symlinks=False).st_blocks * _BLOCK
+                        count += 1
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+        return Usage(bytes=total, inodes=count)
+
+    def keys(self) -> Collection[str]:
+        try:
+            return tuple(path.name for path in self._root.iterdir())
+        except FileNotFoundError:
+            return ()
+
+    # ------------------------------------------------------------------------- in a thread
+
+    def _home(self, key: str) -> Path:
+        if not key or len(key) > _NAME_LIMIT or "/" in key or key.startswith("."):
+            raise ValueError(f"not a key: {key!r}")
+        return self._root / key
+
+    def _up(self, key: str, chain_ids: Sequence[str], target: Path) -> None:
+        home = self._home(key)
+        self._down(key, target)
+        try:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in ("upper", "work", "empty"):
+                # `empty` stands in for an image without layers
+                (home / name).mkdir(parents=True)
+                (home / name).chmod(0o755)
+            target.mkdir(parents=True, exist_ok=True)
+            lowers = [self._layers.path(chain_id) for chain_id in reversed(chain_ids)]
+            _mirror_root(lowers, home / "upper")
+            _mount_overlay(lowers or [home / "empty"], home / "upper", home / "work", target)
+        except OSError as error:
+            self._down(key, target)
+            raise storage_error(error, target, "mounting a root filesystem") from error
+
+    def _down(self, key: str, target: Path) -> None:
+        home = self._home(key)
+        try:
+            _unmount_all(target)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(home)
+        except OSError as error:
+            raise storage_error(error, home, "removing a root filesystem") from error
+
+
+def _mirror_root(lowers: Sequence[Path], upper: Path) -> None:
+    """The root directory of the merged view is the upper one: it must look like the image's."""
+    if lowers:
+        top = lowers[0].stat()
+        os.chown(upper, top.st_uid, top.st_gid)
+        upper.chmod(top.st_mode & 0o7777)
+
+
+@contextlib.contextmanager
+def _opened(paths: Sequence[Path]) -> Iterator[list[str]]:
+    fds: list[int] = []
+    try:
+        for path in paths:
+            fds.append(os.open(path, _PATH_ONLY))  # noqa: PERF401 (what is open must be closed)
+        yield [f"/proc/self/fd/{fd}" for fd in fds]
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _mount_overlay(lowers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
+    with _opened([upper, work, *lowers]) as (upper_fd, work_fd, *lower_fds):
+        options = f"lowerdir={':'.join(lower_fds)},upperdir={upper_fd},workdir={work_fd}"
+        try:
+            _mount(target, f"{options},volatile")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            _mount(target, options)  # a kernel before 5.10
+
+
+def _mount(target: Path, options: str) -> None:
+    data = options.encode()
+    if len(data) >= os.sysconf("SC_PAGE_SIZE"):
+        raise OSError(errno.E2BIG, "too many layers for one mount", str(target))
+    if _libc().mount(b"husk", os.fsencode(target), b"overlay", MS_NOSUID | MS_NODEV, data) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def _unmount_all(target: Path) -> None:
+    """As often as something is mounted there: a killed `up` may have been repeated."""
+    while _libc().umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW) == 0:
+        pass
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOENT):
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
