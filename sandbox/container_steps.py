@@ -126,6 +126,7 @@ class Plan:
             files=pod_files(pod),
             seccomp=seccomp_for(record.spec.security),
             device_filter=device_filter_for(record.spec),
+            vcpus=container.pod.vcpus,
         )
         container.save_plan(plan)
         container.update(user=User(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))

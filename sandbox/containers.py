@@ -375,7 +375,7 @@ class Containers:
         """Change limits in the guest; fields that are 0 or empty stay as they are."""
         container = self._registry.container(id)
         merged = merge_resources(container.record.resources, resources)
-        files = compile_resources(merged)
+        files = compile_resources(merged, vcpus=container.pod.vcpus)
         if container.running:
             write = pb.WriteCgroup(container_id=container.id, files=files)
             await container.pod.call(pb.Request(write_cgroup=write))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sandbox.errors import InvalidSpec
 from sandbox.records import PodRecord
 from sandbox.spec import Dns, Value
 
@@ -42,6 +43,10 @@ def resolv_conf(dns: Dns) -> bytes:
     """An empty DNS configuration means the host's own file (CRI, PodSandboxConfig.dns_config)."""
     if not (dns.servers or dns.searches or dns.options):
         return HOST_RESOLV_CONF.read_bytes() if HOST_RESOLV_CONF.exists() else b""
+    for field in ("servers", "searches", "options"):
+        for value in getattr(dns, field):
+            if not value or any(each.isspace() or not each.isprintable() for each in value):
+                raise InvalidSpec(f"config.dns_config.{field}", f"{value!r} is malformed", "one word")
     lines = []
     if dns.searches:
         lines.append("search " + " ".join(dns.searches))

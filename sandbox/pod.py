@@ -44,6 +44,10 @@ class Pod(Recorded[PodRecord]):
         return self.record.id
 
     @property
+    def vcpus(self) -> int:
+        return self.record.size.vcpus if self.record.size else 0
+
+    @property
     def rootfs_share(self) -> Path:
         return self.run_dir / "share" / "rootfs"
 
