@@ -157,7 +157,7 @@ def table(results: dict[str, Any]) -> str:
     for name in names:
         lines += [f"{name} pod memory, {key}: {value}" for key, value in results[name]["pod_memory"].items()]
         for phase in results[name]["boot_phases"]:
-            spent = 1000 * (phase["end_s"] - phase["begin_s"])
+            spent = 1000 * (phase["endSeconds"] - phase["beginSeconds"])
             lines.append(f"{name} boot phase {phase['name']}: {spent:.0f} ms")
     return "\n".join(lines)
 

@@ -127,7 +127,7 @@ def test_status_and_list_tell_what_was_asked(cri: Cri) -> None:
 def test_verbose_status_shows_the_phases_of_the_start(cri: Cri, pod: Pod) -> None:
     info = json.loads(cri.pod_status(pod, verbose=True).info["info"])
     assert info["phases"]
-    assert all(phase["end_s"] >= phase["begin_s"] for phase in info["phases"])
+    assert all(phase["endSeconds"] >= phase["beginSeconds"] for phase in info["phases"])
 
 
 def test_vm_is_sized_from_the_pods_resources(cri: Cri) -> None:
