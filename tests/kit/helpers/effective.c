@@ -2,9 +2,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
-int main(void)
-{
-	printf("uid=%d euid=%d gid=%d egid=%d\n", (int)getuid(), (int)geteuid(), (int)getgid(),
-	       (int)getegid());
-	return 0;
+int main(void) {
+    printf("uid=%d euid=%d gid=%d egid=%d\n", (int)getuid(), (int)geteuid(), (int)getgid(), (int)getegid());
+    return 0;
 }

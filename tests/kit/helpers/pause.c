@@ -2,16 +2,14 @@
 #include <signal.h>
 #include <unistd.h>
 
-static void end(int signal)
-{
-	(void)signal;
-	_exit(0);
+static void end(int signal) {
+    (void)signal;
+    _exit(0);
 }
 
-int main(void)
-{
-	signal(SIGTERM, end);
-	signal(SIGINT, end);
-	for (;;)
-		pause();
+int main(void) {
+    signal(SIGTERM, end);
+    signal(SIGINT, end);
+    for (;;)
+        pause();
 }

@@ -1,0 +1,181 @@
+"""Lint, types, layers and the rules of this repository, as ordinary tests."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("cri", "sandbox", "network", "image")
+TEXT = {".py", ".c", ".h", ".md", ".toml", ".txt", ".yaml", ".sh", ".proto", ".service", ".conflist"}
+LONGEST_FILE = 600  # lines; 400 is where one looks again whether the file should be two
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """Everything that is or would be committed."""
+    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(git, cwd=ROOT, check=True, capture_output=True).stdout.decode().split("\0")
+    return tuple(ROOT / name for name in sorted(set(names)) if name and (ROOT / name).is_file())
+
+
+def run(*command: str) -> None:
+    """Fails with what the tool said."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}{done.stderr}"
+
+
+def tool(name: str) -> str:
+    """A program of our environment, or else of the machine."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.exists() else shutil.which(name)
+    assert found, f"{name} is not installed (deploy/install-packages tests/packages.txt)"
+    return found
+
+
+def shell_scripts() -> list[str]:
+    scripts = []
+    for path in files():
+        with path.open("rb") as file:
+            first = file.readline(80)
+        if re.match(rb"#!.*\b(ba)?sh\b", first):
+            scripts.append(str(path.relative_to(ROOT)))
+    return scripts
+
+
+def c_sources() -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in files() if path.suffix in (".c", ".h")]
+
+
+# ------------------------------------------------------------------------------------ tools
+
+
+def test_ruff() -> None:
+    run(tool("ruff"), "check", "--quiet", ".")
+
+
+def test_python_format() -> None:
+    run(tool("ruff"), "format", "--quiet", "--check", ".")
+
+
+def test_types() -> None:
+    run(tool("mypy"))
+
+
+def test_who_may_import_whom() -> None:
+    run(tool("lint-imports"), "--no-cache")
+
+
+def test_shell_scripts() -> None:
+    scripts = shell_scripts()
+    assert "tests/run" in scripts
+    run(tool("shellcheck"), *scripts)
+
+
+def test_c_format() -> None:
+    assert c_sources()
+    style = "--style=file:sandbox/agent/.clang-format"
+    run(tool("clang-format"), style, "--dry-run", "--Werror", *c_sources())
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_agent_compiles_without_a_warning(compiler: str, tmp_path: Path) -> None:
+    run("make", "-s", "-C", "sandbox/agent", f"CC={compiler}", f"OUT={tmp_path}/agent", "WERROR=1")
+
+
+# ----------------------------------------------------------------------------------- layers
+
+
+@cache
+def imports() -> grimp.ImportGraph:
+    return grimp.build_graph(*PACKAGES, include_external_packages=True)
+
+
+def imported_by(prefix: str) -> dict[str, set[str]]:
+    """What each module at or beneath `prefix` imports itself."""
+    graph = imports()
+    modules = (each for each in graph.modules if each == prefix or each.startswith(f"{prefix}."))
+    return {each: set(graph.find_modules_directly_imported_by(each)) for each in modules}
+
+
+@pytest.mark.parametrize("seam", ["sandbox.vmm", "sandbox.guest"])
+def test_hypervisor_and_guest_see_only_values(seam: str) -> None:
+    """Plans and processes in, handles out: a backend must not know pods, containers or records."""
+    known = {"spec", "process", "errors", "sockets", "virtiofs", "cgroup", "guest_image", "tasks"}
+    for module, found in imported_by(seam).items():
+        others = {each for each in found if each.startswith("sandbox.") and not each.startswith(seam)}
+        assert {each.split(".")[1] for each in others} <= known, module
+
+
+PURE = (
+    "cri.translate",
+    "sandbox.plan",
+    "sandbox.spec",
+    "image.manifest",
+    "image.reference",
+    "sandbox.guest.frames",
+)
+IMPURE = {"asyncio", "os", "socket", "subprocess", "tempfile", "threading", "time", "shutil"}
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_files_know_no_clock_files_or_loop(module: str) -> None:
+    found = imported_by(module)
+    assert found, f"{module} does not exist"
+    for each, names in found.items():
+        assert not names & IMPURE, each
+
+
+# ------------------------------------------------------------------------------ small rules
+
+
+def test_text_is_about_the_project_alone() -> None:
+    """No path of a machine, no place outside of this tree, no word about how it was written."""
+    words = ["/work/" + "main", "/work/" + "shared", "../" + "shared", "/tmp/" + "w/"]
+    found = []
+    for path in files():
+        if path.suffix in TEXT or path.suffix == "":
+            text = path.read_text(errors="ignore")
+            found += [f"{path.relative_to(ROOT)}: {word}" for word in words if word in text]
+    assert found == []
+
+
+def test_files_are_not_too_long() -> None:
+    long = {}
+    for path in files():
+        name = str(path.relative_to(ROOT))
+        if path.suffix in (".py", ".c", ".h") and not re.search(r"_pb2\.|^tests/", name):
+            lines = len(path.read_text().splitlines())
+            if lines > LONGEST_FILE:
+                long[name] = lines
+    assert long == {}
+
+
+def test_modules_say_what_they_own() -> None:
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in files()
+        if path.suffix == ".py"
+        and path.parts[len(ROOT.parts)] in PACKAGES
+        and not path.name.endswith("_pb2.py")
+        and path.read_text().strip()
+        and not path.read_text().lstrip().startswith(('"""', 'r"""', "# "))
+    ]
+    assert silent == []
+
+
+def test_packages_of_doctor_are_installed_by_quickstart() -> None:
+    """Each Debian package that an error message names is in a list that the set-up scripts read."""
+    listed = re.findall(r"[a-z0-9.+-]+", (ROOT / "deploy/packages.txt").read_text())
+    named: set[str] = set()
+    for path in files():
+        if path.suffix == ".py" and path.parts[len(ROOT.parts)] in PACKAGES:
+            named |= set(re.findall(r"apt(?:-get)? install ([a-z0-9.+-]+)", path.read_text()))
+    assert named <= set(listed)
