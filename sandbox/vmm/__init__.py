@@ -44,6 +44,7 @@ class VmSpec(Value, frozen=True, kw_only=True):
     kernel_args: tuple[str, ...] = ()
     machine: str
     accelerator: str  # kvm or tcg: decided by now
+    cpu: str = ""  # CPU model in the VMM's words; empty: what suits the accelerator
     memory_mib: int
     vcpus: int
     shares: tuple[ShareSpec, ...] = ()

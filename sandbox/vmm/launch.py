@@ -98,6 +98,7 @@ def check(spec: VmSpec) -> None:
     for field, text in (
         ("machine", spec.machine),
         ("pod_id", spec.pod_id),
+        ("cpu", (spec.cpu or "default").replace(",", "").replace("=", "")),
         *(("share", share.tag) for share in spec.shares),
         *(("mac", nic.mac) for nic in spec.nics),
     ):
@@ -120,7 +121,7 @@ def _machine(spec: VmSpec) -> list[str]:
     return [
         *("-machine", f"{spec.machine},memory-backend=ram,{devices}"),
         *("-accel", accelerator),
-        *("-cpu", cpu),
+        *("-cpu", spec.cpu or cpu),
         *("-smp", str(spec.vcpus)),
     ]
 

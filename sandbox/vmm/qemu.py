@@ -94,8 +94,10 @@ class Qemu:
         console = Console(connection, run_dir)
         try:
             monitor = await Monitor.connect(run_dir / "qmp.sock", MONITOR_TIMEOUT_S)
-        except BaseException:
+        except BaseException as error:
             await console.close()
+            if isinstance(error, VmmGone):
+                raise VmmGone(f"{error}{_said(run_dir)}") from error
             raise
         return QemuMachine(handle, monitor, console)
 
@@ -266,8 +268,12 @@ def _open_files(spec: VmSpec, taps: tuple[int, ...], held: contextlib.ExitStack)
         except OSError as error:
             raise MissingProgram(f"{what} ({path or 'none is configured'})", "husk guest build") from error
 
+    kernel = readable(spec.kernel, "guest kernel")
+    if os.pread(kernel, 4, 0) != b"\x7fELF":
+        # QEMU would take it for a boot sector of 1991 and run it
+        raise VmmError(f"{spec.kernel} is not an ELF kernel (vmlinux); husk guest build makes one")
     return Fds(
-        kernel=readable(spec.kernel, "guest kernel"),
+        kernel=kernel,
         initramfs=readable(spec.initramfs, "guest initramfs"),
         monitor=listening("qmp.sock"),
         console=listening("console.sock"),
@@ -320,23 +326,22 @@ async def _until_it_answers(
 ) -> None:
     """QEMU greets on its monitor when all devices are made; if it ends before, it has said why."""
     greeting = asyncio.create_task(_greeting(run_dir / "qmp.sock"))
-    ends = {asyncio.create_task(process.wait_exit(vmm)): "QEMU"}
-    ends |= {asyncio.create_task(process.wait_exit(h)): f"virtiofsd for {tag}" for tag, h in helpers.items()}
+    ends = {"QEMU": asyncio.create_task(process.wait_exit(vmm))}
+    ends |= {f"virtiofsd for {tag}": asyncio.create_task(process.wait_exit(h)) for tag, h in helpers.items()}
     try:
-        done, _ = await asyncio.wait(
-            {greeting, *ends}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+        await asyncio.wait(
+            {greeting, *ends.values()}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
         )
-        for ended, name in ends.items():
-            if ended in done:
-                raise VmmError(f"{name} ended at once (status {ended.result()}){_said(run_dir)}")
-        if greeting not in done:
+        if greeting.done() and greeting.result() and not any(end.done() for end in ends.values()):
+            return
+        if not greeting.done() and not any(end.done() for end in ends.values()):
             raise VmmError(f"QEMU was not ready within {START_TIMEOUT_S:g} s{_said(run_dir)}")
-        if not greeting.result():
-            # it closed the monitor on its way out; its end tells more
-            _, _ = await asyncio.wait(ends, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-            raise VmmError(f"QEMU ended while starting{_said(run_dir)}")
+        # One end brings the others about: wait for them, so that what is told is the whole story.
+        await asyncio.wait(ends.values(), timeout=0.5)
+        ended = [f"{name} (status {end.result()})" for name, end in ends.items() if end.done()]
+        raise VmmError(f"ended while starting: {', '.join(ended) or 'monitor'}{_said(run_dir)}")
     finally:
-        await _cancel([greeting, *ends])
+        await _cancel([greeting, *ends.values()])
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -1,0 +1,219 @@
+"""What every hypervisor in sandbox/vmm has to do, with real VMs of a few bytes.
+
+No guest system is needed for it: the kernel prints to the console, again and again or once.
+"""
+
+# ruff: noqa: ASYNC240 -- a test has its loop to itself
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sandbox import cgroup, process, sockets
+from sandbox.cgroup import Cgroups
+from sandbox.errors import InvalidSpec, MissingProgram, VmmError, VmmGone
+from sandbox.process import ProcessIdentity
+from sandbox.vmm import Hypervisor, Machine, ShareSpec, VmHandle, VmSpec, find_hypervisor, find_hypervisors
+from tests.kit.tinykernel import make_kernel
+
+DEADLINE_S = 20
+
+
+@dataclass
+class Site:
+    """A pod's directory and cgroup, and the hypervisor under test."""
+
+    hypervisor: Hypervisor
+    spec: VmSpec
+    cgroups: Cgroups
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.spec.run_dir)
+
+    def processes(self) -> list[ProcessIdentity]:
+        found = process.find_by_cgroup(self.spec.cgroups)
+        found += process.find_by_argument(f"husk-{self.spec.pod_id}")
+        return found + process.find_by_argument(f"{self.run_dir}/")
+
+    def guest(self, line: str, *, then: str = "repeat") -> None:
+        Path(self.spec.kernel).write_bytes(make_kernel(line, then=then))
+
+    async def start(self, **changes: object) -> VmHandle:
+        return await self.hypervisor.start(msgspec.structs.replace(self.spec, **changes), ())
+
+
+@pytest.fixture(params=find_hypervisors())
+async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Site]:
+    hypervisor = find_hypervisor(request.param)
+    pod_id = f"test{secrets.token_hex(6)}"
+    cgroups = cgroup.find_cgroups(f"/husk-{pod_id}")
+    cgroups.create(pod_id, "")
+    run_dir, shares = tmp_path / "run", []
+    for name, cache in (("rootfs", "always"), ("volumes", "auto")):
+        (run_dir / "share" / name).mkdir(parents=True)
+        shares.append(ShareSpec(tag=name, source=str(run_dir / "share" / name), cache=cache))
+    (tmp_path / "initramfs").write_bytes(b"")
+    spec = VmSpec(
+        pod_id=pod_id,
+        run_dir=str(run_dir),
+        kernel=str(tmp_path / "kernel"),
+        initramfs=str(tmp_path / "initramfs"),
+        machine="q35",
+        accelerator="tcg",
+        memory_mib=64,
+        vcpus=1,
+        shares=tuple(shares),
+        cgroups=cgroups.directories(pod_id, ""),
+    )
+    made = Site(hypervisor, spec, cgroups)
+    made.guest("the guest lives")
+    yield made
+    await hypervisor.destroy(pod_id, run_dir)
+    left = made.processes()
+    cgroups.remove(pod_id, "")
+    for root in cgroups.layout.roots:
+        Path(root + cgroups.root).rmdir()
+    assert left == []
+
+
+async def until_printed(machine: Machine, line: str) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while line not in machine.console_tail():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_vm_is_started_and_told_about(site: Site) -> None:
+    handle = await site.start()
+    assert handle.hypervisor == site.hypervisor.name
+    assert set(handle.helpers) == {"rootfs", "volumes"}
+    for identity in (handle.vmm, *handle.helpers.values()):
+        assert identity in process.find_by_cgroup(site.spec.cgroups)
+        assert os.getsid(identity.pid) == identity.pid
+    status = Path(f"/proc/{handle.vmm.pid}/status").read_text()
+    assert "CapEff:\t" + "0" * 16 in status and "Seccomp:\t2" in status and "Uid:\t0\t" not in status
+    machine = await site.hypervisor.attach(handle)
+    await until_printed(machine, "the guest lives")
+    described = await machine.describe()
+    assert described["state"] == "running" and described["accelerator"] == "tcg"
+    await machine.close()
+
+
+async def test_the_handle_is_enough_after_a_restart(site: Site) -> None:
+    handle = await site.start()
+    machine = await site.hypervisor.attach(handle)
+    await until_printed(machine, "the guest lives")
+    await machine.close()
+    await machine.close()
+    stored = msgspec.json.decode(msgspec.json.encode(handle), type=VmHandle)
+    again = await find_hypervisor(site.hypervisor.name).attach(stored)
+    assert "the guest lives" in again.console_tail(), "what it said before the restart"
+    assert (await again.describe())["state"] == "running"
+    await again.close()
+    assert process.alive(handle.vmm), "letting go harms no VM"
+
+
+async def test_killed_twice(site: Site) -> None:
+    machine = await site.hypervisor.attach(await site.start())
+    waiting = asyncio.create_task(machine.wait())
+    await machine.kill()
+    await machine.kill()
+    async with asyncio.timeout(DEADLINE_S):
+        assert await waiting
+    assert site.processes() == []
+    await machine.close()
+    with pytest.raises(VmmGone):
+        await site.hypervisor.attach(machine.handle)
+
+
+async def test_destroyed_twice_by_name_alone(site: Site) -> None:
+    await site.start()
+    for _ in range(2):
+        await site.hypervisor.destroy(site.spec.pod_id, site.run_dir)
+        assert site.processes() == []
+    assert not list(site.run_dir.glob("*.sock"))
+
+
+async def test_destroyed_when_nothing_was_ever_made(site: Site) -> None:
+    await site.hypervisor.destroy("never", site.run_dir / "never")
+
+
+async def test_a_guest_that_resets_ends_its_vm(site: Site) -> None:
+    site.guest("last words", then="reset")
+    try:
+        machine = await site.hypervisor.attach(await site.start())
+    except VmmGone:
+        return  # it was quicker than us
+    async with asyncio.timeout(DEADLINE_S):
+        assert await machine.wait()
+    await machine.close()
+
+
+async def test_a_vmm_that_dies_is_noticed_with_its_signal(site: Site) -> None:
+    handle = await site.start()
+    machine = await site.hypervisor.attach(handle)
+    waiting = asyncio.create_task(machine.wait())
+    await asyncio.sleep(0)
+    os.kill(handle.vmm.pid, signal.SIGSEGV)
+    async with asyncio.timeout(DEADLINE_S):
+        assert "11" in await waiting
+    assert site.processes() == [], "helpers end with it"
+    assert (await machine.describe())["state"].startswith("unknown")
+    await machine.close()
+
+
+async def test_a_helper_that_fails_undoes_all(site: Site) -> None:
+    shares = (site.spec.shares[0], ShareSpec(tag="volumes", source=f"{site.run_dir}/none", cache="auto"))
+    with pytest.raises(VmmError):
+        await site.start(shares=shares)
+    assert site.processes() == []
+    await site.start()  # and nothing is in the way of the next
+
+
+async def test_a_kernel_that_is_none_undoes_all(site: Site) -> None:
+    Path(site.spec.kernel).write_bytes(b"rubbish")
+    with pytest.raises(VmmError, match="kernel"):
+        await site.start()
+    assert site.processes() == []
+
+
+async def test_missing_files_say_how_to_get_them(site: Site) -> None:
+    with pytest.raises(MissingProgram, match="husk guest build"):
+        await site.start(kernel="/nonexistent/vmlinux")
+    with pytest.raises(InvalidSpec):
+        await site.start(accelerator="magic")
+    assert site.processes() == []
+
+
+async def test_a_machine_type_that_does_not_exist_is_named(site: Site) -> None:
+    with pytest.raises(VmmError, match="machine type"):
+        await site.start(machine="no-such-machine")
+    assert site.processes() == []
+
+
+async def test_a_cancelled_start_leaves_nothing(site: Site) -> None:
+    starting = asyncio.create_task(site.start())
+    async with asyncio.timeout(DEADLINE_S):
+        while not site.processes():
+            await asyncio.sleep(0.002)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert site.processes() == []
+
+
+async def test_the_channel_listens_before_the_guest_does(site: Site) -> None:
+    handle = await site.start()
+    scheme, _, address = handle.channel.partition(":")
+    assert scheme == "serial"
+    with sockets.connect(Path(address)):
+        assert process.alive(handle.vmm)

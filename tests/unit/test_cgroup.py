@@ -1,0 +1,111 @@
+"""Layouts are told apart, parents of both drivers are understood, and cgroups come and go."""
+
+# ruff: noqa: ASYNC230, ASYNC240 -- a test has its loop to itself
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox import cgroup, process
+from sandbox.cgroup import Cgroups, Driver, Mode
+from sandbox.errors import InvalidSpec
+
+V2 = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+V1 = """\
+25 18 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+26 25 0:23 / /sys/fs/cgroup/cpu,cpuacct rw shared:4 - cgroup cgroup rw,cpu,cpuacct
+27 25 0:24 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+28 25 0:25 / /sys/fs/cgroup/devices rw - cgroup cgroup rw,devices
+29 25 0:26 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd
+31 25 0:24 / /mnt/again rw - cgroup cgroup rw,memory
+"""
+UNIFIED = "30 25 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "mode", "roots"),
+    [
+        (V2, Mode.V2, ("/sys/fs/cgroup",)),
+        (V1, Mode.V1, ("cpu,cpuacct", "memory", "systemd")),
+        (V1 + UNIFIED, Mode.HYBRID, ("cpu,cpuacct", "memory", "systemd", "unified")),
+    ],
+)
+def test_layouts(mountinfo: str, mode: Mode, roots: tuple[str, ...]) -> None:
+    layout = cgroup.parse_layout(mountinfo)
+    assert layout.mode is mode
+    assert layout.roots == tuple(r if r.startswith("/") else f"/sys/fs/cgroup/{r}" for r in roots)
+
+
+def test_driver_is_cgroupfs_on_v1() -> None:
+    assert cgroup.find_driver(cgroup.parse_layout(V1)) is Driver.CGROUPFS
+
+
+@pytest.mark.parametrize(
+    ("parent", "path"),
+    [
+        ("", "/husk/husk-p"),
+        ("/kubepods/burstable/pod1", "/kubepods/burstable/pod1/husk-p"),
+        ("/kubepods/burstable/pod1/", "/kubepods/burstable/pod1/husk-p"),
+        ("system.slice", "/system.slice/husk-p"),
+        (
+            "kubepods-burstable-pod1.slice",
+            "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/husk-p",
+        ),
+        ("-.slice", "/husk-p"),
+        ("/a.slice/b.slice", "/a.slice/b.slice/husk-p"),
+    ],
+)
+def test_parents(parent: str, path: str) -> None:
+    assert cgroup.pod_path(parent, "p") == path
+
+
+@pytest.mark.parametrize("parent", ["/a/../../b", "a--b.slice", "/./x"])
+def test_parents_that_lead_astray(parent: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        cgroup.pod_path(parent, "p")
+    assert caught.value.field == "cgroup_parent"
+
+
+@pytest.fixture
+def groups() -> Iterator[Cgroups]:
+    made = cgroup.find_cgroups(f"/husk-test-{secrets.token_hex(4)}")
+    yield made
+    for root in made.layout.roots:
+        parent = Path(root + made.root)
+        if parent.exists():
+            parent.rmdir()
+
+
+async def test_made_joined_and_removed(groups: Cgroups) -> None:
+    groups.create("p", "")
+    groups.create("p", "")
+    directories = groups.directories("p", "")
+    assert directories and all(Path(each).is_dir() for each in directories)
+    identity = await process.start(["sleep", "60"], cgroups=directories)
+    with Path(f"/proc/{identity.pid}/comm").open() as name:
+        while name.read().strip() != "sleep":
+            name.seek(0)
+    for each in directories:
+        assert str(identity.pid) in (Path(each) / "cgroup.procs").read_text().split()
+    assert process.find_by_cgroup(directories) == [identity]
+    groups.remove("p", "")
+    assert not process.alive(identity)
+    assert not any(Path(each).exists() for each in directories)
+    groups.remove("p", "")
+    await process.kill(identity)  # collects it
+    assert process.find_by_cgroup(directories) == []
+
+
+def test_a_half_made_one_is_completed_and_removed(groups: Cgroups) -> None:
+    groups.create("p", "")
+    directories = [Path(each) for each in groups.directories("p", "")]
+    directories[-1].rmdir()
+    groups.create("p", "")
+    assert all(each.is_dir() for each in directories)
+    directories[0].rmdir()
+    groups.remove("p", "")
+    assert not any(each.exists() for each in directories)

@@ -1,0 +1,187 @@
+"""Kernels come out of their packages, archives are the same bytes each time, builds replace atomically."""
+
+# ruff: noqa: ASYNC240 -- a test has its loop to itself
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import struct
+import subprocess
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from sandbox import cpio, guest_image, kernel_image
+from sandbox.kernel_image import BadKernel
+
+ELF = b"\x7fELF" + bytes(range(256)) * 500
+
+
+def lz4_stored(data: bytes) -> bytes:
+    """The legacy frame with one block of literals only, as a compressor would write rubbish."""
+    length = len(data) - 15
+    block = b"\xf0" + b"\xff" * (length // 255) + bytes([length % 255]) + data
+    return b"\x02\x21\x4c\x18" + struct.pack("<I", len(block)) + block
+
+
+FORMATS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda data: gzip.compress(data),
+    "xz": lambda data: lzma.compress(data),
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "zstd": lambda data: zstandard.ZstdCompressor().compress(data),
+    "lz4": lz4_stored,
+    "plain": lambda data: data,
+}
+
+
+def bzimage(payload: bytes, *, version: int = 0x20F) -> bytes:
+    payload += struct.pack("<I", len(ELF))  # as the kernel's build appends it
+    header = bytearray(1024)
+    header[0x1F1] = 1
+    header[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", header, 0x206, version)
+    struct.pack_into("<II", header, 0x248, 64, len(payload))
+    return bytes(header) + bytes(64) + payload
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_kernel_comes_out(name: str) -> None:
+    got = kernel_image.extract_vmlinux(bzimage(FORMATS[name](ELF)))
+    assert got[: len(ELF)] == ELF
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        b"",
+        b"MZ" + bytes(5000),
+        bzimage(b"rubbish"),
+        bzimage(b"\x1f\x8brubbish"),
+        bzimage(lz4_stored(ELF)[:200]),
+        bzimage(zlib.compress(b"no ELF")),
+        bzimage(gzip.compress(b"no ELF")),
+        bzimage(gzip.compress(ELF), version=0x200),
+    ],
+)
+def test_what_is_no_kernel_is_refused(image: bytes) -> None:
+    with pytest.raises(BadKernel):
+        kernel_image.extract_vmlinux(image, "it")
+
+
+def make_tree(root: Path, *, fail: str = "") -> guest_image.Kernel:
+    """A kernel with modules in the three forms that distributions use."""
+    modules = root / "lib/modules/6.1-test"
+    forms = [
+        ("virtio-ring", "", ".ko"),
+        ("virtio_pci", "virtio-ring,virtio", ".ko.xz"),
+        ("virtio", "virtio-ring", ".ko.zst"),
+        ("fuse", "", ".ko.gz"),
+        ("virtiofs", "fuse,virtio", ".ko"),
+    ]
+    names = {name.replace("-", "_") for name, _, _ in forms}
+    forms += [(n, "virtio", ".ko") for n in guest_image.MODULES if n not in names and n != fail]
+    packers = {".ko": "plain", ".ko.xz": "xz", ".ko.zst": "zstd", ".ko.gz": "gzip"}
+    (modules / "kernel/drivers").mkdir(parents=True)
+    for name, depends, suffix in forms:
+        content = b"\x7fELF" + f"\0license=GPL\0depends={depends}\0name={name}\0".encode()
+        (modules / "kernel/drivers" / (name + suffix)).write_bytes(FORMATS[packers[suffix]](content))
+    (modules / "modules.builtin").write_text("kernel/fs/ext4/ext4.ko\n")
+    image = root / "boot/vmlinuz-6.1-test"
+    image.parent.mkdir()
+    image.write_bytes(bzimage(gzip.compress(ELF, mtime=0)))
+    return guest_image.Kernel(image=image, modules=modules)
+
+
+def test_modules_follow_what_they_need(tmp_path: Path) -> None:
+    kernel = make_tree(tmp_path)
+    found = kernel_image.find_modules(kernel.modules)
+    loaded = list(kernel_image.load_modules(found, ["ext4"], ["virtio_pci", "ext4", "virtiofs"]))
+    assert loaded == ["virtio_ring", "virtio", "virtio_pci", "fuse", "virtiofs"]
+    with pytest.raises(BadKernel, match="nonsense"):
+        kernel_image.load_modules(found, [], ["nonsense"])
+
+
+def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:
+    members = [
+        cpio.directory("dev"),
+        cpio.character_device("dev/console", 5, 1),
+        cpio.file("init", b"#!agent", 0o755),
+        cpio.file("odd", b"abc"),
+    ]
+    archive = cpio.write_archive(members)
+    assert archive == cpio.write_archive(members)
+    listed = subprocess.run(["cpio", "-itv", "--quiet"], input=archive, capture_output=True, check=True)
+    lines = [line.split() for line in listed.stdout.decode().splitlines()]
+    assert [(line[0], line[-1]) for line in lines] == [
+        ("drwxr-xr-x", "dev"),
+        ("crw-------", "dev/console"),
+        ("-rwxr-xr-x", "init"),
+        ("-rw-r--r--", "odd"),
+    ]
+    assert all(line[2:4] == ["root", "root"] for line in lines)
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Path:
+    path = tmp_path / "agent"
+    path.write_bytes(b"\x7fELF agent")
+    return path
+
+
+async def test_two_builds_give_the_same_bytes(tmp_path: Path, agent: Path) -> None:
+    kernel = make_tree(tmp_path)
+    images = []
+    for name in ("one", "two"):
+        root = tmp_path / name
+        assert guest_image.find_image(root) is None
+        image = await guest_image.build(root, kernel=kernel.image, agent=agent)
+        assert image == guest_image.find_image(root)
+        assert image.kernel.read_bytes() == ELF
+        assert image.kernel_version == "6.1-test"
+        images.append((image.hash, image.initramfs.read_bytes()))
+    assert images[0] == images[1]
+
+
+async def test_again_changes_nothing_and_another_agent_does(tmp_path: Path, agent: Path) -> None:
+    kernel = make_tree(tmp_path)
+    root = tmp_path / "root"
+    lines: list[str] = []
+
+    async def build() -> guest_image.GuestImage:
+        return await guest_image.build(root, kernel=kernel.image, agent=agent, progress=lines.append)
+
+    first = await build()
+    assert await build() == first
+    hashes = [first.hash]
+    for number in range(3):
+        agent.write_bytes(b"agent %d" % number)
+        hashes.append((await build()).hash)
+        os.utime(root / "guest" / hashes[-1], (number, number))
+    assert len(set(hashes)) == 4
+    kept = {d.name for d in (root / "guest").iterdir()}
+    assert {"current", hashes[-1]} < kept and len(kept) == 3, "the newest, the one before, and the link"
+    assert lines
+
+
+async def test_a_failed_build_leaves_the_old_image(tmp_path: Path, agent: Path) -> None:
+    root = tmp_path / "root"
+    image = await guest_image.build(root, kernel=make_tree(tmp_path / "good").image, agent=agent)
+    (root / "guest/.build-killed").mkdir()
+    bad = make_tree(tmp_path / "bad", fail="virtio_net")
+    with pytest.raises(BadKernel, match="virtio_net"):
+        await guest_image.build(root, kernel=bad.image, agent=agent)
+    assert guest_image.find_image(root) == image
+    await guest_image.build(root, kernel=make_tree(tmp_path / "again").image, agent=agent)
+    assert not list((root / "guest").glob(".build-*"))
+
+
+async def test_a_kernel_without_modules_is_told(tmp_path: Path, agent: Path) -> None:
+    lonely = tmp_path / "vmlinuz-0.0-nowhere"
+    lonely.write_bytes(ELF)
+    with pytest.raises(BadKernel, match="--modules"):
+        await guest_image.build(tmp_path, kernel=lonely, agent=agent)

@@ -1,0 +1,192 @@
+"""Processes are started where they belong, known again, watched and ended."""
+
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC240 -- a test has its loop to itself
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sandbox import process
+from sandbox.errors import DeadlineExceeded
+from sandbox.process import ProcessIdentity, User
+
+
+async def sleeper(*extra: str, **options: object) -> ProcessIdentity:
+    return await process.start(["sleep", "60", *extra], **options)  # type: ignore[arg-type]
+
+
+async def executed(identity: ProcessIdentity, program: str = "sleep") -> None:
+    """Wait until the wrapping is over; bounded, and by looking at what we wait for."""
+    async with asyncio.timeout(5):
+        while Path(f"/proc/{identity.pid}/comm").read_text().strip() != program:
+            await asyncio.sleep(0.005)
+
+
+def facts(identity: ProcessIdentity) -> dict[str, str]:
+    lines = Path(f"/proc/{identity.pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+async def test_a_child_is_detached_and_unprivileged() -> None:
+    identity = await sleeper(user=User(uid=60606, gid=60606, groups=(60607,)), umask=0o027)
+    try:
+        await executed(identity)
+        seen = facts(identity)
+        assert seen["Uid"].split() == ["60606"] * 4
+        assert seen["Gid"].split() == ["60606"] * 4
+        assert seen["Groups"] == "60607"
+        assert (seen["CapEff"], seen["CapBnd"]) == ("0" * 16, "0" * 16)
+        assert seen["NoNewPrivs"] == "1"
+        assert seen["Umask"] == "0027"
+        assert os.getsid(identity.pid) == identity.pid != os.getsid(0)
+        assert Path(f"/proc/{identity.pid}/cwd").readlink() == Path("/")
+    finally:
+        await process.kill(identity)
+
+
+async def test_only_the_given_descriptors_are_inherited(tmp_path: Path) -> None:
+    with (tmp_path / "given").open("wb") as given, (tmp_path / "kept").open("wb") as kept:
+        os.set_inheritable(kept.fileno(), False)
+        identity = await sleeper(pass_fds=(given.fileno(),))
+        try:
+            await executed(identity)
+            names = {entry.name for entry in Path(f"/proc/{identity.pid}/fd").iterdir()}
+            assert names == {"0", "1", "2", str(given.fileno())}
+        finally:
+            await process.kill(identity)
+
+
+async def test_a_child_runs_in_the_given_network_namespace() -> None:
+    with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as holder:
+        try:
+            path = Path(f"/proc/{holder.pid}/ns/net")
+            while path.readlink() == Path("/proc/self/ns/net").readlink():
+                await asyncio.sleep(0.005)
+            identity = await sleeper(netns=str(path))
+            assert Path(f"/proc/{identity.pid}/ns/net").readlink() == path.readlink()
+            await process.kill(identity)
+        finally:
+            holder.kill()
+    with pytest.raises(FileNotFoundError):
+        await sleeper(netns="/nonexistent/netns")
+
+
+async def test_a_bind_is_seen_by_the_child_alone(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("inside")
+    target.write_text("outside")
+    argv = ["sh", "-c", 'cat "$0" >&1', str(target)]
+    with (tmp_path / "out").open("wb") as out:
+        identity = await process.start(argv, stdout=out.fileno(), binds={str(target): str(source)})
+        assert await process.wait_exit(identity) == 0
+    assert (tmp_path / "out").read_text() == "inside"
+    assert target.read_text() == "outside"
+
+
+async def test_a_step_before_exec_that_fails_says_so(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        identity = await sleeper(cgroups=["/nonexistent"], stderr=log.fileno())
+        assert await process.wait_exit(identity) == 126
+    assert "/nonexistent/cgroup.procs" in (tmp_path / "log").read_text()
+
+
+async def test_exit_status_and_signal_are_told() -> None:
+    assert await process.wait_exit(await process.start(["sh", "-c", "exit 7"])) == 7
+    identity = await sleeper()
+    waiting = asyncio.create_task(process.wait_exit(identity))
+    await asyncio.sleep(0)
+    await executed(identity)
+    os.kill(identity.pid, signal.SIGTERM)
+    assert await waiting == -signal.SIGTERM
+    assert not process.alive(identity)
+    assert await process.wait_exit(identity) is None  # long gone
+
+
+async def test_another_boot_or_start_time_is_another_process() -> None:
+    identity = await sleeper()
+    try:
+        assert process.alive(identity)
+        for other in (
+            msgspec.structs.replace(identity, start_time=identity.start_time + 1),
+            msgspec.structs.replace(identity, boot_id="other"),
+        ):
+            assert not process.alive(other)
+            await process.kill(other)
+            assert await process.wait_exit(other) is None
+        assert process.alive(identity)
+    finally:
+        await process.kill(identity)
+
+
+async def test_kill_is_idempotent_and_leaves_no_zombie() -> None:
+    identity = await sleeper()
+    await process.kill(identity)
+    await process.kill(identity)
+    assert not Path(f"/proc/{identity.pid}").exists()
+
+
+async def test_an_adopted_process_is_waited_for() -> None:
+    """Not our child: started by a process that is gone, as after a daemon's crash."""
+    script = "import asyncio; from sandbox import process;"
+    script += "i = asyncio.run(process.start(['sleep', '60'])); print(i.pid, i.start_time, i.boot_id)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+    pid, start_time, boot = done.stdout.split()
+    identity = ProcessIdentity(pid=int(pid), start_time=int(start_time), boot_id=boot)
+    assert process.alive(identity)
+    waiting = asyncio.create_task(process.wait_exit(identity))
+    await asyncio.sleep(0)
+    await process.kill(identity)
+    assert await waiting is None
+    assert not process.alive(identity)
+
+
+async def test_found_by_argument_when_we_made_it() -> None:
+    needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
+    with subprocess.Popen(["sh", "-c", "sleep 60; :", needle], start_new_session=True) as other:
+        try:
+            identity = await process.start(["sh", "-c", "sleep 60; :", needle])
+            found = process.find_by_argument(needle)
+            assert identity in found
+            assert other.pid not in {each.pid for each in found}
+            await process.kill(identity)
+            assert identity not in process.find_by_argument(needle)
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+
+
+async def test_cancelled_start_leaves_nothing() -> None:
+    needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
+    starting = asyncio.create_task(process.start(["sleep", "60", needle]))
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert process.find_by_argument(needle) == []
+
+
+async def test_run_collects_and_bounds() -> None:
+    done = await process.run(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout_s=10)
+    assert (done.status, done.stdout, done.stderr, done.truncated) == (3, b"out\n", b"err\n", False)
+    done = await process.run(["head", "-c", "100000", "/dev/zero"], timeout_s=10, max_output=1000)
+    assert (done.status, len(done.stdout), done.truncated) == (0, 1000, True)
+    done = await process.run(["id", "-u"], timeout_s=10, user=User(uid=60606, gid=60606))
+    assert done.stdout == b"60606\n"
+    with pytest.raises(FileNotFoundError):
+        await process.run(["/nonexistent/program"], timeout_s=1)
+
+
+@pytest.mark.parametrize("script", ["sleep 60", "exec >&- 2>&-; sleep 60"])
+async def test_run_gives_up_and_ends_what_it_started(script: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        await process.run(["sh", "-c", script], timeout_s=0.3)
+    assert time.monotonic() - began < 3

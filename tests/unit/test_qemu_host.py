@@ -1,0 +1,109 @@
+"""What QEMU's driver asks of the host, and how it keeps a guest's words in bounds."""
+
+# ruff: noqa: ASYNC240 -- a test has its loop to itself
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from sandbox import process, sockets
+from sandbox.errors import InvalidSpec, MissingProgram, VmmGone
+from sandbox.vmm import find_hypervisor, find_hypervisors, qemu
+from sandbox.vmm.console import LIMIT, Console, printable, read_tail
+from sandbox.vmm.qmp import Monitor
+
+
+def test_hypervisors_are_found_by_their_files() -> None:
+    assert find_hypervisors() == ["qemu"]
+    assert find_hypervisor("qemu").name == "qemu"
+    with pytest.raises(InvalidSpec, match="qemu"):
+        find_hypervisor("qmp")
+
+
+def test_missing_parts_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(process.ENVIRONMENT, "PATH", "/nonexistent")
+    with pytest.raises(MissingProgram, match="qemu-system-x86"):
+        qemu.find_program()
+    monkeypatch.setattr(qemu, "FIRMWARE", ("/nonexistent/qboot.rom",))
+    with pytest.raises(MissingProgram, match="qboot"):
+        qemu.find_firmware()
+
+
+async def test_version() -> None:
+    assert (await qemu.find_version(qemu.find_program()))[0].isdecimal()
+
+
+def test_qemu_is_never_root_and_has_a_group_for_kvm_alone() -> None:
+    user = qemu.find_user("tcg")
+    assert user.uid != 0 and user.gid != 0 and user.groups == ()
+    assert 0 not in qemu.find_user("kvm").groups
+
+
+def test_sockets_under_long_paths_are_for_root_alone(tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * 100) / ("e" * 100)
+    directory.mkdir(parents=True)
+    path = directory / "a.sock"
+    for _ in range(2):  # the second replaces what a crash would have left
+        with sockets.listen(path) as listener, sockets.connect(path) as client:
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            peer, _ = listener.accept()
+            with peer:
+                client.sendall(b"x")
+                assert peer.recv(1) == b"x"
+    with pytest.raises(ConnectionRefusedError):
+        sockets.connect(path)
+
+
+async def test_the_console_keeps_a_bounded_tail(tmp_path: Path) -> None:
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    console = Console(here, tmp_path)
+    loop = asyncio.get_running_loop()
+    there.setblocking(False)
+    for number in range(3000):
+        await loop.sock_sendall(there, b"line %05d %s\n" % (number, b"x" * 60))
+    there.close()
+    await console.drain()
+    assert console.tail().endswith("line 02999 " + "x" * 60)
+    assert len(console.tail()) <= LIMIT
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 2 * LIMIT
+    await console.close()
+    await console.close()
+    assert printable(read_tail(tmp_path)) == console.tail()
+
+
+async def test_the_tail_survives_a_restart(tmp_path: Path) -> None:
+    for word in (b"first\n", b"second\n"):
+        here, there = socket.socketpair()
+        here.setblocking(False)
+        console = Console(here, tmp_path)
+        there.sendall(word)
+        there.close()
+        await console.drain()
+        await console.close()
+    assert console.tail() == "first\nsecond"
+
+
+def test_nothing_printed_can_play_tricks() -> None:
+    assert printable(b"a\x1b[2Jb\r\nc\xff\x00") == "a?[2Jb\nc\ufffd?"
+
+
+async def test_a_monitor_that_nobody_serves(tmp_path: Path) -> None:
+    with pytest.raises(VmmGone):
+        await Monitor.connect(tmp_path / "qmp.sock", 1.0)
+    listener = sockets.listen(tmp_path / "qmp.sock")
+
+    async def hang_up() -> None:
+        connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+        connection.close()
+
+    listener.setblocking(False)
+    closing = asyncio.create_task(hang_up())
+    with listener, pytest.raises(VmmGone):
+        await Monitor.connect(tmp_path / "qmp.sock", 5.0)
+    await closing
