@@ -226,6 +226,7 @@ class LogRelay:
 
     async def _write_all(self) -> None:
         retry_s = 0.0
+        failing = False
         while not self._stopping:
             if not self._lines:
                 if self._ended:
@@ -235,22 +236,22 @@ class LogRelay:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            problem = await self._write_once()
-            if (problem is None) is bool(retry_s):  # it began, or is over
+            done, problem = await self._write_once()
+            if failing is (problem is None):  # it began, or is over
                 self._on_problem(problem)
-            if problem is None:
-                retry_s = 0.0
+            failing = problem is not None
+            if not failing:
                 continue
             if self._closing:
                 return
-            retry_s = min(max(retry_s * 2, _RETRY_S), _RETRY_MAX_S)
+            retry_s = _RETRY_S if done else min(max(retry_s * 2, _RETRY_S), _RETRY_MAX_S)
             await self._pause(retry_s)
 
     def _release(self) -> None:
         if self._file is not None:
             self._file.close()
 
-    async def _write_once(self) -> Exception | None:
+    async def _write_once(self) -> tuple[int, Exception | None]:
         """Append all lines that are there, and acknowledge those that are written."""
         async with self._lock:
             assert self._file is not None
@@ -258,7 +259,7 @@ class LogRelay:
                 try:
                     await _saved(self._save, self._file.position)
                 except Exception as error:
-                    return error
+                    return 0, error
                 self._unsaved = False
             lines, self._lines = self._lines, []
             data = lines[0] if len(lines) == 1 else b"".join(lines)
@@ -266,7 +267,7 @@ class LogRelay:
             if done < len(data):
                 self._lines.insert(0, data[done:])
         self._grant(done)
-        return problem
+        return done, problem
 
     async def _pause(self, pause_s: float) -> None:
         """Until a retry is due, or nobody wants it any more. New lines are no reason to hurry."""

@@ -264,10 +264,10 @@ class GuestClient:
             self._welcome.set_result(welcome)
 
     def _on_reply(self, id: int, payload: memoryview) -> None:
+        reply = _decode(pb.Reply, payload)  # first: if it is broken, the waiter must wake all the same
         waiter = self._calls.pop(id, None)
         if waiter is None:
             raise ProtocolError(f"the guest answered request {id}, which nobody made")
-        reply = _decode(pb.Reply, payload)
         if waiter.done():  # given up
             return
         if reply.HasField("failure"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import cast
 
 from sandbox.errors import GuestUnreachable, ProtocolError
 from sandbox.guest.frames import Frame, FrameParser, Kind, Resync, header
@@ -40,9 +41,9 @@ class Connection(asyncio.BufferedProtocol):
     # ----------------------------------------------------------------------- asyncio's calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(_HIGH_WATER)
+        # uvloop's transports behave as asyncio.Transport without being one
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(_HIGH_WATER)
         self.writable.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:
