@@ -1,0 +1,188 @@
+"""A real guest in a real VM: what the host mounts later appears in it, and what it writes comes back.
+
+The guest is the distribution's kernel with a shell as its agent, so that nothing but the VMM, its
+shares and the guest image's parts is under test here.
+"""
+
+# ruff: noqa: ASYNC240 -- a test has its loop to itself
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sandbox import cgroup, cpio, guest_image, kernel_image, mounts, process, sockets
+from sandbox.vmm import Machine, ShareSpec, VmHandle, VmSpec, find_hypervisor
+
+pytestmark = pytest.mark.vm
+
+BUSYBOX = Path("/usr/bin/busybox")  # busybox-static
+INIT = """\
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t devtmpfs dev /dev; mount -t sysfs sys /sys; mount -t proc proc /proc
+while read m; do insmod /modules/$m; done </modules/order
+until port=$(grep -l ^husk.0 /sys/class/virtio-ports/*/name); do :; done
+port=${port%/name}
+exec 3<>/dev/${port##*/}
+dd bs=32 count=1 <&3 2>/dev/null | tail -c 16 >&3
+exec sh <&3 >&3 2>&3
+"""
+
+
+async def make_image(directory: Path) -> tuple[Path, Path]:
+    """Kernel and initramfs; the package comes from the cache of the tests' guest image, if any."""
+    cache = os.environ.get("HUSK_TEST_GUEST", "")
+    packages = Path(cache, "packages") if cache else directory / "packages"
+    kernel = await guest_image.fetch_kernel(packages, directory, print)
+    vmlinux = directory / "vmlinux"
+    vmlinux.write_bytes(kernel_image.extract_vmlinux(kernel.image.read_bytes()))
+    modules = kernel_image.load_modules(
+        kernel_image.find_modules(kernel.modules),
+        kernel_image.read_builtin(kernel.modules),
+        guest_image.MODULES,
+    )
+    archive = guest_image.make_initramfs(INIT.encode(), modules)
+    tools = cpio.write_archive([cpio.directory("bin"), cpio.file("bin/busybox", BUSYBOX.read_bytes(), 0o755)])
+    (directory / "initramfs").write_bytes(archive + tools)  # the kernel takes archives in a row
+    return vmlinux, directory / "initramfs"
+
+
+@dataclass
+class Guest:
+    handle: VmHandle
+    machine: Machine
+    channel: socket.socket
+    run_dir: Path
+
+    async def sh(self, script: str) -> str:
+        """What the script prints in the guest."""
+        loop = asyncio.get_running_loop()
+        end = secrets.token_hex(8)
+        await loop.sock_sendall(self.channel, f"{script}\necho {end[:8]}''{end[8:]}\n".encode())
+        printed = b""
+        async with asyncio.timeout(30):
+            while end.encode() not in printed:
+                chunk = await loop.sock_recv(self.channel, 65536)
+                assert chunk, self.machine.console_tail()
+                printed += chunk
+        return printed.decode().replace(end + "\n", "")
+
+    def share(self, tag: str, name: str, *, directory: bool = True) -> Path:
+        """A mount point in a share, made behind its read-only face."""
+        place = self.run_dir / "back" / tag / name
+        place.parent.mkdir(exist_ok=True)
+        place.mkdir() if directory else place.touch()
+        return self.run_dir / "share" / tag / name
+
+
+@pytest.fixture
+async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
+    vmlinux, initramfs = await make_image(tmp_path)
+    pod_id = f"vm{secrets.token_hex(6)}"
+    run_dir = tmp_path / "run"
+    shares = []
+    for tag, cache in (("rootfs", "always"), ("volumes", "auto")):
+        back, share = run_dir / "back" / tag, run_dir / "share" / tag
+        back.mkdir(parents=True)
+        share.mkdir(parents=True)
+        mounts.bind(back, share, recursive=False)
+        mounts.make_readonly(share)
+        mounts.set_propagation(share, mounts.MS_PRIVATE)
+        mounts.set_propagation(share, mounts.MS_SHARED)
+        shares.append(ShareSpec(tag=tag, source=str(share), cache=cache))
+    cgroups = cgroup.find_cgroups(f"/husk-{pod_id}")
+    cgroups.create(pod_id, "")
+    hypervisor = find_hypervisor("qemu")
+    spec = VmSpec(
+        pod_id=pod_id,
+        run_dir=str(run_dir),
+        kernel=str(vmlinux),
+        initramfs=str(initramfs),
+        machine="q35",
+        accelerator="tcg",
+        memory_mib=256,
+        vcpus=1,
+        shares=tuple(shares),
+        cgroups=cgroups.directories(pod_id, ""),
+    )
+    try:
+        handle = await hypervisor.start(spec, ())
+        machine = await hypervisor.attach(handle)
+        with sockets.connect(run_dir / "agent.sock") as channel:
+            yield Guest(handle, machine, await greeted(channel, machine), run_dir)
+        await machine.close()
+    finally:
+        await hypervisor.destroy(pod_id, run_dir)
+        cgroups.remove(pod_id, "")
+        for root in cgroups.layout.roots:
+            Path(root + cgroups.root).rmdir()
+        mounts.unmount_tree(run_dir)
+        shutil.rmtree(run_dir)
+    assert process.find_by_argument(str(run_dir)) == []
+
+
+async def greeted(channel: socket.socket, machine: Machine) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    nonce = secrets.token_bytes(16)
+    await loop.sock_sendall(channel, bytes(16) + nonce)
+    answer = asyncio.create_task(loop.sock_recv(channel, 16))
+    death = asyncio.create_task(machine.wait())
+    await asyncio.wait({answer, death}, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    death.cancel()
+    assert answer.done() and answer.result() == nonce, machine.console_tail()
+    return channel
+
+
+async def test_mounts_made_later_appear(guest: Guest, tmp_path: Path) -> None:
+    mounted = await guest.sh(
+        "mkdir /r /v; mount -t virtiofs rootfs /r && mount -t virtiofs volumes /v; ls /r /v"
+    )
+    assert mounted == "/r:\n\n/v:\n", "both shares are mounted, and empty"
+    assert "Read-only" in await guest.sh("touch /r/planted /v/planted"), "a guest plants nothing there"
+    lower, upper, work = (tmp_path / name for name in ("lower", "upper", "work"))
+    for each in (lower, upper, work):
+        each.mkdir()
+    (lower / "etc").mkdir()
+    (lower / "etc/name").write_text("lower\n")
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    mounts.mount("overlay", guest.share("rootfs", "c1"), "overlay", 0, options)
+    volume, single = tmp_path / "volume", tmp_path / "single"
+    volume.mkdir()
+    (volume / "file").write_text("in a volume\n")
+    single.write_text("one\n")
+    mounts.bind(volume, guest.share("volumes", "0"))
+    mounts.bind(single, guest.share("volumes", "1", directory=False))
+
+    assert await guest.sh("cat /r/c1/etc/name /v/0/file /v/1") == "lower\nin a volume\none\n"
+    await guest.sh("echo written >/r/c1/new; chown 1234:5678 /r/c1/new; mknod /r/c1/null c 1 3")
+    assert (upper / "new").read_text() == "written\n"
+    assert ((upper / "new").stat().st_uid, (upper / "new").stat().st_gid) == (1234, 5678)
+    assert (upper / "null").is_char_device()
+    assert not (lower / "new").exists()
+    # each directory is a super block of its own in the guest, so that inode numbers do not clash
+    assert await guest.sh("grep -c ' /[rv]/[c01]' /proc/mounts") == "2\n"
+
+    single.write_text("two\n")
+    async with asyncio.timeout(10):
+        while await guest.sh("cat /v/1") != "two\n":
+            await asyncio.sleep(0.2)
+
+
+async def test_a_panic_ends_the_vm_with_its_last_words(guest: Guest) -> None:
+    death = asyncio.create_task(guest.machine.wait())
+    await asyncio.get_running_loop().sock_sendall(guest.channel, b"echo c >/proc/sysrq-trigger\n")
+    async with asyncio.timeout(30):
+        reason = await death
+    assert "panic" in reason
+    assert "Kernel panic" in guest.machine.console_tail()
+    assert not any(process.alive(each) for each in (guest.handle.vmm, *guest.handle.helpers.values()))
