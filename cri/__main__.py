@@ -82,11 +82,13 @@ def _serve(args: argparse.Namespace) -> int:
     import uvloop
 
     from cri import daemon
+    from cri.observe import MetricsNotServed, setup_logging
     from cri.server import SocketTaken
 
+    setup_logging(config.log.level, config.log.format)
     try:
         uvloop.run(daemon.run(config))
-    except SocketTaken as error:
+    except (SocketTaken, MetricsNotServed, OSError) as error:
         return _failed(error)
     return 0
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cri.fields import ID_MAX
 from cri.proto import runtime_v1_pb2 as pb
+from image.index import Image
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, User
 from sandbox.spec import MountSpec, PidMode, PodSpec, Propagation, Resources
 from sandbox.stats import ContainerStats
@@ -161,6 +163,30 @@ def stop_signal(name: str) -> pb.Signal.ValueType:
     """ "SIGRTMIN+3" as the CRI's number; what it has no number for is the runtime's default."""
     wire = f"SIGNAL_{name.replace('+', 'PLUS').replace('-', 'MINUS')}"
     return pb.Signal.Value(wire) if wire in pb.Signal.keys() else pb.SIGNAL_RUNTIME_DEFAULT  # noqa: SIM118
+
+
+# -------------------------------------------------------------------------------------- images
+
+
+def image(image: Image) -> pb.Image:
+    uid, username = image_user(image.config.user)
+    return pb.Image(
+        id=image.id,
+        repo_tags=image.repo_tags,
+        repo_digests=image.repo_digests,
+        size=image.size,
+        uid=None if uid is None else pb.Int64Value(value=uid),
+        username=username,
+        pinned=image.pinned,
+    )
+
+
+def image_user(user: str) -> tuple[int | None, str]:
+    """An image's USER as id or name; a group behind a colon belongs to neither. Empty: neither."""
+    name = user.partition(":")[0]
+    if name.isascii() and name.isdecimal() and int(name) <= ID_MAX:
+        return int(name), ""
+    return None, name
 
 
 # ----------------------------------------------------------------------------------- statistics

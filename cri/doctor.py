@@ -24,10 +24,11 @@ from network.conf import find_conf
 from network.errors import CniError, NetworkNotReady
 from network.plugins import Plugins
 from sandbox import cgroup, guest_image, virtiofs
+from sandbox.accelerator import choose, find_obstacle
 from sandbox.errors import MissingProgram
 from sandbox.seccomp import seccomp_for
 from sandbox.spec import Seccomp, SeccompKind, SecuritySpec, Value
-from sandbox.vmm import qemu
+from sandbox.vmm import find_hypervisor, qemu
 
 TRIAL_TIMEOUT_S = 20
 SPACE_FAIL = 512 << 20
@@ -132,6 +133,18 @@ async def guest(host: Host) -> Finding:
     if image is None:
         return fail("guest", f"no kernel and initramfs under {host.config.root}/guest", "husk guest build")
     return ok("guest", f"kernel {image.kernel_version}, image {image.hash[:16]}")
+
+
+async def accelerator(host: Host) -> Finding:
+    """Boots a VM where only that can tell; the daemon's own answer is used where it has one."""
+    wanted = host.config.runtime_handlers()[""].accelerator
+    if wanted == "auto" and (obstacle := find_obstacle(str(host.fs / "dev/kvm"))) is not None:
+        return ok("accelerator", f"emulation (TCG): {obstacle}")
+    image = guest_image.find_image(Path(host.config.root))
+    if image is None:
+        return warn("accelerator", "cannot be tried without a guest image", "husk guest build")
+    verdict = await choose(wanted, image, find_hypervisor("qemu"), Path(host.config.run))
+    return ok("accelerator", f"{verdict.accelerator}: {verdict.reason}")
 
 
 def _missing_files(config: Config) -> str:
@@ -251,6 +264,7 @@ CHECKS: Sequence[Check] = (
     Check("virtiofsd", file_server),
     Check("libseccomp", seccomp),
     Check("guest", guest),
+    Check("accelerator", accelerator),
     _device(
         "tun",
         "dev/net/tun",

@@ -56,12 +56,14 @@ def _import(client: Client, args: argparse.Namespace) -> None:
 
 def _follow(client: Client, method: str, request: Message) -> None:
     with reporter() as report:
+        made = []
         for progress in client.stream(IMAGES, method, request):
             if progress.HasField("done"):
-                done = progress.done
+                made.append(progress.done)
             else:
                 report.report(progress)
-    print(done.image_id, *done.names)
+    for image in made:
+        print(image.image_id, *image.names)
 
 
 def _list(client: Client, args: argparse.Namespace) -> None:

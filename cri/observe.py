@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, Any
 
 import msgspec
@@ -115,6 +117,13 @@ class Sources(Value, frozen=True, kw_only=True):
     usage: Callable[[], Sequence[SandboxUsage]] = tuple
 
 
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """A pull that is under way."""
+
+    count: Callable[[int], None]  # bytes, as they come
+
+
 class Metrics:
     """Every metric of the daemon. The methods are for the event loop's thread."""
 
@@ -180,11 +189,15 @@ class Metrics:
     def phase(self, name: str, seconds: float) -> None:
         self._phases.labels(name).observe(seconds)
 
-    def pull(self, outcome: str, seconds: float) -> None:
-        self._pulls.labels(outcome).observe(seconds)
-
-    def pulled_bytes(self, count: int) -> None:
-        self._pulled.inc(count)
+    @contextmanager
+    def pulling(self) -> Iterator[Pull]:
+        """Around the pull of an image: its time and, by what it `count`s, its bytes."""
+        began, outcome = time.monotonic(), "failed"
+        try:
+            yield Pull(self._pulled.inc)
+            outcome = "ok"
+        finally:
+            self._pulls.labels(outcome).observe(time.monotonic() - began)
 
 
 class _FromSources(Collector):
@@ -218,14 +231,28 @@ class _FromSources(Collector):
         return family
 
 
-class MetricsServer:
-    """/metrics and /healthz over HTTP, from threads of their own.
+class MetricsNotServed(Exception):
+    """The address of /metrics cannot be had."""
 
-    Raises OSError from the constructor when the address cannot be had; `close` gives it back.
+    def __init__(self, address: str, port: int, problem: str) -> None:
+        advice = "choose another metrics.port in the configuration, or 0 for none"
+        super().__init__(f"metrics cannot be served on {address}:{port}: {problem}; {advice}")
+        self.address = address
+        self.port = port
+        self.problem = problem
+
+
+class MetricsServer:
+    """/metrics and /healthz over HTTP, from threads of their own, until `close`.
+
+    The constructor raises MetricsNotServed.
     """
 
     def __init__(self, metrics: Metrics, address: str, port: int) -> None:
-        self._server = _HttpServer((address, port), _handler_for(metrics))
+        try:
+            self._server = _HttpServer((address, port), _handler_for(metrics))
+        except OSError as error:
+            raise MetricsNotServed(address, port, error.strerror or str(error)) from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 

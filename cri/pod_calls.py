@@ -11,7 +11,7 @@ from cri.observe import as_json
 from cri.ports import Pods
 from cri.proto import runtime_v1_pb2 as pb
 from cri.translate import pod_spec
-from sandbox.records import ContainerRecord, PodRecord
+from sandbox.records import ContainerRecord, ContainerState, PodRecord
 
 
 class PodCalls:
@@ -48,7 +48,9 @@ class PodCalls:
         return response
 
     def _containers_of(self, record: PodRecord) -> list[ContainerRecord]:
-        return sorted(self._pods.containers_of(record.id), key=lambda one: one.created_at_ns)
+        found = self._pods.containers_of(record.id)
+        shown = (one for one in found if one.state is not ContainerState.CREATING)
+        return sorted(shown, key=lambda one: one.created_at_ns)
 
     async def ListPodSandbox(self, request: pb.ListPodSandboxRequest) -> bytes:
         records = self._pods.list()

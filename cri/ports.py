@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
+from image.auth import Auth
+from image.blobs import Progress
+from image.index import Image
 from network.attach import NetworkStatus
 from sandbox.cgroup import Driver
 from sandbox.records import ContainerRecord, PodRecord
@@ -52,6 +56,30 @@ class Containers(Protocol):
 class Networks(Protocol):
     def status(self) -> NetworkStatus: ...
     def update_pod_cidr(self, cidr: str) -> None: ...
+
+
+class FsUsage(Protocol):
+    @property
+    def mountpoint(self) -> str: ...
+    @property
+    def used_bytes(self) -> int: ...
+    @property
+    def inodes_used(self) -> int: ...
+
+
+class Images(Protocol):
+    """`find` raises ImageNotFound; `remove` does not mind an unknown name."""
+
+    async def pull(
+        self, ref: str, auth: Auth | None = None, *, on_progress: Callable[[Progress], None] | None = None
+    ) -> Image: ...
+    async def import_archive(
+        self, path: Path, *, name: str = "", on_progress: Callable[[Progress], None] | None = None
+    ) -> tuple[Image, ...]: ...
+    def find(self, ref: str) -> Image: ...
+    def list(self) -> tuple[Image, ...]: ...
+    async def remove(self, ref: str) -> Image | None: ...
+    def fs_usage(self) -> FsUsage: ...
 
 
 class Condition(Value, frozen=True, kw_only=True):
