@@ -1,0 +1,149 @@
+#include "configure.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/random.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "agent.h"
+#include "guest.h"
+#include "net.h"
+#include "scope.h"
+
+enum { CLOCK_SLACK_NS = 50 * 1000000, APPEAR_MS = 5000, APPEAR_STEP_MS = 5 };
+
+void configure_clock(const struct agent *agent, int64_t wanted_ns) {
+    int64_t off = wanted_ns - wall_ns();
+    if (agent->test || wanted_ns <= 0 || (off <= CLOCK_SLACK_NS && off >= -CLOCK_SLACK_NS))
+        return;
+    struct timespec wanted = {.tv_sec = wanted_ns / 1000000000, .tv_nsec = wanted_ns % 1000000000};
+    if (clock_settime(CLOCK_REALTIME, &wanted) < 0)
+        say("clock: %s", strerror(errno));
+}
+
+static int add_entropy(const struct agent *agent, const ProtobufCBinaryData *bytes, struct error *error) {
+    if (agent->test || bytes->len == 0)
+        return 0;
+    autoclose int random = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
+    autofree struct rand_pool_info *pool = memory_get(sizeof *pool + bytes->len);
+    pool->entropy_count = (int)bytes->len * 8;
+    pool->buf_size = (int)bytes->len;
+    memcpy(pool->buf, bytes->data, bytes->len);
+    if (random < 0 || ioctl(random, RNDADDENTROPY, pool) < 0 || ioctl(random, RNDRESEEDCRNG) < 0)
+        return fail(error, errno, "entropy");
+    return 0;
+}
+
+static int write_machine_id(const char *machine_id, struct error *error) {
+    if (!*machine_id)
+        return 0;
+    autoclose int file = open(GUEST_MACHINE_ID, O_CREAT | O_TRUNC | O_WRONLY | O_CLOEXEC, 0444);
+    if (file < 0 || dprintf(file, "%s\n", machine_id) < 0)
+        return fail(error, errno, "machine id");
+    return 0;
+}
+
+static bool is_mounted(const char *path) {
+    struct stat here, above;
+    char parent[PATH_MAX];
+    snprintf(parent, sizeof parent, "%s/..", path);
+    return stat(path, &here) == 0 && stat(parent, &above) == 0 && here.st_dev != above.st_dev;
+}
+
+static int make_directories(const char *path) {
+    char part[PATH_MAX];
+    if (snprintf(part, sizeof part, "%s", path) >= (int)sizeof part)
+        return -1;
+    for (char *slash = strchr(part + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+        *slash = '\0';
+        mkdir(part, 0755);
+        *slash = '/';
+    }
+    return mkdir(part, 0755) < 0 && errno != EEXIST ? -1 : 0;
+}
+
+// A share of the hypervisor may have been plugged a moment ago: its tag takes a while to be known.
+static int mount_share(const char *tag, const char *path, struct error *error) {
+    if (make_directories(path) < 0)
+        return fail(error, errno, "share %s", tag);
+    if (is_mounted(path))
+        return 0;
+    for (int waited = 0;; waited += APPEAR_STEP_MS) {
+        if (mount(tag, path, "virtiofs", 0, NULL) == 0)
+            return 0;
+        if ((errno != EINVAL && errno != ENODEV) || waited >= APPEAR_MS)
+            return fail(error, errno, "share %s", tag);
+        nanosleep(&(struct timespec){.tv_nsec = APPEAR_STEP_MS * 1000000L}, NULL);
+    }
+}
+
+static int mount_shm(uint64_t bytes, struct error *error) {
+    char options[64];
+    snprintf(options, sizeof options, "mode=1777,size=%llu", (unsigned long long)bytes);
+    if (make_directories(GUEST_SHM) < 0)
+        return fail(error, errno, "shm");
+    if (!is_mounted(GUEST_SHM) &&
+        mount("shm", GUEST_SHM, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options) < 0)
+        return fail(error, errno, "shm");
+    return 0;
+}
+
+// sysctl(8): dots part the name, unless a slash comes first.
+static void sysctl_path(const char *name, char path[PATH_MAX]) {
+    bool slashes = strcspn(name, "/") < strcspn(name, ".");
+    size_t start = (size_t)snprintf(path, PATH_MAX, "/proc/sys/%s", name) - strlen(name);
+    for (char *at = path + start; !slashes && *at; at++)
+        *at = *at == '.' ? '/' : *at == '/' ? '.' : *at;
+}
+
+// On a developer's machine only what belongs to the namespaces of the test.
+static bool is_namespaced(const char *path) {
+    static const char *const prefixes[] = {"net/", "kernel/shm", "kernel/msg", "kernel/sem", "fs/mqueue/"};
+    for (size_t i = 0; i < sizeof prefixes / sizeof prefixes[0]; i++)
+        if (!strncmp(path + strlen("/proc/sys/"), prefixes[i], strlen(prefixes[i])))
+            return true;
+    return false;
+}
+
+static int set_sysctl(const struct agent *agent, const char *name, const char *value, struct error *error) {
+    char path[PATH_MAX];
+    if (strlen(name) > NAME_MAX || strstr(name, ".."))
+        return fail(error, EINVAL, "sysctl %s", name);
+    sysctl_path(name, path);
+    if (agent->test && !is_namespaced(path))
+        return fail(error, EPERM, "sysctl %s", name);
+    autoclose int file = open(path, O_WRONLY | O_CLOEXEC);
+    if (file < 0 || write(file, value, strlen(value)) < 0)
+        return fail(error, errno, "sysctl %s", name);
+    return 0;
+}
+
+int configure_pod(struct agent *agent, const Configure *configure, struct error *error) {
+    if (agent->test && geteuid() != 0)
+        return fail(error, EPERM, "configure"); // without namespaces of its own
+    if (add_entropy(agent, &configure->entropy, error) < 0)
+        return -1;
+    if (*configure->hostname && sethostname(configure->hostname, strlen(configure->hostname)) < 0)
+        return fail(error, errno, "hostname");
+    if (write_machine_id(configure->machine_id, error) < 0 || mount_shm(configure->shm_bytes, error) < 0)
+        return -1;
+    for (size_t i = 0; i < configure->n_shares; i++)
+        if (mount_share(configure->shares[i]->tag, configure->shares[i]->path, error) < 0)
+            return -1;
+    if (net_configure(configure->interfaces, configure->n_interfaces, configure->routes, configure->n_routes,
+                      error) < 0)
+        return -1;
+    // behind the network: some belong to an interface
+    for (size_t i = 0; i < configure->n_sysctls; i++)
+        if (set_sysctl(agent, configure->sysctls[i]->name, configure->sysctls[i]->value, error) < 0)
+            return -1;
+    agent->configured = true;
+    return 0;
+}

@@ -1,0 +1,442 @@
+#include "exec.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+#include "agent.h"
+#include "cgroup.h"
+#include "scope.h"
+
+enum {
+    INLET_WINDOW = 128 * 1024,
+    INLET_BATCH = 32 * 1024, // credit is given back in pieces of at least this, or when all is written
+};
+
+struct exec *exec_find(struct agent *agent, const char *container_id, const char *id) {
+    for (struct exec *exec = agent->execs; exec; exec = exec->next)
+        if (!strcmp(exec->id, id) && !strcmp(exec->container_id, container_id))
+            return exec;
+    return NULL;
+}
+
+// ----------------------------------------------------------------------------------- streams
+
+static void outlet_ready(struct source *source, uint32_t events) {
+    (void)events;
+    container_of(source, struct outlet, source)->readable = true;
+}
+
+static void inlet_ready(struct source *source, uint32_t events) {
+    (void)events;
+    container_of(source, struct inlet, source)->writable = true;
+}
+
+static void outlet_end(struct outlet *outlet, struct agent *agent) {
+    loop_close(&agent->loop, &outlet->source);
+    if (outlet->stream)
+        channel_send(&agent->channel, FRAME_CLOSE, outlet->stream, NULL, 0);
+    outlet->stream = 0;
+}
+
+// Nothing is in the pipe: so a CLOSE needs no credit.
+static bool is_drained(const struct outlet *outlet) {
+    int bytes = 0;
+    return ioctl(outlet->source.fd, FIONREAD, &bytes) == 0 && bytes == 0;
+}
+
+// One piece. `last`: the process has ended, and what is not there now will not come. A background
+// process that holds the pipe does not keep the exec alive.
+static bool outlet_move(struct outlet *outlet, struct channel *channel, bool last, struct agent *agent) {
+    static uint8_t nowhere[DATA_MAX];
+    bool silent = outlet->discard || !outlet->stream;
+    size_t room = channel_room(channel), size = DATA_MAX;
+    if (!silent) {
+        size = size < outlet->credit ? size : (size_t)outlet->credit;
+        size = size < room ? size : room;
+        if (size == 0) {
+            if (room > 0 && last && is_drained(outlet))
+                outlet_end(outlet, agent);
+            return false;
+        }
+    }
+    ssize_t got = read(outlet->source.fd, silent ? nowhere : channel_begin(channel, size), size);
+    if (got < 0 && errno == EINTR)
+        return true;
+    if (got < 0 && errno == EAGAIN && !last) {
+        outlet->readable = false;
+        return false;
+    }
+    if (got <= 0) {
+        outlet_end(outlet, agent);
+        return false;
+    }
+    if (!silent) {
+        channel_commit(channel, FRAME_DATA, outlet->stream, (size_t)got);
+        outlet->credit -= (size_t)got;
+    }
+    return true;
+}
+
+static void outlet_pump(struct outlet *outlet, struct exec *exec) {
+    bool last = exec->process.state == PROCESS_ENDED;
+    if (exec->process.state == PROCESS_STARTING) // the reply comes first
+        return;
+    for (int i = 0; i < 4 && outlet->source.fd >= 0 && (outlet->readable || last); i++)
+        if (!outlet_move(outlet, &exec->agent->channel, last, exec->agent))
+            return;
+}
+
+static void inlet_grant(struct inlet *inlet, struct channel *channel, uint32_t bytes) {
+    uint8_t payload[4];
+    if (!inlet->stream || bytes == 0)
+        return;
+    write_u32(payload, bytes);
+    channel_send(channel, FRAME_WINDOW, inlet->stream, payload, sizeof payload);
+    inlet->granted += bytes;
+}
+
+static void inlet_close(struct inlet *inlet, struct agent *agent) {
+    loop_close(&agent->loop, &inlet->source);
+    buffer_free(&inlet->pending);
+}
+
+static void inlet_pump(struct inlet *inlet, struct agent *agent) {
+    while (inlet->source.fd >= 0 && inlet->writable && buffer_length(&inlet->pending) > 0) {
+        ssize_t written = write(inlet->source.fd, inlet->pending.data + inlet->pending.start,
+                                buffer_length(&inlet->pending));
+        if (written > 0) {
+            buffer_consume(&inlet->pending, (size_t)written);
+            inlet->consumed += (uint32_t)written;
+        } else if (errno == EAGAIN) {
+            inlet->writable = false;
+        } else if (errno != EINTR) { // the process does not read any more
+            if (inlet->stream && !inlet->ended)
+                channel_send(&agent->channel, FRAME_RESET, inlet->stream, NULL, 0);
+            inlet->stream = 0;
+            inlet_close(inlet, agent);
+        }
+    }
+    bool empty = buffer_length(&inlet->pending) == 0;
+    if (inlet->consumed >= INLET_BATCH || (empty && inlet->consumed > 0)) {
+        if (!inlet->ended)
+            inlet_grant(inlet, &agent->channel, inlet->consumed);
+        inlet->consumed = 0;
+    }
+    if (inlet->ended && empty)
+        inlet_close(inlet, agent);
+}
+
+static int inlet_take(struct inlet *inlet, const struct frame *frame) {
+    if (frame->length > inlet->granted || inlet->ended)
+        return -1;
+    inlet->granted -= frame->length;
+    if (inlet->source.fd >= 0)
+        buffer_append(&inlet->pending, frame->payload, frame->length);
+    return 1;
+}
+
+int exec_frame(struct agent *agent, const struct frame *frame) {
+    for (struct exec *exec = agent->execs; exec; exec = exec->next) {
+        if (exec->inlet.stream == frame->stream) {
+            if (frame->kind == FRAME_DATA)
+                return inlet_take(&exec->inlet, frame);
+            exec->inlet.ended |= frame->kind == FRAME_CLOSE;
+            return 1;
+        }
+        for (int i = 0; i < 2; i++) {
+            struct outlet *outlet = &exec->outlets[i];
+            if (outlet->stream != frame->stream)
+                continue;
+            if (frame->kind == FRAME_WINDOW)
+                outlet->credit += read_u32(frame->payload);
+            outlet->discard |= frame->kind == FRAME_RESET;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------ ending
+
+// The cgroups of execs whose background processes have ended since.
+static void sweep(struct container *container) {
+    if (container->exec_leftovers == 0)
+        return;
+    container->exec_leftovers = 0;
+    int fd = openat(container->cgroup, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    autoclosedir DIR *directory = fd >= 0 ? fdopendir(fd) : NULL;
+    for (struct dirent *entry; directory && (entry = readdir(directory));)
+        if (!strncmp(entry->d_name, "husk-exec.", 10) &&
+            unlinkat(container->cgroup, entry->d_name, AT_REMOVEDIR) < 0 && errno == EBUSY)
+            container->exec_leftovers++;
+}
+
+static void release(struct exec *exec) {
+    struct agent *agent = exec->agent;
+    struct exec **link = &agent->execs;
+    while (*link != exec)
+        link = &(*link)->next;
+    *link = exec->next;
+    for (int i = 0; i < 2; i++)
+        loop_close(&agent->loop, &exec->outlets[i].source);
+    inlet_close(&exec->inlet, agent);
+    process_close(&exec->process, &agent->loop);
+    close_fd(&exec->cgroup);
+    free(exec);
+}
+
+static void finish(struct exec *exec) {
+    struct agent *agent = exec->agent;
+    if (exec->process.failed) {
+        if (exec->process.request)
+            reply_failure(agent, exec->process.request, &exec->process.error);
+    } else if (agent->channel.greeted) {
+        Event event = HUSK__GUEST__V1__EVENT__INIT;
+        Exited exited = HUSK__GUEST__V1__EXITED__INIT;
+        struct container *container = container_find(agent, exec->container_id);
+        if (container)
+            exited.oom_kills = (uint32_t)cgroup_value(container->memory_events.fd, "oom_kill");
+        exited.container_id = exec->container_id;
+        exited.exec_id = exec->id;
+        exited.exit_code = exec->process.exit_code;
+        exited.at_ns = exec->process.ended_at;
+        event.body_case = HUSK__GUEST__V1__EVENT__BODY_EXITED;
+        event.exited = &exited;
+        send_event(agent, &event);
+    }
+    release(exec);
+}
+
+static void announce(struct exec *exec) {
+    struct agent *agent = exec->agent;
+    if (!exec->process.request)
+        return;
+    reply_started(agent, exec->process.request, exec->process.pid);
+    exec->process.request = 0;
+    inlet_grant(&exec->inlet, &agent->channel, INLET_WINDOW);
+}
+
+// The master of a terminal serves both directions: one descriptor each, so that each has its own source.
+static void take_terminal(struct exec *exec) {
+    struct loop *loop = &exec->agent->loop;
+    if (exec->process.terminal < 0)
+        return;
+    if (exec->inlet.stream) {
+        exec->inlet.source.fd = fcntl(exec->process.terminal, F_DUPFD_CLOEXEC, 3);
+        loop_add(loop, &exec->inlet.source, EPOLLOUT);
+    }
+    exec->outlets[0].source.fd = take_fd(&exec->process.terminal);
+    exec->outlets[0].readable = true;
+    loop_add(loop, &exec->outlets[0].source, EPOLLIN);
+}
+
+void exec_ended(struct exec *exec, int wait_status) {
+    struct agent *agent = exec->agent;
+    process_set_ended(&exec->process, &agent->loop, wait_status);
+    struct container *container = container_find(agent, exec->container_id);
+    if (container) {
+        sweep(container);
+        if (unlinkat(container->cgroup, exec->cgroup_name, AT_REMOVEDIR) < 0 && errno == EBUSY)
+            container->exec_leftovers++;
+    }
+    if (!exec->process.failed) {
+        take_terminal(exec);
+        announce(exec);
+        inlet_close(&exec->inlet, agent);
+    } else {
+        for (int i = 0; i < 2; i++)
+            loop_close(&agent->loop, &exec->outlets[i].source);
+    }
+    exec_pump(exec);
+    if (container)
+        container_continue(container);
+}
+
+int exec_signal(struct exec *exec, int signal, bool all, struct error *error) {
+    int failed;
+    if (all) // also after the process itself has ended: of its background processes
+        failed = signal == SIGKILL ? cgroup_kill(exec->cgroup) : cgroup_signal(exec->cgroup, signal);
+    else if (exec->process.state == PROCESS_ENDED)
+        return fail_about(error, ESRCH, "signal", "exec has ended");
+    else
+        failed = kill(exec->process.pid, signal);
+    return failed < 0 ? fail(error, errno, "signal") : 0;
+}
+
+// ---------------------------------------------------------------------------------- starting
+
+static void status_ready(struct source *source, uint32_t events) {
+    (void)events;
+    struct process *process = container_of(source, struct process, status);
+    struct exec *exec = container_of(process, struct exec, process);
+    if (!process_look(process, &exec->agent->loop) || process->failed)
+        return;
+    take_terminal(exec);
+    announce(exec);
+}
+
+static struct exec *make(struct agent *agent, uint32_t request, const Exec *message) {
+    struct exec *exec = memory_get(sizeof *exec);
+    *exec = (struct exec){
+        .agent = agent,
+        .next = agent->execs,
+        .cgroup = -1,
+        .process = {.pidfd = -1,
+                    .terminal = -1,
+                    .request = request,
+                    .status = {.fd = -1, .ready = status_ready}},
+        .inlet = {.source = {.fd = -1, .ready = inlet_ready},
+                  .stream = message->stdin_stream,
+                  .writable = true},
+    };
+    const uint32_t streams[] = {message->stdout_stream, message->stderr_stream};
+    for (int i = 0; i < 2; i++)
+        exec->outlets[i] = (struct outlet){.source = {.fd = -1, .ready = outlet_ready},
+                                           .stream = streams[i],
+                                           .credit = message->window,
+                                           .readable = true};
+    snprintf(exec->container_id, sizeof exec->container_id, "%s", message->container_id);
+    snprintf(exec->id, sizeof exec->id, "%s", message->exec_id);
+    agent->execs = exec;
+    return exec;
+}
+
+static int open_pipe(struct loop *loop, struct source *ours, int *theirs, bool output, struct error *error) {
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        return fail(error, errno, "pipe");
+    ours->fd = ends[output ? 0 : 1];
+    *theirs = ends[output ? 1 : 0];
+    if (fcntl(ours->fd, F_SETFL, O_NONBLOCK) < 0)
+        return fail(error, errno, "pipe");
+    loop_add(loop, ours, output ? EPOLLIN : EPOLLOUT);
+    return 0;
+}
+
+static int prepare_streams(struct exec *exec, const Exec *message, struct child *child, struct error *error) {
+    struct loop *loop = &exec->agent->loop;
+    if (message->process->tty)
+        return 0;
+    if (message->stdin_stream && open_pipe(loop, &exec->inlet.source, &child->stdio[0], false, error) < 0)
+        return -1;
+    for (int i = 0; i < 2; i++)
+        if (exec->outlets[i].stream &&
+            open_pipe(loop, &exec->outlets[i].source, &child->stdio[i + 1], true, error) < 0)
+            return -1;
+    return 0;
+}
+
+// A cgroup of its own beneath the container's, so that a timeout finds the whole tree of processes.
+static int prepare_cgroup(struct exec *exec, struct container *container, struct error *error) {
+    for (int attempts = 0; attempts < 16; attempts++) {
+        snprintf(exec->cgroup_name, sizeof exec->cgroup_name, "husk-exec.%u", container->exec_serial++);
+        exec->cgroup = cgroup_make(container->cgroup, exec->cgroup_name, error);
+        if (exec->cgroup >= 0 || error->number != EEXIST) // the container may have made one of that name
+            break;
+    }
+    return exec->cgroup < 0 ? -1 : 0;
+}
+
+static int launch(struct exec *exec, struct container *container, const Exec *message, struct child *child,
+                  struct error *error) {
+    struct agent *agent = exec->agent;
+    if (prepare_cgroup(exec, container, error) < 0 || prepare_streams(exec, message, child, error) < 0 ||
+        process_prepare(&exec->process, child, error) < 0)
+        return -1;
+    struct placement placement = {
+        .cgroup = exec->cgroup,
+        .pid_namespace = container->process.pidfd,
+        .own_pid_namespace = agent->own_pid_namespace,
+    };
+    pid_t pid = process_fork(&placement, &exec->process.pidfd, error);
+    if (pid == 0)
+        child_exec(message->process, child);
+    if (pid < 0)
+        return -1;
+    exec->process.pid = pid;
+    loop_add(&agent->loop, &exec->process.status, EPOLLIN);
+    return 0;
+}
+
+static int check(struct agent *agent, const Exec *message, struct error *error) {
+    struct container *container = container_find(agent, message->container_id);
+    if (!container || container->process.state != PROCESS_RUNNING)
+        return fail_about(error, ESRCH, "container", container ? "does not run" : "is unknown");
+    if (!is_id(message->exec_id) || !message->process)
+        return fail_about(error, EINVAL, "exec request", "id or process");
+    if (exec_find(agent, message->container_id, message->exec_id))
+        return fail_about(error, EEXIST, "exec request", message->exec_id);
+    return 0;
+}
+
+void exec_start(struct agent *agent, uint32_t request, const Exec *message) {
+    struct error error = {0};
+    if (check(agent, message, &error) < 0) {
+        reply_failure(agent, request, &error);
+        return;
+    }
+    struct container *container = container_find(agent, message->container_id);
+    struct exec *exec = make(agent, request, message);
+    struct child child = {
+        .stdio = {-1, -1, -1},
+        .status = -1,
+        .container = container->process.pidfd,
+        .null = agent->null,
+        .oom_score_adj = agent->oom_score_adj,
+        .id = container->id,
+    };
+    int failed = launch(exec, container, message, &child, &error);
+    for (int i = 0; i < 3; i++)
+        close_fd(&child.stdio[i]);
+    close_fd(&child.status);
+    if (failed < 0) {
+        if (exec->cgroup >= 0)
+            unlinkat(container->cgroup, exec->cgroup_name, AT_REMOVEDIR);
+        reply_failure(agent, request, &error);
+        release(exec);
+    }
+}
+
+// -------------------------------------------------------------------------------- every turn
+
+void exec_pump(struct exec *exec) {
+    if (exec->inlet.source.fd >= 0 && exec->process.state == PROCESS_RUNNING)
+        inlet_pump(&exec->inlet, exec->agent);
+    for (int i = 0; i < 2; i++)
+        outlet_pump(&exec->outlets[i], exec);
+    if (exec->process.state == PROCESS_ENDED && exec->outlets[0].source.fd < 0 &&
+        exec->outlets[1].source.fd < 0)
+        finish(exec);
+}
+
+bool exec_has_work(const struct exec *exec) {
+    bool ended = exec->process.state == PROCESS_ENDED;
+    bool room = channel_room(&exec->agent->channel) > 0;
+    for (int i = 0; i < 2; i++) {
+        const struct outlet *outlet = &exec->outlets[i];
+        if (outlet->source.fd < 0 || exec->process.state == PROCESS_STARTING || !(outlet->readable || ended))
+            continue;
+        if (outlet->discard || !outlet->stream || (room && outlet->credit > 0))
+            return true;
+    }
+    return false;
+}
+
+void exec_disconnect(struct exec *exec) {
+    exec->process.request = 0;
+    exec->process.failed = true; // its end is told to nobody
+    exec->inlet.stream = 0;
+    exec->inlet.ended = true;
+    for (int i = 0; i < 2; i++) {
+        exec->outlets[i].stream = 0;
+        loop_close(&exec->agent->loop, &exec->outlets[i].source);
+    }
+    cgroup_kill(exec->cgroup);
+    if (exec->process.state == PROCESS_ENDED)
+        release(exec);
+}

@@ -1,0 +1,50 @@
+// Further processes in running containers, with their streams. They belong to the connection that asked
+// for them: when it goes they are killed, and nobody is told of their end.
+#pragma once
+
+#include "container.h"
+#include "process.h"
+
+// Output of the process: read straight into the frame when the host has given credit.
+struct outlet {
+    struct source source; // -1: closed
+    uint32_t stream;
+    uint64_t credit;
+    bool readable;
+    bool discard; // the host wants no more
+};
+
+// Input of the process: what its pipe did not take yet is kept, within the credit given to the host.
+struct inlet {
+    struct source source; // -1: closed
+    uint32_t stream;
+    uint32_t granted;  // what the host may still send
+    uint32_t consumed; // written to the process, not granted anew yet
+    struct buffer pending;
+    bool ended; // no more will come
+    bool writable;
+};
+
+struct exec {
+    struct exec *next;
+    struct agent *agent;
+    char container_id[ID_MAX + 1];
+    char id[ID_MAX + 1];
+    char cgroup_name[32];
+    int cgroup;
+    struct process process;
+    struct outlet outlets[2];
+    struct inlet inlet;
+};
+
+void exec_start(struct agent *agent, uint32_t request, const Exec *message);
+struct exec *exec_find(struct agent *agent, const char *container_id, const char *id);
+int exec_signal(struct exec *exec, int signal, bool all, struct error *error);
+void exec_ended(struct exec *exec, int wait_status);
+
+// True if the frame was for a stream of an exec. -1: it breaks the protocol.
+int exec_frame(struct agent *agent, const struct frame *frame);
+
+void exec_pump(struct exec *exec); // may free it
+bool exec_has_work(const struct exec *exec);
+void exec_disconnect(struct exec *exec);

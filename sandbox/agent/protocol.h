@@ -1,0 +1,41 @@
+// The generated messages, under short names. A field of Failure is called errno, as is a macro.
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#pragma push_macro("errno")
+#undef errno
+#include "guest.pb-c.h"
+#pragma pop_macro("errno")
+
+#include "error.h"
+
+enum { PROTOCOL_VERSION = 1 };
+
+typedef Husk__Guest__V1__Hello Hello;
+typedef Husk__Guest__V1__Welcome Welcome;
+typedef Husk__Guest__V1__Phase Phase;
+typedef Husk__Guest__V1__ContainerState ContainerState;
+typedef Husk__Guest__V1__Request Request;
+typedef Husk__Guest__V1__Reply Reply;
+typedef Husk__Guest__V1__Failure Failure;
+typedef Husk__Guest__V1__Configure Configure;
+typedef Husk__Guest__V1__Interface Interface;
+typedef Husk__Guest__V1__Route Route;
+typedef Husk__Guest__V1__Process Process;
+typedef Husk__Guest__V1__Start Start;
+typedef Husk__Guest__V1__Mount Mount;
+typedef Husk__Guest__V1__Device Device;
+typedef Husk__Guest__V1__File File;
+typedef Husk__Guest__V1__CgroupFile CgroupFile;
+typedef Husk__Guest__V1__Exec Exec;
+typedef Husk__Guest__V1__Signal Signal;
+typedef Husk__Guest__V1__WriteCgroup WriteCgroup;
+typedef Husk__Guest__V1__ReadCgroup ReadCgroup;
+typedef Husk__Guest__V1__OpenLog OpenLog;
+typedef Husk__Guest__V1__Event Event;
+typedef Husk__Guest__V1__Exited Exited;
+
+// A Failure that says what `error` says; it points into it.
+void failure_fill(Failure *failure, struct error *error);
