@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from image.library import Library
+from image.settings import Settings
 
 from cri.config import Config
 from cri.edge import Edge
 from cri.flights import Flights
-from cri.image_service import image_service
+from cri.image_service import image_service, transfer_service
 from cri.node import HuskNode
 from cri.observe import Metrics, MetricsServer, SandboxUsage, Sources
 from cri.runtime_service import runtime_service
@@ -77,11 +78,14 @@ class Daemon:
         )
         self.images = Library(
             root,
-            config_path=Path(config.registry.config_path),
-            max_concurrent_downloads=config.registry.max_concurrent_downloads,
-            in_use=self._layers_in_use,
+            Settings(
+                config_path=Path(config.registry.config_path),
+                max_downloads=config.registry.max_concurrent_downloads,
+            ),
+            self._layers_in_use,
         )
-        self.node = HuskNode(config, self.hypervisor)
+        layout = cgroup.find_layout()
+        self.node = HuskNode(config, self.hypervisor, layout)
         self.containers = Containers(
             self.registry,
             ContainerHost(
@@ -92,7 +96,7 @@ class Daemon:
                 tasks=self.tasks,
             ),
         )
-        cgroups = Cgroups(cgroup.find_layout(), config.cgroup_root)
+        cgroups = Cgroups(layout, config.cgroup_root)
         self.pods = Pods(
             self.registry,
             self.containers,
@@ -120,7 +124,13 @@ class Daemon:
                 version=version(),
                 layers_mountpoint=self.config.root,
             ),
-            image_service(images=self.images, flights=self.flights, metrics=self.metrics),
+            image_service(
+                images=self.images,
+                flights=self.flights,
+                metrics=self.metrics,
+                handlers=self.node.handlers,
+            ),
+            transfer_service(images=self.images, metrics=self.metrics),
         )
 
     # ----------------------------------------------------------------------------- start, stop
@@ -128,7 +138,7 @@ class Daemon:
     async def start(self) -> None:
         self.pod_store.load()
         self.container_store.load()
-        await self.images.start()
+        await asyncio.to_thread(self.images.load)
         await self.pods.adopt_all(list(self.container_store))
         await self._sweep()
         self.metrics.watch(
@@ -154,6 +164,8 @@ class Daemon:
         known = {record.id for record in self.pod_store}
         await self.networks.gc(known)
         await self.pods.sweep(known)
+        await self.containers.sweep()
+        await self.images.collect()
 
     # -------------------------------------------------------------------------------- sources
 

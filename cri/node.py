@@ -16,6 +16,7 @@ from cri.config import Config, to_toml
 from cri.ports import Condition, Features
 from cri.version import version
 from sandbox.accelerator import Verdict, choose
+from sandbox.cgroup import Driver, Layout, find_driver
 from sandbox.errors import MissingProgram, SandboxError
 from sandbox.guest_image import GuestImage, find_image
 from sandbox.pods import find_handler
@@ -28,8 +29,9 @@ HOW_TO_BUILD = "husk guest build"
 class HuskNode:
     features = Features()
 
-    def __init__(self, config: Config, hypervisor: Hypervisor) -> None:
+    def __init__(self, config: Config, hypervisor: Hypervisor, layout: Layout) -> None:
         self._config = config
+        self._layout = layout
         self._hypervisor = hypervisor
         self._handlers = config.runtime_handlers()
         self._verdicts: dict[tuple[str, str], Verdict] = {}
@@ -57,7 +59,7 @@ class HuskNode:
         async with self._probing:
             if key not in self._verdicts:
                 self._verdicts[key] = await choose(
-                    handler.accelerator, image, Path(self._config.run), hypervisor=self._hypervisor
+                    handler.accelerator, image, self._hypervisor, Path(self._config.run)
                 )
         return self._verdicts[key]
 
@@ -94,6 +96,9 @@ class HuskNode:
     def handlers(self) -> Sequence[str]:
         return list(self._handlers)
 
+    def cgroup_driver(self) -> Driver:
+        return find_driver(self._layout)
+
     def condition(self) -> Condition:
         if self._problem is None:
             return Condition(ready=True)
@@ -102,7 +107,7 @@ class HuskNode:
     async def describe(self) -> Mapping[str, object]:
         if self._problem is not None:
             await self.warm_up()
-        default = self._verdicts and next(iter(self._verdicts.values()))
+        default = next(iter(self._verdicts.values()), None)
         image = find_image(Path(self._config.root))
         return {
             "version": version(),

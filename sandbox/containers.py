@@ -281,6 +281,16 @@ class Containers:
             container.relay.close()
             container.relay = None
 
+    async def sweep(self) -> None:
+        """Remove writable layers and plans that belong to no container."""
+        for key in self._host.rootfs.keys():
+            if ContainerId(key) not in self._registry.containers:
+                log.warning("container %s has no record; its writable layer is removed", key)
+                await self._host.rootfs.down(key, self._host.plans / "nowhere")
+        for plan in self._host.plans.glob("*.plan"):
+            if ContainerId(plan.stem) not in self._registry.containers:
+                plan.unlink()
+
     # ------------------------------------------------------------------------------- stop
 
     async def stop(self, id: str, timeout_s: float) -> None:
