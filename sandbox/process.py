@@ -188,18 +188,20 @@ def find_by_cgroup(directories: Iterable[str]) -> list[ProcessIdentity]:
     return [identity for identity in found if identity is not None]
 
 
-def find_by_argument(needle: str) -> list[ProcessIdentity]:
-    """Processes made by `start` that have `needle` in an argument; looks at all of /proc.
+def find_by_argument(*needles: str) -> list[ProcessIdentity]:
+    """Processes made by `start` with one of these arguments; looks at all of /proc.
 
+    A needle that ends in "/" is a directory, and arguments count that name something in it.
     The mark in the environment keeps an editor or `tail` on the same file out of it. Finds a child
     also in the moment before it is exec'ed, and children that it forked itself.
     """
-    wanted = os.fsencode(needle)
+    wanted = [os.fsencode(needle) for needle in needles]
     mark = MARK.encode() + b"="
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if wanted not in (entry / "cmdline").read_bytes():
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            if not any(_matches(needle, arguments) for needle in wanted):
                 continue
             variables = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
@@ -208,6 +210,12 @@ def find_by_argument(needle: str) -> list[ProcessIdentity]:
         if identity is not None and any(v.startswith(mark) for v in variables):
             found.append(identity)
     return found
+
+
+def _matches(needle: bytes, arguments: Sequence[bytes]) -> bool:
+    if needle.endswith(b"/"):
+        return any(needle in argument for argument in arguments)
+    return needle in arguments
 
 
 # ------------------------------------------------------------------------------------ starting
@@ -411,3 +419,28 @@ def _await_end(pid: int, check: Callable[[], None]) -> None:
             check()
     finally:
         os.close(fd)
+
+
+# ----------------------------------------------------------------------------------------- usage
+
+
+class Usage(Value, frozen=True, kw_only=True):
+    """What some processes have used: CPU time so far, memory resident now."""
+
+    cpu_seconds: float
+    memory_bytes: int
+
+
+def usage(identities: Iterable[ProcessIdentity]) -> Usage:
+    """Of all together; one that has ended counts as nothing (proc(5), stat and statm)."""
+    ticks = pages = 0
+    for identity in identities:
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            process = Path("/proc", str(identity.pid))
+            fields = (process / "stat").read_bytes().rpartition(b")")[2].split()
+            if int(fields[19]) == identity.start_time:
+                ticks += int(fields[11]) + int(fields[12])
+                pages += int((process / "statm").read_bytes().split()[1])
+    return Usage(
+        cpu_seconds=ticks / os.sysconf("SC_CLK_TCK"), memory_bytes=pages * os.sysconf("SC_PAGE_SIZE")
+    )

@@ -102,9 +102,8 @@ class Qemu:
         return QemuMachine(handle, monitor, console)
 
     async def destroy(self, spec_pod_id: str, run_dir: Path) -> None:
-        found = await asyncio.to_thread(process.find_by_argument, process_name(spec_pod_id))
-        found += await asyncio.to_thread(process.find_by_argument, f"{run_dir}/")
-        await _kill_all(found)
+        names = (process_name(spec_pod_id), f"{run_dir}/")
+        await _kill_all(await asyncio.to_thread(process.find_by_argument, *names))
         for name in ("qmp.sock", "agent.sock", "console.sock"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 (run_dir / name).unlink()

@@ -3,14 +3,19 @@
 No guest system is needed for it: the kernel prints to the console, again and again or once.
 """
 
-# ruff: noqa: ASYNC240 -- a test has its loop to itself
+# ruff: noqa: ASYNC220, ASYNC240 -- a test has its loop to itself
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import fcntl
 import os
 import secrets
 import signal
+import struct
+import subprocess
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +27,16 @@ from sandbox import cgroup, process, sockets
 from sandbox.cgroup import Cgroups
 from sandbox.errors import InvalidSpec, MissingProgram, VmmError, VmmGone
 from sandbox.process import ProcessIdentity
-from sandbox.vmm import Hypervisor, Machine, ShareSpec, VmHandle, VmSpec, find_hypervisor, find_hypervisors
+from sandbox.vmm import (
+    Hypervisor,
+    Machine,
+    NicSpec,
+    ShareSpec,
+    VmHandle,
+    VmSpec,
+    find_hypervisor,
+    find_hypervisors,
+)
 from tests.kit.tinykernel import make_kernel
 
 DEADLINE_S = 20
@@ -42,8 +56,7 @@ class Site:
 
     def processes(self) -> list[ProcessIdentity]:
         found = process.find_by_cgroup(self.spec.cgroups)
-        found += process.find_by_argument(f"husk-{self.spec.pod_id}")
-        return found + process.find_by_argument(f"{self.run_dir}/")
+        return found + process.find_by_argument(f"husk-{self.spec.pod_id}", f"{self.run_dir}/")
 
     def guest(self, line: str, *, then: str = "repeat") -> None:
         Path(self.spec.kernel).write_bytes(make_kernel(line, then=then))
@@ -209,6 +222,47 @@ async def test_a_cancelled_start_leaves_nothing(site: Site) -> None:
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert site.processes() == []
+
+
+async def test_a_nic_is_carried_by_a_tap_of_another_namespace(site: Site) -> None:
+    script = "ip tuntap add dev tap0 mode tap vnet_hdr && ip link set tap0 up && echo made && exec sleep 60"
+    with subprocess.Popen(["unshare", "--net", "sh", "-c", script], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None and await asyncio.to_thread(holder.stdout.readline) == b"made\n"
+            netns = f"/proc/{holder.pid}/ns/net"
+            tap = await asyncio.to_thread(open_tap, netns, "tap0")
+            try:
+                spec = msgspec.structs.replace(
+                    site.spec, netns=netns, nics=(NicSpec(mac="02:00:00:00:00:01"),)
+                )
+                handle = await site.hypervisor.start(spec, (tap,))
+                os.fstat(tap)  # what the caller gave is still the caller's
+            finally:
+                os.close(tap)
+            assert Path(f"/proc/{handle.vmm.pid}/ns/net").readlink() == Path(netns).readlink()
+            command = ["nsenter", f"--net={netns}", "ip", "-o", "link", "show", "tap0"]
+            shown = await process.run(command, timeout_s=10)
+            assert b"LOWER_UP" in shown.stdout, "somebody holds the other end"
+        finally:
+            holder.kill()
+
+
+def open_tap(netns: str, name: str) -> int:
+    """In a thread that ends with it: a thread that has entered a namespace is good for nothing else."""
+    opened: list[int] = []
+
+    def work() -> None:
+        with open(netns) as namespace:  # noqa: PTH123
+            assert ctypes.CDLL(None).setns(namespace.fileno(), 0x40000000) == 0
+        tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        flags = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
+        fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", name.encode(), flags))  # TUNSETIFF
+        opened.append(tap)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return opened[0]
 
 
 async def test_the_channel_listens_before_the_guest_does(site: Site) -> None:

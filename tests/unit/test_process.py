@@ -165,7 +165,7 @@ async def test_found_by_argument_when_we_made_it() -> None:
 
 async def test_cancelled_start_leaves_nothing() -> None:
     needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
-    starting = asyncio.create_task(process.start(["sleep", "60", needle]))
+    starting = asyncio.create_task(process.start(["sh", "-c", "sleep 60; :", needle]))
     await asyncio.sleep(0)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -128,7 +128,7 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
             Path(root + cgroups.root).rmdir()
         mounts.unmount_tree(run_dir)
         shutil.rmtree(run_dir)
-    assert process.find_by_argument(str(run_dir)) == []
+    assert process.find_by_argument(f"{run_dir}/", f"husk-{pod_id}") == []
 
 
 async def greeted(channel: socket.socket, machine: Machine) -> socket.socket:
