@@ -14,9 +14,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from image.library import Library
-from image.settings import Settings
-
 from cri.config import Config
 from cri.edge import Edge
 from cri.flights import Flights
@@ -26,6 +23,8 @@ from cri.observe import Metrics, MetricsServer, SandboxUsage, Sources
 from cri.runtime_service import runtime_service
 from cri.server import Server, Service
 from cri.version import version
+from image.library import Library
+from image.settings import Settings
 from network.attach import Networks
 from sandbox import cgroup, process
 from sandbox.containers import ContainerHost, Containers

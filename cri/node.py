@@ -16,7 +16,7 @@ from cri.config import Config, to_toml
 from cri.ports import Condition, Features
 from cri.version import version
 from sandbox.accelerator import Verdict, choose
-from sandbox.cgroup import Driver, Layout, find_driver
+from sandbox.cgroup import Layout, find_driver
 from sandbox.errors import MissingProgram, SandboxError
 from sandbox.guest_image import GuestImage, find_image
 from sandbox.pods import find_handler
@@ -31,7 +31,7 @@ class HuskNode:
 
     def __init__(self, config: Config, hypervisor: Hypervisor, layout: Layout) -> None:
         self._config = config
-        self._layout = layout
+        self.cgroup_driver = find_driver(layout)
         self._hypervisor = hypervisor
         self._handlers = config.runtime_handlers()
         self._verdicts: dict[tuple[str, str], Verdict] = {}
@@ -95,9 +95,6 @@ class HuskNode:
 
     def handlers(self) -> Sequence[str]:
         return list(self._handlers)
-
-    def cgroup_driver(self) -> Driver:
-        return find_driver(self._layout)
 
     def condition(self) -> Condition:
         if self._problem is None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-
 from image.stores import RootfsStore
 from sandbox.container import Container
 from sandbox.container_steps import Plan, Rootfs, Volumes
@@ -283,7 +282,8 @@ class Containers:
 
     async def sweep(self) -> None:
         """Remove writable layers and plans that belong to no container."""
-        for key in self._host.rootfs.keys():
+        written = self._host.rootfs.keys()
+        for key in written:
             if ContainerId(key) not in self._registry.containers:
                 log.warning("container %s has no record; its writable layer is removed", key)
                 await self._host.rootfs.down(key, self._host.plans / "nowhere")
