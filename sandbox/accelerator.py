@@ -4,7 +4,7 @@ That /dev/kvm opens means little: on some hosts it creates a VM and then never r
 code, or aborts over a register. So `auto` boots the guest image under KVM and waits for its agent,
 once per boot of the host, version of QEMU and guest image; the answer is kept in a file.
 
-    CACHE_DIR/accelerator.json   the answer and what it is valid for
+    CACHE_DIR/accelerator.json   the answer and what it is valid for; .lock: held while probing
     CACHE_DIR/probe/             the probe's VM; what a killed daemon left there is ended first
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
@@ -64,14 +65,19 @@ async def choose(wanted: str, image: GuestImage, hypervisor: Hypervisor, cache_d
         return Verdict(accelerator="tcg", reason=obstacle)
     version = await find_version(find_program())
     cache = cache_dir / "accelerator.json"
-    known = await asyncio.to_thread(_read, cache)
     facts = (process.boot_id(), version, image.hash)
-    if known is not None and (known.boot_id, known.qemu, known.image) == facts:
-        return known.verdict
-    verdict = await probe(image, cache_dir / "probe", hypervisor)
-    found = _Known(boot_id=facts[0], qemu=facts[1], image=facts[2], verdict=verdict)
-    await asyncio.to_thread(_write, cache, found)
-    return verdict
+    # `husk doctor` may ask while the daemon does: one probe at a time, the other reads its answer.
+    lock = await asyncio.to_thread(_lock, cache.with_suffix(".lock"))
+    try:
+        known = await asyncio.to_thread(_read, cache)
+        if known is not None and (known.boot_id, known.qemu, known.image) == facts:
+            return known.verdict
+        verdict = await probe(image, cache_dir / "probe", hypervisor)
+        found = _Known(boot_id=facts[0], qemu=facts[1], image=facts[2], verdict=verdict)
+        await asyncio.to_thread(_write, cache, found)
+        return verdict
+    finally:
+        os.close(lock)
 
 
 def find_obstacle(device: str = "/dev/kvm") -> str | None:
@@ -170,6 +176,14 @@ async def _greet(connection: socket.socket) -> None:
         heard = heard[-64:] + chunk
 
 
+def _lock(path: Path) -> int:
+    """Blocks as long as another process probes, which is bounded; the kernel frees it with its owner."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
 def _read(cache: Path) -> _Known | None:
     try:
         return msgspec.json.decode(cache.read_bytes(), type=_Known)
@@ -178,7 +192,6 @@ def _read(cache: Path) -> _Known | None:
 
 
 def _write(cache: Path, known: _Known) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
     draft = cache.with_suffix(".draft")
     draft.write_bytes(msgspec.json.encode(known))
     draft.rename(cache)
