@@ -90,7 +90,7 @@ class Sink:
 
 async def until(done: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not done():  # noqa: ASYNC110 - the fake has no event for most of this
+        while not done():
             await asyncio.sleep(0.001)
 
 

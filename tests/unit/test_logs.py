@@ -288,12 +288,13 @@ async def test_a_save_that_fails_at_open_leaves_no_file(host: Host) -> None:
 
 async def test_a_full_disk_loses_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     guest = Guest(lines(500), piece=5000)
-    relay = await host.open(guest)
+    relay = await host.open(guest, Inline())
     real_write = os.write
     room = 10_000
 
     def full(fd: int, data: memoryview) -> int:
         nonlocal room
+        guest.pump()  # more lines come while these are written
         if room == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         count = real_write(fd, data[: min(len(data), room)])
@@ -432,6 +433,48 @@ async def test_a_failed_reopen_leaves_no_new_file(failing_save: int, restores: b
     await finish(again)
 
 
+async def test_a_save_that_failed_and_took_effect_is_taken_back(host: Host) -> None:
+    """Before the old file grows, the record must name it again."""
+    guest = Guest(lines(100))
+    relay = await host.open(guest)
+    await settle(guest)
+    host.rotate("1")
+    saves = itertools.count(1)
+
+    def doubtful(position: LogPosition) -> None:
+        if (count := next(saves)) <= 2:
+            host.save(position)
+        if count >= 2:
+            raise OSError(errno.EIO, "written, perhaps")
+
+    with pytest.raises(OSError, match="perhaps"):
+        await relay.reopen(doubtful)
+    assert host.position != relay.position
+    guest.stream += lines(50, 100)
+    await settle(guest)
+    assert host.position == relay.position
+    await finish(relay)
+    again = await host.open(guest)
+    assert again.offset == len(guest.stream)
+    await finish(again)
+
+
+async def test_killed_in_a_rotation_and_the_old_file_is_gone(host: Host) -> None:
+    guest = Guest(lines(100))
+    relay = await host.open(guest)
+    await settle(guest)
+    host.rotate("1")
+    positions: list[LogPosition] = []
+    await relay.reopen(positions.append)
+    await finish(relay)
+    host.position = positions[0]  # the second save was never reached
+    assert host.position.next_base == len(guest.stream)
+    host.files()[0].unlink()
+    relay = await LogRelay.open(host.path, host.position, host.save)
+    assert relay.offset == len(guest.stream)
+    await finish(relay)
+
+
 async def test_a_missing_directory_fails_reopen_and_writing_goes_on(host: Host) -> None:
     guest = Guest(lines(100))
     relay = await host.open(guest)
@@ -565,6 +608,11 @@ async def test_killed_at_every_step(kubelet: str, tmp_path: Path, monkeypatch: p
         rotated = host.path.with_name("0.log.001")
         if not survived and kubelet == "renames back" and rotated.exists():
             rotated.rename(host.path)
+        relay = await host.open(guest)
+        # An empty new file would keep the kubelet from asking for one.
+        assert not host.path.exists() or host.path.stat().st_ino == host.position.inode
+        assert all(path.read_bytes()[-1:] in (b"\n", b"") for path in host.files())
+        await finish(relay)
         assert await life(host, guest, rotation=0)
         relay = await host.open(guest)
         await settle(guest)
@@ -663,11 +711,11 @@ async def test_a_truncated_file_goes_on(host: Host) -> None:
 
 async def test_a_new_connection_goes_on_where_the_file_ends(host: Host) -> None:
     guest = Guest(lines(1000), piece=3001)
-    relay = await host.open(guest)
+    relay = await host.open(guest, Inline())
     while relay.offset < 20_000:
         guest.pump()
         await asyncio.sleep(0)
-    guest.pump()  # received, not written: will be asked for again
+    assert guest.pump()  # received, not written: will be asked for again
     await relay.attach(guest)
     await relay.begin(guest.open_log(relay.offset))
     await settle(guest)
