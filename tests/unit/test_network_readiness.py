@@ -1,0 +1,98 @@
+"""Whether the network is ready: without a configuration, when one appears, changes, or is broken."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from network import readiness
+from network.attach import Networks
+from network.errors import NetworkNotReady, WishRefused
+from network.spec import NetworkStatus
+from tests.fakes.cni.space import wish, write_fake
+
+READY = NetworkStatus(ready=True)
+
+
+@pytest.fixture
+def networks(tmp_path: Path) -> Networks:
+    write_fake(tmp_path, "lamp")
+    return Networks(
+        conf_dir=tmp_path / "net.d",
+        bin_dirs=(tmp_path,),
+        cache_dir=tmp_path / "held",
+        netns_dir=tmp_path / "ns",
+    )
+
+
+def configure(tmp_path: Path, plugin: str = "lamp", version: str = "1.0.0", **fields: object) -> Path:
+    (tmp_path / "net.d").mkdir(exist_ok=True)
+    path = tmp_path / "net.d/10-net.conflist"
+    plugins = [{"type": plugin, **fields}]
+    path.write_text(json.dumps({"cniVersion": version, "name": "net", "plugins": plugins}))
+    return path
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+async def test_a_configuration_that_appears_is_picked_up(networks: Networks, tmp_path: Path) -> None:
+    status = networks.status()
+    assert (status.ready, status.reason) == (False, "NetworkPluginNotReady")
+    assert str(tmp_path / "net.d") in status.message
+    with pytest.raises(NetworkNotReady, match="no CNI configuration"):
+        await networks.up(wish())
+    path = configure(tmp_path)
+    assert networks.status() == READY
+    path.write_text("{")
+    assert "is not usable" in networks.status().message
+    configure(tmp_path, plugin="missing")
+    assert (
+        "missing" in networks.status().message and "containernetworking-plugins" in networks.status().message
+    )
+    path.unlink()
+    assert "no CNI configuration" in networks.status().message
+
+
+def test_an_unchanged_configuration_is_not_read_again(
+    networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(tmp_path)
+    assert networks.status() == READY
+    monkeypatch.setattr(readiness, "find_conf", None)
+    assert networks.status() == READY
+
+
+def test_plugins_of_1_1_are_asked(
+    networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "ASK_AGAIN_S", 0.0)
+    log = tmp_path / "log"
+    configure(tmp_path, version="1.1.0", log=str(log), on={"STATUS": "fail"})
+    assert not networks.status().ready
+    eventually(lambda: "lamp is dark" in networks.status().message)
+    configure(tmp_path, version="1.1.0", log=str(log))
+    eventually(lambda: networks.status() == READY)
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {call["verb"] for call in calls} == {"STATUS"}
+    assert set(calls[0]["variables"]) == {"CNI_COMMAND", "CNI_PATH"}
+
+
+def test_older_plugins_are_not_asked(networks: Networks, tmp_path: Path) -> None:
+    configure(tmp_path, on={"STATUS": "fail"}, log=str(tmp_path / "log"))
+    assert networks.status() == READY
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_pod_cidr_must_be_one(networks: Networks) -> None:
+    with pytest.raises(WishRefused, match="pod_cidr"):
+        networks.update_pod_cidr("10.0.0.0/16,nonsense")
+    networks.update_pod_cidr("")
