@@ -219,7 +219,7 @@ async def compile_agent(source: Path, scratch: Path, progress: Progress) -> byte
     out = scratch / "agent"
     out.mkdir()
     await _checked(["make", "-C", str(source), f"OUT={out}"], timeout_s=300)
-    return (out / "agent").read_bytes()
+    return (out / "husk-agent").read_bytes()
 
 
 # ------------------------------------------------------------------------------------ assembly
