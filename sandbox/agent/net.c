@@ -79,6 +79,12 @@ static bool parse_prefix(const char *text, struct prefix *prefix) {
     return length <= prefix->size * 8 && inet_pton(prefix->family, address, prefix->bytes) == 1;
 }
 
+// NLMSG_OK compares signed with unsigned.
+static bool is_whole(const struct nlmsghdr *header, int left) {
+    return left >= (int)sizeof *header && header->nlmsg_len >= sizeof *header &&
+           header->nlmsg_len <= (unsigned)left;
+}
+
 // The index of the interface with this MAC, of one whole dump of links; 0: none.
 static unsigned find_by_mac(int socket, const uint8_t mac[MAC_SIZE]) {
     struct request request;
@@ -93,7 +99,7 @@ static unsigned find_by_mac(int socket, const uint8_t mac[MAC_SIZE]) {
         if (size <= 0)
             return 0;
         int left = (int)size;
-        for (struct nlmsghdr *header = (struct nlmsghdr *)answer; NLMSG_OK(header, left);
+        for (struct nlmsghdr *header = (struct nlmsghdr *)answer; is_whole(header, left);
              header = NLMSG_NEXT(header, left)) {
             if (header->nlmsg_type == NLMSG_DONE || header->nlmsg_type == NLMSG_ERROR)
                 return found;

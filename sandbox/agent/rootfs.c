@@ -53,7 +53,8 @@ static int make_device_links(int root, const Start *start, struct error *error) 
     };
     bool wanted = false;
     for (size_t i = 0; i < start->n_mounts; i++)
-        wanted |= !strcmp(start->mounts[i]->target, "/dev") && !strcmp(start->mounts[i]->type, "tmpfs");
+        wanted |= !strcmp(start->mounts[i]->target, "/dev") &&
+                  (!strcmp(start->mounts[i]->type, "tmpfs") || !strcmp(start->mounts[i]->type, "devtmpfs"));
     if (!wanted)
         return 0;
     autoclose int directory = path_find(root, "/dev");

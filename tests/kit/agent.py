@@ -1,0 +1,274 @@
+"""The guest agent as an ordinary process, in namespaces of its own: no VM is needed to try it.
+
+Containers are real ones, of Debian's static busybox. Their cgroups lie in a cgroup v2 mount of this
+machine, beneath a directory that ends with the agent.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sandbox.guest import guest_pb2 as pb
+from sandbox.guest.client import GuestClient
+
+TREE = Path(__file__).parents[2]
+TOKEN = b"token of the vm."
+ALL_CAPS = (1 << 41) - 1
+LIMIT = 1 << 20  # of what exec keeps
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC = 1, 2, 4, 8, 0x1000, 0x4000
+
+
+def build(target: str) -> Path:
+    """Compile a program of the agent's Makefile: "husk-agent", "husk-agent-asan", "husk-agent-fuzz"."""
+    out = TREE / "sandbox/agent/build"
+    goal = target.removeprefix("husk-agent").lstrip("-") or "all"
+    subprocess.run(
+        ["nice", "make", "-s", "-C", str(TREE / "sandbox/agent"), f"OUT={out}", goal], check=True, timeout=300
+    )
+    return out / target
+
+
+def find_cgroup2() -> Path:
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, path, kind, *_ = line.split()
+        if kind == "cgroup2":
+            return Path(path)
+    raise RuntimeError("no cgroup v2 is mounted")
+
+
+def make_rootfs(path: Path) -> Path:
+    (path / "bin").mkdir(parents=True)
+    shutil.copy("/bin/busybox", path / "bin/busybox")
+    for applet in ("sh", "cat", "echo", "sleep", "ls", "stty", "tty", "env", "id", "head", "yes", "seq", "mount"):
+        (path / "bin" / applet).symlink_to("busybox")
+    for name in ("proc", "dev", "sys", "tmp", "etc"):
+        (path / name).mkdir()
+    (path / "etc/secret").write_text("of the image")
+    return path
+
+
+class Agent:
+    """A running agent. Closing it ends all that it started."""
+
+    def __init__(self, program: Path, directory: Path, *, unprivileged: bool = False) -> None:
+        self.directory = directory
+        self.socket = directory / "agent.sock"
+        self.cgroup = find_cgroup2() / f"husk-agent-{secrets.token_hex(4)}"
+        argv = [str(program), "--listen", f"unix:{self.socket}"]
+        if not unprivileged:
+            self.cgroup.mkdir()
+            argv += ["--cgroup", str(self.cgroup), "--lenient-cgroup"]
+        self.errors = (directory / "agent.err").open("wb")
+        self.process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.errors,
+            user=65534 if unprivileged else None,
+        )
+        self._rootfs = 0
+        wait_for(self.socket.exists, "the agent's socket")
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.socket}"
+
+    @property
+    def pid(self) -> int:
+        """Of the agent proper, PID 1 of its namespace."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int(children.split()[0])
+
+    def rootfs(self) -> Path:
+        self._rootfs += 1
+        return make_rootfs(self.directory / f"rootfs{self._rootfs}")
+
+    def said(self) -> str:
+        return (self.directory / "agent.err").read_text()
+
+    def run_inside(self, *argv: str) -> str:
+        """In the agent's namespaces."""
+        command = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--ipc", "--mount", "--", *argv]
+        return subprocess.run(command, check=True, timeout=30, capture_output=True, text=True).stdout
+
+    def close(self) -> int:
+        """End it; returns its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        self.errors.close()
+        for path in sorted(self.cgroup.rglob("*"), reverse=True) if self.cgroup.exists() else ():
+            if path.is_dir():
+                remove_cgroup(path)
+        if self.cgroup.exists():
+            remove_cgroup(self.cgroup)
+        return status
+
+
+def remove_cgroup(path: Path) -> None:
+    """What was killed leaves its cgroup a moment later."""
+
+    def removed() -> bool:
+        try:
+            path.rmdir()
+        except OSError:
+            return False
+        return True
+
+    wait_for(removed, f"{path} to be empty")
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {timeout_s:g} s")
+        time.sleep(0.005)
+
+
+def standard_mounts() -> list[pb.Mount]:
+    inert = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    return [
+        pb.Mount(source="proc", target="/proc", type="proc", flags=inert),
+        pb.Mount(source="tmpfs", target="/dev", type="tmpfs", flags=MS_NOSUID, data="mode=0755"),
+        pb.Mount(
+            source="devpts",
+            target="/dev/pts",
+            type="devpts",
+            flags=MS_NOSUID | MS_NOEXEC,
+            data="newinstance,ptmxmode=0666,mode=0620",
+            make=pb.Mount.DIRECTORY,
+        ),
+    ]
+
+
+def standard_devices() -> list[pb.Device]:
+    numbers = {"null": 3, "zero": 5, "full": 7, "urandom": 9}
+    return [
+        pb.Device(path=f"/dev/{name}", type=0o020000, major=1, minor=minor, mode=0o666)
+        for name, minor in numbers.items()
+    ]
+
+
+def process(argv: Sequence[str], **more: object) -> pb.Process:
+    fields: dict[str, object] = {
+        "env": [b"PATH=/bin", b"HOME=/"],
+        "cwd": "/",
+        "cap_bounding": ALL_CAPS & ~(1 << 24),
+        "cap_permitted": ALL_CAPS & ~(1 << 24),  # this machine may be short of CAP_SYS_RESOURCE
+        "cap_effective": ALL_CAPS & ~(1 << 24),
+        "oom_score_adj": int(Path("/proc/self/oom_score_adj").read_text()),
+    }
+    return pb.Process(argv=argv, **(fields | more))  # type: ignore[arg-type]
+
+
+def start(id: str, rootfs: Path, argv: Sequence[str], **more: object) -> pb.Start:
+    fields: dict[str, object] = {
+        "process": process(argv),
+        "mounts": standard_mounts(),
+        "devices": standard_devices(),
+    }
+    return pb.Start(id=id, rootfs=str(rootfs), **(fields | more))  # type: ignore[arg-type]
+
+
+class Sink:
+    """Keeps what a stream brings."""
+
+    def __init__(self) -> None:
+        self.data_seen = bytearray()
+        self.ended = False
+
+    def data(self, chunk: memoryview) -> None:
+        self.data_seen += chunk
+
+    def closed(self) -> None:
+        self.ended = True
+
+
+class Granting(Sink):
+    """And gives the credit back at once."""
+
+    def __init__(self, client: GuestClient) -> None:
+        super().__init__()
+        self.client = client
+        self.stream = 0
+
+    def data(self, chunk: memoryview) -> None:
+        super().data(chunk)
+        self.client.grant(self.stream, len(chunk))
+
+
+class RawHost:
+    """The host's end of the channel, byte by byte."""
+
+    def __init__(self, path: Path, timeout_s: float = 20) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(timeout_s)
+        self.socket.connect(str(path))
+        self.seen = b""
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def greet(self, token: bytes = TOKEN, nonce: bytes | None = None, version: int = 1) -> pb.Welcome:
+        nonce = nonce or os.urandom(16)
+        self.send(token + nonce + frame(1, 0, pb.Hello(version=version, epoch=7).SerializeToString()))
+        self.skip_to(nonce)
+        kind, _, payload = self.frame()
+        assert kind == 2
+        return pb.Welcome.FromString(payload)
+
+    def skip_to(self, nonce: bytes) -> None:
+        while nonce not in self.seen:
+            self._receive()
+        self.seen = self.seen.partition(nonce)[2]
+
+    def frame(self) -> tuple[int, int, bytes]:
+        while len(self.seen) < 12 or len(self.seen) < 12 + int.from_bytes(self.seen[:4], "little"):
+            self._receive()
+        length = int.from_bytes(self.seen[:4], "little")
+        kind, stream = self.seen[4], int.from_bytes(self.seen[8:12], "little")
+        payload, self.seen = self.seen[12 : 12 + length], self.seen[12 + length :]
+        return kind, stream, payload
+
+    def call(self, id: int, request: pb.Request) -> pb.Reply:
+        """Other frames that come before the reply are dropped."""
+        self.send(frame(3, id, request.SerializeToString()))
+        while True:
+            kind, stream, payload = self.frame()
+            if kind == 4 and stream == id:
+                return pb.Reply.FromString(payload)
+
+    def is_silent(self, for_s: float = 0.3) -> bool:
+        self.socket.settimeout(for_s)
+        try:
+            return not self.seen and self.socket.recv(1) == b""
+        except TimeoutError:
+            return True
+        finally:
+            self.socket.settimeout(20)
+
+    def _receive(self) -> None:
+        data = self.socket.recv(1 << 16)
+        assert data, "the agent hung up"
+        self.seen += data
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def frame(kind: int, stream: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(4, "little") + bytes([kind, 0, 0, 0]) + stream.to_bytes(4, "little") + payload
