@@ -134,10 +134,10 @@ def _image(args: argparse.Namespace) -> int:
 
     try:
         with Client(Path(_load(args).socket)) as client:
-            args.run_with(client, args)
+            code: int = args.run_with(client, args)
     except CallFailed as error:
         return _failed(error)
-    return 0
+    return code
 
 
 def _failed(error: Exception) -> int:

@@ -54,7 +54,7 @@ class Client:
     @staticmethod
     def _wire(service: ServiceDescriptor, method: str) -> tuple[str, Any, Any]:
         answer = GetMessageClass(service.methods_by_name[method].output_type)
-        return f"/{service.full_name}/{method}", Message.SerializeToString, answer.FromString
+        return f"/{service.full_name}/{method}", _serialize, answer.FromString
 
     def _failed(self, error: grpc.RpcError) -> CallFailed:
         code = error.code()
@@ -70,3 +70,8 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._channel.close()
+
+
+def _serialize(message: Message) -> bytes:
+    """Not the base class's method itself: each message type has its own."""
+    return message.SerializeToString()

@@ -42,19 +42,19 @@ def add_commands(image: argparse.ArgumentParser, common: argparse.ArgumentParser
     rm.set_defaults(run_with=_remove)
 
 
-def _pull(client: Client, args: argparse.Namespace) -> None:
+def _pull(client: Client, args: argparse.Namespace) -> int:
     password = ""
     if args.username:
         password = sys.stdin.readline().rstrip("\n") if args.password_stdin else getpass.getpass()
     request = husk.PullRequest(image=args.image, username=args.username, password=password)
-    _follow(client, "Pull", request)
+    return _follow(client, "Pull", request)
 
 
-def _import(client: Client, args: argparse.Namespace) -> None:
-    _follow(client, "Import", husk.ImportRequest(path=str(args.path.resolve()), name=args.name))
+def _import(client: Client, args: argparse.Namespace) -> int:
+    return _follow(client, "Import", husk.ImportRequest(path=str(args.path.resolve()), name=args.name))
 
 
-def _follow(client: Client, method: str, request: Message) -> None:
+def _follow(client: Client, method: str, request: Message) -> int:
     with reporter() as report:
         made = []
         for progress in client.stream(IMAGES, method, request):
@@ -64,14 +64,15 @@ def _follow(client: Client, method: str, request: Message) -> None:
                 report.report(progress)
     for image in made:
         print(image.image_id, *image.names)
+    return 0
 
 
-def _list(client: Client, args: argparse.Namespace) -> None:
+def _list(client: Client, args: argparse.Namespace) -> int:
     answer = client.call(IMAGE_SERVICE, "ListImages", pb.ListImagesRequest())
     if args.quiet:
         for image in answer.images:
             print(image.id)
-        return
+        return 0
     rows = [("NAME", "IMAGE ID", "SIZE")]
     rows += [
         (name, image.id.removeprefix("sha256:")[:12], f"{image.size / 1e6:.1f} MB")
@@ -79,6 +80,7 @@ def _list(client: Client, args: argparse.Namespace) -> None:
         for name in (image.repo_tags or image.repo_digests or ["<none>"])
     ]
     print(*_columns(rows), sep="\n")
+    return 0
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -87,12 +89,16 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["   ".join(cells).rstrip() for cells in padded]
 
 
-def _remove(client: Client, args: argparse.Namespace) -> None:
+def _remove(client: Client, args: argparse.Namespace) -> int:
+    """Goes on after a name that is not here, and says so in the end by its exit status."""
+    code = 0
     for name in args.images:
         spec = pb.ImageSpec(image=name)
         known = client.call(IMAGE_SERVICE, "ImageStatus", pb.ImageStatusRequest(image=spec))
         if not known.HasField("image"):
             print(f"{name}: no such image", file=sys.stderr)
+            code = 1
             continue
         client.call(IMAGE_SERVICE, "RemoveImage", pb.RemoveImageRequest(image=spec))
         print(known.image.id)
+    return code

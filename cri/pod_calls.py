@@ -11,6 +11,7 @@ from cri.observe import as_json
 from cri.ports import Pods
 from cri.proto import runtime_v1_pb2 as pb
 from cri.translate import pod_spec
+from sandbox.errors import NotFound
 from sandbox.records import ContainerRecord, ContainerState, PodRecord
 
 
@@ -27,12 +28,12 @@ class PodCalls:
         return pb.RunPodSandboxResponse(pod_sandbox_id=pod_id)
 
     async def StopPodSandbox(self, request: pb.StopPodSandboxRequest) -> pb.StopPodSandboxResponse:
-        id = request.pod_sandbox_id
+        id = self._whole(request.pod_sandbox_id)
         await self._flights.join(("stop-pod", id), lambda: self._pods.stop(id))
         return pb.StopPodSandboxResponse()
 
     async def RemovePodSandbox(self, request: pb.RemovePodSandboxRequest) -> pb.RemovePodSandboxResponse:
-        id = request.pod_sandbox_id
+        id = self._whole(request.pod_sandbox_id)
         await self._flights.join(("remove-pod", id), lambda: self._pods.remove(id))
         return pb.RemovePodSandboxResponse()
 
@@ -46,6 +47,13 @@ class PodCalls:
         if request.verbose:
             response.info["info"] = as_json(await self._pods.describe(record))
         return response
+
+    def _whole(self, id: str) -> str:
+        """The whole id, where an unknown one is fine."""
+        try:
+            return self._pods.find(id).id
+        except NotFound:
+            return id
 
     def _containers_of(self, record: PodRecord) -> list[ContainerRecord]:
         found = self._pods.containers_of(record.id)

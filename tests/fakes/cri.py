@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from cri.ports import Condition, Features
+from image.auth import Auth
+from image.blobs import Progress
+from image.errors import ImageNotFound
+from image.index import Image, ImageSettings
 from network.attach import Attachment, NetworkStatus
 from sandbox.cgroup import Driver
 from sandbox.errors import NotFound, Reserved, WrongState
@@ -23,6 +28,7 @@ T = TypeVar("T")
 replace = msgspec.structs.replace
 
 IMAGE_ID = "sha256:" + "1" * 64
+LAYER = "sha256:" + "2" * 64
 BORN_NS = 1_700_000_000_000_000_000
 
 
@@ -88,6 +94,7 @@ class FakeContainers:
     execs: list[tuple[Sequence[str], float | None]] = field(default_factory=list)
     reopened: list[str] = field(default_factory=list)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(10))
+    ticks: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     async def create(self, pod_id: str, spec: ContainerSpec) -> ContainerId:
         pod = self.pods.find(pod_id)
@@ -102,6 +109,7 @@ class FakeContainers:
             defaults=ImageDefaults(),
             resources=spec.resources,
             stop_signal=spec.stop_signal or "SIGTERM",
+            state=ContainerState.CREATED,
         )
         return id
 
@@ -142,8 +150,8 @@ class FakeContainers:
         return [
             ContainerStats(
                 container_id=id,
-                at_ns=BORN_NS + 5,
-                cpu_usage_ns=42,
+                at_ns=BORN_NS + 10**9 * next(self.ticks),
+                cpu_usage_ns=42_000_000 * next(self.ticks),
                 memory_working_set=7 << 20,
                 memory_usage=8 << 20,
                 memory_limit=64 << 20,
@@ -192,3 +200,71 @@ def _find(kind: str, id: str, records: Mapping[str, T]) -> T:
         if id and known.startswith(id):
             return record
     raise NotFound(kind, id)
+
+
+@dataclass(frozen=True)
+class FsUsage:
+    mountpoint: str = "/var/lib/husk/images"
+    used_bytes: int = 4096
+    inodes_used: int = 7
+
+
+@dataclass
+class FakeImages:
+    """`pull` makes an image of any name; `gate` holds it up, `failure` fails it."""
+
+    images: dict[str, Image] = field(default_factory=dict)
+    gate: asyncio.Event | None = None
+    failure: Exception | None = None
+    pulls: list[tuple[str, Auth | None]] = field(default_factory=list)
+    cancelled: int = 0
+
+    async def pull(
+        self, ref: str, auth: Auth | None = None, *, on_progress: Callable[[Progress], None] | None = None
+    ) -> Image:
+        self.pulls.append((ref, auth))
+        report = on_progress or (lambda progress: None)
+        report(Progress(item=LAYER, step="download", current=600, total=1000))
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.failure is not None:
+            raise self.failure
+        report(Progress(item=LAYER, step="download", current=1000, total=1000))
+        return self._add(ref if ":" in ref else f"example.test/{ref}:latest")
+
+    async def import_archive(
+        self, path: Path, *, name: str = "", on_progress: Callable[[Progress], None] | None = None
+    ) -> tuple[Image, ...]:
+        if on_progress is not None:
+            on_progress(Progress(item=LAYER, step="unpack", current=1, total=1))
+        return (self._add(name or f"example.test/{path.stem}:latest"),)
+
+    def _add(self, ref: str) -> Image:
+        image = Image(
+            id=IMAGE_ID, repo_tags=(ref,), size=1000, config=ImageSettings(user="1003:1003"), created="then"
+        )
+        self.images[ref] = image
+        return image
+
+    def find(self, ref: str) -> Image:
+        for name, image in self.images.items():
+            if ref in (name, image.id) or name == f"example.test/{ref}:latest":
+                return image
+        raise ImageNotFound(ref)
+
+    def list(self) -> tuple[Image, ...]:
+        return tuple(self.images.values())
+
+    async def remove(self, ref: str) -> Image | None:
+        try:
+            image = self.find(ref)
+        except ImageNotFound:
+            return None
+        return self.images.pop(image.repo_tags[0])
+
+    def fs_usage(self) -> FsUsage:
+        return FsUsage()

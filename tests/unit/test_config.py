@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cri import config as module
@@ -109,3 +110,18 @@ def test_what_is_printed_reads_back_as_the_same(tmp_path: Path) -> None:
     config = load(file)
     assert load(write(tmp_path, to_toml(config))) == config
     assert tomllib.loads(to_toml(Config()))["log"] == {"level": "info", "format": "text"}
+
+
+def test_the_reference_lists_every_key() -> None:
+    """docs/configuration.md names each key in a table of its own section."""
+    text = (Path(__file__).resolve().parents[2] / "docs/configuration.md").read_text()
+    top, *sections = text.split("\n### ")
+    keys = {"": top} | {section.split("`", 2)[1].strip("[]"): section for section in sections}
+    tables: dict[str, type[module.Table]] = {"": Config, "handlers.NAME": module.HandlerTable}
+    for field in msgspec.structs.fields(Config):
+        if isinstance(field.type, type) and issubclass(field.type, module.Table):
+            tables[field.name] = field.type
+    for name, table in tables.items():
+        for field in msgspec.structs.fields(table):
+            if field.name not in tables and field.name != "handlers":
+                assert f"| `{field.name}` |" in keys[name], f"{name}.{field.name}"

@@ -1,0 +1,180 @@
+"""The doctor: each check on a host that has the thing, and on one that lacks it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from cri import doctor
+from cri.config import Cni, Config, HandlerTable
+from cri.doctor import Check, Finding, Host, Verdict
+from sandbox import virtiofs
+from sandbox.vmm import qemu
+
+
+def host(tmp_path: Path, **changes: object) -> Host:
+    cni = Cni(conf_dir=str(tmp_path / "net.d"), bin_dirs=(str(tmp_path / "bin"),))
+    settings: dict[str, object] = {"root": str(tmp_path / "root"), "run": str(tmp_path / "run"), "cni": cni}
+    return Host(Config(**settings | changes), fs=tmp_path)  # type: ignore[arg-type]
+
+
+def plugin(tmp_path: Path, name: str) -> None:
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    program = tmp_path / "bin" / name
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+
+
+def network(tmp_path: Path, text: str, name: str = "10-net.conflist") -> None:
+    (tmp_path / "net.d").mkdir(exist_ok=True)
+    (tmp_path / "net.d" / name).write_text(text)
+
+
+LIST = json.dumps(
+    {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge"}, {"type": "portmap"}]}
+)
+
+
+async def test_every_check_has_one_finding_under_its_name(tmp_path: Path) -> None:
+    findings = await doctor.examine(host(tmp_path))
+    assert [finding.name for finding in findings] == [check.name for check in doctor.CHECKS]
+    assert all(finding.detail for finding in findings)
+
+
+async def test_what_is_wrong_comes_with_what_to_do(tmp_path: Path) -> None:
+    findings = await doctor.examine(host(tmp_path))
+    assert [finding for finding in findings if finding.verdict is Verdict.FAIL and not finding.fix] == []
+
+
+async def test_a_check_that_breaks_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def broken(host: Host) -> Finding:
+        raise RuntimeError("surprise")
+
+    async def fine(host: Host) -> Finding:
+        return doctor.ok("fine", "well")
+
+    monkeypatch.setattr(doctor, "CHECKS", (Check("broken", broken), Check("fine", fine)))
+    findings = await doctor.examine(host(tmp_path))
+    assert [(finding.name, finding.verdict) for finding in findings] == [
+        ("broken", Verdict.FAIL),
+        ("fine", Verdict.OK),
+    ]
+    assert "surprise" in findings[0].detail
+
+
+async def test_missing_programs_name_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(qemu, "PROGRAM", "qemu-that-is-not-there")
+    monkeypatch.setattr(virtiofs.Finder.__init__, "__defaults__", ((str(tmp_path / "virtiofsd"),),))
+    for check, package in ((doctor.hypervisor, "qemu-system-x86"), (doctor.file_server, "virtiofsd")):
+        finding = await check(host(tmp_path))
+        assert finding.verdict is Verdict.FAIL
+        assert package in finding.fix
+
+
+async def test_a_guest_image_that_was_never_built(tmp_path: Path) -> None:
+    finding = await doctor.guest(host(tmp_path))
+    assert (finding.verdict, finding.fix) == (Verdict.FAIL, "husk guest build")
+
+
+async def test_a_kernel_of_a_handler_that_is_not_there(tmp_path: Path) -> None:
+    finding = await doctor.guest(host(tmp_path, handlers={"own": HandlerTable(kernel="/nowhere/vmlinux")}))
+    assert finding.verdict is Verdict.FAIL
+    assert "handlers.own: /nowhere/vmlinux" in finding.detail
+
+
+async def test_without_kvm_emulation_is_fine(tmp_path: Path) -> None:
+    finding = await doctor.accelerator(host(tmp_path))
+    assert finding.verdict is Verdict.OK
+    assert "TCG" in finding.detail and "there is no" in finding.detail
+
+
+async def test_devices(tmp_path: Path) -> None:
+    checks = {check.name: check.look for check in doctor.CHECKS}
+    missing = host(tmp_path)
+    assert (await checks["tun"](missing)).verdict is Verdict.FAIL
+    assert (await checks["vhost-net"](missing)).verdict is Verdict.WARN
+    assert (await checks["vhost-vsock"](missing)).verdict is Verdict.OK
+    (tmp_path / "dev/net").mkdir(parents=True)
+    (tmp_path / "dev/net/tun").symlink_to("/dev/null")
+    assert (await checks["tun"](missing)).verdict is Verdict.OK
+
+
+async def test_no_network_yet_is_a_warning(tmp_path: Path) -> None:
+    finding = await doctor.cni(host(tmp_path))
+    assert finding.verdict is Verdict.WARN
+    assert "pods cannot start yet" in finding.detail
+
+
+async def test_a_network_whose_plugins_are_there(tmp_path: Path) -> None:
+    network(tmp_path, LIST)
+    plugin(tmp_path, "bridge")
+    finding = await doctor.cni(host(tmp_path))
+    assert finding.verdict is Verdict.FAIL
+    assert "'portmap'" in finding.detail and "containernetworking-plugins" in finding.fix
+    plugin(tmp_path, "portmap")
+    finding = await doctor.cni(host(tmp_path))
+    assert finding.verdict is Verdict.OK
+    assert "'pods'" in finding.detail
+
+
+async def test_a_network_file_that_is_broken(tmp_path: Path) -> None:
+    network(tmp_path, "{")
+    finding = await doctor.cni(host(tmp_path))
+    assert finding.verdict is Verdict.FAIL
+    assert "10-net.conflist" in finding.detail
+
+
+async def test_firewall(tmp_path: Path) -> None:
+    nothing = Host(Config(), fs=tmp_path, which=lambda name: None)
+    assert (await doctor.iptables(nothing)).verdict is Verdict.WARN
+    nft = Host(Config(), fs=tmp_path, which=lambda name: "/sbin/nft" if name == "nft" else None)
+    assert (await doctor.iptables(nft)).verdict is Verdict.OK
+
+
+def test_the_overlay_trial_leaves_nothing(tmp_path: Path) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    finding = asyncio.run(doctor.overlayfs(host(tmp_path)))
+    assert finding.verdict in (Verdict.OK, Verdict.FAIL)
+    assert list(tmp_path.iterdir()) == []
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+async def test_an_overlay_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "OVERLAY_TRIAL", "echo no such luck >&2; exit 32")
+    finding = await doctor.overlayfs(host(tmp_path))
+    assert finding.verdict is Verdict.FAIL
+    assert "no such luck" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("fail_below", "warn_below", "verdict"),
+    [(0, 0, Verdict.OK), (0, 1 << 60, Verdict.WARN), (1 << 60, 1 << 61, Verdict.FAIL)],
+)
+async def test_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_below: int, warn_below: int, verdict: Verdict
+) -> None:
+    monkeypatch.setattr(doctor, "SPACE_FAIL", fail_below)
+    monkeypatch.setattr(doctor, "SPACE_WARN", warn_below)
+    assert (await doctor.space(host(tmp_path))).verdict is verdict
+
+
+def test_output_for_people_and_programs() -> None:
+    findings = [doctor.ok("a", "well"), doctor.fail("longer", "gone", "apt-get install it")]
+    assert list(doctor.as_text(findings)) == [
+        "ok   a       well",
+        "fail longer  gone  [fix: apt-get install it]",
+    ]
+    document = json.loads(doctor.as_json(findings))
+    assert document["ok"] is False
+    assert document["checks"][1] == {
+        "name": "longer",
+        "verdict": "fail",
+        "detail": "gone",
+        "fix": "apt-get install it",
+    }
+    assert doctor.failed(findings) and not doctor.failed(findings[:1])
