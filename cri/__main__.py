@@ -82,13 +82,15 @@ def _serve(args: argparse.Namespace) -> int:
     import uvloop
 
     from cri import daemon
+    from cri.lock import DirectoryTaken, hold
     from cri.observe import MetricsNotServed, setup_logging
     from cri.server import SocketTaken
 
     setup_logging(config.log.level, config.log.format)
     try:
-        uvloop.run(daemon.run(config))
-    except (SocketTaken, MetricsNotServed, OSError) as error:
+        with hold([Path(config.root), Path(config.run)]):
+            uvloop.run(daemon.run(config))
+    except (DirectoryTaken, SocketTaken, MetricsNotServed, OSError) as error:
         return _failed(error)
     return 0
 

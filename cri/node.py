@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from cri.config import Config, to_toml
+from cri.config import Config
 from cri.ports import Condition, Features
 from cri.version import version
 from sandbox.accelerator import Verdict, choose
@@ -112,5 +112,5 @@ class HuskNode:
             "acceleratorReason": default.reason if default else self._problem,
             "guestKernel": image.kernel_version if image else "",
             "guestImage": image.hash if image else "",
-            "config": to_toml(self._config),
+            "config": msgspec.to_builtins(self._config),
         }
