@@ -25,7 +25,7 @@ import msgspec
 from network import netns
 from network.capabilities import capability_args, cni_args
 from network.cni import Cni
-from network.errors import NetworkError, NetworkNotReady, TapError, TeardownFailed, WishRefused
+from network.errors import NetnsError, NetworkNotReady, TapError, TeardownFailed, WishRefused
 from network.held import Held, HeldFiles, HeldUnreadable
 from network.links import read_links
 from network.plugins import Plugins
@@ -90,9 +90,9 @@ class Networks:
             )
 
     async def down(self, pod_id: str) -> None:
-        """Release all that a pod holds; idempotent. What can be released is, whatever else fails.
+        """Release all that a pod holds; idempotent. Every plug-in gets its DEL, whatever others answer.
 
-        Raises TeardownFailed when a plug-in would not DEL: the pod's file is kept for the next try.
+        Raises TeardownFailed when a plug-in would not DEL: what the next try needs is kept.
         """
         cancelled = Event()
         async with self._turns.of(pod_id):
@@ -212,12 +212,13 @@ class Networks:
         if held is not None:
             path = Path(held.netns)
             problems += self._cni.delete(held, cancelled)
+        if problems:
+            # the namespace stays for the next DEL: some plug-ins look there for what they are to undo
+            raise TeardownFailed(pod_id, problems)
         try:
             netns.remove(path)
-        except NetworkError as error:
-            problems.append(error)
-        if problems:
-            raise TeardownFailed(pod_id, problems)
+        except NetnsError as error:
+            raise TeardownFailed(pod_id, [error]) from error
         self._held.forget(pod_id)
 
     def _open_taps(self, pod_id: str) -> tuple[int, ...]:

@@ -42,6 +42,8 @@ T = TypeVar("T")
 MARK = "HUSK_PROCESS"
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C"}
 _CLONE_NEWNET = 0x40000000
+_LOOKS = 10
+_LOOK_AGAIN_S = 0.003
 
 # Runs before the program: what a child must be before it is exec'ed, done by the child itself, as
 # preexec_fn is not safe beside threads. No core dumps: they would hold a guest's memory.
@@ -193,23 +195,44 @@ def find_by_argument(*needles: str) -> list[ProcessIdentity]:
 
     A needle that ends in "/" is a directory, and arguments count that name something in it.
     The mark in the environment keeps an editor or `tail` on the same file out of it. Finds a child
-    also in the moment before it is exec'ed, and children that it forked itself.
+    also before it is exec'ed, and children that it forked itself. Blocks for some milliseconds: in
+    the moment of an exec a process shows neither, so what shows nothing is looked at again.
     """
     wanted = [os.fsencode(needle) for needle in needles]
-    mark = MARK.encode() + b"="
+    pending = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
     found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
-            if not any(_matches(needle, arguments) for needle in wanted):
-                continue
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # ended while we looked
-        identity = identify(int(entry.name))
-        if identity is not None and any(v.startswith(mark) for v in variables):
-            found.append(identity)
-    return found
+    for _ in range(_LOOKS):
+        verdicts = {pid: _made_with(pid, wanted) for pid in pending}
+        found += [identify(pid) for pid, verdict in verdicts.items() if verdict]
+        pending = [pid for pid, verdict in verdicts.items() if verdict is None]
+        if not pending:
+            break
+        time.sleep(_LOOK_AGAIN_S)
+    return [identity for identity in found if identity is not None]
+
+
+def _made_with(pid: int, wanted: Sequence[bytes]) -> bool | None:
+    """Whether `start` made it with one of these arguments; None: cannot be seen right now."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if not arguments:
+            return None if _has_program(pid) else False
+        if not any(_matches(needle, arguments.split(b"\0")) for needle in wanted):
+            return False
+        variables = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False  # ended while we looked
+    if not variables:
+        return None
+    return any(variable.startswith(MARK.encode() + b"=") for variable in variables.split(b"\0"))
+
+
+def _has_program(pid: int) -> bool:
+    """False for kernel threads and zombies, which never have arguments (proc(5), /proc/PID/exe)."""
+    try:
+        return bool(Path(f"/proc/{pid}/exe").readlink())
+    except OSError:
+        return False
 
 
 def _matches(needle: bytes, arguments: Sequence[bytes]) -> bool:

@@ -128,6 +128,6 @@ def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     daemon = getattr(item, "funcargs", {}).get("daemon")
-    if report.failed and hasattr(daemon, "evidence"):
+    if report.failed and daemon is not None and hasattr(daemon, "evidence"):
         report.sections.append(("daemon", daemon.evidence()))
     return report

@@ -3,7 +3,7 @@
 No guest system is needed for it: the kernel prints to the console, again and again or once.
 """
 
-# ruff: noqa: ASYNC220, ASYNC240 -- a test has its loop to itself
+# ruff: noqa: ASYNC220 -- a test has its loop to itself
 
 from __future__ import annotations
 

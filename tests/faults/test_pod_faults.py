@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from image.index import Image, ImageSettings
 
+from image.index import Image, ImageSettings
 from sandbox import cgroup
 from sandbox.accelerator import Verdict
 from sandbox.containers import ContainerHost, Containers

@@ -48,7 +48,21 @@ def find_cgroup2() -> Path:
 def make_rootfs(path: Path) -> Path:
     (path / "bin").mkdir(parents=True)
     shutil.copy("/bin/busybox", path / "bin/busybox")
-    for applet in ("sh", "cat", "echo", "sleep", "ls", "stty", "tty", "env", "id", "head", "yes", "seq", "mount"):
+    for applet in (
+        "sh",
+        "cat",
+        "echo",
+        "sleep",
+        "ls",
+        "stty",
+        "tty",
+        "env",
+        "id",
+        "head",
+        "yes",
+        "seq",
+        "mount",
+    ):
         (path / "bin" / applet).symlink_to("busybox")
     for name in ("proc", "dev", "sys", "tmp", "etc"):
         (path / name).mkdir()
@@ -271,4 +285,6 @@ class RawHost:
 
 
 def frame(kind: int, stream: int, payload: bytes = b"") -> bytes:
-    return len(payload).to_bytes(4, "little") + bytes([kind, 0, 0, 0]) + stream.to_bytes(4, "little") + payload
+    return (
+        len(payload).to_bytes(4, "little") + bytes([kind, 0, 0, 0]) + stream.to_bytes(4, "little") + payload
+    )

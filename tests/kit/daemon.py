@@ -176,9 +176,7 @@ class Daemon:
 
     def census(self) -> Census:
         own = frozenset({self.pid}) if self._process is not None else frozenset()
-        return take_census(
-            self.namespace, self.root, self.run_directory, self.leases, Path(self.cgroup).name, own
-        )
+        return take_census(self.namespace, self.root, self.run_directory, self.leases, self.cgroup, own)
 
     def leaks_since(self, before: Census, patience_s: float = 5) -> list[str]:
         """What is left since `before`; looks again for a while, as ended processes take a moment."""

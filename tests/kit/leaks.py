@@ -41,7 +41,10 @@ class Census:
 
 
 def processes_naming(mark: str) -> frozenset[str]:
-    """Processes other than ourselves (and our parents) with `mark` in their command line."""
+    """Processes other than ourselves (and our parents) with `mark` in their command line or cgroup.
+
+    A VMM opens nothing by name, so its command line has no path; its cgroup tells whose it is.
+    """
     spared = {os.getpid(), os.getppid()}
     found = set()
     for entry in Path("/proc").iterdir():
@@ -49,10 +52,10 @@ def processes_naming(mark: str) -> frozenset[str]:
             continue
         try:
             line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if mark in line or mark in (entry / "cgroup").read_text():
+                found.add(f"{entry.name} {line[:200]}")
         except OSError:
             continue  # it ended meanwhile
-        if mark in line:
-            found.add(f"{entry.name} {line[:200]}")
     return frozenset(found)
 
 
@@ -62,15 +65,10 @@ def mounts_naming(mark: str, pid: int | str = "self") -> frozenset[str]:
     return frozenset(point for point in (line.split()[4] for line in lines) if mark in point)
 
 
-def cgroups_naming(*marks: str) -> frozenset[str]:
-    """Directories of any cgroup hierarchy whose path has every mark in it."""
-    found = set()
-    for folder, names, _ in os.walk(CGROUPS):
-        for name in names:
-            path = f"{folder}/{name}"
-            if all(mark in path for mark in marks):
-                found.add(path)
-    return frozenset(found)
+def cgroups_naming(mark: str) -> frozenset[str]:
+    """Directories of any cgroup hierarchy with `mark` in their path."""
+    paths = (f"{folder}/{name}" for folder, names, _ in os.walk(CGROUPS) for name in names)
+    return frozenset(path for path in paths if mark in path)
 
 
 def remove_cgroups(name: str) -> None:
@@ -99,12 +97,12 @@ def take_census(
     ignore: frozenset[int] = frozenset(),
 ) -> Census:
     """Everything that a daemon with this state and run directory holds; `ignore` are pids that may live."""
+    mark = str(root.parent)
+    processes = processes_naming(mark) | processes_naming(f"{cgroup}/")
     return Census(
-        processes=frozenset(
-            each for each in processes_naming(str(root)) if int(each.split()[0]) not in ignore
-        ),
-        mounts=mounts_naming(str(root), namespace.pid),
-        cgroups=cgroups_naming(cgroup, "husk-"),
+        processes=frozenset(each for each in processes if int(each.split()[0]) not in ignore),
+        mounts=mounts_naming(mark, namespace.pid),
+        cgroups=cgroups_naming(f"{cgroup}/"),
         directories=entries(
             root / "pods", root / "containers", root / "rootfs", root / "cni", run / "pods", run / "netns"
         ),

@@ -1,6 +1,6 @@
 """Layouts are told apart, parents of both drivers are understood, and cgroups come and go."""
 
-# ruff: noqa: ASYNC230, ASYNC240 -- a test has its loop to itself
+# ruff: noqa: ASYNC230 -- a test has its loop to itself
 
 from __future__ import annotations
 

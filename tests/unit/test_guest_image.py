@@ -1,7 +1,5 @@
 """Kernels come out of their packages, archives are the same bytes each time, builds replace atomically."""
 
-# ruff: noqa: ASYNC240 -- a test has its loop to itself
-
 from __future__ import annotations
 
 import gzip

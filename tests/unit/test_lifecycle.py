@@ -73,7 +73,7 @@ async def test_a_failing_step_undoes_itself_and_all_before_it(broken: int) -> No
 
 
 async def test_a_callers_mistake_keeps_its_type() -> None:
-    with pytest.raises(InvalidSpec, match="config.hostname"):
+    with pytest.raises(InvalidSpec, match=r"config\.hostname"):
         await up(World(), FakeStep("a", fails_up=InvalidSpec("config.hostname", "is too long")))
 
 
@@ -93,7 +93,11 @@ async def test_what_cannot_be_undone_stays_saved_and_the_rest_is_released() -> N
 
 async def test_take_down_gathers_all_failures() -> None:
     world = World(saved=["a", "b", "c"])
-    steps = [FakeStep("a", fails_down=OSError("one")), FakeStep("b"), FakeStep("c", fails_down=OSError("two"))]
+    steps = [
+        FakeStep("a", fails_down=OSError("one")),
+        FakeStep("b"),
+        FakeStep("c", fails_down=OSError("two")),
+    ]
     with pytest.raises(UndoFailed) as caught:
         await take_down(steps, world, ended=world.saved.remove)
     assert [name for name, _ in caught.value.failures] == ["c", "a"]

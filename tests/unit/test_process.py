@@ -1,6 +1,6 @@
 """Processes are started where they belong, known again, watched and ended."""
 
-# ruff: noqa: ASYNC220, ASYNC221, ASYNC240 -- a test has its loop to itself
+# ruff: noqa: ASYNC220, ASYNC221 -- a test has its loop to itself
 
 from __future__ import annotations
 
@@ -161,6 +161,19 @@ async def test_found_by_argument_when_we_made_it() -> None:
             assert identity not in process.find_by_argument(needle)
         finally:
             os.killpg(other.pid, signal.SIGKILL)
+
+
+async def test_found_at_any_moment_of_its_start() -> None:
+    """It is exec'ed three times over, and in each of these moments shows no arguments at all."""
+    for number in range(30):
+        needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
+        identity = await process.start(["sh", "-c", "sleep 60; :", needle])
+        if number % 2:
+            await asyncio.sleep(number / 10_000)
+        try:
+            assert identity in process.find_by_argument(needle)
+        finally:
+            await process.kill(identity)
 
 
 async def test_cancelled_start_leaves_nothing() -> None:

@@ -1,7 +1,5 @@
 """What QEMU's driver asks of the host, and how it keeps a guest's words in bounds."""
 
-# ruff: noqa: ASYNC240 -- a test has its loop to itself
-
 from __future__ import annotations
 
 import asyncio

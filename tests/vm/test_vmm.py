@@ -4,8 +4,6 @@ The guest is the distribution's kernel with a shell as its agent, so that nothin
 shares and the guest image's parts is under test here.
 """
 
-# ruff: noqa: ASYNC240 -- a test has its loop to itself
-
 from __future__ import annotations
 
 import asyncio

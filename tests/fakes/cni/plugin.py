@@ -22,6 +22,8 @@ def main() -> int:
     verb = os.environ["CNI_COMMAND"]
     conf: dict[str, Any] = json.loads(sys.stdin.read())
     deed = conf.get("on", {}).get(verb, "")
+    if "while" in conf and not Path(conf["while"]).exists():
+        deed = ""
     if "log" in conf:
         variables = {name: value for name, value in os.environ.items() if name.startswith("CNI_")}
         line = json.dumps({"verb": verb, "plugin": sys.argv[1], "variables": variables, "conf": conf})
@@ -41,7 +43,7 @@ def main() -> int:
 
 def work(verb: str, conf: dict[str, Any]) -> str:
     if "real" in conf:
-        inner = {name: value for name, value in conf.items() if name not in ("on", "real", "log", "result")}
+        inner = {name: value for name, value in conf.items() if name not in ("on", "real", "log")}
         inner["type"] = Path(conf["real"]).name
         done = subprocess.run([conf["real"]], input=json.dumps(inner), capture_output=True, text=True)
         if done.returncode:
@@ -50,6 +52,9 @@ def work(verb: str, conf: dict[str, Any]) -> str:
         return done.stdout
     if verb != "ADD":
         return ""
+    if "inside" in conf:
+        netns = f"--net={os.environ['CNI_NETNS']}"
+        subprocess.run(["nsenter", netns, "sh", "-ec", conf["inside"]], check=True)
     return json.dumps(conf.get("result") or conf.get("prevResult") or {"cniVersion": conf["cniVersion"]})
 
 

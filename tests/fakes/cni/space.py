@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,13 @@ class Space:
             "namespaces": _names(self.netns_dir),
             "held": _names(self.cache_dir),
         }
+
+    def settled(self, deadline_s: float = 5.0) -> dict[str, frozenset[str]]:
+        """The census once no link is left: the kernel takes a gone namespace's veths away a little later."""
+        end = time.monotonic() + deadline_s
+        while (seen := self.census())["links"] and time.monotonic() < end:
+            time.sleep(0.05)
+        return seen
 
 
 def write_fake(directory: Path, name: str) -> None:
