@@ -27,6 +27,7 @@ typedef Husk__Guest__V1__Process Process;
 typedef Husk__Guest__V1__Start Start;
 typedef Husk__Guest__V1__Mount Mount;
 typedef Husk__Guest__V1__Device Device;
+typedef Husk__Guest__V1__Link Link;
 typedef Husk__Guest__V1__File File;
 typedef Husk__Guest__V1__CgroupFile CgroupFile;
 typedef Husk__Guest__V1__Exec Exec;

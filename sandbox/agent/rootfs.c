@@ -44,23 +44,14 @@ static int make_device(int root, const Device *device, struct error *error) {
     return 0;
 }
 
-// The links that every /dev has (OCI runtime-spec, config-linux.md, "Dev symbolic links"), where the plan
-// put a /dev of the container's own; one that is there already stays.
-static int make_device_links(int root, const Start *start, struct error *error) {
-    static const char *const links[][2] = {
-        {"fd", "/proc/self/fd"},       {"stdin", "/proc/self/fd/0"}, {"stdout", "/proc/self/fd/1"},
-        {"stderr", "/proc/self/fd/2"}, {"ptmx", "pts/ptmx"},         {"core", "/proc/kcore"},
-    };
-    bool wanted = false;
-    for (size_t i = 0; i < start->n_mounts; i++)
-        wanted |= !strcmp(start->mounts[i]->target, "/dev") &&
-                  (!strcmp(start->mounts[i]->type, "tmpfs") || !strcmp(start->mounts[i]->type, "devtmpfs"));
-    if (!wanted)
-        return 0;
-    autoclose int directory = path_find(root, "/dev");
-    for (size_t i = 0; i < sizeof links / sizeof links[0]; i++)
-        if (symlinkat(links[i][1], directory, links[i][0]) < 0 && errno != EEXIST && errno != EROFS)
-            return fail(error, errno, "link /dev/%s", links[i][0]);
+// What is there already stays: an image may bring its own /dev.
+static int make_link(int root, const Link *link, struct error *error) {
+    const char *name;
+    autoclose int parent = path_parent(root, link->path, &name, error);
+    if (parent < 0)
+        return -1;
+    if (symlinkat(link->target, parent, name) < 0 && errno != EEXIST && errno != EROFS)
+        return fail(error, errno, "link %s", link->path);
     return 0;
 }
 
@@ -112,8 +103,9 @@ int rootfs_prepare(const Start *start, const char *id, struct error *error) {
     for (size_t i = 0; i < start->n_devices; i++)
         if (make_device(root, start->devices[i], error) < 0)
             return -1;
-    if (make_device_links(root, start, error) < 0)
-        return -1;
+    for (size_t i = 0; i < start->n_links; i++)
+        if (make_link(root, start->links[i], error) < 0)
+            return -1;
     for (size_t i = 0; i < start->n_files; i++)
         if (place_file(root, start->files[i], id, i, error) < 0)
             return -1;
