@@ -19,6 +19,8 @@ from sandbox import process
 from sandbox.errors import DeadlineExceeded
 from sandbox.process import ProcessIdentity, User
 
+PAUSE = "kill -STOP $$"  # a shell that keeps its arguments, without a child that would outlive it
+
 
 async def sleeper(*extra: str, **options: object) -> ProcessIdentity:
     return await process.start(["sleep", "60", *extra], **options)  # type: ignore[arg-type]
@@ -151,9 +153,9 @@ async def test_an_adopted_process_is_waited_for() -> None:
 
 async def test_found_by_argument_when_we_made_it() -> None:
     needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
-    with subprocess.Popen(["sh", "-c", "sleep 60; :", needle], start_new_session=True) as other:
+    with subprocess.Popen(["sh", "-c", PAUSE, needle], start_new_session=True) as other:
         try:
-            identity = await process.start(["sh", "-c", "sleep 60; :", needle])
+            identity = await process.start(["sh", "-c", PAUSE, needle])
             found = process.find_by_argument(needle)
             assert identity in found
             assert other.pid not in {each.pid for each in found}
@@ -167,7 +169,7 @@ async def test_found_at_any_moment_of_its_start() -> None:
     """It is exec'ed three times over, and in each of these moments shows no arguments at all."""
     for number in range(30):
         needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
-        identity = await process.start(["sh", "-c", "sleep 60; :", needle])
+        identity = await process.start(["sh", "-c", PAUSE, needle])
         if number % 2:
             await asyncio.sleep(number / 10_000)
         try:
@@ -178,7 +180,7 @@ async def test_found_at_any_moment_of_its_start() -> None:
 
 async def test_cancelled_start_leaves_nothing() -> None:
     needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
-    starting = asyncio.create_task(process.start(["sh", "-c", "sleep 60; :", needle]))
+    starting = asyncio.create_task(process.start(["sh", "-c", PAUSE, needle]))
     await asyncio.sleep(0)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
