@@ -127,6 +127,7 @@ class Library:
     async def _write_out(self) -> None:
         try:
             # what a pull that failed or was called off discarded
+            await self.puller.wait_ended()
             await self._collector.empty_trash()
             await asyncio.to_thread(self.layers.sync)
         except (OSError, ImageError) as error:

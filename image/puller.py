@@ -69,6 +69,7 @@ class Puller:
         self._unpacks = asyncio.Semaphore(settings.max_unpacks)
         self._flights: dict[tuple[Reference, Auth | None], _Flight] = {}
         self._tasks: set[asyncio.Task[Image]] = set()
+        self._ending: set[asyncio.Task[Image]] = set()  # cancelled, and cleaning up
 
     async def pull(self, ref: str, auth: Auth | None = None, *, on_progress: Report | None = None) -> Image:
         """Fetch an image, or learn that it is here already; the registry is asked in any case.
@@ -103,12 +104,19 @@ class Puller:
             if flight.waiters == 0 and not flight.task.done():
                 self._forget(key, flight)  # nobody shall join what is ending
                 flight.task.cancel()
+                self._ending.add(flight.task)
+                flight.task.add_done_callback(self._ending.discard)
 
     def _forget(self, key: tuple[Reference, Auth | None], flight: _Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
         if flight.task is not None and flight.task.done() and not flight.task.cancelled():
             flight.task.exception()  # everyone who asked may have been cancelled meanwhile
+
+    async def wait_ended(self) -> None:
+        """Until pulls that were called off have discarded what they had."""
+        if self._ending:
+            await asyncio.wait(self._ending)
 
     async def close(self) -> None:
         """End all pulls and wait until they have cleaned up."""
