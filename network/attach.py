@@ -201,17 +201,16 @@ class Networks:
         )
 
     def _down(self, pod_id: str, cancelled: Callable[[], bool] = lambda: False) -> None:
-        problems: list[Exception] = []
         path = self._netns_dir / pod_id
+        problems: Sequence[Exception] = ()
         try:
             held = self._held.load(pod_id)
+            if held is not None:
+                path = Path(held.netns)
+                problems = self._cni.delete(held, cancelled)
         except HeldUnreadable as error:
-            # nothing can be given back with it, and kept it would fail each further try
-            log.error("%s; what its plug-ins hold is left to their GC", error)
-            held = None
-        if held is not None:
-            path = Path(held.netns)
-            problems += self._cni.delete(held, cancelled)
+            log.error("%s; its plug-ins are told to DEL by the configuration of today", error)
+            self._delete_blindly(pod_id)
         if problems:
             # the namespace stays for the next DEL: some plug-ins look there for what they are to undo
             raise TeardownFailed(pod_id, problems)
@@ -220,6 +219,27 @@ class Networks:
         except NetnsError as error:
             raise TeardownFailed(pod_id, [error]) from error
         self._held.forget(pod_id)
+
+    def _delete_blindly(self, pod_id: str) -> None:
+        """DEL with what is still known. Failures are only logged.
+
+        Most plug-ins find what is theirs by the pod id; portmap does nothing unless told of ports.
+        """
+        try:
+            conf = self._readiness.conf()
+        except NetworkNotReady as error:
+            log.error("what the network of pod %s holds outside is left to gc: %s", pod_id, error)
+            return
+        held = Held(
+            pod_id=pod_id,
+            netns=str(self._netns_dir / pod_id),
+            ifname=IFNAME,
+            conf=conf,
+            args=f"IgnoreUnknown=1;K8S_POD_INFRA_CONTAINER_ID={pod_id}",
+            begun=len(conf.plugins),
+        )
+        for problem in self._cni.delete(held):
+            log.error("%s", problem)
 
     def _open_taps(self, pod_id: str) -> tuple[int, ...]:
         held = self._attached(pod_id)

@@ -45,7 +45,7 @@ async def start(space: Space, networks: Networks, pod_id: str, **fields: Any) ->
 
 @in_space
 async def test_bridge_portmap_and_hairpin(space: Space) -> None:
-    space.configure(bridge(), PORTMAP)
+    space.configure(bridge(ipMasq=True), PORTMAP)
     networks = space.networks()
     web, web_guest = await start(space, networks, "web", port_mappings=PORTS)
     other, other_guest = await start(space, networks, "other")
@@ -105,7 +105,7 @@ async def test_macvlan_with_a_smaller_mtu(space: Space) -> None:
 @pytest.mark.parametrize("version", ["0.3.0", "0.3.1", "0.4.0", "1.0.0"])
 @in_space
 async def test_each_version_that_debians_plugins_speak(space: Space, version: str) -> None:
-    space.configure(bridge(), version=version)
+    space.configure(bridge(ipMasq=True), version=version)
     networks = space.networks()
     attachment = await networks.up(wish())
     assert attachment.ips == ("10.77.0.2", "fd77::2")
@@ -116,7 +116,7 @@ async def test_each_version_that_debians_plugins_speak(space: Space, version: st
 
 @in_space
 async def test_check_notices_what_was_changed(space: Space) -> None:
-    space.configure(bridge())
+    space.configure(bridge(ipMasq=True))
     networks = space.networks()
     attachment = await networks.up(wish())
     space.sh(f"nsenter --net={attachment.netns} ip addr del 10.77.0.2/24 dev eth0")
@@ -236,7 +236,7 @@ async def test_a_vm_may_be_started_again(space: Space) -> None:
 
 @in_space
 async def test_many_pods_at_once(space: Space) -> None:
-    space.configure(bridge(ipMasq=False))
+    space.configure(bridge())
     networks = space.networks()
     pods = [f"pod-{number}" for number in range(8)]
     attachments = await asyncio.gather(*(networks.up(wish(pod)) for pod in pods))

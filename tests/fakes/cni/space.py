@@ -118,7 +118,7 @@ def bridge(**fields: Any) -> dict[str, Any]:
         "type": "bridge",
         "bridge": "cni0",
         "isGateway": True,
-        "ipMasq": True,
+        "ipMasq": False,  # as that takes a dozen runs of iptables
         "hairpinMode": True,
         "ipam": {
             "type": "host-local",
