@@ -111,10 +111,12 @@ class Networks:
         async with self._turns.of(pod_id):
             await in_thread(lambda: self._cni.check(self._attached(pod_id)))
 
-    async def gc(self, valid: Iterable[str]) -> None:
+    async def gc(self, valid: Iterable[str], *, ask_plugins: bool = True) -> None:
         """Release what belongs to no valid pod, ours and then the plug-ins'. Raises TeardownFailed.
 
-        `valid` names every pod that is not to be released, also those that are being started.
+        `valid` names every pod that is not to be released, also those that are being started. The
+        plug-ins' GC knows only networks, not runtimes: with `ask_plugins` it takes away what another
+        runtime or daemon holds in the same network, so only the network's sole user may ask.
         """
         keep = frozenset(valid)
         problems: list[Exception] = []
@@ -124,8 +126,9 @@ class Networks:
                     await self.down(pod_id)
                 except TeardownFailed as error:
                     problems += error.problems
-        async with self._turns.alone():
-            problems += await in_thread(lambda: self._collect(keep))
+        if ask_plugins:
+            async with self._turns.alone():
+                problems += await in_thread(lambda: self._collect(keep))
         if problems:
             raise TeardownFailed("(none)", problems)
 

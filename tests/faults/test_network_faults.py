@@ -230,6 +230,8 @@ async def test_gc_goes_on_past_a_failure(space: Space) -> None:
         space.add_fake(name)
     log = {"log": str(space.log)}
     space.configure({"type": "bad", "on": {"GC": "fail"}, **log}, {"type": "good", **log}, version="1.1.0")
+    await space.networks().gc([], ask_plugins=False)
+    assert space.calls() == []
     with pytest.raises(TeardownFailed, match="bad failed to GC"):
         await space.networks().gc([])
     assert [(call["plugin"], call["verb"]) for call in space.calls()] == [("bad", "GC"), ("good", "GC")]
