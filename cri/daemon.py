@@ -26,6 +26,7 @@ from cri.version import version
 from image.library import Library
 from image.settings import Settings
 from network.attach import Networks
+from network.errors import NetworkError
 from sandbox import cgroup, process
 from sandbox.containers import ContainerHost, Containers
 from sandbox.pods import PodHost, Pods
@@ -146,6 +147,7 @@ class Daemon:
         if self.config.metrics.port:
             address = self.config.metrics.address
             self.metrics_server = MetricsServer(self.metrics, address, self.config.metrics.port)
+        self.node.check()
         await self.server.start()
         self.tasks.spawn(self.node.warm_up(), "choice of the accelerator")
 
@@ -161,7 +163,10 @@ class Daemon:
     async def _sweep(self) -> None:
         """Release what belongs to no record: only a lost or broken record leads to that."""
         known = {record.id for record in self.pod_store}
-        await self.networks.gc(known)
+        try:
+            await self.networks.gc(known)
+        except NetworkError as error:
+            log.error("networks without a pod could not all be released: %s", error)
         await self.pods.sweep(known)
         await self.containers.sweep()
         await self.images.collect()

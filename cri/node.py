@@ -36,7 +36,7 @@ class HuskNode:
         self._handlers = config.runtime_handlers()
         self._verdicts: dict[tuple[str, str], Verdict] = {}
         self._probing = asyncio.Lock()
-        self._problem: str | None = "the accelerator has not been chosen yet"
+        self._problem: str | None = None
 
     # ------------------------------------------------------------------------------ for pods
 
@@ -84,6 +84,13 @@ class HuskNode:
 
     # ---------------------------------------------------------------------------- for Status
 
+    def check(self) -> None:
+        """Whether the default handler has a kernel to boot; quick, before the first client asks."""
+        try:
+            self.handler("")
+        except SandboxError as error:
+            self._problem = str(error)
+
     async def warm_up(self) -> None:
         """Choose the default handler's accelerator before a client has to wait for it."""
         try:
@@ -102,8 +109,7 @@ class HuskNode:
         return Condition(ready=False, reason="CannotStartSandboxes", message=self._problem)
 
     async def describe(self) -> Mapping[str, object]:
-        if self._problem is not None:
-            await self.warm_up()
+        await self.warm_up()
         default = next(iter(self._verdicts.values()), None)
         image = find_image(Path(self._config.root))
         return {

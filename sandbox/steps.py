@@ -102,6 +102,7 @@ class Network:
             name=spec.name,
             namespace=spec.namespace,
             uid=spec.uid,
+            annotations=spec.annotations,
             port_mappings=tuple(
                 PortMapping(
                     protocol=port.protocol,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -175,7 +174,6 @@ def main() -> int:
         host = {"kernel": platform.release(), "kvm": Path("/dev/kvm").exists()}
         document = {"host": host, "rounds": wish.rounds, "runtimes": results, "ratios": ratios(results)}
         wish.json.write_text(json.dumps(document, indent=1) + "\n")
-    shutil.rmtree(scratch_root(), ignore_errors=True)
     return 0
 
 

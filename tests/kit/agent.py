@@ -50,6 +50,7 @@ def make_rootfs(path: Path) -> Path:
     shutil.copy("/bin/busybox", path / "bin/busybox")
     for applet in (
         "sh",
+        "true",
         "cat",
         "echo",
         "sleep",

@@ -150,7 +150,7 @@ class Daemon:
     def vmm_pids(self, pod_id: str) -> list[int]:
         """The hypervisor processes of a pod, known by the name they were given."""
         found = (each.split(" ", 2) for each in processes_naming(f"husk-{pod_id}"))
-        return [int(pid) for pid, program, *_ in found if "qemu" in program]
+        return [int(pid) for pid, program, *_ in found if "qemu-system" in program]
 
     def kill_vmm(self, pod_id: str) -> None:
         pids = self.vmm_pids(pod_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +63,18 @@ def test_version_and_info(crictl: Crictl) -> None:
 
 
 def test_runtime_config(crictl: Crictl) -> None:
-    config = json.loads(crictl.say("runtime-config"))
-    assert config["linux"]["cgroupDriver"] in ("CGROUPFS", "SYSTEMD")
+    answer = crictl.say("runtime-config")
+    assert "CGROUPFS" in answer or "SYSTEMD" in answer
 
 
 def test_page_from_the_pod(crictl: Crictl, site: Any, pod: Running) -> None:
     assert page(site, crictl, pod.pod) == "hello from the pod\n"
-    log = crictl.run("logs", pod.container)
-    assert "200" in log.stdout + log.stderr
+
+    def log() -> str:
+        said = crictl.run("logs", pod.container)
+        return str(said.stdout + said.stderr)
+
+    assert "200" in Cri.wait_for(log, lambda text: "200" in text, 10)
 
 
 def test_exec_sync(crictl: Crictl, pod: Running) -> None:
