@@ -102,11 +102,15 @@ class Qemu:
         return QemuMachine(handle, monitor, console)
 
     async def destroy(self, spec_pod_id: str, run_dir: Path) -> None:
-        names = (process_name(spec_pod_id), f"{run_dir}/")
-        await _kill_all(await asyncio.to_thread(process.find_by_argument, *names))
+        await _kill_all(await _find(spec_pod_id, run_dir))
         for name in ("qmp.sock", "agent.sock", "console.sock"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 (run_dir / name).unlink()
+
+
+async def _find(pod_id: str, run_dir: Path) -> list[ProcessIdentity]:
+    """Every process of a pod's VM, by name alone."""
+    return await asyncio.to_thread(process.find_by_argument, process_name(pod_id), f"{run_dir}/")
 
 
 def make() -> Hypervisor:
@@ -140,7 +144,10 @@ class QemuMachine:
         return reason + _said(self._run_dir)
 
     async def kill(self) -> None:
-        await _kill_all([self.handle.vmm, *self.handle.helpers.values()])
+        # a virtiofsd has a child in its namespaces, which would end only a moment after it
+        found = await _find(self.handle.spec.pod_id, self._run_dir)
+        known = [self.handle.vmm, *self.handle.helpers.values()]
+        await _kill_all(list(dict.fromkeys([*known, *found])))
 
     def console_tail(self) -> str:
         return self._console.tail()

@@ -15,7 +15,7 @@ import grpc
 
 from tests.kit.cni import PLUGINS
 from tests.kit.cri import Cri
-from tests.kit.leaks import Census, processes_naming, take_census
+from tests.kit.leaks import Census, processes_naming, remove_cgroups, take_census
 from tests.kit.namespace import Namespace
 from tests.kit.scratch import scratch_dir, scratch_root
 
@@ -139,6 +139,7 @@ class Daemon:
                     self.kill()
         self.cri.close()
         self._process = None
+        remove_cgroups(scratch_root().name)
 
     def remove_all(self) -> None:
         for pod in self.cri.call("ListPodSandbox").items:
