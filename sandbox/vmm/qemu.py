@@ -102,15 +102,21 @@ class Qemu:
         return QemuMachine(handle, monitor, console)
 
     async def destroy(self, spec_pod_id: str, run_dir: Path) -> None:
-        await _kill_all(await _find(spec_pod_id, run_dir))
+        await _end_all(spec_pod_id, run_dir)
         for name in ("qmp.sock", "agent.sock", "console.sock"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 (run_dir / name).unlink()
 
 
-async def _find(pod_id: str, run_dir: Path) -> list[ProcessIdentity]:
-    """Every process of a pod's VM, by name alone."""
-    return await asyncio.to_thread(process.find_by_argument, process_name(pod_id), f"{run_dir}/")
+async def _end_all(pod_id: str, run_dir: Path) -> None:
+    """End every process of a pod's VM, found by name alone.
+
+    A virtiofsd may fork its child, which runs in namespaces of its own, between the look and the
+    kill, so the last look is one that finds nothing. Raises DeadlineExceeded as `process.kill` does.
+    """
+    names = (process_name(pod_id), f"{run_dir}/")
+    while found := await asyncio.to_thread(process.find_by_argument, *names):
+        await _kill_all(found)
 
 
 def make() -> Hypervisor:
@@ -144,10 +150,8 @@ class QemuMachine:
         return reason + _said(self._run_dir)
 
     async def kill(self) -> None:
-        # a virtiofsd has a child in its namespaces, which would end only a moment after it
-        found = await _find(self.handle.spec.pod_id, self._run_dir)
-        known = [self.handle.vmm, *self.handle.helpers.values()]
-        await _kill_all(list(dict.fromkeys([*known, *found])))
+        await _kill_all([self.handle.vmm, *self.handle.helpers.values()])
+        await _end_all(self.handle.spec.pod_id, self._run_dir)
 
     def console_tail(self) -> str:
         return self._console.tail()
