@@ -135,3 +135,10 @@ void channel_reset(struct channel *channel, const uint8_t *nonce) {
     buffer_free(&channel->out);
     buffer_append(&channel->out, nonce, TOKEN_SIZE);
 }
+
+void channel_close(struct channel *channel) {
+    loop_close(channel->loop, &channel->link);
+    loop_close(channel->loop, &channel->listener);
+    buffer_free(&channel->out);
+    parser_free(channel->parser);
+}

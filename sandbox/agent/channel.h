@@ -30,6 +30,9 @@ void channel_link(struct channel *channel, int fd);
 // Takes connections from a listening socket; each new one displaces the one before.
 void channel_listen(struct channel *channel, int fd);
 
+// Hangs up, and lets go of all memory.
+void channel_close(struct channel *channel);
+
 void channel_read(struct channel *channel);  // one piece, if there is any
 void channel_flush(struct channel *channel); // as much as the host takes
 

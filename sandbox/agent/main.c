@@ -50,6 +50,7 @@ static int run_workshop(struct agent *agent, const struct workshop *workshop) {
     agent_open(agent);
     channel_listen(&agent->channel, listener);
     agent_serve(agent);
+    channel_close(&agent->channel);
     return 0;
 }
 

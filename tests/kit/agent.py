@@ -6,6 +6,7 @@ machine, beneath a directory that ends with the agent.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
@@ -22,7 +24,10 @@ from sandbox.guest.client import GuestClient
 TREE = Path(__file__).parents[2]
 TOKEN = b"token of the vm."
 ALL_CAPS = (1 << 41) - 1
-LIMIT = 1 << 20  # of what exec keeps
+APPLETS = """
+sh true cat echo sleep ls stty tty env id head yes seq mount umask kill dd ln mkdir wc
+stat grep setsid rmdir mkfifo umount chmod
+"""
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC = 1, 2, 4, 8, 0x1000, 0x4000
 
@@ -48,22 +53,7 @@ def find_cgroup2() -> Path:
 def make_rootfs(path: Path) -> Path:
     (path / "bin").mkdir(parents=True)
     shutil.copy("/bin/busybox", path / "bin/busybox")
-    for applet in (
-        "sh",
-        "true",
-        "cat",
-        "echo",
-        "sleep",
-        "ls",
-        "stty",
-        "tty",
-        "env",
-        "id",
-        "head",
-        "yes",
-        "seq",
-        "mount",
-    ):
+    for applet in APPLETS.split():
         (path / "bin" / applet).symlink_to("busybox")
     for name in ("proc", "dev", "sys", "tmp", "etc"):
         (path / name).mkdir()
@@ -92,16 +82,24 @@ class Agent:
         )
         self._rootfs = 0
         wait_for(self.socket.exists, "the agent's socket")
+        if not unprivileged:
+            wait_for(self._is_moved, "the agent's namespaces")
 
     @property
     def address(self) -> str:
         return f"unix:{self.socket}"
 
+    def _children(self) -> list[int]:
+        text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in text.split()]
+
+    def _is_moved(self) -> bool:
+        return any(Path(f"/proc/{pid}/root/run/husk/files").exists() for pid in self._children())
+
     @property
     def pid(self) -> int:
         """Of the agent proper, PID 1 of its namespace."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return int(children.split()[0])
+        return self._children()[0]
 
     def rootfs(self) -> Path:
         self._rootfs += 1
@@ -178,8 +176,13 @@ def standard_devices() -> list[pb.Device]:
     ]
 
 
-def process(argv: Sequence[str], **more: object) -> pb.Process:
-    fields: dict[str, object] = {
+def standard_links() -> list[pb.Link]:
+    targets = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}
+    return [pb.Link(path=f"/dev/{name}", target=f"/proc/self/fd{end}") for name, end in targets.items()]
+
+
+def process(argv: Sequence[str], **more: Any) -> pb.Process:
+    fields: dict[str, Any] = {
         "env": [b"PATH=/bin", b"HOME=/"],
         "cwd": "/",
         "cap_bounding": ALL_CAPS & ~(1 << 24),
@@ -187,43 +190,115 @@ def process(argv: Sequence[str], **more: object) -> pb.Process:
         "cap_effective": ALL_CAPS & ~(1 << 24),
         "oom_score_adj": int(Path("/proc/self/oom_score_adj").read_text()),
     }
-    return pb.Process(argv=argv, **(fields | more))  # type: ignore[arg-type]
+    return pb.Process(argv=argv, **(fields | more))
 
 
-def start(id: str, rootfs: Path, argv: Sequence[str], **more: object) -> pb.Start:
-    fields: dict[str, object] = {
+def start(id: str, rootfs: Path, argv: Sequence[str], **more: Any) -> pb.Start:
+    fields: dict[str, Any] = {
         "process": process(argv),
         "mounts": standard_mounts(),
         "devices": standard_devices(),
+        "links": standard_links(),
     }
-    return pb.Start(id=id, rootfs=str(rootfs), **(fields | more))  # type: ignore[arg-type]
+    return pb.Start(id=id, rootfs=str(rootfs), **(fields | more))
 
 
 class Sink:
-    """Keeps what a stream brings."""
+    """Keeps what a stream brings; gives the credit back at once, unless told to hold it."""
 
-    def __init__(self) -> None:
-        self.data_seen = bytearray()
-        self.ended = False
+    def __init__(self, client: GuestClient, window: int = 1 << 16, *, hold: bool = False) -> None:
+        self.client = client
+        self.window = window
+        self.hold = hold
+        self.seen = bytearray()
+        self.ended = asyncio.Event()
+        self.stream = client.open_input(self, window)
 
     def data(self, chunk: memoryview) -> None:
-        self.data_seen += chunk
+        self.seen += chunk
+        if not self.hold:
+            self.client.grant(self.stream, len(chunk))
 
     def closed(self) -> None:
-        self.ended = True
+        self.ended.set()
+
+    async def read(self, enough: Callable[[bytes], bool], timeout_s: float = 20) -> bytes:
+        """What was seen once it is `enough`."""
+        async with asyncio.timeout(timeout_s):
+            while not enough(bytes(self.seen)):
+                await asyncio.sleep(0.002)
+        return bytes(self.seen)
 
 
-class Granting(Sink):
-    """And gives the credit back at once."""
+class Guest:
+    """A client of an agent, with shorthands. Connecting again takes the place of the connection before."""
 
-    def __init__(self, client: GuestClient) -> None:
-        super().__init__()
-        self.client = client
-        self.stream = 0
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.epoch = 0
+        self.events: list[pb.Event] = []
+        self.client: GuestClient
+        self._names: list[str] = []
 
-    def data(self, chunk: memoryview) -> None:
-        super().data(chunk)
-        self.client.grant(self.stream, len(chunk))
+    async def connect(self) -> pb.Welcome:
+        self.epoch += 1
+        self.client = await GuestClient.connect(
+            self.agent.address, token=TOKEN, epoch=self.epoch, on_event=self.events.append, timeout_s=20
+        )
+        return self.client.welcome
+
+    def name(self) -> str:
+        name = f"c-{secrets.token_hex(4)}"
+        self._names.append(name)
+        return name
+
+    async def call(self, **body: Any) -> pb.Reply:
+        return await self.client.call(pb.Request(**body), 20)
+
+    async def start(self, argv: Sequence[str], **more: Any) -> str:
+        """Start a container (fields of Start as keywords); returns its id."""
+        id = more.pop("id", None) or self.name()
+        rootfs = more.pop("rootfs", None) or self.agent.rootfs()
+        await self.call(start=start(id, rootfs, argv, **more))
+        return id
+
+    async def exited(self, id: str) -> pb.Exited:
+        async with asyncio.timeout(20):
+            while True:
+                for event in self.events:
+                    if event.exited.container_id == id and not event.exited.exec_id:
+                        return event.exited
+                await asyncio.sleep(0.002)
+
+    async def run(self, argv: Sequence[str], **more: Any) -> tuple[int, list[str]]:
+        """Run a container to its end: exit code, and the text of its log, line by line."""
+        sink = Sink(self.client)
+        id = await self.start(argv, log_stream=sink.stream, log_window=sink.window, **more)
+        exited = await self.exited(id)
+        await asyncio.wait_for(sink.ended.wait(), 20)
+        await self.remove(id)
+        return exited.exit_code, [line.split(" ", 3)[3] for line in sink.seen.decode().splitlines()]
+
+    async def sh(self, script: str, **more: Any) -> tuple[int, list[str]]:
+        """A script; its errors are among its output, in order."""
+        return await self.run(["sh", "-c", f"exec 2>&1; {script}"], **more)
+
+    async def exec(
+        self, id: str, argv: Sequence[str], *, timeout_s: float = 20, limit: int = 1 << 20, **more: Any
+    ) -> tuple[int, str, str]:
+        result = await self.client.exec_sync(id, process(argv, **more), timeout_s, limit)
+        return result.exit_code, result.stdout.decode(), result.stderr.decode()
+
+    async def remove(self, id: str) -> None:
+        await self.call(remove=pb.Remove(container_id=id))
+
+    async def close(self) -> None:
+        """Remove what was started."""
+        if self.client.lost:
+            await self.connect()
+        for name in self._names:
+            await self.remove(name)
+        await self.client.close()
 
 
 class RawHost:

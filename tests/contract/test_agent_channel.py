@@ -1,0 +1,244 @@
+"""The agent's end of the channel, byte by byte: tokens, nonces, versions and broken frames."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from sandbox.guest import guest_pb2 as pb
+from tests.kit.agent import TOKEN, Agent, Guest, RawHost, build, frame, start, wait_for
+from tests.kit.scratch import scratch_dir
+
+PING = frame(3, 77, pb.Request(ping=pb.Ping()).SerializeToString())
+HELLO = frame(1, 0, pb.Hello(version=1, epoch=3).SerializeToString())
+
+
+@pytest.fixture
+def host(agent: Agent) -> Iterator[RawHost]:
+    host = RawHost(agent.socket)
+    host.greet()
+    yield host
+    host.close()
+
+
+def resync(host: RawHost) -> pb.Welcome:
+    return host.greet()
+
+
+def test_welcome(agent: Agent) -> None:
+    host = RawHost(agent.socket)
+    welcome = host.greet()
+    assert (welcome.version, welcome.epoch) == (1, 7)
+    assert welcome.kernel == os.uname().release
+    assert welcome.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert len(welcome.agent) == 16
+    assert [phase.name for phase in welcome.phases] == ["agent"]
+    assert not host.call(1, pb.Request(ping=pb.Ping())).HasField("failure")
+    host.close()
+
+
+def test_wrong_version(agent: Agent) -> None:
+    host = RawHost(agent.socket)
+    assert host.greet(version=9).version == 1
+    host.send(PING)
+    assert host.is_silent(), "nothing else is done"
+    assert resync(host).version == 1
+    host.close()
+
+
+def test_unknown_token(agent: Agent, host: RawHost) -> None:
+    other = RawHost(agent.socket)
+    other.send(b"not the token..." + bytes(16) + HELLO)
+    assert other.is_silent()
+    assert resync(other).version == 1, "once the token comes, all is well"
+    other.close()
+
+
+def test_the_first_token_is_adopted() -> None:
+    agent = Agent(build("husk-agent"), scratch_dir("agent"))
+    try:
+        host = RawHost(agent.socket)
+        host.send(b"another ")
+        host.close()  # half a token of a daemon that died
+        host = RawHost(agent.socket)
+        assert host.greet(token=b"0123456789abcdef").version == 1
+        host.close()
+        host = RawHost(agent.socket)
+        host.send(TOKEN + bytes(16) + HELLO)
+        assert host.is_silent()
+        host.close()
+    finally:
+        assert agent.close() == 0
+
+
+@pytest.mark.parametrize("cut", [1, 5, 12, 13, 500])
+def test_token_in_the_middle_of_a_half_frame(host: RawHost, cut: int) -> None:
+    host.send(frame(3, 5, bytes(1000))[:cut])
+    resync(host)
+    assert not host.call(1, pb.Request(ping=pb.Ping())).HasField("failure")
+
+
+def test_token_in_pieces(host: RawHost) -> None:
+    host.send(frame(3, 5, bytes(1000))[:600])
+    nonce = os.urandom(16)
+    host.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    for byte in TOKEN + nonce + HELLO:
+        host.send(bytes([byte]))
+    host.skip_to(nonce)
+    assert host.frame()[0] == 2
+
+
+def test_token_that_begins_twice(host: RawHost) -> None:
+    """The search must not lose a token behind a part of one."""
+    nonce = os.urandom(16)
+    host.send(frame(3, 5, bytes(100))[:50] + TOKEN[:9] + TOKEN[:15] + TOKEN + nonce + HELLO)
+    host.skip_to(nonce)
+    assert host.frame()[0] == 2
+
+
+def test_the_last_of_two_preambles_counts(host: RawHost) -> None:
+    first, second = os.urandom(16), os.urandom(16)
+    host.send(TOKEN + first + HELLO + TOKEN + second + HELLO)
+    host.skip_to(second)
+    assert host.frame()[0] == 2
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        (5 << 20).to_bytes(4, "little") + bytes([3, 0, 0, 0]) + b"\1\0\0\0",
+        frame(0, 1),
+        frame(2, 1),
+        frame(10, 1),
+        frame(3, 0, b"x"),
+        frame(3, 1, b"\xff\xff\xff"),
+        frame(6, 1, bytes(65537)),
+        frame(7, 1, b"abc"),
+        frame(8, 1, b"x"),
+        frame(9, 1, b"x"),
+        frame(1, 0, pb.Hello(version=1).SerializeToString()),  # a second greeting
+        b"\0\0\0\0\3\1\0\0\1\0\0\0",
+    ],
+)
+def test_what_makes_no_sense_ends_the_conversation(host: RawHost, broken: bytes) -> None:
+    host.send(broken + PING)
+    assert host.is_silent(0.1)
+    resync(host)
+    assert not host.call(1, pb.Request(ping=pb.Ping())).HasField("failure")
+
+
+def test_frames_in_front_of_hello(agent: Agent) -> None:
+    host = RawHost(agent.socket)
+    nonce = os.urandom(16)
+    host.send(TOKEN + nonce + PING + HELLO)
+    host.skip_to(nonce)
+    assert host.is_silent()
+    host.close()
+
+
+def test_unknown_streams_are_ignored(host: RawHost) -> None:
+    host.send(frame(6, 9, b"data") + frame(7, 9, bytes(4)) + frame(8, 9) + frame(9, 9))
+    assert not host.call(1, pb.Request(ping=pb.Ping())).HasField("failure")
+
+
+def test_an_empty_request(host: RawHost) -> None:
+    assert host.call(1, pb.Request()).failure.step == "request"
+    assert host.call(2, pb.Request(start=pb.Start())).failure.step == "start"
+    assert host.call(3, pb.Request(exec=pb.Exec())).failure.errno == 3
+    assert not host.call(4, pb.Request(remove=pb.Remove())).HasField("failure")
+
+
+def test_many_requests_at_once(host: RawHost) -> None:
+    wish = pb.Request(ping=pb.Ping()).SerializeToString()
+    host.send(b"".join(frame(3, id, wish) for id in range(1, 5001)))
+    assert sorted(host.frame()[1] for _ in range(5000)) == list(range(1, 5001))
+
+
+def test_a_large_request(agent: Agent, host: RawHost) -> None:
+    paths = [f"/proc/{number}/{'x' * 200}" for number in range(5000)]
+    reply = host.call(1, pb.Request(read_cgroup=pb.ReadCgroup(paths=paths)))
+    assert len(reply.values.values) == 5000
+
+
+def test_a_reply_that_is_too_large(host: RawHost) -> None:
+    paths = ["/bin/busybox"] * 100
+    reply = host.call(1, pb.Request(read_cgroup=pb.ReadCgroup(paths=paths)))
+    assert reply.failure.step == "reply"
+
+
+def test_a_new_connection_takes_the_place(agent: Agent, host: RawHost) -> None:
+    other = RawHost(agent.socket)
+    other.greet()
+    assert host.socket.recv(1) == b"", "the one before is hung up on"
+    other.close()
+
+
+async def test_containers_in_the_welcome(guest: Guest) -> None:
+    running = await guest.start(["sleep", "100"])
+    ended = await guest.start(["sh", "-c", "exit 9"])
+    await guest.exited(ended)
+    welcome = await guest.connect()
+    states = {each.id: each for each in welcome.containers}
+    assert states[running].state == pb.ContainerState.RUNNING
+    assert states[running].pid > 1
+    assert states[ended].state == pb.ContainerState.EXITED
+    assert (states[ended].exited.exit_code, states[ended].exited.container_id) == (9, ended)
+    await guest.remove(ended)
+    assert ended not in {each.id for each in (await guest.connect()).containers}
+
+
+def _is_gone(path: Path) -> bool:
+    return not path.exists()
+
+
+async def test_a_start_that_was_not_answered_is_undone(agent: Agent, guest: Guest) -> None:
+    """The daemon died meanwhile: the next one finds it started and told, or not at all."""
+    for _ in range(20):
+        await guest.client.close()
+        host = RawHost(agent.socket)
+        host.greet()
+        id = guest.name()
+        request = pb.Request(start=start(id, agent.rootfs(), ["sleep", "1000"]))
+        host.send(frame(3, 1, request.SerializeToString()))
+        welcome = resync(host)
+        host.close()
+        known = {each.id for each in welcome.containers}
+        await guest.connect()
+        if id in known:
+            assert (await guest.exec(id, ["true"]))[0] == 0
+        else:
+            cgroup = agent.cgroup / "husk" / id
+            wait_for(partial(_is_gone, cgroup), "the start to be undone")
+        await guest.remove(id)
+
+
+def test_unprivileged_it_speaks_and_starts_nothing() -> None:
+    directory = scratch_dir("agent")
+    directory.chmod(0o777)
+    agent = Agent(build("husk-agent"), directory, unprivileged=True)
+    try:
+        host = RawHost(agent.socket)
+        host.greet()
+        assert host.call(1, pb.Request(start=start("c", directory, ["true"]))).HasField("failure")
+        assert host.call(2, pb.Request(configure=pb.Configure(hostname="x"))).failure.errno == 1
+        assert not host.call(3, pb.Request(ping=pb.Ping())).HasField("failure")
+        host.close()
+    finally:
+        assert agent.close() == 0
+
+
+def test_power_off() -> None:
+    agent = Agent(build("husk-agent"), scratch_dir("agent"))
+    host = RawHost(agent.socket)
+    host.greet()
+    assert not host.call(1, pb.Request(start=start("c", agent.rootfs(), ["sleep", "9999"]))).HasField(
+        "failure"
+    )
+    assert not host.call(2, pb.Request(power_off=pb.PowerOff())).HasField("failure")
+    assert agent.process.wait(10) == 0
+    agent.close()

@@ -1,0 +1,146 @@
+"""What Configure makes of an agent's namespaces, and that the machine's own stay as they are."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox.errors import GuestError
+from sandbox.guest import guest_pb2 as pb
+from tests.kit.agent import MS_BIND, Agent, Guest, build, standard_mounts
+from tests.kit.scratch import scratch_dir
+
+MACS = ("02:00:00:00:00:01", "02:00:00:00:00:02")
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    """One of its own per test, with two interfaces."""
+    agent = Agent(build("husk-agent-asan"), scratch_dir("agent"))
+    for number, mac in enumerate(MACS):
+        agent.run_inside("ip", "link", "add", f"eth{number}", "type", "veth", "peer", "name", f"peer{number}")
+        agent.run_inside("ip", "link", "set", f"eth{number}", "address", mac)
+        agent.run_inside("ip", "link", "set", f"peer{number}", "up")
+    yield agent
+    assert agent.close() == 0, agent.said()
+
+
+@pytest.fixture
+async def guest(agent: Agent) -> AsyncIterator[Guest]:
+    guest = Guest(agent)
+    await guest.connect()
+    yield guest
+    await guest.close()
+
+
+def configure(**more: object) -> pb.Configure:
+    fields: dict[str, object] = {"hostname": "pod-1", "machine_id": "ab" * 16, "shm_bytes": 1 << 20}
+    return pb.Configure(**(fields | more))  # type: ignore[arg-type]
+
+
+async def test_names_and_shm(agent: Agent, guest: Guest) -> None:
+    host = socket.gethostname()
+    assert not guest.client.welcome.configured
+    await guest.call(configure=configure(entropy=os.urandom(32)))
+    assert (await guest.connect()).configured
+    assert socket.gethostname() == host
+    assert agent.run_inside("cat", "/proc/sys/kernel/hostname") == "pod-1\n"
+    assert agent.run_inside("cat", "/run/husk/machine-id") == "ab" * 16 + "\n"
+    assert agent.run_inside("stat", "-c", "%a", "/run/husk/shm") == "1777\n"
+    shm = pb.Mount(source="/run/husk/shm", target="/dev/shm", flags=MS_BIND, make=pb.Mount.DIRECTORY)
+    mounts = [*standard_mounts(), shm]
+    assert (await guest.sh("echo shared >/dev/shm/x", mounts=mounts))[0] == 0
+    assert await guest.sh("cat /dev/shm/x", mounts=mounts) == (0, ["shared"])
+    assert not Path("/run/husk/shm/x").exists()
+
+
+def addresses_of_the_machine() -> str:
+    return subprocess.run(["ip", "-o", "addr"], check=True, capture_output=True, text=True).stdout
+
+
+async def test_interfaces_and_routes(agent: Agent, guest: Guest) -> None:
+    before = addresses_of_the_machine()
+    wish = configure(
+        interfaces=[
+            pb.Interface(mac=MACS[0], name="eth1", mtu=1400, addresses=["10.9.0.2/24", "fd00:9::2/64"]),
+            pb.Interface(mac=MACS[1], name="eth0", addresses=["10.8.0.2/32"]),
+        ],
+        routes=[
+            pb.Route(destination="0.0.0.0/0", gateway="10.9.0.1", interface="eth1", metric=50, mtu=1300),
+            pb.Route(destination="10.7.0.0/16", interface="eth0"),
+            pb.Route(destination="10.6.0.0/16", gateway="169.254.1.1", interface="eth0", on_link=True),
+            pb.Route(destination="::/0", gateway="fd00:9::1", interface="eth1"),
+        ],
+        sysctls=[pb.Sysctl(name="net.ipv4.conf.eth1.forwarding", value="1")],
+    )
+    for _ in range(2):  # a second time, as after a failure half-way
+        await guest.call(configure=wish)
+    links = agent.run_inside("ip", "-o", "link")
+    assert f"{MACS[0]}" in next(line for line in links.splitlines() if ": eth1" in line)
+    assert "mtu 1400" in next(line for line in links.splitlines() if ": eth1" in line)
+    assert f"{MACS[1]}" in next(line for line in links.splitlines() if ": eth0" in line)
+    addresses = agent.run_inside("ip", "-o", "addr")
+    for address in ("127.0.0.1/8", "10.9.0.2/24", "fd00:9::2/64", "10.8.0.2/32"):
+        assert f" {address} " in addresses
+    assert "tentative" not in next(line for line in addresses.splitlines() if "fd00:9::2" in line)
+    routes = agent.run_inside("ip", "route") + agent.run_inside("ip", "-6", "route")
+    assert "default via 10.9.0.1 dev eth1 proto static metric 50 mtu 1300" in routes
+    assert "10.7.0.0/16 dev eth0 proto static scope link" in routes
+    assert "10.6.0.0/16 via 169.254.1.1 dev eth0 proto static onlink" in routes
+    assert "default via fd00:9::1 dev eth1" in routes
+    assert agent.run_inside("cat", "/proc/sys/net/ipv4/conf/eth1/forwarding") == "1\n"
+    assert addresses_of_the_machine() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "step"),
+    [
+        ({"interfaces": [pb.Interface(mac="nonsense", name="x")]}, "interface nonsense"),
+        (
+            {"interfaces": [pb.Interface(mac=MACS[0], name="eth0", addresses=["10.0.0.300/8"])]},
+            "address 10.0.0.300/8",
+        ),
+        (
+            {"routes": [pb.Route(destination="0.0.0.0/0", gateway="10.0.0.1", interface="no")]},
+            "route 0.0.0.0/0",
+        ),
+        (
+            {"routes": [pb.Route(destination="10.0.0.0/8", gateway="fd00::1", interface="lo")]},
+            "route 10.0.0.0/8",
+        ),
+        ({"sysctls": [pb.Sysctl(name="net.no.such", value="1")]}, "sysctl net.no.such"),
+        ({"sysctls": [pb.Sysctl(name="vm.swappiness", value="60")]}, "sysctl vm.swappiness"),
+        ({"sysctls": [pb.Sysctl(name="net/../vm/swappiness", value="60")]}, "sysctl net/../vm/swappiness"),
+        ({"hostname": "x" * 100}, "hostname"),
+    ],
+)
+async def test_failures_are_named_and_can_be_made_good(
+    guest: Guest, more: dict[str, object], step: str
+) -> None:
+    with pytest.raises(GuestError) as caught:
+        await guest.call(configure=configure(**more))
+    assert caught.value.step == step
+    assert not (await guest.connect()).configured
+    await guest.call(configure=configure())
+    assert (await guest.connect()).configured
+
+
+async def test_the_machine_stays_as_it_is(agent: Agent, guest: Guest) -> None:
+    mounts = Path("/proc/self/mountinfo").read_text()
+    await guest.call(configure=configure())
+    await guest.run(["true"])
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+
+
+async def test_namespaced_sysctls(agent: Agent, guest: Guest) -> None:
+    sysctls = [
+        pb.Sysctl(name="kernel.shm_rmid_forced", value="1"),
+        pb.Sysctl(name="net/ipv4/ip_forward", value="1"),
+    ]
+    await guest.call(configure=configure(sysctls=sysctls))
+    assert agent.run_inside("cat", "/proc/sys/net/ipv4/ip_forward") == "1\n"
