@@ -52,7 +52,7 @@ class Library:
         self.index = Index(self._root)
         self.layers = LayerStore(self._root, settings.limits)
         self.rootfs = OverlayStore(root, self.layers)
-        self.puller = Puller(self.index, self.layers, settings)
+        self.puller = Puller(self.index, self.layers, settings, self._settle)
         self._collector = Collector(self.index, self.layers, in_use)
         self._background: set[asyncio.Task[None]] = set()
 
@@ -72,19 +72,13 @@ class Library:
         self, ref: str, auth: Auth | None = None, *, on_progress: Callable[[Progress], None] | None = None
     ) -> Image:
         """See `Puller.pull`."""
-        try:
-            return await self.puller.pull(ref, auth, on_progress=on_progress)
-        finally:
-            self._settle()
+        return await self.puller.pull(ref, auth, on_progress=on_progress)
 
     async def import_archive(
         self, path: Path, *, name: str = "", on_progress: Callable[[Progress], None] | None = None
     ) -> tuple[Image, ...]:
         """See `Puller.import_archive`."""
-        try:
-            return await self.puller.import_archive(path, name=name, on_progress=on_progress)
-        finally:
-            self._settle()
+        return await self.puller.import_archive(path, name=name, on_progress=on_progress)
 
     def find(self, ref: str) -> Image:
         """Raises ImageNotFound."""
@@ -127,7 +121,6 @@ class Library:
     async def _write_out(self) -> None:
         try:
             # what a pull that failed or was called off discarded
-            await self.puller.wait_ended()
             await self._collector.empty_trash()
             await asyncio.to_thread(self.layers.sync)
         except (OSError, ImageError) as error:

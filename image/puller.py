@@ -60,16 +60,22 @@ class _Flight:
 
 
 class Puller:
-    def __init__(self, index: Index, layers: LayerStore, settings: Settings) -> None:
+    def __init__(
+        self,
+        index: Index,
+        layers: LayerStore,
+        settings: Settings,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._index = index
         self._layers = layers
         self._settings = settings
         self._platform = manifest.host_platform(platform.machine())
         self._downloads = asyncio.Semaphore(settings.max_downloads)
         self._unpacks = asyncio.Semaphore(settings.max_unpacks)
+        self._on_end = on_end  # called whenever a pull or import has ended, however it did
         self._flights: dict[tuple[Reference, Auth | None], _Flight] = {}
         self._tasks: set[asyncio.Task[Image]] = set()
-        self._ending: set[asyncio.Task[Image]] = set()  # cancelled, and cleaning up
 
     async def pull(self, ref: str, auth: Auth | None = None, *, on_progress: Report | None = None) -> Image:
         """Fetch an image, or learn that it is here already; the registry is asked in any case.
@@ -85,7 +91,7 @@ class Puller:
             flight.task = asyncio.create_task(self._bounded(reference, auth, flight.report))
             self._tasks.add(flight.task)
             flight.task.add_done_callback(self._tasks.discard)
-            flight.task.add_done_callback(lambda _: self._forget(key, flight))
+            flight.task.add_done_callback(lambda task: self._ended(key, flight, task))
         return await self._wait(key, flight, on_progress)
 
     async def _wait(
@@ -104,19 +110,16 @@ class Puller:
             if flight.waiters == 0 and not flight.task.done():
                 self._forget(key, flight)  # nobody shall join what is ending
                 flight.task.cancel()
-                self._ending.add(flight.task)
-                flight.task.add_done_callback(self._ending.discard)
 
     def _forget(self, key: tuple[Reference, Auth | None], flight: _Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-        if flight.task is not None and flight.task.done() and not flight.task.cancelled():
-            flight.task.exception()  # everyone who asked may have been cancelled meanwhile
 
-    async def wait_ended(self) -> None:
-        """Until pulls that were called off have discarded what they had."""
-        if self._ending:
-            await asyncio.wait(self._ending)
+    def _ended(self, key: tuple[Reference, Auth | None], flight: _Flight, task: asyncio.Task[Image]) -> None:
+        self._forget(key, flight)
+        if not task.cancelled():
+            task.exception()  # everyone who asked may have been cancelled meanwhile
+        self._on_end()
 
     async def close(self) -> None:
         """End all pulls and wait until they have cleaned up."""
@@ -132,8 +135,13 @@ class Puller:
 
         `name` replaces the archive's own names; it then must hold one image. Raises any ImageError.
         """
+        try:
+            return await self._import(path, name, on_progress or (lambda progress: None))
+        finally:
+            self._on_end()
+
+    async def _import(self, path: Path, name: str, report: Report) -> tuple[Image, ...]:
         tag = parse(name).tagged if name else ""
-        report = on_progress or (lambda progress: None)
         with self._layers.staging() as scratch:
             archive = await asyncio.to_thread(open_archive, path, scratch)
             try:

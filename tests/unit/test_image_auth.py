@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import base64
+
+import pytest
+
+from image.auth import ANONYMOUS, Auth, Challenge, Credential, challenges, credential
+
+PAIR = base64.b64encode(b"user:pa:ss").decode()
+
+
+@pytest.mark.parametrize(
+    ("auth", "expected"),
+    [
+        (None, ANONYMOUS),
+        (Auth(), ANONYMOUS),
+        (Auth(username="u", password="p"), Credential(username="u", password="p")),
+        (Auth(auth=PAIR), Credential(username="user", password="pa:ss")),
+        (Auth(auth="not base64!"), ANONYMOUS),
+        (Auth(identity_token="t"), Credential(identity_token="t")),
+        (Auth(registry_token="t"), Credential(registry_token="t")),
+        (Auth(username="u", password="p", auth=PAIR), Credential(username="u", password="p")),
+    ],
+)
+def test_forms(auth: Auth | None, expected: Credential) -> None:
+    assert credential(auth, hosts=("host",)) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "hosts", "fits"),
+    [
+        ("host", ("host",), True),
+        ("https://host/v1/", ("host",), True),
+        ("HOST:5000", ("host:5000",), True),
+        ("https://index.docker.io/v1/", ("registry-1.docker.io", "docker.io"), True),
+        ("docker.io", ("registry-1.docker.io",), True),
+        ("other", ("host",), False),
+        ("host", ("host:5000",), False),
+        ("https://host.evil.com", ("host",), False),
+    ],
+)
+def test_server_address(address: str, hosts: tuple[str, ...], fits: bool) -> None:
+    found = credential(Auth(username="u", password="p", server_address=address), hosts=hosts)
+    assert (found != ANONYMOUS) is fits
+
+
+def test_secrets_are_not_shown() -> None:
+    auth = Auth(username="u", password="secret", registry_token="secret", identity_token="secret")
+    shown = f"{auth} {auth!r} {credential(auth, hosts=())!r} {[auth]}"
+    assert "secret" not in shown
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("", ()),
+        ("Basic realm=x", (Challenge(scheme="basic", realm="x"),)),
+        ("BASIC", (Challenge(scheme="basic"),)),
+        (
+            'Bearer realm="https://a/t",service="s",scope="repository:a/b:pull,push"',
+            (Challenge(scheme="bearer", realm="https://a/t", service="s", scope="repository:a/b:pull,push"),),
+        ),
+        (
+            'Basic realm="a \\" b", Bearer realm="r" , service=s',
+            (Challenge(scheme="basic", realm='a " b'), Challenge(scheme="bearer", realm="r", service="s")),
+        ),
+        ("===", ()),
+        ('Bearer realm="unended', (Challenge(scheme="bearer"), )),
+    ],
+)  # fmt: skip
+def test_challenges(header: str, expected: tuple[Challenge, ...]) -> None:
+    assert challenges(header)[: len(expected)] == expected
+
+
+def test_a_long_header_is_cut() -> None:
+    assert len(challenges("Basic a=b, " * 100_000)) < 1000

@@ -1,0 +1,252 @@
+"""The index, the layers and what is collected; also after a crash and a power cut."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from image.errors import DigestMismatch, ImageNotFound
+from image.index import Image, Index
+from image.library import Library
+from image.manifest import chain_ids
+from tests.fakes.registry import make_layer
+
+A, B = "sha256:" + "a1" * 32, "sha256:" + "a2" * 32
+DIGEST = "sha256:" + "d" * 64
+
+
+def image(id: str = A, **fields: object) -> Image:
+    return msgspec.structs.replace(Image(id=id, size=1), **fields)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Index:
+    index = Index(tmp_path)
+    index.load()
+    return index
+
+
+# ------------------------------------------------------------------------------------- index
+
+
+def test_every_kind_of_reference_finds_the_same(index: Index) -> None:
+    added = index.add(
+        image(
+            repo_tags=("docker.io/library/box:latest", "host.test/box:2"),
+            repo_digests=(f"docker.io/library/box@{DIGEST}",),
+        )
+    )
+    for ref in (
+        "box", "box:latest", "docker.io/library/box:latest", "host.test/box:2", f"box@{DIGEST}",
+        f"box:whatever@{DIGEST}", A, A.removeprefix("sha256:"), A[:20], A[7:20],
+    ):  # fmt: skip
+        assert index.find(ref) == added, ref
+
+
+@pytest.mark.parametrize(
+    "ref", ["", "box", "box:2", "a3", "sha256:", DIGEST, f"x@{DIGEST}", "Not A Name", "../x"]
+)
+def test_unknown_references(index: Index, ref: str) -> None:
+    index.add(image(repo_tags=("host.test/box:2",)))
+    with pytest.raises(ImageNotFound):
+        index.find(ref)
+    assert index.remove(ref) is None
+
+
+def test_an_ambiguous_id_says_so(index: Index) -> None:
+    index.add(image(A))
+    index.add(image(B))
+    with pytest.raises(ImageNotFound):
+        index.find("a")
+    near = "sha256:" + "a1" * 31 + "ff"
+    index.add(image(near))
+    with pytest.raises(ImageNotFound, match="2 images"):
+        index.find("a1a1")
+
+
+def test_a_name_wins_over_the_beginning_of_an_id(index: Index) -> None:
+    index.add(image(A))
+    named = index.add(image(B, repo_tags=("docker.io/library/a1a1:latest",)))
+    assert index.find("a1a1") == named
+
+
+def test_a_tag_moves(index: Index) -> None:
+    index.add(image(A, repo_tags=("host.test/box:1",), repo_digests=("host.test/box@" + DIGEST,)))
+    index.add(image(B, repo_tags=("host.test/box:1",)))
+    assert index.find("host.test/box:1").id == B
+    assert index.find(A).repo_tags == ()
+    assert index.find(A).repo_digests == ("host.test/box@" + DIGEST,)
+
+
+def test_names_add_up_and_go_together(index: Index) -> None:
+    index.add(image(repo_tags=("host.test/a:1",), pinned=True))
+    added = index.add(image(repo_tags=("host.test/b:1",)))
+    assert added.repo_tags == ("host.test/a:1", "host.test/b:1") and added.pinned
+    assert index.remove("host.test/b:1") == added
+    assert index.list() == ()
+    assert index.remove("host.test/a:1") is None
+
+
+def test_untag(index: Index) -> None:
+    index.add(image(repo_tags=("host.test/a:1", "host.test/a:2")))
+    index.untag("host.test/a:1")
+    index.untag("host.test/a:1")
+    assert index.find(A).repo_tags == ("host.test/a:2",)
+
+
+def test_it_is_all_there_after_a_restart(index: Index, tmp_path: Path) -> None:
+    added = index.add(image(repo_tags=("host.test/a:1",), created="2024-01-01T00:00:00Z"))
+    again = Index(tmp_path)
+    again.load()
+    assert again.list() == (added,)
+    assert again.find("host.test/a:1") == added
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"id": "sha256:../x", "size": 1}', b"\x00" * 100])
+def test_a_broken_entry_blocks_no_other(index: Index, tmp_path: Path, content: bytes) -> None:
+    kept = index.add(image(A))
+    index.add(image(B))
+    file = tmp_path / "images" / (B.removeprefix("sha256:") + ".json")
+    file.write_bytes(content)
+    (tmp_path / "images" / "half.new").write_bytes(b"{")
+    again = Index(tmp_path)
+    again.load()
+    assert again.list() == (kept,)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == [A.removeprefix("sha256:") + ".json"]
+
+
+# -------------------------------------------------------------------------- layers and images
+
+
+class Bench:
+    """A library, filled without a registry."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.used: set[str] = set()
+        self.library = self.restart()
+
+    def restart(self) -> Library:
+        self.library = Library(self.root, in_use=lambda: self.used)
+        self.library.load()
+        return self.library
+
+    async def add(self, name: str, *contents: str) -> Image:
+        tars = [make_layer({text: text.encode()}) for text in contents]
+        diff_ids = [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars]
+        chain = chain_ids(diff_ids)
+        for n, tar in enumerate(tars):
+            if self.library.layers.find(chain[n]) is None:
+                with self.library.layers.staging() as stage:
+                    (stage / "blob").write_bytes(tar)
+                    await self.library.layers.unpack(chain[n], diff_ids[n], chain[:n], stage / "blob")
+        id = f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
+        return self.library.index.add(
+            Image(id=id, size=1, chain_ids=chain, repo_tags=(f"host.test/{name}:1",))
+        )
+
+    def here(self, image: Image) -> list[bool]:
+        return [self.library.layers.path(chain_id).exists() for chain_id in image.chain_ids]
+
+    def leftovers(self) -> list[Path]:
+        return [p for name in ("staging", "trash") for p in (self.root / "images" / name).iterdir()]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+async def test_layers_go_with_the_last_image_that_names_them(bench: Bench) -> None:
+    one = await bench.add("one", "base", "x")
+    two = await bench.add("two", "base", "y")
+    assert one.chain_ids[0] == two.chain_ids[0]
+    await bench.library.remove("host.test/one:1")
+    assert bench.here(one) == [True, False] and bench.here(two) == [True, True]
+    await bench.library.remove("host.test/two:1")
+    assert bench.here(two) == [False, False]
+    assert bench.leftovers() == []
+    usage = bench.library.fs_usage()
+    assert (usage.used_bytes, usage.inodes_used) == (0, 0)
+
+
+async def test_layers_that_a_container_stands_on_stay(bench: Bench) -> None:
+    one = await bench.add("one", "base", "x")
+    bench.used.update(one.chain_ids)
+    await bench.library.remove(one.id)
+    assert bench.library.list() == () and bench.here(one) == [True, True]
+    bench.used.clear()
+    await bench.library.collect()
+    assert bench.here(one) == [False, False]
+
+
+async def test_layers_that_are_just_being_taken_up_stay(bench: Bench) -> None:
+    one = await bench.add("one", "base")
+    with bench.library.layers.pinned(one.chain_ids):
+        await bench.library.remove(one.id)
+        assert bench.here(one) == [True]
+    await bench.library.collect()
+    assert bench.here(one) == [False]
+
+
+async def test_concurrent_removal(bench: Bench) -> None:
+    one = await bench.add("one", "base")
+    answers = await asyncio.gather(
+        *(bench.library.remove(ref) for ref in (one.id, "host.test/one:1", one.id))
+    )
+    assert [bool(answer) for answer in answers] == [True, False, False]
+
+
+async def test_usage_is_what_lies_there(bench: Bench) -> None:
+    await bench.add("one", "base", "x")
+    usage = bench.library.fs_usage()
+    # two layers of a root and a file, and the entry
+    assert usage.inodes_used == 5 and usage.used_bytes > 0
+    assert Path(usage.mountpoint).is_dir()
+    assert bench.restart().fs_usage() == usage
+
+
+async def test_a_restart_keeps_all_and_sweeps_what_was_begun(bench: Bench) -> None:
+    one = await bench.add("one", "base", "x")
+    for name in ("staging", "trash"):
+        folder = bench.root / "images" / name / "left" / "fs"
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("half")
+    bench.restart()
+    assert bench.library.list() == (one,) and bench.here(one) == [True, True]
+    assert bench.leftovers() == []
+
+
+async def test_a_power_cut_costs_what_was_not_written_out(bench: Bench) -> None:
+    old = await bench.add("old", "base")
+    bench.library.layers.sync()
+    new = await bench.add("new", "other")
+    mark = bench.library.layers.path(new.chain_ids[0]).parent / "unsynced"
+    assert mark.exists()
+    assert not (bench.library.layers.path(old.chain_ids[0]).parent / "unsynced").exists()
+    mark.write_text("another boot")
+    bench.restart()
+    assert bench.library.list() == (old,)
+    assert bench.here(new) == [False] and bench.leftovers() == []
+
+
+async def test_a_damaged_layer_takes_its_image_along_and_no_other(bench: Bench) -> None:
+    one = await bench.add("one", "base")
+    two = await bench.add("two", "other")
+    (bench.library.layers.path(one.chain_ids[0]).parent / "layer.json").write_text("{")
+    bench.restart()
+    assert bench.library.list() == (two,)
+
+
+async def test_a_wrong_diff_id_leaves_nothing(bench: Bench) -> None:
+    layers = bench.library.layers
+    with layers.staging() as stage:
+        (stage / "blob").write_bytes(make_layer({"a": b""}))
+        with pytest.raises(DigestMismatch):
+            await layers.unpack(DIGEST, DIGEST, (), stage / "blob")
+    await bench.library.collect()
+    assert layers.chain_ids() == () and bench.leftovers() == []

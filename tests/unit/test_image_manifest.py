@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from image import manifest
+from image.errors import DigestMismatch, ManifestInvalid, UnsupportedMedia
+from image.manifest import Descriptor, ImageIndex, Manifest, Platform
+
+AMD64 = Platform(os="linux", architecture="amd64")
+D = "sha256:" + "1" * 64
+
+
+def entry(name: str, architecture: str, variant: str = "", os: str = "linux") -> Descriptor:
+    platform = Platform(os=os, architecture=architecture, variant=variant)
+    digest = "sha256:" + name.encode().hex().ljust(64, "0")
+    return Descriptor(media_type=manifest.OCI_MANIFEST, digest=digest, size=1, platform=platform)
+
+
+def choose(machine: str, *entries: Descriptor) -> Descriptor | None:
+    index = ImageIndex(schema_version=2, manifests=list(entries))
+    return manifest.choose(index, manifest.host_platform(machine))
+
+
+def test_the_platform_decides() -> None:
+    arm, amd, windows = entry("a", "arm64"), entry("b", "amd64"), entry("c", "amd64", os="windows")
+    assert choose("x86_64", windows, arm, amd) == amd
+    assert choose("aarch64", windows, arm, amd) == arm
+    assert choose("s390x", windows, arm, amd) is None
+
+
+def test_the_baseline_variant_is_what_a_host_surely_runs() -> None:
+    plain, third = entry("a", "amd64"), entry("b", "amd64", "v3")
+    assert choose("x86_64", third, plain) == plain
+    assert choose("x86_64", third) is None
+
+
+def test_arm_variants() -> None:
+    v6, v7, v8 = entry("a", "arm", "v6"), entry("b", "arm", "v7"), entry("c", "arm", "v8")
+    assert choose("armv7l", v6, v7, v8) == v7
+    assert choose("armv7l", v6, v8) == v6
+    assert choose("aarch64", entry("d", "arm64", "v8")) is not None
+
+
+def test_the_first_of_equals_wins() -> None:
+    first, second = entry("a", "amd64"), entry("b", "amd64")
+    assert choose("x86_64", first, second) == first
+
+
+def test_attestations_and_entries_without_platform_come_last() -> None:
+    bare = Descriptor(media_type=manifest.OCI_MANIFEST, digest=D, size=1)
+    attestation = entry("x", "unknown", os="unknown")
+    assert choose("x86_64", bare, attestation, entry("a", "amd64")) == entry("a", "amd64")
+    assert choose("x86_64", attestation, bare) == bare
+    other = Descriptor(media_type="application/vnd.something+json", digest=D, size=1)
+    assert choose("x86_64", other) is None
+
+
+def test_chain_ids_are_those_of_the_specification() -> None:
+    first, second = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+    chain = manifest.chain_ids([first, second])
+    assert chain == (first, manifest.digest_of(f"{first} {second}".encode()))
+    assert manifest.chain_ids([]) == ()
+
+
+def document(**changes: object) -> bytes:
+    layer = {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": D, "size": 1}
+    value = {
+        "schemaVersion": 2,
+        "mediaType": manifest.OCI_MANIFEST,
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": D, "size": 1},
+        "layers": [layer],
+    }
+    return json.dumps(value | changes).encode()
+
+
+def test_the_kind_is_told_without_a_media_type() -> None:
+    assert isinstance(manifest.decode("x", document(mediaType="")), Manifest)
+    index = json.dumps({"schemaVersion": 2, "manifests": []}).encode()
+    assert isinstance(manifest.decode("x", index), ImageIndex)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"{}",
+        b"[",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        document(layers=None),
+        document(layers=[{"digest": "sha256:../../x", "size": 1, "mediaType": "x"}]),
+        document(layers=[{"digest": D, "size": -1}]),
+        document(config={"mediaType": "application/vnd.oci.image.config.v1+json", "digest": "x", "size": 1}),
+        document(layers=[json.loads(document())["layers"][0]] * 501),
+    ],
+)
+def test_broken_manifests(data: bytes) -> None:
+    with pytest.raises(ManifestInvalid):
+        manifest.decode("x", data)
+
+
+def test_artifacts_are_named() -> None:
+    config = {"mediaType": "application/vnd.cncf.helm.config.v1+json", "digest": D, "size": 1}
+    with pytest.raises(UnsupportedMedia, match=r"helm\.config"):
+        manifest.decode("x", document(config=config))
+
+
+@pytest.mark.parametrize("diff_ids", [[], [D, D], ["sha512:" + "a" * 128], ["../x"]])
+def test_diff_ids_must_fit(diff_ids: list[str]) -> None:
+    found = manifest.decode("x", document())
+    assert isinstance(found, Manifest)
+    config = json.dumps({"rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode()
+    with pytest.raises(ManifestInvalid):
+        manifest.decode_config("x", config, found)
+
+
+def test_nulls_in_a_configuration_mean_absent() -> None:
+    found = manifest.decode("x", document())
+    assert isinstance(found, Manifest)
+    value = {
+        "config": {"Cmd": None, "Env": None, "Volumes": None},
+        "created": None,
+        "rootfs": {"diff_ids": [D]},
+    }
+    config = manifest.decode_config("x", json.dumps(value).encode(), found)
+    assert config.config is not None and config.config.cmd is None
+
+
+def test_check() -> None:
+    digest = manifest.digest_of(b"data")
+    manifest.check("x", b"data", digest, 4)
+    manifest.check("x", b"data", manifest.digest_of(b"data", "sha512:"))
+    with pytest.raises(DigestMismatch, match="size"):
+        manifest.check("x", b"data", digest, 5)
+    with pytest.raises(DigestMismatch):
+        manifest.check("x", b"Data", digest)
