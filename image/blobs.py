@@ -87,9 +87,9 @@ class BlobWriter:
         """Append all of a stream. What came before an error stays and counts."""
         try:
             async for chunk in chunks:
-                self._buffer += chunk
-                if self.written + len(self._buffer) > self.descriptor.size:
+                if self.written + len(self._buffer) + len(chunk) > self.descriptor.size:
                     raise DigestMismatch(f"{self.what}: size", str(self.descriptor.size), "more")
+                self._buffer += chunk
                 if len(self._buffer) >= BATCH:
                     await self._flush()
         finally:

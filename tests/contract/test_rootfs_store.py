@@ -1,0 +1,234 @@
+"""What every root filesystem store owes its callers, run on each file of `image/stores`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import pkgutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+import image.stores
+from image.errors import DiskFull, ImageError, ImageNotFound
+from image.layers import LayerStore
+from image.manifest import chain_ids
+from image.stores import RootfsStore
+from image.stores.overlay import OverlayStore
+from tests.fakes.disk import small_disk
+from tests.fakes.registry import make_layer
+
+# by file name: a new store is added here and nowhere else
+MAKERS: Mapping[str, Callable[[Path, LayerStore], RootfsStore]] = {"overlay": OverlayStore}
+FILES = [module.name for module in pkgutil.iter_modules(image.stores.__path__)]
+
+
+class Site:
+    def __init__(self, root: Path, name: str) -> None:
+        self.root = root
+        self.layers = LayerStore(root / "images")
+        self.layers.load()
+        self.name = name
+        self.store = self.restarted()
+
+    def restarted(self) -> RootfsStore:
+        """A store that remembers nothing, as after a crash."""
+        return MAKERS[self.name](self.root, self.layers)
+
+    async def stack(self, *layers: Mapping[str, bytes | str | None]) -> tuple[str, ...]:
+        tars = [make_layer(layer) for layer in layers]
+        diff_ids = [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars]
+        chain = chain_ids(diff_ids)
+        for n, tar in enumerate(tars):
+            if self.layers.find(chain[n]) is None:
+                with self.layers.staging() as stage:
+                    (stage / "blob").write_bytes(tar)
+                    await self.layers.unpack(chain[n], diff_ids[n], chain[:n], stage / "blob")
+        return chain
+
+    @property
+    def target(self) -> Path:
+        return self.root / "target"
+
+    def mounts(self) -> list[str]:
+        """Mount points beneath our directory."""
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return [line.split()[4] for line in lines if line.split()[4].startswith(f"{self.root}/")]
+
+    def nothing_left(self) -> bool:
+        return not self.mounts() and not self.store.keys()
+
+
+@pytest.fixture(params=FILES)
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path, request.param)
+    yield site
+    for key in tuple(site.store.keys()):
+        asyncio.run(site.store.down(key, site.target))
+    assert site.mounts() == []
+
+
+def test_every_store_is_held_to_this() -> None:
+    assert set(FILES) == set(MAKERS)
+
+
+async def test_layers_merge_and_are_not_written(site: Site) -> None:
+    chain = await site.stack(
+        {"a": None, "a/gone": b"1", "a/old": b"1", "b": None, "b/hidden": b"1", "same": b"low"},
+        {"a/.wh.gone": b"", "b/.wh..wh..opq": b"", "b/new": b"2", "same": b"high"},
+    )
+    await site.store.up("c1", chain, site.target)
+    assert sorted(p.name for p in (site.target / "a").iterdir()) == ["old"]
+    assert sorted(p.name for p in (site.target / "b").iterdir()) == ["new"]
+    assert (site.target / "same").read_bytes() == b"high"
+    (site.target / "same").write_bytes(b"mine")
+    (site.target / "a/old").unlink()
+    await site.store.down("c1", site.target)
+    assert site.nothing_left()
+    await site.store.up("c2", chain, site.target)
+    assert (site.target / "same").read_bytes() == b"high"
+    assert (site.target / "a/old").exists()
+
+
+async def test_two_containers_of_one_image_do_not_see_each_other(site: Site) -> None:
+    chain = await site.stack({"f": b"1"})
+    other = site.root / "other"
+    await site.store.up("c1", chain, site.target)
+    await site.store.up("c2", chain, other)
+    (site.target / "f").write_bytes(b"2")
+    assert (other / "f").read_bytes() == b"1"
+    assert set(site.store.keys()) == {"c1", "c2"}
+    await site.store.down("c2", other)
+    assert (site.target / "f").read_bytes() == b"2"
+
+
+async def test_the_root_directory_is_the_images(site: Site) -> None:
+    chain = await site.stack({"f": b"1"})
+    site.layers.path(chain[0]).chmod(0o711)
+    os.chown(site.layers.path(chain[0]), 5, 6)
+    await site.store.up("c1", chain, site.target)
+    info = site.target.stat()
+    assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o711, 5, 6)
+
+
+async def test_an_image_without_layers(site: Site) -> None:
+    await site.store.up("c1", (), site.target)
+    (site.target / "f").write_bytes(b"1")
+    assert [p.name for p in site.target.iterdir()] == ["f"]
+
+
+async def test_many_layers(site: Site) -> None:
+    """More than the options of one mount could name by their paths."""
+    chain = await site.stack(*({f"f{n}": str(n).encode()} for n in range(128)))
+    await site.store.up("c1", chain, site.target)
+    assert len(list(site.target.iterdir())) == 128
+
+
+async def test_a_path_with_the_kernels_own_separators(tmp_path: Path) -> None:
+    for name in FILES:
+        odd = tmp_path / f"{name},a:b\\c"
+        odd.mkdir()
+        site = Site(odd, name)
+        await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
+        assert (site.target / "f").read_bytes() == b"1"
+        await site.store.down("c1", site.target)
+
+
+async def test_usage_counts_what_was_written(site: Site) -> None:
+    chain = await site.stack({"base": bytes(1 << 20)})
+    await site.store.up("c1", chain, site.target)
+    assert site.store.usage("c1").bytes < 100_000
+    (site.target / "folder").mkdir()
+    (site.target / "folder/big").write_bytes(os.urandom(1 << 20))
+    os.sync()
+    usage = site.store.usage("c1")
+    assert usage.bytes >= 1 << 20 and usage.inodes >= 2
+    assert site.store.usage("nobody").bytes == 0
+
+
+async def test_down_twice_and_of_nothing(site: Site) -> None:
+    await site.store.down("never", site.root / "nowhere")
+    await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
+    await site.store.down("c1", site.target)
+    await site.store.down("c1", site.target)
+    assert site.nothing_left()
+
+
+async def test_down_after_a_crash(site: Site) -> None:
+    await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
+    site.store = site.restarted()
+    assert set(site.store.keys()) == {"c1"}
+    await site.store.down("c1", site.target)
+    assert site.nothing_left()
+
+
+async def test_down_when_something_is_open_in_it(site: Site) -> None:
+    await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
+    with (site.target / "f").open("rb") as file:
+        await site.store.down("c1", site.target)
+        assert file.read() == b"1"
+    assert site.nothing_left()
+
+
+async def test_up_after_a_crash_half_way_begins_anew(site: Site) -> None:
+    chain = await site.stack({"f": b"1"})
+    await site.store.up("c1", chain, site.target)
+    (site.target / "old").write_bytes(b"1")
+    site.store = site.restarted()
+    await site.store.up("c1", chain, site.target)
+    assert sorted(p.name for p in site.target.iterdir()) == ["f"]
+    assert site.mounts() == [str(site.target)]
+
+
+async def test_a_missing_layer_is_named(site: Site) -> None:
+    with pytest.raises(ImageNotFound, match="sha256:gone"):
+        await site.store.up("c1", ("sha256:gone",), site.target)
+    assert site.nothing_left()
+
+
+async def test_a_failed_up_leaves_nothing(site: Site) -> None:
+    chain = await site.stack({"f": b"1"})
+    site.target.write_bytes(b"a file where the mount should go")
+    with pytest.raises(ImageError):
+        await site.store.up("c1", chain, site.target)
+    assert site.nothing_left()
+
+
+async def test_a_full_disk(tmp_path: Path) -> None:
+    for name in FILES:
+        with small_disk(tmp_path / name, 1 << 20, inodes=16) as disk:
+            site = Site(disk, name)
+            chain = await site.stack({"f": b"1"})
+            while True:
+                try:
+                    (disk / f"fill{len(list(disk.iterdir()))}").touch()
+                except OSError:
+                    break
+            with pytest.raises(DiskFull):
+                await site.store.up("c1", chain, site.target)
+            assert site.nothing_left()
+
+
+async def test_a_cancelled_up_leaves_nothing(site: Site) -> None:
+    chain = await site.stack({"f": b"1"})
+    task = asyncio.create_task(site.store.up("c1", chain, site.target))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert site.nothing_left()
+
+
+@pytest.mark.parametrize("key", ["", ".", "..", "a/b", "../x", "x" * 300])
+async def test_keys_are_names(site: Site, key: str) -> None:
+    with pytest.raises(ValueError, match="not a key"):
+        await site.store.down(key, site.target)
+
+
+async def test_set_id_programs_and_devices_do_nothing_on_the_host(site: Site) -> None:
+    await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
+    flags = os.statvfs(site.target).f_flag
+    assert flags & os.ST_NOSUID and flags & os.ST_NODEV
