@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import tarfile
+import threading
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar, cast
@@ -94,6 +95,8 @@ class Archive:
     def __init__(self, path: Path, members: _Members) -> None:
         self._path = path
         self._members = members
+        # the members of a tar share one file position, and layers are read at once
+        self._reading = threading.Lock()
         self._made: dict[str, bytes] = {}  # manifests made here, by digest
         self._names: dict[str, str] = {}  # digest -> member of a docker-archive
         self.images: tuple[Archived, ...] = ()
@@ -120,7 +123,7 @@ class Archive:
     async def _chunks(self, name: str) -> AsyncIterator[bytes]:
         file = await asyncio.to_thread(self._open, name)
         try:
-            while chunk := await asyncio.to_thread(file.read, BATCH):
+            while chunk := await asyncio.to_thread(self._part, file, BATCH):
                 yield chunk
         except (OSError, tarfile.TarError) as error:
             raise self._invalid(f"{name} cannot be read: {error}") from error
@@ -128,6 +131,10 @@ class Archive:
             file.close()
 
     # ------------------------------------------------------------------------------ reading
+
+    def _part(self, file: BinaryIO, size: int) -> bytes:
+        with self._reading:
+            return file.read(size)
 
     def find_images(self) -> None:
         """Blocking. Raises ArchiveInvalid."""
@@ -165,7 +172,7 @@ class Archive:
         digest, size = hashlib.sha256(), 0
         try:
             with self._open(name) as file:
-                while chunk := file.read(BATCH):
+                while chunk := self._part(file, BATCH):
                     digest.update(chunk)
                     size += len(chunk)
         except (OSError, tarfile.TarError) as error:
@@ -216,7 +223,7 @@ class Archive:
     def _read(self, name: str, limit: int) -> bytes:
         try:
             with self._open(name) as file:
-                data = file.read(limit + 1)
+                data = self._part(file, limit + 1)
         except (OSError, tarfile.TarError) as error:
             raise self._invalid(f"{name} cannot be read: {error}") from error
         if len(data) > limit:

@@ -1,0 +1,145 @@
+"""Debian's docker-registry on loopback, a real busybox in it, and the registry's death and return."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from image.errors import ManifestNotFound, RegistryUnavailable
+from image.library import Library
+from image.registry import Timing
+from image.settings import Settings
+from tests.kit.images import Form, Image, busybox, digest_of, index_of
+
+STARTED_S = 20.0
+
+
+class DockerRegistry:
+    def __init__(self, folder: Path) -> None:
+        program = shutil.which("docker-registry")
+        assert program is not None, "docker-registry (Debian package docker-registry)"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._command = [program, "serve", str(folder / "config.yml")]
+        self._log = folder / "log"
+        (folder / "config.yml").write_text(
+            "version: 0.1\nlog: {level: warn, accesslog: {disabled: true}}\n"
+            f'storage: {{filesystem: {{rootdirectory: "{folder}/data"}}}}\n'
+            f'http: {{addr: "127.0.0.1:{self.port}"}}\n'
+        )
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        end = time.monotonic() + STARTED_S
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            assert self._process.poll() is None and time.monotonic() < end, self._log.read_text()
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def push(self, repository: str, tag: str, image: Image) -> None:
+        for blob in image.blobs():
+            location = self._request("POST", f"/v2/{repository}/blobs/uploads/", b"", 202)
+            path = location.partition(self.address)[2] or location
+            self._request("PUT", f"{path}&digest={digest_of(blob)}", blob, 201)
+        self.put_manifest(repository, tag, image.manifest(), image.form.manifest)
+
+    def put_manifest(self, repository: str, tag: str, data: bytes, media_type: str) -> None:
+        self._request("PUT", f"/v2/{repository}/manifests/{tag}", data, 201, media_type)
+
+    def _request(self, method: str, path: str, body: bytes, expected: int, kind: str = "") -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            headers = {"Content-Type": kind or "application/octet-stream"}
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            assert answer.status == expected, answer.read()
+            return answer.getheader("location", "")
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
+    registry = DockerRegistry(tmp_path_factory.mktemp("registry"))
+    try:
+        for form in Form:
+            registry.push("test/busybox", form.name.lower(), busybox(form.name, form=form))
+        others = [busybox("index", architecture=name) for name in ("arm64", "amd64")]
+        for image in others:
+            registry.push("test/busybox", image.architecture, image)
+        registry.put_manifest("test/busybox", "multi", index_of(others), Form.OCI.index)
+        yield registry
+    finally:
+        registry.stop()
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    timing = Timing(attempts=8, backoff_s=0.2, backoff_limit_s=1)
+    library = Library(tmp_path, msgspec.structs.replace(Settings(), timing=timing))
+    library.load()
+    return library
+
+
+@pytest.mark.parametrize("tag", ["oci", "docker", "multi"])
+async def test_a_real_image_runs(
+    registry: DockerRegistry, library: Library, tmp_path: Path, tag: str
+) -> None:
+    image = await library.pull(f"{registry.address}/test/busybox:{tag}")
+    root = tmp_path / "root"
+    await library.rootfs.up("c1", image.chain_ids, root)
+    try:
+        command = ["chroot", str(root), "/bin/sh", "-c", "echo from $(id -un) > /new && cat /new"]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+        assert done.stdout == "from root\n"
+        assert library.rootfs.usage("c1").inodes == 1
+    finally:
+        await library.rootfs.down("c1", root)
+        await library.close()
+
+
+async def test_what_is_not_there(registry: DockerRegistry, library: Library) -> None:
+    for name in ("test/busybox:absent", "absent/repository:1"):
+        with pytest.raises(ManifestNotFound, match="UNKNOWN"):
+            await library.pull(f"{registry.address}/{name}")
+    await library.close()
+
+
+async def test_a_registry_that_comes_back_in_time(registry: DockerRegistry, library: Library) -> None:
+    await asyncio.to_thread(registry.stop)
+    pull = asyncio.create_task(library.pull(f"{registry.address}/test/busybox:oci"))
+    await asyncio.to_thread(registry.start)
+    assert (await pull).size > 0
+    await library.close()
+
+
+async def test_a_registry_that_does_not(registry: DockerRegistry, tmp_path: Path) -> None:
+    quick = Library(tmp_path / "quick", Settings(timing=Timing(attempts=2, backoff_s=0.01)))
+    quick.load()
+    await asyncio.to_thread(registry.stop)
+    try:
+        with pytest.raises(RegistryUnavailable, match="after 2 attempts"):
+            await quick.pull(f"{registry.address}/test/busybox:oci")
+    finally:
+        await asyncio.to_thread(registry.start)
+    await quick.close()
