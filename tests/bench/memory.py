@@ -9,7 +9,38 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.bench.figures import Figures
+from tests.bench.subjects import IMAGE, SLEEP, Site, settle
+from tests.kit.leaks import processes_naming
+from tests.kit.scratch import scratch_root
+
 GUEST_RAM = ("memfd:", "/dev/shm/", "/memory-backend")
+SERVANTS = ("qemu-system", "virtiofsd", "containerd-shim")
+MIB = "MiB"
+
+
+def idle_pods(site: Site, figures: Figures, count: int) -> None:
+    """Pods with one sleeping container each: what each costs the host, and what the daemon's share is."""
+    for subject in site.mains:
+        settle()
+        before = rss_mib(subject.runtime.pid)
+        others = servants()
+        pods = [subject.cri.run_pod(f"idle-{n}", handler=subject.handler) for n in range(count)]
+        for pod in pods:
+            subject.cri.run(pod, IMAGE, SLEEP, name="main")
+        settle()
+        ids = [pod.id for pod in pods]
+        guest, rest = {}, {}
+        for pid in servants() - others | {pid for pid in others if of_pod(pid, ids)}:
+            guest[pid], rest[pid] = pss_mib(pid)
+        figures.add("guest RAM of an idle pod", subject.name, sum(guest.values()) / count, MIB)
+        share = max(0.0, rss_mib(subject.runtime.pid) - before) / count
+        figures.add("daemon's memory for each pod", subject.name, share, MIB)
+        total = sum(rest.values()) / count + share
+        figures.add("memory of an idle pod besides guest RAM", subject.name, total, MIB)
+        for pod in pods:
+            subject.cri.stop_pod(pod)
+            subject.cri.remove_pod(pod)
 
 
 def rss_mib(pid: int) -> float:
@@ -40,28 +71,17 @@ def pss_mib(pid: int) -> tuple[float, float]:
     return round(guest / 1024, 1), round(other / 1024, 1)
 
 
-def processes_naming(*words: str) -> dict[int, str]:
-    """Live processes whose command line has every one of these words: {pid: program}."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            line = (entry / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue  # it ended meanwhile
-        if line and all(word in line for word in words):
-            found[int(entry.name)] = Path(line.split("\0")[0]).name
-    return found
+def servants() -> set[int]:
+    """The processes of this run that serve pods."""
+    found = (each.split(" ", 2) for each in processes_naming(scratch_root().name))
+    return {int(pid) for pid, program, *_ in found if any(name in program for name in SERVANTS)}
 
 
-def pod_memory(pod_id: str) -> dict[str, float]:
-    """PSS of every process that serves this pod, in MiB, split into guest RAM and the rest by program."""
-    result: dict[str, float] = {"guest_ram_mib": 0.0, "total_mib": 0.0}
-    for pid, program in processes_naming(pod_id).items():
-        guest, other = pss_mib(pid)
-        result["guest_ram_mib"] = round(result["guest_ram_mib"] + guest, 1)
-        key = f"{program}_rest_mib"
-        result[key] = round(result.get(key, 0.0) + other, 1)
-        result["total_mib"] = round(result["total_mib"] + guest + other, 1)
-    return result
+def of_pod(pid: int, ids: list[str]) -> bool:
+    """Whether a process that was there before (a VM of the pool) serves one of these pods now."""
+    try:
+        entry = Path(f"/proc/{pid}")
+        said = (entry / "cmdline").read_text(errors="replace") + (entry / "cgroup").read_text()
+    except OSError:
+        return False
+    return any(id in said for id in ids)

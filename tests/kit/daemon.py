@@ -91,8 +91,8 @@ class Daemon:
         options = ["--root", str(self.root), "--socket", str(self.socket), "--config", str(self.config)]
         return self.namespace.command([sys.executable, "-m", "cri", *arguments, *options])
 
-    def start(self, deadline_s: float = 30) -> None:
-        """Returns once Version answers; raises RuntimeError with the daemon's log."""
+    def launch(self) -> None:
+        """Start the process, and wait for nothing."""
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command("serve"),
@@ -102,6 +102,10 @@ class Daemon:
                 stderr=log,
                 start_new_session=True,
             )
+
+    def start(self, deadline_s: float = 30) -> None:
+        """Returns once Version answers; raises RuntimeError with the daemon's log."""
+        self.launch()
         end = time.monotonic() + deadline_s
         while True:
             try:

@@ -325,14 +325,3 @@ def setuid() -> Image:
 
 def pause() -> Image:
     return Image((Layer().add("pause", helper("pause"), mode=0o755),), entrypoint=("/pause",))
-
-
-def payload(mebibytes: int) -> Image:
-    """An image with a layer of this size that packs to about half of it, for measuring pulls."""
-    block = hashlib.shake_128(b"payload").digest(1 << 20)
-    layer = Layer(packing=Packing.GZIP)
-    for number in range(mebibytes):
-        text = number.to_bytes(4, "big") * (1 << 17)
-        # halves that differ between files: one of random bytes, one that repeats
-        layer.add(f"data/{number // 16}/{number}", block[number : number + (1 << 19)] + text)
-    return Image((layer,), cmd=("/none",))
