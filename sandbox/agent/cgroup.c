@@ -73,44 +73,59 @@ int cgroup_kill(int cgroup) {
 }
 
 // Calls `act` for the directory and for each beneath it, the deepest first.
-static int walk(int parent, const char *name, int depth, int (*act)(int parent, const char *name, int value),
-                int value) {
+static int walk(int parent, const char *name, int depth,
+                int (*act)(int parent, const char *name, void *context), void *context) {
     int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     autoclosedir DIR *directory = fd >= 0 ? fdopendir(fd) : NULL;
     if (!directory)
         return fd < 0 && errno == ENOENT ? 0 : -1;
     for (struct dirent *entry; depth < DEPTH_MAX && (entry = readdir(directory));)
         if (entry->d_type == DT_DIR && strcmp(entry->d_name, ".") && strcmp(entry->d_name, ".."))
-            walk(fd, entry->d_name, depth + 1, act, value);
-    return act(parent, name, value);
+            walk(fd, entry->d_name, depth + 1, act, context);
+    return act(parent, name, context);
 }
 
-static int remove_one(int parent, const char *name, int unused) {
+static int remove_one(int parent, const char *name, void *unused) {
     (void)unused;
     return unlinkat(parent, name, AT_REMOVEDIR) < 0 && errno != ENOENT ? -1 : 0;
 }
 
 int cgroup_remove(int parent, const char *name) {
     // nearly always it is empty: one call
-    if (remove_one(parent, name, 0) == 0)
+    if (remove_one(parent, name, NULL) == 0)
         return 0;
-    return errno == EBUSY ? walk(parent, name, 0, remove_one, 0) : -1;
+    return errno == EBUSY ? walk(parent, name, 0, remove_one, NULL) : -1;
 }
 
-static int signal_one(int parent, const char *name, int signal) {
+struct visitor {
+    void (*act)(pid_t pid, void *context);
+    void *context;
+};
+
+static int visit_one(int parent, const char *name, void *context) {
+    const struct visitor *visitor = context;
     autoclose int cgroup = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     struct buffer text = {0};
     cgroup_read(cgroup, "cgroup.procs", &text);
     buffer_append(&text, "", 1);
     char *at = (char *)text.data + text.start, *end;
     for (long pid; (pid = strtol(at, &end, 10)) > 0 && end != at; at = end)
-        kill((pid_t)pid, signal);
+        visitor->act((pid_t)pid, visitor->context);
     buffer_free(&text);
     return 0;
 }
 
+void cgroup_each_process(int cgroup, void (*act)(pid_t pid, void *context), void *context) {
+    walk(cgroup, ".", 0, visit_one, &(struct visitor){act, context});
+}
+
+static void signal_one(pid_t pid, void *signal) {
+    kill(pid, *(int *)signal);
+}
+
 int cgroup_signal(int cgroup, int signal) {
-    return walk(cgroup, ".", 0, signal_one, signal);
+    cgroup_each_process(cgroup, signal_one, &signal);
+    return 0;
 }
 
 static int bpf(int command, union bpf_attr *attributes) {

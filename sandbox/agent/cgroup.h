@@ -25,6 +25,9 @@ void cgroup_read(int directory, const char *file, struct buffer *into);
 // The number behind `key` in a flat-keyed file such as memory.events, read from its start; 0: not there.
 uint64_t cgroup_value(int file, const char *key);
 
+// Calls `act` for every process of the cgroup and of what is beneath.
+void cgroup_each_process(int cgroup, void (*act)(pid_t pid, void *context), void *context);
+
 int cgroup_kill(int cgroup);
 int cgroup_signal(int cgroup, int signal);       // every process of it and of what is beneath
 int cgroup_remove(int parent, const char *name); // with all beneath; -1 with EBUSY while anything lives in it

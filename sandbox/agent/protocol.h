@@ -34,6 +34,7 @@ typedef Husk__Guest__V1__Exec Exec;
 typedef Husk__Guest__V1__Signal Signal;
 typedef Husk__Guest__V1__WriteCgroup WriteCgroup;
 typedef Husk__Guest__V1__ReadCgroup ReadCgroup;
+typedef Husk__Guest__V1__Population Population;
 typedef Husk__Guest__V1__OpenLog OpenLog;
 typedef Husk__Guest__V1__Event Event;
 typedef Husk__Guest__V1__Exited Exited;

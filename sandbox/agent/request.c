@@ -10,6 +10,7 @@
 #include "agent.h"
 #include "cgroup.h"
 #include "configure.h"
+#include "population.h"
 #include "scope.h"
 
 #ifndef HUSK_BUILD_ID
@@ -167,11 +168,21 @@ static int signal_processes(struct agent *agent, const Signal *signal, struct er
                      : fail_about(error, ESRCH, "signal", "container is unknown");
 }
 
+// The cgroup of a container; with ".", the one that holds all of theirs. -1: there is none.
+static int find_cgroup(struct agent *agent, const char *id) {
+    struct container *container = container_find(agent, id);
+    return !strcmp(id, ".") ? agent->cgroup : container ? container->cgroup : -1;
+}
+
 static int write_cgroup(struct agent *agent, const WriteCgroup *write, struct error *error) {
-    struct container *container = container_find(agent, write->container_id);
-    if (!container)
+    int cgroup = find_cgroup(agent, write->container_id);
+    if (cgroup < 0)
         return fail_about(error, ESRCH, "cgroup", "container is unknown");
-    return cgroup_write_files(container->cgroup, write->files, write->n_files, agent->lenient, error);
+    if (cgroup_write_files(cgroup, write->files, write->n_files, agent->lenient, error) < 0)
+        return -1;
+    if (write->oom_score)
+        population_set_oom_score(cgroup, write->oom_score->adj);
+    return 0;
 }
 
 // One value: appended to `all`, its end noted.
@@ -189,8 +200,8 @@ static void gather(struct gathered *gathered, int directory, const char *name) {
 static void gather_all(struct agent *agent, const ReadCgroup *read, struct gathered *gathered) {
     autoclose int root = openat(agent->cgroup, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     for (size_t i = 0; i < read->n_container_ids; i++) {
-        struct container *container = container_find(agent, read->container_ids[i]);
-        int directory = !*read->container_ids[i] ? root : container ? container->cgroup : -1;
+        const char *id = read->container_ids[i];
+        int directory = *id ? find_cgroup(agent, id) : root;
         for (size_t j = 0; j < read->n_names; j++)
             gather(gathered, directory, strchr(read->names[j], '/') ? "" : read->names[j]);
     }
@@ -198,10 +209,23 @@ static void gather_all(struct agent *agent, const ReadCgroup *read, struct gathe
         gather(gathered, AT_FDCWD, read->paths[i]);
 }
 
+static void count_all(struct agent *agent, const ReadCgroup *read, Population *populations) {
+    bool files = read->count == HUSK__GUEST__V1__READ_CGROUP__COUNT__FILES;
+    uint32_t files_left = FILES_LOOKED_AT_MAX;
+    for (size_t i = 0; i < read->n_container_ids; i++) {
+        husk__guest__v1__population__init(&populations[i]);
+        struct container *container = container_find(agent, read->container_ids[i]);
+        if (container)
+            population_count(container->cgroup, &populations[i], files, &files_left);
+    }
+}
+
 static void read_cgroup(struct agent *agent, uint32_t request, const ReadCgroup *read) {
-    size_t count = read->n_container_ids * read->n_names + read->n_paths, start = 0;
+    size_t ids = read->n_container_ids, count = ids * read->n_names + read->n_paths, start = 0;
     struct gathered gathered = {.ends = memory_get(count * sizeof(size_t))};
     autofree ProtobufCBinaryData *values = memory_get(count * sizeof *values);
+    autofree Population *populations = memory_get(ids * sizeof *populations);
+    autofree Population **list = memory_get(ids * sizeof *list);
     gather_all(agent, read, &gathered);
     for (size_t i = 0; i < count; start = gathered.ends[i++])
         values[i] = (ProtobufCBinaryData){.len = gathered.ends[i] - start, .data = gathered.all.data + start};
@@ -210,6 +234,13 @@ static void read_cgroup(struct agent *agent, uint32_t request, const ReadCgroup 
     body.n_values = count;
     body.values = values;
     body.wall_ns = wall_ns();
+    if (read->count != HUSK__GUEST__V1__READ_CGROUP__COUNT__NOTHING) {
+        count_all(agent, read, populations);
+        for (size_t i = 0; i < ids; i++)
+            list[i] = &populations[i];
+        body.n_populations = ids;
+        body.populations = list;
+    }
     reply.body_case = HUSK__GUEST__V1__REPLY__BODY_VALUES;
     reply.values = &body;
     reply_send(agent, request, &reply);

@@ -1004,36 +1004,85 @@ Global___Remove: _TypeAlias = Remove  # noqa: Y015
 
 @_typing.final
 class WriteCgroup(_message.Message):
+    """The id "." means the cgroup that holds those of all containers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    OOM_SCORE_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___CgroupFile]: ...
+    @_builtins.property
+    def oom_score(self) -> Global___OomScore:
+        """for every process that there is now; absent: as it is"""
+
     def __init__(
         self,
         *,
         container_id: _builtins.str = ...,
         files: _abc.Iterable[Global___CgroupFile] | None = ...,
+        oom_score: Global___OomScore | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oom_score", b"oom_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "files", b"files"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "files", b"files", "oom_score", b"oom_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WriteCgroup: _TypeAlias = WriteCgroup  # noqa: Y015
 
 @_typing.final
+class OomScore(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADJ_FIELD_NUMBER: _builtins.int
+    adj: _builtins.int
+    def __init__(
+        self,
+        *,
+        adj: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adj", b"adj"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OomScore: _TypeAlias = OomScore  # noqa: Y015
+
+@_typing.final
 class ReadCgroup(_message.Message):
-    """Contents of cgroup files, at most 64 KiB each; with an empty id, of the root cgroup."""
+    """Contents of cgroup files, at most 64 KiB each; with an empty id, of the root cgroup, and with ".",
+    of the one that holds those of all containers.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    class _Count:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _CountEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ReadCgroup._Count.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        NOTHING: ReadCgroup._Count.ValueType  # 0
+        PROCESSES: ReadCgroup._Count.ValueType  # 1
+        FILES: ReadCgroup._Count.ValueType  # 2
+        """and the processes"""
+
+    class Count(_Count, metaclass=_CountEnumTypeWrapper): ...
+    NOTHING: ReadCgroup.Count.ValueType  # 0
+    PROCESSES: ReadCgroup.Count.ValueType  # 1
+    FILES: ReadCgroup.Count.ValueType  # 2
+    """and the processes"""
 
     CONTAINER_IDS_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
     PATHS_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    count: Global___ReadCgroup.Count.ValueType
+    """what to count of each container"""
     @_builtins.property
     def container_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -1050,10 +1099,11 @@ class ReadCgroup(_message.Message):
         container_ids: _abc.Iterable[_builtins.str] | None = ...,
         names: _abc.Iterable[_builtins.str] | None = ...,
         paths: _abc.Iterable[_builtins.str] | None = ...,
+        count: Global___ReadCgroup.Count.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_ids", b"container_ids", "names", b"names", "paths", b"paths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_ids", b"container_ids", "count", b"count", "names", b"names", "paths", b"paths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1065,24 +1115,61 @@ class CgroupValues(_message.Message):
 
     VALUES_FIELD_NUMBER: _builtins.int
     WALL_NS_FIELD_NUMBER: _builtins.int
+    POPULATIONS_FIELD_NUMBER: _builtins.int
     wall_ns: _builtins.int
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """container by container, name by name; then the paths"""
+
+    @_builtins.property
+    def populations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Population]:
+        """one per id, where they were asked for"""
 
     def __init__(
         self,
         *,
         values: _abc.Iterable[_builtins.bytes] | None = ...,
         wall_ns: _builtins.int = ...,
+        populations: _abc.Iterable[Global___Population] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values", "wall_ns", b"wall_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["populations", b"populations", "values", b"values", "wall_ns", b"wall_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CgroupValues: _TypeAlias = CgroupValues  # noqa: Y015
+
+@_typing.final
+class Population(_message.Message):
+    """What lives in a container, all that it nests included. Of files so many are looked at in one
+    request that the agent is not held up: of a container with more, these are the first.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    SOCKETS_FIELD_NUMBER: _builtins.int
+    processes: _builtins.int
+    files: _builtins.int
+    """open descriptors"""
+    sockets: _builtins.int
+    """of these"""
+    def __init__(
+        self,
+        *,
+        processes: _builtins.int = ...,
+        files: _builtins.int = ...,
+        sockets: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "processes", b"processes", "sockets", b"sockets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Population: _TypeAlias = Population  # noqa: Y015
 
 @_typing.final
 class OpenLog(_message.Message):

@@ -339,6 +339,42 @@ async def test_cgroup_files(agent: Agent, guest: Guest) -> None:
     assert (caught.value.step, caught.value.errno) == ("cgroup cgroup.max.depth", 22)
 
 
+async def test_cgroup_of_all_containers(agent: Agent, guest: Guest) -> None:
+    files = [pb.CgroupFile(name="cgroup.max.descendants", value="99")]
+    await guest.call(write_cgroup=pb.WriteCgroup(container_id=".", files=files))
+    read = pb.ReadCgroup(container_ids=["."], names=["cgroup.max.descendants", "../cgroup.procs"])
+    assert list((await guest.call(read_cgroup=read)).values.values) == [b"99\n", b""]
+    with pytest.raises(GuestError):
+        await guest.call(write_cgroup=pb.WriteCgroup(container_id="", files=files))
+
+
+async def populations(guest: Guest, ids: list[str], count: pb.ReadCgroup.Count.ValueType) -> list[Any]:
+    reply = await guest.call(read_cgroup=pb.ReadCgroup(container_ids=ids, count=count))
+    return list(reply.values.populations)
+
+
+async def test_processes_and_files_are_counted(guest: Guest) -> None:
+    script = "sleep 1000 & exec 5</etc/secret 6</etc/secret; exec sleep 1000"
+    id = await guest.start(["sh", "-c", script])
+    async with asyncio.timeout(20):
+        while (found := await populations(guest, [id, ".", "gone"], pb.ReadCgroup.FILES))[0].processes != 2:
+            await asyncio.sleep(0.01)
+    whole, all_of_them, gone = found
+    # stdin, stdout and stderr of both, and what the first has opened
+    assert (whole.processes, whole.files, whole.sockets) == (2, 8, 0)
+    assert all_of_them == gone == pb.Population()
+    assert (await populations(guest, [id], pb.ReadCgroup.PROCESSES)) == [pb.Population(processes=2)]
+    assert (await populations(guest, [id], pb.ReadCgroup.NOTHING)) == []
+
+
+async def test_oom_score_of_what_runs(guest: Guest) -> None:
+    id = await guest.start(["sh", "-c", "sleep 1000 & wait"])
+    await guest.call(write_cgroup=pb.WriteCgroup(container_id=id, oom_score=pb.OomScore(adj=777)))
+    assert (await guest.exec(id, ["cat", "/proc/1/oom_score_adj"]))[1] == "777\n"
+    await guest.call(write_cgroup=pb.WriteCgroup(container_id=id))
+    assert (await guest.exec(id, ["cat", "/proc/1/oom_score_adj"]))[1] == "777\n"
+
+
 async def test_a_fork_bomb_is_removed(guest: Guest) -> None:
     id = await guest.start(["sh", "-c", "i=0; while [ $i -lt 200 ]; do sleep 1000 & i=$((i+1)); done; wait"])
     await asyncio.sleep(0.1)
