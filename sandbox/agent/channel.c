@@ -1,12 +1,13 @@
 #include "channel.h"
 
 #include <errno.h>
-#include <linux/vm_sockets.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+#include <linux/vm_sockets.h> // of kernels before 6.9 needs <sys/socket.h> before it
 
 #include "error.h"
 
