@@ -32,7 +32,7 @@ from sandbox.containers import ContainerHost, Containers
 from sandbox.pods import PodHost, Pods
 from sandbox.records import ContainerRecord, PodRecord
 from sandbox.registry import Registry
-from sandbox.steps import Cgroups, pod_steps
+from sandbox.steps import pod_steps
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 from sandbox.vmm import find_hypervisor
@@ -96,7 +96,7 @@ class Daemon:
                 tasks=self.tasks,
             ),
         )
-        cgroups = Cgroups(layout, config.cgroup_root)
+        cgroups = cgroup.Cgroups(layout=layout, root=config.cgroup_root)
         self.pods = Pods(
             self.registry,
             self.containers,

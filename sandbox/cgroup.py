@@ -6,7 +6,8 @@ group, so nobody ends them with the daemon. On cgroup v1 and in the hybrid layou
 directory in several hierarchies, the service manager's among them; on v2 one.
 
 Crash story: the path derives from the parent and the pod id. `create` may be repeated, `remove`
-ends whatever is inside, and works when only some of the directories exist.
+ends whatever is inside, and works when only some of the directories exist. The daemon's own root
+is made with the first pod that needs it and goes with the last one; daemons may share it.
 
     kubelet, cgroupfs driver:  /kubepods/burstable/podUID          taken as it is
     kubelet, systemd driver:   kubepods-burstable-podUID.slice     each dash is a level
@@ -31,6 +32,7 @@ from sandbox.process import find_by_cgroup
 # Hierarchies of v1 worth a directory: what accounts or limits a pod as a whole, and the service
 # manager's own. Device access and block weights of a VMM are inherited from the parent.
 _V1_WANTED = frozenset({"cpu", "cpuacct", "cpuset", "memory", "pids", "hugetlb", "name=systemd"})
+_ATTEMPTS = 100
 
 
 class Mode(StrEnum):
@@ -102,6 +104,8 @@ class Cgroups(msgspec.Struct, frozen=True, kw_only=True):
     def remove(self, pod_id: str, parent: str) -> None:
         """End what is inside, and remove it; blocks up to 5 s. Idempotent. See `remove` below."""
         remove(self.layout, pod_path(parent, pod_id, root=self.root))
+        if not parent:
+            remove_empty(self.layout, self.root)
 
     def directories(self, pod_id: str, parent: str) -> tuple[str, ...]:
         """What a process of the pod has to join."""
@@ -149,7 +153,19 @@ def create(layout: Layout, path: str) -> None:
     the pod. Raises OSError.
     """
     for root, directory in zip(layout.roots, directories(layout, path), strict=True):
-        _make_below(Path(root), Path(directory))
+        _make_patiently(Path(root), Path(directory))
+
+
+def _make_patiently(root: Path, directory: Path) -> None:
+    for attempt in range(_ATTEMPTS):
+        try:
+            _make_below(root, directory)
+        except OSError as error:
+            # the last pod to go has just taken the empty parent away: missing, or gone while open
+            if error.errno not in (errno.ENOENT, errno.ENODEV) or attempt + 1 == _ATTEMPTS:
+                raise
+        else:
+            return
 
 
 def _make_below(root: Path, directory: Path) -> None:
@@ -174,7 +190,7 @@ def _fill_cpuset(directory: Path) -> None:
 def remove(layout: Layout, path: str, *, timeout_s: float = 5.0) -> None:
     """End what is in the pod's cgroup and remove it; blocks up to `timeout_s`. Idempotent.
 
-    Parents are left alone: they are the kubelet's. Raises DeadlineExceeded when a process will not
+    Parents are left alone: most are the kubelet's. Raises DeadlineExceeded when a process will not
     go, and OSError when the kernel refuses for another reason.
     """
     deadline = time.monotonic() + timeout_s
@@ -190,6 +206,13 @@ def remove(layout: Layout, path: str, *, timeout_s: float = 5.0) -> None:
         if pending:
             time.sleep(pause)  # the kernel gives no notice of the last exit that covers v1
             pause = min(pause * 2, 0.05)
+
+
+def remove_empty(layout: Layout, path: str) -> None:
+    """Remove a cgroup wherever nothing is in it; one in use stays (EBUSY), as does what lies above."""
+    for directory in directories(layout, path):
+        with contextlib.suppress(OSError):
+            Path(directory).rmdir()
 
 
 def _removed(directory: Path) -> bool:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from network.attach import Attachment, Networks, NetworkWish, PortMapping
-from sandbox import cgroup, mounts
-from sandbox.cgroup import Layout
+from sandbox import mounts
+from sandbox.cgroup import Cgroups
 from sandbox.errors import VmmGone
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
@@ -59,29 +59,15 @@ def remove_tree(path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Cgroups:
-    """Where pods' cgroups are on this host."""
-
-    layout: Layout
-    root: str  # the parent of pods that name none
-
-    def path(self, pod: Pod) -> str:
-        return cgroup.pod_path(pod.record.spec.cgroup_parent, pod.id, root=self.root)
-
-    def directories(self, pod: Pod) -> tuple[str, ...]:
-        return cgroup.directories(self.layout, self.path(pod))
-
-
-@dataclass(frozen=True, slots=True)
 class Cgroup:
     cgroups: Cgroups
     name = "cgroup"
 
     async def up(self, pod: Pod) -> None:
-        await asyncio.to_thread(cgroup.create, self.cgroups.layout, self.cgroups.path(pod))
+        await asyncio.to_thread(self.cgroups.create, pod.id, pod.record.spec.cgroup_parent)
 
     async def down(self, pod: Pod) -> None:
-        await asyncio.to_thread(cgroup.remove, self.cgroups.layout, self.cgroups.path(pod))
+        await asyncio.to_thread(self.cgroups.remove, pod.id, pod.record.spec.cgroup_parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +167,7 @@ class Vm:
             ),
             nics=tuple(NicSpec(mac=nic.mac, mtu=nic.mtu) for nic in record.network.interfaces),
             netns=record.network.netns,
-            cgroups=self.cgroups.directories(pod),
+            cgroups=self.cgroups.directories(pod.id, record.spec.cgroup_parent),
         )
 
 

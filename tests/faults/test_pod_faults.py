@@ -25,7 +25,7 @@ from sandbox.pods import PodHost, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
 from sandbox.spec import ContainerSpec, Handler, MountSpec, PodSpec, SecuritySpec
-from sandbox.steps import Cgroups, pod_steps
+from sandbox.steps import pod_steps
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
@@ -72,7 +72,8 @@ class Daemon:
 
     def start(self) -> None:
         networks = cast(Any, FakeNetworks(self.ledger))
-        cgroups = Cgroups(cgroup.Layout(mode=cgroup.Mode.V2, hierarchies=(), unified=""), "/husk-test")
+        layout = cgroup.Layout(mode=cgroup.Mode.V2, hierarchies=(), unified="")
+        cgroups = cgroup.Cgroups(layout=layout, root="/husk-test")
         self.tasks = Tasks()
         self.registry = Registry()
         self.pod_store = Store(self.root / "pods", PodRecord)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,16 @@ def test_parents_that_lead_astray(parent: str) -> None:
 def groups() -> Iterator[Cgroups]:
     made = cgroup.find_cgroups(f"/husk-test-{secrets.token_hex(4)}")
     yield made
-    for root in made.layout.roots:
-        parent = Path(root + made.root)
-        if parent.exists():
-            parent.rmdir()
+    left = roots_of(made)
+    for parent in left:
+        parent.rmdir()
+    assert left == []
+
+
+def roots_of(groups: Cgroups) -> list[Path]:
+    """Where the root of pods without a parent is there."""
+    places = (Path(root + groups.root) for root in groups.layout.roots)
+    return [place for place in places if place.exists()]
 
 
 async def test_made_joined_and_removed(groups: Cgroups) -> None:
@@ -109,3 +116,36 @@ def test_a_half_made_one_is_completed_and_removed(groups: Cgroups) -> None:
     directories[0].rmdir()
     groups.remove("p", "")
     assert not any(each.exists() for each in directories)
+
+
+def test_the_root_goes_with_the_last_pod(groups: Cgroups) -> None:
+    for pod in ("p", "q"):
+        groups.create(pod, "")
+    groups.remove("p", "")
+    assert len(roots_of(groups)) == len(groups.layout.roots)
+    assert all(Path(each).is_dir() for each in groups.directories("q", ""))
+    groups.remove("q", "")
+    assert roots_of(groups) == []
+    groups.remove("q", "")
+
+
+def test_a_parent_that_was_given_stays(groups: Cgroups) -> None:
+    groups.create("p", groups.root)
+    groups.remove("p", groups.root)
+    left = roots_of(groups)
+    assert len(left) == len(groups.layout.roots)
+    cgroup.remove_empty(groups.layout, groups.root)
+
+
+def test_pods_come_while_others_go(groups: Cgroups) -> None:
+    """The root is taken away by one in the moment in which another needs it."""
+
+    def lives(name: str) -> None:
+        for number in range(100):
+            groups.create(f"{name}{number}", "")
+            assert all(Path(each).is_dir() for each in groups.directories(f"{name}{number}", ""))
+            groups.remove(f"{name}{number}", "")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lives, "abcd"))
+    assert roots_of(groups) == []

@@ -122,8 +122,6 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
     finally:
         await hypervisor.destroy(pod_id, run_dir)
         cgroups.remove(pod_id, "")
-        for root in cgroups.layout.roots:
-            Path(root + cgroups.root).rmdir()
         mounts.unmount_tree(run_dir)
         shutil.rmtree(run_dir)
     assert process.find_by_argument(f"{run_dir}/", f"husk-{pod_id}") == []
