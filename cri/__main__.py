@@ -90,7 +90,10 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         with hold([Path(config.root), Path(config.run)]):
             uvloop.run(daemon.run(config))
-    except (DirectoryTaken, SocketTaken, MetricsNotServed, OSError) as error:
+    except MetricsNotServed as error:
+        _failed(error)
+        return 2  # what the configuration says cannot be had
+    except (DirectoryTaken, SocketTaken, OSError) as error:
         return _failed(error)
     return 0
 

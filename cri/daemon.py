@@ -1,8 +1,9 @@
 """`husk serve`: the one place that reads the configuration and builds the long-lived objects.
 
-Start: records are read, the pods that an earlier daemon left are taken up or undone, what has no
-owner is swept; only then is the socket opened. End: calls under way get a few seconds, everything
-is let go of, and no pod is touched.
+Start: the port of the metrics is taken and the socket's place looked at, as whoever cannot have them
+shall touch nothing. Then records are read, the pods that an earlier daemon left are taken up or
+undone, what has no owner is swept; only then is the socket opened. End: calls under way get a few
+seconds, everything is let go of, and no pod is touched.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SHUTDOWN_GRACE_S = 5.0
 
 
 async def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises SocketTaken, OSError."""
+    """Serve until SIGTERM or SIGINT. Raises MetricsNotServed, SocketTaken, OSError."""
     daemon = Daemon(config)
     await daemon.start()
     stop = asyncio.Event()
@@ -136,6 +137,8 @@ class Daemon:
     # ----------------------------------------------------------------------------- start, stop
 
     async def start(self) -> None:
+        self._take_metrics_port()
+        self.server.check()
         self.pod_store.load()
         self.container_store.load()
         await asyncio.to_thread(self.images.load)
@@ -144,12 +147,16 @@ class Daemon:
         self.metrics.watch(
             Sources(sandboxes=self._pods_by_state, containers=self._containers_by_state, usage=self._usage)
         )
-        if self.config.metrics.port:
-            address = self.config.metrics.address
-            self.metrics_server = MetricsServer(self.metrics, address, self.config.metrics.port)
+        if self.metrics_server is not None:
+            self.metrics_server.start()
         self.node.check()
         await self.server.start()
         self.tasks.spawn(self.node.warm_up(), "choice of the accelerator")
+
+    def _take_metrics_port(self) -> None:
+        wish = self.config.metrics
+        if wish.port:
+            self.metrics_server = MetricsServer(self.metrics, wish.address, wish.port)
 
     async def stop(self) -> None:
         await self.server.stop(SHUTDOWN_GRACE_S)

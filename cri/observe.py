@@ -243,9 +243,9 @@ class MetricsNotServed(Exception):
 
 
 class MetricsServer:
-    """/metrics and /healthz over HTTP, from threads of their own, until `close`.
+    """/metrics and /healthz over HTTP, from threads of their own, from `start` until `close`.
 
-    The constructor raises MetricsNotServed.
+    The constructor takes the port, and raises MetricsNotServed; who connects before `start` waits.
     """
 
     def __init__(self, metrics: Metrics, address: str, port: int) -> None:
@@ -254,6 +254,8 @@ class MetricsServer:
         except OSError as error:
             raise MetricsNotServed(address, port, error.strerror or str(error)) from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     @property
@@ -262,9 +264,10 @@ class MetricsServer:
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        self._server.shutdown()
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join(timeout=5)
         self._server.server_close()
-        self._thread.join(timeout=5)
 
 
 class _HttpServer(http.server.ThreadingHTTPServer):

@@ -55,10 +55,14 @@ class Server:
         )
         self._server.add_generic_rpc_handlers([_handlers(service, edge) for service in services])
 
-    async def start(self) -> None:
-        """Serve. Raises SocketTaken, OSError."""
+    def check(self) -> None:
+        """Make room for the socket. Raises SocketTaken, OSError."""
         self._path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         remove_stale(self._path)
+
+    async def start(self) -> None:
+        """Serve. Raises SocketTaken, OSError."""
+        self.check()
         with _umask(0o177):  # the socket is made with its final mode: no moment open to others
             self._server.add_insecure_port(f"unix:{self._path}")
         await self._server.start()

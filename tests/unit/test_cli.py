@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -167,11 +168,28 @@ def test_the_command_is_a_program(tmp_path: Path) -> None:
 def test_a_second_daemon_on_the_same_socket_ends_with_1(daemon: ImageDaemon, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(f'[metrics]\nport = 0\n[cni]\nconf_dir = "{tmp_path}/net.d"\n')
+    stray = tmp_path / "r/run/pods" / ("0" * 64)
+    stray.mkdir(parents=True)
     words = ["serve", "--config", str(file), "--root", str(tmp_path / "r"), "--socket", str(daemon.socket)]
     argv = [sys.executable, "-m", "cri", *words]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "another daemon answers there" in done.stderr
+    assert stray.is_dir()
+
+
+def test_a_metrics_port_in_use_ends_with_2_before_anything_is_touched(tmp_path: Path) -> None:
+    stray = tmp_path / "r/run/pods" / ("0" * 64)  # the sweep would remove what has no record
+    stray.mkdir(parents=True)
+    file = tmp_path / "config.toml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        file.write_text(f'[metrics]\nport = {port}\n[cni]\nconf_dir = "{tmp_path}/net.d"\n')
+        argv = [sys.executable, "-m", "cri", "serve", "--config", str(file), "--root", str(tmp_path / "r")]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port}" in done.stderr and "metrics.port" in done.stderr
+    assert stray.is_dir()
 
 
 # ------------------------------------------------------------------------------------- progress

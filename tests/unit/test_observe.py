@@ -157,6 +157,7 @@ def metrics() -> Metrics:
 @pytest.fixture
 def server(metrics: Metrics) -> Iterator[MetricsServer]:
     server = MetricsServer(metrics, "127.0.0.1", 0)
+    server.start()
     yield server
     server.close()
 
@@ -202,7 +203,8 @@ def test_an_address_in_use_is_told_with_advice(server: MetricsServer) -> None:
 def test_the_port_is_free_again_after_closing(metrics: Metrics) -> None:
     first = MetricsServer(metrics, "127.0.0.1", 0)
     port = first.port
-    first.close()
+    first.close()  # never started
     second = MetricsServer(metrics, "127.0.0.1", port)
+    second.start()
     assert get(port, "/healthz")[0] == 200
     second.close()

@@ -20,6 +20,7 @@ from tests.kit.registry import HOST
 pytestmark = pytest.mark.vm
 
 BUSYBOX = f"{HOST}/husk/busybox:1"
+METRICS_PORT = 9477  # the default
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,21 @@ def test_no_cni_configuration_is_told_and_one_that_appears_is_taken(site: Any, t
         daemon.cri.wait_for(network, lambda condition: condition.status, 15)
     finally:
         daemon.close()
+
+
+def test_metrics_port_in_use_touches_no_pod(daemon: Daemon, cri: Cri, pod: Pod, site: Any) -> None:
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    vmm = daemon.vmm_pids(pod.id)
+    assert daemon.terminate() == 0
+    with site.namespace.listen("127.0.0.1", METRICS_PORT):
+        done = subprocess.run(
+            daemon.command("serve"), capture_output=True, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 2
+    assert "metrics.port" in done.stderr and "taken up" not in done.stderr
+    daemon.start()
+    assert daemon.vmm_pids(pod.id) == vmm
+    assert cri.exec(container, "true").code == 0
 
 
 def test_missing_program_is_named_by_doctor(daemon: Daemon) -> None:
