@@ -30,6 +30,7 @@ from sandbox.errors import (
 )
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
+from sandbox.guest.sessions import AttachSession, ExecSession
 from sandbox.lifecycle import Step, bring_up, take_down
 from sandbox.logs import WINDOW, LogRelay
 from sandbox.plan import compile_exec
@@ -374,6 +375,37 @@ class Containers:
         client = await container.pod.guest()
         process = compile_exec(container.plan, cmd, tty=False)
         return await client.exec_sync(container.id, process, timeout_s, EXEC_OUTPUT_LIMIT)
+
+    async def exec(
+        self, id: str, cmd: Sequence[str], *, tty: bool, stdin: bool, stdout: bool, stderr: bool
+    ) -> ExecSession:
+        """Run `cmd` beside what runs there, with live streams. Close the session in the end.
+        Raises NotFound, WrongState, InvalidSpec, GuestError (cannot be run), GuestUnreachable."""
+        container = self._registry.container(id)
+        container.require(ContainerState.RUNNING)
+        if not cmd:
+            raise InvalidSpec("cmd", "is empty", "a program and its arguments")
+        client = await container.pod.guest()
+        process = compile_exec(container.plan, cmd, tty=tty)
+        return await ExecSession.start(
+            client, container.id, process, stdin=stdin, stdout=stdout or tty, stderr=stderr and not tty
+        )
+
+    async def attach(self, id: str, *, stdin: bool, stdout: bool, stderr: bool) -> AttachSession:
+        """Hear and speak to a running container from now on. Close the session in the end.
+        Raises NotFound, WrongState, GuestError, GuestUnreachable."""
+        container = self._registry.container(id)
+        container.require(ContainerState.RUNNING)
+        client = await container.pod.guest()
+        spec = container.record.spec
+        return await AttachSession.start(
+            client,
+            container.id,
+            stdin=stdin and spec.stdin,
+            stdout=stdout,
+            stderr=stderr and not spec.tty,
+            stdin_once=spec.stdin_once,
+        )
 
     async def reopen_log(self, id: str) -> None:
         container = self._registry.container(id)

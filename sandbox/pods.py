@@ -23,6 +23,7 @@ from pathlib import Path
 from sandbox.accelerator import Verdict
 from sandbox.containers import Containers
 from sandbox.errors import GuestUnreachable, InvalidSpec, NotFound, SandboxError, VmmGone
+from sandbox.guest.sessions import Forwarded
 from sandbox.lifecycle import Step, bring_up, take_down
 from sandbox.plan import vm_size
 from sandbox.pod import Pod
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 ADOPT_TIMEOUT_S = 30.0
 RECONNECT_PAUSE_S = 0.5
 STOP_GRACE_S = 5.0
+DIAL_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,16 @@ class Pods:
         pod.update(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
         self._containers.vm_gone(pod, reason)
         await pod.disconnect()
+
+    # ------------------------------------------------------------------------------- ports
+
+    async def dial(self, id: str, port: int) -> Forwarded:
+        """Connect to a TCP port inside the pod. Close the connection in the end.
+        Raises NotFound, WrongState, GuestError (nothing listens there), GuestUnreachable,
+        DeadlineExceeded."""
+        pod = self._registry.pod(id)
+        pod.require_ready()
+        return await Forwarded.dial(await pod.guest(), port, DIAL_TIMEOUT_S)
 
     # ------------------------------------------------------------------------------- stop, remove
 

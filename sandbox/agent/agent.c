@@ -12,7 +12,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "attach.h"
 #include "cgroup.h"
+#include "dial.h"
 #include "pod_init.h"
 #include "request.h"
 #include "scope.h"
@@ -103,6 +105,8 @@ static void pump(struct agent *agent) {
     }
     for (struct container *container = agent->containers; container; container = container->next)
         container_pump(container);
+    attach_pump(agent);
+    dial_pump(agent);
     channel_flush(&agent->channel);
 }
 
@@ -120,7 +124,7 @@ static bool has_work(const struct agent *agent) {
     for (const struct exec *exec = agent->execs; exec; exec = exec->next)
         if (exec_has_work(exec))
             return true;
-    return false;
+    return attach_has_work(agent) || dial_has_work(agent);
 }
 
 // What was said last still reaches the host, if it reads.
@@ -138,7 +142,7 @@ static void farewell(struct agent *agent) {
 
 void agent_serve(struct agent *agent) {
     while (!agent->stopping) {
-        loop_turn(&agent->loop, has_work(agent) ? 0 : -1);
+        loop_turn(&agent->loop, has_work(agent) ? 0 : attach_timeout_ms(agent));
         channel_read(&agent->channel);
         pump(agent);
     }

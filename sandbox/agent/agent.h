@@ -15,6 +15,9 @@ struct agent {
     struct source signals;
     struct container *containers;
     struct exec *execs;
+    struct attachment *attachments;
+    struct dial *dials;
+    int attachment_count, dial_count;
     pid_t pod_init; // of the PID namespace that containers of the pod share; 0: none yet
     int pod_init_pidfd;
 

@@ -11,9 +11,11 @@
 #include <sys/stat.h>
 
 #include "agent.h"
+#include "attach.h"
 #include "cgroup.h"
 #include "guest.h"
 #include "pod_init.h"
+#include "pty.h"
 #include "scope.h"
 
 bool is_id(const char *id) {
@@ -159,6 +161,7 @@ void container_ended(struct container *container, int wait_status) {
         cgroup_kill(container->cgroup);
     for (int i = 0; i < 2; i++)
         log_drain(&container->log, &container->taps[i], &agent->loop, true);
+    attach_container_ended(container);
     container->log.finished = true;
     close_fd(&container->stdin_pipe);
     Event event = HUSK__GUEST__V1__EVENT__INIT;
@@ -177,6 +180,12 @@ int container_signal(struct container *container, int signal, bool all, struct e
                  : signal == SIGKILL ? cgroup_kill(container->cgroup)
                                      : cgroup_signal(container->cgroup, signal);
     return failed < 0 ? fail(error, errno, "signal") : 0;
+}
+
+int container_resize(struct container *container, const Resize *size, struct error *error) {
+    if (!container->terminal || container->taps[0].source.fd < 0)
+        return fail_about(error, ENOTTY, "resize", "container has no terminal");
+    return pty_resize(container->taps[0].source.fd, size->rows, size->columns, error);
 }
 
 // ---------------------------------------------------------------------------------- starting
@@ -220,13 +229,17 @@ static struct container *make(struct agent *agent, const Start *start, uint32_t 
                     .terminal = -1,
                     .request = request,
                     .status = {.fd = -1, .ready = status_ready}},
-        .taps = {{.source = {.fd = -1, .ready = tap_ready}}, {.source = {.fd = -1, .ready = tap_ready}}},
+        .has_stdin = start->stdin,
+        .terminal = start->process->tty,
         .stdin_pipe = -1,
         .cgroup = -1,
         .memory_events = {.fd = -1, .ready = memory_events_ready},
         .population = {.fd = -1, .ready = population_ready},
         .log = {.stream = start->log_stream, .credit = start->log_window, .wanted = start->log_stream != 0},
     };
+    for (int i = 0; i < 2; i++)
+        container->taps[i] = (struct tap){
+            .source = {.fd = -1, .ready = tap_ready}, .container = container, .tee = &attach_tee};
     snprintf(container->id, sizeof container->id, "%s", start->id);
     agent->containers = container;
     return container;
@@ -273,6 +286,8 @@ static int prepare_output(struct container *container, const Start *start, struc
             return fail(error, errno, "pipe");
         child->stdio[0] = ends[0];
         container->stdin_pipe = ends[1];
+        if (fcntl(container->stdin_pipe, F_SETFL, O_NONBLOCK) < 0)
+            return fail(error, errno, "pipe");
     }
     return 0;
 }

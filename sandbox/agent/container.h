@@ -15,6 +15,8 @@ struct container {
     struct process process;
     bool shared_pids; // its processes do not end with its first one
     bool has_files;   // in GUEST_FILES/<id>
+    bool has_stdin;   // somebody may speak to it
+    bool terminal;    // taps[0] is the master of its tty
     struct log log;
     struct tap taps[2];
     int stdin_pipe; // kept open so that the container's stdin is; -1: none
@@ -36,6 +38,7 @@ struct container *container_of_log(struct agent *agent, uint32_t stream);
 
 void container_start(struct agent *agent, uint32_t request, const Start *start);
 void container_remove(struct agent *agent, uint32_t request, const char *id);
+int container_resize(struct container *container, const Resize *size, struct error *error);
 int container_signal(struct container *container, int signal, bool all, struct error *error);
 
 void container_ended(struct container *container, int wait_status);

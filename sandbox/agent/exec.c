@@ -6,16 +6,11 @@
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/ioctl.h>
 
 #include "agent.h"
 #include "cgroup.h"
+#include "pty.h"
 #include "scope.h"
-
-enum {
-    INLET_WINDOW = 128 * 1024,
-    INLET_BATCH = 32 * 1024, // credit is given back in pieces of at least this, or when all is written
-};
 
 struct exec *exec_find(struct agent *agent, const char *container_id, const char *id) {
     for (struct exec *exec = agent->execs; exec; exec = exec->next)
@@ -26,137 +21,15 @@ struct exec *exec_find(struct agent *agent, const char *container_id, const char
 
 // ----------------------------------------------------------------------------------- streams
 
-static void outlet_ready(struct source *source, uint32_t events) {
-    (void)events;
-    container_of(source, struct outlet, source)->readable = true;
-}
-
-static void inlet_ready(struct source *source, uint32_t events) {
-    (void)events;
-    container_of(source, struct inlet, source)->writable = true;
-}
-
-static void outlet_end(struct outlet *outlet, struct agent *agent) {
-    loop_close(&agent->loop, &outlet->source);
-    if (outlet->stream)
-        channel_send(&agent->channel, FRAME_CLOSE, outlet->stream, NULL, 0);
-    outlet->stream = 0;
-}
-
-// Nothing is in the pipe: so a CLOSE needs no credit.
-static bool is_drained(const struct outlet *outlet) {
-    int bytes = 0;
-    return ioctl(outlet->source.fd, FIONREAD, &bytes) == 0 && bytes == 0;
-}
-
-// One piece. `last`: the process has ended, and what is not there now will not come. A background
-// process that holds the pipe does not keep the exec alive.
-static bool outlet_move(struct outlet *outlet, struct channel *channel, bool last, struct agent *agent) {
-    static uint8_t nowhere[DATA_MAX];
-    bool silent = outlet->discard || !outlet->stream;
-    size_t room = channel_room(channel), size = DATA_MAX;
-    if (!silent) {
-        size = size < outlet->credit ? size : (size_t)outlet->credit;
-        size = size < room ? size : room;
-        if (size == 0) {
-            if (room > 0 && last && is_drained(outlet))
-                outlet_end(outlet, agent);
-            return false;
-        }
-    }
-    ssize_t got = read(outlet->source.fd, silent ? nowhere : channel_begin(channel, size), size);
-    if (got < 0 && errno == EINTR)
-        return true;
-    if (got < 0 && errno == EAGAIN && !last) {
-        outlet->readable = false;
-        return false;
-    }
-    if (got <= 0) {
-        outlet_end(outlet, agent);
-        return false;
-    }
-    if (!silent) {
-        channel_commit(channel, FRAME_DATA, outlet->stream, (size_t)got);
-        outlet->credit -= (size_t)got;
-    }
-    return true;
-}
-
-static void outlet_pump(struct outlet *outlet, struct exec *exec) {
-    bool last = exec->process.state == PROCESS_ENDED;
-    if (exec->process.state == PROCESS_STARTING) // the reply comes first
-        return;
-    for (int i = 0; i < 4 && outlet->source.fd >= 0 && (outlet->readable || last); i++)
-        if (!outlet_move(outlet, &exec->agent->channel, last, exec->agent))
-            return;
-}
-
-static void inlet_grant(struct inlet *inlet, struct channel *channel, uint32_t bytes) {
-    uint8_t payload[4];
-    if (!inlet->stream || bytes == 0)
-        return;
-    write_u32(payload, bytes);
-    channel_send(channel, FRAME_WINDOW, inlet->stream, payload, sizeof payload);
-    inlet->granted += bytes;
-}
-
-static void inlet_close(struct inlet *inlet, struct agent *agent) {
-    loop_close(&agent->loop, &inlet->source);
-    buffer_free(&inlet->pending);
-}
-
-static void inlet_pump(struct inlet *inlet, struct agent *agent) {
-    while (inlet->source.fd >= 0 && inlet->writable && buffer_length(&inlet->pending) > 0) {
-        ssize_t written = write(inlet->source.fd, inlet->pending.data + inlet->pending.start,
-                                buffer_length(&inlet->pending));
-        if (written > 0) {
-            buffer_consume(&inlet->pending, (size_t)written);
-            inlet->consumed += (uint32_t)written;
-        } else if (errno == EAGAIN) {
-            inlet->writable = false;
-        } else if (errno != EINTR) { // the process does not read any more
-            if (inlet->stream && !inlet->ended)
-                channel_send(&agent->channel, FRAME_RESET, inlet->stream, NULL, 0);
-            inlet->stream = 0;
-            inlet_close(inlet, agent);
-        }
-    }
-    bool empty = buffer_length(&inlet->pending) == 0;
-    if (inlet->consumed >= INLET_BATCH || (empty && inlet->consumed > 0)) {
-        if (!inlet->ended)
-            inlet_grant(inlet, &agent->channel, inlet->consumed);
-        inlet->consumed = 0;
-    }
-    if (inlet->ended && empty)
-        inlet_close(inlet, agent);
-}
-
-static int inlet_take(struct inlet *inlet, const struct frame *frame) {
-    if (frame->length > inlet->granted || inlet->ended)
-        return -1;
-    inlet->granted -= frame->length;
-    if (inlet->source.fd >= 0)
-        buffer_append(&inlet->pending, frame->payload, frame->length);
-    return 1;
-}
-
 int exec_frame(struct agent *agent, const struct frame *frame) {
     for (struct exec *exec = agent->execs; exec; exec = exec->next) {
-        if (exec->inlet.stream == frame->stream) {
-            if (frame->kind == FRAME_DATA)
-                return inlet_take(&exec->inlet, frame);
-            exec->inlet.ended |= frame->kind == FRAME_CLOSE;
-            return 1;
-        }
-        for (int i = 0; i < 2; i++) {
-            struct outlet *outlet = &exec->outlets[i];
-            if (outlet->stream != frame->stream)
-                continue;
-            if (frame->kind == FRAME_WINDOW)
-                outlet->credit += read_u32(frame->payload);
-            outlet->discard |= frame->kind == FRAME_RESET;
-            return 1;
-        }
+        int taken = inlet_frame(&exec->inlet, frame);
+        for (int i = 0; i < 2 && !taken; i++)
+            taken = outlet_frame(&exec->outlets[i], agent, frame);
+        if (taken && exec->terminal && frame->kind == FRAME_RESET) // its other descriptor, too: hung up
+            inlet_refuse(&exec->inlet, agent);
+        if (taken)
+            return taken;
     }
     return 0;
 }
@@ -183,7 +56,7 @@ static void release(struct exec *exec) {
         link = &(*link)->next;
     *link = exec->next;
     for (int i = 0; i < 2; i++)
-        loop_close(&agent->loop, &exec->outlets[i].source);
+        outlet_close(&exec->outlets[i], agent);
     inlet_close(&exec->inlet, agent);
     process_close(&exec->process, &agent->loop);
     close_fd(&exec->cgroup);
@@ -218,7 +91,7 @@ static void announce(struct exec *exec) {
         return;
     reply_started(agent, exec->process.request, exec->process.pid);
     exec->process.request = 0;
-    inlet_grant(&exec->inlet, &agent->channel, INLET_WINDOW);
+    inlet_begin(&exec->inlet, &agent->channel);
 }
 
 // The master of a terminal serves both directions: one descriptor each, so that each has its own source.
@@ -228,7 +101,10 @@ static void take_terminal(struct exec *exec) {
         return;
     if (exec->inlet.stream) {
         exec->inlet.source.fd = fcntl(exec->process.terminal, F_DUPFD_CLOEXEC, 3);
-        loop_add(loop, &exec->inlet.source, EPOLLOUT);
+        if (exec->inlet.source.fd >= 0)
+            loop_add(loop, &exec->inlet.source, EPOLLOUT);
+        else
+            inlet_refuse(&exec->inlet, exec->agent);
     }
     exec->outlets[0].source.fd = take_fd(&exec->process.terminal);
     exec->outlets[0].readable = true;
@@ -268,6 +144,12 @@ int exec_signal(struct exec *exec, int signal, bool all, struct error *error) {
     return failed < 0 ? fail(error, errno, "signal") : 0;
 }
 
+int exec_resize(struct exec *exec, const Resize *size, struct error *error) {
+    if (!exec->terminal || exec->outlets[0].source.fd < 0)
+        return fail_about(error, ENOTTY, "resize", "exec has no terminal");
+    return pty_resize(exec->outlets[0].source.fd, size->rows, size->columns, error);
+}
+
 // ---------------------------------------------------------------------------------- starting
 
 static void status_ready(struct source *source, uint32_t events) {
@@ -290,16 +172,11 @@ static struct exec *make(struct agent *agent, uint32_t request, const Exec *mess
                     .terminal = -1,
                     .request = request,
                     .status = {.fd = -1, .ready = status_ready}},
-        .inlet = {.source = {.fd = -1, .ready = inlet_ready},
-                  .stream = message->stdin_stream,
-                  .writable = true},
+        .terminal = message->process->tty,
+        .inlet = inlet_make(message->stdin_stream),
+        .outlets = {outlet_make(message->stdout_stream, message->window),
+                    outlet_make(message->stderr_stream, message->window)},
     };
-    const uint32_t streams[] = {message->stdout_stream, message->stderr_stream};
-    for (int i = 0; i < 2; i++)
-        exec->outlets[i] = (struct outlet){.source = {.fd = -1, .ready = outlet_ready},
-                                           .stream = streams[i],
-                                           .credit = message->window,
-                                           .readable = true};
     snprintf(exec->container_id, sizeof exec->container_id, "%s", message->container_id);
     snprintf(exec->id, sizeof exec->id, "%s", message->exec_id);
     agent->execs = exec;
@@ -405,25 +282,20 @@ void exec_start(struct agent *agent, uint32_t request, const Exec *message) {
 // -------------------------------------------------------------------------------- every turn
 
 void exec_pump(struct exec *exec) {
+    bool ended = exec->process.state == PROCESS_ENDED;
     if (exec->inlet.source.fd >= 0 && exec->process.state == PROCESS_RUNNING)
         inlet_pump(&exec->inlet, exec->agent);
-    for (int i = 0; i < 2; i++)
-        outlet_pump(&exec->outlets[i], exec);
-    if (exec->process.state == PROCESS_ENDED && exec->outlets[0].source.fd < 0 &&
-        exec->outlets[1].source.fd < 0)
+    for (int i = 0; i < 2 && exec->process.state != PROCESS_STARTING; i++) // the reply comes first
+        outlet_pump(&exec->outlets[i], exec->agent, ended);
+    if (ended && exec->outlets[0].source.fd < 0 && exec->outlets[1].source.fd < 0)
         finish(exec);
 }
 
 bool exec_has_work(const struct exec *exec) {
     bool ended = exec->process.state == PROCESS_ENDED;
-    bool room = channel_room(&exec->agent->channel) > 0;
-    for (int i = 0; i < 2; i++) {
-        const struct outlet *outlet = &exec->outlets[i];
-        if (outlet->source.fd < 0 || exec->process.state == PROCESS_STARTING || !(outlet->readable || ended))
-            continue;
-        if (outlet->discard || !outlet->stream || (room && outlet->credit > 0))
+    for (int i = 0; i < 2 && exec->process.state != PROCESS_STARTING; i++)
+        if (outlet_has_work(&exec->outlets[i], &exec->agent->channel, ended))
             return true;
-    }
     return false;
 }
 
@@ -432,10 +304,8 @@ void exec_disconnect(struct exec *exec) {
     exec->process.failed = true; // its end is told to nobody
     exec->inlet.stream = 0;
     exec->inlet.ended = true;
-    for (int i = 0; i < 2; i++) {
-        exec->outlets[i].stream = 0;
-        loop_close(&exec->agent->loop, &exec->outlets[i].source);
-    }
+    for (int i = 0; i < 2; i++)
+        outlet_close(&exec->outlets[i], exec->agent);
     cgroup_kill(exec->cgroup);
     if (exec->process.state == PROCESS_ENDED)
         release(exec);

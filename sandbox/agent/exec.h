@@ -4,26 +4,7 @@
 
 #include "container.h"
 #include "process.h"
-
-// Output of the process: read straight into the frame when the host has given credit.
-struct outlet {
-    struct source source; // -1: closed
-    uint32_t stream;
-    uint64_t credit;
-    bool readable;
-    bool discard; // the host wants no more
-};
-
-// Input of the process: what its pipe did not take yet is kept, within the credit given to the host.
-struct inlet {
-    struct source source; // -1: closed
-    uint32_t stream;
-    uint32_t granted;  // what the host may still send
-    uint32_t consumed; // written to the process, not granted anew yet
-    struct buffer pending;
-    bool ended; // no more will come
-    bool writable;
-};
+#include "stream.h"
 
 struct exec {
     struct exec *next;
@@ -33,6 +14,7 @@ struct exec {
     char cgroup_name[32];
     int cgroup;
     struct process process;
+    bool terminal;
     struct outlet outlets[2];
     struct inlet inlet;
 };
@@ -40,6 +22,7 @@ struct exec {
 void exec_start(struct agent *agent, uint32_t request, const Exec *message);
 struct exec *exec_find(struct agent *agent, const char *container_id, const char *id);
 int exec_signal(struct exec *exec, int signal, bool all, struct error *error);
+int exec_resize(struct exec *exec, const Resize *size, struct error *error);
 void exec_ended(struct exec *exec, int wait_status);
 
 // True if the frame was for a stream of an exec. -1: it breaks the protocol.

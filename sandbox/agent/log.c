@@ -145,11 +145,12 @@ static void end_tap(struct log *log, struct tap *tap, struct loop *loop) {
 }
 
 // How much may be read now; 0: the writer has to wait.
-static size_t allowance(const struct log *log) {
-    size_t bytes = kept(log);
+static size_t allowance(const struct log *log, const struct tap *tap) {
+    size_t bytes = kept(log), heard = tap->tee->room(tap);
     if (bytes >= LOG_BOUND)
         return 0;
-    return bytes > LOG_BOUND / 2 ? READ_SMALL : READ_LARGE;
+    size_t size = bytes > LOG_BOUND / 2 ? READ_SMALL : READ_LARGE;
+    return size < heard ? size : heard;
 }
 
 void log_drain(struct log *log, struct tap *tap, struct loop *loop, bool everything) {
@@ -158,7 +159,7 @@ void log_drain(struct log *log, struct tap *tap, struct loop *loop, bool everyth
          reads++) {
         if (!log->wanted && kept(log) >= LOG_BOUND)
             forget_oldest(log);
-        size_t size = everything ? READ_LARGE : allowance(log);
+        size_t size = everything ? READ_LARGE : allowance(log, tap);
         if (size == 0)
             return;
         ssize_t got = read(tap->source.fd, piece, size);
@@ -166,6 +167,7 @@ void log_drain(struct log *log, struct tap *tap, struct loop *loop, bool everyth
             char prefix[PREFIX + 1];
             make_prefix(prefix, tap->name);
             add(log, tap, prefix, piece, (size_t)got);
+            tap->tee->take(tap, piece, (size_t)got);
         } else if (got < 0 && errno == EINTR) {
             continue;
         } else if (got < 0 && errno == EAGAIN && !everything) {
@@ -215,7 +217,8 @@ void log_send(struct log *log, struct channel *channel) {
 
 bool log_has_work(const struct log *log, const struct tap *taps, int count) {
     for (int i = 0; i < count; i++)
-        if (taps[i].source.fd >= 0 && taps[i].readable && (!log->wanted || allowance(log) > 0))
+        if (taps[i].source.fd >= 0 && taps[i].readable && taps[i].tee->room(&taps[i]) > 0 &&
+            (!log->wanted || kept(log) < LOG_BOUND))
             return true;
     return false;
 }

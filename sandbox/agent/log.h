@@ -33,9 +33,20 @@ struct log {
     bool finished; // no more bytes will come
 };
 
+struct container;
+struct tap;
+
+// Others that hear what a tap gives, besides the log.
+struct tee {
+    size_t (*room)(const struct tap *tap); // bytes that the fullest of them takes now
+    void (*take)(const struct tap *tap, const uint8_t *bytes, size_t size);
+};
+
 // One output of a container: stdout, stderr, or a terminal.
 struct tap {
     struct source source;
+    struct container *container;
+    const struct tee *tee;
     const char *name; // "stdout", "stderr"
     bool readable;
     uint8_t *partial; // of a line that has not ended yet

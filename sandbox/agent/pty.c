@@ -39,3 +39,10 @@ int pty_open(int root, const Process *process, int *slave, struct error *error) 
     *slave = take_fd(&peer);
     return take_fd(&master);
 }
+
+int pty_resize(int master, uint32_t rows, uint32_t columns, struct error *error) {
+    if (rows > UINT16_MAX || columns > UINT16_MAX)
+        return fail_about(error, EINVAL, "resize", "rows or columns");
+    struct winsize size = {.ws_row = (unsigned short)rows, .ws_col = (unsigned short)columns};
+    return ioctl(master, TIOCSWINSZ, &size) < 0 ? fail(error, errno, "resize") : 0;
+}

@@ -8,8 +8,10 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "attach.h"
 #include "cgroup.h"
 #include "configure.h"
+#include "dial.h"
 #include "population.h"
 #include "scope.h"
 
@@ -28,6 +30,8 @@ void request_resync(void *context, const uint8_t nonce[TOKEN_SIZE]) {
         next = exec->next;
         exec_disconnect(exec);
     }
+    attach_disconnect(agent);
+    dial_disconnect(agent);
     for (struct container *container = agent->containers; container; container = container->next)
         container_disconnect(container);
 }
@@ -174,6 +178,17 @@ static int find_cgroup(struct agent *agent, const char *id) {
     return !strcmp(id, ".") ? agent->cgroup : container ? container->cgroup : -1;
 }
 
+static int resize(struct agent *agent, const Resize *resize, struct error *error) {
+    struct container *container = container_find(agent, resize->container_id);
+    if (*resize->exec_id) {
+        struct exec *exec = exec_find(agent, resize->container_id, resize->exec_id);
+        return exec ? exec_resize(exec, resize, error)
+                    : fail_about(error, ESRCH, "resize", "exec is unknown");
+    }
+    return container ? container_resize(container, resize, error)
+                     : fail_about(error, ESRCH, "resize", "container is unknown");
+}
+
 static int write_cgroup(struct agent *agent, const WriteCgroup *write, struct error *error) {
     int cgroup = find_cgroup(agent, write->container_id);
     if (cgroup < 0)
@@ -296,6 +311,15 @@ static int answer(struct agent *agent, uint32_t id, const Request *request) {
     case HUSK__GUEST__V1__REQUEST__BODY_OPEN_LOG:
         open_log(agent, id, request->open_log);
         return 0;
+    case HUSK__GUEST__V1__REQUEST__BODY_RESIZE:
+        reply_result(agent, id, resize(agent, request->resize, &error), &error);
+        return 0;
+    case HUSK__GUEST__V1__REQUEST__BODY_ATTACH:
+        attach_start(agent, id, request->attach);
+        return 0;
+    case HUSK__GUEST__V1__REQUEST__BODY_DIAL:
+        dial_start(agent, id, request->dial);
+        return 0;
     case HUSK__GUEST__V1__REQUEST__BODY_PING:
         reply_done(agent, id);
         return 0;
@@ -318,6 +342,13 @@ static int take_request(struct agent *agent, const struct frame *frame) {
     return 0;
 }
 
+static int stream_frame(struct agent *agent, const struct frame *frame) {
+    int taken = exec_frame(agent, frame);
+    if (!taken)
+        taken = attach_frame(agent, frame);
+    return taken ? taken : dial_frame(agent, frame);
+}
+
 int request_frame(void *context, const struct frame *frame) {
     struct agent *agent = context;
     if (frame->kind == FRAME_HELLO)
@@ -332,6 +363,6 @@ int request_frame(void *context, const struct frame *frame) {
     else if (container && frame->kind == FRAME_RESET)
         container->log.stream = 0;
     else
-        return exec_frame(agent, frame);
+        return stream_frame(agent, frame);
     return 0;
 }

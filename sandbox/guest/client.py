@@ -16,7 +16,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from typing import NewType, TypeVar
+from typing import Any, NewType, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -49,6 +49,7 @@ class GuestClient:
         self._welcome: asyncio.Future[pb.Welcome] = loop.create_future()
         self._calls: dict[int, asyncio.Future[pb.Reply]] = {}
         self._exits: dict[str, asyncio.Future[pb.Exited]] = {}
+        self._detached: dict[str, asyncio.Future[pb.Detached]] = {}
         self._inputs = Inputs(self._connection)
         self._outputs: dict[int, OutputStream] = {}
         self._last_call = 0
@@ -114,9 +115,18 @@ class GuestClient:
     def lost(self) -> bool:
         return self._connection.lost.done()
 
-    def on_lost(self, callback: Callable[[GuestUnreachable], None]) -> None:
-        """Call back once, from the loop, with the reason; also when it is lost already."""
-        self._connection.lost.add_done_callback(lambda lost: callback(lost.result()))
+    def on_lost(self, callback: Callable[[GuestUnreachable], None]) -> Callable[[], None]:
+        """Call back once, from the loop, with the reason; also when it is lost already.
+        What is returned takes the wish back."""
+
+        def told(lost: asyncio.Future[GuestUnreachable]) -> None:
+            callback(lost.result())
+
+        def take_back() -> None:
+            self._connection.lost.remove_done_callback(told)
+
+        self._connection.lost.add_done_callback(told)
+        return take_back
 
     async def wait_closed(self) -> GuestUnreachable:
         """Return the reason once the connection is lost or closed."""
@@ -128,8 +138,8 @@ class GuestClient:
 
     def _on_lost(self, lost: asyncio.Future[GuestUnreachable]) -> None:
         reason = lost.result()
-        waiters: list[asyncio.Future[pb.Welcome] | asyncio.Future[pb.Reply] | asyncio.Future[pb.Exited]]
-        waiters = [self._welcome, *self._calls.values(), *self._exits.values()]
+        waiters: list[asyncio.Future[Any]]
+        waiters = [self._welcome, *self._calls.values(), *self._exits.values(), *self._detached.values()]
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(reason)
@@ -138,6 +148,7 @@ class GuestClient:
             output.wake()
         self._calls.clear()
         self._exits.clear()
+        self._detached.clear()
         self._outputs.clear()
 
     # ---------------------------------------------------------------------------------- calls
@@ -214,7 +225,20 @@ class GuestClient:
     def forget_exit(self, exec_id: str) -> None:
         self._exits.pop(exec_id, None)
 
+    def expect_detached(self, attach_id: str) -> asyncio.Future[pb.Detached]:
+        """The end of an attachment about to be made. Take it back with `forget_detached`.
+
+        Raises GuestUnreachable.
+        """
+        if self._connection.lost.done():
+            raise self._connection.lost.result()
+        return self._detached.setdefault(attach_id, asyncio.get_running_loop().create_future())
+
+    def forget_detached(self, attach_id: str) -> None:
+        self._detached.pop(attach_id, None)
+
     def next_exec_id(self) -> str:
+        """Also good for an attachment."""
         self._last_exec += 1
         return f"{self._epoch}-{self._last_exec}"
 
@@ -287,10 +311,15 @@ class GuestClient:
         if self._events_seen > MAX_EVENTS_PER_S:
             raise ProtocolError(f"the guest sent more than {MAX_EVENTS_PER_S} events in a second")
         event = _decode(pb.Event, payload)
-        if event.WhichOneof("body") == "exited" and event.exited.exec_id in self._exits:
+        body = event.WhichOneof("body")
+        if body == "exited" and event.exited.exec_id in self._exits:
             waiter = self._exits.pop(event.exited.exec_id)
             if not waiter.done():
                 waiter.set_result(event.exited)
+        elif body == "detached":
+            ended = self._detached.pop(event.detached.attach_id, None)
+            if ended is not None and not ended.done():
+                ended.set_result(event.detached)
         else:
             self._on_event(event)
 

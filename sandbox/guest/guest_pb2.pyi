@@ -210,6 +210,9 @@ class Request(_message.Message):
     OPEN_LOG_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
     POWER_OFF_FIELD_NUMBER: _builtins.int
+    RESIZE_FIELD_NUMBER: _builtins.int
+    ATTACH_FIELD_NUMBER: _builtins.int
+    DIAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def configure(self) -> Global___Configure: ...
     @_builtins.property
@@ -230,6 +233,12 @@ class Request(_message.Message):
     def ping(self) -> Global___Ping: ...
     @_builtins.property
     def power_off(self) -> Global___PowerOff: ...
+    @_builtins.property
+    def resize(self) -> Global___Resize: ...
+    @_builtins.property
+    def attach(self) -> Global___Attach: ...
+    @_builtins.property
+    def dial(self) -> Global___Dial: ...
     def __init__(
         self,
         *,
@@ -243,12 +252,15 @@ class Request(_message.Message):
         open_log: Global___OpenLog | None = ...,
         ping: Global___Ping | None = ...,
         power_off: Global___PowerOff | None = ...,
+        resize: Global___Resize | None = ...,
+        attach: Global___Attach | None = ...,
+        dial: Global___Dial | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "configure", b"configure", "exec", b"exec", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "read_cgroup", b"read_cgroup", "remove", b"remove", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "configure", b"configure", "exec", b"exec", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "read_cgroup", b"read_cgroup", "remove", b"remove", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["configure", "start", "exec", "signal", "remove", "write_cgroup", "read_cgroup", "open_log", "ping", "power_off"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["configure", "start", "exec", "signal", "remove", "write_cgroup", "read_cgroup", "open_log", "ping", "power_off", "resize", "attach", "dial"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -982,6 +994,123 @@ class Signal(_message.Message):
 Global___Signal: _TypeAlias = Signal  # noqa: Y015
 
 @_typing.final
+class Resize(_message.Message):
+    """Give a terminal another size: the container's, or with an exec_id that exec's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_ID_FIELD_NUMBER: _builtins.int
+    EXEC_ID_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    container_id: _builtins.str
+    exec_id: _builtins.str
+    rows: _builtins.int
+    columns: _builtins.int
+    def __init__(
+        self,
+        *,
+        container_id: _builtins.str = ...,
+        exec_id: _builtins.str = ...,
+        rows: _builtins.int = ...,
+        columns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "container_id", b"container_id", "exec_id", b"exec_id", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resize: _TypeAlias = Resize  # noqa: Y015
+
+@_typing.final
+class Attach(_message.Message):
+    """Hear what a running container says from now on, and speak to its stdin. Like an exec it belongs to
+    the connection. It ends with `Detached`: the container has ended and all was sent, or the host wants
+    no stream of it any more, or its reader was too slow.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_ID_FIELD_NUMBER: _builtins.int
+    ATTACH_ID_FIELD_NUMBER: _builtins.int
+    STDIN_STREAM_FIELD_NUMBER: _builtins.int
+    STDOUT_STREAM_FIELD_NUMBER: _builtins.int
+    STDERR_STREAM_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    PATIENCE_MS_FIELD_NUMBER: _builtins.int
+    STDIN_ONCE_FIELD_NUMBER: _builtins.int
+    container_id: _builtins.str
+    attach_id: _builtins.str
+    """chosen by the host, unique while it lasts"""
+    stdin_stream: _builtins.int
+    """host to guest; 0: none. Reset where the container has no open stdin"""
+    stdout_stream: _builtins.int
+    """guest to host; 0: none"""
+    stderr_stream: _builtins.int
+    """with a terminal nothing comes here"""
+    window: _builtins.int
+    """credit given for each output stream"""
+    patience_ms: _builtins.int
+    """so long may a reader without credit hold the container's output back"""
+    stdin_once: _builtins.bool
+    """with the end of this stdin the container's ends too"""
+    def __init__(
+        self,
+        *,
+        container_id: _builtins.str = ...,
+        attach_id: _builtins.str = ...,
+        stdin_stream: _builtins.int = ...,
+        stdout_stream: _builtins.int = ...,
+        stderr_stream: _builtins.int = ...,
+        window: _builtins.int = ...,
+        patience_ms: _builtins.int = ...,
+        stdin_once: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_id", b"attach_id", "container_id", b"container_id", "patience_ms", b"patience_ms", "stderr_stream", b"stderr_stream", "stdin_once", b"stdin_once", "stdin_stream", b"stdin_stream", "stdout_stream", b"stdout_stream", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Attach: _TypeAlias = Attach  # noqa: Y015
+
+@_typing.final
+class Dial(_message.Message):
+    """Connect to a TCP port that something in the pod listens on: 127.0.0.1, then ::1. The reply comes when
+    that has succeeded or failed.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    TO_PORT_FIELD_NUMBER: _builtins.int
+    FROM_PORT_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    to_port: _builtins.int
+    """host to guest; its end is the connection's half-close"""
+    from_port: _builtins.int
+    """guest to host; its reset ends both directions at once"""
+    window: _builtins.int
+    """credit given for it"""
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+        to_port: _builtins.int = ...,
+        from_port: _builtins.int = ...,
+        window: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_port", b"from_port", "port", b"port", "to_port", b"to_port", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Dial: _TypeAlias = Dial  # noqa: Y015
+
+@_typing.final
 class Remove(_message.Message):
     """Kill whatever is left of a container, then forget it, its log and its cgroup. Unknown ids are fine."""
 
@@ -1261,21 +1390,25 @@ class Event(_message.Message):
 
     EXITED_FIELD_NUMBER: _builtins.int
     OOM_FIELD_NUMBER: _builtins.int
+    DETACHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def exited(self) -> Global___Exited: ...
     @_builtins.property
     def oom(self) -> Global___Oom: ...
+    @_builtins.property
+    def detached(self) -> Global___Detached: ...
     def __init__(
         self,
         *,
         exited: Global___Exited | None = ...,
         oom: Global___Oom | None = ...,
+        detached: Global___Detached | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "exited", b"exited", "oom", b"oom"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "detached", b"detached", "exited", b"exited", "oom", b"oom"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "exited", b"exited", "oom", b"oom"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "detached", b"detached", "exited", b"exited", "oom", b"oom"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["exited", "oom"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["exited", "oom", "detached"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1336,3 +1469,29 @@ class Oom(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Oom: _TypeAlias = Oom  # noqa: Y015
+
+@_typing.final
+class Detached(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_ID_FIELD_NUMBER: _builtins.int
+    ATTACH_ID_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    container_id: _builtins.str
+    attach_id: _builtins.str
+    late: _builtins.bool
+    """cut off: its reader let nothing through for `patience_ms`"""
+    def __init__(
+        self,
+        *,
+        container_id: _builtins.str = ...,
+        attach_id: _builtins.str = ...,
+        late: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_id", b"attach_id", "container_id", b"container_id", "late", b"late"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Detached: _TypeAlias = Detached  # noqa: Y015

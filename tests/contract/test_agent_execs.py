@@ -180,7 +180,7 @@ async def test_credit_is_kept(guest: Guest, box: str) -> None:
     assert len(running.stdout.seen) == 1000
     assert not running.exited.done()
     guest.client.reset_input(running.stdout.stream)
-    assert (await asyncio.wait_for(running.exited, 10)).exit_code == 0, "what is reset is discarded"
+    assert (await asyncio.wait_for(running.exited, 10)).exit_code == 141, "a reset is a broken pipe"
 
 
 async def test_exit_without_credit(guest: Guest, box: str) -> None:
