@@ -104,7 +104,9 @@ def take_census(
         mounts=mounts_naming(mark, namespace.pid),
         cgroups=cgroups_naming(f"{cgroup}/"),
         directories=entries(
-            root / "pods", root / "containers", root / "rootfs", root / "cni", run / "pods", run / "netns"
+            *(root / name for name in ("pods", "containers", "rootfs", "cni")),
+            *(root / "images" / name for name in ("staging", "trash")),
+            *(run / name for name in ("pods", "netns")),
         ),
         leases=leases_in(leases),
         links=links_of(namespace),

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cri.proto import runtime_v1_pb2 as api
 from tests.kit import images
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
@@ -59,10 +60,13 @@ class Spoiler(http.server.BaseHTTPRequestHandler):
 
     layer = images.mark("spoiled").packed()
     image = images.Image((images.mark("spoiled"),))
+    released = threading.Event()  # what hangs goes on
 
     def do_GET(self) -> None:
         kind = self.path.split("/")[2]
-        if kind.isdigit():
+        if kind == "hangs":
+            self.released.wait()
+        elif kind.isdigit():
             self.answer(int(kind), b"{}")
         elif "/manifests/" in self.path:
             self.answer(200, self.image.manifest(), images.Form.OCI.manifest)
@@ -92,6 +96,7 @@ class Spoiler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def spoiler(site: Any) -> Iterator[str]:
     """A host name whose mirror is a Spoiler on loopback inside the namespace."""
+    Spoiler.released.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Spoiler, bind_and_activate=False)
     server.socket.close()
     server.socket = site.namespace.listen("127.0.0.1", 5999)
@@ -104,12 +109,13 @@ def spoiler(site: Any) -> Iterator[str]:
         f'server = "{url}"\n[host."{url}"]\n  capabilities = ["pull", "resolve"]\n'
     )
     yield "spoiled.test"
+    Spoiler.released.set()
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-@pytest.mark.parametrize("kind", ["401", "500", "truncated", "wrong-bytes"])
+@pytest.mark.parametrize("kind", ["401", "429", "500", "truncated", "wrong-bytes"])
 def test_registry_that_misbehaves(cri: Cri, spoiler: str, kind: str) -> None:
     before = {each.id for each in cri.call("ListImages").images}
     with pytest.raises(grpc.RpcError) as fault:
@@ -120,9 +126,21 @@ def test_registry_that_misbehaves(cri: Cri, spoiler: str, kind: str) -> None:
     assert {each.id for each in cri.call("ListImages").images} == before
 
 
+def test_registry_that_hangs_holds_up_nobody_else(cri: Cri, spoiler: str) -> None:
+    hanging = cri.begin("PullImage", image=api.ImageSpec(image=f"{spoiler}/hangs/image:1"))
+    cri.pull(BUSYBOX)
+    cri.pull(f"{HOST}/husk/web:1")
+    assert not hanging.done()
+    Spoiler.released.set()  # the connection is closed without a word, now and each time it is tried again
+    fault = hanging.exception()
+    assert fault.code() == grpc.StatusCode.UNAVAILABLE
+    assert "127.0.0.1:5999" in fault.details()
+
+
 def test_pull_by_a_digest_that_does_not_fit(cri: Cri) -> None:
-    with pytest.raises(grpc.RpcError):
+    with pytest.raises(grpc.RpcError) as fault:
         cri.pull(f"{HOST}/husk/busybox@sha256:{'0' * 64}")
+    assert fault.value.code() == grpc.StatusCode.NOT_FOUND
 
 
 @pytest.mark.parametrize(
@@ -176,8 +194,10 @@ def test_no_cni_configuration_is_told_and_one_that_appears_is_taken(site: Any, t
         missing = network()
         assert not missing.status
         assert str(conf) in missing.message
+        before = daemon.census()
         with pytest.raises(grpc.RpcError):
             daemon.cri.run_pod("no-network")
+        assert daemon.leaks_since(before) == []
         for file in site.cni.iterdir():
             (conf / file.name).write_bytes(file.read_bytes())
         daemon.cri.wait_for(network, lambda condition: condition.status, 15)

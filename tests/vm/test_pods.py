@@ -152,8 +152,9 @@ def test_stop_keeps_the_record_and_remove_forgets(cri: Cri) -> None:
     assert (status.state, status.network.ip) == (api.SANDBOX_NOTREADY, ip)
     ended = cri.status(container)
     assert (ended.state, ended.exit_code, ended.reason) == (api.CONTAINER_EXITED, 137, "Error")
-    with pytest.raises(grpc.RpcError):
+    with pytest.raises(grpc.RpcError) as fault:
         cri.create(pod, BUSYBOX, ["true"])
+    assert code_of(fault) == grpc.StatusCode.FAILED_PRECONDITION
     cri.remove_pod(pod)
     cri.remove_pod(pod)
     gone: dict[str, dict[str, Any]] = {
