@@ -15,7 +15,7 @@ import msgspec
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
-    """A file, directory or device; `mode` holds the type as stat(2) has it."""
+    """A file, directory, link or device; `mode` holds the type as stat(2) has it."""
 
     name: str
     mode: int
@@ -29,6 +29,10 @@ def directory(name: str, mode: int = 0o755) -> Member:
 
 def file(name: str, content: bytes, mode: int = 0o644) -> Member:
     return Member(name=name, mode=stat.S_IFREG | mode, content=content)
+
+
+def symbolic_link(name: str, target: str) -> Member:
+    return Member(name=name, mode=stat.S_IFLNK | 0o777, content=target.encode())
 
 
 def character_device(name: str, major: int, minor: int, mode: int = 0o600) -> Member:

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -34,15 +34,19 @@ from sandbox.kernel_image import (
     extract_vmlinux,
     find_modules,
     load_modules,
+    load_orders,
     read_builtin,
 )
 
 # virtio_mem and the like come with what uses them; each module costs a start some milliseconds.
 MODULES = ("virtio_pci", "virtio_console", "virtiofs", "virtio_net", "overlay", "virtio_balloon")
+# For a container with NET_ADMIN that makes links of its own: the kernel loads these when one is made.
+ON_DEMAND = ("bridge", "veth", "dummy", "tun")
 # The smallest kernel that a distribution offers for VMs comes first: Debian, then Ubuntu.
 KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", "linux-image-generic")
 AGENT = Path(__file__).parent / "agent"
-DIRECTORIES = ("dev", "modules", "proc", "run", "sys", "tmp")
+DIRECTORIES = ("dev", "modules", "modules/load", "proc", "run", "sbin", "sys", "tmp")
+MODPROBE = "sbin/modprobe"  # where a kernel looks for it (CONFIG_MODPROBE_PATH)
 
 Progress = Callable[[str], None]
 
@@ -225,22 +229,32 @@ async def compile_agent(source: Path, scratch: Path, progress: Progress) -> byte
 # ------------------------------------------------------------------------------------ assembly
 
 
-def make_initramfs(program: bytes, modules: dict[str, bytes]) -> bytes:
-    """/init, the modules, and the order to load them in. Not compressed: reading two megabytes is
-    quicker for an emulated processor than unpacking one.
+def make_initramfs(program: bytes, modules: Mapping[str, bytes], later: Mapping[str, bytes]) -> bytes:
+    """/init, the modules, and the order to load them in; for `later` ones, which the kernel asks for by
+    calling modprobe, the order for each name that it may ask by. Not compressed: reading two
+    megabytes is quicker for an emulated processor than unpacking one.
     """
     members = [cpio.directory(name) for name in DIRECTORIES]
     members.append(cpio.character_device("dev/console", 5, 1))
     members.append(cpio.file("init", program, 0o755))
     members.append(cpio.file("modules/order", "".join(f"{name}.ko\n" for name in modules).encode()))
-    members += [cpio.file(f"modules/{name}.ko", content) for name, content in modules.items()]
+    both = {**modules, **later}
+    members += [cpio.file(f"modules/{name}.ko", content) for name, content in both.items()]
+    members += [
+        cpio.file(f"modules/load/{alias}", "".join(f"{each}.ko\n" for each in order).encode())
+        for alias, order in load_orders(later).items()
+    ]
+    members.append(cpio.symbolic_link(MODPROBE, "/init"))
     return cpio.write_archive(members)
 
 
 def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes) -> GuestImage:
     vmlinux = extract_vmlinux(kernel.image.read_bytes(), str(kernel.image))
-    modules = load_modules(find_modules(kernel.modules), read_builtin(kernel.modules), MODULES)
-    initramfs = make_initramfs(program, modules)
+    available, builtin = find_modules(kernel.modules), read_builtin(kernel.modules)
+    modules = load_modules(available, builtin, MODULES)
+    offered = [name for name in ON_DEMAND if name in available]
+    later = load_modules(available, [*builtin, *modules], offered)
+    initramfs = make_initramfs(program, modules, later)
     facts = msgspec.json.encode(_Facts(kernel.version, tuple(modules)))
     digest = hash_of(vmlinux, initramfs, facts)
     staging = scratch / digest

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gzip
 import lzma
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -144,6 +145,25 @@ def find_dependencies(module: bytes) -> list[str]:
         return []
     text = module[at + 9 : module.index(b"\0", at + 9)].decode()
     return [name.replace("-", "_") for name in text.split(",") if name]
+
+
+def find_aliases(module: bytes) -> list[str]:
+    """Other names that a kernel asks for it by; the patterns that match hardware are left out."""
+    names = (each.decode() for each in re.findall(rb"\0alias=([^\0]+)", module))
+    return [name for name in names if not set(name) & set("*?[/")]
+
+
+def load_orders(modules: Mapping[str, bytes]) -> dict[str, list[str]]:
+    """By name and alias: what to load, dependencies first. What is not among `modules` is loaded
+    already."""
+
+    def order(name: str) -> list[str]:
+        before = [
+            each for need in find_dependencies(modules[name]) if need in modules for each in order(need)
+        ]
+        return [*dict.fromkeys(before), name]
+
+    return {alias: order(name) for name in modules for alias in (name, *find_aliases(modules[name]))}
 
 
 def read_builtin(directory: Path) -> list[str]:

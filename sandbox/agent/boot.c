@@ -10,7 +10,6 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,6 +18,7 @@
 #include "agent.h"
 #include "cgroup.h"
 #include "guest.h"
+#include "modules.h"
 #include "scope.h"
 
 enum { FILES_MAX = 1024 * 1024, PORT_WAIT_MS = 10000, PORT_STEP_MS = 2 };
@@ -60,25 +60,8 @@ void boot_mounts(void) {
     mount_at("tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=755");
 }
 
-static void load_module(const char *name) {
-    char path[512];
-    snprintf(path, sizeof path, "/modules/%s", name);
-    autoclose int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0 || (syscall(SYS_finit_module, file, "", 0) < 0 && errno != EEXIST))
-        say("module %s: %s", name, strerror(errno));
-}
-
 void boot_modules(void) {
-    autofree char *line = NULL;
-    size_t size = 0;
-    FILE *order = fopen("/modules/order", "re");
-    while (order && getline(&line, &size, order) > 0) {
-        line[strcspn(line, "\n")] = '\0';
-        if (*line)
-            load_module(line);
-    }
-    if (order)
-        fclose(order);
+    modules_load("/modules/order");
 }
 
 // Every controller that the kernel has is handed down to the containers' cgroups.

@@ -14,6 +14,7 @@
 #include "agent.h"
 #include "boot.h"
 #include "guest.h"
+#include "modules.h"
 #include "pod_init.h"
 #include "workshop.h"
 
@@ -72,6 +73,8 @@ int main(int argc, char **argv) {
     struct workshop workshop = {0};
     if (argc > 0 && !strcmp(argv[0], POD_INIT_NAME))
         pod_init_main();
+    if (argc > 0 && !strcmp(argv[0], MODPROBE_NAME))
+        modprobe_main(argc, argv);
     for (int option; (option = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         if (option == 'l' && !strncmp(optarg, "unix:", 5))
             workshop.listen = optarg + 5;

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import socket
 import stat
 import subprocess
@@ -35,6 +34,7 @@ from image.errors import RegistryUnavailable
 from network.attach import NetworkStatus
 from sandbox.errors import PhaseFailed
 from tests.fakes.cri import FakeContainers, FakeImages, FakeNetworks, FakeNode, FakePods
+from tests.kit.gotools import tool
 
 Code = grpc.StatusCode
 SERVICES = [*pb.DESCRIPTOR.services_by_name.values(), *husk.DESCRIPTOR.services_by_name.values()]
@@ -578,8 +578,8 @@ async def test_long_lists_come_whole(runtime: Runtime) -> None:
 
 @pytest.fixture
 def crictl() -> str:
-    """The real client; tests/node/build-crictl makes it."""
-    return os.environ["HUSK_TEST_CRICTL"]
+    """The real client."""
+    return str(tool("crictl"))
 
 
 @pytest.mark.node

@@ -1,6 +1,6 @@
-"""A network and mount namespace of its own, so that nothing of the machine's network changes.
+"""A network, IPC and mount namespace of its own, so that nothing of the machine's changes.
 
-A sleeping process holds both namespaces; ending it releases them with all that was made inside. Unix
+A sleeping process holds the namespaces; ending it releases them with all that was made inside. Unix
 sockets are found by path and so reach across; for TCP, `dial` opens the socket inside.
 """
 
@@ -20,6 +20,7 @@ CLONE_NEWNET = 0x40000000
 
 # /run holds iptables' lock, named namespaces and run-time directories of other runtimes; /var/lib/cni the
 # leases of host-local and /etc/cni its configuration: each namespace gets its own, empty.
+NAMESPACES = ("--net", "--ipc", "--mount")
 SET_UP = """set -e
 mount -t tmpfs -o mode=755 husk-test-run /run
 mkdir -p /var/lib/cni /etc/cni /run/netns /run/lock
@@ -35,7 +36,7 @@ class Namespace:
     def __init__(self, mark: Path) -> None:
         # the argument behind SET_UP is unused by the shell: it names the run for the leak check
         self._holder = subprocess.Popen(
-            ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", SET_UP, str(mark)],
+            ["unshare", *NAMESPACES, "--propagation", "private", "sh", "-c", SET_UP, str(mark)],
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -44,7 +45,7 @@ class Namespace:
         answer = self._holder.stdout.readline()
         if answer != b"ready\n":
             self.close()
-            raise RuntimeError("cannot make a network and mount namespace (root is needed)")
+            raise RuntimeError("cannot make namespaces for network, IPC and mounts (root is needed)")
 
     @property
     def pid(self) -> int:
@@ -52,7 +53,7 @@ class Namespace:
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """`argv`, run inside. nsenter becomes the program, so its pid is the program's."""
-        return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--", *argv]
+        return ["nsenter", f"--target={self.pid}", *NAMESPACES, "--", *argv]
 
     def run(self, *argv: str, check: bool = True, timeout_s: float = 60) -> str:
         """Standard output of a program inside; raises CalledProcessError as subprocess does."""
@@ -102,7 +103,7 @@ class Namespace:
         return result[0]
 
     def close(self) -> None:
-        """Release both namespaces. Idempotent."""
+        """Release the namespaces. Idempotent."""
         if self._holder.stdout is not None:
             self._holder.stdout.close()
         self._holder.kill()

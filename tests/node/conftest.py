@@ -1,9 +1,8 @@
-"""crictl against the real daemon. The binary comes from tests/node/build-crictl."""
+"""crictl against the real daemon. The binary comes from tests/node/build-tool."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-BUILD = Path(__file__).parent / "build-crictl"
+from tests.kit.gotools import tool
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,9 @@ class Crictl:
         return self.file(f"container-{name}", document | fields)
 
 
-@pytest.fixture(scope="session")
-def crictl_binary() -> str:
-    """Named by tests/run; else built here, which fails with the reason."""
-    named = os.environ.get("HUSK_TEST_CRICTL")
-    if named:
-        return named
-    return subprocess.run([str(BUILD)], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-
-
 @pytest.fixture(scope="module")
-def crictl(crictl_binary: str, daemon: Any, tmp_path_factory: pytest.TempPathFactory) -> Crictl:
-    return Crictl(crictl_binary, daemon.socket, tmp_path_factory.mktemp("crictl"))
+def crictl(daemon: Any, tmp_path_factory: pytest.TempPathFactory) -> Crictl:
+    return Crictl(str(tool("crictl")), daemon.socket, tmp_path_factory.mktemp("crictl"))
 
 
 @pytest.fixture(autouse=True)

@@ -83,6 +83,7 @@ def make_tree(root: Path, *, fail: str = "") -> guest_image.Kernel:
     ]
     names = {name.replace("-", "_") for name, _, _ in forms}
     forms += [(n, "virtio", ".ko") for n in guest_image.MODULES if n not in names and n != fail]
+    forms += [("stp", "", ".ko"), ("bridge", "stp,virtio", ".ko")]
     packers = {".ko": "plain", ".ko.xz": "xz", ".ko.zst": "zstd", ".ko.gz": "gzip"}
     (modules / "kernel/drivers").mkdir(parents=True)
     for name, depends, suffix in forms:
@@ -102,6 +103,24 @@ def test_modules_follow_what_they_need(tmp_path: Path) -> None:
     assert loaded == ["virtio_ring", "virtio", "virtio_pci", "fuse", "virtiofs"]
     with pytest.raises(BadKernel, match="nonsense"):
         kernel_image.load_modules(found, [], ["nonsense"])
+
+
+def test_a_later_module_is_found_by_each_of_its_names(tmp_path: Path) -> None:
+    kernel = make_tree(tmp_path)
+    found = kernel_image.find_modules(kernel.modules)
+    later = kernel_image.load_modules(found, ["virtio"], ["bridge"])
+    later["bridge"] += b"\0alias=rtnl-link-bridge\0alias=pci:v*d*\0"
+    orders = kernel_image.load_orders(later)
+    # what was loaded at the start is not loaded again
+    assert orders == {
+        "stp": ["stp"],
+        "bridge": ["stp", "bridge"],
+        "rtnl-link-bridge": ["stp", "bridge"],
+    }
+    archive = guest_image.make_initramfs(b"agent", {}, later)
+    listed = subprocess.run(["cpio", "-it", "--quiet"], input=archive, capture_output=True, check=True)
+    names = listed.stdout.decode().splitlines()
+    assert {"modules/bridge.ko", "modules/load/rtnl-link-bridge", "sbin/modprobe"} <= set(names)
 
 
 def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ async def make_image(directory: Path) -> tuple[Path, Path]:
         kernel_image.read_builtin(kernel.modules),
         guest_image.MODULES,
     )
-    archive = guest_image.make_initramfs(INIT.encode(), modules)
+    archive = guest_image.make_initramfs(INIT.encode(), modules, {})
     tools = cpio.write_archive([cpio.directory("bin"), cpio.file("bin/busybox", BUSYBOX.read_bytes(), 0o755)])
     (directory / "initramfs").write_bytes(archive + tools)  # the kernel takes archives in a row
     return vmlinux, directory / "initramfs"

@@ -1,0 +1,29 @@
+"""Why a critest spec does not pass, by how its title begins: the only ones that may not."""
+
+from __future__ import annotations
+
+# these skip themselves
+SKIPPED = {
+    "AppArmor / ": "the kernel of this host has no AppArmor, which critest looks at first",
+    "NRI / ": "Husk has no NRI socket to give critest",
+    "PodSandbox / runtime should support metrics operations / ": "the metrics calls are not served yet",
+    "Security Context / UserNamespaces / ": "user namespaces are not offered yet",
+}
+
+# these fail
+FAILED = {
+    "Container Mount Propagation / runtime should support mount propagation / mount with 'rshared'": (
+        "what a container mounts stays inside its VM"
+    ),
+    "Container Mount Readonly / runtime should support readonly mounts / should support": (
+        "a mount beneath a volume that is read-only, but not recursively so, is read-only too; and it is "
+        "still in use on the host once it was unmounted there"
+    ),
+    "Image Volume [Feature:ImageVolume] / ": "image volumes are not offered yet",
+    "Security Context / NamespaceOption / runtime should support Host": "host namespaces are not offered yet",
+    "Streaming / ": "Exec, Attach and PortForward are not served yet",
+}
+
+
+def reason_in(reasons: dict[str, str], title: str) -> str:
+    return next((reason for begin, reason in reasons.items() if title.startswith(begin)), "")

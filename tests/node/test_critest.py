@@ -1,0 +1,73 @@
+"""The whole of critest, the CRI's own test suite, and the page that tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kit import conformance, critest_images, gotools
+from tests.kit.conformance import Spec, State
+from tests.kit.critest import Critest
+from tests.node.conformance_reasons import FAILED, SKIPPED, reason_in
+
+pytestmark = [pytest.mark.node, pytest.mark.timeout(2400)]
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/conformance.md"
+WEBSOCKET = tuple(f"-websocket-{kind}" for kind in ("exec", "attach", "portforward"))
+
+
+@pytest.fixture(scope="module")
+def daemon(site: Any) -> Iterator[Any]:
+    """One whose mirrors know the names in critest's constants."""
+    from tests.kit.daemon import Daemon
+
+    mirrors = site.registry.write_mirrors(site.mirrors.parent / "critest.d", critest_images.HOSTS)
+    made = Daemon(site.namespace, site.cni, mirrors, leases=site.leases)
+    made.start()
+    yield made
+    made.close()
+
+
+def reason_for(spec: Spec) -> str:
+    return reason_in(FAILED if spec.state is State.FAILED else SKIPPED, spec.title)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    specs: list[Spec]
+    websocket: list[Spec]
+    left: list[str]  # what the daemon still holds after it
+
+
+@pytest.fixture(scope="module")
+def verdict(site: Any, daemon: Any) -> Verdict:
+    digest = critest_images.push_all(site.registry)
+    programs = gotools.tool("critest"), gotools.tool("ginkgo")
+    critest = Critest.prepare(site.namespace, daemon.socket, *programs, digest)
+    before = daemon.census()
+    specs = critest.run("spdy")
+    websocket = critest.run("websocket", *WEBSOCKET, focus="Streaming")
+    daemon.remove_all()  # what failed specs leave is theirs
+    left = [each for each in daemon.leaks_since(before) if "links: " not in each]
+    found = Verdict(specs, websocket, left)
+    PAGE.write_text(conformance.page(gotools.version("critest"), specs, websocket, reason_for))
+    return found
+
+
+def test_every_spec_passes_or_has_a_reason(verdict: Verdict) -> None:
+    """Both ways: what passes by now may not be listed any longer."""
+    specs = [*verdict.specs, *verdict.websocket]
+    assert len(verdict.specs) >= 137
+    others = [spec for spec in specs if spec.state is not State.PASSED]
+    assert [f"{spec.state}: {spec.title}: {spec.why}" for spec in others if not reason_for(spec)] == []
+    for state, reasons in ((State.FAILED, FAILED), (State.SKIPPED, SKIPPED)):
+        titles = [spec.title for spec in conformance.in_state(specs, state)]
+        assert [begin for begin in reasons if not any(each.startswith(begin) for each in titles)] == []
+
+
+def test_nothing_is_left_behind(verdict: Verdict) -> None:
+    assert verdict.left == []
