@@ -9,7 +9,6 @@ from cri.proto import runtime_v1_pb2 as pb
 from image.index import Image
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, User
 from sandbox.spec import MountSpec, PidMode, PodSpec, Propagation, Resources
-from sandbox.stats import ContainerStats
 
 # ----------------------------------------------------------------------------------------- pods
 
@@ -18,14 +17,14 @@ def pod_state(record: PodRecord) -> pb.PodSandboxState.ValueType:
     return pb.SANDBOX_READY if record.ready else pb.SANDBOX_NOTREADY
 
 
-def _pod_metadata(spec: PodSpec) -> pb.PodSandboxMetadata:
+def pod_metadata(spec: PodSpec) -> pb.PodSandboxMetadata:
     return pb.PodSandboxMetadata(name=spec.name, uid=spec.uid, namespace=spec.namespace, attempt=spec.attempt)
 
 
 def pod_item(record: PodRecord) -> pb.PodSandbox:
     return pb.PodSandbox(
         id=record.id,
-        metadata=_pod_metadata(record.spec),
+        metadata=pod_metadata(record.spec),
         state=pod_state(record),
         created_at=record.created_at_ns,
         labels=record.spec.labels,
@@ -43,7 +42,7 @@ def pod_status(record: PodRecord) -> pb.PodSandboxStatus:
     options = pb.NamespaceOption(network=pb.POD, pid=_PID_MODES[record.spec.pid_mode], ipc=pb.POD)
     return pb.PodSandboxStatus(
         id=record.id,
-        metadata=_pod_metadata(record.spec),
+        metadata=pod_metadata(record.spec),
         state=pod_state(record),
         created_at=record.created_at_ns,
         network=pb.PodSandboxNetworkStatus(
@@ -71,7 +70,7 @@ def container_state(record: ContainerRecord) -> pb.ContainerState.ValueType:
     return _STATES[record.state]
 
 
-def _container_metadata(record: ContainerRecord) -> pb.ContainerMetadata:
+def container_metadata(record: ContainerRecord) -> pb.ContainerMetadata:
     return pb.ContainerMetadata(name=record.spec.name, attempt=record.spec.attempt)
 
 
@@ -83,7 +82,7 @@ def container_item(record: ContainerRecord) -> pb.Container:
     return pb.Container(
         id=record.id,
         pod_sandbox_id=record.pod_id,
-        metadata=_container_metadata(record),
+        metadata=container_metadata(record),
         image=_image_spec(record),
         image_ref=record.image_ref,
         image_id=record.image_id,
@@ -97,7 +96,7 @@ def container_item(record: ContainerRecord) -> pb.Container:
 def container_status(record: ContainerRecord) -> pb.ContainerStatus:
     return pb.ContainerStatus(
         id=record.id,
-        metadata=_container_metadata(record),
+        metadata=container_metadata(record),
         state=container_state(record),
         created_at=record.created_at_ns,
         started_at=record.started_at_ns,
@@ -189,50 +188,12 @@ def image_user(user: str) -> tuple[int | None, str]:
     return None, name
 
 
-# ----------------------------------------------------------------------------------- statistics
-
-
-def _count(value: int) -> pb.UInt64Value:
-    return pb.UInt64Value(value=value)
-
-
-def container_stats(
-    record: ContainerRecord, stats: ContainerStats | None, layers_mountpoint: str
-) -> pb.ContainerStats:
-    """Without `stats` (it does not run) only what the container is."""
-    attributes = pb.ContainerAttributes(
-        id=record.id,
-        metadata=_container_metadata(record),
-        labels=record.spec.labels,
-        annotations=record.spec.annotations,
-    )
-    if stats is None:
-        return pb.ContainerStats(attributes=attributes)
-    memory = pb.MemoryUsage(
-        timestamp=stats.at_ns,
-        working_set_bytes=_count(stats.memory_working_set),
-        usage_bytes=_count(stats.memory_usage),
-        rss_bytes=_count(stats.memory_rss),
-        page_faults=_count(stats.page_faults),
-        major_page_faults=_count(stats.major_page_faults),
-    )
-    if stats.memory_limit:
-        memory.available_bytes.value = max(0, stats.memory_limit - stats.memory_working_set)
-    return pb.ContainerStats(
-        attributes=attributes,
-        cpu=pb.CpuUsage(timestamp=stats.at_ns, usage_core_nano_seconds=_count(stats.cpu_usage_ns)),
-        memory=memory,
-        swap=pb.SwapUsage(timestamp=stats.at_ns, swap_usage_bytes=_count(stats.swap_usage)),
-        writable_layer=filesystem(layers_mountpoint, stats.at_ns, stats.layer_bytes, stats.layer_inodes),
-    )
-
-
 def filesystem(mountpoint: str, at_ns: int, used_bytes: int, inodes: int) -> pb.FilesystemUsage:
     return pb.FilesystemUsage(
         timestamp=at_ns,
         fs_id=pb.FilesystemIdentifier(mountpoint=mountpoint),
-        used_bytes=_count(used_bytes),
-        inodes_used=_count(inodes),
+        used_bytes=pb.UInt64Value(value=used_bytes),
+        inodes_used=pb.UInt64Value(value=inodes),
     )
 
 

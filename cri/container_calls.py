@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from cri import answers
 from cri.encoded import EncodedList
+from cri.fields import renamed
 from cri.flights import Flights
 from cri.observe import as_json, note_pod
 from cri.ports import Containers
 from cri.proto import runtime_v1_pb2 as pb
 from cri.translate import container_spec, update_resources
 from sandbox.errors import InvalidSpec, NotFound
-from sandbox.records import ContainerRecord, ContainerState
+from sandbox.records import ContainerRecord
 
 # A negative or absurd timeout would be a wait for ever, or an overflow of the clock.
 TIMEOUT_MAX_S = 10 * 365 * 24 * 3600
 
 
 class ContainerCalls:
-    def __init__(self, containers: Containers, flights: Flights, layers_mountpoint: str) -> None:
+    def __init__(self, containers: Containers, flights: Flights) -> None:
         self._containers = containers
         self._flights = flights
-        self._mountpoint = layers_mountpoint
         self._items = EncodedList[ContainerRecord](lambda record: record.id, answers.container_item)
 
     # ------------------------------------------------------------------------------ life cycle
@@ -57,28 +59,18 @@ class ContainerCalls:
         self._items.keep_only(records)
         return self._items.of(answers.matching_containers(records, request.filter))
 
+    async def StreamContainers(self, request: pb.StreamContainersRequest) -> AsyncIterator[bytes]:
+        records = self._containers.list()
+        self._items.keep_only(records)
+        for batch in self._items.batches(answers.matching_containers(records, request.filter)):
+            yield batch
+
     async def ContainerStatus(self, request: pb.ContainerStatusRequest) -> pb.ContainerStatusResponse:
         record = self._found(request.container_id)
         response = pb.ContainerStatusResponse(status=answers.container_status(record))
         if request.verbose:
             response.info["info"] = as_json(await self._containers.describe(record))
         return response
-
-    async def ContainerStats(self, request: pb.ContainerStatsRequest) -> pb.ContainerStatsResponse:
-        record = self._found(request.container_id)
-        found = await self._containers.stats([record.id])
-        stats = answers.container_stats(record, next(iter(found), None), self._mountpoint)
-        return pb.ContainerStatsResponse(stats=stats)
-
-    async def ListContainerStats(
-        self, request: pb.ListContainerStatsRequest
-    ) -> pb.ListContainerStatsResponse:
-        matching = answers.matching_containers(self._containers.list(), request.filter)
-        running = {record.id: record for record in matching if record.state is ContainerState.RUNNING}
-        found = await self._containers.stats(list(running))
-        return pb.ListContainerStatsResponse(
-            stats=[answers.container_stats(running[one.container_id], one, self._mountpoint) for one in found]
-        )
 
     # -------------------------------------------------------------------------------- the rest
 
@@ -105,7 +97,8 @@ class ContainerCalls:
     ) -> pb.UpdateContainerResourcesResponse:
         id = self._found(request.container_id).id
         resources = update_resources(request)
-        await self._flights.alone(lambda: self._containers.update(id, resources))
+        with renamed("config.linux.resources", "linux"):
+            await self._flights.alone(lambda: self._containers.update(id, resources))
         return pb.UpdateContainerResourcesResponse()
 
     def _found(self, id: str) -> ContainerRecord:

@@ -28,11 +28,17 @@ from image.library import Library
 from image.settings import Settings
 from network.attach import Networks
 from network.errors import NetworkError
-from sandbox import cgroup, process
+from sandbox import cgroup
 from sandbox.containers import ContainerHost, Containers
+from sandbox.events import Events
+from sandbox.host_usage import HostUsage, host_usage
+from sandbox.layer_meter import LayerMeter
+from sandbox.meter import Meter
+from sandbox.pod import Pod
 from sandbox.pods import PodHost, Pods
 from sandbox.records import ContainerRecord, PodRecord
 from sandbox.registry import Registry
+from sandbox.room import Room
 from sandbox.steps import pod_steps
 from sandbox.store import Store
 from sandbox.tasks import Tasks
@@ -87,6 +93,9 @@ class Daemon:
         )
         layout = cgroup.find_layout()
         self.node = HuskNode(config, self.hypervisor, layout)
+        self.events = Events(self.registry)
+        self.meter = Meter(self.registry, LayerMeter(self.images.rootfs))
+        room = Room(self.registry)
         self.containers = Containers(
             self.registry,
             ContainerHost(
@@ -95,9 +104,11 @@ class Daemon:
                 images=self.images,
                 rootfs=self.images.rootfs,
                 tasks=self.tasks,
+                events=self.events,
+                room=room,
             ),
         )
-        cgroups = cgroup.Cgroups(layout=layout, root=config.cgroup_root)
+        self.cgroups = cgroups = cgroup.Cgroups(layout=layout, root=config.cgroup_root)
         self.pods = Pods(
             self.registry,
             self.containers,
@@ -110,6 +121,9 @@ class Daemon:
                 accelerator=self.node.verdict,
                 tasks=self.tasks,
                 on_started=self._note_start,
+                events=self.events,
+                room=room,
+                usage=self._usage_of,
             ),
         )
         self.server = Server(Path(config.socket), self._services(), Edge(self.metrics))
@@ -119,6 +133,8 @@ class Daemon:
             runtime_service(
                 pods=self.pods,
                 containers=self.containers,
+                meter=self.meter,
+                events=self.events,
                 networks=self.networks,
                 node=self.node,
                 flights=self.flights,
@@ -159,9 +175,11 @@ class Daemon:
             self.metrics_server = MetricsServer(self.metrics, wish.address, wish.port)
 
     async def stop(self) -> None:
+        self.events.close()
         await self.server.stop(SHUTDOWN_GRACE_S)
         await self.flights.close(SHUTDOWN_GRACE_S)
         await self.tasks.close()
+        await self.meter.close()
         await self.pods.close()
         await self.images.close()
         if self.metrics_server is not None:
@@ -193,15 +211,24 @@ class Daemon:
     def _containers_by_state(self) -> Mapping[str, int]:
         return Counter(str(record.state) for record in self.container_store)
 
+    def _usage_of(self, pod: Pod) -> HostUsage:
+        """Files of the host alone, so any thread may ask."""
+        assert pod.record.vm is not None
+        return host_usage(pod.record.vm, self.cgroups.directories(pod.id, pod.record.spec.cgroup_parent))
+
     def _usage(self) -> Sequence[SandboxUsage]:
-        return [
-            SandboxUsage(
-                namespace=record.spec.namespace,
-                pod=record.spec.name,
-                cpu_seconds=usage.cpu_seconds,
-                memory_bytes=usage.memory_bytes,
-            )
-            for record in self.pod_store
-            if record.ready and record.vm is not None
-            for usage in [process.usage([record.vm.vmm, *record.vm.helpers.values()])]
-        ]
+        ready = [pod for pod in list(self.registry.pods.values()) if pod.record.ready and pod.record.vm]
+        return [_sandbox_usage(pod.record, self._usage_of(pod)) for pod in ready]
+
+
+def _sandbox_usage(record: PodRecord, usage: HostUsage) -> SandboxUsage:
+    return SandboxUsage(
+        namespace=record.spec.namespace,
+        pod=record.spec.name,
+        cpu_seconds={"vmm": usage.vmm.cpu_seconds, "virtiofsd": usage.helpers.cpu_seconds},
+        memory_bytes={
+            "guest": usage.guest_memory_bytes,
+            "vmm": usage.vmm.own_bytes,
+            "virtiofsd": usage.helpers.own_bytes,
+        },
+    )

@@ -8,13 +8,14 @@ of the form `repeated Item items = 1` is the concatenation of its encoded items 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
 R = TypeVar("R")
 
+BATCH_BYTES = 256 << 10  # of a streamed list; far below what a client takes in one message
 ITEM_TAG = b"\x0a"  # field 1, length-delimited
 
 
@@ -28,6 +29,20 @@ class EncodedList(Generic[R]):
 
     def of(self, records: Iterable[R]) -> bytes:
         return b"".join([self._item(record) for record in records])
+
+    def batches(self, records: Iterable[R]) -> Iterator[bytes]:
+        """The list in messages of a bounded size, with at least one item each (CRI, Stream* rpcs)."""
+        batch: list[bytes] = []
+        size = 0
+        for record in records:
+            item = self._item(record)
+            if batch and size + len(item) > BATCH_BYTES:
+                yield b"".join(batch)
+                batch, size = [], 0
+            batch.append(item)
+            size += len(item)
+        if batch:
+            yield b"".join(batch)
 
     def keep_only(self, records: Iterable[R]) -> None:
         """Forget the items that are no more. Call it with a whole list, not a filtered one."""

@@ -30,6 +30,7 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     sandbox.WrongState: Code.FAILED_PRECONDITION,
     sandbox.MissingProgram: Code.FAILED_PRECONDITION,
     sandbox.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
+    sandbox.FellBehind: Code.RESOURCE_EXHAUSTED,
     sandbox.GuestUnreachable: Code.UNAVAILABLE,
     sandbox.VmmGone: Code.UNAVAILABLE,
     sandbox.SandboxError: Code.INTERNAL,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from google.protobuf.message import Message
@@ -68,3 +69,13 @@ def refuse_message(message: Message, field: str, at: str, problem: str) -> None:
     """For a part of the configuration that must not be there at all."""
     if message.HasField(field):
         raise InvalidSpec(f"{at}.{field}" if at else field, problem, "nothing")
+
+
+@contextmanager
+def renamed(prefix: str, wire: str) -> Iterator[None]:
+    """Around work that knows a field by the name that another request gives it."""
+    try:
+        yield
+    except InvalidSpec as error:
+        field = wire + error.field.removeprefix(prefix) if error.field.startswith(prefix) else error.field
+        raise InvalidSpec(field, error.problem, error.accepted) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from cri import answers
 from cri.encoded import EncodedList
@@ -38,6 +38,14 @@ class ImageCalls:
             return self._items.of(images)
         found = self._found(wanted)
         return self._items.of([found] if found else [])
+
+    async def StreamImages(self, request: pb.StreamImagesRequest) -> AsyncIterator[bytes]:
+        wanted = request.filter.image.image
+        found = self._found(wanted) if wanted else None
+        images = self._images.list()
+        self._items.keep_only(images)
+        for batch in self._items.batches(([found] if found else []) if wanted else images):
+            yield batch
 
     async def ImageStatus(self, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
         """An image that is not here is no error, but an answer without one."""

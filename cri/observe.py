@@ -101,12 +101,12 @@ def setup_logging(level: str, format: str, stream: IO[str] | None = None) -> Non
 
 
 class SandboxUsage(Value, frozen=True, kw_only=True):
-    """What one pod's VM uses, as the host sees it."""
+    """What one pod costs the host, by the part that costs it."""
 
     namespace: str
     pod: str
-    cpu_seconds: float
-    memory_bytes: int
+    cpu_seconds: Mapping[str, float]
+    memory_bytes: Mapping[str, int]
 
 
 class Sources(Value, frozen=True, kw_only=True):
@@ -210,16 +210,20 @@ class _FromSources(Collector):
     def collect(self) -> Iterator[Metric]:
         yield self._by_state("husk_sandboxes", "Pod sandboxes by state.", self._sources.sandboxes)
         yield self._by_state("husk_containers", "Containers by state.", self._sources.containers)
-        labels = ["namespace", "pod"]
+        labels = ["namespace", "pod", "part"]
         cpu = CounterMetricFamily(
-            "husk_sandbox_cpu_seconds", "CPU time of the VM and helpers.", labels=labels
+            "husk_sandbox_cpu_seconds",
+            "CPU time on the host: of the VMM with its guest, and of virtiofsd.",
+            labels=labels,
         )
         memory = GaugeMetricFamily(
-            "husk_sandbox_memory_bytes", "Memory of the VM and helpers.", labels=labels
+            "husk_sandbox_memory_bytes", "Memory of the host: the guest's, and beyond it.", labels=labels
         )
         for usage in self._sources.usage():
-            cpu.add_metric([usage.namespace, usage.pod], usage.cpu_seconds)
-            memory.add_metric([usage.namespace, usage.pod], usage.memory_bytes)
+            for part, seconds in usage.cpu_seconds.items():
+                cpu.add_metric([usage.namespace, usage.pod, part], seconds)
+            for part, size in usage.memory_bytes.items():
+                memory.add_metric([usage.namespace, usage.pod, part], size)
         yield cpu
         yield memory
 

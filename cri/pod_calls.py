@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
 
 from cri import answers
 from cri.encoded import EncodedList
+from cri.fields import renamed
 from cri.flights import Flights
 from cri.observe import as_json
 from cri.ports import Pods
 from cri.proto import runtime_v1_pb2 as pb
-from cri.translate import pod_spec
+from cri.translate import pod_spec, resources
 from sandbox.errors import NotFound
 from sandbox.records import ContainerRecord, ContainerState, PodRecord
 
@@ -64,3 +66,18 @@ class PodCalls:
         records = self._pods.list()
         self._items.keep_only(records)
         return self._items.of(answers.matching_pods(records, request.filter))
+
+    async def StreamPodSandboxes(self, request: pb.StreamPodSandboxesRequest) -> AsyncIterator[bytes]:
+        records = self._pods.list()
+        self._items.keep_only(records)
+        for batch in self._items.batches(answers.matching_pods(records, request.filter)):
+            yield batch
+
+    async def UpdatePodSandboxResources(
+        self, request: pb.UpdatePodSandboxResourcesRequest
+    ) -> pb.UpdatePodSandboxResourcesResponse:
+        id = self._pods.find(request.pod_sandbox_id).id
+        wanted, overhead = resources(request.resources, "resources"), resources(request.overhead, "overhead")
+        with renamed("config.linux.resources", "resources"):
+            await self._flights.alone(lambda: self._pods.update(id, wanted, overhead))
+        return pb.UpdatePodSandboxResourcesResponse()

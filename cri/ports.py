@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +12,10 @@ from image.blobs import Progress
 from image.index import Image
 from network.attach import NetworkStatus
 from sandbox.cgroup import Driver
+from sandbox.events import Event
 from sandbox.records import ContainerRecord, PodRecord
 from sandbox.spec import ContainerId, ContainerSpec, PodId, PodSpec, Resources, Value
-from sandbox.stats import ContainerStats
+from sandbox.stats import PodStats
 
 
 class ExecResult(Protocol):
@@ -35,6 +37,7 @@ class Pods(Protocol):
     def list(self) -> Sequence[PodRecord]: ...
     def containers_of(self, pod_id: PodId) -> Sequence[ContainerRecord]: ...
     async def describe(self, record: PodRecord) -> Mapping[str, object]: ...
+    async def update(self, id: str, resources: Resources, overhead: Resources) -> None: ...
 
 
 class Containers(Protocol):
@@ -49,8 +52,18 @@ class Containers(Protocol):
     async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult: ...
     async def reopen_log(self, id: str) -> None: ...
     async def update(self, id: str, resources: Resources) -> None: ...
-    async def stats(self, ids: Sequence[ContainerId]) -> Sequence[ContainerStats]: ...
+    def open_files_limit(self, id: ContainerId) -> int: ...
     async def describe(self, record: ContainerRecord) -> Mapping[str, object]: ...
+
+
+class Meter(Protocol):
+    def read(self, pod_ids: Iterable[PodId], *, files: bool = False) -> AsyncIterator[PodStats]:
+        """Usage of each pod as it comes; those that do not tell soon are left out."""
+
+
+class Events(Protocol):
+    def subscribe(self) -> AbstractContextManager[AsyncIterable[Event]]:
+        """Iterating raises FellBehind when it is too slow."""
 
 
 class Networks(Protocol):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from cri.container_calls import ContainerCalls
+from cri.event_calls import EventCalls
 from cri.flights import Flights
 from cri.node_calls import NodeCalls
 from cri.pod_calls import PodCalls
-from cri.ports import Containers, Networks, Node, Pods
+from cri.ports import Containers, Events, Meter, Networks, Node, Pods
 from cri.proto import runtime_v1_pb2 as pb
 from cri.server import Service
+from cri.stats_calls import StatsCalls
 
 
 def runtime_service(
     *,
     pods: Pods,
     containers: Containers,
+    meter: Meter,
+    events: Events,
     networks: Networks,
     node: Node,
     flights: Flights,
@@ -26,7 +30,9 @@ def runtime_service(
         descriptor=pb.DESCRIPTOR.services_by_name["RuntimeService"],
         parts=(
             PodCalls(pods, flights),
-            ContainerCalls(containers, flights, layers_mountpoint),
+            ContainerCalls(containers, flights),
+            StatsCalls(pods, containers, meter, layers_mountpoint),
+            EventCalls(events),
             NodeCalls(node, networks, version),
         ),
     )

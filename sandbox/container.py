@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,10 @@ class Container(Recorded[ContainerRecord]):
         self.pod = pod
         self.plan_path = plans / f"{record.id}.plan"
         self.relay: LogRelay | None = None
-        self.lock = asyncio.Lock()  # held by start and remove
+        self.lock = asyncio.Lock()  # held by start, update and remove
         self.exited = asyncio.Event()
         self.early_exit: pb.Exited | None = None
+        self.on_state: Callable[[Container], None] = lambda container: None  # its state has changed
         self._plan: pb.Start | None = None
         if record.state is ContainerState.EXITED:
             self.exited.set()
@@ -48,6 +50,12 @@ class Container(Recorded[ContainerRecord]):
     @property
     def running(self) -> bool:
         return self.record.state is ContainerState.RUNNING
+
+    def update(self, **changes: object) -> None:
+        before = self.record.state
+        super().update(**changes)
+        if self.record.state is not before:
+            self.on_state(self)
 
     def require(self, state: ContainerState) -> None:
         if self.record.state is not state:

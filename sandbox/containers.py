@@ -1,4 +1,4 @@
-"""The verbs of containers: create, start, stop, remove, exec, logs, resources, usage.
+"""The verbs of containers: create, start, stop, remove, exec, logs, resources.
 
 CreateContainer does all the host's work (root filesystem, volumes, the compiled plan), so that
 StartContainer is one message to the guest. The state changes in one place each: `start` makes
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from sandbox.errors import (
     SandboxError,
     WrongState,
 )
+from sandbox.events import Events
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.guest.sessions import AttachSession, ExecSession
@@ -37,10 +39,10 @@ from sandbox.plan import compile_exec
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState
 from sandbox.registry import Registry
-from sandbox.resources import compile_resources
+from sandbox.resources import compile_resources, merge_resources
+from sandbox.room import Room
 from sandbox.signals import resolve_stop_signal, signal_number
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Resources
-from sandbox.stats import FILES, ContainerStats, parse
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 
@@ -67,6 +69,8 @@ class ContainerHost:
     images: Library
     rootfs: RootfsStore
     tasks: Tasks
+    events: Events
+    room: Room
 
 
 class Containers:
@@ -158,7 +162,9 @@ class Containers:
         return container
 
     def _adopted(self, record: ContainerRecord, pod: Pod) -> Container:
-        return Container(record, self._host.store, pod, self._host.plans)
+        container = Container(record, self._host.store, pod, self._host.plans)
+        container.on_state = self._host.events.container_changed
+        return container
 
     # ------------------------------------------------------------------------------- start
 
@@ -362,6 +368,7 @@ class Containers:
     def _forget(self, container: Container) -> None:
         container.forget()
         self._registry.containers.pop(container.id, None)
+        self._host.events.container_deleted(container)
 
     # ------------------------------------------------------------------------------- the rest
 
@@ -414,61 +421,44 @@ class Containers:
             await container.relay.reopen()
 
     async def update(self, id: str, resources: Resources) -> None:
-        """Change limits in the guest; fields that are 0 or empty stay as they are."""
+        """Change limits in place; fields that are 0 or empty stay as they are. What the record then
+        says is in force. Raises NotFound, WrongState, InvalidSpec, GuestError, VmmError."""
         container = self._registry.container(id)
-        merged = merge_resources(container.record.resources, resources)
-        files = compile_resources(merged, vcpus=container.pod.vcpus)
-        if container.running:
-            write = pb.WriteCgroup(container_id=container.id, files=files)
-            await container.pod.call(pb.Request(write_cgroup=write))
-        elif container.record.state is ContainerState.CREATED:
-            plan = container.plan
+        async with container.lock:
+            merged = merge_resources(container.record.resources, resources)
+            if container.running:
+                await self._update_running(container, merged)
+            elif container.record.state is not ContainerState.CREATED:
+                raise WrongState("container", container.id, container.record.state, "created or running")
+            plan = container.plan  # of an exec too, and of the start that is still to come
+            plan.process.oom_score_adj = merged.oom_score_adj
             del plan.cgroup[:]
-            plan.cgroup.extend(files)
+            plan.cgroup.extend(compile_resources(merged, vcpus=container.pod.vcpus))
             container.save_plan(plan)
-        else:
-            raise WrongState("container", container.id, container.record.state, "created or running")
-        container.update(resources=merged)
+            container.update(resources=merged)
 
-    async def stats(self, ids: Sequence[ContainerId]) -> Sequence[ContainerStats]:
-        """Usage of these containers; those that are not running any more are left out.
-        One round trip per pod."""
-        by_pod: dict[Pod, list[Container]] = {}
-        for id in ids:
-            container = self._registry.containers.get(id)
-            if container is not None and container.running:
-                by_pod.setdefault(container.pod, []).append(container)
-        answers = await asyncio.gather(
-            *(self._pod_stats(pod, containers) for pod, containers in by_pod.items()), return_exceptions=True
-        )
-        found: list[ContainerStats] = []
-        for answer in answers:
-            if isinstance(answer, SandboxError):
-                log.warning("no usage from one pod: %s", answer)
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                found.extend(answer)
-        return found
+    async def _update_running(self, container: Container, merged: Resources) -> None:
+        pod, current = container.pod, container.record.resources
+        compile_resources(merged, vcpus=pod.vcpus)  # what is wrong is found before anything changes
+        await self._host.room.make(pod, pod.record.resources, pod.record.overhead, {container.id: merged})
+        try:
+            await pod.call(_limits(container, merged))
+        except GuestError:
+            # one file of several: those written before it go back
+            with contextlib.suppress(SandboxError):
+                await pod.call(_limits(container, current))
+            raise
 
-    async def _pod_stats(self, pod: Pod, containers: Sequence[Container]) -> Sequence[ContainerStats]:
-        read = pb.ReadCgroup(container_ids=[container.id for container in containers], names=FILES)
-        reply = await pod.call(pb.Request(read_cgroup=read))
-        layers = await asyncio.to_thread(lambda: [self._host.rootfs.usage(one.id) for one in containers])
-        found = []
-        for index, (container, layer) in enumerate(zip(containers, layers, strict=True)):
-            values = reply.values.values[index * len(FILES) : (index + 1) * len(FILES)]
-            if len(values) == len(FILES):
-                found.append(
-                    parse(
-                        container.id,
-                        time.time_ns(),
-                        values,
-                        layer_bytes=layer.bytes,
-                        layer_inodes=layer.inodes,
-                    )
-                )
-        return found
+    def open_files_limit(self, id: ContainerId) -> int:
+        """Soft limit of the first process; 0: the agent's own. Raises NotFound."""
+        limits = self._registry.container(id).plan.process.rlimits
+        return next((limit.soft for limit in limits if limit.resource == resource.RLIMIT_NOFILE), 0)
+
+
+def _limits(container: Container, resources: Resources) -> pb.Request:
+    files = compile_resources(resources, vcpus=container.pod.vcpus)
+    score = pb.OomScore(adj=resources.oom_score_adj)
+    return pb.Request(write_cgroup=pb.WriteCgroup(container_id=container.id, files=files, oom_score=score))
 
 
 def exit_reason(exited: pb.Exited) -> str:
@@ -476,23 +466,6 @@ def exit_reason(exited: pb.Exited) -> str:
     if exited.oom_kills:
         return "OOMKilled"
     return "Completed" if exited.exit_code == 0 else "Error"
-
-
-def merge_resources(current: Resources, wanted: Resources) -> Resources:
-    """`wanted` over `current`: 0 and "" mean "leave as it is" (CRI, LinuxContainerResources)."""
-    changes = {
-        name: value
-        for name in Resources.__struct_fields__
-        if (value := getattr(wanted, name)) and name not in ("unified", "hugepage_limits")
-    }
-    return Resources(
-        **{name: getattr(current, name) for name in Resources.__struct_fields__}
-        | changes
-        | {
-            "unified": current.unified | wanted.unified,
-            "hugepage_limits": current.hugepage_limits | wanted.hugepage_limits,
-        }
-    )
 
 
 def _log_path(directory: str, name: str) -> str:

@@ -114,5 +114,13 @@ class VersionMismatch(GuestUnreachable):
         self.husk = husk
 
 
+class FellBehind(SandboxError):
+    """A subscriber did not take its events as fast as they came."""
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__(f"more than {waiting} events waited to be taken; see the state and subscribe anew")
+        self.waiting = waiting
+
+
 class StreamReset(SandboxError):
     """The reader at the other end wants no more of this stream."""

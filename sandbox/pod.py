@@ -36,6 +36,7 @@ class Pod(Recorded[PodRecord]):
         self.client: GuestClient | None = None
         self.lock = asyncio.Lock()  # held by start, stop and remove
         self.on_event: Callable[[Pod, pb.Event], None] | None = None
+        self.on_state: Callable[[Pod], None] = lambda pod: None  # its state has changed
         self.watch: asyncio.Task[None] | None = None
         self.connected = asyncio.Event()
 
@@ -58,6 +59,12 @@ class Pod(Recorded[PodRecord]):
     def back_of(self, share: Path) -> Path:
         """Where mount points of a share are made: the share itself is read-only."""
         return self.run_dir / "back" / share.name
+
+    def update(self, **changes: object) -> None:
+        before = self.record.state
+        super().update(**changes)
+        if self.record.state is not before:
+            self.on_state(self)
 
     def take_event(self, event: pb.Event) -> None:
         """Called by the guest connection, in the order in which the guest sent them."""

@@ -5,6 +5,7 @@
              connection to the agent is made anew
     stop     kills the containers, NOT_READY, the steps down; the record and its address stay
     remove   stop, then the containers and the record
+    update   other limits for all containers together
 
 Shutting the daemon down touches no pod.
 """
@@ -23,13 +24,19 @@ from pathlib import Path
 from sandbox.accelerator import Verdict
 from sandbox.containers import Containers
 from sandbox.errors import GuestUnreachable, InvalidSpec, NotFound, SandboxError, VmmGone
+from sandbox.events import Events
+from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.sessions import Forwarded
+from sandbox.host_usage import HostUsage
 from sandbox.lifecycle import Step, bring_up, take_down
 from sandbox.plan import vm_size
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState
 from sandbox.registry import Registry, pod_name
-from sandbox.spec import Handler, PodId, PodSpec
+from sandbox.resources import compile_pod_resources, merge_resources
+from sandbox.room import Room
+from sandbox.spec import Handler, PodId, PodSpec, Resources
+from sandbox.stats import POD_CGROUP
 from sandbox.steps import connect, remove_tree
 from sandbox.store import Store
 from sandbox.tasks import Tasks
@@ -55,6 +62,9 @@ class PodHost:
     accelerator: Callable[[Handler], Awaitable[Verdict]]
     tasks: Tasks
     on_started: Callable[[PodRecord], None]
+    events: Events
+    room: Room
+    usage: Callable[[Pod], HostUsage]  # reads files, of the host alone
 
 
 class Pods:
@@ -100,6 +110,7 @@ class Pods:
         if record.vm is not None:
             facts["pid"] = record.vm.vmm.pid
             facts["helpers"] = {name: identity.pid for name, identity in record.vm.helpers.items()}
+            facts["hostUsage"] = _as_facts(await asyncio.to_thread(self._host.usage, pod))
         if pod.machine is not None:
             facts["vmm"] = dict(await pod.machine.describe())
         return facts
@@ -117,6 +128,8 @@ class Pods:
             spec=spec,
             created_at_ns=time.time_ns(),
             size=vm_size(spec, handler),
+            resources=spec.resources,
+            overhead=spec.overhead,
             token=secrets.token_bytes(16),
         )
         pod = self._new(record)
@@ -146,11 +159,13 @@ class Pods:
     def _new(self, record: PodRecord) -> Pod:
         pod = Pod(record, self._host.store, self._host.run / "pods" / record.id)
         pod.on_event = self._containers.take_event
+        pod.on_state = self._host.events.pod_changed
         return pod
 
     def _forget(self, pod: Pod) -> None:
         pod.forget()
         self._registry.pods.pop(pod.id, None)
+        self._host.events.pod_deleted(pod)
 
     # ------------------------------------------------------------------------------- watch
 
@@ -250,6 +265,25 @@ class Pods:
                 await self._containers.release(container)
             self._forget(pod)
 
+    # ------------------------------------------------------------------------------- update
+
+    async def update(self, id: str, resources: Resources, overhead: Resources) -> None:
+        """Limits of all containers together, in the guest's cgroup that holds theirs; the VM is given
+        what it lacks for them. Raises NotFound, WrongState, InvalidSpec, GuestError, VmmError.
+
+        A cpuset counts the host's CPUs, and is the host's to keep (see `compile_resources`).
+        """
+        pod = self._registry.pod(id)
+        async with pod.lock:
+            pod.require_ready()
+            merged = merge_resources(pod.record.resources, resources)
+            files = compile_pod_resources(merged, vcpus=pod.vcpus)
+            overhead = merge_resources(pod.record.overhead, overhead)
+            await self._host.room.make(pod, merged, overhead)
+            write = pb.WriteCgroup(container_id=POD_CGROUP, files=files)
+            await pod.call(pb.Request(write_cgroup=write))
+            pod.update(resources=merged, overhead=overhead)
+
     # ------------------------------------------------------------------------------- recovery
 
     async def adopt_all(self, containers: Sequence[ContainerRecord]) -> None:
@@ -329,6 +363,17 @@ class Pods:
         """Let go of every pod, touching none."""
         for pod in self._registry.pods.values():
             await pod.disconnect()
+
+
+def _as_facts(usage: HostUsage) -> Mapping[str, object]:
+    return {
+        "guestMemoryBytes": usage.guest_memory_bytes,
+        "overheadMemoryBytes": usage.overhead_memory_bytes,
+        "vmmCpuSeconds": usage.vmm.cpu_seconds,
+        "vmmMemoryBytes": usage.vmm.own_bytes,
+        "helpersCpuSeconds": usage.helpers.cpu_seconds,
+        "helpersMemoryBytes": usage.helpers.own_bytes,
+    }
 
 
 def find_handler(handlers: Mapping[str, Handler], name: str) -> Handler:

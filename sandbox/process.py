@@ -442,28 +442,3 @@ def _await_end(pid: int, check: Callable[[], None]) -> None:
             check()
     finally:
         os.close(fd)
-
-
-# ----------------------------------------------------------------------------------------- usage
-
-
-class Usage(Value, frozen=True, kw_only=True):
-    """What some processes have used: CPU time so far, memory resident now."""
-
-    cpu_seconds: float
-    memory_bytes: int
-
-
-def usage(identities: Iterable[ProcessIdentity]) -> Usage:
-    """Of all together; one that has ended counts as nothing (proc(5), stat and statm)."""
-    ticks = pages = 0
-    for identity in identities:
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            process = Path("/proc", str(identity.pid))
-            fields = (process / "stat").read_bytes().rpartition(b")")[2].split()
-            if int(fields[19]) == identity.start_time:
-                ticks += int(fields[11]) + int(fields[12])
-                pages += int((process / "statm").read_bytes().split()[1])
-    return Usage(
-        cpu_seconds=ticks / os.sysconf("SC_CLK_TCK"), memory_bytes=pages * os.sysconf("SC_PAGE_SIZE")
-    )

@@ -54,6 +54,8 @@ class PodRecord(Value, frozen=True, kw_only=True):
     size: VmSize | None = None
     accelerator: str = ""
     cpu: str = ""  # CPU model that the accelerator needs; empty: the usual one
+    resources: Resources = Resources()  # in force, of all containers together
+    overhead: Resources = Resources()  # what the pod's sandbox is reckoned to cost beyond these
     network: Attachment | None = None
     vm: VmHandle | None = None
     token: bytes = b""  # resync token of the guest channel, 16 bytes

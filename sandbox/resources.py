@@ -54,6 +54,31 @@ def compile_resources(resources: Resources, *, vcpus: int = 0) -> tuple[pb.Cgrou
     )
 
 
+def compile_pod_resources(resources: Resources, *, vcpus: int = 0) -> tuple[pb.CgroupFile, ...]:
+    """The same for the cgroup that holds all containers. When that is full, one of them is killed, as
+    on a host whose kubelet limits the pod; not all of them."""
+    return tuple(
+        file for file in compile_resources(resources, vcpus=vcpus) if file.name != "memory.oom.group"
+    )
+
+
+def merge_resources(current: Resources, wanted: Resources) -> Resources:
+    """`wanted` over `current`: 0 and "" mean "leave as it is" (CRI, LinuxContainerResources)."""
+    changes = {
+        name: value
+        for name in Resources.__struct_fields__
+        if (value := getattr(wanted, name)) and name not in ("unified", "hugepage_limits")
+    }
+    return Resources(
+        **{name: getattr(current, name) for name in Resources.__struct_fields__}
+        | changes
+        | {
+            "unified": current.unified | wanted.unified,
+            "hugepage_limits": current.hugepage_limits | wanted.hugepage_limits,
+        }
+    )
+
+
 def weight_of_shares(shares: int) -> int:
     """cpu.weight (1 to 10000) for cpu.shares (2 to 262144): the line that all runtimes draw."""
     bounded = min(max(shares, MIN_SHARES), MAX_SHARES)

@@ -16,7 +16,7 @@ from sandbox.device_filter import device_filter_for
 from sandbox.plan.configure import compile_configure
 from sandbox.plan.mounts import MountSource
 from sandbox.plan.process import compile_exec
-from sandbox.plan.size import vm_size
+from sandbox.plan.size import grown_size, vm_size
 from sandbox.plan.start import compile_start
 from sandbox.resources import compile_resources
 from sandbox.seccomp import seccomp_for
@@ -29,6 +29,7 @@ __all__ = [
     "compile_resources",
     "compile_start",
     "device_filter_for",
+    "grown_size",
     "resolve_stop_signal",
     "seccomp_for",
     "signal_number",

@@ -33,7 +33,15 @@ from cri.server import Server, SocketTaken
 from image.errors import RegistryUnavailable
 from network.attach import NetworkStatus
 from sandbox.errors import PhaseFailed
-from tests.fakes.cri import FakeContainers, FakeImages, FakeNetworks, FakeNode, FakePods
+from tests.fakes.cri import (
+    FakeContainers,
+    FakeEvents,
+    FakeImages,
+    FakeMeter,
+    FakeNetworks,
+    FakeNode,
+    FakePods,
+)
 from tests.kit.gotools import tool
 
 Code = grpc.StatusCode
@@ -49,6 +57,7 @@ class Runtime:
 
     socket: Path
     pods: FakePods = field(default_factory=FakePods)
+    events: FakeEvents = field(default_factory=FakeEvents)
     networks: FakeNetworks = field(default_factory=FakeNetworks)
     node: FakeNode = field(default_factory=FakeNode)
     images: FakeImages = field(default_factory=FakeImages)
@@ -58,17 +67,20 @@ class Runtime:
     def __post_init__(self) -> None:
         self.containers = FakeContainers(self.pods)
         self.pods.containers = self.containers
+        self.meter = FakeMeter(self.pods)
 
     def server(self) -> Server:
         services = (
             runtime_service(
                 pods=self.pods,
                 containers=self.containers,
+                meter=self.meter,
+                events=self.events,
                 networks=self.networks,
                 node=self.node,
                 flights=self.flights,
                 version="9.9",
-                layers_mountpoint="/layers",
+                layers_mountpoint="/",
             ),
             image_service(
                 images=self.images, flights=self.flights, metrics=self.metrics, handlers=self.node.handlers
@@ -231,13 +243,18 @@ SERVED = {
     *("RunPodSandbox", "StopPodSandbox", "RemovePodSandbox", "PodSandboxStatus", "ListPodSandbox"),
     *("CreateContainer", "StartContainer", "StopContainer", "RemoveContainer", "ListContainers"),
     *("ContainerStatus", "ExecSync", "ReopenContainerLog", "UpdateContainerResources"),
-    *("ContainerStats", "ListContainerStats"),
+    *("ContainerStats", "ListContainerStats", "PodSandboxStats", "ListPodSandboxStats"),
+    *("ListMetricDescriptors", "ListPodSandboxMetrics", "UpdatePodSandboxResources"),
     *("PullImage", "ListImages", "ImageStatus", "RemoveImage", "ImageFsInfo"),
+}
+STREAMED = {
+    *("StreamPodSandboxes", "StreamContainers", "StreamImages"),
+    *("StreamContainerStats", "StreamPodSandboxStats", "StreamPodSandboxMetrics", "GetContainerEvents"),
 }
 CRI_METHODS = [method.name for service in SERVICES[:2] for method in service.methods]
 
 
-@pytest.mark.parametrize("name", [name for name in CRI_METHODS if name not in SERVED])
+@pytest.mark.parametrize("name", [name for name in CRI_METHODS if name not in SERVED | STREAMED])
 async def test_what_is_not_served_says_so(runtime: Runtime, name: str) -> None:
     _, method = METHODS[name]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -414,20 +431,6 @@ async def test_exec_before_the_start(runtime: Runtime) -> None:
     id = await runtime.container(await runtime.pod())
     request = pb.ExecSyncRequest(container_id=id, cmd=["a"])
     assert await runtime.code("ExecSync", request) is Code.FAILED_PRECONDITION
-
-
-async def test_statistics_are_of_running_containers(runtime: Runtime) -> None:
-    pod_id = await runtime.pod()
-    running = await runtime.started(pod_id, labels={"app": "a"})
-    created = await runtime.container(pod_id, labels={"app": "b"})
-    answer = await runtime.call("ListContainerStats")
-    assert [one.attributes.id for one in answer.stats] == [running]
-    assert answer.stats[0].writable_layer.fs_id.mountpoint == "/layers"
-    request = pb.ListContainerStatsRequest(filter=pb.ContainerStatsFilter(label_selector={"app": "b"}))
-    assert not (await runtime.call("ListContainerStats", request)).stats
-    one = await runtime.call("ContainerStats", pb.ContainerStatsRequest(container_id=created))
-    assert one.stats.attributes.id == created
-    assert not one.stats.HasField("memory")
 
 
 async def test_limits_in_force_are_shown(runtime: Runtime) -> None:

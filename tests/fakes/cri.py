@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,10 +19,12 @@ from image.errors import ImageNotFound
 from image.index import Image, ImageSettings
 from network.attach import Attachment, NetworkStatus
 from sandbox.cgroup import Driver
-from sandbox.errors import NotFound, Reserved, WrongState
+from sandbox.errors import FellBehind, NotFound, Reserved, WrongState
+from sandbox.events import Event
+from sandbox.guest_files import InterfaceUsage
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, PodId, PodSpec, Resources
-from sandbox.stats import ContainerStats
+from sandbox.stats import CgroupStats, ContainerStats, CpuStats, LayerStats, MemoryStats, PodStats
 
 T = TypeVar("T")
 
@@ -85,6 +88,9 @@ class FakePods:
     async def describe(self, record: PodRecord) -> Mapping[str, object]:
         return {"accelerator": "tcg", "pid": 4711}
 
+    async def update(self, id: str, resources: Resources, overhead: Resources) -> None:
+        self.records[id] = replace(self.find(id), resources=resources, overhead=overhead)
+
 
 @dataclass
 class FakeContainers:
@@ -94,7 +100,6 @@ class FakeContainers:
     execs: list[tuple[Sequence[str], float | None]] = field(default_factory=list)
     reopened: list[str] = field(default_factory=list)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(10))
-    ticks: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     async def create(self, pod_id: str, spec: ContainerSpec) -> ContainerId:
         pod = self.pods.find(pod_id)
@@ -146,24 +151,71 @@ class FakeContainers:
     async def update(self, id: str, resources: Resources) -> None:
         self.records[id] = replace(self.find(id), resources=resources)
 
-    async def stats(self, ids: Sequence[ContainerId]) -> Sequence[ContainerStats]:
-        return [
-            ContainerStats(
-                container_id=id,
-                at_ns=BORN_NS + 10**9 * next(self.ticks),
-                cpu_usage_ns=42_000_000 * next(self.ticks),
-                memory_working_set=7 << 20,
-                memory_usage=8 << 20,
-                memory_limit=64 << 20,
-                layer_bytes=4096,
-                layer_inodes=3,
-            )
-            for id in ids
-            if self.records[id].state is ContainerState.RUNNING
-        ]
+    def open_files_limit(self, id: ContainerId) -> int:
+        return 1024 if self.find(id) else 0
 
     async def describe(self, record: ContainerRecord) -> Mapping[str, object]:
         return {"rootfs": "/somewhere"}
+
+
+@dataclass
+class FakeMeter:
+    """Every pod uses the same; those in `silent` do not tell."""
+
+    pods: FakePods
+    silent: set[str] = field(default_factory=set)
+    asked_for_files: bool = False
+    ticks: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    async def read(self, pod_ids: Iterable[PodId], *, files: bool = False) -> AsyncIterator[PodStats]:
+        self.asked_for_files = files
+        for id in pod_ids:
+            if id in self.silent or not self.pods.records[id].ready:
+                continue
+            tick = next(self.ticks)
+            usage = CgroupStats(
+                cpu=CpuStats(usage_ns=42_000_000 * tick, nano_cores=500),
+                memory=MemoryStats(usage=8 << 20, working_set=7 << 20, available=57 << 20),
+                threads=3,
+            )
+            at_ns = BORN_NS + 10**9 * tick
+            containers = tuple(
+                ContainerStats(
+                    container_id=record.id,
+                    at_ns=at_ns,
+                    usage=usage,
+                    processes=2,
+                    files=7 if files else 0,
+                    layer=LayerStats(at_ns=at_ns - 5, bytes=4096, inodes=3),
+                )
+                for record in self.pods.containers_of(id)
+                if record.state is ContainerState.RUNNING
+            )
+            nics = (InterfaceUsage(name="eth0", rx_bytes=1000), InterfaceUsage(name="eth1", tx_bytes=2000))
+            yield PodStats(pod_id=id, at_ns=at_ns, usage=usage, interfaces=nics, containers=containers)
+
+
+@dataclass
+class FakeEvents:
+    """Tells what is put into `events`; None: that is all."""
+
+    events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
+    behind: bool = False
+    subscribers: int = 0
+
+    @contextmanager
+    def subscribe(self) -> Iterator[AsyncIterator[Event]]:
+        self.subscribers += 1
+        try:
+            yield self._tell()
+        finally:
+            self.subscribers -= 1
+
+    async def _tell(self) -> AsyncIterator[Event]:
+        while (event := await self.events.get()) is not None:
+            yield event
+        if self.behind:
+            raise FellBehind(1000)
 
 
 @dataclass

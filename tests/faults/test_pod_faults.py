@@ -18,13 +18,17 @@ from sandbox import cgroup
 from sandbox.accelerator import Verdict
 from sandbox.containers import ContainerHost, Containers
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
+from sandbox.events import Events
 from sandbox.guest import guest_pb2 as pb
+from sandbox.host_usage import HostUsage, ProcessUsage
 from sandbox.lifecycle import UndoFailed
 from sandbox.mounts import mounts_below
+from sandbox.pod import Pod
 from sandbox.pods import PodHost, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
-from sandbox.spec import ContainerSpec, Handler, MountSpec, PodSpec, SecuritySpec
+from sandbox.room import Room
+from sandbox.spec import ContainerSpec, Handler, MountSpec, PodSpec, SecuritySpec, VmSize
 from sandbox.steps import pod_steps
 from sandbox.store import Store
 from sandbox.tasks import Tasks
@@ -65,6 +69,7 @@ class Daemon:
     root: Path
     ledger: Ledger = field(default_factory=Ledger)
     hypervisor: FakeHypervisor = field(init=False)
+    grown: list[VmSize] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.hypervisor = FakeHypervisor(self.ledger)
@@ -80,12 +85,16 @@ class Daemon:
         self.container_store = Store(self.root / "containers", ContainerRecord)
         self.pod_store.load()
         self.container_store.load()
+        self.events = Events(self.registry)
+        room = Room(self.registry, self.grow)
         host = ContainerHost(
             store=self.container_store,
             plans=self.root / "containers",
             images=cast(Any, FakeLibrary()),
             rootfs=cast(Any, FakeRootfs(self.ledger)),
             tasks=self.tasks,
+            events=self.events,
+            room=room,
         )
         self.containers = Containers(self.registry, host)
         self.pods = Pods(
@@ -100,8 +109,15 @@ class Daemon:
                 accelerator=_tcg,
                 tasks=self.tasks,
                 on_started=lambda record: None,
+                events=self.events,
+                room=room,
+                usage=lambda pod: HostUsage(guest_memory_bytes=0, vmm=ProcessUsage(), helpers=ProcessUsage()),
             ),
         )
+
+    async def grow(self, pod: Pod, size: VmSize) -> None:
+        """Stands in for hot-plug."""
+        self.grown.append(size)
 
     async def kill(self) -> None:
         """End this life without a farewell; the host stays as it is."""

@@ -79,7 +79,8 @@ class Cri:
 
     def __post_init__(self) -> None:
         self._channel = grpc.insecure_channel(f"unix://{self.socket}", options=OPTIONS)
-        self._rpcs = dict(_unary_rpcs(self._channel))
+        self._rpcs = dict(_rpcs(self._channel, streaming=False))
+        self._streams = dict(_rpcs(self._channel, streaming=True))
 
     def close(self) -> None:
         self._channel.close()
@@ -87,6 +88,11 @@ class Cri:
     def call(self, name: str, *, timeout_s: float | None = None, **request: Any) -> Any:
         """The answer of rpc `name` to a request with these fields."""
         rpc, request_type = self._rpcs[name]
+        return rpc(request_type(**request), timeout=timeout_s or self.timeout_s)
+
+    def stream(self, name: str, *, timeout_s: float | None = None, **request: Any) -> Any:
+        """Iterate over the messages of a streaming rpc; `cancel` ends it."""
+        rpc, request_type = self._streams[name]
         return rpc(request_type(**request), timeout=timeout_s or self.timeout_s)
 
     def begin(self, name: str, **request: Any) -> Any:
@@ -213,14 +219,15 @@ def _id(pod: Pod | str) -> str:
     return pod.id if isinstance(pod, Pod) else pod
 
 
-def _unary_rpcs(channel: grpc.Channel) -> Iterator[tuple[str, tuple[Any, type[Message]]]]:
+def _rpcs(channel: grpc.Channel, *, streaming: bool) -> Iterator[tuple[str, tuple[Any, type[Message]]]]:
+    connect: Any = channel.unary_stream if streaming else channel.unary_unary
     for service in api.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
-            if method.server_streaming:
+            if method.server_streaming is not streaming:
                 continue
             request = message_factory.GetMessageClass(method.input_type)
             answer = message_factory.GetMessageClass(method.output_type)
-            rpc = channel.unary_unary(
+            rpc = connect(
                 f"/{service.full_name}/{method.name}",
                 request_serializer=request.SerializeToString,
                 response_deserializer=answer.FromString,

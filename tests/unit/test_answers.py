@@ -23,7 +23,6 @@ from sandbox.spec import (
     Propagation,
     Resources,
 )
-from sandbox.stats import ContainerStats
 
 replace = msgspec.structs.replace
 
@@ -111,29 +110,6 @@ def test_every_signal_comes_back_as_it_went_in(signal: str) -> None:
 
 def test_a_signal_without_a_number_is_the_default() -> None:
     assert answers.stop_signal("15") == pb.SIGNAL_RUNTIME_DEFAULT
-
-
-def test_statistics() -> None:
-    stats = ContainerStats(
-        container_id=ContainerId("c"),
-        at_ns=9,
-        cpu_usage_ns=42,
-        memory_working_set=30,
-        memory_limit=100,
-        layer_bytes=4096,
-        layer_inodes=2,
-    )
-    answer = answers.container_stats(container(), stats, "/var/lib/husk")
-    assert (answer.cpu.timestamp, answer.cpu.usage_core_nano_seconds.value) == (9, 42)
-    assert answer.memory.available_bytes.value == 70
-    assert answer.writable_layer.fs_id.mountpoint == "/var/lib/husk"
-    assert answer.writable_layer.inodes_used.value == 2
-    assert not answers.container_stats(container(), None, "/").HasField("cpu")
-
-
-def test_without_a_limit_nothing_is_said_to_be_available() -> None:
-    stats = ContainerStats(container_id=ContainerId("c"), at_ns=9)
-    assert not answers.container_stats(container(), stats, "/").memory.HasField("available_bytes")
 
 
 def test_conditions_of_a_filter_add_up() -> None:

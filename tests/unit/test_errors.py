@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from cri.errors import CODES, MESSAGE_MAX, NotOffered, failure_of
+from cri.fields import renamed
 from cri.flights import ShuttingDown
 from image import errors as image
 from network import errors as network
@@ -27,6 +28,7 @@ Code = grpc.StatusCode
         (sandbox.WrongState("container", "x", "exited", "running"), Code.FAILED_PRECONDITION),
         (sandbox.MissingProgram("QEMU", "apt-get install it"), Code.FAILED_PRECONDITION),
         (sandbox.DeadlineExceeded("exec", 1), Code.DEADLINE_EXCEEDED),
+        (sandbox.FellBehind(1000), Code.RESOURCE_EXHAUSTED),
         (image.PullDeadline("busybox", 1), Code.DEADLINE_EXCEEDED),
         (image.RegistryUnavailable("host", "get", "no answer"), Code.UNAVAILABLE),
         (network.NetworkNotReady("no CNI configuration"), Code.UNAVAILABLE),
@@ -88,3 +90,13 @@ def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
     assert failure.message.startswith("vm failed after 1.00 s: gone")
     assert failure.message.endswith("line 8999")
     assert failure.full.count("\n") > 8999
+
+
+def test_a_field_is_named_as_the_request_at_hand_names_it() -> None:
+    ours = sandbox.InvalidSpec("config.linux.resources.cpu_period", "is bad", "better")
+    with pytest.raises(sandbox.InvalidSpec) as caught, renamed("config.linux.resources", "linux"):
+        raise ours
+    assert str(caught.value) == "linux.cpu_period: is bad; accepted: better"
+    assert caught.value.__cause__ is ours
+    with pytest.raises(sandbox.InvalidSpec, match="other: bad"), renamed("config.linux.resources", "linux"):
+        raise sandbox.InvalidSpec("other", "bad")

@@ -130,14 +130,18 @@ def test_boot_phases_and_pulls() -> None:
 def test_sources_are_asked_at_each_scrape() -> None:
     metrics = Metrics("1")
     states = {"ready": 1}
-    usage = SandboxUsage(namespace="default", pod="web", cpu_seconds=1.5, memory_bytes=4096)
+    usage = SandboxUsage(
+        namespace="default", pod="web", cpu_seconds={"vmm": 1.5}, memory_bytes={"guest": 8192, "vmm": 4096}
+    )
     metrics.watch(Sources(sandboxes=lambda: states, containers=lambda: {"running": 2}, usage=lambda: [usage]))
     assert sample(metrics, "husk_sandboxes", state="ready") == 1
     states["ready"] = 3
     assert sample(metrics, "husk_sandboxes", state="ready") == 3
     assert sample(metrics, "husk_containers", state="running") == 2
-    assert sample(metrics, "husk_sandbox_cpu_seconds_total", namespace="default", pod="web") == 1.5
-    assert sample(metrics, "husk_sandbox_memory_bytes", namespace="default", pod="web") == 4096
+    labels = {"namespace": "default", "pod": "web"}
+    assert sample(metrics, "husk_sandbox_cpu_seconds_total", **labels, part="vmm") == 1.5
+    assert sample(metrics, "husk_sandbox_memory_bytes", **labels, part="guest") == 8192
+    assert sample(metrics, "husk_sandbox_memory_bytes", **labels, part="vmm") == 4096
 
 
 def get(port: int, path: str) -> tuple[int, str]:

@@ -1,0 +1,146 @@
+"""What happens to pods and containers, told to whoever subscribed.
+
+Events come from the state changes of records, so nothing that a client can see goes untold. Each holds
+the records as they were then. Nothing is kept for later: who subscribes anew asks for the state first.
+A subscriber that does not keep up is ended, with FellBehind, when QUEUE_MAX events wait for it; the
+daemon waits for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from sandbox.container import Container
+from sandbox.errors import FellBehind
+from sandbox.pod import Pod
+from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
+from sandbox.registry import Registry
+from sandbox.spec import Value
+
+QUEUE_MAX = 1000  # as many as a kubelet keeps on its side
+
+
+class EventKind(StrEnum):
+    CREATED = "created"
+    STARTED = "started"
+    STOPPED = "stopped"
+    DELETED = "deleted"
+
+
+class Event(Value, frozen=True, kw_only=True):
+    """`id` is of a container, or of the pod itself; `at_ns` rises with each event."""
+
+    kind: EventKind
+    id: str
+    at_ns: int
+    pod: PodRecord
+    containers: tuple[ContainerRecord, ...]
+
+
+_OF_POD = {
+    PodState.READY: (EventKind.CREATED, EventKind.STARTED),
+    PodState.NOT_READY: (EventKind.STOPPED,),
+}
+_OF_CONTAINER = {
+    ContainerState.CREATED: (EventKind.CREATED,),
+    ContainerState.RUNNING: (EventKind.STARTED,),
+    ContainerState.EXITED: (EventKind.STOPPED,),
+}
+
+
+class Subscription:
+    """Iterate over it. Raises FellBehind once it is too slow; ends when the daemon does."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Event] = deque()
+        self._news = asyncio.Event()
+        self._ended = False
+        self._behind = False
+
+    def put(self, event: Event) -> None:
+        if len(self._queue) >= QUEUE_MAX:
+            self._behind = True
+            self._queue.clear()
+        if not self._behind:
+            self._queue.append(event)
+        self._news.set()
+
+    def end(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            while self._queue and not self._behind:
+                yield self._queue.popleft()
+            if self._behind:
+                raise FellBehind(QUEUE_MAX)
+            if self._ended:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+
+class Events:
+    """Belongs to one event loop."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._subscriptions: set[Subscription] = set()
+        self._last_ns = 0
+        self._closed = False
+
+    @contextmanager
+    def subscribe(self) -> Iterator[Subscription]:
+        subscription = Subscription()
+        self._subscriptions.add(subscription)
+        if self._closed:
+            subscription.end()
+        try:
+            yield subscription
+        finally:
+            self._subscriptions.discard(subscription)
+
+    def close(self) -> None:
+        """End every subscription, now and later."""
+        self._closed = True
+        for subscription in self._subscriptions:
+            subscription.end()
+
+    # ------------------------------------------------------------------------- what happened
+
+    def pod_changed(self, pod: Pod) -> None:
+        """Its state is another than before."""
+        for kind in _OF_POD.get(pod.record.state, ()):
+            self._tell(kind, pod.id, pod)
+
+    def pod_deleted(self, pod: Pod) -> None:
+        if pod.record.state is not PodState.STARTING:
+            self._tell(EventKind.DELETED, pod.id, pod)
+
+    def container_changed(self, container: Container) -> None:
+        for kind in _OF_CONTAINER.get(container.record.state, ()):
+            self._tell(kind, container.id, container.pod)
+
+    def container_deleted(self, container: Container) -> None:
+        """Told once it is out of the registry: its pod's containers are those that remain."""
+        if container.record.state is not ContainerState.CREATING:
+            self._tell(EventKind.DELETED, container.id, container.pod)
+
+    def _tell(self, kind: EventKind, id: str, pod: Pod) -> None:
+        if not self._subscriptions:
+            return
+        self._last_ns = max(time.time_ns(), self._last_ns + 1)
+        containers = (each.record for each in self._registry.containers_of(pod))
+        shown = sorted(
+            (each for each in containers if each.state is not ContainerState.CREATING),
+            key=lambda each: each.created_at_ns,
+        )
+        event = Event(kind=kind, id=id, at_ns=self._last_ns, pod=pod.record, containers=tuple(shown))
+        for subscription in self._subscriptions:
+            subscription.put(event)

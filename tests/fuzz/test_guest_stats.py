@@ -1,0 +1,84 @@
+"""Whatever a guest sends as its accounting files: no exception, numbers that fit the wire, no new names."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cri import pod_metrics, stats_answers
+from cri.pod_metrics import Filesystem, Measured
+from sandbox import stats
+from sandbox.guest import guest_pb2 as pb
+from sandbox.guest_files import NUMBER_MAX
+from sandbox.records import ContainerRecord, PodRecord
+from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, PodId, PodSpec
+from sandbox.stats import FILES, PATHS
+
+PART = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from(
+        [
+            b"some",
+            b"full",
+            b"avg10=",
+            b"total=",
+            b"usage_usec",
+            b"8:0",
+            b"rbytes=",
+            b"eth0:",
+            b"MemTotal:",
+            b"kB",
+        ]
+    ),
+    st.integers().map(lambda n: str(n).encode()),
+    st.floats().map(lambda n: str(n).encode()),
+    st.sampled_from([b" ", b"\n", b"=", b":", b"\t", b"\0", b"max"]),
+)
+FILE = st.lists(PART, max_size=30).map(b"".join)
+POD = PodRecord(id=PodId("p"), spec=PodSpec(name="n", namespace="ns", uid="u"), created_at_ns=1)
+CONTAINER = ContainerRecord(
+    id=ContainerId("c"),
+    pod_id=PodId("p"),
+    spec=ContainerSpec(name="c", image="i"),
+    created_at_ns=1,
+    image_id="i",
+    image_ref="i",
+    defaults=ImageDefaults(),
+)
+DISK = Filesystem(device="8:1", total_bytes=1, total_inodes=1, free_inodes=1)
+
+
+@given(
+    files=st.lists(FILE, min_size=2 * len(FILES) + len(PATHS), max_size=2 * len(FILES) + len(PATHS)),
+    wall_ns=st.integers(-(2**63), 2**63 - 1),
+    counts=st.lists(st.integers(0, 2**32 - 1), max_size=4),
+)
+def test_any_files(files: list[bytes], wall_ns: int, counts: list[int]) -> None:
+    answer = pb.CgroupValues(values=files, wall_ns=wall_ns)
+    answer.populations.extend(pb.Population(processes=n, files=n, sockets=n) for n in counts)
+    found = stats.parse(POD.id, [CONTAINER.id], ["eth0"], answer, 9)
+    assert found is not None
+    (container,) = found.containers
+    for usage in (found.usage, container.usage):
+        assert 0 <= usage.cpu.usage_ns <= NUMBER_MAX
+        assert 0 <= usage.memory.available <= NUMBER_MAX
+        for psi in (usage.cpu.psi, usage.memory.psi, usage.io_psi):
+            assert psi is None or math.isfinite(psi.some.avg10 + psi.full.avg300)
+    assert {nic.name for nic in found.interfaces} <= {"eth0"}
+    # and all of it can be sent on
+    wire = stats_answers.container_stats(CONTAINER, container, "/")
+    assert stats_answers.pod_stats(POD, found, [wire]).SerializeToString()
+    measured = Measured(record=CONTAINER, stats=container, open_files_limit=1, filesystem=DISK, now_ns=1)
+    keys = {metric.name: len(metric.label_keys) for metric in pod_metrics.descriptors()}
+    metrics = pod_metrics.pod_metrics(POD, found, [measured])
+    assert metrics.SerializeToString()
+    for metric in [*metrics.metrics, *metrics.container_metrics[0].metrics]:
+        assert len(metric.label_values) == keys[metric.name]
+
+
+@given(count=st.integers(0, 100), value=FILE)
+def test_any_number_of_values(count: int, value: bytes) -> None:
+    found = stats.parse(POD.id, [CONTAINER.id], ["eth0"], pb.CgroupValues(values=[value] * count), 9)
+    assert (found is not None) == (count == 2 * len(FILES) + len(PATHS))

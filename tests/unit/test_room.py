@@ -1,0 +1,43 @@
+"""How large a VM has to be for new limits."""
+
+from __future__ import annotations
+
+import pytest
+
+from sandbox.plan import grown_size
+from sandbox.spec import Resources, VmSize
+
+MIB = 1 << 20
+SMALL = VmSize(memory_mib=256, vcpus=1)
+
+
+def limits(memory_mib: int = 0, cpus: float = 0) -> Resources:
+    return Resources(memory_limit=memory_mib * MIB, cpu_quota=int(cpus * 100_000))
+
+
+@pytest.mark.parametrize(
+    ("pod", "containers", "size"),
+    [
+        (limits(), [], (256, 1)),
+        (limits(), [limits(100, 0.5)], (256, 1)),  # 100 and the guest's own 128 fit
+        (limits(), [limits(100, 0.6), limits(100, 0.6)], (328, 2)),
+        (limits(), [limits(), limits(100)], (256, 1)),  # who has no limit asks for nothing
+        (limits(1000, 3.5), [limits(100)], (1128, 4)),
+        (limits(100), [limits(500), limits(500)], (1128, 1)),
+        (limits(), [Resources(memory_limit=-1, cpu_quota=-1)], (256, 1)),
+        (limits(cpus=4000), [], (256, 255)),
+    ],
+)
+def test_grown_size(pod: Resources, containers: list[Resources], size: tuple[int, int]) -> None:
+    grown = grown_size(SMALL, pod, Resources(), containers)
+    assert (grown.memory_mib, grown.vcpus) == size
+
+
+def test_a_vm_never_shrinks() -> None:
+    large = VmSize(memory_mib=4096, vcpus=8)
+    assert grown_size(large, limits(10, 1), Resources(), [limits(10, 1)]) == large
+
+
+def test_declared_overhead_comes_on_top() -> None:
+    grown = grown_size(SMALL, limits(1000, 1), limits(300, 0.5), [])
+    assert (grown.memory_mib, grown.vcpus) == (1300, 2)
