@@ -109,7 +109,7 @@ def container_status(record: ContainerRecord) -> pb.ContainerStatus:
         message=record.message,
         labels=record.spec.labels,
         annotations=record.spec.annotations,
-        mounts=[_mount(mount) for mount in record.spec.mounts],
+        mounts=[_mount(number, mount, record) for number, mount in enumerate(record.spec.mounts)],
         log_path=record.log_path,
         resources=pb.ContainerResources(linux=_resources(record.resources)),
         user=_user(record.user),
@@ -124,7 +124,7 @@ _PROPAGATION = {
 }
 
 
-def _mount(mount: MountSpec) -> pb.Mount:
+def _mount(number: int, mount: MountSpec, record: ContainerRecord) -> pb.Mount:
     return pb.Mount(
         container_path=mount.container_path,
         host_path=mount.host_path,
@@ -132,7 +132,22 @@ def _mount(mount: MountSpec) -> pb.Mount:
         recursive_read_only=mount.recursive_readonly,
         propagation=_PROPAGATION[mount.propagation],
         selinux_relabel=mount.selinux_relabel,
+        image=_image_volume(number, mount, record),
+        image_sub_path=mount.image_sub_path,
+        mount_options=mount.options,
     )
+
+
+def _image_volume(number: int, mount: MountSpec, record: ContainerRecord) -> pb.ImageSpec | None:
+    """With the id of the image that was found by the name asked for."""
+    for volume in record.image_volumes:
+        if volume.mount == number:
+            return pb.ImageSpec(
+                image=mount.image,
+                user_specified_image=mount.user_specified_image,
+                image_ref=volume.image_id,
+            )
+    return None
 
 
 def _resources(resources: Resources) -> pb.LinuxContainerResources:

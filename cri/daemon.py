@@ -199,7 +199,7 @@ class Daemon:
     # -------------------------------------------------------------------------------- sources
 
     def _layers_in_use(self) -> frozenset[str]:
-        return frozenset(chain for record in self.container_store for chain in record.chain_ids)
+        return frozenset(chain for record in self.container_store for chain in record.layers)
 
     def _note_start(self, record: PodRecord) -> None:
         for phase in record.phases:

@@ -34,7 +34,8 @@ class NodeCalls:
             status=pb.RuntimeStatus(conditions=[self._runtime_condition(), self._network_condition()]),
             runtime_handlers=[self._handler(name) for name in self._node.handlers()],
             features=pb.RuntimeFeatures(
-                supplemental_groups_policy=self._node.features.supplemental_groups_policy
+                supplemental_groups_policy=self._node.features.supplemental_groups_policy,
+                mount_options=self._node.features.mount_options,
             ),
         )
         if request.verbose:

@@ -8,6 +8,7 @@ Pure: no clock, no files, no event loop.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 
 from cri.fields import (
     absolute,
@@ -28,6 +29,7 @@ from cri.translate_security import (
     security_spec,
 )
 from sandbox.errors import InvalidSpec
+from sandbox.plan.mounts import MOUNT_OPTIONS
 from sandbox.spec import (
     ContainerSpec,
     DeviceSpec,
@@ -166,11 +168,6 @@ _PROPAGATION = {
 
 
 def _mount(mount: pb.Mount, at: str) -> MountSpec:
-    if mount.HasField("image") or mount.image_sub_path:
-        field = "image" if mount.HasField("image") else "image_sub_path"
-        raise InvalidSpec(f"{at}.{field}", "image volumes are not offered", "a host_path")
-    if mount.mount_options:
-        raise InvalidSpec(f"{at}.mount_options", "mount options are not offered", "an empty list")
     for field in ("uidMappings", "gidMappings"):
         if getattr(mount, field):
             raise InvalidSpec(f"{at}.{field}", "user namespaces are not offered", "an empty list")
@@ -179,14 +176,45 @@ def _mount(mount: pb.Mount, at: str) -> MountSpec:
         raise InvalidSpec(f"{at}.recursive_read_only", "is set on a writable mount", "readonly as well")
     if mount.recursive_read_only and propagation is not Propagation.PRIVATE:
         raise InvalidSpec(f"{at}.recursive_read_only", "does not go with propagation", "PROPAGATION_PRIVATE")
+    if mount.HasField("image"):
+        _check_image_volume(mount, at)
+    elif mount.image_sub_path:
+        raise InvalidSpec(f"{at}.image_sub_path", "is set without an image", "an empty path")
     return MountSpec(
         container_path=absolute(mount.container_path, f"{at}.container_path"),
-        host_path=absolute(mount.host_path, f"{at}.host_path"),
+        host_path="" if mount.HasField("image") else absolute(mount.host_path, f"{at}.host_path"),
         readonly=mount.readonly,
         recursive_readonly=mount.recursive_read_only,
         propagation=propagation,
         selinux_relabel=mount.selinux_relabel,
+        image=mount.image.image,
+        user_specified_image=mount.image.user_specified_image,
+        image_sub_path=mount.image_sub_path,
+        options=tuple(
+            _mount_option(text, f"{at}.mount_options[{n}]") for n, text in enumerate(mount.mount_options)
+        ),
     )
+
+
+def _check_image_volume(mount: pb.Mount, at: str) -> None:
+    required(mount.image.image, f"{at}.image.image")
+    if mount.host_path:
+        raise InvalidSpec(f"{at}.host_path", "is set beside an image", "one of the two")
+    if not mount.readonly:
+        raise InvalidSpec(f"{at}.readonly", "is not set, and the source is an image", "a read-only mount")
+    path = PurePosixPath(mount.image_sub_path)
+    if path.is_absolute() or ".." in path.parts or "\0" in mount.image_sub_path:
+        raise InvalidSpec(
+            f"{at}.image_sub_path",
+            f"{mount.image_sub_path!r} leaves the image",
+            "a path relative to its root",
+        )
+
+
+def _mount_option(option: str, at: str) -> str:
+    if option not in MOUNT_OPTIONS:
+        raise InvalidSpec(at, f"{option!r} is not offered", ", ".join(MOUNT_OPTIONS))
+    return option
 
 
 def _propagation(mount: pb.Mount, at: str) -> Propagation:

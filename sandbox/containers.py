@@ -13,14 +13,14 @@ import logging
 import resource
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from image.stores import RootfsStore
 from sandbox.container import Container
-from sandbox.container_steps import Plan, Rootfs, Volumes
+from sandbox.container_steps import Plan, Rootfs
 from sandbox.errors import (
     GuestError,
     GuestUnreachable,
@@ -37,7 +37,7 @@ from sandbox.lifecycle import Step, bring_up, take_down
 from sandbox.logs import WINDOW, LogRelay
 from sandbox.plan import compile_exec
 from sandbox.pod import Pod
-from sandbox.records import ContainerRecord, ContainerState
+from sandbox.records import ContainerRecord, ContainerState, ImageVolume
 from sandbox.registry import Registry
 from sandbox.resources import compile_resources, merge_resources
 from sandbox.room import Room
@@ -45,6 +45,7 @@ from sandbox.signals import resolve_stop_signal, signal_number
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Resources
 from sandbox.store import Store
 from sandbox.tasks import Tasks
+from sandbox.volumes import Volumes
 
 if TYPE_CHECKING:
     from image.library import Library
@@ -79,7 +80,7 @@ class Containers:
         self._host = host
         self._steps: Sequence[Step[Container]] = (
             Rootfs(host.rootfs),
-            Volumes(),
+            Volumes(host.rootfs),
             Plan(),
         )
 
@@ -131,6 +132,7 @@ class Containers:
             image_id=image.id,
             image_ref=image.id,
             chain_ids=tuple(image.chain_ids),
+            image_volumes=tuple(self._image_volumes(spec)),
             defaults=defaults,
             resources=spec.resources,
             stop_signal=resolve_stop_signal(spec.stop_signal, image.config.stop_signal),
@@ -160,6 +162,13 @@ class Containers:
         container = self._adopted(record, pod)
         self._registry.containers[container.id] = container
         return container
+
+    def _image_volumes(self, spec: ContainerSpec) -> Iterator[ImageVolume]:
+        """Raises ImageNotFound: a kubelet has pulled them by now."""
+        for number, mount in enumerate(spec.mounts):
+            if mount.image:
+                image = self._host.images.index.find(mount.image)
+                yield ImageVolume(mount=number, image_id=image.id, chain_ids=tuple(image.chain_ids))
 
     def _adopted(self, record: ContainerRecord, pod: Pod) -> Container:
         container = Container(record, self._host.store, pod, self._host.plans)
@@ -291,7 +300,7 @@ class Containers:
         """Remove writable layers and plans that belong to no container."""
         written = self._host.rootfs.keys()
         for key in written:
-            if ContainerId(key) not in self._registry.containers:
+            if ContainerId(key.partition(".")[0]) not in self._registry.containers:
                 log.warning("container %s has no record; its writable layer is removed", key)
                 await self._host.rootfs.down(key, self._host.plans / "nowhere")
         for plan in self._host.plans.glob("*.plan"):

@@ -1,4 +1,4 @@
-"""mount(2) and umount2(2) for this package, and what is mounted below a directory.
+"""mount(2) and its successors for this package, and what is mounted below a directory.
 
 Every target here lies in a directory that only root can write and no guest can (the shares are
 read-only but for what is mounted in them), so no name on the way can be a planted link.
@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2
@@ -24,10 +29,20 @@ MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
 _AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_RDONLY = 1
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
 _SYS_MOUNT_SETATTR = 442
+_CLONE_FS = 0x200
+_CLONE_NEWNS = 0x20000
 
+T = TypeVar("T")
+
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -74,6 +89,69 @@ def make_readonly(target: Path, *, recursive: bool = False) -> None:
     )
 
 
+def clone_tree(source: int, what: Path) -> int:
+    """A copy of the mount that `source` (an O_PATH descriptor) is in, from there on and with all that is
+    mounted below it, attached nowhere yet: it lasts as long as the descriptor (open_tree(2))."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH | _AT_RECURSIVE
+    tree = _libc.syscall(ctypes.c_long(_SYS_OPEN_TREE), ctypes.c_int(source), b"", ctypes.c_uint(flags))
+    _check(min(tree, 0), what)
+    return int(tree)
+
+
+def shape_tree(tree: int, what: Path, *, propagation: int, readonly: bool, recursive: bool) -> None:
+    """Set the propagation of a copy and all below it; make it read-only, alone or with all below it."""
+    wishes = [(_AT_RECURSIVE, _MountAttr(0, 0, propagation, 0))]
+    if readonly:
+        wishes.append((_AT_RECURSIVE if recursive else 0, _MountAttr(_MOUNT_ATTR_RDONLY, 0, 0, 0)))
+    for flags, attr in wishes:
+        _check(
+            _libc.syscall(
+                ctypes.c_long(_SYS_MOUNT_SETATTR),
+                ctypes.c_int(tree),
+                b"",
+                ctypes.c_uint(_AT_EMPTY_PATH | flags),
+                ctypes.byref(attr),
+                ctypes.c_size_t(ctypes.sizeof(attr)),
+            ),
+            what,
+        )
+
+
+def attach_tree(tree: int, target: Path) -> None:
+    """Mount a copy at `target`, in the calling thread's namespace (move_mount(2))."""
+    _check(
+        _libc.syscall(
+            ctypes.c_long(_SYS_MOVE_MOUNT),
+            ctypes.c_int(tree),
+            b"",
+            ctypes.c_int(_AT_FDCWD),
+            os.fsencode(target),
+            ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH),
+        ),
+        target,
+    )
+
+
+def in_namespace(namespace: int, action: Callable[[], T]) -> T:
+    """Run `action` in another mount namespace, whose root is its root then.
+
+    In a thread that ends with it, so none of the daemon's is ever left in there.
+    """
+    result: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            # setns(2): a thread that shares its root and directory with others may not leave them
+            _check(_libc.unshare(ctypes.c_int(_CLONE_FS)), Path("/"))
+            _check(_libc.setns(ctypes.c_int(namespace), ctypes.c_int(_CLONE_NEWNS)), Path("/"))
+            result.set_result(action())
+        except BaseException as error:  # the thread's edge: handed to who waits
+            result.set_exception(error)
+
+    threading.Thread(target=work, name="husk-mounts", daemon=True).start()
+    return result.result()
+
+
 def set_propagation(target: Path, flags: int) -> None:
     mount("", target, "", flags)
 
@@ -84,8 +162,8 @@ def mounts_below(root: Path) -> list[Path]:
     found = []
     with Path("/proc/self/mountinfo").open("rb") as table:
         for line in table:
-            # proc(5): space, tab, newline and backslash are octal escapes; ids and names of ours have none
-            point = line.split(b" ", 5)[4]
+            # proc(5): space, tab, newline and backslash are octal escapes
+            point = _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), line.split(b" ", 5)[4])
             if point == text or point.startswith(text + b"/"):
                 found.append(Path(os.fsdecode(point)))
     return found

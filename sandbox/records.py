@@ -95,6 +95,14 @@ class LogPosition(Value, frozen=True, kw_only=True):
     next_base: int | None = None
 
 
+class ImageVolume(Value, frozen=True, kw_only=True):
+    """An image that is the source of a mount, as it was found when the container was created."""
+
+    mount: int  # which of the specification's
+    image_id: str
+    chain_ids: tuple[str, ...]
+
+
 class ContainerRecord(Value, frozen=True, kw_only=True):
     version: int = VERSION
     id: ContainerId
@@ -104,6 +112,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True):
     image_id: str  # "sha256:..." of the image's configuration
     image_ref: str
     chain_ids: tuple[str, ...] = ()  # of its root filesystem, kept from collection
+    image_volumes: tuple[ImageVolume, ...] = ()
     defaults: ImageDefaults
     state: ContainerState = ContainerState.CREATING
     steps: tuple[str, ...] = ()
@@ -117,3 +126,8 @@ class ContainerRecord(Value, frozen=True, kw_only=True):
     stop_signal: str = "SIGTERM"
     log_path: str = ""  # absolute on the host
     log: LogPosition = LogPosition()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All that it stands on: chain ids."""
+        return (*self.chain_ids, *(chain for volume in self.image_volumes for chain in volume.chain_ids))

@@ -1,4 +1,4 @@
-"""Read a file of an image without leaving the image: its links are an attacker's."""
+"""Open and read files of an image without leaving the image: its links are an attacker's."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-def read_beneath(root: Path, name: str, limit: int) -> bytes:
-    """Contents of `name` as it would be found by a process whose root is `root` (openat2(2),
-    RESOLVE_IN_ROOT); empty when there is no such regular file. Raises InvalidSpec over `limit` bytes."""
+def open_beneath(root: Path, name: str, flags: int) -> int:
+    """A descriptor of `name` as a process finds it whose root is `root` (openat2(2), RESOLVE_IN_ROOT).
+    Raises OSError."""
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # O_NONBLOCK: a FIFO in the image must not hold us
-        how = _OpenHow(
-            os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS
-        )
+        how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
         file = _libc.syscall(
             ctypes.c_long(_SYS_OPENAT2),
             ctypes.c_int(directory),
@@ -38,6 +35,20 @@ def read_beneath(root: Path, name: str, limit: int) -> bytes:
     finally:
         os.close(directory)
     if file < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), name)
+    return int(file)
+
+
+def read_beneath(root: Path, name: str, limit: int) -> bytes:
+    """Contents of `name` as it would be found by a process whose root is `root`; empty when there is no
+    such regular file. Raises InvalidSpec over `limit` bytes."""
+    try:
+        # O_NONBLOCK: a FIFO in the image must not hold us
+        file = open_beneath(root, name, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.filename != name:
+            raise  # the root itself
         return b""
     with os.fdopen(file, "rb") as handle:
         if not stat.S_ISREG(os.fstat(file).st_mode):

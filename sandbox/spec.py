@@ -109,12 +109,18 @@ class Propagation(StrEnum):
 
 
 class MountSpec(Value, frozen=True, kw_only=True):
+    """Of the host's files, or of an image: then `host_path` is empty and `image` is not."""
+
     container_path: str
     host_path: str
     readonly: bool = False
     recursive_readonly: bool = False
     propagation: Propagation = Propagation.PRIVATE
     selinux_relabel: bool = False
+    image: str = ""  # as the client named it
+    user_specified_image: str = ""
+    image_sub_path: str = ""  # relative to the image's root
+    options: tuple[str, ...] = ()  # noexec, nodev, nosuid
 
 
 class DeviceSpec(Value, frozen=True, kw_only=True):

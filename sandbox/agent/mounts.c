@@ -84,7 +84,24 @@ static int find_target(int root, const Mount *mount, int source, struct error *e
     return path_make(root, mount->target, kind, error);
 }
 
+// One that is gone by now is no failure: the host named what was there when it looked.
+static int touch_submounts(const Mount *mount, struct error *error) {
+    if (mount->n_submounts == 0)
+        return 0;
+    autoclose int source = open(mount->source, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (source < 0)
+        return fail_about(error, errno, "mount source", mount->source);
+    for (size_t i = 0; i < mount->n_submounts; i++) {
+        // O_DIRECTORY: a bare look-up does not mount what it finds
+        autoclose int found = path_enter(source, mount->submounts[i]);
+        (void)found;
+    }
+    return 0;
+}
+
 static int apply_bind(int root, const Mount *mount, struct error *error) {
+    if (touch_submounts(mount, error) < 0)
+        return -1;
     bool recursive = mount->flags & MS_REC;
     autoclose int tree = open_tree(AT_FDCWD, mount->source,
                                    OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (recursive ? AT_RECURSIVE : 0));

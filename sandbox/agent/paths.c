@@ -32,6 +32,10 @@ int path_find(int root, const char *path) {
     return open_in_root(root, path, O_PATH);
 }
 
+int path_enter(int root, const char *path) {
+    return open_in_root(root, path, O_PATH | O_DIRECTORY);
+}
+
 // A walk that creates: `done` is a path without links that exists, `rest` is what is still to go.
 struct walk {
     int root;

@@ -10,6 +10,9 @@ enum path_kind { PATH_DIRECTORY, PATH_FILE };
 // An O_PATH descriptor of `path` beneath `root`, links followed within it; -1 with errno set.
 int path_find(int root, const char *path);
 
+// The same, of a directory, and what is to be mounted on it once it is entered has been mounted.
+int path_enter(int root, const char *path);
+
 // The same, with missing directories, and the last part itself, created (0755 and 0644).
 int path_make(int root, const char *path, enum path_kind kind, struct error *error);
 

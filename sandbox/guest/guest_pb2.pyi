@@ -750,6 +750,7 @@ class Mount(_message.Message):
     PROPAGATION_FIELD_NUMBER: _builtins.int
     MAKE_FIELD_NUMBER: _builtins.int
     RECURSIVE_READONLY_FIELD_NUMBER: _builtins.int
+    SUBMOUNTS_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     target: _builtins.str
     """absolute path in the container; links resolve beneath its root"""
@@ -764,6 +765,12 @@ class Mount(_message.Message):
     """what to create at the target where it is missing"""
     recursive_readonly: _builtins.bool
     """mount_setattr(AT_RECURSIVE, RDONLY)"""
+    @_builtins.property
+    def submounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Paths beneath the source where virtio-fs announces mounts of their own. They come into being when
+        they are looked up and are like their parent then, so that is done before a flag is set on it.
+        """
+
     def __init__(
         self,
         *,
@@ -775,10 +782,11 @@ class Mount(_message.Message):
         propagation: _builtins.int = ...,
         make: Global___Mount.Make.ValueType = ...,
         recursive_readonly: _builtins.bool = ...,
+        submounts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "flags", b"flags", "make", b"make", "propagation", b"propagation", "recursive_readonly", b"recursive_readonly", "source", b"source", "target", b"target", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "flags", b"flags", "make", b"make", "propagation", b"propagation", "recursive_readonly", b"recursive_readonly", "source", b"source", "submounts", b"submounts", "target", b"target", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

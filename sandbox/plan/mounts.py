@@ -35,6 +35,8 @@ MS_SHARED = 1 << 20
 MS_STRICTATIME = 1 << 24
 
 _INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC
+_OPTIONS = {"noexec": MS_NOEXEC, "nodev": MS_NODEV, "nosuid": MS_NOSUID}
+MOUNT_OPTIONS = tuple(_OPTIONS)
 _PROPAGATION = {
     Propagation.PRIVATE: MS_PRIVATE | MS_REC,
     Propagation.HOST_TO_CONTAINER: MS_SLAVE | MS_REC,
@@ -47,6 +49,9 @@ class MountSource(Value, frozen=True, kw_only=True):
 
     path: str
     is_directory: bool
+    # What the host has mounted below it, relative to it: named where this must not become read-only
+    # with the source itself. The guest looks them up first; they would inherit it from their parent.
+    submounts: tuple[str, ...] = ()
 
 
 def mount_targets(container: ContainerSpec) -> list[str]:
@@ -92,11 +97,16 @@ def _bind(number: int, mount: MountSpec, target: str, source: MountSource) -> pb
     return pb.Mount(
         source=source.path,
         target=target,
-        flags=MS_BIND | MS_REC | (MS_RDONLY if mount.readonly else 0),
+        flags=MS_BIND | MS_REC | (MS_RDONLY if mount.readonly else 0) | _option_flags(mount),
         propagation=_PROPAGATION[mount.propagation],
         make=pb.Mount.DIRECTORY if source.is_directory else pb.Mount.FILE,
-        recursive_readonly=mount.recursive_readonly,
+        recursive_readonly=mount.recursive_readonly or bool(mount.image),
+        submounts=source.submounts,
     )
+
+
+def _option_flags(mount: MountSpec) -> int:
+    return sum({_OPTIONS[option] for option in mount.options})
 
 
 def _standard(*, privileged: bool) -> list[pb.Mount]:

@@ -78,6 +78,16 @@ async def test_recursive_readonly(guest: Guest, volume: Path, recursive: bool) -
     assert (lines[1] == "written") is not recursive
 
 
+async def test_submounts_are_looked_up_inside_the_source(guest: Guest, volume: Path) -> None:
+    """One that is gone, is no directory or leads out is no failure; a source that is gone is one."""
+    (volume / "out").symlink_to("/etc")
+    mounts = bind(volume, "/data", MS_RDONLY, make=DIRECTORY, submounts=["gone/sub", "file", "out", "../.."])
+    assert await guest.sh("cat /data/file", mounts=mounts) == (0, ["of the volume"])
+    with pytest.raises(GuestError) as caught:
+        await guest.start(["true"], mounts=bind(volume / "no", "/data", MS_RDONLY, submounts=["sub"]))
+    assert (caught.value.step, caught.value.errno) == ("mount source", 2)
+
+
 @pytest.mark.parametrize(("flags", "mark"), [(MS_SHARED, "shared:"), (MS_SLAVE, "master:"), (MS_PRIVATE, "")])
 async def test_propagation(guest: Guest, volume: Path, flags: int, mark: str) -> None:
     guest.agent.run_inside("mount", "--bind", str(volume), str(volume))

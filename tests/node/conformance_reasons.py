@@ -15,11 +15,6 @@ FAILED = {
     "Container Mount Propagation / runtime should support mount propagation / mount with 'rshared'": (
         "what a container mounts stays inside its VM"
     ),
-    "Container Mount Readonly / runtime should support readonly mounts / should support": (
-        "a mount beneath a volume that is read-only, but not recursively so, is read-only too; and it is "
-        "still in use on the host once it was unmounted there"
-    ),
-    "Image Volume [Feature:ImageVolume] / ": "image volumes are not offered yet",
     "Security Context / NamespaceOption / runtime should support Host": "host namespaces are not offered yet",
     "Streaming / ": "Exec, Attach and PortForward are not served yet",
 }

@@ -11,6 +11,7 @@ from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
 from sandbox.paths import container_path, covers, depth
 from sandbox.plan import MountSource, compile_configure, compile_exec, compile_start, vm_size
+from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, compile_mounts
 from sandbox.plan.size import BOOT_FLOOR_MIB
 from sandbox.seccomp import Filter
 from sandbox.spec import (
@@ -61,6 +62,24 @@ def environment(plan: pb.Start) -> dict[bytes, bytes]:
 
 
 # Kubernetes, "Define a Command and Arguments for a Container": the table
+def bind(wish: MountSpec, source: MountSource) -> pb.Mount:
+    mounts = compile_mounts(ContainerSpec(name="c", image="i", mounts=(wish,)), ImageDefaults(), [source])
+    return next(mount for mount in mounts if mount.target == wish.container_path)
+
+
+def test_options_and_submounts_of_a_mount() -> None:
+    wish = MountSpec(container_path="/a", host_path="/h", readonly=True, options=("noexec", "nodev"))
+    mount = bind(wish, MountSource(path="/v/0", is_directory=True, submounts=("b/c",)))
+    assert mount.flags & (MS_NOEXEC | MS_NODEV | MS_NOSUID) == MS_NOEXEC | MS_NODEV
+    assert (list(mount.submounts), mount.recursive_readonly) == (["b/c"], False)
+
+
+def test_an_image_is_mounted_read_only_with_all_in_it() -> None:
+    wish = MountSpec(container_path="/a", host_path="", readonly=True, image="i")
+    mount = bind(wish, MountSource(path="/v/0", is_directory=True))
+    assert (mount.flags & (MS_RDONLY | MS_NOEXEC), mount.recursive_readonly) == (MS_RDONLY, True)
+
+
 @pytest.mark.parametrize(
     ("command", "args", "argv"),
     [

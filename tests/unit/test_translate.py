@@ -194,6 +194,14 @@ def test_a_mount() -> None:
     assert (mount.host_path, mount.container_path, mount.readonly) == ("/h", "/c", True)
     assert (mount.propagation, mount.selinux_relabel) == (Propagation.HOST_TO_CONTAINER, True)
     assert mounted(readonly=True, recursiveReadOnly=True).mounts[0].recursive_readonly
+    assert mounted(mountOptions=["nosuid", "noexec"]).mounts[0].options == ("nosuid", "noexec")
+
+
+def test_an_image_volume() -> None:
+    source = {"image": "sha256:1", "userSpecifiedImage": "tool"}
+    mount = mounted(hostPath="", readonly=True, image=source, imageSubPath="usr/bin").mounts[0]
+    assert (mount.image, mount.user_specified_image, mount.host_path) == ("sha256:1", "tool", "")
+    assert (mount.image_sub_path, mount.readonly) == ("usr/bin", True)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +209,16 @@ def test_a_mount() -> None:
     [
         ({"hostPath": ""}, "host_path"),
         ({"containerPath": "c"}, "container_path"),
-        ({"image": {"image": "x"}, "hostPath": ""}, "image"),
+        ({"image": {"image": "x"}, "hostPath": ""}, "readonly"),
+        ({"image": {"image": "x"}, "readonly": True}, "host_path"),
+        ({"image": {}, "hostPath": "", "readonly": True}, "image.image"),
+        ({"image": {"image": "x"}, "hostPath": "", "readonly": True, "imageSubPath": "/x"}, "image_sub_path"),
+        (
+            {"image": {"image": "x"}, "hostPath": "", "readonly": True, "imageSubPath": "a/../.."},
+            "image_sub_path",
+        ),
         ({"imageSubPath": "x"}, "image_sub_path"),
-        ({"mountOptions": ["noexec"]}, "mount_options"),
+        ({"mountOptions": ["noexec", "bind"]}, "mount_options[1]"),
         ({"uidMappings": [{"length": 1}]}, "uidMappings"),
         ({"gidMappings": [{"length": 1}]}, "gidMappings"),
         ({"propagation": "PROPAGATION_BIDIRECTIONAL"}, "propagation"),

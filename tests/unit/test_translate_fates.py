@@ -30,6 +30,9 @@ SILENT: Mapping[str, str] = {
     "CreateContainerRequest.config.image.annotations": "hints about finding an image; it is here by now",
     "CreateContainerRequest.config.image.runtime_handler": "an image is the same for every handler",
     "CreateContainerRequest.config.image.image_ref": "says what `image` has resolved to, in answers",
+    "CreateContainerRequest.config.mounts.image.annotations": "hints about finding it; it is here by now",
+    "CreateContainerRequest.config.mounts.image.runtime_handler": "an image is the same for every handler",
+    "CreateContainerRequest.config.mounts.image.image_ref": "says what `image` has resolved to, in answers",
     "UpdateContainerResourcesRequest.container_id": "names the container; handed on beside the resources",
     "UpdateContainerResourcesRequest.annotations": "hints to runtimes that define some; Husk has none",
 }
@@ -91,6 +94,14 @@ CONTAINER_RICH = {
         },
     },
 }
+CONTAINER_WITH_IMAGE_VOLUME = {
+    "podSandboxId": "p",
+    "config": {
+        "metadata": {"name": "c"},
+        "image": {"image": "i"},
+        "mounts": [{"containerPath": "/c", "readonly": True, "image": {"image": "v"}}],
+    },
+}
 UPDATE = {"containerId": "c", "linux": RESOURCES}
 
 Translate = Callable[[Any], object]
@@ -121,6 +132,7 @@ REQUESTS = (
         pb.CreateContainerRequest,
         lambda request: container_spec(request.config),
         CONTAINER_RICH,
+        CONTAINER_WITH_IMAGE_VOLUME,
         CONTAINER_SMALL,
     ),
     Request(pb.UpdateContainerResourcesRequest, update_resources, UPDATE),

@@ -1,0 +1,174 @@
+"""The step that mounts a container's volumes: half-way failures, repeated undo, and undo after a crash, in
+the mount namespace of a process that stands in for virtiofsd."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from sandbox import process
+from sandbox.container import Container
+from sandbox.errors import InvalidSpec, VmmGone
+from sandbox.mounts import mounts_below
+from sandbox.pod import Pod
+from sandbox.records import ContainerRecord, ImageVolume, PodRecord
+from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, MountSpec, PodId, PodSpec
+from sandbox.steps import Shares
+from sandbox.vmm import VmHandle, VmSpec
+from sandbox.volumes import Volumes, find_sources
+from tests.fakes.host import Broken, FakeRootfs, Ledger
+
+ID = "c" * 64
+# as virtiofsd does for --sandbox=namespace: the share becomes the root of its own mount namespace
+EXPORTER = "pivot_root . old && exec old/bin/busybox sleep 600"
+
+
+@dataclass
+class Site:
+    root: Path
+    pod: Pod
+    exporter: subprocess.Popen[bytes]
+    ledger: Ledger
+
+    @property
+    def step(self) -> Volumes:
+        return Volumes(cast(Any, FakeRootfs(self.ledger)))
+
+    def container(self, *wishes: MountSpec, images: tuple[ImageVolume, ...] = ()) -> Container:
+        record = ContainerRecord(
+            id=ContainerId(ID),
+            pod_id=self.pod.id,
+            spec=ContainerSpec(name="c", image="i", mounts=wishes),
+            created_at_ns=1,
+            image_id="i",
+            image_ref="i",
+            defaults=ImageDefaults(),
+            image_volumes=images,
+        )
+        return Container(record, cast(Any, None), self.pod, self.root)
+
+    def volume(self, name: str = "volume") -> MountSpec:
+        (self.root / name).mkdir(exist_ok=True)
+        return MountSpec(container_path="/x", host_path=str(self.root / name))
+
+    def mounted(self) -> list[str]:
+        """Volumes in the exporter's namespace."""
+        lines = Path(f"/proc/{self.exporter.pid}/mountinfo").read_text().splitlines()
+        return sorted(point for point in (line.split()[4] for line in lines) if point.startswith(f"/{ID}"))
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    root = Path(tempfile.mkdtemp(prefix="husk-faults-"))
+    record = PodRecord(
+        id=PodId("p"), spec=PodSpec(name="p", namespace="n", uid="u"), created_at_ns=1, token=b""
+    )
+    pod = Pod(record, cast(Any, None), root / "run")
+    pod.run_dir.mkdir()
+    await Shares().up(pod)
+    (pod.back_of(pod.volumes_share) / "old").mkdir()
+    exporter = _start_exporter(pod)
+    try:
+        pod.record = msgspec.structs.replace(record, vm=_handle(exporter.pid))
+        yield Site(root, pod, exporter, Ledger())
+    finally:
+        exporter.kill()
+        exporter.wait()
+        await Shares().down(pod)
+        assert mounts_below(root) == []
+        shutil.rmtree(root)
+
+
+def _start_exporter(pod: Pod) -> subprocess.Popen[bytes]:
+    exporter = subprocess.Popen(["unshare", "--mount", "sh", "-c", EXPORTER], cwd=pod.volumes_share)
+    while Path(f"/proc/{exporter.pid}/comm").read_text() != "busybox\n":
+        assert exporter.poll() is None
+    return exporter
+
+
+def _handle(pid: int) -> VmHandle:
+    identity = process.identify(pid)
+    assert identity is not None
+    spec = VmSpec(
+        pod_id="p",
+        run_dir="",
+        kernel="",
+        initramfs="",
+        machine="",
+        accelerator="tcg",
+        memory_mib=1,
+        vcpus=1,
+    )
+    return VmHandle(hypervisor="", spec=spec, vmm=identity, helpers={"volumes": identity}, channel="")
+
+
+async def test_volumes_are_seen_by_who_exports_them_alone(site: Site) -> None:
+    (site.root / "single").write_text("a file")
+    single = MountSpec(container_path="/y", host_path=str(site.root / "single"))
+    container = site.container(site.volume(), single)
+    before = mounts_below(site.root)
+    await site.step.up(container)
+    assert site.mounted() == [f"/{ID}/0", f"/{ID}/1"]
+    assert mounts_below(site.root) == before
+    assert [source.is_directory for source in find_sources(container)] == [True, False]
+    await site.step.down(container)
+    assert site.mounted() == []
+
+
+async def test_a_second_volume_that_is_missing_undoes_the_first(site: Site) -> None:
+    gone = MountSpec(container_path="/y", host_path=str(site.root / "gone"))
+    container = site.container(site.volume(), gone)
+    with pytest.raises(InvalidSpec, match="does not exist"):
+        await site.step.up(container)
+    await site.step.down(container)
+    assert (site.mounted(), (site.root / "volume").is_dir()) == ([], True)
+
+
+async def test_undone_twice_and_never_done(site: Site) -> None:
+    container = site.container(site.volume())
+    await site.step.down(container)
+    await site.step.up(container)
+    (site.root / "volume/kept").write_text("of the host")
+    for _ in range(2):
+        await site.step.down(container)
+    assert (site.root / "volume/kept").read_text() == "of the host"
+
+
+async def test_undone_by_a_daemon_that_remembers_only_the_record(site: Site) -> None:
+    await site.step.up(site.container(site.volume()))
+    await site.step.down(site.container(site.volume()))
+    assert site.mounted() == []
+
+
+async def test_undone_when_the_exporter_is_gone(site: Site) -> None:
+    container = site.container(site.volume())
+    await site.step.up(container)
+    site.exporter.kill()
+    site.exporter.wait()
+    await site.step.down(container)
+    assert list(site.pod.back_of(site.pod.volumes_share).iterdir()) == [
+        site.pod.back_of(site.pod.volumes_share) / "old"
+    ]
+    with pytest.raises(VmmGone):
+        await site.step.up(container)
+    await site.step.down(container)
+
+
+async def test_an_image_that_cannot_be_mounted_leaves_none(site: Site) -> None:
+    images = tuple(ImageVolume(mount=n, image_id="i", chain_ids=()) for n in (0, 1))
+    wishes = [MountSpec(container_path=f"/{n}", host_path="", image="i", readonly=True) for n in (0, 1)]
+    container = site.container(*wishes, images=images)
+    site.ledger.faults["rootfs.up"] = "after"
+    with pytest.raises(Broken):
+        await site.step.up(container)
+    await site.step.down(container)
+    assert site.ledger.held == set()
+    assert not (site.pod.run_dir / "images" / ID).exists()

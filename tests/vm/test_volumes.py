@@ -1,0 +1,143 @@
+"""Volumes beyond plain binds: mounts beneath them, later ones, options, images; and what the host may do to
+a volume while it is in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cri.proto import runtime_v1_pb2 as api
+from tests.kit.cri import Cri, Pod
+from tests.kit.registry import HOST
+from tests.kit.scratch import scratch_dir
+
+pytestmark = pytest.mark.vm
+
+BUSYBOX = f"{HOST}/husk/busybox:1"
+WEB = f"{HOST}/husk/web:1"
+SLEEP = ("sleep", "3600")
+
+Mount = Callable[..., None]
+
+
+@pytest.fixture
+def folder() -> Path:
+    return scratch_dir("volume")
+
+
+@pytest.fixture
+def mount(site: Any, folder: Path) -> Iterator[Mount]:
+    """mount(8) where the daemon runs; what is left of it is undone."""
+
+    def run(*arguments: str) -> None:
+        site.namespace.run("mount", *arguments)
+
+    yield run
+    site.namespace.run(
+        "sh", "-c", f"grep -o '{folder}[^ ]*' /proc/self/mounts | sort -ru | xargs -r umount -l"
+    )
+
+
+def volume(folder: Path, **fields: Any) -> api.Mount:
+    return api.Mount(container_path="/data", host_path=str(folder), **fields)
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_read_only_goes_as_far_as_was_asked(
+    cri: Cri, pod: Pod, folder: Path, mount: Mount, recursive: bool
+) -> None:
+    (folder / "sub").mkdir()
+    mount("-t", "tmpfs", "beneath", str(folder / "sub"))
+    wish = volume(folder, readonly=True, recursive_read_only=recursive)
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[wish])
+    assert "Read-only file system" in cri.exec(container, "touch", "/data/x").stderr
+    beneath = cri.exec(container, "touch", "/data/sub/x")
+    assert ("Read-only file system" in beneath.stderr) is recursive
+    assert (beneath.code == 0) is not recursive
+
+
+def test_what_is_unmounted_on_the_host_is_not_busy(
+    site: Any, cri: Cri, pod: Pod, folder: Path, mount: Mount
+) -> None:
+    (folder / "sub").mkdir()
+    mount("-t", "tmpfs", "beneath", str(folder / "sub"))
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[volume(folder)])
+    assert cri.exec(container, "touch", "/data/sub/x").code == 0
+    site.namespace.run("umount", str(folder / "sub"))
+    site.namespace.run("rmdir", str(folder / "sub"))
+
+
+def test_no_volume_is_in_the_hosts_table(site: Any, cri: Cri, pod: Pod, folder: Path) -> None:
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[volume(folder)])
+    table = site.namespace.run("cat", "/proc/self/mountinfo")
+    assert not any("/volumes/" in line and container in line for line in table.splitlines())
+
+
+def test_a_later_mount_of_the_host_arrives_where_asked(
+    site: Any, cri: Cri, pod: Pod, folder: Path, mount: Mount
+) -> None:
+    (folder / "sub").mkdir()
+    mount("--bind", str(folder), str(folder))
+    mount("--make-shared", str(folder))
+    slave = volume(folder, propagation=api.PROPAGATION_HOST_TO_CONTAINER)
+    told, alone = (cri.run(pod, BUSYBOX, SLEEP, mounts=[wish]) for wish in (slave, volume(folder)))
+    mount("-t", "tmpfs", "later", str(folder / "sub"))
+    site.namespace.run("touch", str(folder / "sub/came"))
+    cri.wait_for(lambda: cri.exec(told, "ls", "/data/sub").stdout, lambda text: text == "came\n", 5)
+    assert cri.exec(alone, "ls", "/data/sub").stdout == ""
+
+
+def test_options(cri: Cri, pod: Pod, folder: Path) -> None:
+    (folder / "tool").write_text("#!/bin/sh\necho ran\n")
+    (folder / "tool").chmod(0o755)
+    options = ["noexec", "nosuid"]
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[volume(folder, mount_options=options)])
+    assert cri.exec(container, "sh", "-c", "/data/tool").code != 0
+    line = cri.exec(container, "grep", " /data ", "/proc/self/mounts").stdout
+    assert {"noexec", "nosuid"} <= set(line.split()[3].split(","))
+    assert list(cri.status(container).mounts[0].mount_options) == options
+
+
+# ----------------------------------------------------------------------------------- images
+
+
+def image(name: str, sub_path: str = "", readonly: bool = True) -> api.Mount:
+    source = api.ImageSpec(image=name, user_specified_image=name)
+    return api.Mount(container_path="/image", image=source, image_sub_path=sub_path, readonly=readonly)
+
+
+def test_an_image_as_a_volume(cri: Cri, pod: Pod) -> None:
+    id = cri.pull(WEB)
+    whole = cri.run(pod, BUSYBOX, SLEEP, mounts=[image(WEB)])
+    assert cri.exec(whole, "cat", "/image/www/index.html").stdout == "hello from the pod\n"
+    assert cri.exec(whole, "/image/bin/busybox", "echo", "runs").stdout == "runs\n"
+    assert "Read-only file system" in cri.exec(whole, "touch", "/image/x").stderr
+    told = cri.status(whole).mounts[0]
+    assert (told.image.image, told.image.image_ref, told.host_path) == (WEB, id, "")
+    part = cri.run(pod, BUSYBOX, SLEEP, mounts=[image(id, "www")])
+    assert cri.exec(part, "ls", "/image").stdout == "index.html\n"
+    # its layers stay as long as the containers do
+    cri.call("RemoveImage", image=api.ImageSpec(image=WEB))
+    assert cri.exec(part, "cat", "/image/index.html").stdout == "hello from the pod\n"
+
+
+@pytest.mark.parametrize(
+    ("wish", "code", "told"),
+    [
+        (image(WEB, "no/such"), grpc.StatusCode.INVALID_ARGUMENT, "config.mounts[0].image_sub_path"),
+        (image(WEB, readonly=False), grpc.StatusCode.INVALID_ARGUMENT, "config.mounts[0].readonly"),
+        (image(f"{HOST}/husk/absent:1"), grpc.StatusCode.NOT_FOUND, "husk/absent"),
+    ],
+)
+def test_an_image_that_cannot_be_a_volume(
+    cri: Cri, pod: Pod, wish: api.Mount, code: grpc.StatusCode, told: str
+) -> None:
+    cri.pull(WEB)
+    with pytest.raises(grpc.RpcError) as fault:
+        cri.create(pod, BUSYBOX, SLEEP, mounts=[wish])
+    assert fault.value.code() is code
+    assert told in str(fault.value.details())
