@@ -6,7 +6,6 @@ from __future__ import annotations
 SKIPPED = {
     "AppArmor / ": "the kernel of this host has no AppArmor, which critest looks at first",
     "NRI / ": "Husk has no NRI socket to give critest",
-    "PodSandbox / runtime should support metrics operations / ": "the metrics calls are not served yet",
     "Security Context / UserNamespaces / ": "user namespaces are not offered yet",
 }
 
