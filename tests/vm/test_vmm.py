@@ -7,7 +7,6 @@ shares and the guest image's parts is under test here.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import shutil
 import socket
@@ -17,42 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import cgroup, cpio, guest_image, kernel_image, mounts, process, sockets
+from sandbox import cgroup, mounts, process, sockets
 from sandbox.vmm import Machine, ShareSpec, VmHandle, VmSpec, find_hypervisor
+from tests.kit.guest import fetch_kernel, make_image
 
 pytestmark = pytest.mark.vm
 
-BUSYBOX = Path("/usr/bin/busybox")  # busybox-static
 INIT = """\
-#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin
-mount -t devtmpfs dev /dev; mount -t sysfs sys /sys; mount -t proc proc /proc
-while read m; do insmod /modules/$m; done </modules/order
 until port=$(grep -l ^husk.0 /sys/class/virtio-ports/*/name); do :; done
 port=${port%/name}
 exec 3<>/dev/${port##*/}
 dd bs=32 count=1 <&3 2>/dev/null | tail -c 16 >&3
 exec sh <&3 >&3 2>&3
 """
-
-
-async def make_image(directory: Path) -> tuple[Path, Path]:
-    """Kernel and initramfs; the package comes from the cache of the tests' guest image, if any."""
-    cache = os.environ.get("HUSK_TEST_GUEST", "")
-    packages = Path(cache, "packages") if cache else directory / "packages"
-    kernel = await guest_image.fetch_kernel(packages, directory, print)
-    vmlinux = directory / "vmlinux"
-    vmlinux.write_bytes(kernel_image.extract_vmlinux(kernel.image.read_bytes()))
-    modules = kernel_image.load_modules(
-        kernel_image.find_modules(kernel.modules),
-        kernel_image.read_builtin(kernel.modules),
-        guest_image.MODULES,
-    )
-    archive = guest_image.make_initramfs(INIT.encode(), modules, {})
-    tools = cpio.write_archive([cpio.directory("bin"), cpio.file("bin/busybox", BUSYBOX.read_bytes(), 0o755)])
-    (directory / "initramfs").write_bytes(archive + tools)  # the kernel takes archives in a row
-    return vmlinux, directory / "initramfs"
 
 
 @dataclass
@@ -85,7 +61,7 @@ class Guest:
 
 @pytest.fixture
 async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
-    vmlinux, initramfs = await make_image(tmp_path)
+    vmlinux, initramfs = make_image(tmp_path, await fetch_kernel(tmp_path), INIT)
     pod_id = f"vm{secrets.token_hex(6)}"
     run_dir = tmp_path / "run"
     shares = []

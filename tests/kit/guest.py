@@ -1,0 +1,49 @@
+"""VMs of the tests' own: the distribution's kernel with a shell script as its first process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sandbox import cpio, guest_image, kernel_image
+from sandbox.guest_image import Kernel
+
+BUSYBOX = Path("/usr/bin/busybox")  # busybox-static
+# how each of them begins: commands, devices, and the modules of the image
+PRELUDE = """\
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t devtmpfs dev /dev; mount -t sysfs sys /sys; mount -t proc proc /proc
+while read m; do insmod /modules/$m; done </modules/order
+"""
+
+
+async def fetch_kernel(directory: Path) -> Kernel:
+    """The newest, unpacked in `directory`; its package may be there from building the guest image."""
+    cache = os.environ.get("HUSK_TEST_GUEST", "")
+    packages = Path(cache, "packages") if cache else directory / "packages"
+    return await guest_image.fetch_kernel(packages, directory, print)
+
+
+def make_image(
+    directory: Path, kernel: Kernel, init: str, modules: Sequence[str] = guest_image.MODULES
+) -> tuple[Path, Path]:
+    """vmlinux and an initramfs whose /init is PRELUDE and then `init`."""
+    vmlinux = directory / "vmlinux"
+    vmlinux.write_bytes(kernel_image.extract_vmlinux(kernel.image.read_bytes()))
+    loaded = kernel_image.load_modules(
+        kernel_image.find_modules(kernel.modules), kernel_image.read_builtin(kernel.modules), modules
+    )
+    archive = guest_image.make_initramfs((PRELUDE + init).encode(), loaded, {})
+    tools = cpio.write_archive(
+        [
+            cpio.directory("bin"),
+            cpio.file("bin/busybox", BUSYBOX.read_bytes(), 0o755),
+            # instead of /init, which is no agent here
+            cpio.symbolic_link(guest_image.MODPROBE, "/bin/busybox"),
+        ]
+    )
+    (directory / "initramfs").write_bytes(archive + tools)  # the kernel takes archives in a row
+    return vmlinux, directory / "initramfs"

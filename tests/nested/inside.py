@@ -1,0 +1,155 @@
+"""What test_kvm.py runs in the outer VM: the daemon on a host with KVM, vhost and cgroups of version 2 alone.
+
+The image is imported: a registry and its many images would take their time under emulation.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cri.proto import runtime_v1_pb2 as api
+from sandbox import cgroup
+from tests.kit import cni, images
+from tests.kit.cri import Cri, Pod
+from tests.kit.daemon import Daemon
+from tests.kit.namespace import Namespace
+from tests.kit.scratch import scratch_dir, scratch_root
+
+IMAGE = "example.test/husk/web:1"
+PAGE = "a page from under KVM\n"
+START_DEADLINE_S = 120
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    """With one image; a look for what is left follows the last test."""
+    with Namespace(scratch_root()) as namespace:
+        site = scratch_dir("site")
+        leases = site / "leases"
+        made = Daemon(namespace, cni.write_bridge(site / "cni", leases), site / "certs.d", leases=leases)
+        made.start(START_DEADLINE_S)
+        before = made.census()
+        try:
+            archive = site / "web.tar"
+            images.write_oci_layout(archive, {IMAGE: images.web(PAGE)})
+            subprocess.run(made.command("image", "import", str(archive)), check=True, timeout=120)
+            yield made
+            made.remove_all()
+            left = [each for each in made.leaks_since(before, 20) if not each.endswith(f" {cni.BRIDGE}")]
+            assert left == []
+        except BaseException:
+            print(made.evidence())
+            raise
+        finally:
+            made.close()
+
+
+@pytest.fixture(scope="module")
+def pod(daemon: Daemon) -> Pod:
+    return daemon.cri.run_pod("nested")
+
+
+@pytest.fixture(scope="module")
+def web(daemon: Daemon, pod: Pod) -> str:
+    return daemon.cri.run(pod, IMAGE)
+
+
+def info_of(cri: Cri) -> dict[str, Any]:
+    answer = cri.call("Status", verbose=True).info
+    return {key: json.loads(answer[key]) for key in ("accelerator", "acceleratorReason")}
+
+
+def arguments_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def files_of(pid: int) -> set[str]:
+    return {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def test_the_probe_finds_that_kvm_works(daemon: Daemon) -> None:
+    told = info_of(daemon.cri)
+    assert told["accelerator"] == "kvm", told
+    assert "a guest booted under KVM" in told["acceleratorReason"]
+
+
+def test_a_pod_runs_under_kvm(daemon: Daemon, pod: Pod, web: str) -> None:
+    (vmm,) = daemon.vmm_pids(pod.id)
+    arguments = arguments_of(vmm)
+    assert arguments[arguments.index("-accel") + 1] == "kvm"
+    assert any("kvm-vm" in each for each in files_of(vmm)), "KVM's own descriptor of a VM"
+    assert "hypervisor" in daemon.cri.exec(web, "cat", "/proc/cpuinfo").stdout
+    facts = json.loads(daemon.cri.pod_status(pod, verbose=True).info["info"])
+    assert facts["accelerator"] == "kvm"
+    assert facts["vmm"]["accelerator"] == "kvm"
+
+
+def test_its_page_comes_over_vhost_net(daemon: Daemon, pod: Pod, web: str) -> None:
+    (vmm,) = daemon.vmm_pids(pod.id)
+    assert "/dev/vhost-net" in files_of(vmm)
+    assert any("vhost=on" in each for each in arguments_of(vmm))
+
+    def fetched() -> str:
+        try:
+            return daemon.namespace.fetch(daemon.cri.pod_ip(pod), 80)
+        except OSError:
+            return ""
+
+    assert daemon.cri.wait_for(fetched, bool) == PAGE
+    assert has_vhost_worker(vmm)
+
+
+def has_vhost_worker(vmm: int) -> bool:
+    """Whether the kernel carries this VM's packets, in a thread of its own or (Linux 6.4) one of QEMU's."""
+    threads = [*Path("/proc").glob("[0-9]*/comm"), *Path(f"/proc/{vmm}/task").glob("*/comm")]
+    return any(each.read_text().strip() == f"vhost-{vmm}" for each in threads if each.exists())
+
+
+def test_a_user_of_its_own_reaches_kvm(daemon: Daemon, pod: Pod) -> None:
+    """/dev/kvm is for root alone here, and stays so."""
+    (vmm,) = daemon.vmm_pids(pod.id)
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{vmm}/status").read_text().splitlines())
+    assert "0" not in status["Uid"].split()
+    assert int(status["CapEff"], 16) == 0
+    assert Path("/dev/kvm").stat().st_mode & 0o077 == 0
+
+
+def test_cgroups_are_of_version_2_alone(daemon: Daemon, pod: Pod, web: str) -> None:
+    layout = cgroup.find_layout()
+    assert (layout.mode, layout.hierarchies) == (cgroup.Mode.V2, ())
+    (group,) = cgroup.directories(layout, cgroup.pod_path("", pod.id, root=daemon.cgroup))
+    inside = {int(pid) for pid in Path(group, "cgroup.procs").read_text().split()}
+    assert set(daemon.vmm_pids(pod.id)) <= inside
+    programs = {Path(arguments_of(pid)[0]).name for pid in inside} - {
+        ""
+    }  # a kernel's thread has no arguments
+    assert programs == {"qemu-system-x86_64", "virtiofsd"}
+
+
+def test_limits_of_a_container_hold(daemon: Daemon, pod: Pod) -> None:
+    eat = ["dd", "if=/dev/zero", "of=/dev/null", "bs=120M", "count=1"]
+    wish = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
+    status = daemon.cri.wait_exited(daemon.cri.run(pod, IMAGE, eat, linux=wish))
+    assert (status.exit_code, status.reason) == (137, "OOMKilled")
+
+
+def test_the_next_daemon_takes_it_up(daemon: Daemon, pod: Pod, web: str) -> None:
+    vmm = daemon.vmm_pids(pod.id)
+    daemon.kill()
+    daemon.start(START_DEADLINE_S)
+    assert daemon.vmm_pids(pod.id) == vmm
+    assert daemon.cri.exec(web, "true").code == 0
+    assert info_of(daemon.cri)["accelerator"] == "kvm"  # remembered, not probed again
+
+
+def test_stopping_leaves_no_group_behind(daemon: Daemon, pod: Pod) -> None:
+    daemon.cri.stop_pod(pod)
+    daemon.cri.remove_pod(pod)
+    assert not list(Path("/sys/fs/cgroup").rglob(f"*{pod.id}"))
+    assert not Path("/sys/fs/cgroup" + daemon.cgroup).exists()

@@ -1,0 +1,150 @@
+"""A VM in which VMs run under KVM, on a host that has none: QEMU also emulates AMD's virtualisation (SVM).
+
+    python -m tests.nested.outer SHARED DEADLINE_S COMMAND...
+
+runs a command in it and ends with its exit status. It is started by the product's own driver and lives on the
+host's programs: the host's root file system over virtio-fs, beneath an overlay whose upper side is memory, so
+nothing that is done in there stays. Kernel and modules come out of the package that guest images are made of.
+What this kernel offers and a host may not: /dev/vhost-net, /dev/vhost-vsock, and cgroups of version 2 alone.
+
+    SHARED/start       the first process, seen inside as /nested/start
+    SHARED/{lib,usr}   the kernel's modules
+    SHARED/output      what the command printed
+    SHARED/status      its exit status
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import secrets
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sandbox import cgroup, mounts, process
+from sandbox.guest_image import Kernel
+from sandbox.vmm import Machine, ShareSpec, VmSpec, find_hypervisor
+from tests.kit.guest import fetch_kernel, make_image
+from tests.kit.scratch import scratch_dir, scratch_root
+
+CLONE_NEWNS = 0x20000
+MEMORY_MIB = 3072
+VCPUS = 2
+MODULES = ("virtio_pci", "virtiofs", "overlay")
+INIT = """\
+set -e
+mkdir -p /lower /upper /root
+mount -t virtiofs -o ro host /lower
+mount -t tmpfs upper /upper
+mkdir /upper/upper /upper/work
+mount -t overlay -o lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work root /root
+mkdir -p /root/nested
+mount -t virtiofs nested /root/nested
+for each in dev proc sys; do mount --move /$each /root/$each; done
+exec switch_root /root /nested/start
+"""
+START = """\
+#!/bin/sh
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir -p /dev/shm /usr/lib/modules
+mount -t tmpfs tmpfs /dev/shm
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+ln -sfn /nested/lib/modules/{version} /usr/lib/modules/{version}
+ip link set lo up
+modprobe -a kvm-amd vhost_net vhost_vsock vsock_loopback tun
+cd {directory}
+{command} >/nested/output 2>&1
+echo $? >/nested/status
+poweroff -f
+"""
+
+
+async def run(shared: Path, command: Sequence[str], deadline_s: float) -> int:
+    """The command's exit status. Raises AssertionError with what was seen when there is none."""
+    run_dir = scratch_dir("outer")
+    kernel = await prepare(shared, run_dir, command)
+    vmlinux, initramfs = make_image(run_dir, kernel, INIT, MODULES)
+    pod_id = f"outer{secrets.token_hex(6)}"
+    groups = cgroup.find_cgroups(f"/{scratch_root().name}")
+    root = bind_root(run_dir / "host")
+    spec = VmSpec(
+        pod_id=pod_id,
+        run_dir=str(run_dir),
+        kernel=str(vmlinux),
+        initramfs=str(initramfs),
+        machine="q35",
+        accelerator="tcg",
+        memory_mib=MEMORY_MIB,
+        vcpus=VCPUS,
+        shares=(
+            ShareSpec(tag="host", source=str(root), cache="always"),
+            ShareSpec(tag="nested", source=str(shared), cache="auto"),
+        ),
+        cgroups=groups.directories(pod_id, ""),
+    )
+    hypervisor = find_hypervisor("qemu")
+    try:
+        groups.create(pod_id, "")
+        machine = await hypervisor.attach(await hypervisor.start(spec, ()))
+        try:
+            return await until_done(shared, machine, deadline_s)
+        finally:
+            await machine.close()
+    finally:
+        await hypervisor.destroy(pod_id, run_dir)
+        groups.remove(pod_id, "")
+
+
+async def prepare(shared: Path, scratch: Path, command: Sequence[str]) -> Kernel:
+    """Fill `shared`."""
+    kernel = await fetch_kernel(scratch)
+    modules = shared / "lib/modules" / kernel.version
+    modules.parent.mkdir(parents=True)
+    kernel.modules.rename(modules)
+    (shared / "usr").mkdir()
+    (shared / "usr/lib").symlink_to("../lib")  # some depmods look there
+    done = await process.run(["depmod", "-b", str(shared), kernel.version], timeout_s=60)
+    assert done.status == 0, done.stderr
+    start = shared / "start"
+    words = {
+        "version": kernel.version,
+        "directory": shlex.quote(str(Path.cwd())),
+        "command": shlex.join(command),
+    }
+    start.write_text(START.format(**words))
+    start.chmod(0o755)
+    return Kernel(image=kernel.image, modules=modules)
+
+
+def leave_mounts() -> None:
+    """A mount namespace of our own, so no clean-up of anybody ever meets the host's files below ours."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    mounts.set_propagation(Path("/"), mounts.MS_REC | mounts.MS_PRIVATE)
+
+
+def bind_root(at: Path) -> Path:
+    """The root's own file system once more, read-only, as virtiofsd cannot export "/" itself."""
+    at.mkdir()
+    mounts.bind(Path("/"), at, recursive=False)
+    mounts.make_readonly(at)
+    return at
+
+
+async def until_done(shared: Path, machine: Machine, deadline_s: float) -> int:
+    with contextlib.suppress(TimeoutError):  # what there is by then tells more
+        async with asyncio.timeout(deadline_s):
+            await machine.wait()
+    status = shared / "status"
+    assert status.exists(), f"the outer VM did not finish within {deadline_s:g} s:\n{machine.console_tail()}"
+    return int(status.read_text())
+
+
+if __name__ == "__main__":
+    leave_mounts()  # while there is one thread
+    sys.exit(asyncio.run(run(Path(sys.argv[1]), sys.argv[3:], float(sys.argv[2]))))
