@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import select
@@ -121,7 +122,10 @@ def _pidfd(identity: ProcessIdentity) -> int | None:
     """A descriptor of exactly this process, or of its zombie; None when it is gone."""
     try:
         fd = os.pidfd_open(identity.pid)
-    except ProcessLookupError:
+    except OSError as error:
+        # EINVAL: many kernels say so when they come upon it in the moment of its going
+        if error.errno not in (errno.ESRCH, errno.EINVAL):
+            raise
         return None
     stat = _stat(identity.pid)  # after pidfd_open: from here on the pid cannot change hands unnoticed
     if stat is None or stat[1] != identity.start_time or boot_id() != identity.boot_id:

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -134,6 +136,28 @@ async def test_kill_is_idempotent_and_leaves_no_zombie() -> None:
     await process.kill(identity)
     await process.kill(identity)
     assert not Path(f"/proc/{identity.pid}").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ESRCH, errno.EINVAL])
+async def test_one_that_goes_while_we_reach_for_it(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """The kernel has released it and not yet forgotten its number, which some versions call invalid."""
+    identity = await sleeper()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", _failing(code))
+        await process.kill(identity)
+        assert await process.wait_exit(identity) is None
+        patch.setattr(os, "pidfd_open", _failing(errno.EMFILE))
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            await process.kill(identity)
+    assert process.alive(identity)
+    await process.kill(identity)
+
+
+def _failing(code: int) -> Callable[[int], int]:
+    def fail(pid: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return fail
 
 
 async def test_an_adopted_process_is_waited_for() -> None:
