@@ -4,9 +4,10 @@ everything is undone, now or by the next start, and the name is free again."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ import pytest
 from image.index import Image, ImageSettings
 from sandbox import cgroup
 from sandbox.accelerator import Verdict
+from sandbox.container_steps import Plan, Rootfs
 from sandbox.containers import ContainerHost, Containers
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
 from sandbox.events import Events
@@ -29,11 +31,14 @@ from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
 from sandbox.room import Room
 from sandbox.spec import ContainerSpec, Handler, MountSpec, PodSpec, SecuritySpec, VmSize
-from sandbox.steps import pod_steps
+from sandbox.steps import Guest, Network, RunDir, Shares, Vm, pod_steps
 from sandbox.store import Store
 from sandbox.tasks import Tasks
+from sandbox.volumes import Volumes
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
 
+POD_STEPS: list[type[Any]] = [RunDir, Network, Shares, Vm, Guest]
+CONTAINER_STEPS: list[type[Any]] = [Rootfs, Volumes, Plan]
 POD_FAULTS = ["cgroup.create", "network.up", "network.taps", "vm.start"]
 HANDLER = Handler(
     name="",
@@ -213,6 +218,54 @@ async def test_each_step_fails_in_turn(daemon: Daemon, operation: str, moment: s
     daemon.assert_empty()
     daemon.ledger.faults.clear()
     assert await daemon.pods.run(pod_spec()), "the name is free again"
+
+
+def _struck(step: type[Any], moment: str) -> Callable[[Any, Any], Awaitable[None]]:
+    """The step's `up`, with a fault before or after all of its effect."""
+    up = step.up
+
+    async def fail(self: Any, subject: Any) -> None:
+        if moment == "after":
+            await up(self, subject)
+        raise OSError(errno.EIO, "the fault of the test")
+
+    return fail
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", POD_STEPS, ids=lambda step: step.name)
+async def test_whichever_step_of_a_pod_fails_all_is_undone(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, step: type[Any], moment: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "up", _struck(step, moment))
+        with pytest.raises(PhaseFailed, match=f"{step.name} failed.*the fault of the test"):
+            await daemon.pods.run(pod_spec())
+    daemon.assert_empty()
+    assert await daemon.pods.run(pod_spec()), "the name is free again"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", CONTAINER_STEPS, ids=lambda step: step.name)
+async def test_whichever_step_of_a_container_fails_all_is_undone(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: type[Any], moment: str
+) -> None:
+    spec = container_spec(mounts=(MountSpec(container_path="/x", host_path=str(tmp_path)),))
+    id = await daemon.pods.run(pod_spec())
+    held, mounted = set(daemon.ledger.held), mounts_below(daemon.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "up", _struck(step, moment))
+        with pytest.raises(PhaseFailed, match=f"{step.name} failed.*the fault of the test"):
+            await daemon.containers.create(id, spec)
+    assert (daemon.ledger.held, mounts_below(daemon.root)) == (held, mounted)
+    assert list((daemon.root / "containers").iterdir()) == []
+    assert await daemon.containers.create(id, spec), "the name is free again"
+
+
+async def test_no_step_is_left_out(daemon: Daemon) -> None:
+    assert [type(step) for step in daemon.containers._steps] == CONTAINER_STEPS
+    names = {step.name for step in daemon.pods._host.steps}
+    assert names == {"cgroup", *(step.name for step in POD_STEPS)}  # cgroup: see POD_FAULTS
 
 
 async def test_a_guest_that_refuses_its_configuration(daemon: Daemon) -> None:
