@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", parents=[common], help="print the configuration in force")
     config.set_defaults(run=_config)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
+    trace = commands.add_parser("trace", parents=[common], help="show where a pod's start spent its time")
+    trace.add_argument("pod", help="its name, id or the beginning of an id")
+    form = trace.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_const", dest="form", const="json", help="for programs")
+    form.add_argument("--html", action="store_const", dest="form", const="html", help="a page of one file")
+    trace.set_defaults(run=_trace)
     _add_guest(commands.add_parser("guest", help="what VMs boot"), common)
     _add_image(commands.add_parser("image", help="the daemon's images"), common)
     return parser
@@ -143,6 +150,25 @@ def _image(args: argparse.Namespace) -> int:
     except CallFailed as error:
         return _failed(error)
     return code
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from cri import trace, trace_page
+    from cri.client import CallFailed, Client
+
+    try:
+        with Client(Path(_load(args).socket)) as client:
+            start = trace.ask(client, args.pod)
+    except (CallFailed, trace.NoSuchPod) as error:
+        return _failed(error)
+    match args.form:
+        case "json":
+            print(trace.as_json(start))
+        case "html":
+            print(trace_page.as_html(start), end="")
+        case _:
+            print(*trace.as_text(start, width=shutil.get_terminal_size().columns), sep="\n")
+    return 0
 
 
 def _failed(error: Exception) -> int:

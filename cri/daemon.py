@@ -36,7 +36,7 @@ from sandbox.layer_meter import LayerMeter
 from sandbox.meter import Meter
 from sandbox.pod import Pod
 from sandbox.pods import PodHost, Pods
-from sandbox.records import ContainerRecord, PodRecord
+from sandbox.records import ContainerRecord, PodRecord, Side
 from sandbox.registry import Registry
 from sandbox.room import Room
 from sandbox.steps import pod_steps
@@ -47,6 +47,7 @@ from sandbox.vmm import find_hypervisor
 log = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S = 5.0
+GUEST_PHASES = frozenset({"firmware", "kernel", "mounts", "modules", "channel"})
 
 
 async def run(config: Config) -> None:
@@ -106,6 +107,7 @@ class Daemon:
                 tasks=self.tasks,
                 events=self.events,
                 room=room,
+                on_phase=self.metrics.phase,
             ),
         )
         self.cgroups = cgroups = cgroup.Cgroups(layout=layout, root=config.cgroup_root)
@@ -203,7 +205,10 @@ class Daemon:
 
     def _note_start(self, record: PodRecord) -> None:
         for phase in record.phases:
-            self.metrics.phase(phase.name, phase.end_s - phase.begin_s)
+            # what a guest calls its phases must not make new series without end
+            if phase.side is Side.HOST or phase.name in GUEST_PHASES:
+                name = phase.name if phase.side is Side.HOST else f"guest-{phase.name}"
+                self.metrics.phase(name, phase.end_s - phase.begin_s)
 
     def _pods_by_state(self) -> Mapping[str, int]:
         return Counter(str(record.state) for record in self.pod_store)

@@ -13,7 +13,7 @@ import logging
 import resource
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -72,6 +72,7 @@ class ContainerHost:
     tasks: Tasks
     events: Events
     room: Room
+    on_phase: Callable[[str, float], None] = lambda name, seconds: None
 
 
 class Containers:
@@ -146,7 +147,7 @@ class Containers:
                 self._steps,
                 container,
                 begin=container.begin,
-                finish=lambda name, begin, end: None,
+                finish=lambda name, begin, end: self._note_phase(pod, f"container-{name}", begin),
                 ended=container.ended,
                 console=pod.console,
             )
@@ -156,6 +157,11 @@ class Containers:
             raise
         container.update(state=ContainerState.CREATED)
         return container.id
+
+    def _note_phase(self, pod: Pod, name: str, begin_s: float) -> None:
+        """A phase that ends now, for the metrics; a pod's waterfall ends with its first container."""
+        self._host.on_phase(name, time.monotonic() - begin_s)
+        pod.note_first(name, begin_s)
 
     def adopt(self, record: ContainerRecord, pod: Pod) -> Container:
         """Take up a container of an earlier daemon; its state is settled by `sync`."""
@@ -184,6 +190,7 @@ class Containers:
         async with container.lock:
             container.require(ContainerState.CREATED)
             container.pod.require_ready()
+            began = time.monotonic()
             client = await container.pod.guest()
             request = pb.Request(start=container.plan)
             relay = await self._open_log(container)
@@ -196,6 +203,7 @@ class Containers:
                 raise
             await relay.begin()
             container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
+            self._note_phase(container.pod, "container-start", began)
             if container.early_exit is not None:
                 self._apply_exit(container, container.early_exit)
 
@@ -390,7 +398,10 @@ class Containers:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
         client = await container.pod.guest()
         process = compile_exec(container.plan, cmd, tty=False)
-        return await client.exec_sync(container.id, process, timeout_s, EXEC_OUTPUT_LIMIT)
+        began = time.monotonic()
+        result = await client.exec_sync(container.id, process, timeout_s, EXEC_OUTPUT_LIMIT)
+        container.pod.note_first("first-exec", began)
+        return result
 
     async def exec(
         self, id: str, cmd: Sequence[str], *, tty: bool, stdin: bool, stdout: bool, stderr: bool

@@ -7,17 +7,20 @@ makes again. Nothing here decides when a pod starts or stops: see `pods` and `st
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from sandbox import process
 from sandbox.errors import GuestUnreachable, WrongState
 from sandbox.guest import guest_pb2 as pb
 from sandbox.records import Phase, PodRecord, PodState
 from sandbox.spec import Handler, PodId
 from sandbox.store import Recorded, Store
+from sandbox.waterfall import guest_phases
 
 if TYPE_CHECKING:
     from sandbox.guest.client import GuestClient
@@ -32,6 +35,7 @@ class Pod(Recorded[PodRecord]):
         super().__init__(record, store)
         self.run_dir = run_dir
         self.handler: Handler | None = None  # only while it starts
+        self.began = time.monotonic()  # moment 0 of its phases
         self.machine: Machine | None = None
         self.client: GuestClient | None = None
         self.lock = asyncio.Lock()  # held by start, stop and remove
@@ -72,9 +76,27 @@ class Pod(Recorded[PodRecord]):
             self.on_event(self, event)
 
     def note_phase(self, name: str, begin_s: float, end_s: float) -> None:
-        """Kept with the next `update`: a waterfall is not worth a write of its own."""
-        phase = Phase(name=name, begin_s=begin_s, end_s=end_s)
-        self.record = msgspec.structs.replace(self.record, phases=(*self.record.phases, phase))
+        """Moments of the monotonic clock. Kept with the next `update`: a waterfall is not worth a write
+        of its own."""
+        self.note_phases(Phase(name=name, begin_s=begin_s - self.began, end_s=end_s - self.began))
+
+    def note_phases(self, *phases: Phase) -> None:
+        self.record = msgspec.structs.replace(self.record, phases=(*self.record.phases, *phases))
+
+    def note_first(self, name: str, begin_s: float) -> None:
+        """As `note_phase`, until now, for what is of interest only the first time in a pod's life."""
+        if self.record.vm is not None and not any(phase.name == name for phase in self.record.phases):
+            self.note_phase(name, begin_s, time.monotonic())
+
+    def note_guest(self) -> None:
+        """What the guest tells of its boot, once there is a connection."""
+        if self.client is None or self.record.vm is None:
+            return
+        welcome, received_s = self.client.welcome, self.client.welcomed_s
+        started_s = process.started_s(self.record.vm.vmm)
+        self.note_phases(
+            *guest_phases(welcome, received_s=received_s, began_s=self.began, vmm_started_s=started_s)
+        )
 
     def require_ready(self) -> None:
         if self.record.state is not PodState.READY:

@@ -101,7 +101,12 @@ class Pods:
             else None,
             "netns": record.network.netns if record.network else "",
             "phases": [
-                {"name": phase.name, "beginSeconds": phase.begin_s, "endSeconds": phase.end_s}
+                {
+                    "name": phase.name,
+                    "side": phase.side,
+                    "beginSeconds": phase.begin_s,
+                    "endSeconds": phase.end_s,
+                }
                 for phase in record.phases
             ],
             "console": str(pod.run_dir / "console.log"),
@@ -122,7 +127,6 @@ class Pods:
         them nothing is left of it."""
         self._registry.check_pod_name(spec)
         handler = self._host.handler(spec.handler)
-        began = time.monotonic()
         record = PodRecord(
             id=PodId(secrets.token_hex(32)),
             spec=spec,
@@ -139,14 +143,16 @@ class Pods:
             async with pod.lock:
                 verdict = await self._host.accelerator(handler)
                 pod.update(accelerator=verdict.accelerator, cpu=verdict.cpu)
+                pod.note_phase("queue", pod.began, time.monotonic())
                 await bring_up(
                     self._host.steps,
                     pod,
                     begin=pod.begin,
-                    finish=lambda name, begin, end: pod.note_phase(name, begin - began, end - began),
+                    finish=pod.note_phase,
                     ended=pod.ended,
                     console=pod.console,
                 )
+                pod.note_guest()
                 pod.update(state=PodState.READY)
         except Exception:
             if not pod.record.steps:

@@ -36,12 +36,18 @@ class PodState(StrEnum):
     NOT_READY = "not-ready"
 
 
+class Side(StrEnum):
+    HOST = "host"
+    GUEST = "guest"
+
+
 class Phase(Value, frozen=True, kw_only=True):
     """A stretch of the start, for the waterfall; seconds since RunPodSandbox began."""
 
     name: str
     begin_s: float
     end_s: float
+    side: Side = Side.HOST  # whose doing it is, and whose clock told it
 
 
 class PodRecord(Value, frozen=True, kw_only=True):

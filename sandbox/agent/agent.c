@@ -9,7 +9,6 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "attach.h"
@@ -22,12 +21,10 @@
 enum { FAREWELL_MS = 1000 };
 
 void agent_phase(struct agent *agent, const char *name) {
-    struct timespec now;
     if (agent->phase_count == PHASES_MAX)
         return;
-    clock_gettime(CLOCK_MONOTONIC, &now);
     agent->phases[agent->phase_count].name = name;
-    agent->phases[agent->phase_count++].at_ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+    agent->phases[agent->phase_count++].at_ns = monotonic_ns();
 }
 
 // A pid stays a zombie's until it is waited for here, so it always means the process that is kept.

@@ -19,6 +19,12 @@ int64_t wall_ns(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+uint64_t monotonic_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
 pid_t process_fork(const struct placement *placement, int *pidfd, struct error *error) {
     // joining a PID namespace takes effect for children only, so the agent steps in and out itself
     // and stays the parent (setns(2))

@@ -47,3 +47,4 @@ void process_set_ended(struct process *process, struct loop *loop, int wait_stat
 void process_close(struct process *process, struct loop *loop);
 
 int64_t wall_ns(void);
+uint64_t monotonic_ns(void);

@@ -85,6 +85,7 @@ static void send_welcome(struct agent *agent, uint64_t epoch) {
     }
     welcome.phases = list;
     welcome.n_phases = (size_t)agent->phase_count;
+    welcome.now_ns = monotonic_ns();
     describe_containers(agent, &welcome);
     send_message(agent, FRAME_WELCOME, 0, &welcome.base);
     for (size_t i = 0; i < welcome.n_containers; i++) {

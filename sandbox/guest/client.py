@@ -47,6 +47,7 @@ class GuestClient:
         self._connection = Connection(nonce, self._on_frame, self._on_writable)
         self._connection.lost.add_done_callback(self._on_lost)
         self._welcome: asyncio.Future[pb.Welcome] = loop.create_future()
+        self.welcomed_s = 0.0  # moment of the monotonic clock
         self._calls: dict[int, asyncio.Future[pb.Reply]] = {}
         self._exits: dict[str, asyncio.Future[pb.Exited]] = {}
         self._detached: dict[str, asyncio.Future[pb.Detached]] = {}
@@ -285,6 +286,7 @@ class GuestClient:
         elif welcome.epoch != self._epoch:
             raise ProtocolError(f"the guest welcomed epoch {welcome.epoch}, not {self._epoch}")
         else:
+            self.welcomed_s = time.monotonic()
             self._welcome.set_result(welcome)
 
     def _on_reply(self, id: int, payload: memoryview) -> None:

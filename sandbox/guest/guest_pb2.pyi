@@ -86,6 +86,7 @@ class Welcome(_message.Message):
     PHASES_FIELD_NUMBER: _builtins.int
     CONFIGURED_FIELD_NUMBER: _builtins.int
     CONTAINERS_FIELD_NUMBER: _builtins.int
+    NOW_NS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     epoch: _builtins.int
     agent: _builtins.str
@@ -95,6 +96,8 @@ class Welcome(_message.Message):
     boot_id: _builtins.str
     configured: _builtins.bool
     """a Configure has succeeded in this VM"""
+    now_ns: _builtins.int
+    """the guest's CLOCK_MONOTONIC, by which the phases are told"""
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]: ...
     @_builtins.property
@@ -110,10 +113,11 @@ class Welcome(_message.Message):
         phases: _abc.Iterable[Global___Phase] | None = ...,
         configured: _builtins.bool = ...,
         containers: _abc.Iterable[Global___ContainerState] | None = ...,
+        now_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "boot_id", b"boot_id", "configured", b"configured", "containers", b"containers", "epoch", b"epoch", "kernel", b"kernel", "phases", b"phases", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "boot_id", b"boot_id", "configured", b"configured", "containers", b"containers", "epoch", b"epoch", "kernel", b"kernel", "now_ns", b"now_ns", "phases", b"phases", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

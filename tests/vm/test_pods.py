@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from cri.proto import runtime_v1_pb2 as api
 from tests.kit.cri import Cri, Pod
+from tests.kit.daemon import REPOSITORY, Daemon
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -128,6 +130,30 @@ def test_verbose_status_shows_the_phases_of_the_start(cri: Cri, pod: Pod) -> Non
     info = json.loads(cri.pod_status(pod, verbose=True).info["info"])
     assert info["phases"]
     assert all(phase["endSeconds"] >= phase["beginSeconds"] for phase in info["phases"])
+
+
+def test_trace_draws_host_and_guest_until_the_first_exec(daemon: Daemon, cri: Cri) -> None:
+    pod = cri.run_pod("traced")
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    cri.exec(container, "true")
+    told = json.loads(_husk(daemon, "trace", "traced", "--json"))
+    names = [phase["name"] for phase in told["phases"]]
+    assert told["podId"] == pod.id
+    assert {"queue", "network", "container-plan", "container-start", "first-exec"} <= set(names)
+    order = ("container-rootfs", "container-plan", "container-start", "first-exec")
+    assert [name for name in names if name in order] == list(order)
+    # a VM that was made ahead has booted before
+    guest = [phase for phase in told["phases"] if phase["side"] == "guest"]
+    assert [phase["name"] for phase in guest] in ([], ["firmware", "kernel", "mounts", "modules", "channel"])
+    last = max(phase["endSeconds"] for phase in told["phases"] if phase["name"] in {"guest", "queue"})
+    assert all(0 <= phase["beginSeconds"] <= phase["endSeconds"] <= last for phase in guest)
+    assert f"default/traced ({told['handler']}" in _husk(daemon, "trace", pod.id[:10])
+
+
+def _husk(daemon: Daemon, *arguments: str) -> str:
+    return subprocess.run(
+        daemon.command(*arguments), cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_vm_is_sized_from_the_pods_resources(cri: Cri) -> None:
