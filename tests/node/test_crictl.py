@@ -118,15 +118,6 @@ def test_inspect(crictl: Crictl, pod: Running) -> None:
     assert sandbox["info"]
 
 
-def test_stats(crictl: Crictl, pod: Running) -> None:
-    def look() -> Any:
-        return crictl.json("stats", "--id", pod.container)["stats"]
-
-    stats = Cri.wait_for(look, lambda each: each and int(each[0]["memory"]["workingSetBytes"]["value"]) > 0)
-    assert stats[0]["attributes"]["id"] == pod.container
-    assert int(stats[0]["cpu"]["usageCoreNanoSeconds"]["value"]) > 0
-
-
 def test_life_of_a_container(crictl: Crictl, pod: Running) -> None:
     file = crictl.container_file("life", BUSYBOX, ["sh", "-c", "echo begun; exec sleep 3600"])
     container = crictl.say("create", pod.pod, file, pod.pod_file)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
@@ -191,19 +192,34 @@ def test_a_vm_that_stands_still_holds_up_no_list(cri: Cri, pod: Pod, frozen: Pod
 # ------------------------------------------------------------------------------------- events
 
 
-def test_events_of_a_life(cri: Cri) -> None:
-    stream = cri.stream("GetContainerEvents")
-    seen: list[Any] = []
+class Listener:
+    """Reads a stream of events in a thread."""
 
-    def listen() -> None:
+    def __init__(self, cri: Cri) -> None:
+        self.seen: list[Any] = []
+        self.code: Any = None
+        self._stream = cri.stream("GetContainerEvents")
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+        time.sleep(0.5)  # the call has reached the daemon
+
+    def _listen(self) -> None:
         try:
-            seen.extend(iter(lambda: next(stream), None))
-        except Exception:  # it was cancelled: what came by then counts
-            return
+            for event in self._stream:
+                self.seen.append(event)
+        except grpc.RpcError:
+            pass  # `code` tells
+        self.code = self._stream.code()
 
-    listener = threading.Thread(target=listen)
-    listener.start()
-    time.sleep(0.5)  # the call has reached the daemon
+    def join(self, *, cancel: bool = False) -> None:
+        if cancel:
+            self._stream.cancel()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+def test_events_of_a_life(cri: Cri) -> None:
+    listener = Listener(cri)
     pod = cri.run_pod("usage-events")
     container = cri.run(pod, BUSYBOX, ["sh", "-c", "exit 3"])
     cri.wait_exited(container)
@@ -220,15 +236,28 @@ def test_events_of_a_life(cri: Cri) -> None:
         (pod.id, api.CONTAINER_STOPPED_EVENT),
         (pod.id, api.CONTAINER_DELETED_EVENT),
     ]
-    cri.wait_for(lambda: len(seen), lambda count: count >= len(expected))
-    stream.cancel()
-    listener.join(10)
-    assert [(each.container_id, each.container_event_type) for each in seen] == expected
-    stopped = seen[4]
+    cri.wait_for(lambda: len(listener.seen), lambda count: count >= len(expected))
+    listener.join(cancel=True)
+    assert [(each.container_id, each.container_event_type) for each in listener.seen] == expected
+    stopped = listener.seen[4]
     assert stopped.containers_statuses[0].exit_code == 3
     assert stopped.pod_sandbox_status.network.ip
-    times = [each.created_at for each in seen]
+    times = [each.created_at for each in listener.seen]
     assert times == sorted(set(times))
+
+
+def test_streams_end_with_the_daemon_and_usage_goes_on(cri: Cri, daemon: Any, pod: Pod) -> None:
+    container = cri.run(pod, BUSYBOX, SLEEP)
+    used = pod_stats(cri, pod).cpu.usage_core_nano_seconds.value
+    listener = Listener(cri)
+    began = time.monotonic()
+    assert daemon.terminate() == 0
+    assert time.monotonic() - began < 4, "an open stream does not hold the daemon up"
+    listener.join()
+    assert listener.code == grpc.StatusCode.OK
+    daemon.start()
+    assert pod_stats(cri, pod).cpu.usage_core_nano_seconds.value >= used
+    assert stats_of(cri, container).memory.working_set_bytes.value > 0
 
 
 # ------------------------------------------------------------------------------------- limits

@@ -1,0 +1,161 @@
+"""Usage, metrics, events and new limits, by the real crictl on the real daemon."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import pytest
+
+from tests.kit.cri import Cri
+from tests.kit.registry import HOST
+from tests.node.conftest import Crictl
+
+pytestmark = pytest.mark.node
+
+BUSYBOX = f"{HOST}/husk/busybox:1"
+BUSY = ["sh", "-c", "while :; do :; done"]
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Running:
+    pod: str
+    pod_file: str
+    container: str
+
+
+@pytest.fixture(scope="module")
+def pod(crictl: Crictl) -> Running:
+    """A pod with a busy container and an idle one."""
+    crictl.run("pull", BUSYBOX)
+    pod_file = crictl.pod_file("usage")
+    pod = crictl.say("runp", pod_file)
+    container = crictl.say("create", pod, crictl.container_file("busy", BUSYBOX, BUSY), pod_file)
+    crictl.run("start", container)
+    return Running(pod, pod_file, container)
+
+
+def row(text: str, name: str) -> list[str]:
+    """The line of a table that is about this name or id."""
+    (line,) = [line for line in text.splitlines() if name in line.split()]
+    return line.split()
+
+
+def test_stats(crictl: Crictl, pod: Running) -> None:
+    text = crictl.say("stats", "--seconds", "2", "--id", pod.container)
+    _, _, cpu, memory, disk, inodes, *_ = row(text, pod.container[:13])
+    assert 70 < float(cpu) < 120, text
+    assert memory.endswith("B")
+    assert disk.endswith("B")
+    assert int(inodes) > 0
+    (stats,) = crictl.json("stats", "--id", pod.container)["stats"]
+    assert stats["attributes"]["metadata"]["name"] == "busy"
+    assert int(stats["memory"]["workingSetBytes"]["value"]) > 0
+    assert int(stats["writableLayer"]["inodesUsed"]["value"]) > 0
+
+
+def test_statsp(crictl: Crictl, pod: Running) -> None:
+    text = crictl.say("statsp", "--seconds", "2", "--id", pod.pod)
+    _, _, cpu, memory = row(text, pod.pod[:13])
+    assert 70 < float(cpu) < 120, text
+    assert memory.endswith("B")
+    (stats,) = crictl.json("statsp", "--id", pod.pod)["stats"]
+    linux = stats["linux"]
+    assert linux["network"]["defaultInterface"]["name"] == "eth0"
+    assert int(linux["process"]["processCount"]["value"]) == 1
+    assert [one["attributes"]["id"] for one in linux["containers"]] == [pod.container]
+
+
+def test_metrics(crictl: Crictl, pod: Running) -> None:
+    descriptors = crictl.json("metricdescs")["descriptors"]
+    keys = {one["name"]: one["labelKeys"] for one in descriptors}
+    (metrics,) = [one for one in crictl.json("metricsp")["podMetrics"] if one["podSandboxId"] == pod.pod]
+    (container,) = metrics["containerMetrics"]
+    values = {one["name"]: one for one in container["metrics"]}
+    assert all(len(one["labelValues"]) == len(keys[name]) for name, one in values.items())
+    cpu = values["container_cpu_usage_seconds_total"]
+    assert dict(zip(keys[cpu["name"]], cpu["labelValues"], strict=True)) == {
+        "pod": "usage",
+        "namespace": "default",
+        "container": "busy",
+        "id": pod.container,
+        "image": BUSYBOX,
+    }
+    network = {one["name"] for one in metrics["metrics"] if "network" in one["name"]}
+    assert len(network) == 8
+
+
+@pytest.fixture
+def events(crictl: Crictl, pod: Running) -> Iterator[subprocess.Popen[str]]:
+    """crictl that listens, as it has shown by telling of something."""
+    command = [crictl.binary, f"--runtime-endpoint=unix://{crictl.socket}", "events", "--output", "json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as listener:
+        file = crictl.container_file("heard", BUSYBOX, BUSY)
+        assert listener.stdout is not None
+        while not select.select([listener.stdout], [], [], 0.2)[0]:
+            assert listener.poll() is None
+            crictl.run("rm", crictl.say("create", pod.pod, file, pod.pod_file))
+        yield listener
+        listener.terminate()
+
+
+def documents(stream: IO[str]) -> Iterator[Any]:
+    """JSON documents, one behind the other."""
+    text, decoder = "", json.JSONDecoder()
+    for line in stream:
+        text = (text + line).lstrip()
+        try:
+            document, end = decoder.raw_decode(text)
+        except json.JSONDecodeError:
+            continue
+        yield document
+        text = text[end:]
+
+
+def test_events(crictl: Crictl, pod: Running, events: subprocess.Popen[str]) -> None:
+    file = crictl.container_file("told", BUSYBOX, ["sh", "-c", "exit 7"])
+    container = crictl.say("create", pod.pod, file, pod.pod_file)
+    crictl.run("start", container)
+    Cri.wait_for(
+        lambda: crictl.json("inspect", container)["status"]["state"], lambda s: s == "CONTAINER_EXITED"
+    )
+    crictl.run("rm", container)
+    assert events.stdout is not None
+    told = []
+    for event in documents(events.stdout):
+        if event["containerId"] == container:
+            told.append(event)
+            if event["containerEventType"] == "CONTAINER_DELETED_EVENT":
+                break
+    kinds = ("CREATED", "STARTED", "STOPPED", "DELETED")
+    assert [each["containerEventType"] for each in told] == [f"CONTAINER_{kind}_EVENT" for kind in kinds]
+    assert {each["podSandboxStatus"]["id"] for each in told} == {pod.pod}
+    stopped = {each["id"]: each for each in told[2]["containersStatuses"]}
+    assert stopped[container]["exitCode"] == 7
+
+
+def test_update(crictl: Crictl, pod: Running) -> None:
+    file = crictl.container_file("limited", BUSYBOX, BUSY)
+    container = crictl.say("create", pod.pod, file, pod.pod_file)
+    crictl.run("start", container)
+    limits = ["--cpu-quota", "20000", "--cpu-period", "100000", "--memory", str(48 * MIB)]
+    crictl.run("update", *limits, container)
+    shown = crictl.json("inspect", container)["status"]["resources"]["linux"]
+    assert (shown["cpuQuota"], shown["memoryLimitInBytes"]) == ("20000", str(48 * MIB))
+    text = crictl.say("stats", "--seconds", "2", "--id", container)
+    assert float(row(text, container[:13])[2]) < 35, text
+    refused = crictl.run("update", "--cpu-period", "5", container, check=False)
+    assert refused.returncode != 0
+    assert "linux.cpu_period" in refused.stderr
+
+
+def test_the_vms_own_cost(crictl: Crictl, pod: Running) -> None:
+    usage = crictl.json("inspectp", pod.pod)["info"]["hostUsage"]
+    assert usage["guestMemoryBytes"] > 30 * MIB
+    assert usage["overheadMemoryBytes"] > MIB
+    assert usage["vmmCpuSeconds"] > 0.1
