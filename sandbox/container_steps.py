@@ -8,14 +8,18 @@ plan      what the agent will be told, compiled and checked
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from image.stores import RootfsStore
 from sandbox.container import Container
 from sandbox.environment import pod_files
+from sandbox.guest import guest_pb2 as pb
+from sandbox.paths import covers
 from sandbox.plan import compile_start, device_filter_for, seccomp_for
 from sandbox.records import User
-from sandbox.rooted import read_beneath
+from sandbox.rooted import make_beneath, read_beneath
 from sandbox.steps import GUEST_ROOTFS
 from sandbox.users import resolve_user
 from sandbox.volumes import find_sources
@@ -72,5 +76,25 @@ class Plan:
             device_filter=device_filter_for(record.spec),
             vcpus=container.pod.vcpus,
         )
+        make_mount_points(container.rootfs, plan)
         container.save_plan(plan)
         container.update(user=User(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))
+
+
+def make_mount_points(rootfs: Path, plan: pb.Start) -> None:
+    """What the agent would have to create in the root filesystem before it can mount there.
+
+    Only a matter of speed: the guest needs several requests over virtio-fs for what is one call here.
+    """
+    tops = [mount.target for mount in plan.mounts]
+    for mount in plan.mounts:
+        if mount.make in (pb.Mount.DIRECTORY, pb.Mount.FILE) and not _beneath(mount.target, tops):
+            make_beneath(rootfs, mount.target, directory=mount.make == pb.Mount.DIRECTORY)
+    for file in plan.files:
+        if not _beneath(file.path, tops):
+            make_beneath(rootfs, file.path, directory=False)
+
+
+def _beneath(path: str, tops: Sequence[str]) -> bool:
+    """Whether another mount covers this place, so that nothing here will be seen there."""
+    return any(top != path and covers(top, path) for top in tops)

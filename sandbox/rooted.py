@@ -1,10 +1,11 @@
-"""Open and read files of an image without leaving the image: its links are an attacker's."""
+"""Open, read and make files of an image without leaving the image: its links are an attacker's."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from sandbox.errors import InvalidSpec
@@ -38,6 +39,43 @@ def open_beneath(root: Path, name: str, flags: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), name)
     return int(file)
+
+
+def make_beneath(root: Path, path: str, *, directory: bool) -> None:
+    """Make `path`, and directories on the way, as a process with that root would, where nothing is there.
+
+    What cannot be made, and what is there and is of another kind, is left for whoever needs it to tell.
+    """
+    try:
+        os.close(open_beneath(root, path, os.O_PATH))
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return
+    else:
+        return
+    parent, _, name = path.rpartition("/")
+    if parent:
+        make_beneath(root, parent, directory=True)
+    with suppress(OSError):
+        at = open_beneath(root, parent or "/", os.O_PATH | os.O_DIRECTORY)
+        try:
+            _make(at, name, directory)
+        finally:
+            os.close(at)
+
+
+def _make(at: int, name: str, directory: bool) -> None:
+    """Modes do not depend on the daemon's umask. A dangling link is there, and stays."""
+    if directory:
+        os.mkdir(name, dir_fd=at)
+        os.chmod(name, 0o755, dir_fd=at)
+        return
+    file = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    try:
+        os.fchmod(file, 0o644)
+    finally:
+        os.close(file)
 
 
 def read_beneath(root: Path, name: str, limit: int) -> bytes:
