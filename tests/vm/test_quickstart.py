@@ -1,0 +1,104 @@
+"""deploy/quickstart as a person runs it, in a namespace where all that it changes is in memory.
+
+What it installs is there already when tests run: the set-up on a fresh machine is not on trial here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kit.leaks import CGROUPS, processes_naming
+from tests.kit.namespace import Namespace
+from tests.kit.scratch import scratch_root
+
+pytestmark = pytest.mark.vm
+
+TREE = Path(__file__).resolve().parents[2]
+# users, networks, logs and state; the guest image is the one of the tests
+SET_UP = """set -e
+mkdir /run/etc
+mount -t tmpfs -o mode=755 husk-test-etc /run/etc
+mkdir /run/etc/upper /run/etc/work
+mount -t overlay -o lowerdir=/etc,upperdir=/run/etc/upper,workdir=/run/etc/work husk-test-etc /etc
+mkdir -p /etc/cni /var/lib/husk
+mount -t tmpfs -o mode=755 husk-test-cni /etc/cni
+mount -t tmpfs -o mode=755 husk-test-log /var/log
+mount -t tmpfs -o mode=711 husk-test-state /var/lib/husk
+mkdir /var/lib/husk/guest
+mount --bind "$1" /var/lib/husk/guest
+"""
+
+
+@pytest.fixture
+def machine() -> Iterator[Namespace]:
+    with Namespace(scratch_root()) as namespace:
+        namespace.run("sh", "-c", SET_UP, "sh", os.environ["HUSK_TEST_GUEST"])
+        yield namespace
+
+
+def held(machine: Namespace) -> set[str]:
+    """What a quickstart could leave: processes, cgroups, network."""
+    daemons = {each for each in processes_naming("-m cri serve") if each.rstrip().endswith(" serve")}
+    groups = {str(root / "husk") for root in CGROUPS.iterdir() if (root / "husk").exists()}
+    links = {line.split(": ")[1] for line in machine.run("ip", "-o", "link").splitlines()}
+    files = set(machine.run("find", "/etc/cni", "/var/lib/cni", "-type", "f").split())
+    # what has ended and is not yet collected has no command line
+    vms = {each for each in processes_naming("/husk/husk-") if each.partition(" ")[2]}
+    return daemons | vms | groups | links | files
+
+
+def start(machine: Namespace, *options: str) -> subprocess.Popen[str]:
+    """In a group of its own, as a shell starts it, for Ctrl-C to reach all of that group."""
+    return subprocess.Popen(
+        machine.command([f"{TREE}/deploy/quickstart", *options]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        process_group=0,
+    )
+
+
+def test_once_shows_all_and_leaves_nothing(machine: Namespace) -> None:
+    before = held(machine)
+    program = start(machine, "--once")
+    told, _ = program.communicate(timeout=240)
+    assert program.returncode == 0, told
+    kernels = {name: re.search(rf"{name} kernel: +(\S+)", told) for name in ("host", "guest")}
+    assert kernels["host"] and kernels["guest"], told
+    assert kernels["host"][1] == platform.release() != kernels["guest"][1]
+    for shown in (
+        r"accelerator: +(kvm|tcg) \(.+\)",
+        r"Hello from a pod",
+        r"\d+Z stderr F .*url:/",
+        r"pod +\d+ ms",
+    ):
+        assert re.search(shown, told), (shown, told)
+    assert held(machine) == before
+
+
+def test_ctrl_c_stops_the_pod_and_the_daemon(machine: Namespace) -> None:
+    before = held(machine)
+    program = start(machine)
+    assert program.stdout is not None
+    told = ""
+    end = time.monotonic() + 240
+    while "Ctrl-C ends it" not in told:
+        line = program.stdout.readline()
+        assert line and time.monotonic() < end, told
+        told += line
+    running = held(machine) - before
+    assert any("qemu-system" in each for each in running)
+    os.killpg(program.pid, signal.SIGINT)
+    rest, _ = program.communicate(timeout=60)
+    assert program.returncode == 130, told + rest
+    assert held(machine) == before, rest
