@@ -17,20 +17,32 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from sandbox import cpio, process
-from sandbox.errors import MissingProgram, SandboxError
+from sandbox import cpio
+from sandbox.builds import (
+    BuildFailed,
+    Progress,
+    alone,
+    checked,
+    download,
+    field,
+    hash_of,
+    need_apt,
+    show,
+    unpack,
+)
+from sandbox.errors import MissingProgram
 from sandbox.kernel_image import (
     BadKernel,
+    Kernel,
     extract_vmlinux,
     find_modules,
     load_modules,
@@ -48,34 +60,12 @@ AGENT = Path(__file__).parent / "agent"
 DIRECTORIES = ("dev", "modules", "modules/load", "proc", "run", "sbin", "sys", "tmp")
 MODPROBE = "sbin/modprobe"  # where a kernel looks for it (CONFIG_MODPROBE_PATH)
 
-Progress = Callable[[str], None]
-
 
 class GuestImage(msgspec.Struct, frozen=True, kw_only=True):
     kernel: Path
     initramfs: Path
     hash: str
     kernel_version: str
-
-
-class BuildFailed(SandboxError):
-    """A program that the build runs has failed; `output` is the end of what it said."""
-
-    def __init__(self, what: str, output: str) -> None:
-        super().__init__(f"{what}: {output}")
-        self.what = what
-        self.output = output
-
-
-class Kernel(msgspec.Struct, frozen=True, kw_only=True):
-    """A kernel image (bzImage or ELF) and the /lib/modules/VERSION that belongs to it."""
-
-    image: Path
-    modules: Path
-
-    @property
-    def version(self) -> str:
-        return self.modules.name
 
 
 def find_image(root: Path) -> GuestImage | None:
@@ -115,15 +105,16 @@ async def build(
     """
     guest = root / "guest"
     guest.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=guest, prefix=".build-") as scratch_name:
-        scratch = Path(scratch_name)
-        if kernel is not None:
-            chosen = Kernel(image=kernel, modules=modules or find_modules_of(kernel))
-        else:
-            chosen = await fetch_kernel(guest / "packages", scratch, progress)
-        progress(f"kernel {chosen.version}")
-        program = await compile_agent(agent, scratch, progress)
-        image = await asyncio.to_thread(_assemble, guest, scratch, chosen, program)
+    async with alone(guest, progress):
+        with tempfile.TemporaryDirectory(dir=guest, prefix=".build-") as scratch_name:
+            scratch = Path(scratch_name)
+            if kernel is not None:
+                chosen = Kernel(image=kernel, modules=modules or find_modules_of(kernel))
+            else:
+                chosen = await fetch_kernel(guest / "packages", scratch, progress)
+            progress(f"kernel {chosen.version}")
+            program = await compile_agent(agent, scratch, progress)
+            image = await asyncio.to_thread(_assemble, guest, scratch, chosen, program)
     progress(f"guest image {image.hash[:16]} is ready")
     return image
 
@@ -146,19 +137,19 @@ def find_modules_of(kernel: Path) -> Path:
 
 async def fetch_kernel(packages: Path, scratch: Path, progress: Progress) -> Kernel:
     """Download (once per version) and unpack the newest kernel for VMs that apt knows."""
-    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise MissingProgram("apt-get", "a Debian or Ubuntu host, or: husk guest build --kernel PATH")
+    need_apt("husk guest build --kernel PATH")
     names = await find_kernel_packages()
     tree = scratch / "package"
     for name, version in names:
         deb = await download(packages, name, version, progress)
-        await _checked(["dpkg", "-x", str(deb), str(tree)], timeout_s=120)
+        await unpack(deb, tree)
     images = sorted((tree / "boot").glob("vmlinuz-*"))
     if not images:
         raise BadKernel(names[0][0], "its package holds no /boot/vmlinuz")
     version = images[0].name.removeprefix("vmlinuz-")
     directory = next((d for d in (tree / "lib/modules", tree / "usr/lib/modules") if d.is_dir()), tree)
-    return Kernel(image=images[0], modules=directory / version)
+    # distributions' kernels take unsigned modules, unless firmware that VMs do not have forbids it
+    return Kernel(image=images[0], modules=directory / version, keep_signatures=False)
 
 
 async def find_kernel_packages() -> list[tuple[str, str]]:
@@ -167,46 +158,17 @@ async def find_kernel_packages() -> list[tuple[str, str]]:
     The name that stays the same over upgrades depends on the one with the version in it.
     """
     for meta in KERNELS:
-        shown = await _show(meta)
-        image = re.search(r"\b(linux-image-(?:unsigned-)?\d[^\s,(]*)", _field(shown, "Depends"))
+        shown = await show(meta)
+        image = re.search(r"\b(linux-image-(?:unsigned-)?\d[^\s,(]*)", field(shown, "Depends"))
         if image is None:
             continue
-        details = await _show(image[1])
-        modules = re.search(r"\b(linux-modules-\d[^\s,(]*)", _field(details, "Depends"))
-        found = [(image[1], _field(details, "Version"))]
+        details = await show(image[1])
+        modules = re.search(r"\b(linux-modules-\d[^\s,(]*)", field(details, "Depends"))
+        found = [(image[1], field(details, "Version"))]
         if modules is not None:
-            found.append((modules[1], _field(await _show(modules[1]), "Version")))
+            found.append((modules[1], field(await show(modules[1]), "Version")))
         return found
     raise BuildFailed("apt-cache show", f"none of {', '.join(KERNELS)} is known; run apt-get update")
-
-
-async def _show(package: str) -> str:
-    done = await process.run(["apt-cache", "show", "--no-all-versions", package], timeout_s=60)
-    return done.stdout.decode(errors="replace") if done.status == 0 else ""
-
-
-def _field(paragraph: str, name: str) -> str:
-    found = re.search(rf"^{name}: (.*)$", paragraph, re.MULTILINE)
-    return found[1] if found else ""
-
-
-async def download(packages: Path, name: str, version: str, progress: Progress) -> Path:
-    """The package's file, from the cache where it has been fetched before."""
-    wanted = packages / f"{name}_{version.replace(':', '%3a')}.deb"
-    if wanted.exists():
-        return wanted
-    progress(f"downloading {name} {version}")
-    packages.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=packages, prefix=".download-") as scratch:
-        # apt would rather download as a user of its own, who cannot write here, and warns of it.
-        command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", f"{name}={version}"]
-        await _checked(command, timeout_s=900, cwd=scratch)
-        (got,) = Path(scratch).glob("*.deb")
-        got.rename(wanted)
-    for other in packages.glob(f"{re.split(r'[0-9]', name, maxsplit=1)[0]}*.deb"):
-        if other != wanted:
-            other.unlink()  # an older version of the same
-    return wanted
 
 
 # --------------------------------------------------------------------------------------- agent
@@ -222,7 +184,7 @@ async def compile_agent(source: Path, scratch: Path, progress: Progress) -> byte
     progress("compiling the agent")
     out = scratch / "agent"
     out.mkdir()
-    await _checked(["make", "-C", str(source), f"OUT={out}"], timeout_s=300)
+    await checked(["make", "-C", str(source), f"OUT={out}"], timeout_s=300)
     return (out / "husk-agent").read_bytes()
 
 
@@ -251,9 +213,10 @@ def make_initramfs(program: bytes, modules: Mapping[str, bytes], later: Mapping[
 def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes) -> GuestImage:
     vmlinux = extract_vmlinux(kernel.image.read_bytes(), str(kernel.image))
     available, builtin = find_modules(kernel.modules), read_builtin(kernel.modules)
-    modules = load_modules(available, builtin, MODULES)
+    keep = kernel.keep_signatures
+    modules = load_modules(available, builtin, MODULES, keep_signatures=keep)
     offered = [name for name in ON_DEMAND if name in available]
-    later = load_modules(available, [*builtin, *modules], offered)
+    later = load_modules(available, [*builtin, *modules], offered, keep_signatures=keep)
     initramfs = make_initramfs(program, modules, later)
     facts = msgspec.json.encode(_Facts(kernel.version, tuple(modules)))
     digest = hash_of(vmlinux, initramfs, facts)
@@ -272,13 +235,6 @@ def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes) -> Gue
     image = find_image(guest.parent)
     assert image is not None
     return image
-
-
-def hash_of(*parts: bytes) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(hashlib.sha256(part).digest())
-    return total.hexdigest()[:32]
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -308,10 +264,3 @@ def _sweep(guest: Path, scratch: Path) -> None:
     left = [d for d in guest.glob(".build-*") if d != scratch]
     for directory in (*others[:-1], *left):
         shutil.rmtree(directory)
-
-
-async def _checked(argv: Sequence[str], *, timeout_s: float, cwd: str = "/") -> None:
-    done = await process.run(argv, timeout_s=timeout_s, cwd=cwd)
-    if done.status != 0:
-        said = (done.stdout[-2000:] + done.stderr[-4000:]).decode(errors="replace").strip()
-        raise BuildFailed(f"{' '.join(argv)} (status {done.status})", said)

@@ -16,11 +16,13 @@ import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import msgspec
 import zstandard
 
 from sandbox.errors import MissingProgram, SandboxError
 
 MAX_KERNEL = 512 << 20
+_SIGNED = b"~Module signature appended~\n"
 _LZ4_BLOCK = 8 << 20  # of the legacy format: lz4, doc/lz4_Frame_format.md, "Legacy frame"
 
 
@@ -31,6 +33,21 @@ class BadKernel(SandboxError):
         super().__init__(f"{what}: {problem}")
         self.what = what
         self.problem = problem
+
+
+class Kernel(msgspec.Struct, frozen=True, kw_only=True):
+    """A kernel image (bzImage or ELF) and the /lib/modules/VERSION that belongs to it.
+
+    `keep_signatures` where it is not known whether the kernel insists on modules that are signed.
+    """
+
+    image: Path
+    modules: Path
+    keep_signatures: bool = True
+
+    @property
+    def version(self) -> str:
+        return self.modules.name
 
 
 def extract_vmlinux(image: bytes, name: str = "kernel") -> bytes:
@@ -112,7 +129,11 @@ def find_modules(directory: Path) -> dict[str, Path]:
 
 
 def load_modules(
-    available: Mapping[str, Path], builtin: Iterable[str], wanted: Iterable[str]
+    available: Mapping[str, Path],
+    builtin: Iterable[str],
+    wanted: Iterable[str],
+    *,
+    keep_signatures: bool = True,
 ) -> dict[str, bytes]:
     """The wanted modules and what they need, unpacked, each after its dependencies.
 
@@ -131,7 +152,7 @@ def load_modules(
         content = decompress(available[name].read_bytes(), f"module {name}")
         for dependency in find_dependencies(content):
             load(dependency, (*chain, name))
-        loaded[name] = content
+        loaded[name] = content if keep_signatures else cut_signature(content)
 
     for name in wanted:
         load(name, ())
@@ -164,6 +185,19 @@ def load_orders(modules: Mapping[str, bytes]) -> dict[str, list[str]]:
         return [*dict.fromkeys(before), name]
 
     return {alias: order(name) for name in modules for alias in (name, *find_aliases(modules[name]))}
+
+
+def cut_signature(module: bytes) -> bytes:
+    """The module without its signature: the host vouches for the initramfs, and checking costs a start.
+
+    Behind the signature are struct module_signature, whose last four bytes of twelve are the length
+    (big-endian), and a line of text: kernel's include/linux/module_signature.h.
+    """
+    body = module.removesuffix(_SIGNED)
+    if body == module or len(body) < 12:
+        return module
+    (length,) = struct.unpack(">I", body[-4:])
+    return body[: len(body) - 12 - length] if length <= len(body) - 12 else module
 
 
 def read_builtin(directory: Path) -> list[str]:

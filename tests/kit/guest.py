@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sandbox import cpio, guest_image, kernel_image
-from sandbox.guest_image import Kernel
+from sandbox.kernel_image import Kernel
 
 BUSYBOX = Path("/usr/bin/busybox")  # busybox-static
 # how each of them begins: commands, devices, and the modules of the image

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sandbox import cgroup, mounts, process
-from sandbox.guest_image import Kernel
+from sandbox.kernel_image import Kernel
 from sandbox.vmm import Machine, ShareSpec, VmSpec, find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
 from tests.kit.scratch import scratch_dir, scratch_root

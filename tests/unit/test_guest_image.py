@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import lzma
 import os
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from sandbox import cpio, guest_image, kernel_image
-from sandbox.kernel_image import BadKernel
+from sandbox import builds, cpio, guest_image, kernel_image
+from sandbox.kernel_image import BadKernel, Kernel
 
 ELF = b"\x7fELF" + bytes(range(256)) * 500
 
@@ -71,7 +72,7 @@ def test_what_is_no_kernel_is_refused(image: bytes) -> None:
         kernel_image.extract_vmlinux(image, "it")
 
 
-def make_tree(root: Path, *, fail: str = "") -> guest_image.Kernel:
+def make_tree(root: Path, *, fail: str = "") -> Kernel:
     """A kernel with modules in the three forms that distributions use."""
     modules = root / "lib/modules/6.1-test"
     forms = [
@@ -93,7 +94,7 @@ def make_tree(root: Path, *, fail: str = "") -> guest_image.Kernel:
     image = root / "boot/vmlinuz-6.1-test"
     image.parent.mkdir()
     image.write_bytes(bzimage(gzip.compress(ELF, mtime=0)))
-    return guest_image.Kernel(image=image, modules=modules)
+    return Kernel(image=image, modules=modules)
 
 
 def test_modules_follow_what_they_need(tmp_path: Path) -> None:
@@ -121,6 +122,32 @@ def test_a_later_module_is_found_by_each_of_its_names(tmp_path: Path) -> None:
     listed = subprocess.run(["cpio", "-it", "--quiet"], input=archive, capture_output=True, check=True)
     names = listed.stdout.decode().splitlines()
     assert {"modules/bridge.ko", "modules/load/rtnl-link-bridge", "sbin/modprobe"} <= set(names)
+
+
+SIGNED = b"~Module signature appended~\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (ELF + b"s" * 300 + bytes(8) + struct.pack(">I", 300) + SIGNED, ELF),
+        (ELF + bytes(8) + struct.pack(">I", 0) + SIGNED, ELF),
+        (ELF, ELF),
+        (ELF + SIGNED[:-1], ELF + SIGNED[:-1]),
+        (b"short" + SIGNED, b"short" + SIGNED),
+        (ELF + b"\xff" * 12 + SIGNED, ELF + b"\xff" * 12 + SIGNED),
+    ],
+)
+def test_a_signature_is_cut_off_and_nothing_else(module: bytes, expected: bytes) -> None:
+    assert kernel_image.cut_signature(module) == expected
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_signatures_stay_where_the_kernel_may_insist(tmp_path: Path, keep: bool) -> None:
+    module = tmp_path / "a.ko"
+    module.write_bytes(ELF + bytes(12) + SIGNED)
+    loaded = kernel_image.load_modules({"a": module}, [], ["a"], keep_signatures=keep)
+    assert loaded == {"a": module.read_bytes() if keep else ELF}
 
 
 def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:
@@ -202,3 +229,20 @@ async def test_a_kernel_without_modules_is_told(tmp_path: Path, agent: Path) -> 
     lonely.write_bytes(ELF)
     with pytest.raises(BadKernel, match="--modules"):
         await guest_image.build(tmp_path, kernel=lonely, agent=agent)
+
+
+async def test_builds_wait_for_each_other(tmp_path: Path) -> None:
+    """One would sweep away the scratch directory of the other."""
+    said: list[str] = []
+    async with builds.alone(tmp_path, said.append):
+        second = asyncio.create_task(_enter(tmp_path, said.append))
+        while not said:
+            await asyncio.sleep(0.01)
+        assert said == ["waiting for another build to end"] and not second.done()
+    async with asyncio.timeout(5):
+        await second
+
+
+async def _enter(directory: Path, progress: builds.Progress) -> None:
+    async with builds.alone(directory, progress):
+        pass
