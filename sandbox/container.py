@@ -28,6 +28,9 @@ class Container(Recorded[ContainerRecord]):
         self.plan_path = plans / f"{record.id}.plan"
         self.relay: LogRelay | None = None
         self.lock = asyncio.Lock()  # held by start, update and remove
+        self.mirror = asyncio.Lock()  # held while its mounts are shown on the host
+        self.mirrored = False  # somebody keeps looking at them
+        self.pid = 0  # of its first process, in the guest
         self.exited = asyncio.Event()
         self.early_exit: pb.Exited | None = None
         self.on_state: Callable[[Container], None] = lambda container: None  # its state has changed

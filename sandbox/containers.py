@@ -37,6 +37,7 @@ from sandbox.lifecycle import Step, bring_up, take_down
 from sandbox.logs import WINDOW, LogRelay
 from sandbox.plan import compile_exec
 from sandbox.pod import Pod
+from sandbox.propagation import Mirror
 from sandbox.records import ContainerRecord, ContainerState, ImageVolume
 from sandbox.registry import Registry
 from sandbox.resources import compile_resources, merge_resources
@@ -79,6 +80,7 @@ class Containers:
     def __init__(self, registry: Registry, host: ContainerHost) -> None:
         self._registry = registry
         self._host = host
+        self._mirror = Mirror(host.tasks)
         self._steps: Sequence[Step[Container]] = (
             Rootfs(host.rootfs),
             Volumes(host.rootfs),
@@ -197,13 +199,15 @@ class Containers:
             request.start.log_stream = await relay.attach(client)
             request.start.log_window = WINDOW
             try:
-                await container.pod.call(request)
+                reply = await container.pod.call(request)
             except GuestError as error:
                 self._start_failed(container, error)
                 raise
             await relay.begin()
+            container.pid = reply.started.pid
             container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
             self._note_phase(container.pod, "container-start", began)
+            self._mirror.watch(container)
             if container.early_exit is not None:
                 self._apply_exit(container, container.early_exit)
 
@@ -274,6 +278,8 @@ class Containers:
         if container.record.state is ContainerState.CREATED:
             # killed between asking the guest and writing down its answer
             container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
+        container.pid = state.pid
+        self._mirror.watch(container)
         await self._resume_log(container)
         if state.state == pb.ContainerState.EXITED and container.running:
             self._apply_exit(container, state.exited)
@@ -379,6 +385,7 @@ class Containers:
         if pod.record.ready and container.record.started_at_ns:
             await pod.call(pb.Request(remove=pb.Remove(container_id=container.id)))
         self._close_log(container)
+        await self._mirror.release(container)
         await take_down(self._steps, container, ended=container.ended)
         self._forget(container)
 
@@ -401,6 +408,8 @@ class Containers:
         began = time.monotonic()
         result = await client.exec_sync(container.id, process, timeout_s, EXEC_OUTPUT_LIMIT)
         container.pod.note_first("first-exec", began)
+        # whoever called it to mount something looks at the host next
+        await self._mirror.look(container)
         return result
 
     async def exec(

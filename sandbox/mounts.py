@@ -11,7 +11,7 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -32,8 +32,11 @@ _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
 _OPEN_TREE_CLONE = 1
-_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOVE_MOUNT_F_EMPTY_PATH = 0x04
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
 _MOUNT_ATTR_RDONLY = 1
+_MOUNT_ATTR_NOSUID = 2
+_MOUNT_ATTR_NODEV = 4
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_MOUNT_SETATTR = 442
@@ -98,11 +101,22 @@ def clone_tree(source: int, what: Path) -> int:
     return int(tree)
 
 
-def shape_tree(tree: int, what: Path, *, propagation: int, readonly: bool, recursive: bool) -> None:
-    """Set the propagation of a copy and all below it; make it read-only, alone or with all below it."""
+def shape_tree(
+    tree: int,
+    what: Path,
+    *,
+    propagation: int,
+    readonly: bool = False,
+    recursive: bool = False,
+    inert: bool = False,
+) -> None:
+    """Set the propagation of a copy and all below it; make it read-only, alone or with all below it;
+    let set-id programs and devices in it do nothing."""
     wishes = [(_AT_RECURSIVE, _MountAttr(0, 0, propagation, 0))]
     if readonly:
         wishes.append((_AT_RECURSIVE if recursive else 0, _MountAttr(_MOUNT_ATTR_RDONLY, 0, 0, 0)))
+    if inert:
+        wishes.append((_AT_RECURSIVE, _MountAttr(_MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV, 0, 0, 0)))
     for flags, attr in wishes:
         _check(
             _libc.syscall(
@@ -117,19 +131,24 @@ def shape_tree(tree: int, what: Path, *, propagation: int, readonly: bool, recur
         )
 
 
-def attach_tree(tree: int, target: Path) -> None:
-    """Mount a copy at `target`, in the calling thread's namespace (move_mount(2))."""
+def attach_tree(tree: int, target: int, what: Path) -> None:
+    """Mount a copy on `target`, an O_PATH descriptor (move_mount(2))."""
     _check(
         _libc.syscall(
             ctypes.c_long(_SYS_MOVE_MOUNT),
             ctypes.c_int(tree),
             b"",
-            ctypes.c_int(_AT_FDCWD),
-            os.fsencode(target),
-            ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH),
+            ctypes.c_int(target),
+            b"",
+            ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH),
         ),
-        target,
+        what,
     )
+
+
+def detach(point: Path) -> None:
+    """The mount on top at `point`."""
+    _check(_libc.umount2(os.fsencode(point), MNT_DETACH | UMOUNT_NOFOLLOW), point)
 
 
 def in_namespace(namespace: int, action: Callable[[], T]) -> T:
@@ -159,14 +178,21 @@ def set_propagation(target: Path, flags: int) -> None:
 def mounts_below(root: Path) -> list[Path]:
     """Mount points at and below `root`, in the order in which they were made."""
     text = os.fsencode(root)
-    found = []
+    points = (point for _, point in _table() if point == text or point.startswith(text + b"/"))
+    return [Path(os.fsdecode(point)) for point in points]
+
+
+def top_mounts() -> dict[str, int]:
+    """By mount point, the id of the mount that was made there last: unique while it is there."""
+    return {os.fsdecode(point): id for id, point in _table()}
+
+
+def _table() -> Iterator[tuple[int, bytes]]:
+    """Id and point of each mount. Space, tab, newline and backslash are octal escapes (proc(5))."""
     with Path("/proc/self/mountinfo").open("rb") as table:
         for line in table:
-            # proc(5): space, tab, newline and backslash are octal escapes
-            point = _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), line.split(b" ", 5)[4])
-            if point == text or point.startswith(text + b"/"):
-                found.append(Path(os.fsdecode(point)))
-    return found
+            fields = line.split(b" ", 5)
+            yield int(fields[0]), _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), fields[4])
 
 
 def unmount_tree(root: Path) -> None:

@@ -109,6 +109,14 @@ class ImageVolume(Value, frozen=True, kw_only=True):
     chain_ids: tuple[str, ...]
 
 
+class Propagated(Value, frozen=True, kw_only=True):
+    """A mount of the container's that is shown on the host (see `propagation`)."""
+
+    path: str
+    mount_id: int = 0  # 0: about to be made
+    below: int = 0  # the mount that was on top there before
+
+
 class ContainerRecord(Value, frozen=True, kw_only=True):
     version: int = VERSION
     id: ContainerId
@@ -132,6 +140,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True):
     stop_signal: str = "SIGTERM"
     log_path: str = ""  # absolute on the host
     log: LogPosition = LogPosition()
+    propagated: tuple[Propagated, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from sandbox.errors import InvalidSpec
 _SYS_OPENAT2 = 437
 _RESOLVE_IN_ROOT = 0x10
 _RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -20,12 +21,13 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-def open_beneath(root: Path, name: str, flags: int) -> int:
+def open_beneath(root: Path, name: str, flags: int, *, links: bool = True) -> int:
     """A descriptor of `name` as a process finds it whose root is `root` (openat2(2), RESOLVE_IN_ROOT).
-    Raises OSError."""
+    Raises OSError, without `links` also where one is on the way."""
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+        resolve = _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS | (0 if links else _RESOLVE_NO_SYMLINKS)
+        how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
         file = _libc.syscall(
             ctypes.c_long(_SYS_OPENAT2),
             ctypes.c_int(directory),

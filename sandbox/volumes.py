@@ -157,7 +157,11 @@ def _in_exporter(container: Container, trees: dict[int, int]) -> None:
 
 def _attach(trees: dict[int, int], directory: Path) -> None:
     for number, tree in trees.items():
-        mounts.attach_tree(tree, directory / str(number))
+        point = os.open(directory / str(number), _FIND)
+        try:
+            mounts.attach_tree(tree, point, directory / str(number))
+        finally:
+            os.close(point)
 
 
 @contextlib.contextmanager

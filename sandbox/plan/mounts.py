@@ -5,7 +5,7 @@ containerd and CRI-O add), then the client's mounts, sorted so that a target is 
 it lies beneath. A client's mount takes the place of a standard one at or beneath its target.
 
 Propagation ends at the guest: with BIDIRECTIONAL a container sees the host's later mounts and shares
-its own with namespaces that it makes itself, but none ever reaches the host.
+its own with namespaces that it makes itself; what of it the host shows, `propagation` says.
 
 An image's VOLUME needs no mount: the writable layer that it would be copied out of lives exactly as
 long. Only where the root is read-only does it get one, an empty tmpfs.

@@ -11,9 +11,6 @@ SKIPPED = {
 
 # these fail
 FAILED = {
-    "Container Mount Propagation / runtime should support mount propagation / mount with 'rshared'": (
-        "what a container mounts stays inside its VM"
-    ),
     "Security Context / NamespaceOption / runtime should support Host": "host namespaces are not offered yet",
     "Streaming / ": "Exec, Attach and PortForward are not served yet",
 }

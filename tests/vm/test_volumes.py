@@ -91,6 +91,31 @@ def test_a_later_mount_of_the_host_arrives_where_asked(
     assert cri.exec(alone, "ls", "/data/sub").stdout == ""
 
 
+def test_a_mount_of_the_container_is_shown_on_the_host_where_asked(
+    site: Any, cri: Cri, pod: Pod, folder: Path, mount: Mount
+) -> None:
+    (folder / "point").mkdir()
+    mount("--bind", str(folder), str(folder))
+    mount("--make-shared", str(folder))
+    privileged = api.LinuxContainerConfig(security_context=api.LinuxContainerSecurityContext(privileged=True))
+    wish = volume(folder, propagation=api.PROPAGATION_BIDIRECTIONAL)
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[wish], linux=privileged)
+    cri.exec(container, "mount", "--bind", "/etc", "/data/point")
+    seen = site.namespace.run("ls", str(folder / "point")).split()
+    assert {"passwd", "image-mark"} <= set(seen)
+    cri.exec(container, "umount", "/data/point")
+    assert site.namespace.run("ls", str(folder / "point")) == ""
+    cri.exec(container, "mount", "--bind", "/etc", "/data/point")
+    cri.stop(container, timeout=0)
+    cri.wait_for(lambda: site.namespace.run("ls", str(folder / "point")), lambda text: text == "", 5)
+
+
+def test_bidirectional_is_for_privileged_containers(cri: Cri, pod: Pod, folder: Path) -> None:
+    with pytest.raises(grpc.RpcError) as fault:
+        cri.create(pod, BUSYBOX, SLEEP, mounts=[volume(folder, propagation=api.PROPAGATION_BIDIRECTIONAL)])
+    assert "config.mounts[0].propagation" in str(fault.value.details())
+
+
 def test_options(cri: Cri, pod: Pod, folder: Path) -> None:
     (folder / "tool").write_text("#!/bin/sh\necho ran\n")
     (folder / "tool").chmod(0o755)

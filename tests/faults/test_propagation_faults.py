@@ -1,0 +1,145 @@
+"""A container's mounts on the host: shown, taken away, left alone when they are somebody else's."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from sandbox.container import Container
+from sandbox.mounts import mounts_below, top_mounts, unmount_tree
+from sandbox.pod import Pod
+from sandbox.propagation import Mirror, synchronize
+from sandbox.records import ContainerRecord, PodRecord, Propagated
+from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, MountSpec, PodId, PodSpec, Propagation
+from sandbox.store import Store
+from sandbox.tasks import Tasks
+
+PLAIN = """20 1 0:30 / / rw - virtiofs none rw
+22 20 0:40 / /both rw - virtiofs none rw
+"""
+MOUNTED = PLAIN + "23 22 0:30 /etc /both/point rw - virtiofs none rw\n"
+
+
+@dataclass
+class Site:
+    root: Path
+    store: Store[ContainerRecord]
+    pod: Pod
+    container: Container
+
+    @property
+    def point(self) -> Path:
+        return self.root / "volume/point"
+
+    def restarted(self) -> Container:
+        """The container as the next daemon reads it."""
+        record = self.container.record
+        self.store.load()
+        return Container(
+            next(each for each in self.store if each.id == record.id), self.store, self.pod, self.root
+        )
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    root = Path(tempfile.mkdtemp(prefix="husk-faults-"))
+    pod_record = PodRecord(
+        id=PodId("p"), spec=PodSpec(name="p", namespace="n", uid="u"), created_at_ns=1, token=b""
+    )
+    pod = Pod(pod_record, cast(Any, None), root / "run")
+    volume = MountSpec(
+        container_path="/both", host_path=str(root / "volume"), propagation=Propagation.BIDIRECTIONAL
+    )
+    record = ContainerRecord(
+        id=ContainerId("c" * 64),
+        pod_id=pod.id,
+        spec=ContainerSpec(name="c", image="i", mounts=(volume,)),
+        created_at_ns=1,
+        image_id="i",
+        image_ref="i",
+        defaults=ImageDefaults(),
+    )
+    store = Store(root / "containers", ContainerRecord)
+    store.put(record)
+    container = Container(record, store, pod, root)
+    (root / "volume/point").mkdir(parents=True)
+    (container.rootfs / "etc").mkdir(parents=True)
+    (container.rootfs / "etc/file").write_text("of the container")
+    yield Site(root, store, pod, container)
+    unmount_tree(root)
+    shutil.rmtree(root)
+
+
+def mount(*arguments: str | Path) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def release(container: Container) -> Any:
+    return Mirror(Tasks()).release(container)
+
+
+async def test_shown_once_and_taken_away(site: Site) -> None:
+    for _ in range(2):
+        await synchronize(site.container, MOUNTED)
+    assert (site.point / "file").read_text() == "of the container"
+    assert mounts_below(site.root) == [site.point]
+    (line,) = (each for each in Path("/proc/self/mounts").read_text().splitlines() if str(site.point) in each)
+    assert {"nosuid", "nodev"} <= set(line.split()[3].split(","))
+    await synchronize(site.container, PLAIN)
+    assert (mounts_below(site.root), site.container.record.propagated) == ([], ())
+
+
+async def test_released_twice_and_by_a_daemon_that_knows_the_record_alone(site: Site) -> None:
+    await release(site.container)
+    await synchronize(site.container, MOUNTED)
+    for _ in range(2):
+        await release(site.restarted())
+    assert mounts_below(site.root) == []
+
+
+@pytest.mark.parametrize("made", [False, True])
+async def test_killed_before_or_after_the_mount_was_made(site: Site, made: bool) -> None:
+    """Then the record has the intent, and no id of the mount."""
+    if made:
+        mount("--bind", site.container.rootfs / "etc", site.point)
+    site.container.update(propagated=(Propagated(path=str(site.point)),))
+    await release(site.restarted())
+    assert mounts_below(site.root) == []
+
+
+async def test_what_somebody_mounted_there_before_or_on_top_stays(site: Site) -> None:
+    mount("-t", "tmpfs", "before", site.point)
+    below = top_mounts()[str(site.point)]
+    site.container.update(propagated=(Propagated(path=str(site.point), below=below),))
+    await release(site.restarted())
+    assert top_mounts()[str(site.point)] == below
+    site.container.update(propagated=())
+    await synchronize(site.container, MOUNTED)
+    mount("-t", "tmpfs", "top", site.point)
+    on_top = top_mounts()[str(site.point)]
+    await release(site.container)
+    assert top_mounts()[str(site.point)] == on_top
+
+
+@pytest.mark.parametrize("spoil", ["target is a link", "target is gone", "source is gone", "kinds differ"])
+async def test_what_cannot_be_shown_is_left_out(site: Site, spoil: str) -> None:
+    match spoil:
+        case "target is a link":
+            site.point.rmdir()
+            site.point.symlink_to("/etc")
+        case "target is gone":
+            site.point.rmdir()
+        case "source is gone":
+            shutil.rmtree(site.container.rootfs / "etc")
+        case _:
+            site.point.rmdir()
+            site.point.touch()
+    await synchronize(site.container, MOUNTED)
+    assert (mounts_below(site.root), site.container.record.propagated) == ([], ())

@@ -1,0 +1,65 @@
+"""Which mounts of a container the host shows, by the table that its guest gives."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox.propagation import MAX_MOUNTS, Wish, find_wishes
+from sandbox.spec import MountSpec, Propagation
+
+BOTH = MountSpec(container_path="/both/", host_path="/h", propagation=Propagation.BIDIRECTIONAL)
+PRIVATE = MountSpec(container_path="/data", host_path="/d")
+INNER = MountSpec(container_path="/both/private", host_path="/p")
+IMAGE = MountSpec(container_path="/image", host_path="", image="i", readonly=True)
+SPECS = (BOTH, PRIVATE, INNER, IMAGE)
+
+TABLE = r"""
+20 1 0:30 / / rw - virtiofs none rw
+21 20 0:31 / /proc rw - proc proc rw
+22 20 0:40 / /both rw - virtiofs none rw
+23 20 0:41 / /data rw - virtiofs none rw
+24 22 0:42 / /both/private rw - virtiofs none rw
+25 20 0:43 / /image ro - virtiofs none rw
+"""
+
+
+def line(device: str, root: str, point: str) -> str:
+    return f"{TABLE}99 22 {device} {root} {point} rw - virtiofs none rw\n"
+
+
+@pytest.mark.parametrize(
+    ("added", "wishes"),
+    [
+        (
+            ("0:30", "/etc", "/both/point"),
+            [Wish(target_volume=0, target="point", volume=None, source="/etc")],
+        ),
+        (("0:41", "/x", "/both/a/b"), [Wish(target_volume=0, target="a/b", volume=1, source="/x")]),
+        (
+            ("0:30", r"/with\040space", r"/both/a\134b"),
+            [Wish(target_volume=0, target=r"a\b", volume=None, source="/with space")],
+        ),
+        (("0:55", "/", "/both/tmpfs"), []),
+        (("0:43", "/bin", "/both/image"), []),
+        (("0:30", "/etc", "/data/point"), []),
+        (("0:30", "/etc", "/both/private/point"), []),
+        (("0:30", "/etc", "/bothersome"), []),
+        (("0:30", "/etc", "/both"), []),
+        (("0:30", "/etc", "/both/../x"), []),
+    ],
+)
+def test_what_is_shown(added: tuple[str, str, str], wishes: list[Wish]) -> None:
+    assert find_wishes(line(*added), SPECS) == wishes
+
+
+def test_a_container_fills_no_table_of_the_host() -> None:
+    text = TABLE + "".join(f"{n} 22 0:30 /etc /both/{n} rw - virtiofs none rw\n" for n in range(1000))
+    assert len(find_wishes(text, SPECS)) == MAX_MOUNTS
+
+
+@given(st.text())
+def test_any_table_is_read(text: str) -> None:
+    for wish in find_wishes(TABLE + text, SPECS):
+        assert not wish.target.startswith(("/", ".."))
