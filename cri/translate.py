@@ -81,7 +81,7 @@ def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
             for n, mapping in enumerate(config.port_mappings)
         ),
         sysctls=dict(linux.sysctls),
-        cgroup_parent=linux.cgroup_parent,
+        cgroup_parent=_cgroup_of_vm(linux),
         resources=resources(linux.resources, f"{at}.linux.resources"),
         overhead=resources(linux.overhead, f"{at}.linux.overhead"),
         pid_mode=_pod_pid_mode(security.namespace_options, f"{deep}.namespace_options"),
@@ -92,6 +92,17 @@ def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
         readonly_rootfs=security.readonly_rootfs,
         seccomp=seccomp(security, deep),
     )
+
+
+def _cgroup_of_vm(linux: pb.LinuxPodSandboxConfig) -> str:
+    """The pod's own, which its client has limited to the containers' memory and the declared overhead.
+
+    Where none is declared (no RuntimeClass, or one without overhead) a VM of that size does not fit in
+    it, and its VMM would be killed as it starts; so it lives in the daemon's cgroup. The containers are
+    limited in the guest in any case.
+    """
+    limited = linux.resources.memory_limit_in_bytes > 0
+    return "" if limited and not linux.overhead.memory_limit_in_bytes else linux.cgroup_parent
 
 
 def _port_mapping(mapping: pb.PortMapping, at: str) -> PortMapping:
@@ -129,7 +140,9 @@ def container_spec(config: pb.ContainerConfig) -> ContainerSpec:
     at = "config"
     refuse_message(config, "windows", at, "a pod's VM runs Linux")
     if config.CDI_devices:
-        raise InvalidSpec(f"{at}.CDI_devices", "devices by CDI are not offered", "an empty list")
+        names = ", ".join(repr(device.name) for device in config.CDI_devices)
+        problem = f"{names}: devices of the host, which a VM cannot be given"
+        raise InvalidSpec(f"{at}.CDI_devices", problem, "an empty list")
     return ContainerSpec(
         name=required(config.metadata.name, f"{at}.metadata.name"),
         attempt=config.metadata.attempt,
@@ -139,7 +152,10 @@ def container_spec(config: pb.ContainerConfig) -> ContainerSpec:
         args=tuple(config.args),
         working_dir=absolute_or_empty(config.working_dir, f"{at}.working_dir"),
         envs=tuple(_env(env, f"{at}.envs[{n}]") for n, env in enumerate(config.envs)),
-        mounts=tuple(_mount(mount, f"{at}.mounts[{n}]") for n, mount in enumerate(config.mounts)),
+        mounts=tuple(
+            _mount(mount, config.linux.security_context.privileged, f"{at}.mounts[{n}]")
+            for n, mount in enumerate(config.mounts)
+        ),
         devices=tuple(_device(device, f"{at}.devices[{n}]") for n, device in enumerate(config.devices)),
         labels=dict(config.labels),
         annotations=dict(config.annotations),
@@ -164,14 +180,15 @@ def _env(env: pb.KeyValue, at: str) -> tuple[str, bytes]:
 _PROPAGATION = {
     pb.PROPAGATION_PRIVATE: Propagation.PRIVATE,
     pb.PROPAGATION_HOST_TO_CONTAINER: Propagation.HOST_TO_CONTAINER,
+    pb.PROPAGATION_BIDIRECTIONAL: Propagation.BIDIRECTIONAL,
 }
 
 
-def _mount(mount: pb.Mount, at: str) -> MountSpec:
+def _mount(mount: pb.Mount, privileged: bool, at: str) -> MountSpec:
     for field in ("uidMappings", "gidMappings"):
         if getattr(mount, field):
             raise InvalidSpec(f"{at}.{field}", "user namespaces are not offered", "an empty list")
-    propagation = _propagation(mount, at)
+    propagation = _propagation(mount, privileged, at)
     if mount.recursive_read_only and not mount.readonly:
         raise InvalidSpec(f"{at}.recursive_read_only", "is set on a writable mount", "readonly as well")
     if mount.recursive_read_only and propagation is not Propagation.PRIVATE:
@@ -217,12 +234,13 @@ def _mount_option(option: str, at: str) -> str:
     return option
 
 
-def _propagation(mount: pb.Mount, at: str) -> Propagation:
-    name = one_of(pb.MountPropagation, mount.propagation, f"{at}.propagation")
-    if mount.propagation not in _PROPAGATION:
-        problem = f"{name}: what a container mounts stays inside its VM"
+def _propagation(mount: pb.Mount, privileged: bool, at: str) -> Propagation:
+    one_of(pb.MountPropagation, mount.propagation, f"{at}.propagation")
+    propagation = _PROPAGATION[mount.propagation]
+    if propagation is Propagation.BIDIRECTIONAL and not privileged:
+        problem = "PROPAGATION_BIDIRECTIONAL: the container is not privileged"
         raise InvalidSpec(f"{at}.propagation", problem, "PROPAGATION_PRIVATE, PROPAGATION_HOST_TO_CONTAINER")
-    return _PROPAGATION[mount.propagation]
+    return propagation
 
 
 def _device(device: pb.Device, at: str) -> DeviceSpec:

@@ -37,6 +37,18 @@ def mounted(**mount: object) -> ContainerSpec:
     return container(mounts=[{"containerPath": "/c", "hostPath": "/h"} | mount])
 
 
+@pytest.mark.parametrize(
+    ("limit", "overhead", "parent"), [(0, 0, "/pods/a"), (64, 32, "/pods/a"), (0, 32, "/pods/a"), (64, 0, "")]
+)
+def test_a_cgroup_too_small_for_a_vm_is_not_entered(limit: int, overhead: int, parent: str) -> None:
+    linux = {
+        "cgroupParent": "/pods/a",
+        "resources": {"memoryLimitInBytes": limit},
+        "overhead": {"memoryLimitInBytes": overhead},
+    }
+    assert pod(linux=linux).cgroup_parent == parent
+
+
 def test_the_smallest_pod() -> None:
     spec = pod()
     assert (spec.name, spec.uid, spec.namespace, spec.attempt) == ("web", "u1", "default", 0)
@@ -187,6 +199,11 @@ def test_an_enum_of_a_newer_cri_is_refused() -> None:
         container_spec(config)
     assert caught.value.field == "config.mounts[0].propagation"
     assert "9 is not known" in str(caught.value)
+
+
+def test_devices_by_cdi_are_refused_by_name() -> None:
+    with pytest.raises(InvalidSpec, match=r"'vendor\.test/gpu=0', 'vendor\.test/gpu=1'"):
+        container(CDIDevices=[{"name": f"vendor.test/gpu={number}"} for number in (0, 1)])
 
 
 def test_a_mount() -> None:
