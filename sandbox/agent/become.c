@@ -144,26 +144,45 @@ static const char *search_path(char **environment) {
     return DEFAULT_PATH;
 }
 
-// As execvp(3), in the container's own PATH, but without a shell for files that are no programs.
-static int run(char **argv, char **environment, struct error *error) {
+// `name` in the first entry of a search path; false: too long.
+static bool join_first(char full[PATH_MAX], const char *path, const char *name) {
+    int length = (int)strcspn(path, ":");
+    return snprintf(full, PATH_MAX, "%.*s%s%s", length, path, length ? "/" : "", name) < PATH_MAX;
+}
+
+// The rest of the search path from where there is such a name; all of it where there is none. A failing
+// execve(2) has made a new address space and copied the environment before it looks for the file.
+static const char *skip_missing(const char *path, const char *name) {
+    for (const char *rest = path;; rest++) {
+        char full[PATH_MAX];
+        struct stat status;
+        if (!join_first(full, rest, name) || stat(full, &status) == 0 ||
+            (errno != ENOENT && errno != ENOTDIR))
+            return rest;
+        rest += strcspn(rest, ":");
+        if (!*rest)
+            return path;
+    }
+}
+
+// As execvp(3), in a search path, but without a shell for files that are no programs.
+static int run(const char *path, char **argv, char **environment, struct error *error) {
     const char *name = argv[0];
     int reason = ENOENT;
     if (strchr(name, '/')) {
         execve(name, argv, environment);
         return fail_about(error, errno, "exec", name);
     }
-    for (const char *path = search_path(environment); *name; path++) {
-        size_t length = strcspn(path, ":");
+    for (; *name; path++) {
         char full[PATH_MAX];
-        if (snprintf(full, sizeof full, "%.*s%s%s", (int)length, path, length ? "/" : "", name) <
-            (int)sizeof full) {
+        if (join_first(full, path, name)) {
             execve(full, argv, environment);
             if (errno != ENOENT && errno != ENOTDIR)
                 reason = errno; // there was something, worth telling more than that there is nothing
             if (errno != ENOENT && errno != ENOTDIR && errno != EACCES)
                 break;
         }
-        path += length;
+        path += strcspn(path, ":");
         if (!*path)
             break;
     }
@@ -182,7 +201,9 @@ int become(const Process *process, struct error *error) {
         set_capabilities(process, error) < 0)
         return -1;
     umask(process->umask ? process->umask : 0022);
+    // the filter need not permit to look
+    const char *path = skip_missing(search_path(environment), argv[0]);
     if (install_filter(process, error) < 0)
         return -1;
-    return run(argv, environment, error);
+    return run(path, argv, environment, error);
 }
