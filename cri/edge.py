@@ -25,12 +25,13 @@ Unary = Callable[[Request], Awaitable[Answer]]
 Stream = Callable[[Request], AsyncIterator[Answer]]
 
 # Asked all day long by a kubelet, and they change nothing.
+_QUIET_BEGINNINGS = ("List", "Stream")
 _QUIET_ENDINGS = ("Status", "Stats", "Info", "Config", "Metrics", "Descriptors")
 _LOUD = frozenset({"UpdateRuntimeConfig"})
 
 
 def is_quiet(method: str) -> bool:
-    reads = method == "Version" or method.startswith("List") or method.endswith(_QUIET_ENDINGS)
+    reads = method == "Version" or method.startswith(_QUIET_BEGINNINGS) or method.endswith(_QUIET_ENDINGS)
     return reads and method not in _LOUD
 
 

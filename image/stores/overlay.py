@@ -20,10 +20,10 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from image import deep
 from image.blobs import storage_error
 from image.errors import ImageNotFound
 from image.layer import Usage
@@ -32,7 +32,6 @@ from image.layers import LayerStore
 MS_NOSUID, MS_NODEV = 2, 4
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _PATH_ONLY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_BLOCK = 512
 _NAME_LIMIT = 128
 
 
@@ -60,22 +59,7 @@ class OverlayStore:
         await asyncio.to_thread(self._down, key, target)
 
     def usage(self, key: str) -> Usage:
-        upper = self._home(key) / "upper"
-        total = count = 0
-        folders = [os.fspath(upper)]
-        while folders:
-            # what vanishes under our eyes counts as gone
-            with (
-                contextlib.suppress(FileNotFoundError, NotADirectoryError),
-                os.scandir(folders.pop()) as entries,
-            ):
-                for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):
-                        total += entry.stat(follow_symlinks=False).st_blocks * _BLOCK
-                        count += 1
-                        if entry.is_dir(follow_symlinks=False):
-                            folders.append(entry.path)
-        return Usage(bytes=total, inodes=count)
+        return deep.measure(self._home(key) / "upper")
 
     def keys(self) -> Collection[str]:
         try:
@@ -111,8 +95,7 @@ class OverlayStore:
         home = self._home(key)
         try:
             _unmount_all(target)
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(home)
+            deep.remove(home)
         except OSError as error:
             raise storage_error(error, home, "removing a root filesystem") from error
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
 
 from cri import encoded
 from cri.proto import runtime_v1_pb2 as pb
-from sandbox.events import Event, EventKind
-from sandbox.spec import Resources
+from sandbox.events import QUEUE_MAX, Event, EventKind, Events
+from sandbox.records import PodRecord, PodState
+from sandbox.registry import Registry
+from sandbox.spec import PodId, PodSpec, Resources
 from tests.contract.test_cri_wire import Runtime, settled
 
 Code = grpc.StatusCode
@@ -167,6 +170,32 @@ async def test_a_slow_subscriber_is_told_so(runtime: Runtime) -> None:
         await messages(runtime, "GetContainerEvents")
     assert caught.value.code() is Code.RESOURCE_EXHAUSTED
     assert "subscribe anew" in (caught.value.details() or "")
+
+
+async def test_a_subscriber_that_does_not_read_costs_nothing_and_is_ended(tmp_path: Path) -> None:
+    hub = Events(Registry())
+    runtime = Runtime(tmp_path / "husk.sock", events=cast(Any, hub))
+    await runtime.start()
+    call = runtime.call("GetContainerEvents")
+    await settled(lambda: hub._subscriptions)
+    spec = PodSpec(name="n", namespace="ns", uid="u", annotations={"bulk": "x" * 4096})
+    pod = SimpleNamespace(
+        id="p", record=PodRecord(id=PodId("p"), spec=spec, created_at_ns=1, state=PodState.READY)
+    )
+    (subscription,) = hub._subscriptions
+    for _ in range(4 * QUEUE_MAX):
+        hub.pod_changed(cast(Any, pod))
+        await asyncio.sleep(0)
+    assert not subscription._queue
+    assert await runtime.code("Version") is Code.OK, "the daemon goes on"
+    seen = 0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            seen += 1
+    assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+    assert seen < 4 * QUEUE_MAX
+    await settled(lambda: not hub._subscriptions)
+    await runtime.stop()
 
 
 # --------------------------------------------------------------------------------- streamed lists

@@ -542,6 +542,8 @@ async def test_calls_are_measured_and_logged_once(runtime: Runtime, caplog: Any)
 def test_calls_that_only_ask_are_quiet() -> None:
     quiet = {name for name in CRI_METHODS if is_quiet(name)}
     assert {"Version", "Status", "ListContainers", "ContainerStats", "ImageFsInfo", "RuntimeConfig"} <= quiet
+    assert {"StreamContainers", "ListPodSandboxMetrics", "ListMetricDescriptors"} <= quiet
+    assert not quiet & {"UpdatePodSandboxResources", "GetContainerEvents", "RemovePodSandbox"}
     assert not quiet & {"RunPodSandbox", "ExecSync", "UpdateRuntimeConfig", "PullImage", "RemoveImage"}
 
 

@@ -119,6 +119,17 @@ def test_a_written_file_shows_in_the_writable_layer(cri: Cri, pod: Pod) -> None:
     assert layer.timestamp > first.timestamp
 
 
+def test_a_tree_of_many_levels(cri: Cri, pod: Pod) -> None:
+    """Deeper than what Python's own removal of trees can manage."""
+    script = "cd /; i=0; while [ $i -lt 1500 ]; do mkdir d; cd d || exit 9; i=$((i+1)); done; sleep 3600"
+    container = cri.run(pod, BUSYBOX, ["sh", "-c", script])
+    cri.wait_for(
+        lambda: stats_of(cri, container).writable_layer.inodes_used.value, lambda seen: seen >= 1500, 60
+    )
+    cri.stop(container, timeout=0)
+    cri.remove(container)
+
+
 def test_processes_are_counted(cri: Cri, pod: Pod) -> None:
     before = pod_stats(cri, pod).process.process_count.value
     cri.run(pod, BUSYBOX, ["sh", "-c", "sleep 3600 & sleep 3600 & wait"])
@@ -162,6 +173,19 @@ def test_the_vms_own_cost_is_told_apart(cri: Cri, pod: Pod) -> None:
     assert MIB < usage["helpersMemoryBytes"] < 100 * MIB
     assert usage["overheadMemoryBytes"] == usage["vmmMemoryBytes"] + usage["helpersMemoryBytes"]
     assert usage["vmmCpuSeconds"] > 0.1
+
+
+def test_pressure_is_told_where_the_guest_keeps_it(cri: Cri, pod: Pod) -> None:
+    one = cri.run(pod, BUSYBOX, ["sh", "-c", "while :; do :; done"])
+    cri.run(pod, BUSYBOX, ["sh", "-c", "while :; do :; done"])
+    kept = cri.exec(one, "cat", "/proc/pressure/cpu").code == 0
+    first = stats_of(cri, one)
+    assert first.cpu.HasField("psi") == first.memory.HasField("psi") == first.io.HasField("psi") == kept
+    if kept:  # two that want the one CPU wait for each other
+        cri.wait_for(
+            lambda: stats_of(cri, one).cpu.psi.Some.Total,
+            lambda total: total > first.cpu.psi.Some.Total + 10**8,
+        )
 
 
 # --------------------------------------------------------------------------------- a silent guest
