@@ -113,22 +113,27 @@ def take_census(
     )
 
 
+def processes_of_run(directory: str) -> frozenset[str]:
+    """As `processes_naming`; a run's cgroup is called as its directory is, without what is before it."""
+    return processes_naming(directory) | processes_naming(f"/{Path(directory).name}/")
+
+
 def left_over(mark: str) -> list[str]:
-    """Anything on the machine that still names `mark`."""
+    """Anything on the machine that still names `mark`, a run's directory."""
     return Census(
-        processes=processes_naming(mark), mounts=mounts_naming(mark), cgroups=cgroups_naming(Path(mark).name)
+        processes=processes_of_run(mark), mounts=mounts_naming(mark), cgroups=cgroups_naming(Path(mark).name)
     ).since(Census())
 
 
 def end_all(mark: str) -> None:
     """Kill what is left of a run that was broken off, and release its mounts and cgroups."""
-    for each in processes_naming(mark):
+    for each in processes_of_run(mark):
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(each.split()[0]), signal.SIGKILL)
     for point in sorted(mounts_naming(mark), reverse=True):
         subprocess.run(["umount", "--lazy", point], check=False)
     end = time.monotonic() + 5
-    while processes_naming(mark) and time.monotonic() < end:
+    while processes_of_run(mark) and time.monotonic() < end:
         time.sleep(0.1)
     remove_cgroups(Path(mark).name)
 
