@@ -92,12 +92,13 @@ def _serve(args: argparse.Namespace) -> int:
     from cri.lock import DirectoryTaken, hold
     from cri.observe import MetricsNotServed, setup_logging
     from cri.server import SocketTaken
+    from cri.streaming.server import StreamingNotServed
 
     setup_logging(config.log.level, config.log.format)
     try:
         with hold([Path(config.root), Path(config.run)]):
             uvloop.run(daemon.run(config))
-    except MetricsNotServed as error:
+    except (MetricsNotServed, StreamingNotServed) as error:
         _failed(error)
         return 2  # what the configuration says cannot be had
     except (DirectoryTaken, SocketTaken, OSError) as error:

@@ -8,6 +8,7 @@ an error, as is a value of another type: silence would hide a typo until it hurt
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import re
 import tomllib
@@ -56,6 +57,16 @@ class Metrics(Table, frozen=True, kw_only=True):
     port: Port = 9477  # 0: no metrics are served
 
 
+class Streaming(Table, frozen=True, kw_only=True):
+    """Where clients find the streams of exec, attach and port-forward."""
+
+    address: str = "127.0.0.1"
+    port: Port = 0  # 0: any that is free
+    idle_timeout_s: Annotated[int, msgspec.Meta(ge=1, le=7 * 24 * 3600)] = 4 * 3600
+    tls_cert: str = ""
+    tls_key: str = ""
+
+
 class Cni(Table, frozen=True, kw_only=True):
     conf_dir: str = "/etc/cni/net.d"
     bin_dirs: tuple[str, ...] = ("/opt/cni/bin", "/usr/lib/cni")
@@ -85,6 +96,7 @@ class Config(Table, frozen=True, kw_only=True):
     default_handler: str = ""  # what the empty handler name means; empty: built-in values
     log: Log = Log()
     metrics: Metrics = Metrics()
+    streaming: Streaming = Streaming()
     cni: Cni = Cni()
     registry: Registry = Registry()
     handlers: dict[str, HandlerTable] = {}
@@ -146,6 +158,7 @@ def _complete(config: Config, source: str) -> Config:
     config = msgspec.structs.replace(config, run=run, socket=config.socket or f"{run}/husk.sock")
     _check_paths(config, source)
     _check_handlers(config, source)
+    _check_streaming(config.streaming, source)
     return config
 
 
@@ -162,6 +175,8 @@ def _check_paths(config: Config, source: str) -> None:
     for name, handler in config.handlers.items():
         optional = {"kernel": handler.kernel, "initramfs": handler.initramfs}
         paths |= {f"handlers.{name}.{key}": path for key, path in optional.items() if path}
+    tls = {"tls_cert": config.streaming.tls_cert, "tls_key": config.streaming.tls_key}
+    paths |= {f"streaming.{key}": path for key, path in tls.items() if path}
     for key, path in paths.items():
         if not path.startswith("/") or ".." in Path(path).parts:
             raise ConfigError(source, key, f"{path!r} is not an absolute path", "an absolute path without ..")
@@ -180,6 +195,23 @@ def _check_handlers(config: Config, source: str) -> None:
     if config.default_handler and config.default_handler not in config.handlers:
         known = ", ".join(config.handlers) or "none is configured"
         raise ConfigError(source, "default_handler", f"no handler {config.default_handler!r}", known)
+
+
+def _check_streaming(streaming: Streaming, source: str) -> None:
+    try:
+        address = ipaddress.ip_address(streaming.address)
+    except ValueError as error:
+        problem = f"{streaming.address!r} is no IP address"
+        raise ConfigError(source, "streaming.address", problem, "an IP address of this host") from error
+    if address.is_unspecified:
+        accepted = "one IP address of this host: clients are sent to it"
+        raise ConfigError(source, "streaming.address", f"{address} is nowhere in particular", accepted)
+    if bool(streaming.tls_cert) != bool(streaming.tls_key):
+        missing = "tls_key" if streaming.tls_cert else "tls_cert"
+        raise ConfigError(source, f"streaming.{missing}", "is missing", "both tls_cert and tls_key, or none")
+    if not address.is_loopback and not streaming.tls_cert:
+        problem = f"{address} is open to others, and without tls_cert and tls_key they could listen in"
+        raise ConfigError(source, "streaming.address", problem, "a loopback address, or TLS")
 
 
 # ------------------------------------------------------------------------ errors with a path

@@ -1,9 +1,9 @@
 """`husk serve`: the one place that reads the configuration and builds the long-lived objects.
 
-Start: the port of the metrics is taken and the socket's place looked at, as whoever cannot have them
-shall touch nothing. Then records are read, the pods that an earlier daemon left are taken up or
+Start: the ports of metrics and streaming are taken and the socket's place looked at, as whoever cannot
+have them shall touch nothing. Then records are read, the pods that an earlier daemon left are taken up or
 undone, what has no owner is swept; only then is the socket opened. End: calls under way get a few
-seconds, everything is let go of, and no pod is touched.
+seconds, streaming sessions are hung up, everything is let go of, and no pod is touched.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from cri.node import HuskNode
 from cri.observe import Metrics, MetricsServer, SandboxUsage, Sources
 from cri.runtime_service import runtime_service
 from cri.server import Server, Service
+from cri.stream_calls import SandboxBackend
+from cri.streaming.server import Settings, StreamingServer
 from cri.version import version
 from image.library import Library
-from image.settings import Settings
+from image.settings import Settings as ImageSettings
 from network.attach import Networks
 from network.errors import NetworkError
 from sandbox import cgroup
@@ -86,7 +88,7 @@ class Daemon:
         )
         self.images = Library(
             root,
-            Settings(
+            ImageSettings(
                 config_path=Path(config.registry.config_path),
                 max_downloads=config.registry.max_concurrent_downloads,
             ),
@@ -128,6 +130,16 @@ class Daemon:
                 usage=self._usage_of,
             ),
         )
+        self.streaming = StreamingServer(
+            SandboxBackend(self.pods, self.containers),
+            Settings(
+                address=config.streaming.address,
+                port=config.streaming.port,
+                idle_timeout_s=config.streaming.idle_timeout_s,
+                tls_cert=config.streaming.tls_cert,
+                tls_key=config.streaming.tls_key,
+            ),
+        )
         self.server = Server(Path(config.socket), self._services(), Edge(self.metrics))
 
     def _services(self) -> Sequence[Service]:
@@ -140,6 +152,7 @@ class Daemon:
                 networks=self.networks,
                 node=self.node,
                 flights=self.flights,
+                streaming=self.streaming,
                 version=version(),
                 layers_mountpoint=self.config.root,
             ),
@@ -157,6 +170,7 @@ class Daemon:
     async def start(self) -> None:
         self._take_metrics_port()
         self.server.check()
+        await self.streaming.start()
         self.pod_store.load()
         self.container_store.load()
         await asyncio.to_thread(self.images.load)
@@ -179,6 +193,7 @@ class Daemon:
     async def stop(self) -> None:
         self.events.close()
         await self.server.stop(SHUTDOWN_GRACE_S)
+        await self.streaming.stop()
         await self.flights.close(SHUTDOWN_GRACE_S)
         await self.tasks.close()
         await self.meter.close()

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import grpc
 
 from cri.flights import ShuttingDown
+from cri.streaming.tokens import TooManyTokens
 from image import errors as image
 from network import errors as network
 from sandbox import errors as sandbox
@@ -52,6 +53,7 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     network.WishRefused: Code.INVALID_ARGUMENT,
     network.NetworkError: Code.INTERNAL,
     ShuttingDown: Code.UNAVAILABLE,
+    TooManyTokens: Code.RESOURCE_EXHAUSTED,
 }
 
 # Whose fault it is decides how loud the log is.

@@ -7,10 +7,11 @@ from cri.event_calls import EventCalls
 from cri.flights import Flights
 from cri.node_calls import NodeCalls
 from cri.pod_calls import PodCalls
-from cri.ports import Containers, Events, Meter, Networks, Node, Pods
+from cri.ports import Containers, Events, Meter, Networks, Node, Pods, Streaming
 from cri.proto import runtime_v1_pb2 as pb
 from cri.server import Service
 from cri.stats_calls import StatsCalls
+from cri.stream_calls import StreamCalls
 
 
 def runtime_service(
@@ -22,6 +23,7 @@ def runtime_service(
     networks: Networks,
     node: Node,
     flights: Flights,
+    streaming: Streaming,
     version: str,
     layers_mountpoint: str,
 ) -> Service:
@@ -33,6 +35,7 @@ def runtime_service(
             ContainerCalls(containers, flights),
             StatsCalls(pods, containers, meter, layers_mountpoint),
             EventCalls(events),
+            StreamCalls(pods, containers, streaming),
             NodeCalls(node, networks, version),
         ),
     )

@@ -30,6 +30,7 @@ from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb
 from cri.runtime_service import runtime_service
 from cri.server import Server, SocketTaken
+from cri.streaming.session import AttachWish, ExecWish, ForwardWish
 from image.errors import RegistryUnavailable
 from network.attach import NetworkStatus
 from sandbox.errors import PhaseFailed
@@ -42,6 +43,7 @@ from tests.fakes.cri import (
     FakeNode,
     FakePods,
 )
+from tests.fakes.streaming import FakeStreaming
 from tests.kit.gotools import tool
 
 Code = grpc.StatusCode
@@ -63,6 +65,7 @@ class Runtime:
     images: FakeImages = field(default_factory=FakeImages)
     flights: Flights = field(default_factory=Flights)
     metrics: Metrics = field(default_factory=lambda: Metrics("1"))
+    streaming: FakeStreaming = field(default_factory=FakeStreaming)
 
     def __post_init__(self) -> None:
         self.containers = FakeContainers(self.pods)
@@ -79,6 +82,7 @@ class Runtime:
                 networks=self.networks,
                 node=self.node,
                 flights=self.flights,
+                streaming=self.streaming,
                 version="9.9",
                 layers_mountpoint="/",
             ),
@@ -245,6 +249,7 @@ SERVED = {
     *("ContainerStatus", "ExecSync", "ReopenContainerLog", "UpdateContainerResources"),
     *("ContainerStats", "ListContainerStats", "PodSandboxStats", "ListPodSandboxStats"),
     *("ListMetricDescriptors", "ListPodSandboxMetrics", "UpdatePodSandboxResources"),
+    *("Exec", "Attach", "PortForward"),
     *("PullImage", "ListImages", "ImageStatus", "RemoveImage", "ImageFsInfo"),
 }
 STREAMED = {
@@ -585,6 +590,64 @@ async def test_long_lists_come_whole(runtime: Runtime) -> None:
 def crictl() -> str:
     """The real client."""
     return str(tool("crictl"))
+
+
+# ------------------------------------------------------------------------------------ streaming
+
+
+async def test_urls_of_streams(runtime: Runtime) -> None:
+    pod = await runtime.pod()
+    id = await runtime.started(pod)
+    exec = pb.ExecRequest(container_id=id[:13], cmd=["sh", "-c", "x"], tty=True, stdin=True, stdout=True)
+    assert (await runtime.call("Exec", exec)).url == "http://127.0.0.1:1/1"
+    attach = pb.AttachRequest(container_id=id, stdout=True, stderr=True)
+    assert (await runtime.call("Attach", attach)).url == "http://127.0.0.1:1/2"
+    forward = pb.PortForwardRequest(pod_sandbox_id=pod[:13], port=[80, 65535])
+    assert (await runtime.call("PortForward", forward)).url == "http://127.0.0.1:1/3"
+    assert runtime.streaming.wishes == [
+        ExecWish(id, ("sh", "-c", "x"), tty=True, stdin=True, stdout=True, stderr=False),
+        AttachWish(id, tty=False, stdin=False, stdout=True, stderr=True),
+        ForwardWish(pod, (80, 65535)),
+    ]
+
+
+async def test_streams_that_cannot_be(runtime: Runtime) -> None:
+    pod = await runtime.pod()
+    id = await runtime.started(pod)
+    for request, told in (
+        (pb.ExecRequest(container_id=id, cmd=["x"]), "stdin, stdout, stderr"),
+        (pb.ExecRequest(container_id=id, cmd=["x"], tty=True, stdout=True, stderr=True), "stderr"),
+        (pb.ExecRequest(container_id=id, stdout=True), "cmd"),
+        (pb.AttachRequest(container_id=id), "stdin, stdout, stderr"),
+        (pb.AttachRequest(container_id=id, tty=True, stderr=True), "stderr"),
+        (pb.PortForwardRequest(pod_sandbox_id=pod, port=[0]), "port"),
+        (pb.PortForwardRequest(pod_sandbox_id=pod, port=[65536]), "port"),
+    ):
+        name = type(request).__name__.removesuffix("Request")
+        code, details = await runtime.refused(name, request)
+        assert code is Code.INVALID_ARGUMENT
+        assert details.startswith(told)
+
+
+async def test_streams_of_what_is_gone_or_stopped(runtime: Runtime) -> None:
+    pod = await runtime.pod()
+    id = await runtime.container(pod)  # not started
+    exec = pb.ExecRequest(container_id=id, cmd=["x"], stdout=True)
+    attach = pb.AttachRequest(container_id=id, stdout=True)
+    forward = pb.PortForwardRequest(pod_sandbox_id=pod)
+    assert await runtime.code("PortForward", forward) is Code.OK
+    await runtime.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+    for name, request in (("Exec", exec), ("Attach", attach), ("PortForward", forward)):
+        assert await runtime.code(name, request) is Code.FAILED_PRECONDITION
+    exec.container_id = attach.container_id = forward.pod_sandbox_id = "nobody"
+    for name, request in (("Exec", exec), ("Attach", attach), ("PortForward", forward)):
+        assert await runtime.code(name, request) is Code.NOT_FOUND
+
+
+async def test_too_many_streams_that_nobody_begins(runtime: Runtime) -> None:
+    runtime.streaming.full = True
+    forward = pb.PortForwardRequest(pod_sandbox_id=await runtime.pod())
+    assert await runtime.code("PortForward", forward) is Code.RESOURCE_EXHAUSTED
 
 
 @pytest.mark.node

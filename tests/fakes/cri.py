@@ -25,6 +25,7 @@ from sandbox.guest_files import InterfaceUsage
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, PodId, PodSpec, Resources
 from sandbox.stats import CgroupStats, ContainerStats, CpuStats, LayerStats, MemoryStats, PodStats
+from tests.fakes.streaming import FakeConnection, FakeSession
 
 T = TypeVar("T")
 
@@ -91,6 +92,10 @@ class FakePods:
     async def update(self, id: str, resources: Resources, overhead: Resources) -> None:
         self.records[id] = replace(self.find(id), resources=resources, overhead=overhead)
 
+    async def dial(self, id: str, port: int) -> FakeConnection:
+        self.find(id)
+        return FakeConnection()
+
 
 @dataclass
 class FakeContainers:
@@ -144,6 +149,16 @@ class FakeContainers:
             raise WrongState("container", id, self.find(id).state, "running")
         self.execs.append((cmd, timeout_s))
         return ExecResult(3, b"out\n", b"err\n")
+
+    async def exec(
+        self, id: str, cmd: Sequence[str], *, tty: bool, stdin: bool, stdout: bool, stderr: bool
+    ) -> FakeSession:
+        self.find(id)
+        return FakeSession.made(stdin=stdin, stdout=stdout, stderr=stderr, tty=tty, cmd=cmd)
+
+    async def attach(self, id: str, *, stdin: bool, stdout: bool, stderr: bool) -> FakeSession:
+        self.find(id)
+        return FakeSession.made(stdin=stdin, stdout=stdout, stderr=stderr)
 
     async def reopen_log(self, id: str) -> None:
         self.reopened.append(id)

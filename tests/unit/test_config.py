@@ -48,6 +48,18 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.root, config.run, config.socket) == ("/x", "/b", "/y.sock")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "::1"])
+def test_streams_on_the_loopback_need_no_tls(tmp_path: Path, address: str) -> None:
+    config = load(write(tmp_path, f"[streaming]\naddress = '{address}'\n"))
+    assert config.streaming.address == address
+
+
+def test_streams_for_others_with_tls(tmp_path: Path) -> None:
+    tls = "tls_cert = '/etc/husk/cert.pem'\ntls_key = '/etc/husk/key.pem'\n"
+    config = load(write(tmp_path, f"[streaming]\naddress = '192.0.2.1'\nport = 10010\n{tls}"))
+    assert (config.streaming.port, config.streaming.tls_key) == (10010, "/etc/husk/key.pem")
+
+
 def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "nowhere.toml")
@@ -56,6 +68,15 @@ def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "key", "told"),
     [
+        ("[streaming]\naddress = 'node'", "streaming.address", "an IP address of this host"),
+        ("[streaming]\naddress = '0.0.0.0'", "streaming.address", "one IP address of this host"),
+        ("[streaming]\naddress = '192.0.2.1'", "streaming.address", "a loopback address, or TLS"),
+        ("[streaming]\naddress = 'fd00::1'", "streaming.address", "a loopback address, or TLS"),
+        ("[streaming]\ntls_cert = '/c.pem'", "streaming.tls_key", "both tls_cert and tls_key, or none"),
+        ("[streaming]\ntls_key = '/k.pem'", "streaming.tls_cert", "both tls_cert and tls_key, or none"),
+        ("[streaming]\ntls_key = 'k'\ntls_cert = '/c'", "streaming.tls_key", "an absolute path"),
+        ("[streaming]\nidle_timeout_s = 0", "streaming.idle_timeout_s", "a whole number from 1 to 604800"),
+        ("[streaming]\nport = 65536", "streaming.port", "a whole number from 0 to 65535"),
         ("rooot = '/a'", "rooot", "perhaps 'root' is meant"),
         ("[log]\nlevle = 'info'", "log.levle", "accepted: level, format"),
         ("[handlers.small]\nmemory = 1", "handlers.small.memory", "perhaps 'memory_mib'"),

@@ -1,0 +1,102 @@
+"""The CRI's calls that hand out a URL, behind which a client finds its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cri.observe import note_pod
+from cri.ports import Containers, Pods, Streaming
+from cri.proto import runtime_v1_pb2 as pb
+from cri.streaming.session import AttachWish, Connection, ExecWish, ForwardWish, Session
+from sandbox.errors import InvalidSpec, WrongState
+from sandbox.records import ContainerRecord, ContainerState
+
+PORT_MAX = 65535
+
+
+class StreamCalls:
+    def __init__(self, pods: Pods, containers: Containers, streaming: Streaming) -> None:
+        self._pods = pods
+        self._containers = containers
+        self._streaming = streaming
+
+    async def Exec(self, request: pb.ExecRequest) -> pb.ExecResponse:
+        _check_streams(request)
+        if not request.cmd:
+            raise InvalidSpec("cmd", "is empty", "a program and its arguments")
+        wish = ExecWish(
+            container_id=self._running(request.container_id).id,
+            cmd=tuple(request.cmd),
+            tty=request.tty,
+            stdin=request.stdin,
+            stdout=request.stdout,
+            stderr=request.stderr,
+        )
+        return pb.ExecResponse(url=self._streaming.url(wish))
+
+    async def Attach(self, request: pb.AttachRequest) -> pb.AttachResponse:
+        _check_streams(request)
+        wish = AttachWish(
+            container_id=self._running(request.container_id).id,
+            tty=request.tty,
+            stdin=request.stdin,
+            stdout=request.stdout,
+            stderr=request.stderr,
+        )
+        return pb.AttachResponse(url=self._streaming.url(wish))
+
+    async def PortForward(self, request: pb.PortForwardRequest) -> pb.PortForwardResponse:
+        _check_ports(request.port)
+        record = self._pods.find(request.pod_sandbox_id)
+        note_pod(record.id[:13])
+        if not record.ready:
+            raise WrongState("sandbox", record.id, record.state, "ready")
+        wish = ForwardWish(pod_id=record.id, ports=tuple(request.port))
+        return pb.PortForwardResponse(url=self._streaming.url(wish))
+
+    def _running(self, id: str) -> ContainerRecord:
+        """Raises NotFound, WrongState."""
+        record = self._containers.find(id)
+        note_pod(record.pod_id[:13])
+        if record.state is not ContainerState.RUNNING:
+            raise WrongState("container", record.id, record.state, ContainerState.RUNNING)
+        return record
+
+
+def _check_streams(request: pb.ExecRequest | pb.AttachRequest) -> None:
+    if not (request.stdin or request.stdout or request.stderr):
+        raise InvalidSpec("stdin, stdout, stderr", "none is set", "at least one")
+    if request.tty and request.stderr:
+        raise InvalidSpec("stderr", "is set together with tty", "a terminal has one output: stdout")
+
+
+def _check_ports(ports: Sequence[int]) -> None:
+    for port in ports:
+        if not 0 < port <= PORT_MAX:
+            raise InvalidSpec("port", f"{port} is no TCP port", f"1 to {PORT_MAX}")
+
+
+class SandboxBackend:
+    """The pods and containers, as the streaming server wants them."""
+
+    def __init__(self, pods: Pods, containers: Containers) -> None:
+        self._pods = pods
+        self._containers = containers
+
+    async def exec(self, wish: ExecWish) -> Session:
+        return await self._containers.exec(
+            wish.container_id,
+            wish.cmd,
+            tty=wish.tty,
+            stdin=wish.stdin,
+            stdout=wish.stdout,
+            stderr=wish.stderr,
+        )
+
+    async def attach(self, wish: AttachWish) -> Session:
+        return await self._containers.attach(
+            wish.container_id, stdin=wish.stdin, stdout=wish.stdout, stderr=wish.stderr
+        )
+
+    async def dial(self, pod_id: str, port: int) -> Connection:
+        return await self._pods.dial(pod_id, port)

@@ -1,0 +1,197 @@
+"""Stand-ins for what runs behind a streaming session: pipes in memory, and a program that the test plays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from cri.streaming.session import AttachWish, ExecWish, Wish
+from cri.streaming.tokens import TooManyTokens
+from sandbox.errors import SandboxError, StreamReset
+
+PIPE_BYTES = 256 << 10
+
+
+class Pipe:
+    """Both ends of a byte stream, with as much room as a guest's window."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._closed = False
+        self._stopped = False
+        self._changed = asyncio.Condition()
+        self.most = 0  # bytes that ever waited in it
+
+    async def write(self, data: bytes) -> None:
+        async with self._changed:
+            while len(self._data) >= PIPE_BYTES and not (self._stopped or self._closed):
+                await self._changed.wait()
+            if self._stopped or self._closed:
+                raise StreamReset("the pipe is broken")
+            self._data += data
+            self.most = max(self.most, len(self._data))
+            self._changed.notify_all()
+
+    async def read(self) -> bytes:
+        async with self._changed:
+            while not (self._data or self._closed or self._stopped):
+                await self._changed.wait()
+            if self._stopped:
+                raise StreamReset("the pipe is broken")
+            data = bytes(self._data[: 64 << 10])
+            del self._data[: 64 << 10]
+            self._changed.notify_all()
+            return data
+
+    async def read_all(self) -> bytes:
+        seen = bytearray()
+        while chunk := await self.read():
+            seen += chunk
+        return bytes(seen)
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._wake()
+
+    def _wake(self) -> None:
+        async def wake() -> None:
+            async with self._changed:
+                self._changed.notify_all()
+
+        self._waking = asyncio.ensure_future(wake())
+
+    @property
+    def ended(self) -> bool:
+        return self._closed or self._stopped
+
+
+@dataclass
+class FakeSession:
+    stdin: Pipe | None = None
+    stdout: Pipe | None = None
+    stderr: Pipe | None = None
+    tty: bool = False
+    cmd: Sequence[str] = ()
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    exit: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @classmethod
+    def made(
+        cls, *, stdin: bool, stdout: bool, stderr: bool, tty: bool = False, cmd: Sequence[str] = ()
+    ) -> FakeSession:
+        return cls(
+            Pipe() if stdin else None,
+            Pipe() if stdout else None,
+            Pipe() if stderr and not tty else None,
+            tty,
+            cmd,
+        )
+
+    async def resize(self, rows: int, columns: int) -> None:
+        self.sizes.append((rows, columns))
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self.exit)
+
+    def close(self) -> None:
+        for source in (self.stdout, self.stderr):
+            if source is not None:
+                source.stop()
+        if self.stdin is not None:
+            self.stdin.close()
+        self.closed.set()
+
+    # ----------------------------------------------------------------------- for the program
+
+    def finish(self, code: int = 0, error: SandboxError | None = None) -> None:
+        for source in (self.stdout, self.stderr):
+            if source is not None:
+                source.close()
+        if error is not None:
+            self.exit.set_exception(error)
+        else:
+            self.exit.set_result(code)
+
+
+@dataclass
+class FakeConnection:
+    writer: Pipe = field(default_factory=Pipe)
+    reader: Pipe = field(default_factory=Pipe)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def close(self) -> None:
+        self.reader.stop()
+        self.writer.close()
+        self.closed.set()
+
+
+Program = Callable[[FakeSession], Awaitable[None]]
+
+
+@dataclass
+class FakeBackend:
+    """Every session runs `program`; every connection runs `service`."""
+
+    program: Program | None = None
+    service: Callable[[FakeConnection], Awaitable[None]] | None = None
+    failure: SandboxError | None = None
+    refused: frozenset[int] = frozenset()
+    wishes: list[Wish] = field(default_factory=list)
+    sessions: list[FakeSession] = field(default_factory=list)
+    dialled: list[tuple[str, int]] = field(default_factory=list)
+    connections: list[FakeConnection] = field(default_factory=list)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def exec(self, wish: ExecWish) -> FakeSession:
+        return self._begin(wish, wish.cmd)
+
+    async def attach(self, wish: AttachWish) -> FakeSession:
+        return self._begin(wish, ())
+
+    def _begin(self, wish: ExecWish | AttachWish, cmd: Sequence[str]) -> FakeSession:
+        if self.failure is not None:
+            raise self.failure
+        self.wishes.append(wish)
+        session = FakeSession.made(
+            stdin=wish.stdin, stdout=wish.stdout, stderr=wish.stderr, tty=wish.tty, cmd=cmd
+        )
+        self.sessions.append(session)
+        if self.program is not None:
+            self._play(self.program(session))
+        return session
+
+    async def dial(self, pod_id: str, port: int) -> FakeConnection:
+        self.dialled.append((pod_id, port))
+        if port in self.refused:
+            raise SandboxError(f"connect to port {port}: Connection refused")
+        connection = FakeConnection()
+        self.connections.append(connection)
+        if self.service is not None:
+            self._play(self.service(connection))
+        return connection
+
+    def _play(self, part: Awaitable[None]) -> None:
+        async def play() -> None:
+            await part
+
+        self.tasks.append(asyncio.ensure_future(play()))
+
+
+@dataclass
+class FakeStreaming:
+    """Hands out URLs with nothing behind them."""
+
+    wishes: list[Wish] = field(default_factory=list)
+    full: bool = False
+
+    def url(self, wish: Wish) -> str:
+        if self.full:
+            raise TooManyTokens
+        self.wishes.append(wish)
+        return f"http://127.0.0.1:1/{len(self.wishes)}"

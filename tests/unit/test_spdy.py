@@ -1,0 +1,334 @@
+"""SPDY/3.1 without a socket: the bytes themselves, and two ends that talk to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+
+import pytest
+
+from cri.streaming import spdy_frames as frames
+from cri.streaming.spdy import (
+    STREAMS_MAX,
+    WINDOW,
+    Broken,
+    Ended,
+    Event,
+    GoneAway,
+    Opened,
+    Received,
+    Spdy,
+    Widened,
+)
+from cri.streaming.spdy_frames import Kind, Reset, SpdyError
+
+
+class Both:
+    """A client, a server, and what each was told."""
+
+    def __init__(self) -> None:
+        self.client, self.server = Spdy(client=True), Spdy()
+        self.client_saw: list[Event] = []
+        self.server_saw: list[Event] = []
+
+    def exchange(self) -> None:
+        """Until nobody has anything to say."""
+        while True:
+            to_server, to_client = self.client.output(), self.server.output()
+            if not to_server and not to_client:
+                return
+            self.server_saw += self.server.receive(to_server)
+            self.client_saw += self.client.receive(to_client)
+
+    def take(self) -> list[Event]:
+        self.exchange()
+        seen, self.server_saw = self.server_saw, []
+        return seen
+
+
+@pytest.fixture
+def both() -> Both:
+    return Both()
+
+
+# ------------------------------------------------------------------------------------- bytes
+
+
+def test_the_dictionary_is_the_one_of_the_specification() -> None:
+    """Its length and check sum as every implementation has them; zlib sends the latter on the wire."""
+    assert len(frames.DICTIONARY) == 1423
+    assert zlib.adler32(frames.DICTIONARY) == 0xE3C6A7C2
+    assert frames.DICTIONARY.startswith(b"\0\0\0\x07options\0\0\0\x04head")
+    assert hashlib.sha256(frames.DICTIONARY).hexdigest()[:8] == "51d27341"
+
+
+@pytest.mark.parametrize(
+    ("frame", "bytes"),
+    [
+        (frames.data(1, b"ab"), "00000001 00000002 6162"),
+        (frames.data(5, b"", fin=True), "00000005 01000000"),
+        (frames.syn_stream(1, b"BLOCK", fin=True), "80030001 0100000f 00000001 00000000 0000 424c4f434b"),
+        (frames.syn_reply(1, b"BLOCK"), "80030002 00000009 00000001 424c4f434b"),
+        (frames.rst_stream(3, Reset.CANCEL), "80030003 00000008 00000003 00000005"),
+        (frames.settings({7: 65536}), "80030004 0000000c 00000001 00000007 00010000"),
+        (frames.ping(9), "80030006 00000004 00000009"),
+        (frames.go_away(7), "80030007 00000008 00000007 00000000"),
+        (frames.window_update(1, 4096), "80030009 00000008 00000001 00001000"),
+    ],
+)
+def test_frames_as_drawn_in_the_specification(frame: bytes, bytes: str) -> None:
+    assert frame.hex() == bytes.replace(" ", "")
+
+
+def test_header_blocks_build_on_each_other() -> None:
+    deflater, inflater = frames.Deflater(), frames.Inflater()
+    first = deflater.pack({"StreamType": "error", "empty": ""})
+    second = deflater.pack({"StreamType": "error", "empty": ""})
+    assert len(second) < len(first)
+    for block in (first, second):
+        assert inflater.unpack(block) == {"streamtype": "error", "empty": ""}
+
+
+def block_of(plain: bytes) -> bytes:
+    deflater = zlib.compressobj(zdict=frames.DICTIONARY)
+    return deflater.compress(plain) + deflater.flush(zlib.Z_SYNC_FLUSH)
+
+
+def test_of_several_values_the_first() -> None:
+    plain = struct.pack(">II1sI3s", 1, 1, b"a", 3, b"x\0y")
+    assert frames.Inflater().unpack(block_of(plain)) == {"a": "x"}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"",
+        b"no zlib at all",
+        block_of(b""),
+        block_of(b"\0\0\0\x01"),
+        block_of(struct.pack(">II", 1, 100) + b"short"),
+        block_of(struct.pack(">II1sI", 0xFFFFFFFF, 1, b"a", 0xFFFFFFFF)),
+        block_of(struct.pack(">II1sI1s", 1, 1, b"\xff", 1, b"a")),
+        block_of(bytes(frames.HEADERS_MAX + 1)),
+        block_of(bytes(64 << 20)),
+    ],
+)
+def test_broken_header_blocks(block: bytes) -> None:
+    with pytest.raises(SpdyError):
+        frames.Inflater().unpack(block)
+
+
+@pytest.mark.parametrize(
+    "bytes",
+    [
+        frames.control(Kind.PING, b"\0\0\0"),
+        frames.control(Kind.RST_STREAM, b""),
+        frames.control(Kind.WINDOW_UPDATE, b"\0\0\0\1"),
+        frames.control(Kind.SETTINGS, b"\0\0\0\2" + b"\0" * 8),
+        frames.control(Kind.SETTINGS, b"\xff\xff\xff\xff"),
+        frames.control(Kind.SYN_STREAM, b"\0\0\0\1"),
+        b"\x80\x02\x00\x06\x00\x00\x00\x04\x00\x00\x00\x01",
+        b"\x80\x03\x00\x06\x00\xff\xff\xff",
+        b"GET / HTTP/1.1\r\n\r\n",
+        frames.data(3, b"on no stream"),
+    ],
+)
+def test_what_is_no_spdy(bytes: bytes) -> None:
+    with pytest.raises(SpdyError):
+        list(Spdy().receive(bytes))
+
+
+def test_unknown_control_frames_are_passed_over(both: Both) -> None:
+    unknown = frames.control(Kind.PING, b"whatever").replace(b"\x80\x03\x00\x06", b"\x80\x03\x00\x0a")
+    credential = frames.control(Kind.PING, bytes(10)).replace(b"\x80\x03\x00\x06", b"\x80\x03\x00\x05")
+    assert list(both.server.receive(unknown + credential)) == []
+    both.client.open({"a": "b"})
+    assert both.take() == [Opened(1, {"a": "b"})]
+
+
+# -------------------------------------------------------------------------------- conversations
+
+
+def test_a_stream_from_open_to_end(both: Both) -> None:
+    id = both.client.open({"streamType": "stdin"})
+    assert both.take() == [Opened(1, {"streamtype": "stdin"})]
+    both.server.reply(id)
+    both.client.send(id, b"question")
+    both.client.end(id)
+    assert both.take() == [Received(1, b"question"), Ended(1)]
+    both.server.send(id, b"answer")
+    both.server.end(id)
+    both.server.end(id)
+    both.exchange()
+    assert both.client_saw == [Received(1, b"answer"), Ended(1)]
+    assert not both.server._streams
+    assert not both.client._streams
+    assert not both.server.is_open(id)
+
+
+def test_opened_and_ended_at_once(both: Both) -> None:
+    both.client.open({}, fin=True)
+    assert both.take() == [Opened(1, {}), Ended(1)]
+
+
+def test_pieces_of_a_data_frame_come_as_they_arrive(both: Both) -> None:
+    both.client.open({})
+    both.take()
+    frame = frames.data(1, b"abcdef", fin=True)
+    seen = [event for at in range(len(frame)) for event in both.server.receive(frame[at : at + 1])]
+    assert seen == [*(Received(1, b"%c" % byte) for byte in b"abcdef"), Ended(1)]
+
+
+def test_resets(both: Both) -> None:
+    both.client.open({})
+    both.client.open({})
+    both.take()
+    both.client.reset(1)
+    both.server.reset(3)
+    assert both.take() == [Broken(1)]
+    assert both.client_saw == [Broken(3)]
+    both.server.reset(3)
+    assert both.server.output() == b"", "once is enough"
+
+
+def test_data_under_way_to_a_stream_that_was_reset(both: Both) -> None:
+    id = both.client.open({})
+    both.take()
+    both.server.reset(id)
+    both.client.send(id, b"crossing")
+    assert both.take() == []
+
+
+def test_pings(both: Both) -> None:
+    both.client.ping(1)
+    assert list(both.server.receive(both.client.output())) == []
+    assert both.server.output() == frames.ping(1)
+    assert list(both.server.receive(frames.ping(2))) == []
+    assert both.server.output() == b"", "that is the answer to one of ours"
+
+
+def test_streams_may_come_out_of_order(both: Both) -> None:
+    """Kubernetes's library numbers them before it queues them."""
+    deflater = frames.Deflater()
+    blocks = [frames.syn_stream(id, deflater.pack({"n": str(id)})) for id in (3, 1)]
+    assert list(both.server.receive(b"".join(blocks))) == [Opened(3, {"n": "3"}), Opened(1, {"n": "1"})]
+
+
+def test_a_stream_that_is_open_already_is_broken(both: Both) -> None:
+    deflater = frames.Deflater()
+    twice = b"".join(frames.syn_stream(1, deflater.pack({})) for _ in range(2))
+    assert list(both.server.receive(twice)) == [Opened(1, {}), Broken(1)]
+    assert both.server.output() == frames.rst_stream(1, Reset.PROTOCOL_ERROR)
+
+
+@pytest.mark.parametrize("id", [0, 2])
+def test_streams_that_are_not_the_clients_to_open(both: Both, id: int) -> None:
+    with pytest.raises(SpdyError):
+        list(both.server.receive(frames.syn_stream(id, frames.Deflater().pack({}))))
+
+
+def test_streams_are_bounded(both: Both) -> None:
+    for _ in range(STREAMS_MAX):
+        both.client.open({})
+    assert len(both.take()) == STREAMS_MAX
+    id = both.client.open({"one": "more"})
+    assert both.take() == []
+    assert both.client_saw == [Broken(id)]
+    both.client.reset(1)
+    both.client.open({"again": "room"})
+    assert both.take() == [Broken(1), Opened(id + 2, {"again": "room"})]
+
+
+def test_going_away(both: Both) -> None:
+    id = both.client.open({})
+    both.exchange()
+    both.server.go_away()
+    both.server.go_away()
+    both.exchange()
+    assert both.client_saw == [GoneAway()]
+    late = both.client.open({})
+    both.client.send(id, b"still heard")
+    assert Received(id, b"still heard") in both.take()
+    assert both.client_saw == [GoneAway(), Broken(late)]
+
+
+# -------------------------------------------------------------------------------------- windows
+
+
+def test_a_peer_without_windows_is_not_held_to_any(both: Both) -> None:
+    both.client.open({})
+    both.take()
+    for _ in range(10):
+        both.server.send(1, bytes(both.server.room(1)))
+    assert both.server.room(1) > 0
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_peer_with_windows_is(both: Both, early: bool) -> None:
+    if early:
+        both.client.begin()
+    both.client.open({})
+    both.client.open({})
+    both.take()
+    if not early:
+        assert list(both.server.receive(frames.window_update(0, 1))) == [Widened()]
+    room = both.server.room(1)
+    assert room == WINDOW
+    both.server.send(1, bytes(room))
+    assert both.server.room(1) == 0
+    assert both.server.room(3) == (0 if early else 1), "the connection has a window too"
+    both.exchange()
+    assert both.server.room(3) == WINDOW, "which is given back at once"
+    assert both.server.room(1) == 0, "and that of a stream by its reader"
+    both.client.taken(1, WINDOW // 2 - 1)
+    both.exchange()
+    assert both.server.room(1) == 0, "in large pieces"
+    both.client.taken(1, 1)
+    both.exchange()
+    assert both.server.room(1) == WINDOW // 2
+
+
+def test_a_peer_that_overruns_its_window(both: Both) -> None:
+    both.client.begin()
+    both.client.open({})
+    both.client.open({})
+    both.take()
+    both.client.send(1, bytes(WINDOW))
+    both.client.send(1, b"x")
+    both.client.send(3, b"alive")
+    seen = both.take()
+    assert seen[-2:] == [Broken(1), Received(3, b"alive")]
+    assert both.client_saw[-1] == Broken(1)
+
+
+def test_initial_windows_of_the_peer(both: Both) -> None:
+    both.client.open({})
+    both.take()
+    list(both.server.receive(frames.settings({7: 1000})))
+    assert both.server.room(1) == 1000
+    both.server.send(1, bytes(900))
+    list(both.server.receive(frames.settings({7: 10})))
+    assert both.server.room(1) == 0, "less than was sent already"
+    list(both.server.receive(frames.settings({4: 5, 7: 2000})))
+    assert both.server.room(1) == 1100
+    both.client.open({})
+    both.exchange()
+    assert both.server.room(3) == 2000
+
+
+def test_windows_beyond_their_bound(both: Both) -> None:
+    both.client.open({})
+    both.take()
+    most = (1 << 31) - 1
+    assert Broken(1) in list(both.server.receive(frames.window_update(1, most)))
+    with pytest.raises(SpdyError):
+        list(both.server.receive(frames.window_update(0, most)))
+    with pytest.raises(SpdyError):
+        list(both.server.receive(frames.settings({7: 1 << 31})))
+
+
+def test_windows_of_streams_that_are_gone(both: Both) -> None:
+    assert list(both.server.receive(frames.window_update(5, 100))) == [Widened()]
+    both.server.taken(5, WINDOW)
+    assert both.server.output() == b""
