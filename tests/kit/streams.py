@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,11 +44,20 @@ class NotUpgraded(Exception):
         self.answer = answer
 
 
+Dialer = Callable[[str, int], socket.socket]  # opens the connection elsewhere, in another namespace for one
+
+
 async def connect(
-    url: str, tls: ssl.SSLContext | None = None
+    url: str, tls: ssl.SSLContext | None = None, dialer: Dialer | None = None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     where = urlsplit(url)
-    return await asyncio.open_connection(where.hostname, where.port, ssl=tls, limit=READ_BYTES)
+    assert where.hostname is not None
+    assert where.port is not None
+    if dialer is None:
+        return await asyncio.open_connection(where.hostname, where.port, ssl=tls, limit=READ_BYTES)
+    sock = dialer(where.hostname, where.port)
+    sock.setblocking(False)
+    return await asyncio.open_connection(sock=sock, limit=READ_BYTES)
 
 
 async def read_answer(reader: asyncio.StreamReader) -> Answer:
@@ -124,10 +134,15 @@ class SpdyClient:
 
     @classmethod
     async def dial(
-        cls, url: str, *protocols: str, counts: bool = True, tls: ssl.SSLContext | None = None
+        cls,
+        url: str,
+        *protocols: str,
+        counts: bool = True,
+        tls: ssl.SSLContext | None = None,
+        dialer: Dialer | None = None,
     ) -> SpdyClient:
         """Raises NotUpgraded."""
-        reader, writer = await connect(url, tls)
+        reader, writer = await connect(url, tls, dialer)
         await _send_request(writer, url, spdy_headers(*protocols), "POST")
         answer = await read_answer(reader)
         if answer.code != 101:
@@ -251,9 +266,9 @@ class WebSocketClient:
         self._partial: bytes | str | None = None
 
     @classmethod
-    async def dial(cls, url: str, *subprotocols: str, tls: ssl.SSLContext | None = None) -> WebSocketClient:
+    async def dial(cls, url: str, *subprotocols: str, dialer: Dialer | None = None) -> WebSocketClient:
         """Raises NotUpgraded."""
-        reader, writer = await connect(url, tls)
+        reader, writer = await connect(url, dialer=dialer)
         client = cls(reader, writer)
         where = urlsplit(url)
         ask = Request(host=where.netloc, target=where.path, subprotocols=list(subprotocols))

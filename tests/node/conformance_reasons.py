@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+STREAMING = "Streaming / runtime should support streaming interfaces"
+
 # these skip themselves
 SKIPPED = {
     "AppArmor / ": "the kernel of this host has no AppArmor, which critest looks at first",
@@ -12,7 +14,7 @@ SKIPPED = {
 # these fail
 FAILED = {
     "Security Context / NamespaceOption / runtime should support Host": "host namespaces are not offered yet",
-    "Streaming / ": "Exec, Attach and PortForward are not served yet",
+    f"{STREAMING} / runtime should support portforward in host": "host namespaces are not offered yet",
 }
 
 

@@ -11,20 +11,27 @@ from typing import Any
 import pytest
 
 from tests.kit.gotools import tool
+from tests.kit.namespace import Namespace
 
 
 @dataclass(frozen=True)
 class Crictl:
     binary: str
+    namespace: Namespace
     socket: Path
     directory: Path  # for configuration files of pods and containers
 
-    def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """A VM that boots slowly needs more than crictl's own 2 s for a call."""
+    def command(self, *words: str) -> list[str]:
+        """A VM that boots slowly needs more than crictl's own 2 s for a call. It runs where the daemon
+        does: URLs of streams are of that loopback."""
         config = self.directory / "crictl.yaml"
         config.touch()  # keeps a configuration of the machine out of it
         end_points = [f"--{kind}-endpoint=unix://{self.socket}" for kind in ("runtime", "image")]
         command = [self.binary, f"--config={config}", *end_points, "--timeout=60s", *words]
+        return self.namespace.command(command)
+
+    def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = self.command(*words)
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if check and done.returncode != 0:
             raise AssertionError(f"crictl {' '.join(words)}: {done.returncode}\n{done.stdout}{done.stderr}")
@@ -61,8 +68,8 @@ class Crictl:
 
 
 @pytest.fixture(scope="module")
-def crictl(daemon: Any, tmp_path_factory: pytest.TempPathFactory) -> Crictl:
-    return Crictl(str(tool("crictl")), daemon.socket, tmp_path_factory.mktemp("crictl"))
+def crictl(site: Any, daemon: Any, tmp_path_factory: pytest.TempPathFactory) -> Crictl:
+    return Crictl(str(tool("crictl")), site.namespace, daemon.socket, tmp_path_factory.mktemp("crictl"))
 
 
 @pytest.fixture(autouse=True)

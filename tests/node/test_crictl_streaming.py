@@ -1,0 +1,197 @@
+"""crictl exec, attach and port-forward, over both of its transports, on the real daemon."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.kit.cri import Cri
+from tests.kit.registry import HOST
+from tests.node.conftest import Crictl
+
+pytestmark = pytest.mark.node
+
+BUSYBOX = f"{HOST}/husk/busybox:1"
+WEB = f"{HOST}/husk/web:1"
+PATIENCE_S = 30
+
+
+@dataclass(frozen=True)
+class Running:
+    pod: str
+    pod_file: str
+    container: str
+
+
+@pytest.fixture(scope="module")
+def pod(crictl: Crictl) -> Running:
+    crictl.run("pull", WEB)
+    crictl.run("pull", BUSYBOX)
+    pod_file = crictl.pod_file("streams")
+    pod = crictl.say("runp", pod_file)
+    container = crictl.say("create", pod, crictl.container_file("httpd", WEB, []), pod_file)
+    crictl.run("start", container)
+    return Running(pod, pod_file, container)
+
+
+@pytest.fixture(params=["spdy", "websocket"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Terminal:
+    """A program with a terminal of its own."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        os.close(slave)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def until(self, wanted: str) -> str:
+        end = time.monotonic() + PATIENCE_S
+        while wanted not in self.seen:
+            assert time.monotonic() < end, f"{wanted!r} did not come: {self.seen!r}"
+            if select.select([self._master], [], [], 0.2)[0]:
+                self.seen += os.read(self._master, 4096).decode(errors="replace")
+        return self.seen
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+@contextmanager
+def terminal(crictl: Crictl, *words: str) -> Iterator[Terminal]:
+    made = Terminal(crictl.command(*words))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_exec(crictl: Crictl, pod: Running, transport: str) -> None:
+    script = "echo out; echo err >&2; exit 42"
+    done = crictl.run("exec", "--transport", transport, pod.container, "sh", "-c", script, check=False)
+    assert done.stdout == "out\n"
+    assert "err\n" in done.stderr
+    assert "42" in done.stderr
+    assert done.returncode != 0
+    assert crictl.say("exec", "--transport", transport, pod.container, "echo", "fine") == "fine"
+
+
+def test_exec_with_stdin(crictl: Crictl, pod: Running, transport: str) -> None:
+    """Its end reaches the program: wc counts, and only then says so."""
+    command = crictl.command("exec", "-i", "--transport", transport, pod.container, "wc", "-c")
+    data = bytes(300_000)
+    done = subprocess.run(command, input=data, capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, b"300000"), done.stderr
+
+
+def test_exec_of_what_is_not_there(crictl: Crictl, pod: Running, transport: str) -> None:
+    done = crictl.run("exec", "--transport", transport, pod.container, "no-such-program", check=False)
+    assert done.returncode != 0
+    assert "no-such-program" in done.stderr
+
+
+def test_exec_with_a_terminal(crictl: Crictl, pod: Running, transport: str) -> None:
+    with terminal(crictl, "exec", "-it", "--transport", transport, pod.container, "sh") as shell:
+        shell.until("#")
+        shell.type("tty; echo $((6 * 7))\n")
+        assert "/dev/pts/" in shell.until("42")
+        shell.type("exit\n")
+        assert shell.process.wait(PATIENCE_S) == 0
+
+
+def test_exec_of_much(crictl: Crictl, pod: Running, transport: str) -> None:
+    command = crictl.command("exec", "--transport", transport, pod.container, "seq", "1", "300000")
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert done.stdout == b"".join(b"%d\n" % number for number in range(1, 300001)), done.stderr
+
+
+def test_attach(crictl: Crictl, pod: Running, transport: str) -> None:
+    script = "echo before; while read line; do echo got $line; done; echo bye"
+    file = crictl.container_file(
+        f"attach-{transport}", BUSYBOX, ["sh", "-c", script], stdin=True, stdin_once=True
+    )
+    container = crictl.say("create", pod.pod, file, pod.pod_file)
+    crictl.run("start", container)
+    Cri.wait_for(lambda: crictl.say("logs", container), lambda text: "before" in text)
+    command = crictl.command("attach", "-i", "--transport", transport, container)
+    done = subprocess.run(command, input=b"one\ntwo\n", capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, b"got one\ngot two\nbye\n"), done.stderr
+    assert crictl.say("logs", container) == "before\ngot one\ngot two\nbye"
+
+
+def test_attach_to_a_terminal(crictl: Crictl, pod: Running, transport: str) -> None:
+    file = crictl.container_file(f"terminal-{transport}", BUSYBOX, ["sh"], stdin=True, tty=True)
+    container = crictl.say("create", pod.pod, file, pod.pod_file)
+    crictl.run("start", container)
+    with terminal(crictl, "attach", "-it", "--transport", transport, container) as shell:
+        time.sleep(0.5)
+        shell.type("echo $((6 * 7))\n")
+        shell.until("42")
+        shell.type("exit\n")
+        shell.process.wait(PATIENCE_S)
+    Cri.wait_for(
+        lambda: crictl.json("inspect", container)["status"]["state"],
+        lambda state: state == "CONTAINER_EXITED",
+    )
+
+
+@contextmanager
+def forwarding(crictl: Crictl, pod: str, ports: str, transport: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        crictl.command("port-forward", "--transport", transport, pod, ports),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert "Forwarding from" in process.stdout.readline()
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def test_port_forward(crictl: Crictl, site: Any, pod: Running, transport: str) -> None:
+    local = {"spdy": 18080, "websocket": 18081}[transport]
+    with forwarding(crictl, pod.pod, f"{local}:80", transport):
+        for _ in range(5):
+            assert site.namespace.fetch("127.0.0.1", local) == "hello from the pod\n"
+
+
+def test_port_forward_to_a_refused_port(crictl: Crictl, site: Any, pod: Running, transport: str) -> None:
+    local = {"spdy": 18082, "websocket": 18083}[transport]
+    with forwarding(crictl, pod.pod, f"{local}:81", transport) as process:
+        with site.namespace.dial("127.0.0.1", local) as client:
+            client.sendall(b"x")
+            assert client.recv(10) == b""
+        assert process.stdout is not None
+        text = ""
+        while "refused" not in text:
+            line = process.stdout.readline()
+            assert line, f"crictl did not say why: {text}"
+            text += line
+    crictl.run("exec", pod.container, "true")

@@ -1,0 +1,325 @@
+"""Exec, attach and port-forward, from a client's socket into the guest and back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.kit.cri import Cri, Pod
+from tests.kit.registry import HOST
+from tests.kit.streams import SpdyClient, WebSocketClient
+
+pytestmark = pytest.mark.vm
+
+BUSYBOX = f"{HOST}/husk/busybox:1"
+WEB = f"{HOST}/husk/web:1"
+V4, V5 = "v4.channel.k8s.io", "v5.channel.k8s.io"
+ECHO = "while read line; do echo out $line; echo err $line >&2; done; echo end of stdin; sleep 3600"
+VOLUME_MIB = int(os.environ.get("HUSK_TEST_STREAM_MIB", "48"))
+GROWTH_MIB = 24  # of the daemon, whatever the volume
+
+
+class Clients:
+    """Opens sessions on the daemon of the module, in its namespace; closes them in the end."""
+
+    def __init__(self, cri: Cri, namespace: Any) -> None:
+        self.cri = cri
+        self._dialer = namespace.dial
+        self._made: list[SpdyClient | WebSocketClient] = []
+
+    async def spdy(self, url: str, protocol: str = V4, **more: Any) -> SpdyClient:
+        client = await SpdyClient.dial(url, protocol, dialer=self._dialer, **more)
+        self._made.append(client)
+        return client
+
+    async def websocket(self, url: str, *protocols: str) -> WebSocketClient:
+        client = await WebSocketClient.dial(url, *protocols, dialer=self._dialer)
+        self._made.append(client)
+        return client
+
+    def exec_url(self, container: str, *cmd: str, **more: Any) -> str:
+        wish = {"stdin": True, "stdout": True, "stderr": True} | more
+        return str(self.cri.call("Exec", container_id=container, cmd=cmd, **wish).url)
+
+    async def exec(self, container: str, *cmd: str, tty: bool = False) -> tuple[SpdyClient, dict[str, int]]:
+        client = await self.spdy(self.exec_url(container, *cmd, tty=tty, stderr=not tty))
+        return client, await client.open_command("error", "stdin", "stdout", "resize" if tty else "stderr")
+
+    async def attach(self, container: str, **more: Any) -> tuple[SpdyClient, dict[str, int]]:
+        wish = {"stdin": True, "stdout": True, "stderr": True} | more
+        client = await self.spdy(str(self.cri.call("Attach", container_id=container, **wish).url))
+        names = [name for name in ("stdin", "stdout", "stderr") if wish[name]]
+        names += ["resize"] if wish.get("tty") else []
+        return client, await client.open_command("error", *names)
+
+    async def forward(self, pod: Pod) -> SpdyClient:
+        url = str(self.cri.call("PortForward", pod_sandbox_id=pod.id).url)
+        return await self.spdy(url, "portforward.k8s.io")
+
+    async def close(self) -> None:
+        for client in self._made:
+            await client.close()
+
+
+@pytest.fixture
+async def clients(cri: Cri, site: Any) -> AsyncIterator[Clients]:
+    made = Clients(cri, site.namespace)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def box(cri: Cri, pod: Pod) -> str:
+    return cri.run(pod, BUSYBOX, ("sleep", "3600"))
+
+
+def exit_code(status: bytes) -> int:
+    told = json.loads(status)
+    return 0 if told["status"] == "Success" else int(told["details"]["causes"][0]["message"])
+
+
+async def pair(client: SpdyClient, port: int, request: str) -> tuple[int, int]:
+    error = await client.open(streamtype="error", port=str(port), requestid=request)
+    await client.end(error)
+    return await client.open(streamtype="data", port=str(port), requestid=request), error
+
+
+# --------------------------------------------------------------------------------------- exec
+
+
+async def test_exec(clients: Clients, box: str) -> None:
+    client, streams = await clients.exec(box, "sh", "-c", "echo heard >&2; cat; exit 42")
+    await client.send(streams["stdin"], b"there and back")
+    await client.until(streams["stdout"], lambda seen: seen == b"there and back")
+    assert not client.streams[streams["error"]].ended.is_set()
+    await client.end(streams["stdin"])
+    assert exit_code(await client.all(streams["error"])) == 42
+    assert await client.all(streams["stderr"]) == b"heard\n"
+    await client.wait_closed()
+
+
+async def test_exec_over_websocket(clients: Clients, box: str) -> None:
+    url = clients.exec_url(box, "sh", "-c", "cat; exit 3")
+    client = await clients.websocket(url, V5)
+    await client.send(b"\0there and back")
+    await client.until(lambda: client.channel(1) == b"there and back")
+    await client.send(b"\xff\0")
+    await client.read_all()
+    assert exit_code(client.channel(3)) == 3
+
+
+async def test_exec_of_what_is_not_there(clients: Clients, box: str) -> None:
+    client, streams = await clients.exec(box, "no-such-program")
+    told = json.loads(await client.all(streams["error"]))
+    assert told["reason"] == "InternalError"
+    assert "no-such-program" in told["message"]
+
+
+async def test_exec_with_a_terminal(clients: Clients, box: str) -> None:
+    client, streams = await clients.exec(box, "sh", tty=True)
+    await client.send(streams["resize"], b'{"Width":132,"Height":50}')
+    await client.send(streams["stdin"], b"tty; sleep 0.3; stty size; echo $TERM\n")
+    seen = await client.until(streams["stdout"], lambda seen: b"xterm" in seen)
+    assert b"/dev/pts/" in seen
+    assert b"50 132\r\n" in seen
+    await client.send(streams["stdin"], b"exit 5\n")
+    assert exit_code(await client.all(streams["error"])) == 5
+
+
+async def test_a_client_that_vanishes(clients: Clients, cri: Cri, box: str) -> None:
+    """What it started is hung up: stdin ends, a terminal's programs get SIGHUP."""
+    client, _ = await clients.exec(box, "cat", "-", "/dev/null")
+    terminal, streams = await clients.exec(box, "sh", "-c", "echo ready; sleep 4321", tty=True)
+    await terminal.until(streams["stdout"], lambda seen: b"ready" in seen)
+    assert "4321" in cri.exec(box, "ps").stdout
+    await client.close(abort=True)
+    await terminal.close(abort=True)
+
+    def left() -> str:
+        return str(cri.exec(box, "ps").stdout)
+
+    await asyncio.to_thread(Cri.wait_for, left, lambda text: "4321" not in text and "cat -" not in text, 15)
+
+
+async def test_exec_ends_with_its_container(clients: Clients, cri: Cri, box: str) -> None:
+    client, streams = await clients.exec(box, "sleep", "3600")
+    await asyncio.sleep(0.3)
+    await asyncio.to_thread(cri.stop, box, 0)
+    assert exit_code(await client.all(streams["error"])) == 137
+
+
+def resident_mib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) >> 10
+
+
+async def test_volume_with_flat_memory(clients: Clients, daemon: Any, box: str) -> None:
+    url = clients.exec_url(
+        box, "dd", "if=/dev/zero", "bs=1M", f"count={VOLUME_MIB}", stdin=False, stderr=False
+    )
+    client = await clients.spdy(url)
+    before = most = resident_mib(daemon.pid)
+    streams = await client.open_command("error", "stdout")
+    stream = client.streams[streams["stdout"]]
+    total = 0
+    began = asyncio.get_running_loop().time()
+    while not stream.ended.is_set():
+        await asyncio.sleep(0.01)
+        total += len(stream.seen)
+        stream.seen.clear()
+        most = max(most, resident_mib(daemon.pid))
+    total += len(stream.seen)
+    seconds = asyncio.get_running_loop().time() - began
+    print(f"{total >> 20} MiB in {seconds:.1f} s; daemon from {before} to at most {most} MiB")
+    assert exit_code(await client.all(streams["error"])) == 0
+    assert total == VOLUME_MIB << 20
+    assert most - before < GROWTH_MIB
+
+
+async def test_volume_into_the_guest(clients: Clients, daemon: Any, box: str) -> None:
+    client = await clients.spdy(clients.exec_url(box, "wc", "-c", stderr=False))
+    before = resident_mib(daemon.pid)
+    streams = await client.open_command("error", "stdin", "stdout")
+    size = min(VOLUME_MIB, 16) << 20
+    await asyncio.wait_for(client.send(streams["stdin"], bytes(size)), 240)
+    await client.end(streams["stdin"])
+    assert int(await client.all(streams["stdout"], 120)) == size
+    assert resident_mib(daemon.pid) - before < GROWTH_MIB
+
+
+async def test_a_stopped_reader_stops_only_its_stream(clients: Clients, cri: Cri, box: str) -> None:
+    client = await clients.spdy(clients.exec_url(box, "yes", stdin=False, stderr=False))
+    await client.open(streamtype="error")
+    stopped = await client.open(streamtype="stdout", hold=True)
+    await client.until(stopped, lambda seen: len(seen) == 64 << 10)
+    other, streams = await clients.exec(box, "cat")
+    for word in (b"one", b"two", b"three"):
+        await other.send(streams["stdin"], word)
+        await other.until(streams["stdout"], lambda seen, word=word: seen.endswith(word))  # type: ignore[misc]
+    assert (await asyncio.to_thread(cri.exec, box, "echo", "sync")).stdout == "sync\n"
+    assert len(client.streams[stopped].seen) == 64 << 10
+
+
+# ------------------------------------------------------------------------------------- attach
+
+
+async def test_attach(clients: Clients, cri: Cri, pod: Pod) -> None:
+    """Only what is new, both ways, for several at once; the log has all of it too."""
+    container = cri.run(pod, BUSYBOX, ["sh", "-c", f"echo before; {ECHO}"], stdin=True)
+    Cri.wait_for(lambda: cri.log(container), bool)
+    first, streams = await clients.attach(container)
+    await first.send(streams["stdin"], b"one\n")
+    await first.until(streams["stderr"], lambda seen: seen == b"err one\n")
+    second, others = await clients.attach(container, stdin=False, stderr=False)
+    await asyncio.sleep(0.2)
+    await first.send(streams["stdin"], b"two\n")
+    await second.until(others["stdout"], lambda seen: seen == b"out two\n")
+    await first.until(streams["stdout"], lambda seen: seen == b"out one\nout two\n")
+    await first.close()
+    third, streams = await clients.attach(container)
+    await third.send(streams["stdin"], b"three\n")
+    await second.until(others["stdout"], lambda seen: seen == b"out two\nout three\n")
+    await asyncio.to_thread(cri.stop, container, 0)
+    for client, error in ((second, others["error"]), (third, streams["error"])):
+        assert exit_code(await client.all(error)) == 0
+    text = [line.text for line in cri.log(container) if line.stream == "stdout"]
+    assert text == ["before", "out one", "out two", "out three"]
+
+
+async def test_attach_with_stdin_once(clients: Clients, cri: Cri, pod: Pod) -> None:
+    container = cri.run(pod, BUSYBOX, ["sh", "-c", "cat; echo bye"], stdin=True, stdin_once=True)
+    client, streams = await clients.attach(container)
+    await client.send(streams["stdin"], b"all of it\n")
+    await client.end(streams["stdin"])
+    assert await client.all(streams["stdout"]) == b"all of it\nbye\n"
+    assert exit_code(await client.all(streams["error"])) == 0
+    assert cri.wait_exited(container).exit_code == 0
+
+
+async def test_attach_to_a_terminal(clients: Clients, cri: Cri, pod: Pod) -> None:
+    container = cri.run(pod, BUSYBOX, ["sh"], stdin=True, tty=True)
+    client, streams = await clients.attach(container, tty=True, stderr=False)
+    await client.send(streams["resize"], b'{"Width":99,"Height":11}')
+    await client.send(streams["stdin"], b"sleep 0.3; stty size\n")
+    await client.until(streams["stdout"], lambda seen: b"11 99\r\n" in seen)
+    await client.send(streams["stdin"], b"exit\n")
+    assert exit_code(await client.all(streams["error"])) == 0
+    assert cri.wait_exited(container).exit_code == 0
+
+
+def test_what_does_not_run(cri: Cri, pod: Pod) -> None:
+    container = cri.create(pod, BUSYBOX, ["sleep", "3600"])
+    for id, code in ((container, grpc.StatusCode.FAILED_PRECONDITION), ("nobody", grpc.StatusCode.NOT_FOUND)):
+        with pytest.raises(grpc.RpcError) as caught:
+            cri.call("Exec", container_id=id, cmd=["true"], stdout=True)
+        assert caught.value.code() is code
+        with pytest.raises(grpc.RpcError) as caught:
+            cri.call("Attach", container_id=id, stdout=True)
+        assert caught.value.code() is code
+
+
+# ------------------------------------------------------------------------------- port-forward
+
+
+async def test_port_forward(clients: Clients, cri: Cri, pod: Pod) -> None:
+    """A page from 127.0.0.1 of the pod, several at a time; a refused port fails alone."""
+    cri.pull(WEB)
+    container = cri.run(pod, WEB)
+    Cri.wait_for(
+        lambda: cri.exec(container, "wget", "-q", "-O", "-", "127.0.0.1").code, lambda code: code == 0
+    )
+    client = await clients.forward(pod)
+    refused, told = await pair(client, 81, "refused")
+    assert b"81" in await client.all(told)
+    for number in range(3):
+        data, error = await pair(client, 80, str(number))
+        await client.send(data, b"GET / HTTP/1.0\r\n\r\n")
+        page = await client.all(data)
+        assert page.endswith(b"hello from the pod\n")
+        await client.end(data)
+        assert await client.all(error) == b""
+    assert client.streams[refused].ended.is_set()
+
+
+async def test_port_forward_with_half_close(clients: Clients, cri: Cri, pod: Pod, box: str) -> None:
+    """What the client sent last is answered after its end."""
+    cri.run(pod, BUSYBOX, ["nc", "-l", "-p", "7000", "-e", "sh", "-c", "wc -c"])
+    sockets = ("cat", "/proc/net/tcp", "/proc/net/tcp6")
+    Cri.wait_for(lambda: cri.exec(box, *sockets).stdout, lambda text: f":{7000:04X} " in text)
+    client = await clients.forward(pod)
+    data, error = await pair(client, 7000, "0")
+    await client.send(data, b"x" * 100_000)
+    await client.end(data)
+    assert (await client.all(data)).strip() == b"100000"
+    assert await client.all(error) == b""
+
+
+async def test_port_forward_ends_with_its_pod(clients: Clients, cri: Cri) -> None:
+    pod = cri.run_pod("forward-ends")
+    client = await clients.forward(pod)
+    await asyncio.to_thread(cri.stop_pod, pod)
+    _, error = await pair(client, 80, "0")
+    assert b"not ready" in await client.all(error) or b"is" in bytes(client.streams[error].seen)
+    with pytest.raises(grpc.RpcError) as caught:
+        cri.call("PortForward", pod_sandbox_id=pod.id)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+# ------------------------------------------------------------------------------- the daemon ends
+
+
+async def test_sessions_end_with_the_daemon(clients: Clients, cri: Cri, daemon: Any, box: str) -> None:
+    """Its pods and containers do not; what was exec'ed does."""
+    client, streams = await clients.exec(box, "sh", "-c", "echo begun; sleep 9753")
+    await client.until(streams["stdout"], lambda seen: seen == b"begun\n")
+    assert await asyncio.to_thread(daemon.terminate) == 0
+    await client.wait_closed()
+    await asyncio.to_thread(daemon.start)
+    Cri.wait_for(lambda: cri.exec(box, "ps").stdout, lambda text: "9753" not in text, 20)
