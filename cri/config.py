@@ -86,6 +86,8 @@ class HandlerTable(Table, frozen=True, kw_only=True):
     vcpus: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     machine: str = "q35"
+    source: Literal["pool", "template", "boot"] = "pool"
+    pool_size: Annotated[int, msgspec.Meta(ge=1, le=256)] = 2
 
 
 class Config(Table, frozen=True, kw_only=True):

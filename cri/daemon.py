@@ -3,7 +3,8 @@
 Start: the ports of metrics and streaming are taken and the socket's place looked at, as whoever cannot
 have them shall touch nothing. Then records are read, the pods that an earlier daemon left are taken up or
 undone, what has no owner is swept; only then is the socket opened. End: calls under way get a few
-seconds, streaming sessions are hung up, everything is let go of, and no pod is touched.
+seconds, streaming sessions are hung up, everything is let go of, and no pod is touched; only VMs that
+waited for one are ended.
 """
 
 from __future__ import annotations
@@ -33,17 +34,22 @@ from network.errors import NetworkError
 from sandbox import cgroup
 from sandbox.containers import ContainerHost, Containers
 from sandbox.events import Events
+from sandbox.factory import Factory, FactoryHost
+from sandbox.host import find_host_size
 from sandbox.host_usage import HostUsage, host_usage
 from sandbox.layer_meter import LayerMeter
 from sandbox.meter import Meter
+from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.pods import PodHost, Pods
 from sandbox.records import ContainerRecord, PodRecord, Side
 from sandbox.registry import Registry
 from sandbox.room import Room
-from sandbox.steps import pod_steps
+from sandbox.stages import Stage
+from sandbox.steps import Vm, grow, pod_walks
 from sandbox.store import Store
 from sandbox.tasks import Tasks
+from sandbox.templates import Templates
 from sandbox.vmm import find_hypervisor
 
 log = logging.getLogger(__name__)
@@ -98,7 +104,7 @@ class Daemon:
         self.node = HuskNode(config, self.hypervisor, layout)
         self.events = Events(self.registry)
         self.meter = Meter(self.registry, LayerMeter(self.images.rootfs))
-        room = Room(self.registry)
+        room = Room(self.registry, grow)
         self.containers = Containers(
             self.registry,
             ContainerHost(
@@ -112,15 +118,33 @@ class Daemon:
                 on_phase=self.metrics.phase,
             ),
         )
-        self.cgroups = cgroups = cgroup.Cgroups(layout=layout, root=config.cgroup_root)
+        self.cgroups = cgroup.Cgroups(layout=layout, root=config.cgroup_root)
+        host = find_host_size()
+        # a VM keeps a CPU busy while it starts; of a plug-in's time the better part is waiting
+        self.stages = (Stage("vm", max(2, host.cpus)), Stage("network", max(4, 2 * host.cpus)))
+        vm = self._vm_step(host)
+        walks = pod_walks(vm, self.stages[1])
+        self.factory = Factory(
+            FactoryHost(
+                templates=vm.templates,
+                vm=vm,
+                walks=walks,
+                handlers=self.node.handlers,
+                handler=self.node.handler,
+                accelerator=self.node.verdict,
+                make_pod=lambda record: self.pods.make(record),
+                tasks=self.tasks,
+            )
+        )
         self.pods = Pods(
             self.registry,
             self.containers,
+            self.factory,
             PodHost(
                 store=self.pod_store,
                 run=run_dir,
                 hypervisor=self.hypervisor,
-                steps=pod_steps(self.hypervisor, self.networks, cgroups),
+                walks=walks,
                 handler=self.node.handler,
                 accelerator=self.node.verdict,
                 tasks=self.tasks,
@@ -141,6 +165,12 @@ class Daemon:
             ),
         )
         self.server = Server(Path(config.socket), self._services(), Edge(self.metrics))
+
+    def _vm_step(self, host: HostSize) -> Vm:
+        templates = Templates(
+            Path(self.config.run) / "templates", self.hypervisor, self.networks, self.cgroups
+        )
+        return Vm(self.hypervisor, self.networks, self.cgroups, templates, self.stages[0], host)
 
     def _services(self) -> Sequence[Service]:
         return (
@@ -177,13 +207,19 @@ class Daemon:
         await self.pods.adopt_all(list(self.container_store))
         await self._sweep()
         self.metrics.watch(
-            Sources(sandboxes=self._pods_by_state, containers=self._containers_by_state, usage=self._usage)
+            Sources(
+                sandboxes=self._pods_by_state,
+                containers=self._containers_by_state,
+                usage=self._usage,
+                stages=lambda: self.stages,
+            )
         )
         if self.metrics_server is not None:
             self.metrics_server.start()
         self.node.check()
         await self.server.start()
         self.tasks.spawn(self.node.warm_up(), "choice of the accelerator")
+        await self.factory.start()
 
     def _take_metrics_port(self) -> None:
         wish = self.config.metrics
@@ -195,6 +231,7 @@ class Daemon:
         await self.server.stop(SHUTDOWN_GRACE_S)
         await self.streaming.stop()
         await self.flights.close(SHUTDOWN_GRACE_S)
+        await self.factory.close()
         await self.tasks.close()
         await self.meter.close()
         await self.pods.close()

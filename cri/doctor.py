@@ -28,7 +28,8 @@ from sandbox.accelerator import choose, find_obstacle
 from sandbox.errors import MissingProgram
 from sandbox.seccomp import seccomp_for
 from sandbox.spec import Seccomp, SeccompKind, SecuritySpec, Value
-from sandbox.vmm import find_hypervisor, qemu
+from sandbox.vmm import find_hypervisor
+from sandbox.vmm import host as host_tools
 
 TRIAL_TIMEOUT_S = 20
 SPACE_FAIL = 512 << 20
@@ -98,9 +99,9 @@ async def user(host: Host) -> Finding:
 
 async def hypervisor(host: Host) -> Finding:
     try:
-        program = qemu.find_program()
-        qemu.find_firmware()
-        version = await qemu.find_version(program)
+        program = host_tools.find_program()
+        host_tools.find_firmware()
+        version = await host_tools.find_version(program)
     except MissingProgram as error:
         return fail("qemu", str(error), error.package)
     return ok("qemu", f"{version} ({program})")

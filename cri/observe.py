@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -109,12 +109,24 @@ class SandboxUsage(Value, frozen=True, kw_only=True):
     memory_bytes: Mapping[str, int]
 
 
+class StageCount(Protocol):
+    """A stage of a start that only so many pods may be in at once."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def active(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+
+
 class Sources(Value, frozen=True, kw_only=True):
     """Asked at each scrape, from the scrape's thread (see above)."""
 
     sandboxes: Callable[[], Mapping[str, int]] = dict  # by state
     containers: Callable[[], Mapping[str, int]] = dict  # by state
     usage: Callable[[], Sequence[SandboxUsage]] = tuple
+    stages: Callable[[], Sequence[StageCount]] = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +238,15 @@ class _FromSources(Collector):
                 memory.add_metric([usage.namespace, usage.pod, part], size)
         yield cpu
         yield memory
+        places = GaugeMetricFamily(
+            "husk_stage_pods",
+            "Pods in a stage of their start, or in the queue for it.",
+            labels=["stage", "state"],
+        )
+        for stage in self._sources.stages():
+            places.add_metric([stage.name, "active"], stage.active)
+            places.add_metric([stage.name, "waiting"], stage.waiting)
+        yield places
 
     @staticmethod
     def _by_state(name: str, help: str, source: Callable[[], Mapping[str, int]]) -> Metric:

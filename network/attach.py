@@ -1,7 +1,9 @@
 """A pod's network: its namespace, its CNI attachments, and the tap devices that carry them to a VM.
 
-    up         held file ─> namespace ─> ADD of each plug-in ─> facts of the interfaces
-    open_taps  taps and redirects, as often as a VM is started
+    prepare    namespace ─> the tap of its first interface, for a VM that is there before the interface
+    up         held file ─> namespace, unless prepared ─> ADD of each plug-in ─> facts of the interfaces
+               ─> redirect to the tap, if prepared
+    open_taps  taps and redirects of the interfaces that have none
     down       DEL of each plug-in ─> namespace ─> held file
 
 Everything is found by the pod id: the held file (see `held`), the namespace `<netns_dir>/<pod id>`,
@@ -32,7 +34,7 @@ from network.plugins import Plugins
 from network.readiness import Readiness
 from network.result import Result
 from network.spec import Attachment, Dns, Interface, NetworkStatus, NetworkWish, PortMapping, Route
-from network.tap import open_taps
+from network.tap import FIRST_TAP, join_prepared, open_tap, open_taps
 from network.threads import in_thread
 from network.turns import Turns
 
@@ -76,8 +78,21 @@ class Networks:
         """Whether a pod could be attached now; cheap, reads files only when they changed."""
         return self._readiness.status()
 
+    async def prepare(self, pod_id: str) -> int:
+        """Make the namespace, and in it the first interface's tap; the caller owns the descriptor.
+
+        On failure, or when cancelled, nothing is left. Raises NetnsError, TapError, WishRefused.
+        """
+        async with self._turns.of(pod_id):
+            return await in_thread(
+                lambda: self._prepare(pod_id), discard=lambda tap: self._unprepare(pod_id, tap)
+            )
+
+    def netns_of(self, pod_id: str) -> Path:
+        return self._netns_dir / pod_id
+
     async def up(self, wish: NetworkWish) -> Attachment:
-        """Make the namespace and attach it. On failure, or when cancelled, nothing is left.
+        """Attach the pod. On failure, or when cancelled, nothing is left but what was prepared.
 
         Raises NetworkNotReady, WishRefused, CniError, NetnsError, TapError.
         """
@@ -98,13 +113,20 @@ class Networks:
         async with self._turns.of(pod_id):
             await in_thread(lambda: self._down(pod_id, cancelled.is_set), on_cancel=cancelled.set)
 
-    async def open_taps(self, pod_id: str) -> tuple[int, ...]:
-        """Make the pod's taps and join them to its interfaces; the caller owns the descriptors.
+    async def detach(self, pod_id: str) -> None:
+        """Undo `up`, and leave the namespace; idempotent. Raises TeardownFailed as `down` does."""
+        cancelled = Event()
+        async with self._turns.of(pod_id):
+            await in_thread(lambda: self._detach(pod_id, cancelled.is_set), on_cancel=cancelled.set)
+
+    async def open_taps(self, pod_id: str, *, begin: int = 0) -> tuple[int, ...]:
+        """Make the taps of interface number `begin` and those behind it, and join them; the caller owns
+        the descriptors.
 
         In the order of Attachment.interfaces. Raises TapError, NetnsError.
         """
         async with self._turns.of(pod_id):
-            return await in_thread(lambda: self._open_taps(pod_id), discard=_close)
+            return await in_thread(lambda: self._open_taps(pod_id, begin), discard=_close)
 
     async def check(self, pod_id: str) -> None:
         """Ask the plug-ins whether the attachment is as they left it. Raises CniError, TapError."""
@@ -157,20 +179,38 @@ class Networks:
 
     # ------------------------------------------------------------------- blocking, in threads
 
+    def _prepare(self, pod_id: str) -> int:
+        path = self.netns_of(pod_id)
+        if path.exists():
+            raise WishRefused("pod_id", f"{pod_id} holds a network already; take that down first")
+        netns.make(path)
+        try:
+            return netns.run_in(path, lambda: open_tap(FIRST_TAP))
+        except BaseException:
+            self._down(pod_id)
+            raise
+
+    def _unprepare(self, pod_id: str, tap: int) -> None:
+        os.close(tap)
+        self._down(pod_id)
+
     def _up(self, wish: NetworkWish, cancelled: Callable[[], bool]) -> Attachment:
         held = self._plan(wish)
+        if self._held.load(wish.pod_id):
+            raise WishRefused("pod_id", f"{wish.pod_id} is attached already; take that down first")
         path = Path(held.netns)
-        if path.exists() or self._held.load(wish.pod_id):
-            raise WishRefused("pod_id", f"{wish.pod_id} holds a network already; take that down first")
+        prepared = path.exists()
         try:
             self._held.save(held, durable=True)
-            netns.make(path)
+            if not prepared:
+                netns.make(path)
             held = self._cni.add(held, self._held.save, cancelled)
             attachment = self._describe(held)
             self._held.save(_with(held, attachment))
         except BaseException as error:
+            undo_all = self._detach if prepared else self._down
             try:
-                self._down(wish.pod_id)
+                undo_all(wish.pod_id)
             except TeardownFailed as undo:
                 error.add_note(f"and was not wholly undone: {undo}")
                 log.warning("undoing a failed start: %s", undo)
@@ -182,7 +222,7 @@ class Networks:
         self._cni.check_installed(conf)
         return Held(
             pod_id=wish.pod_id,
-            netns=str(self._netns_dir / wish.pod_id),
+            netns=str(self.netns_of(wish.pod_id)),
             ifname=IFNAME,
             conf=conf,
             args=cni_args(wish),
@@ -191,7 +231,7 @@ class Networks:
 
     def _describe(self, held: Held) -> Attachment:
         result = held.result or Result()
-        interfaces, routes = netns.run_in(Path(held.netns), lambda: read_links(result))
+        interfaces, routes = netns.run_in(Path(held.netns), lambda: _read_and_join(result))
         dns = result.dns
         return Attachment(
             netns=held.netns,
@@ -204,7 +244,20 @@ class Networks:
         )
 
     def _down(self, pod_id: str, cancelled: Callable[[], bool] = lambda: False) -> None:
-        path = self._netns_dir / pod_id
+        path = self._delete(pod_id, cancelled)
+        try:
+            netns.remove(path)
+        except NetnsError as error:
+            raise TeardownFailed(pod_id, [error]) from error
+        self._held.forget(pod_id)
+
+    def _detach(self, pod_id: str, cancelled: Callable[[], bool] = lambda: False) -> None:
+        self._delete(pod_id, cancelled)
+        self._held.forget(pod_id)
+
+    def _delete(self, pod_id: str, cancelled: Callable[[], bool] = lambda: False) -> Path:
+        """DEL of each plug-in, in the namespace whose path is returned. Raises TeardownFailed."""
+        path = self.netns_of(pod_id)
         problems: Sequence[Exception] = ()
         try:
             held = self._held.load(pod_id)
@@ -217,11 +270,7 @@ class Networks:
         if problems:
             # the namespace stays for the next DEL: some plug-ins look there for what they are to undo
             raise TeardownFailed(pod_id, problems)
-        try:
-            netns.remove(path)
-        except NetnsError as error:
-            raise TeardownFailed(pod_id, [error]) from error
-        self._held.forget(pod_id)
+        return path
 
     def _delete_blindly(self, pod_id: str) -> None:
         """DEL with what is still known. Failures are only logged.
@@ -244,11 +293,11 @@ class Networks:
         for problem in self._cni.delete(held):
             log.error("%s", problem)
 
-    def _open_taps(self, pod_id: str) -> tuple[int, ...]:
+    def _open_taps(self, pod_id: str, begin: int) -> tuple[int, ...]:
         held = self._attached(pod_id)
         assert held.attachment is not None
-        interfaces = held.attachment.interfaces
-        return netns.run_in(Path(held.netns), lambda: open_taps(interfaces))
+        wanted = held.attachment.interfaces[begin:]
+        return netns.run_in(Path(held.netns), lambda: open_taps(wanted)) if wanted else ()
 
     def _attached(self, pod_id: str) -> Held:
         held = self._held.load(pod_id)
@@ -276,6 +325,12 @@ class Networks:
 def _close(taps: tuple[int, ...]) -> None:
     for tap in taps:
         os.close(tap)
+
+
+def _read_and_join(result: Result) -> tuple[tuple[Interface, ...], tuple[Route, ...]]:
+    interfaces, routes = read_links(result)
+    join_prepared(interfaces[0])
+    return interfaces, routes
 
 
 def _with(held: Held, attachment: Attachment) -> Held:

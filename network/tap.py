@@ -8,7 +8,8 @@ cls_matchall) and hands the frame to the other's egress. The namespace's own sta
 so the addresses that plug-ins left on eth0 stay where their CHECK and DEL look for them.
 
 A tap is not persistent: it is there while its file descriptor is open, in this process and then in
-the VMM. Its qdisc goes with it; the one on the CNI interface is replaced when the tap is made
+the VMM. The first interface's is there before the interface: its VM is started meanwhile, or waited
+for a pod. Its qdisc goes with it; the one on the CNI interface is replaced when the tap is made
 again. Nothing is left to undo that does not go with the descriptor or the namespace.
 """
 
@@ -28,6 +29,7 @@ from network.errors import TapError
 from network.links import open_netlink
 from network.spec import Interface
 
+FIRST_TAP = "tap0"  # of the first interface, whatever that is called
 _TUN = "/dev/net/tun"
 _TUNSETIFF = 0x400454CA  # linux/if_tun.h
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
@@ -45,7 +47,7 @@ def open_taps(interfaces: Iterable[Interface]) -> tuple[int, ...]:
     try:
         with open_netlink() as netlink:
             for interface in interfaces:
-                taps.append(_open(interface))
+                taps.append(open_tap(interface.tap))
                 _join(netlink, interface)
     except BaseException:
         for tap in taps:
@@ -54,28 +56,35 @@ def open_taps(interfaces: Iterable[Interface]) -> tuple[int, ...]:
     return tuple(taps)
 
 
-def _open(interface: Interface) -> int:
+def open_tap(name: str) -> int:
+    """Make a tap in the thread's namespace; frames go nowhere yet. Raises TapError."""
     try:
         # the device belongs to the namespace in which this file is opened
         fd = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise TapError(interface.name, f"open {_TUN}", str(error)) from error
+        raise TapError(name, f"open {_TUN}", str(error)) from error
     flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
     try:
-        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", interface.tap.encode(), flags))
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
     except OSError as error:
         os.close(fd)
         busy = error.errno == errno.EBUSY
-        problem = "a VMM of this pod still holds it" if busy else str(error)
-        raise TapError(interface.name, f"make {interface.tap}", problem) from error
+        raise TapError(name, "make", "a VMM of this pod still holds it" if busy else str(error)) from error
+    # or the namespace's stack would greet the guest with router solicitations and listener reports
+    ipv6 = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
+    if ipv6.exists():
+        ipv6.write_text("1")
     return fd
 
 
+def join_prepared(interface: Interface) -> None:
+    """Carry frames between an interface and its tap, where that is there already. Raises TapError."""
+    with open_netlink() as netlink:
+        if netlink.link_lookup(ifname=interface.tap):
+            _join(netlink, interface)
+
+
 def _join(netlink: Any, interface: Interface) -> None:
-    # or the namespace's stack would greet the guest with router solicitations and listener reports
-    ipv6 = Path(f"/proc/sys/net/ipv6/conf/{interface.tap}/disable_ipv6")
-    if ipv6.exists():
-        ipv6.write_text("1")
     step = "find both devices"
     try:
         tap = netlink.link_lookup(ifname=interface.tap)[0]

@@ -27,7 +27,7 @@ from sandbox import process, sockets
 from sandbox.errors import SandboxError, VmmError
 from sandbox.guest_image import GuestImage
 from sandbox.vmm import Hypervisor, Machine, VmSpec
-from sandbox.vmm.qemu import find_program, find_version
+from sandbox.vmm.host import find_program, find_version
 
 # A guest that runs at all prints within milliseconds; one that does may take its time (an outer
 # emulator makes KVM slow, not useless).

@@ -12,6 +12,9 @@ is made with the first pod that needs it and goes with the last one; daemons may
     kubelet, cgroupfs driver:  /kubepods/burstable/podUID          taken as it is
     kubelet, systemd driver:   kubepods-burstable-podUID.slice     each dash is a level
     neither:                   the daemon's own root, "/husk"
+    a VM that waits for a pod: "/husk-waiting", which gets what CPU time nobody else wants
+
+What a VM has used before it is moved to its pod's cgroup stays accounted where it waited.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -101,11 +105,31 @@ class Cgroups(msgspec.Struct, frozen=True, kw_only=True):
         """Blocks a little. Raises OSError, InvalidSpec. May be repeated."""
         create(self.layout, pod_path(parent, pod_id, root=self.root))
 
+    @property
+    def waiting(self) -> str:
+        """The parent of pods that nobody has asked for yet."""
+        return f"{self.root}-waiting"
+
+    def create_waiting(self, pod_id: str) -> None:
+        """For a VM of the pool, or one that a template is made of. Raises OSError. May be repeated."""
+        self.create(pod_id, self.waiting)
+        _weaken(directories(self.layout, self.waiting))
+
+    def claim(self, pod_id: str, parent: str) -> None:
+        """Move what waits to the pod's own cgroup. Raises OSError, InvalidSpec. May be repeated."""
+        self.create(pod_id, parent)
+        _move(self.directories(pod_id, self.waiting), self.directories(pod_id, parent))
+        self._remove(pod_id, self.waiting)
+
     def remove(self, pod_id: str, parent: str) -> None:
         """End what is inside, and remove it; blocks up to 5 s. Idempotent. See `remove` below."""
+        self._remove(pod_id, parent)
+        self._remove(pod_id, self.waiting)
+
+    def _remove(self, pod_id: str, parent: str) -> None:
         remove(self.layout, pod_path(parent, pod_id, root=self.root))
-        if not parent:
-            remove_empty(self.layout, self.root)
+        if parent in ("", self.waiting):
+            remove_empty(self.layout, parent or self.root)
 
     def directories(self, pod_id: str, parent: str) -> tuple[str, ...]:
         """What a process of the pod has to join."""
@@ -175,6 +199,31 @@ def _make_below(root: Path, directory: Path) -> None:
         with contextlib.suppress(FileExistsError):
             current.mkdir(0o755)
         _fill_cpuset(current)
+
+
+def _weaken(directories: Sequence[str]) -> None:
+    """The least share of the CPUs (cgroup-v1/... cpu.shares; cgroup-v2, cpu.weight): where the
+    controller is not enabled, work that nobody waits for is as strong as any other."""
+    for directory in directories:
+        for name, least in (("cpu.shares", "2"), ("cpu.weight", "1")):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                Path(directory, name).write_text(least)
+
+
+def _move(sources: Sequence[str], targets: Sequence[str]) -> None:
+    """All processes, hierarchy by hierarchy. One that forks meanwhile is seen by the next look."""
+    for source, target in zip(sources, targets, strict=True):
+        while pids := _processes(Path(source)):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    Path(target, "cgroup.procs").write_text(pid)
+
+
+def _processes(directory: Path) -> list[str]:
+    try:
+        return (directory / "cgroup.procs").read_text().split()
+    except FileNotFoundError:
+        return []
 
 
 def _fill_cpuset(directory: Path) -> None:

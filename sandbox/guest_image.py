@@ -50,8 +50,16 @@ from sandbox.kernel_image import (
     read_builtin,
 )
 
-# virtio_mem and the like come with what uses them; each module costs a start some milliseconds.
-MODULES = ("virtio_pci", "virtio_console", "virtiofs", "virtio_net", "overlay", "virtio_balloon")
+# Each module costs a cold start some milliseconds.
+MODULES = (
+    "virtio_pci",
+    "virtio_console",
+    "virtiofs",
+    "virtio_net",
+    "overlay",
+    "virtio_balloon",
+    "virtio_mem",
+)
 # For a container with NET_ADMIN that makes links of its own: the kernel loads these when one is made.
 ON_DEMAND = ("bridge", "veth", "dummy", "tun")
 # The smallest kernel that a distribution offers for VMs comes first: Debian, then Ubuntu.

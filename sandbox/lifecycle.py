@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from sandbox.errors import InvalidSpec, MissingProgram, PhaseFailed, SandboxError
 
@@ -37,8 +38,18 @@ class UndoFailed(SandboxError):
 PLAIN = (InvalidSpec, MissingProgram, PhaseFailed)
 
 
+@dataclass(frozen=True, slots=True)
+class Beside(Generic[Subject]):
+    """Walks that do not depend on each other, gone at the same time."""
+
+    branches: Sequence[Walk[Subject]]
+
+
+Walk: TypeAlias = "Sequence[Step[Subject] | Beside[Subject]]"
+
+
 async def bring_up(
-    steps: Sequence[Step[Subject]],
+    walk: Walk[Subject],
     subject: Subject,
     *,
     begin: Callable[[str], None],
@@ -49,46 +60,76 @@ async def bring_up(
     """Run every `up`; on failure release all that was begun and raise PhaseFailed.
 
     `begin` saves a step's name before the effect, `finish` gets the name and its two moments on
-    the monotonic clock, `ended` removes a released step's name. A cancelled walk releases nothing:
-    it means that the daemon is going away, and the next start does it from the saved names.
+    the monotonic clock, `ended` removes a released step's name. A failure beside other steps lets
+    those that have begun come to their end first. A cancelled walk releases nothing: it means that
+    the daemon is going away, and the next start does it from the saved names.
     """
-    begun: list[Step[Subject]] = []
-    for step in steps:
-        started = time.monotonic()
-        begun.append(step)
-        try:
-            begin(step.name)
-            await step.up(subject)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            elapsed = time.monotonic() - started
-            tail = console()
-            failure: Exception = error
-            if not isinstance(error, PLAIN):
-                failure = PhaseFailed(step.name, elapsed, str(error) or type(error).__name__, tail)
-                failure.__cause__ = error
+    begun: list[str] = []
+    failed = asyncio.Event()
+
+    async def go(walk: Walk[Subject]) -> None:
+        for each in walk:
+            if failed.is_set():
+                return
+            if isinstance(each, Beside):
+                await _all(go(branch) for branch in each.branches)
+                continue
+            started = time.monotonic()
+            begun.append(each.name)
             try:
-                await take_down(begun, subject, ended=ended)
-            except UndoFailed as undo:
-                failure.add_note(f"and was not wholly undone: {undo}")
-            raise failure from error
-        finish(step.name, started, time.monotonic())
+                begin(each.name)
+                await each.up(subject)
+            except PLAIN:
+                failed.set()
+                raise
+            except Exception as error:
+                failed.set()
+                elapsed, reason = time.monotonic() - started, str(error) or type(error).__name__
+                raise PhaseFailed(each.name, elapsed, reason, console()) from error
+            finish(each.name, started, time.monotonic())
+
+    try:
+        await go(walk)
+    except Exception as failure:
+        try:
+            await take_down(only(walk, begun), subject, ended=ended)
+        except UndoFailed as undo:
+            failure.add_note(f"and was not wholly undone: {undo}")
+        raise
 
 
-async def take_down(
-    steps: Sequence[Step[Subject]], subject: Subject, *, ended: Callable[[str], None]
-) -> None:
+async def take_down(walk: Walk[Subject], subject: Subject, *, ended: Callable[[str], None]) -> None:
     """Run every `down` in reverse order, whatever the others do. Raises UndoFailed at the end."""
     failures: list[tuple[str, BaseException]] = []
-    for step in reversed(steps):
-        try:
-            await step.down(subject)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            failures.append((step.name, error))
-        else:
-            ended(step.name)
+
+    async def go(walk: Walk[Subject]) -> None:
+        for each in reversed(walk):
+            if isinstance(each, Beside):
+                await _all(go(branch) for branch in each.branches)
+                continue
+            try:
+                await each.down(subject)
+            except Exception as error:
+                failures.append((each.name, error))
+            else:
+                ended(each.name)
+
+    await go(walk)
     if failures:
         raise UndoFailed(failures)
+
+
+def only(walk: Walk[Subject], names: Collection[str]) -> Walk[Subject]:
+    """The steps with these names, in their places."""
+    return [
+        Beside([only(branch, names) for branch in each.branches]) if isinstance(each, Beside) else each
+        for each in walk
+        if isinstance(each, Beside) or each.name in names
+    ]
+
+
+async def _all(walks: Iterable[Coroutine[None, None, None]]) -> None:
+    """To the end of each; raises the first failure then."""
+    for result in await asyncio.gather(*walks, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

@@ -7,8 +7,10 @@ makes again. Nothing here decides when a pod starts or stops: see `pods` and `st
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from sandbox.waterfall import guest_phases
 
 if TYPE_CHECKING:
     from sandbox.guest.client import GuestClient
+    from sandbox.stages import Stage
     from sandbox.vmm import Machine
 
 # Long enough for a loaded, emulated guest; short enough that a caller learns of a dead one.
@@ -35,6 +38,7 @@ class Pod(Recorded[PodRecord]):
         super().__init__(record, store)
         self.run_dir = run_dir
         self.handler: Handler | None = None  # only while it starts
+        self.tap: int | None = None  # likewise: of its first interface
         self.began = time.monotonic()  # moment 0 of its phases
         self.machine: Machine | None = None
         self.client: GuestClient | None = None
@@ -97,6 +101,35 @@ class Pod(Recorded[PodRecord]):
         self.note_phases(
             *guest_phases(welcome, received_s=received_s, began_s=self.began, vmm_started_s=started_s)
         )
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A stretch of the start within a step; one that fails is not noted."""
+        begin = time.monotonic()
+        yield
+        self.note_phase(name, begin, time.monotonic())
+
+    @contextlib.asynccontextmanager
+    async def queued(self, stage: Stage) -> AsyncIterator[None]:
+        """A place in a stage; a pod that nobody has asked for yet lets all others go first."""
+        begin = time.monotonic()
+        async with stage.place(idle=self.record.state is PodState.WAITING):
+            self.note_phase(f"queue-{stage.name}", begin, time.monotonic())
+            yield
+
+    def require_handler(self) -> Handler:
+        assert self.handler is not None, "only a pod that is started has to know its handler"
+        return self.handler
+
+    def require_tap(self) -> int:
+        assert self.tap is not None, "made by the step of the namespace"
+        return self.tap
+
+    def close_tap(self) -> None:
+        """Once the VMM has it for good. Idempotent."""
+        if self.tap is not None:
+            os.close(self.tap)
+            self.tap = None
 
     def require_ready(self) -> None:
         if self.record.state is not PodState.READY:

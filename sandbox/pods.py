@@ -1,6 +1,6 @@
 """The verbs of pods: run, stop, remove, and taking up those that an earlier daemon left.
 
-    run      STARTING, the steps, READY; a failure is undone and leaves nothing
+    run      a VM of the pool or a new one, STARTING, the steps, READY; a failure is undone and leaves nothing
     watch    from READY on a task per pod: a dead VM makes it NOT_READY at once, a broken
              connection to the agent is made anew
     stop     kills the containers, NOT_READY, the steps down; the record and its address stay
@@ -25,19 +25,20 @@ from sandbox.accelerator import Verdict
 from sandbox.containers import Containers
 from sandbox.errors import GuestUnreachable, InvalidSpec, NotFound, SandboxError, VmmGone
 from sandbox.events import Events
+from sandbox.factory import Factory
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.sessions import Forwarded
 from sandbox.host_usage import HostUsage
-from sandbox.lifecycle import Step, bring_up, take_down
+from sandbox.lifecycle import UndoFailed, Walk, bring_up, only, take_down
 from sandbox.plan import vm_size
 from sandbox.pod import Pod
-from sandbox.records import ContainerRecord, PodRecord, PodState
+from sandbox.records import ContainerRecord, PodRecord, PodState, Source
 from sandbox.registry import Registry, pod_name
 from sandbox.resources import compile_pod_resources, merge_resources
 from sandbox.room import Room
 from sandbox.spec import Handler, PodId, PodSpec, Resources
 from sandbox.stats import POD_CGROUP
-from sandbox.steps import connect, remove_tree
+from sandbox.steps import Walks, connect, remove_tree
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 from sandbox.vmm import Hypervisor
@@ -57,7 +58,7 @@ class PodHost:
     store: Store[PodRecord]
     run: Path
     hypervisor: Hypervisor
-    steps: Sequence[Step[Pod]]
+    walks: Walks
     handler: Callable[[str], Handler]  # raises InvalidSpec for an unknown name
     accelerator: Callable[[Handler], Awaitable[Verdict]]
     tasks: Tasks
@@ -68,9 +69,10 @@ class PodHost:
 
 
 class Pods:
-    def __init__(self, registry: Registry, containers: Containers, host: PodHost) -> None:
+    def __init__(self, registry: Registry, containers: Containers, factory: Factory, host: PodHost) -> None:
         self._registry = registry
         self._containers = containers
+        self._factory = factory
         self._host = host
 
     # ------------------------------------------------------------------------------- look-up
@@ -95,6 +97,7 @@ class Pods:
             "runDir": str(pod.run_dir),
             "handler": record.spec.handler,
             "accelerator": record.accelerator,
+            "source": record.source,
             "guestKernel": record.guest_kernel,
             "size": {"memoryMiB": record.size.memory_mib, "vcpus": record.size.vcpus}
             if record.size
@@ -127,42 +130,74 @@ class Pods:
         them nothing is left of it."""
         self._registry.check_pod_name(spec)
         handler = self._host.handler(spec.handler)
-        record = PodRecord(
-            id=PodId(secrets.token_hex(32)),
-            spec=spec,
-            created_at_ns=time.time_ns(),
-            size=vm_size(spec, handler),
-            resources=spec.resources,
-            overhead=spec.overhead,
-            token=secrets.token_bytes(16),
-        )
-        pod = self._new(record)
-        pod.handler = handler
-        self._registry.pods[pod.id] = pod  # the name is taken from here on
+        name = pod_name(spec)
+        self._registry.starting.add(name)  # it is taken from here on
+        try:
+            pod, walk = await self._begin(spec, handler)
+        finally:
+            self._registry.starting.discard(name)
         try:
             async with pod.lock:
-                verdict = await self._host.accelerator(handler)
-                pod.update(accelerator=verdict.accelerator, cpu=verdict.cpu)
-                pod.note_phase("queue", pod.began, time.monotonic())
                 await bring_up(
-                    self._host.steps,
+                    walk,
                     pod,
                     begin=pod.begin,
                     finish=pod.note_phase,
                     ended=pod.ended,
                     console=pod.console,
                 )
-                pod.note_guest()
+                if pod.record.source is Source.BOOT:  # another guest is as old as its template
+                    pod.note_guest()
                 pod.update(state=PodState.READY)
-        except Exception:
-            if not pod.record.steps:
+        except Exception as failure:
+            try:
+                # a claim that failed also gives up what was made ahead
+                await take_down(only(self._host.walks.whole, pod.record.steps), pod, ended=pod.ended)
+            except UndoFailed as undo:
+                failure.add_note(f"and was not wholly undone: {undo}")
+            else:
                 self._forget(pod)
             raise
+        pod.handler = None
         self._watch(pod)
         self._host.on_started(pod.record)
         return pod.id
 
-    def _new(self, record: PodRecord) -> Pod:
+    async def _begin(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Walk[Pod]]:
+        """A pod that is STARTING, and the rest of its way. Raises InvalidSpec, MissingProgram."""
+        began = time.monotonic()
+        size = vm_size(spec, handler)
+        verdict = await self._host.accelerator(handler)
+        pod = await self._factory.take(handler, verdict, size)
+        walk = self._host.walks.claim if pod else self._host.walks.whole
+        if pod is None:
+            pod = self.make(
+                PodRecord(
+                    id=PodId(secrets.token_hex(32)),
+                    spec=spec,
+                    created_at_ns=time.time_ns(),
+                    accelerator=verdict.accelerator,
+                    cpu=verdict.cpu,
+                    token=secrets.token_bytes(16),
+                )
+            )
+        pod.began = began
+        pod.handler = handler
+        self._registry.pods[pod.id] = pod
+        pod.update(
+            spec=spec,
+            size=size,
+            resources=spec.resources,
+            overhead=spec.overhead,
+            state=PodState.STARTING,
+            created_at_ns=time.time_ns(),
+            phases=(),
+        )
+        pod.note_phase("queue", began, time.monotonic())
+        return pod, walk
+
+    def make(self, record: PodRecord) -> Pod:
+        """The object of a record; not among the pods that are served yet."""
         pod = Pod(record, self._host.store, self._host.run / "pods" / record.id)
         pod.on_event = self._containers.take_event
         pod.on_state = self._host.events.pod_changed
@@ -246,8 +281,7 @@ class Pods:
         if pod.record.state is not PodState.NOT_READY:
             pod.update(state=PodState.NOT_READY)
         self._containers.vm_gone(pod, "the sandbox was stopped")
-        held = [step for step in self._host.steps if step.name in pod.record.steps]
-        await take_down(held, pod, ended=pod.ended)
+        await take_down(only(self._host.walks.whole, pod.record.steps), pod, ended=pod.ended)
 
     async def _kill_containers(self, pod: Pod) -> None:
         """In the guest first, so that exit codes and the last lines of logs arrive."""
@@ -297,7 +331,7 @@ class Pods:
 
         Assumes that the stores are loaded and that no call is served yet.
         """
-        pods = [self._new(record) for record in self._host.store]
+        pods = [self.make(record) for record in self._host.store]
         self._registry.pods.update((pod.id, pod) for pod in pods)
         for record in containers:
             owner = self._registry.pods.get(record.pod_id)
@@ -318,11 +352,10 @@ class Pods:
         for container in list(self._registry.containers_of(pod)):
             await self._containers.settle(container)
         match pod.record.state:
-            case PodState.STARTING:
-                held = [step for step in self._host.steps if step.name in pod.record.steps]
-                await take_down(held, pod, ended=pod.ended)
+            case PodState.STARTING | PodState.WAITING as state:
+                await take_down(only(self._host.walks.whole, pod.record.steps), pod, ended=pod.ended)
                 self._forget(pod)
-                log.info("pod %s was being started when the daemon ended; it is undone", pod.id)
+                log.info("pod %s was %s when the daemon ended; it is undone", pod.id, state)
             case PodState.READY:
                 await self._adopt_running(pod)
             case PodState.NOT_READY:

@@ -1,10 +1,11 @@
 """What is remembered of pods and containers, on disk and in memory.
 
-    pod:        STARTING ──> READY ──> NOT_READY          (a failed start is undone and forgotten)
+    pod:        [WAITING ──>] STARTING ──> READY ──> NOT_READY   (a failed start is undone and forgotten)
     container:  CREATING ──> CREATED ──> RUNNING ──> EXITED
                                              └────> UNKNOWN ──> EXITED (255, after StopContainer)
 
-STARTING and CREATING are never shown to a client: it has not been told the id yet.
+WAITING is a pod of the pool, whose VM runs before anybody has asked for it: its spec names nothing but
+the handler. It, STARTING and CREATING are never shown to a client: it has not been told the id yet.
 
 A record is written before the effect that it announces: `steps` names each acquisition begun, so
 whatever the daemon was doing when it was killed, the next start knows what to undo.
@@ -31,6 +32,7 @@ VERSION = 1
 
 
 class PodState(StrEnum):
+    WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
     NOT_READY = "not-ready"
@@ -39,6 +41,14 @@ class PodState(StrEnum):
 class Side(StrEnum):
     HOST = "host"
     GUEST = "guest"
+
+
+class Source(StrEnum):
+    """Where a pod's VM came from."""
+
+    BOOT = "boot"
+    TEMPLATE = "template"
+    POOL = "pool"
 
 
 class Phase(Value, frozen=True, kw_only=True):
@@ -58,6 +68,7 @@ class PodRecord(Value, frozen=True, kw_only=True):
     state: PodState = PodState.STARTING
     steps: tuple[str, ...] = ()  # begun, in order
     size: VmSize | None = None
+    source: Source = Source.BOOT
     accelerator: str = ""
     cpu: str = ""  # CPU model that the accelerator needs; empty: the usual one
     resources: Resources = Resources()  # in force, of all containers together

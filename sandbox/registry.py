@@ -21,6 +21,7 @@ class Registry:
     def __init__(self) -> None:
         self.pods: dict[PodId, Pod] = {}
         self.containers: dict[ContainerId, Container] = {}
+        self.starting: set[str] = set()  # names of pods that have no id yet
 
     def pod(self, id: str) -> Pod:
         """Raises NotFound, InvalidSpec when `id` begins several ids."""
@@ -35,6 +36,8 @@ class Registry:
 
     def check_pod_name(self, spec: PodSpec) -> None:
         """Raises Reserved with the pod that has the name."""
+        if pod_name(spec) in self.starting:
+            raise Reserved(pod_name(spec), "a sandbox that is being started")
         for pod in self.pods.values():
             if pod_name(pod.record.spec) == pod_name(spec):
                 raise Reserved(pod_name(spec), f"sandbox {pod.id}")

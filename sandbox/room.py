@@ -18,12 +18,8 @@ _ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)
 Grow = Callable[[Pod, VmSize], Awaitable[None]]
 
 
-async def keep_size(pod: Pod, size: VmSize) -> None:
-    """For a hypervisor that cannot plug anything: limits above the VM's size hold nobody back."""
-
-
 class Room:
-    def __init__(self, registry: Registry, grow: Grow = keep_size) -> None:
+    def __init__(self, registry: Registry, grow: Grow) -> None:
         self._registry = registry
         self._grow = grow
 

@@ -200,6 +200,8 @@ class Handler(Value, frozen=True, kw_only=True):
     vcpus: int
     accelerator: str  # auto, kvm or tcg
     machine: str  # QEMU machine type
+    source: str = "pool"  # boot, template or pool: see `factory`
+    pool_size: int = 0  # VMs that wait for a pod, with "pool"
 
 
 class VmSize(Value, frozen=True, kw_only=True):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from typing import Any, TypeVar, overload
 
 log = logging.getLogger(__name__)
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Tasks:
@@ -33,3 +37,20 @@ class Tasks:
         if error is not None:
             log.error("%s broke: %s", task.get_name(), error)
             log.debug("%s broke", task.get_name(), exc_info=error)
+
+
+@overload
+async def together(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B], /) -> tuple[A, B]: ...
+@overload
+async def together(*work: Coroutine[Any, Any, A]) -> tuple[A, ...]: ...
+async def together(*work: Coroutine[Any, Any, Any]) -> tuple[Any, ...]:
+    """The results of all, in order. When one fails the others are cancelled, and the failure is raised
+    once they have ended: nothing of them goes on behind the caller's back."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return tuple(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

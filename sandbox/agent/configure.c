@@ -17,11 +17,11 @@
 #include "net.h"
 #include "scope.h"
 
-enum { CLOCK_SLACK_NS = 50 * 1000000, APPEAR_MS = 5000, APPEAR_STEP_MS = 5 };
+enum { CPUS_MAX = 256, APPEAR_MS = 5000, APPEAR_STEP_MS = 5 };
 
-void configure_clock(const struct agent *agent, int64_t wanted_ns) {
+void configure_clock(const struct agent *agent, int64_t wanted_ns, int64_t slack_ns) {
     int64_t off = wanted_ns - wall_ns();
-    if (agent->test || wanted_ns <= 0 || (off <= CLOCK_SLACK_NS && off >= -CLOCK_SLACK_NS))
+    if (agent->test || wanted_ns <= 0 || (off <= slack_ns && off >= -slack_ns))
         return;
     struct timespec wanted = {.tv_sec = wanted_ns / 1000000000, .tv_nsec = wanted_ns % 1000000000};
     if (clock_settime(CLOCK_REALTIME, &wanted) < 0)
@@ -125,18 +125,58 @@ static int set_sysctl(const struct agent *agent, const char *name, const char *v
     return 0;
 }
 
+int prepare_vm(struct agent *agent, const Prepare *prepare, struct error *error) {
+    if (agent->test && geteuid() != 0)
+        return fail(error, EPERM, "prepare"); // without namespaces of its own
+    if (mount_shm(prepare->shm_bytes, error) < 0)
+        return -1;
+    for (size_t i = 0; i < prepare->n_shares; i++)
+        if (mount_share(prepare->shares[i]->tag, prepare->shares[i]->path, error) < 0)
+            return -1;
+    return 0;
+}
+
+// Whether CPU `number` is there, and is online in the end. CPU 0 often cannot be switched: it has no file.
+static bool bring_online(unsigned number) {
+    char path[64], state = '1';
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%u", number);
+    if (access(path, F_OK) < 0)
+        return false;
+    strcat(path, "/online");
+    autoclose int file = open(path, O_RDWR | O_CLOEXEC);
+    if (file < 0)
+        return number == 0;
+    if (read(file, &state, 1) == 1 && state == '0' && pwrite(file, "1", 1, 0) < 0)
+        say("%s: %s", path, strerror(errno));
+    return pread(file, &state, 1, 0) == 1 && state == '1';
+}
+
+int online_cpus(struct agent *agent, uint32_t count, struct error *error) {
+    if (agent->test)
+        return 0;
+    for (int waited = 0;; waited += APPEAR_STEP_MS) {
+        uint32_t online = 0;
+        for (unsigned number = 0; number < CPUS_MAX && online < count; number++)
+            online += bring_online(number);
+        if (online >= count)
+            return 0;
+        if (waited >= APPEAR_MS)
+            return fail(error, ENODEV, "CPUs: %u of %u came online", online, count);
+        nanosleep(&(struct timespec){.tv_nsec = APPEAR_STEP_MS * 1000000L}, NULL);
+    }
+}
+
 int configure_pod(struct agent *agent, const Configure *configure, struct error *error) {
     if (agent->test && geteuid() != 0)
         return fail(error, EPERM, "configure"); // without namespaces of its own
     if (add_entropy(agent, &configure->entropy, error) < 0)
         return -1;
+    // a copy of a template has the time at which that was saved, and nothing runs yet that would mind a step
+    configure_clock(agent, configure->wall_ns, 0);
     if (*configure->hostname && sethostname(configure->hostname, strlen(configure->hostname)) < 0)
         return fail(error, errno, "hostname");
-    if (write_machine_id(configure->machine_id, error) < 0 || mount_shm(configure->shm_bytes, error) < 0)
+    if (write_machine_id(configure->machine_id, error) < 0)
         return -1;
-    for (size_t i = 0; i < configure->n_shares; i++)
-        if (mount_share(configure->shares[i]->tag, configure->shares[i]->path, error) < 0)
-            return -1;
     if (net_configure(configure->interfaces, configure->n_interfaces, configure->routes, configure->n_routes,
                       error) < 0)
         return -1;

@@ -1,12 +1,18 @@
-// What a VM becomes a pod by: names, clock, entropy, shares, sysctls and network. It may be sent again
-// after it has failed half-way.
+// What a VM becomes a pod by. First what is the same for every pod, shares and shared memory; then names,
+// clock, entropy, sysctls and network. Each may be sent again after it has failed half-way.
 #pragma once
 
 #include "protocol.h"
 
 struct agent;
 
+int prepare_vm(struct agent *agent, const Prepare *prepare, struct error *error);
 int configure_pod(struct agent *agent, const Configure *configure, struct error *error);
 
-// Steps the clock when it is off by more than 50 ms.
-void configure_clock(const struct agent *agent, int64_t wall_ns);
+// Brings plugged CPUs online until `count` are; waits for them to appear.
+int online_cpus(struct agent *agent, uint32_t count, struct error *error);
+
+enum { CLOCK_SLACK_NS = 50 * 1000000 };
+
+// Steps the clock when it is off by more than the slack.
+void configure_clock(const struct agent *agent, int64_t wall_ns, int64_t slack_ns);

@@ -60,6 +60,13 @@ void parser_restart(struct parser *parser) {
         parser->state = PARSER_SKIP;
 }
 
+static void forget_token(struct parser *parser) {
+    memset(parser->token, 0, sizeof parser->token);
+    memset(parser->nonce, 0, sizeof parser->nonce);
+    parser->have = parser->matched = 0;
+    parser->state = PARSER_ADOPT;
+}
+
 static void prepare_search(struct parser *parser) {
     unsigned length = 0;
     parser->fallback[0] = 0;
@@ -127,8 +134,11 @@ static size_t take_frame(struct parser *parser, const uint8_t *bytes, size_t siz
     parser->got += more;
     taken += more;
     if (have + more == frame.length) {
-        if (parser->frame(parser->context, &frame) < 0)
+        int made = parser->frame(parser->context, &frame);
+        if (made < 0)
             parser->state = PARSER_SKIP;
+        else if (made == FRAME_LAST)
+            forget_token(parser);
         forget_frame(parser);
     }
     return taken;
@@ -143,7 +153,7 @@ static size_t gather(struct parser *parser, uint8_t *into, const uint8_t *bytes,
 }
 
 static void take(struct parser *parser, const uint8_t *bytes, size_t size) {
-    while (size && parser->state != PARSER_SKIP) {
+    while (size && parser->state != PARSER_SKIP && parser->state != PARSER_ADOPT) {
         size_t taken;
         if (parser->state == PARSER_NONCE) {
             taken = gather(parser, parser->nonce, bytes, size);

@@ -7,9 +7,9 @@
 //      | token         | nonce         |
 //      +---------------+---------------+
 //
-// The first 16 bytes ever read are adopted as this VM's token. Wherever the token shows up again,
-// also inside a frame that a dead daemon left half sent, everything before it is dropped and the
-// nonce behind it is answered raw. Then both sides send frames, little-endian:
+// The first 16 bytes ever read are adopted as this VM's token; those behind a Hello of a template too.
+// Wherever the token shows up again, also inside a frame that a dead daemon left half sent, everything before
+// it is dropped and the nonce behind it is answered raw. Then both sides send frames, little-endian:
 //
 //      0            4      5          8            12
 //      +------------+------+----------+------------+---------------
@@ -32,6 +32,10 @@ enum {
     FRAME_MAX = 4 * 1024 * 1024,
     DATA_MAX = 64 * 1024,
 };
+
+// What was made of a frame: idle ones are for streams that have ended. Behind the last one of a template
+// the token is forgotten.
+enum { FRAME_SENSELESS = -1, FRAME_IDLE, FRAME_TAKEN, FRAME_LAST };
 
 enum frame_kind {
     FRAME_HELLO = 1,
@@ -66,7 +70,7 @@ struct parser {
 
     void *context;
     void (*resync)(void *context, const uint8_t nonce[TOKEN_SIZE]);
-    int (*frame)(void *context, const struct frame *frame); // -1: it makes no sense
+    int (*frame)(void *context, const struct frame *frame); // FRAME_SENSELESS and such
 };
 
 void parser_feed(struct parser *parser, const uint8_t *bytes, size_t size);

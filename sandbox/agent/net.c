@@ -132,6 +132,14 @@ static int rename_link(int socket, unsigned index, const char *name) {
     return transact(socket, &request);
 }
 
+static int set_mac(int socket, unsigned index, const uint8_t mac[MAC_SIZE]) {
+    struct request request;
+    struct ifinfomsg *link = begin(&request, RTM_NEWLINK, 0, sizeof *link);
+    link->ifi_index = (int)index;
+    add(&request, IFLA_ADDRESS, mac, MAC_SIZE);
+    return transact(socket, &request);
+}
+
 static int bring_up(int socket, unsigned index, uint32_t mtu) {
     struct request request;
     struct ifinfomsg *link = begin(&request, RTM_NEWLINK, 0, sizeof *link);
@@ -183,18 +191,37 @@ static int configure_interface(int socket, const Interface *interface, unsigned 
     return 0;
 }
 
+static bool parse_mac(const char *text, uint8_t mac[MAC_SIZE]) {
+    return sscanf(text, "%hhx:%hhx:%hhx:%hhx:%hhx:%hhx", &mac[0], &mac[1], &mac[2], &mac[3], &mac[4],
+                  &mac[5]) == MAC_SIZE;
+}
+
+// The NIC of an interface, with the MAC that it is to have; 0: none appeared.
+static unsigned find_interface(int socket, const Interface *interface, struct error *error) {
+    uint8_t mac[MAC_SIZE], found[MAC_SIZE];
+    const char *present = *interface->found_mac ? interface->found_mac : interface->mac;
+    if (!parse_mac(interface->mac, mac) || !parse_mac(present, found)) {
+        fail(error, EINVAL, "interface %s", interface->mac);
+        return 0;
+    }
+    unsigned index = await_by_mac(socket, found);
+    if (!index)
+        fail(error, ENODEV, "interface %s", present);
+    else if (memcmp(mac, found, MAC_SIZE) && set_mac(socket, index, mac) < 0) {
+        fail(error, errno, "address %s of interface %s", interface->mac, present);
+        return 0;
+    }
+    return index;
+}
+
 // Finds each NIC, and takes its name off those that will be called otherwise: two may want to swap.
 static int find_interfaces(int socket, Interface **interfaces, size_t count, unsigned *indices,
                            struct error *error) {
     for (size_t i = 0; i < count; i++) {
-        uint8_t mac[MAC_SIZE];
         char name[IF_NAMESIZE], spare[IF_NAMESIZE];
-        if (sscanf(interfaces[i]->mac, "%hhx:%hhx:%hhx:%hhx:%hhx:%hhx", &mac[0], &mac[1], &mac[2], &mac[3],
-                   &mac[4], &mac[5]) != MAC_SIZE)
-            return fail(error, EINVAL, "interface %s", interfaces[i]->mac);
-        indices[i] = await_by_mac(socket, mac);
+        indices[i] = find_interface(socket, interfaces[i], error);
         if (!indices[i])
-            return fail(error, ENODEV, "interface %s", interfaces[i]->mac);
+            return -1;
         if (count == 1 || (if_indextoname(indices[i], name) && !strcmp(name, interfaces[i]->name)))
             continue;
         snprintf(spare, sizeof spare, "husk%zu", i);

@@ -62,14 +62,19 @@ static void describe_containers(struct agent *agent, Welcome *welcome) {
             welcome->containers[welcome->n_containers++] = describe(container);
 }
 
+static void read_boot_id(char id[BOOT_ID_SIZE + 1]) {
+    autoclose int file = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    if (file >= 0 && read(file, id, BOOT_ID_SIZE) < 0)
+        id[0] = '\0';
+}
+
 static void send_welcome(struct agent *agent, uint64_t epoch) {
     Welcome welcome = HUSK__GUEST__V1__WELCOME__INIT;
     struct utsname kernel;
     char boot_id[BOOT_ID_SIZE + 1] = "";
     Phase phases[PHASES_MAX], *list[PHASES_MAX];
-    autoclose int file = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
-    if (file >= 0 && read(file, boot_id, BOOT_ID_SIZE) < 0)
-        boot_id[0] = '\0';
+    if (agent->configured || agent->test)
+        read_boot_id(boot_id);
     uname(&kernel);
     welcome.version = PROTOCOL_VERSION;
     welcome.epoch = epoch;
@@ -95,18 +100,19 @@ static void send_welcome(struct agent *agent, uint64_t epoch) {
     free(welcome.containers);
 }
 
-// With another version nothing more is said: everything up to the next token is skipped.
+// With another version nothing more is said: everything up to the next token is skipped. A template is
+// told nothing more either: what comes next is for a copy of it.
 static int greet(struct agent *agent, const struct frame *frame) {
     Hello *hello = husk__guest__v1__hello__unpack(NULL, frame->length, frame->payload);
     if (!hello)
         return -1;
-    bool same = hello->version == PROTOCOL_VERSION;
+    bool same = hello->version == PROTOCOL_VERSION, last = same && hello->saved;
     if (same)
-        configure_clock(agent, hello->wall_ns);
+        configure_clock(agent, hello->wall_ns, CLOCK_SLACK_NS);
     send_welcome(agent, hello->epoch);
     husk__guest__v1__hello__free_unpacked(hello, NULL);
-    agent->channel.greeted = same;
-    return same ? 0 : -1;
+    agent->channel.greeted = same && !last;
+    return !same ? FRAME_SENSELESS : last ? FRAME_LAST : FRAME_TAKEN;
 }
 
 void send_message(struct agent *agent, enum frame_kind kind, uint32_t stream,
@@ -290,6 +296,12 @@ static int answer(struct agent *agent, uint32_t id, const Request *request) {
     switch (request->body_case) {
     case HUSK__GUEST__V1__REQUEST__BODY_CONFIGURE:
         reply_result(agent, id, configure_pod(agent, request->configure, &error), &error);
+        return 0;
+    case HUSK__GUEST__V1__REQUEST__BODY_PREPARE:
+        reply_result(agent, id, prepare_vm(agent, request->prepare, &error), &error);
+        return 0;
+    case HUSK__GUEST__V1__REQUEST__BODY_ONLINE_CPUS:
+        reply_result(agent, id, online_cpus(agent, request->online_cpus->count, &error), &error);
         return 0;
     case HUSK__GUEST__V1__REQUEST__BODY_START:
         container_start(agent, id, request->start);

@@ -68,8 +68,10 @@ class GuestClient:
         epoch: int,
         on_event: Callable[[pb.Event], None],
         timeout_s: float,
+        saved: bool = False,
     ) -> GuestClient:
-        """Connect and greet; `on_event` may be called before this returns.
+        """Connect and greet; `on_event` may be called before this returns. With `saved` the VM is about
+        to become a template: its agent greets, and then waits for whoever meets a copy of it.
 
         Raises GuestUnreachable (ProtocolError, VersionMismatch), or DeadlineExceeded when the
         agent does not answer in time.
@@ -78,7 +80,7 @@ class GuestClient:
         client = cls(on_event, epoch, nonce)
         try:
             async with asyncio.timeout(timeout_s):
-                await client._greet(address, preamble(token, nonce), timeout_s)
+                await client._greet(address, preamble(token, nonce), timeout_s, saved)
         except TimeoutError as cause:
             client._connection.fail(GuestUnreachable(f"no answer of the agent at {address}"))
             raise DeadlineExceeded(f"greeting the agent at {address}", timeout_s) from cause
@@ -87,7 +89,7 @@ class GuestClient:
             raise
         return client
 
-    async def _greet(self, address: str, opening: bytes, timeout_s: float) -> None:
+    async def _greet(self, address: str, opening: bytes, timeout_s: float, saved: bool) -> None:
         sock = await transports.connect(address, timeout_s)
         try:
             loop = asyncio.get_running_loop()
@@ -98,7 +100,7 @@ class GuestClient:
         self._connection.write(opening)
         await self._connection.ready
         # Only now: a HELLO that waited in a queue while the guest booted would set its clock back.
-        hello = pb.Hello(version=VERSION, epoch=self._epoch, wall_ns=time.time_ns())
+        hello = pb.Hello(version=VERSION, epoch=self._epoch, wall_ns=time.time_ns(), saved=saved)
         self._connection.send(Kind.HELLO, 0, hello.SerializeToString())
         await self._welcome
 

@@ -51,22 +51,26 @@ class Hello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     WALL_NS_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """of this protocol; both sides must agree exactly"""
     epoch: _builtins.int
     """grows with each connection; the guest echoes it"""
     wall_ns: _builtins.int
     """the host's CLOCK_REALTIME; the guest steps its clock when off by > 50 ms"""
+    saved: _builtins.bool
+    """this VM is about to be saved: behind the Welcome the agent forgets the token, and"""
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         epoch: _builtins.int = ...,
         wall_ns: _builtins.int = ...,
+        saved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "version", b"version", "wall_ns", b"wall_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "saved", b"saved", "version", b"version", "wall_ns", b"wall_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -94,12 +98,15 @@ class Welcome(_message.Message):
     kernel: _builtins.str
     """uname -r"""
     boot_id: _builtins.str
+    """once configured: the kernel draws it when it is first read, and two copies"""
     configured: _builtins.bool
     """a Configure has succeeded in this VM"""
     now_ns: _builtins.int
     """the guest's CLOCK_MONOTONIC, by which the phases are told"""
     @_builtins.property
-    def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]: ...
+    def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]:
+        """of one template must not draw the same"""
+
     @_builtins.property
     def containers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContainerState]: ...
     def __init__(
@@ -217,6 +224,8 @@ class Request(_message.Message):
     RESIZE_FIELD_NUMBER: _builtins.int
     ATTACH_FIELD_NUMBER: _builtins.int
     DIAL_FIELD_NUMBER: _builtins.int
+    PREPARE_FIELD_NUMBER: _builtins.int
+    ONLINE_CPUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def configure(self) -> Global___Configure: ...
     @_builtins.property
@@ -243,6 +252,10 @@ class Request(_message.Message):
     def attach(self) -> Global___Attach: ...
     @_builtins.property
     def dial(self) -> Global___Dial: ...
+    @_builtins.property
+    def prepare(self) -> Global___Prepare: ...
+    @_builtins.property
+    def online_cpus(self) -> Global___OnlineCpus: ...
     def __init__(
         self,
         *,
@@ -259,12 +272,14 @@ class Request(_message.Message):
         resize: Global___Resize | None = ...,
         attach: Global___Attach | None = ...,
         dial: Global___Dial | None = ...,
+        prepare: Global___Prepare | None = ...,
+        online_cpus: Global___OnlineCpus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["configure", "start", "exec", "signal", "remove", "write_cgroup", "read_cgroup", "open_log", "ping", "power_off", "resize", "attach", "dial"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["configure", "start", "exec", "signal", "remove", "write_cgroup", "read_cgroup", "open_log", "ping", "power_off", "resize", "attach", "dial", "prepare", "online_cpus"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -342,32 +357,55 @@ class Failure(_message.Message):
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
-class Configure(_message.Message):
+class Prepare(_message.Message):
     """---------------------------------------------------------------------------------- the pod
-    Once per VM, before the first container.
+    What needs to know nothing of the pod, done in a VM that may still wait for one.
     """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARES_FIELD_NUMBER: _builtins.int
+    SHM_BYTES_FIELD_NUMBER: _builtins.int
+    shm_bytes: _builtins.int
+    """size of the pod's /dev/shm, made at /run/husk/shm"""
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Share]: ...
+    def __init__(
+        self,
+        *,
+        shares: _abc.Iterable[Global___Share] | None = ...,
+        shm_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shares", b"shares", "shm_bytes", b"shm_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prepare: _TypeAlias = Prepare  # noqa: Y015
+
+@_typing.final
+class Configure(_message.Message):
+    """Once per VM, before the first container."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HOSTNAME_FIELD_NUMBER: _builtins.int
     SYSCTLS_FIELD_NUMBER: _builtins.int
-    SHARES_FIELD_NUMBER: _builtins.int
     INTERFACES_FIELD_NUMBER: _builtins.int
     ROUTES_FIELD_NUMBER: _builtins.int
     ENTROPY_FIELD_NUMBER: _builtins.int
     MACHINE_ID_FIELD_NUMBER: _builtins.int
-    SHM_BYTES_FIELD_NUMBER: _builtins.int
+    WALL_NS_FIELD_NUMBER: _builtins.int
     hostname: _builtins.str
     entropy: _builtins.bytes
     """mixed into and credited to the kernel's pool"""
     machine_id: _builtins.str
     """32 hex digits, for /etc/machine-id of whatever asks"""
-    shm_bytes: _builtins.int
-    """size of the pod's /dev/shm, made at /run/husk/shm"""
+    wall_ns: _builtins.int
+    """the host's CLOCK_REALTIME, as a VM that waited was stopped; 0: not told"""
     @_builtins.property
     def sysctls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sysctl]: ...
-    @_builtins.property
-    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Share]: ...
     @_builtins.property
     def interfaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Interface]: ...
     @_builtins.property
@@ -377,16 +415,15 @@ class Configure(_message.Message):
         *,
         hostname: _builtins.str = ...,
         sysctls: _abc.Iterable[Global___Sysctl] | None = ...,
-        shares: _abc.Iterable[Global___Share] | None = ...,
         interfaces: _abc.Iterable[Global___Interface] | None = ...,
         routes: _abc.Iterable[Global___Route] | None = ...,
         entropy: _builtins.bytes = ...,
         machine_id: _builtins.str = ...,
-        shm_bytes: _builtins.int = ...,
+        wall_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hostname", b"hostname", "interfaces", b"interfaces", "machine_id", b"machine_id", "routes", b"routes", "shares", b"shares", "shm_bytes", b"shm_bytes", "sysctls", b"sysctls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hostname", b"hostname", "interfaces", b"interfaces", "machine_id", b"machine_id", "routes", b"routes", "sysctls", b"sysctls", "wall_ns", b"wall_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -447,12 +484,15 @@ class Interface(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     MTU_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
+    FOUND_MAC_FIELD_NUMBER: _builtins.int
     mac: _builtins.str
-    """finds the NIC: aa:bb:cc:dd:ee:ff"""
+    """of the NIC from now on: aa:bb:cc:dd:ee:ff"""
     name: _builtins.str
     """what it is to be called"""
     mtu: _builtins.int
     """0: as it is"""
+    found_mac: _builtins.str
+    """what the NIC has until then; empty: the same"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """CIDR notation, IPv4 or IPv6"""
@@ -464,10 +504,11 @@ class Interface(_message.Message):
         name: _builtins.str = ...,
         mtu: _builtins.int = ...,
         addresses: _abc.Iterable[_builtins.str] | None = ...,
+        found_mac: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "mac", b"mac", "mtu", b"mtu", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "found_mac", b"found_mac", "mac", b"mac", "mtu", b"mtu", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1363,6 +1404,27 @@ class LogOpened(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LogOpened: _TypeAlias = LogOpened  # noqa: Y015
+
+@_typing.final
+class OnlineCpus(_message.Message):
+    """Bring CPUs that were plugged in online, until `count` are. Waits for them to appear, for a while."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OnlineCpus: _TypeAlias = OnlineCpus  # noqa: Y015
 
 @_typing.final
 class Ping(_message.Message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from network.attach import Attachment
 from sandbox.errors import InvalidSpec
@@ -28,13 +27,13 @@ def compile_configure(
     pod: PodSpec,
     network: Attachment | None,
     *,
-    shares: Sequence[tuple[str, str]],
     entropy: bytes,
     machine_id: str,
-    shm_bytes: int,
+    wall_ns: int,
+    first_mac: str,
 ) -> pb.Configure:
-    """`shares` are pairs of tag and mount point in the guest. Without a network the pod has only its
-    loopback. Raises InvalidSpec with the field.
+    """Without a network the pod has only its loopback. `first_mac` is what the VM was started with, for
+    whichever interface is the first. Raises InvalidSpec with the field.
 
     Every sysctl is taken that is spelled like one: the kernel is the pod's own, so none of them
     can reach a neighbour.
@@ -45,10 +44,15 @@ def compile_configure(
         # a pod that names none is called as /etc/hostname calls it (see `environment`)
         hostname=_hostname(pod.hostname) or machine_id[:12],
         sysctls=_sysctls(pod.sysctls),
-        shares=[pb.Share(tag=tag, path=path) for tag, path in shares],
         interfaces=[
-            pb.Interface(mac=nic.mac, name=nic.name, mtu=nic.mtu, addresses=nic.addresses)
-            for nic in interfaces
+            pb.Interface(
+                mac=nic.mac,
+                name=nic.name,
+                mtu=nic.mtu,
+                addresses=nic.addresses,
+                found_mac="" if number else first_mac,
+            )
+            for number, nic in enumerate(interfaces)
         ],
         routes=[
             pb.Route(
@@ -63,7 +67,7 @@ def compile_configure(
         ],
         entropy=entropy,
         machine_id=machine_id,
-        shm_bytes=shm_bytes,
+        wall_ns=wall_ns,
     )
 
 

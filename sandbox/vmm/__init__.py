@@ -31,7 +31,7 @@ class ShareSpec(Value, frozen=True, kw_only=True):
 
 class NicSpec(Value, frozen=True, kw_only=True):
     mac: str
-    mtu: int = 1500
+    mtu: int = 0  # told to the guest as the most that fits; 0: the guest decides
 
 
 class VmSpec(Value, frozen=True, kw_only=True):
@@ -47,6 +47,11 @@ class VmSpec(Value, frozen=True, kw_only=True):
     cpu: str = ""  # CPU model in the VMM's words; empty: what suits the accelerator
     memory_mib: int
     vcpus: int
+    max_memory_mib: int = 0  # up to which `Machine.grow` may go; 0: not at all
+    max_vcpus: int = 0
+    ports: int = 0  # PCI slots kept free for what is plugged in while it runs
+    savable: bool = False  # a VM to be saved as a template: its RAM is a file in `run_dir`
+    template: str = ""  # directory of a saved VM to continue, instead of booting
     shares: tuple[ShareSpec, ...] = ()
     nics: tuple[NicSpec, ...] = ()
     netns: str = ""  # path of the namespace that the VMM runs in; empty: the daemon's
@@ -64,15 +69,38 @@ class VmHandle(Value, frozen=True, kw_only=True):
 
 
 class Machine(Protocol):
-    """A running VM. Closing it lets go of the VM without touching it."""
+    """A running VM. Closing it lets go of the VM without touching it.
+
+    More methods than a seam should have: these are the verbs of a VM, and every one is used alone.
+    """
 
     handle: VmHandle
 
     async def wait(self) -> str:
         """Return once the VMM is gone, with the reason as far as it is known."""
 
-    async def kill(self) -> None:
-        """End the VMM and its helpers, and wait for them. Idempotent."""
+    async def pause(self) -> None:
+        """Stop the guest's CPUs and clocks. Raises VmmError, VmmGone, DeadlineExceeded."""
+
+    async def resume(self) -> None:
+        """Let it run on. Raises as `pause` does."""
+
+    async def grow(self, memory_mib: int, vcpus: int) -> None:
+        """Give the guest at least this much; what it has is never taken away.
+
+        Memory is there when this returns; CPUs are plugged and wait for the guest to bring them
+        online. Raises VmmError above what VmSpec allows, or when the guest does not take it in time.
+        """
+
+    async def plug_nic(self, number: int, nic: NicSpec, tap: int) -> None:
+        """One more network interface, on the port with this number; the caller keeps `tap`."""
+
+    async def save(self, directory: Path) -> None:
+        """Make a template of this VM, in a new `directory`, and leave it stopped for good.
+
+        Only of one that was started `savable`. Raises VmmError, OSError; the directory may then be
+        there in part.
+        """
 
     def console_tail(self) -> str:
         """The last lines that the guest printed (at most 64 KiB are kept), for error messages."""
@@ -85,6 +113,12 @@ class Machine(Protocol):
 
 class Hypervisor(Protocol):
     name: str
+
+    async def fingerprint(self, spec: VmSpec) -> str:
+        """What a template of such a VM depends on: program, kernel, arguments, and nothing else.
+
+        Two specs that differ only in names and places have the same. Raises MissingProgram.
+        """
 
     async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> VmHandle:
         """Start the helpers and the VMM with these tap file descriptors, one per NIC.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,8 +32,9 @@ _CAUSES = {
 class Monitor:
     """One connection; QEMU serves one at a time and lets the next wait."""
 
-    def __init__(self, client: QMPClient, listener: EventListener) -> None:
+    def __init__(self, client: QMPClient, connection: socket.socket, listener: EventListener) -> None:
         self._client = client
+        self._connection = connection
         self._listener = listener
         self._watch = asyncio.create_task(self._follow(), name="qmp-events")
         self.ending = ""  # why the VM stopped, once it has
@@ -46,12 +48,13 @@ class Monitor:
         client.register_listener(listener)
         try:
             async with asyncio.timeout(timeout_s):
-                await client.connect(sockets.connect(path))
+                connection = sockets.connect(path)
+                await client.connect(connection)
         except TimeoutError as error:
             raise DeadlineExceeded("connecting to QEMU's monitor", timeout_s) from error
         except (OSError, ConnectError) as error:
             raise VmmGone(f"QEMU's monitor at {path}: {error}") from error
-        return cls(client, listener)
+        return cls(client, connection, listener)
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 10.0
@@ -66,6 +69,15 @@ class Monitor:
             raise VmmError(f"QMP {command}: {error}") from error
         except (ExecInterruptedError, QMPError) as error:
             raise VmmGone(f"QMP {command}: QEMU closed its monitor") from error
+
+    async def pass_descriptor(self, name: str, fd: int) -> None:
+        """Give QEMU a copy of a descriptor, called `name` from now on. Raises as `execute` does."""
+        try:
+            # Directly, as uvloop hides the socket from the package. A space means nothing to QEMU.
+            socket.send_fds(self._connection, [b" "], [fd])
+        except OSError as error:
+            raise VmmGone(f"a descriptor cannot be passed to QEMU: {error}") from error
+        await self.execute("getfd", {"fdname": name})
 
     async def close(self) -> None:
         """Let go of the monitor; the VM runs on. Idempotent."""

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.errors import GuestError
+from sandbox.errors import DeadlineExceeded, GuestError
 from sandbox.guest import guest_pb2 as pb
-from tests.kit.agent import MS_BIND, Agent, Guest, build, standard_mounts
+from sandbox.guest.client import GuestClient
+from tests.kit.agent import MS_BIND, TOKEN, Agent, Guest, build, standard_mounts
 from tests.kit.scratch import scratch_dir
 
 MACS = ("02:00:00:00:00:01", "02:00:00:00:00:02")
@@ -39,13 +40,15 @@ async def guest(agent: Agent) -> AsyncIterator[Guest]:
 
 
 def configure(**more: object) -> pb.Configure:
-    fields: dict[str, object] = {"hostname": "pod-1", "machine_id": "ab" * 16, "shm_bytes": 1 << 20}
+    fields: dict[str, object] = {"hostname": "pod-1", "machine_id": "ab" * 16}
     return pb.Configure(**(fields | more))  # type: ignore[arg-type]
 
 
 async def test_names_and_shm(agent: Agent, guest: Guest) -> None:
     host = socket.gethostname()
     assert not guest.client.welcome.configured
+    for _ in range(2):  # a second time, as after a failure half-way
+        await guest.call(prepare=pb.Prepare(shm_bytes=1 << 20))
     await guest.call(configure=configure(entropy=os.urandom(32)))
     assert (await guest.connect()).configured
     assert socket.gethostname() == host
@@ -144,3 +147,44 @@ async def test_namespaced_sysctls(agent: Agent, guest: Guest) -> None:
     ]
     await guest.call(configure=configure(sysctls=sysctls))
     assert agent.run_inside("cat", "/proc/sys/net/ipv4/ip_forward") == "1\n"
+
+
+async def test_a_nic_gets_the_address_that_its_pod_has(agent: Agent, guest: Guest) -> None:
+    """Copies of a template all begin with the same one."""
+    own = "02:00:00:00:aa:01"
+    nic = pb.Interface(mac=own, found_mac=MACS[0], name="eth7", addresses=["10.9.0.2/24"])
+    await guest.call(configure=configure(interfaces=[nic]))
+    (line,) = [each for each in agent.run_inside("ip", "-o", "link").splitlines() if ": eth7" in each]
+    assert own in line and ",UP" in line
+
+
+async def test_an_address_that_no_nic_can_have(guest: Guest) -> None:
+    nic = pb.Interface(mac="01:00:00:00:00:01", found_mac=MACS[0], name="eth0")  # a multicast address
+    with pytest.raises(GuestError, match="address 01:00:00:00:00:01 of interface"):
+        await guest.call(configure=configure(interfaces=[nic]))
+
+
+async def test_a_share_that_is_not_there_is_named(guest: Guest) -> None:
+    with pytest.raises(GuestError) as caught:
+        await guest.call(prepare=pb.Prepare(shares=[pb.Share(tag="gone", path="/run/husk/gone")]))
+    assert caught.value.step == "share gone"
+
+
+async def test_a_template_forgets_whom_it_met(agent: Agent) -> None:
+    """The first to meet a copy of it has a token of its own, and the one of the template is nobody's."""
+    address, first = f"unix:{agent.socket}", bytes(range(16))
+
+    async def connect(token: bytes, epoch: int, *, saved: bool = False) -> GuestClient:
+        return await GuestClient.connect(
+            address, token=token, epoch=epoch, on_event=lambda event: None, timeout_s=5, saved=saved
+        )
+
+    template = await connect(TOKEN, 50, saved=True)
+    await template.close()
+    copy = await connect(first, 1)
+    await copy.call(pb.Request(ping=pb.Ping()), 5)
+    await copy.close()
+    with pytest.raises(DeadlineExceeded):
+        await GuestClient.connect(address, token=TOKEN, epoch=60, on_event=lambda event: None, timeout_s=1)
+    again = await connect(first, 2)
+    await again.close()

@@ -136,8 +136,8 @@ async def test_the_handle_is_enough_after_a_restart(site: Site) -> None:
 async def test_killed_twice(site: Site) -> None:
     machine = await site.hypervisor.attach(await site.start())
     waiting = asyncio.create_task(machine.wait())
-    await machine.kill()
-    await machine.kill()
+    for _ in range(2):
+        await site.hypervisor.destroy(site.spec.pod_id, site.run_dir)
     async with asyncio.timeout(DEADLINE_S):
         assert await waiting
     assert site.processes() == []
@@ -269,3 +269,122 @@ async def test_the_channel_listens_before_the_guest_does(site: Site) -> None:
     assert scheme == "serial"
     with sockets.connect(Path(address)):
         assert process.alive(handle.vmm)
+
+
+# ------------------------------------------------------------------------------------ templates
+
+ROOM = {"max_memory_mib": 192, "max_vcpus": 2, "ports": 2}
+
+
+async def save(site: Site, directory: Path) -> None:
+    """A template of the site's guest, by a VM that is gone afterwards."""
+    handle = await site.start(savable=True, shares=(), **ROOM)
+    machine = await site.hypervisor.attach(handle)
+    await until_printed(machine, "the guest lives")
+    await machine.save(directory)
+    await machine.close()
+    await site.hypervisor.destroy(site.spec.pod_id, site.run_dir)
+    assert site.processes() == []
+
+
+def forget_console(site: Site) -> None:
+    (site.run_dir / "console.log").unlink()
+
+
+async def test_a_saved_vm_goes_on_as_often_as_asked(site: Site, tmp_path: Path) -> None:
+    await save(site, tmp_path / "template")
+    Path(site.spec.kernel).unlink()  # what goes on needs none
+    for _ in range(2):
+        forget_console(site)
+        handle = await site.start(template=str(tmp_path / "template"), **ROOM)
+        assert set(handle.helpers) == {"rootfs", "volumes"}
+        machine = await site.hypervisor.attach(handle)
+        assert (await machine.describe())["state"] == "running"
+        await until_printed(machine, "the guest lives")
+        await machine.close()
+        await site.hypervisor.destroy(site.spec.pod_id, site.run_dir)
+        assert site.processes() == []
+
+
+async def test_a_paused_vm_says_nothing_until_it_is_resumed(site: Site) -> None:
+    machine = await site.hypervisor.attach(await site.start())
+    await until_printed(machine, "the guest lives")
+    for _ in range(2):
+        await machine.pause()
+    assert (await machine.describe())["state"] == "paused"
+    await asyncio.sleep(0.2)  # what is under way still arrives
+    said = len(machine.console_tail())
+    await asyncio.sleep(0.2)
+    assert len(machine.console_tail()) == said
+    for _ in range(2):
+        await machine.resume()
+    async with asyncio.timeout(DEADLINE_S):
+        while len(machine.console_tail()) == said:
+            await asyncio.sleep(0.02)
+    await machine.close()
+
+
+@pytest.mark.parametrize("damage", ["state", "ram", "gone", "other-size"])
+async def test_a_template_that_is_damaged_undoes_all(site: Site, tmp_path: Path, damage: str) -> None:
+    template = tmp_path / "template"
+    await save(site, template)
+    changes: dict[str, object] = {}
+    match damage:
+        case "state":
+            (template / "state").write_bytes((template / "state").read_bytes()[:5000])
+        case "ram":
+            (template / "ram").unlink()
+        case "gone":
+            template = tmp_path / "none"
+        case "other-size":
+            changes["memory_mib"] = 128
+    with pytest.raises(VmmError):
+        await site.start(**{"template": str(template), **ROOM, **changes})
+    assert site.processes() == []
+    await site.start()  # and nothing is in the way of the next
+
+
+async def test_a_cancelled_continuation_leaves_nothing(site: Site, tmp_path: Path) -> None:
+    await save(site, tmp_path / "template")
+    starting = asyncio.create_task(site.start(template=str(tmp_path / "template"), **ROOM))
+    async with asyncio.timeout(DEADLINE_S):
+        while not (site.run_dir / "agent.sock").exists():
+            await asyncio.sleep(0.002)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert site.processes() == []
+
+
+async def test_a_vm_is_not_grown_beyond_its_room(site: Site) -> None:
+    machine = await site.hypervisor.attach(await site.start(**ROOM))
+    for memory_mib, vcpus in ((256, 1), (64, 3)):
+        with pytest.raises(VmmError, match="more than"):
+            await machine.grow(memory_mib, vcpus)
+    await machine.grow(64, 1)  # what it has anyway
+    await machine.grow(64, 2)
+    await machine.grow(64, 2)
+    await machine.close()
+
+
+async def test_a_guest_that_takes_no_memory_is_told_of(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox.vmm.growth.MEMORY_TIMEOUT_S", 0.2)
+    machine = await site.hypervisor.attach(await site.start(**ROOM))
+    with pytest.raises(VmmError, match="took 0 of 64 MiB"):
+        await machine.grow(128, 1)
+    await machine.close()
+
+
+async def test_the_fingerprint_is_of_what_a_template_depends_on(site: Site) -> None:
+    async def fingerprint(**changes: object) -> str:
+        return await site.hypervisor.fingerprint(msgspec.structs.replace(site.spec, **changes))
+
+    first = await fingerprint()
+    same = {"pod_id": "other", "run_dir": "/elsewhere", "shares": (), "netns": "/n", "cgroups": ()}
+    assert await fingerprint(**same) == first
+    for changes in ({"memory_mib": 128}, {"vcpus": 2}, {"accelerator": "kvm"}, {"ports": 1}):
+        assert await fingerprint(**changes) != first
+    site.guest("another guest")
+    assert await fingerprint() != first
+    with pytest.raises(MissingProgram, match="husk guest build"):
+        await fingerprint(kernel="/nonexistent/vmlinux")

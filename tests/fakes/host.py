@@ -15,9 +15,9 @@ from pathlib import Path
 
 from image.stores import Usage
 from network.attach import Attachment, Interface, NetworkWish
-from sandbox.errors import VmmGone
+from sandbox.errors import VmmError, VmmGone
 from sandbox.process import ProcessIdentity
-from sandbox.vmm import Machine, VmHandle, VmSpec
+from sandbox.vmm import Machine, NicSpec, VmHandle, VmSpec
 from tests.fakes.guest import FakeAgent
 
 
@@ -48,6 +48,13 @@ class Ledger:
 class FakeNetworks:
     ledger: Ledger
 
+    async def prepare(self, pod_id: str) -> int:
+        self.ledger.take("network.prepare", f"netns {pod_id}")
+        return os.open("/dev/null", os.O_RDWR)
+
+    def netns_of(self, pod_id: str) -> Path:
+        return Path("/netns") / pod_id
+
     async def up(self, wish: NetworkWish) -> Attachment:
         self.ledger.take("network.up", f"network {wish.pod_id}")
         nic = Interface(
@@ -55,13 +62,15 @@ class FakeNetworks:
         )
         return Attachment(netns=f"/netns/{wish.pod_id}", interfaces=(nic,), ips=("10.1.0.2",))
 
-    async def down(self, pod_id: str) -> None:
+    async def detach(self, pod_id: str) -> None:
         self.ledger.give("network.down", f"network {pod_id}")
 
-    async def open_taps(self, pod_id: str) -> tuple[int, ...]:
-        if self.ledger.faults.get("network.taps"):
-            raise Broken("network.taps")
-        return (os.open("/dev/null", os.O_RDWR),)
+    async def down(self, pod_id: str) -> None:
+        await self.detach(pod_id)
+        self.ledger.give("network.remove", f"netns {pod_id}")
+
+    async def open_taps(self, pod_id: str, *, begin: int = 0) -> tuple[int, ...]:
+        return () if begin else (os.open("/dev/null", os.O_RDWR),)
 
 
 class FakeMachine:
@@ -73,8 +82,25 @@ class FakeMachine:
         await self._vm.ended.wait()
         return "killed by the test"
 
-    async def kill(self) -> None:
-        self._vm.ended.set()
+    async def pause(self) -> None:
+        self._vm.take("vm.pause")
+        self._vm.paused = True
+
+    async def resume(self) -> None:
+        self._vm.take("vm.resume")
+        self._vm.paused = False
+
+    async def grow(self, memory_mib: int, vcpus: int) -> None:
+        self._vm.take("vm.grow")
+        self._vm.grown = (memory_mib, vcpus)
+
+    async def plug_nic(self, number: int, nic: NicSpec, tap: int) -> None:
+        self._vm.take("vm.plug_nic")
+
+    async def save(self, directory: Path) -> None:
+        self._vm.take("vm.save")
+        directory.mkdir()
+        (directory / "saved").touch()
 
     def console_tail(self) -> str:
         return "the guest's last words"
@@ -93,7 +119,15 @@ class FakeVm:
     handle: VmHandle
     agent: FakeAgent
     server: AsyncExitStack
+    ledger: Ledger
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    paused: bool = False
+    grown: tuple[int, int] = (0, 0)
+
+    def take(self, operation: str) -> None:
+        """Something is done to it that holds nothing new."""
+        if self.ledger.faults.get(operation):
+            raise VmmError(f"the test says no to {operation}")
 
     async def die(self) -> None:
         self.ended.set()
@@ -107,6 +141,7 @@ class FakeHypervisor:
     vms: dict[str, FakeVm] = field(default_factory=dict)
     make_agent: Callable[[], FakeAgent] = FakeAgent
     name: str = "fake"
+    generation: int = 1  # of program and guest image
 
     async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> VmHandle:
         # beside the run directories: their names are too long for the fake's plain bind
@@ -114,11 +149,16 @@ class FakeHypervisor:
         handle = VmHandle(
             hypervisor=self.name, spec=spec, vmm=identity(4), helpers={}, channel=f"unix:{socket}"
         )
-        vm = FakeVm(handle, self.make_agent(), AsyncExitStack())
+        if spec.template and self.ledger.faults.get("vm.restore"):
+            raise VmmError("the test says no to vm.restore")
+        vm = FakeVm(handle, self.make_agent(), AsyncExitStack(), self.ledger)
         await vm.server.enter_async_context(vm.agent.listen(socket))
         self.vms[spec.pod_id] = vm
         self.ledger.take("vm.start", f"vm {spec.pod_id}")
         return handle
+
+    async def fingerprint(self, spec: VmSpec) -> str:
+        return f"key{self.generation}"
 
     async def attach(self, handle: VmHandle) -> Machine:
         vm = self.vms.get(handle.spec.pod_id)

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from network import netns, tap
+from network import attach, netns, tap
 from network.attach import Networks
 from network.errors import CniError, NetnsError, NetworkError, TapError, TeardownFailed
 from network.held import HeldFiles
@@ -256,7 +256,7 @@ class Kills:
         (Plugins, "run"),
         (netns, "_call"),
         (netns, "_bring_up_loopback"),
-        (tap, "_open"),
+        (attach, "open_tap"),
         (tap, "_redirect"),
     )
 
@@ -272,8 +272,9 @@ class Kills:
             for owner, name in self.EFFECTS:
                 patch.setattr(owner, name, self._around(getattr(owner, name)))
             # a dead process undoes nothing
-            down = Networks._down
-            patch.setattr(Networks, "_down", lambda *a: None if self.struck else down(*a))
+            for name in ("_down", "_detach"):
+                undo = getattr(Networks, name)
+                patch.setattr(Networks, name, lambda *a, undo=undo: None if self.struck else undo(*a))
             yield
 
     def _around(self, effect: Callable[..., Any]) -> Callable[..., Any]:
@@ -291,9 +292,12 @@ class Kills:
 
 
 async def start(networks: Networks) -> None:
-    await networks.up(wish(port_mappings=PORTS))
-    for fd in await networks.open_taps("pod-1"):
-        os.close(fd)
+    held = await networks.prepare("pod-1")
+    try:
+        await networks.up(wish(port_mappings=PORTS))
+        assert await networks.open_taps("pod-1", begin=1) == ()
+    finally:
+        os.close(held)
 
 
 async def moments_of(space: Space, verb: Callable[[Networks], Awaitable[None]], kills: Kills) -> int:

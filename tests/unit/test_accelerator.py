@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +17,13 @@ from sandbox.errors import VmmError
 from sandbox.guest_image import GuestImage
 from sandbox.process import ProcessIdentity
 from sandbox.vmm import Machine, VmHandle, VmSpec
+from tests.fakes.vmm import StillMachine
 
 IMAGE = GuestImage(kernel=Path("/k"), initramfs=Path("/i"), hash="h1", kernel_version="6.1")
 NOBODY = ProcessIdentity(pid=1, start_time=0, boot_id="")
 
 
-class FakeMachine:
+class FakeMachine(StillMachine):
     def __init__(self, handle: VmHandle, console: str, ends: str) -> None:
         self.handle = handle
         self._console = console
@@ -34,15 +34,8 @@ class FakeMachine:
             await asyncio.Event().wait()
         return self._ends
 
-    async def kill(self) -> None: ...
-
     def console_tail(self) -> str:
         return self._console
-
-    async def describe(self) -> Mapping[str, str]:
-        return {}
-
-    async def close(self) -> None: ...
 
 
 @dataclass
@@ -72,6 +65,9 @@ class FakeHypervisor:
         connection, _ = listener.accept()
         self.held.append(connection)
         connection.sendall(b"noise" + connection.recv(32)[16:])
+
+    async def fingerprint(self, spec: VmSpec) -> str:
+        raise NotImplementedError
 
     async def attach(self, handle: VmHandle) -> Machine:
         return FakeMachine(handle, self.console, self.ends)

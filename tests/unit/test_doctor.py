@@ -12,7 +12,7 @@ from cri import doctor
 from cri.config import Cni, Config, HandlerTable
 from cri.doctor import Check, Finding, Host, Verdict
 from sandbox import virtiofs
-from sandbox.vmm import qemu
+from sandbox.vmm import host as qemu_host
 
 
 def host(tmp_path: Path, **changes: object) -> Host:
@@ -68,7 +68,7 @@ async def test_a_check_that_breaks_does_not_end_the_others(
 
 
 async def test_missing_programs_name_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(qemu, "PROGRAM", "qemu-that-is-not-there")
+    monkeypatch.setattr(qemu_host, "PROGRAM", "qemu-that-is-not-there")
     monkeypatch.setattr(virtiofs.Finder.__init__, "__defaults__", ((str(tmp_path / "virtiofsd"),),))
     for check, package in ((doctor.hypervisor, "qemu-system-x86"), (doctor.file_server, "virtiofsd")):
         finding = await check(host(tmp_path))

@@ -300,7 +300,7 @@ def test_a_container_path_has_one_spelling(text: str) -> None:
 def configure(**pod: object) -> pb.Configure:
     spec = PodSpec(name="web", namespace="default", uid="u1", **pod)  # type: ignore[arg-type]
     return compile_configure(
-        spec, None, shares=(), entropy=b"", machine_id="0123456789abcdef" * 2, shm_bytes=0
+        spec, None, entropy=b"", machine_id="0123456789abcdef" * 2, wall_ns=0, first_mac=""
     )
 
 

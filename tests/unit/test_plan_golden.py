@@ -201,10 +201,10 @@ def configure() -> Message:
     return compile_configure(
         pod,
         network,
-        shares=(("rootfs", "/run/husk/rootfs"), ("volumes", "/run/husk/volumes")),
         entropy=b"<entropy>",
         machine_id="0123456789abcdef0123456789abcdef",
-        shm_bytes=64 << 20,
+        wall_ns=1_700_000_000_000_000_000,
+        first_mac="02:00:00:00:00:00",
     )
 
 

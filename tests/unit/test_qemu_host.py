@@ -11,7 +11,7 @@ import pytest
 
 from sandbox import process, sockets
 from sandbox.errors import InvalidSpec, MissingProgram, VmmGone
-from sandbox.vmm import find_hypervisor, find_hypervisors, qemu
+from sandbox.vmm import find_hypervisor, find_hypervisors, host
 from sandbox.vmm.console import LIMIT, Console, printable, read_tail
 from sandbox.vmm.qmp import Monitor
 
@@ -26,20 +26,20 @@ def test_hypervisors_are_found_by_their_files() -> None:
 def test_missing_parts_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(process.ENVIRONMENT, "PATH", "/nonexistent")
     with pytest.raises(MissingProgram, match="qemu-system-x86"):
-        qemu.find_program()
-    monkeypatch.setattr(qemu, "FIRMWARE", ("/nonexistent/qboot.rom",))
+        host.find_program()
+    monkeypatch.setattr(host, "FIRMWARE", ("/nonexistent/qboot.rom",))
     with pytest.raises(MissingProgram, match="qboot"):
-        qemu.find_firmware()
+        host.find_firmware()
 
 
 async def test_version() -> None:
-    assert (await qemu.find_version(qemu.find_program()))[0].isdecimal()
+    assert (await host.find_version(host.find_program()))[0].isdecimal()
 
 
 def test_qemu_is_never_root_and_has_a_group_for_kvm_alone() -> None:
-    user = qemu.find_user("tcg")
+    user = host.find_user("tcg")
     assert user.uid != 0 and user.gid != 0 and user.groups == ()
-    assert 0 not in qemu.find_user("kvm").groups
+    assert 0 not in host.find_user("kvm").groups
 
 
 def test_sockets_under_long_paths_are_for_root_alone(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ POD = msgspec.structs.replace(
     netns="/run/husk/netns/p1",
     cgroups=("/sys/fs/cgroup/husk/husk-p1",),
 )
+GROWING = msgspec.structs.replace(BARE, max_memory_mib=2304, max_vcpus=4, ports=6)
 FDS = Fds(kernel=10, initramfs=11, monitor=12, console=13, channel=14, shares={})
 POD_FDS = msgspec.structs.replace(FDS, shares={"rootfs": 15, "volumes": 16}, nics=(NicFds(tap=17),))
 CASES = {
@@ -47,6 +48,11 @@ CASES = {
         msgspec.structs.replace(POD_FDS, nics=(NicFds(tap=17, vhost=18),)),
     ),
     "bare-kvm-cpu": (msgspec.structs.replace(BARE, accelerator="kvm", cpu="host,-arch-capabilities"), FDS),
+    "saved": (msgspec.structs.replace(GROWING, savable=True), msgspec.structs.replace(FDS, ram=19)),
+    "continued": (
+        msgspec.structs.replace(GROWING, template="/run/husk/templates/k", shares=SHARES),
+        msgspec.structs.replace(POD_FDS, kernel=-1, initramfs=-1, ram=19, nics=()),
+    ),
     "two-nics": (
         msgspec.structs.replace(
             BARE, nics=(NicSpec(mac="02:00:00:00:00:01"), NicSpec(mac="02:00:00:00:00:02"))
