@@ -58,6 +58,7 @@ static void release(struct exec *exec) {
     for (int i = 0; i < 2; i++)
         outlet_close(&exec->outlets[i], agent);
     inlet_close(&exec->inlet, agent);
+    loop_close(&agent->loop, &exec->population);
     process_close(&exec->process, &agent->loop);
     close_fd(&exec->cgroup);
     free(exec);
@@ -133,8 +134,19 @@ void exec_ended(struct exec *exec, int wait_status) {
         container_continue(container);
 }
 
+// Told when the last of the killed has died.
+static void watch_population(struct exec *exec) {
+    if (exec->population.fd >= 0)
+        return;
+    exec->population.fd = openat(exec->cgroup, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    if (exec->population.fd >= 0)
+        loop_add(&exec->agent->loop, &exec->population, EPOLLPRI);
+}
+
 int exec_signal(struct exec *exec, int signal, bool all, struct error *error) {
     int failed;
+    if (all && signal == SIGKILL)
+        watch_population(exec);
     if (all) // also after the process itself has ended: of its background processes
         failed = signal == SIGKILL ? cgroup_kill(exec->cgroup) : cgroup_signal(exec->cgroup, signal);
     else if (exec->process.state == PROCESS_ENDED)
@@ -162,12 +174,17 @@ static void status_ready(struct source *source, uint32_t events) {
     announce(exec);
 }
 
+static void population_ready(struct source *source, uint32_t events) {
+    (void)source, (void)events; // looked at with everything else: exec_pump
+}
+
 static struct exec *make(struct agent *agent, uint32_t request, const Exec *message) {
     struct exec *exec = memory_get(sizeof *exec);
     *exec = (struct exec){
         .agent = agent,
         .next = agent->execs,
         .cgroup = -1,
+        .population = {.fd = -1, .ready = population_ready},
         .process = {.pidfd = -1,
                     .terminal = -1,
                     .request = request,
@@ -287,7 +304,8 @@ void exec_pump(struct exec *exec) {
         inlet_pump(&exec->inlet, exec->agent);
     for (int i = 0; i < 2 && exec->process.state != PROCESS_STARTING; i++) // the reply comes first
         outlet_pump(&exec->outlets[i], exec->agent, ended);
-    if (ended && exec->outlets[0].source.fd < 0 && exec->outlets[1].source.fd < 0)
+    bool dying = exec->population.fd >= 0 && cgroup_value(exec->population.fd, "populated") > 0;
+    if (ended && exec->outlets[0].source.fd < 0 && exec->outlets[1].source.fd < 0 && !dying)
         finish(exec);
 }
 

@@ -13,6 +13,7 @@ struct exec {
     char id[ID_MAX + 1];
     char cgroup_name[32];
     int cgroup;
+    struct source population; // cgroup.events, once all of it was killed; -1: it was not
     struct process process;
     bool terminal;
     struct outlet outlets[2];

@@ -1490,7 +1490,9 @@ Global___Event: _TypeAlias = Event  # noqa: Y015
 
 @_typing.final
 class Exited(_message.Message):
-    """A container's first process, or an exec, has ended and all its output has been queued."""
+    """A container's first process, or an exec, has ended and all its output has been queued. Of an exec that
+    was killed with `all`, its last process has ended too.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
