@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ LEVELS = 3000
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(tmp_path: Path) -> Iterator[Path]:
     home = tmp_path / "home"
     (home / "upper").mkdir(parents=True)
-    return home
+    yield home
+    # pytest removes its directories by recursion, which ends before these do
+    subprocess.run(["rm", "-rf", str(home)], check=True)
 
 
 def dig(where: Path, levels: int = LEVELS, name: str = "d" * 20) -> None:
