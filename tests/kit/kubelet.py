@@ -1,0 +1,248 @@
+"""A real kubelet, standalone: static pods from a directory, no API server, Husk as its only runtime.
+
+It runs in the test's namespaces. What it would write outside its own directories goes into file systems that
+live there (/var/log/containers, its device plug-ins), and the kernel settings that it insists on are shown to
+it by files mounted over them, as they are the machine's.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.kit.leaks import remove_cgroups
+from tests.kit.namespace import Namespace
+from tests.kit.scratch import scratch_dir, scratch_root
+
+PORT = 10250
+NODE = "node.test"
+ADDRESS = "10.99.0.1"  # the node's own; pods have theirs from the bridge
+# what the kubelet wants of the kernel (pkg/util/sysctl of Kubernetes)
+SETTINGS = {
+    "vm/overcommit_memory": "1",
+    "vm/panic_on_oom": "0",
+    "kernel/panic": "10",
+    "kernel/panic_on_oops": "1",
+    "kernel/keys/root_maxkeys": "1000000",
+    "kernel/keys/root_maxbytes": "25000000",
+}
+
+
+def prepare_node(namespace: Namespace, directory: Path) -> None:
+    """Make the namespaces look like a node: an address, settings, places for what the kubelet writes."""
+    script = [
+        "set -e",
+        f"ip link add node0 type bridge && ip addr add {ADDRESS}/24 dev node0 && ip link set node0 up",
+        "ip route add default dev node0",
+        "mkdir -p /var/lib/kubelet",
+        "mount -t tmpfs -o mode=755 husk-test-kubelet /var/lib/kubelet",
+        "mount -t tmpfs -o mode=755 husk-test-log /var/log",
+    ]
+    for name, value in SETTINGS.items():
+        file = directory / name.replace("/", ".")
+        file.write_text(f"{value}\n")
+        script.append(f"mount --bind {file} /proc/sys/{name}")
+    namespace.run("sh", "-c", "\n".join(script))
+
+
+@dataclass
+class Kubelet:
+    namespace: Namespace
+    program: Path
+    runtime: Path  # its socket
+    directory: Path = field(default_factory=lambda: scratch_dir("kubelet"))
+    settings: Mapping[str, object] = field(default_factory=dict)
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def manifests(self) -> Path:
+        return self.directory / "manifests"
+
+    @property
+    def root(self) -> Path:
+        return self.directory / "root"
+
+    @property
+    def logs(self) -> Path:
+        return self.directory / "pod-logs"
+
+    @property
+    def cgroup(self) -> str:
+        return f"/{scratch_root().name}/{self.directory.name}"
+
+    def configuration(self) -> Mapping[str, object]:
+        configuration: dict[str, object] = {
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "staticPodPath": str(self.manifests),
+            "containerRuntimeEndpoint": f"unix://{self.runtime}",
+            "podLogsDir": str(self.logs),
+            "volumePluginDir": str(self.directory / "plugins"),
+            "address": "127.0.0.1",
+            "port": PORT,
+            "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
+            "authorization": {"mode": "AlwaysAllow"},
+            "cgroupRoot": self.cgroup,
+            "failCgroupV1": False,
+            "failSwapOn": False,
+            "enforceNodeAllocatable": [],
+            "resolvConf": "",
+            "fileCheckFrequency": "1s",
+            "syncFrequency": "5s",
+            "volumeStatsAggPeriod": "5s",
+            "imageMinimumGCAge": "1s",
+            # what pods use comes from the runtime, not from cgroups that the kubelet can see
+            "featureGates": {"PodAndContainerStatsFromCRI": True},
+            "containerLogMaxSize": "20Ki",
+            "containerLogMaxFiles": 10,
+            "containerLogMonitorInterval": "3s",
+            "registerNode": False,
+        }
+        return configuration | dict(self.settings)
+
+    def start(self) -> None:
+        """Returns once it answers; raises RuntimeError with the end of its log."""
+        for each in (self.manifests, self.root, self.logs, self.directory / "certificates"):
+            each.mkdir(exist_ok=True)
+        for hierarchy in _hierarchies():
+            (hierarchy / self.cgroup.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        config = self.directory / "config.json"
+        config.write_text(json.dumps(self.configuration(), indent=1))
+        command = [
+            str(self.program),
+            f"--config={config}",
+            f"--root-dir={self.root}",
+            f"--cert-dir={self.directory / 'certificates'}",
+            f"--hostname-override={NODE}",
+            f"--node-ip={ADDRESS}",
+            "--v=2",
+        ]
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.namespace.command(command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        end = time.monotonic() + 60
+        while True:
+            try:
+                self.get("/pods")
+                return
+            except (OSError, http.client.HTTPException, RuntimeError):
+                if self._process.poll() is not None or time.monotonic() > end:
+                    raise RuntimeError(f"the kubelet did not start:\n{self.log_text()[-6000:]}") from None
+                time.sleep(0.2)
+
+    @property
+    def log_path(self) -> Path:
+        return self.directory / "kubelet.log"
+
+    def log_text(self) -> str:
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def close(self) -> None:
+        """Idempotent. The pods are the runtime's; take the manifests away first."""
+        self.stop()
+        left = f"grep -o '{self.directory}[^ ]*' /proc/self/mounts | sort -ru | xargs -r umount -l"
+        self.namespace.run("sh", "-c", left)
+        remove_cgroups(scratch_root().name)
+
+    # --------------------------------------------------------------------------- its port
+
+    def get(self, path: str, timeout_s: float = 10) -> str:
+        """The body of an answer; raises RuntimeError when it is no 200."""
+        connection = http.client.HTTPSConnection("127.0.0.1", PORT, timeout=timeout_s)
+        connection.sock = self.dial_tls(timeout_s)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            body = answer.read().decode(errors="replace")
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise RuntimeError(f"GET {path}: {answer.status} {body[:500]}")
+        return body
+
+    def dial_tls(self, timeout_s: float = 10) -> ssl.SSLSocket:
+        """A connection to its port; the certificate is one that it made for itself."""
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context.wrap_socket(self.namespace.dial("127.0.0.1", PORT, timeout_s))
+
+    def json(self, path: str) -> Any:
+        return json.loads(self.get(path))
+
+    # ------------------------------------------------------------------------------- pods
+
+    def add(self, name: str, spec: Mapping[str, object], **metadata: object) -> None:
+        """Have it run a static pod. Written beside and renamed, so that no half of it is read."""
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "namespace": "default", "uid": f"uid-{name}", **metadata},
+            "spec": {"terminationGracePeriodSeconds": 2, **spec},
+        }
+        staged = self.directory / f"{name}.json"
+        staged.write_text(json.dumps(pod))
+        shutil.move(staged, self.manifests / staged.name)
+
+    def remove(self, name: str) -> None:
+        (self.manifests / f"{name}.json").unlink(missing_ok=True)
+
+    def pod(self, name: str) -> Any:
+        """As /pods has it; None when it is not there. A static pod is called after its node too."""
+        found = [
+            pod for pod in self.json("/pods")["items"] or () if pod["metadata"]["name"] == f"{name}-{NODE}"
+        ]
+        return found[0] if found else None
+
+    def wait_for(self, name: str, ready: Callable[[Any], bool], timeout_s: float = 60) -> Any:
+        """The pod once `ready` says so of it; raises TimeoutError with what it is instead."""
+        end = time.monotonic() + timeout_s
+        while True:
+            pod = self.pod(name)
+            if pod is not None and ready(pod):
+                return pod
+            if time.monotonic() > end:
+                told = json.dumps(pod["status"] if pod else None, indent=1)
+                raise TimeoutError(f"pod {name}: {told}\n{self.log_text()[-3000:]}")
+            time.sleep(0.25)
+
+
+def is_ready(pod: Any) -> bool:
+    conditions = pod["status"].get("conditions") or ()
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+
+
+def container_of(pod: Any, name: str) -> Any:
+    """The status of a container, an init container or a sidecar."""
+    status = pod["status"]
+    every = [*status.get("containerStatuses", ()), *status.get("initContainerStatuses", ())]
+    return next(each for each in every if each["name"] == name)
+
+
+def _hierarchies() -> list[Path]:
+    """Every cgroup hierarchy that the kubelet may use: each directory on a v1 host, the one on v2."""
+    lines = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [Path(line[1]) for line in lines if line[2] in ("cgroup", "cgroup2")]
