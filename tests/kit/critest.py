@@ -14,7 +14,7 @@ from tests.kit.critest_images import FIXED_DIGEST
 from tests.kit.namespace import Namespace
 from tests.kit.scratch import scratch_dir
 
-PARALLEL = 2  # pods booting at a time, as many as there are processors where the tests run
+PARALLEL = 4  # more than there are processors: most of a spec is waiting
 SEED = 1  # specs run in random order; in the same one each time
 
 
