@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,24 @@ def main() -> int:
             subject.cri.pull(IMAGE)
             subject.cri.pull(f"{HOST}/pause:1")
         versions = here.versions()
-        for part in wish.part or PARTS:
-            print(f"measuring: {part}", file=sys.stderr, flush=True)
-            PARTS[part](here, figures, scale)
+        whole = measure(here, wish.part or list(PARTS), figures, scale)
     husk = [f"husk {each.name}" for each in handlers] if wish.only != YARDSTICK else []
     print(table(figures, husk))
     if wish.json:
         wish.json.write_text(json.dumps(document(figures, husk, versions, scale), indent=1) + "\n")
-    return 0
+    return 0 if whole else 130
+
+
+def measure(site: Site, parts: Sequence[str], figures: Figures, scale: Scale) -> bool:
+    """Whether it came to its end: what was measured before Ctrl-C counts all the same."""
+    try:
+        for part in parts:
+            print(f"measuring: {part}", file=sys.stderr, flush=True)
+            PARTS[part](site, figures, scale)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return False
+    return True
 
 
 def document(figures: Figures, husk: list[str], versions: dict[str, str], scale: Scale) -> dict[str, Any]:
