@@ -27,19 +27,21 @@ from dataclasses import dataclass
 
 from network.errors import NetworkError
 from sandbox.accelerator import Verdict
-from sandbox.errors import MissingProgram, SandboxError
+from sandbox.errors import GuestError, MissingProgram, SandboxError
 from sandbox.lifecycle import bring_up, only, take_down
 from sandbox.plan.vm import base_size, can_grow, plan_vm
 from sandbox.pod import Pod
 from sandbox.records import PodRecord, PodState, Source
 from sandbox.spec import Handler, PodId, PodSpec, VmSize
-from sandbox.steps import Vm, Walks
+from sandbox.steps import GUEST_ROOTFS, Vm, Walks
 from sandbox.tasks import Tasks
 from sandbox.templates import Templates
 from sandbox.vmm import VmSpec
+from sandbox.warm import warm_up
 
 log = logging.getLogger(__name__)
 
+QUIET_S = 1.0  # without a claim, before the next VM is made
 RETRY_S = 30.0  # after a template or a pool could not be made; also how often a new guest image is looked for
 
 
@@ -74,6 +76,7 @@ class Factory:
         self._wanted = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._problems: dict[str, str] = {}  # by handler: said once
+        self._claimed_s = -QUIET_S  # moment of the last claim
 
     async def start(self) -> None:
         """Clean up what a daemon that was killed was making, and begin to fill the pools."""
@@ -106,6 +109,7 @@ class Factory:
         self._wanted.set()
         if not pool:
             return None
+        self._claimed_s = time.monotonic()
         waiting = pool.pop(0)
         waiting.watch.cancel()
         return waiting.pod
@@ -124,6 +128,14 @@ class Factory:
             await asyncio.to_thread(self._host.templates.keep_only, keys)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), RETRY_S)
+
+            await self._quiet()
+
+    async def _quiet(self) -> None:
+        """Pods are being started: making the next VM now would slow them down."""
+        # each claim begins the pause anew
+        while (pause_s := self._claimed_s + QUIET_S - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(pause_s)
 
     @contextlib.contextmanager
     def _contained(self, name: str) -> Iterator[None]:
@@ -185,12 +197,21 @@ class Factory:
                 ended=pod.ended,
                 console=pod.console,
             )
+            await self._warm(pod)
             assert pod.machine is not None
             await pod.machine.pause()
         except BaseException:  # also when the daemon is told to end: nobody would claim it
             await self._take_down(pod)
             raise
         return Waiting(pod, self._host.tasks.spawn(self._watch(pod, pool), f"watch of VM {pod.id[:12]}"))
+
+    async def _warm(self, pod: Pod) -> None:
+        """Its first container will then start as fast as the second. Without that it still is of use."""
+        client = await pod.guest()
+        try:
+            await warm_up(client, pod.back_of(pod.rootfs_share) / "warm", f"{GUEST_ROOTFS}/warm")
+        except GuestError as error:
+            log.warning("VM %s waits without having run a container: %s", pod.id, error)
 
     async def _watch(self, pod: Pod, pool: list[Waiting]) -> None:
         assert pod.machine is not None

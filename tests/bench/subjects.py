@@ -56,7 +56,11 @@ class Handler:
 
 
 # The first one is what the targets speak of.
-HANDLERS: tuple[Handler, ...] = (Handler("boot", {}),)
+HANDLERS: tuple[Handler, ...] = (
+    Handler("pool", {"source": "pool"}),
+    Handler("template", {"source": "template"}),
+    Handler("boot", {"source": "boot"}),
+)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,15 @@ def test_trace_draws_host_and_guest_until_the_first_exec(daemon: Daemon, cri: Cr
     assert f"default/traced ({told['handler']}" in _husk(daemon, "trace", pod.id[:10])
 
 
+def test_a_vm_of_the_pool_has_run_a_container_and_nothing_of_it_is_left(daemon: Daemon, cri: Cri) -> None:
+    pod = cri.run_pod("warm")
+    assert "without having run a container" not in daemon.log_text()
+    container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    assert cri.exec(container, "true").code == 0
+    shares = daemon.run_directory / "pods" / pod.id / "back" / "rootfs"
+    assert [path.name for path in shares.iterdir()] == [container]
+
+
 def _husk(daemon: Daemon, *arguments: str) -> str:
     return subprocess.run(
         daemon.command(*arguments), cwd=REPOSITORY, check=True, capture_output=True, text=True

@@ -1,0 +1,62 @@
+"""The errand of a VM that waits for a pod, run by the agent itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sandbox import warm
+from sandbox.errors import GuestError
+from sandbox.guest import guest_pb2 as pb
+from sandbox.warm import Errand, warm_up
+from tests.kit.agent import Guest, build
+
+
+@pytest.fixture
+def errand() -> Errand:
+    return Errand(source=str(build("husk-agent")))
+
+
+@pytest.fixture(autouse=True)
+def _limits_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest's root may raise its limits; the machine of the tests may not let even root do that."""
+    whole = warm.compile_plan
+
+    def plan(guest_root: str, errand: Errand) -> pb.Start:
+        made = whole(guest_root, errand)
+        del made.process.rlimits[:]
+        return made
+
+    monkeypatch.setattr(warm, "compile_plan", plan)
+
+
+async def nothing_left(guest: Guest, root: Path) -> bool:
+    welcome = await guest.connect()
+    return not root.exists() and not welcome.containers
+
+
+async def test_it_runs_an_exec_beside_a_container_and_leaves_nothing(
+    guest: Guest, errand: Errand, tmp_path: Path
+) -> None:
+    root = tmp_path / "warm"
+    for _ in range(2):  # also a second time
+        await warm_up(guest.client, root, str(root), errand)
+    assert await nothing_left(guest, root)
+
+
+async def test_what_it_runs_stays_until_it_is_removed(guest: Guest, errand: Errand, tmp_path: Path) -> None:
+    root = tmp_path / "warm"
+    root.mkdir()
+    plan = warm.compile_plan(str(root), errand)
+    await guest.call(start=plan)
+    code, _, said = await guest.exec(warm.NAME, errand.ends)
+    assert (code, said.split(":")[0]) == (2, "usage"), "the program ran, and ended at once"
+    await guest.remove(warm.NAME)
+
+
+async def test_a_guest_that_cannot_do_it_is_told_apart(guest: Guest, tmp_path: Path) -> None:
+    root = tmp_path / "warm"
+    with pytest.raises(GuestError, match="mount"):
+        await warm_up(guest.client, root, str(root), Errand(source="/no/such/program"))
+    assert await nothing_left(guest, root)
