@@ -16,6 +16,8 @@
 #include <unistd.h>
 
 #include "buffer.h"
+#include "scope.h"
+#include "userspace.h"
 
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -49,12 +51,24 @@ static int enter_directory(const Process *process, struct error *error) {
 
 // A pipe belongs to who made it; its new user opens it again as /dev/stdout.
 static int give_pipes(const Process *process, struct error *error) {
-    for (int fd = 0; process->uid && fd < 3; fd++) {
+    uid_t owner = userspace_uid(process, process->uid);
+    for (int fd = 0; owner && fd < 3; fd++) {
         struct stat status;
-        if (fstat(fd, &status) == 0 && S_ISFIFO(status.st_mode) && fchown(fd, process->uid, (gid_t)-1) < 0)
+        if (fstat(fd, &status) == 0 && S_ISFIFO(status.st_mode) && fchown(fd, owner, (gid_t)-1) < 0)
             return fail(error, errno, "stdio");
     }
     return 0;
+}
+
+// Nothing of the outside may be left open when cwd is chosen.
+static int enter_user_namespace(const Process *process, struct entrance *entrance, struct error *error) {
+    int failed = 0;
+    if (userspace_wanted(process))
+        failed = entrance->self >= 0 ? userspace_make(process, entrance->self, error)
+                                     : userspace_join(entrance->container, error);
+    close_fd(&entrance->self);
+    close_fd(&entrance->container);
+    return failed;
 }
 
 static int drop_bounding(uint64_t kept, struct error *error) {
@@ -189,16 +203,16 @@ static int run(const char *path, char **argv, char **environment, struct error *
     return fail_about(error, reason, "exec", name);
 }
 
-int become(const Process *process, struct error *error) {
+int become(const Process *process, struct entrance *entrance, struct error *error) {
     if (process->n_argv == 0)
         return fail_about(error, EINVAL, "exec", "no command");
     char **argv = memory_get((process->n_argv + 1) * sizeof *argv);
     memcpy(argv, process->argv, process->n_argv * sizeof *argv);
     char **environment = make_environment(process);
     if (begin_session(process, error) < 0 || set_limits(process, error) < 0 ||
-        enter_directory(process, error) < 0 || give_pipes(process, error) < 0 ||
-        drop_bounding(process->cap_bounding, error) < 0 || set_ids(process, error) < 0 ||
-        set_capabilities(process, error) < 0)
+        give_pipes(process, error) < 0 || enter_user_namespace(process, entrance, error) < 0 ||
+        enter_directory(process, error) < 0 || drop_bounding(process->cap_bounding, error) < 0 ||
+        set_ids(process, error) < 0 || set_capabilities(process, error) < 0)
         return -1;
     umask(process->umask ? process->umask : 0022);
     // the filter need not permit to look

@@ -15,6 +15,7 @@
 #include "pty.h"
 #include "rootfs.h"
 #include "scope.h"
+#include "userspace.h"
 
 // Closes every descriptor above stdio but these two.
 static void keep_only(int a, int b) {
@@ -90,6 +91,12 @@ static int start(const Start *start, struct child *child, struct error *error) {
         return -1;
     if (unshare(CLONE_NEWCGROUP) < 0)
         return fail(error, errno, "cgroup namespace");
+    struct entrance entrance = {.self = -1, .container = -1};
+    if (userspace_wanted(start->process)) {
+        entrance.self = open("/proc/self", O_PATH | O_DIRECTORY | O_CLOEXEC);
+        if (entrance.self < 0)
+            return fail(error, errno, "/proc/self");
+    }
     autoclose int root = rootfs_prepare(start, child->id, error);
     if (root < 0)
         return -1;
@@ -99,7 +106,7 @@ static int start(const Start *start, struct child *child, struct error *error) {
     if (rootfs_enter(root, start, error) < 0)
         return -1;
     close_fd(&root); // nothing of the outside may be left open when cwd is chosen
-    return become(start->process, error);
+    return become(start->process, &entrance, error);
 }
 
 static int exec(const Process *process, struct child *child, struct error *error) {
@@ -107,7 +114,7 @@ static int exec(const Process *process, struct child *child, struct error *error
         return -1;
     if (setns(child->container, CLONE_NEWNS | CLONE_NEWCGROUP) < 0)
         return fail(error, errno, "join container");
-    close_fd(&child->container);
+    struct entrance entrance = {.self = -1, .container = take_fd(&child->container)};
     if (process->tty) {
         autoclose int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
         if (root < 0)
@@ -115,7 +122,7 @@ static int exec(const Process *process, struct child *child, struct error *error
         if (open_terminal(root, process, child, error) < 0)
             return -1;
     }
-    return become(process, error);
+    return become(process, &entrance, error);
 }
 
 static _Noreturn void give_up(int status, const struct error *error) {

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "scope.h"
+#include "userspace.h"
 
 enum { TTYAUX_MAJOR = 5, PTMX_MINOR = 2 };
 
@@ -34,7 +35,8 @@ int pty_open(int root, const Process *process, int *slave, struct error *error) 
     if (ioctl(master, TIOCSPTLCK, &unlocked) < 0)
         return fail(error, errno, "terminal");
     autoclose int peer = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
-    if (peer < 0 || ioctl(peer, TIOCSWINSZ, &size) < 0 || fchown(peer, process->uid, (gid_t)-1) < 0)
+    if (peer < 0 || ioctl(peer, TIOCSWINSZ, &size) < 0 ||
+        fchown(peer, userspace_uid(process, process->uid), (gid_t)-1) < 0)
         return fail(error, errno, "terminal");
     *slave = take_fd(&peer);
     return take_fd(&master);

@@ -15,6 +15,7 @@
 #include "mounts.h"
 #include "paths.h"
 #include "scope.h"
+#include "userspace.h"
 
 static int bind_root(const Start *start, struct error *error) {
     if (start->rootfs_propagation && mount(NULL, "/", NULL, start->rootfs_propagation, NULL) < 0)
@@ -26,7 +27,7 @@ static int bind_root(const Start *start, struct error *error) {
     return root >= 0 ? root : fail_about(error, errno, "rootfs", start->rootfs);
 }
 
-static int make_device(int root, const Device *device, struct error *error) {
+static int make_device(int root, const Process *process, const Device *device, struct error *error) {
     const char *name;
     autoclose int parent = path_parent(root, device->path, &name, error);
     if (parent < 0)
@@ -39,7 +40,8 @@ static int make_device(int root, const Device *device, struct error *error) {
         if ((there.st_mode & S_IFMT) != (device->type & S_IFMT) || there.st_rdev != number)
             return fail(error, EEXIST, "device %s", device->path);
     }
-    if (fchownat(parent, name, device->uid, device->gid, AT_SYMLINK_NOFOLLOW) < 0)
+    if (fchownat(parent, name, userspace_uid(process, device->uid), userspace_gid(process, device->gid),
+                 AT_SYMLINK_NOFOLLOW) < 0)
         return fail(error, errno, "device %s", device->path);
     return 0;
 }
@@ -55,18 +57,20 @@ static int make_link(int root, const Link *link, struct error *error) {
     return 0;
 }
 
-static int write_content(const File *file, const char *path, struct error *error) {
+static int write_content(const Process *process, const File *file, const char *path, struct error *error) {
     autoclose int fd = open(path, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600);
     if (fd < 0 || write(fd, file->content.data, file->content.len) != (ssize_t)file->content.len ||
-        fchmod(fd, file->mode & 07777) < 0)
+        fchmod(fd, file->mode & 07777) < 0 ||
+        fchown(fd, userspace_uid(process, 0), userspace_gid(process, 0)) < 0)
         return fail(error, errno, "file %s", file->path);
     return 0;
 }
 
-static int place_file(int root, const File *file, const char *id, size_t number, struct error *error) {
+static int place_file(int root, const Start *start, const char *id, size_t number, struct error *error) {
+    const File *file = start->files[number];
     char path[PATH_MAX];
     snprintf(path, sizeof path, GUEST_FILES "/%s/%zu", id, number);
-    if (write_content(file, path, error) < 0)
+    if (write_content(start->process, file, path, error) < 0)
         return -1;
     autoclose int target = path_make(root, file->path, PATH_FILE, error);
     if (target < 0)
@@ -80,7 +84,14 @@ static int make_cwd(int root, const Process *process, struct error *error) {
     if (!process->make_cwd || !*process->cwd)
         return 0;
     autoclose int made = path_make(root, process->cwd, PATH_DIRECTORY, error);
-    return made < 0 ? fail(error, error->number, "cwd") : 0;
+    struct stat status;
+    if (made < 0)
+        return fail(error, error->number, "cwd");
+    // the guest's root, whom the container does not know, owns it only if it was made here
+    if (userspace_wanted(process) && fstat(made, &status) == 0 && status.st_uid == 0 &&
+        fchownat(made, "", userspace_uid(process, 0), userspace_gid(process, 0), AT_EMPTY_PATH) < 0)
+        return fail(error, errno, "cwd");
+    return 0;
 }
 
 static int restrict_paths(int root, const Start *start, struct error *error) {
@@ -101,13 +112,13 @@ int rootfs_prepare(const Start *start, const char *id, struct error *error) {
         if (mount_apply(root, start->mounts[i], error) < 0)
             return -1;
     for (size_t i = 0; i < start->n_devices; i++)
-        if (make_device(root, start->devices[i], error) < 0)
+        if (make_device(root, start->process, start->devices[i], error) < 0)
             return -1;
     for (size_t i = 0; i < start->n_links; i++)
         if (make_link(root, start->links[i], error) < 0)
             return -1;
     for (size_t i = 0; i < start->n_files; i++)
-        if (place_file(root, start->files[i], id, i, error) < 0)
+        if (place_file(root, start, id, i, error) < 0)
             return -1;
     if (make_cwd(root, start->process, error) < 0 || restrict_paths(root, start, error) < 0)
         return -1;

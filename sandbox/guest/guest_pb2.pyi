@@ -581,6 +581,8 @@ class Process(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     COLUMNS_FIELD_NUMBER: _builtins.int
     MAKE_CWD_FIELD_NUMBER: _builtins.int
+    UID_RANGES_FIELD_NUMBER: _builtins.int
+    GID_RANGES_FIELD_NUMBER: _builtins.int
     cwd: _builtins.str
     uid: _builtins.int
     gid: _builtins.int
@@ -614,6 +616,14 @@ class Process(_message.Message):
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def rlimits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rlimit]: ...
+    @_builtins.property
+    def uid_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___IdRange]:
+        """With these, the container has a user namespace of its own (user_namespaces(7)), and uid, gid and
+        groups are ids inside; without, there are none.
+        """
+
+    @_builtins.property
+    def gid_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___IdRange]: ...
     def __init__(
         self,
         *,
@@ -638,14 +648,41 @@ class Process(_message.Message):
         rows: _builtins.int = ...,
         columns: _builtins.int = ...,
         make_cwd: _builtins.bool = ...,
+        uid_ranges: _abc.Iterable[Global___IdRange] | None = ...,
+        gid_ranges: _abc.Iterable[Global___IdRange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "cap_ambient", b"cap_ambient", "cap_bounding", b"cap_bounding", "cap_effective", b"cap_effective", "cap_inheritable", b"cap_inheritable", "cap_permitted", b"cap_permitted", "columns", b"columns", "cwd", b"cwd", "env", b"env", "gid", b"gid", "groups", b"groups", "make_cwd", b"make_cwd", "no_new_privs", b"no_new_privs", "oom_score_adj", b"oom_score_adj", "rlimits", b"rlimits", "rows", b"rows", "seccomp", b"seccomp", "seccomp_flags", b"seccomp_flags", "tty", b"tty", "uid", b"uid", "umask", b"umask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "cap_ambient", b"cap_ambient", "cap_bounding", b"cap_bounding", "cap_effective", b"cap_effective", "cap_inheritable", b"cap_inheritable", "cap_permitted", b"cap_permitted", "columns", b"columns", "cwd", b"cwd", "env", b"env", "gid", b"gid", "gid_ranges", b"gid_ranges", "groups", b"groups", "make_cwd", b"make_cwd", "no_new_privs", b"no_new_privs", "oom_score_adj", b"oom_score_adj", "rlimits", b"rlimits", "rows", b"rows", "seccomp", b"seccomp", "seccomp_flags", b"seccomp_flags", "tty", b"tty", "uid", b"uid", "uid_ranges", b"uid_ranges", "umask", b"umask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Process: _TypeAlias = Process  # noqa: Y015
+
+@_typing.final
+class IdRange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSIDE_FIELD_NUMBER: _builtins.int
+    OUTSIDE_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    inside: _builtins.int
+    outside: _builtins.int
+    length: _builtins.int
+    def __init__(
+        self,
+        *,
+        inside: _builtins.int = ...,
+        outside: _builtins.int = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inside", b"inside", "length", b"length", "outside", b"outside"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IdRange: _TypeAlias = IdRange  # noqa: Y015
 
 @_typing.final
 class Rlimit(_message.Message):
