@@ -8,7 +8,15 @@ from cri.fields import ID_MAX
 from cri.proto import runtime_v1_pb2 as pb
 from image.index import Image
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, User
-from sandbox.spec import MountSpec, PidMode, PodSpec, Propagation, Resources
+from sandbox.spec import (
+    IdRange,
+    MountSpec,
+    PidMode,
+    PodSpec,
+    Propagation,
+    Resources,
+    UserNamespace,
+)
 
 # ----------------------------------------------------------------------------------------- pods
 
@@ -39,7 +47,12 @@ _PID_MODES = {PidMode.POD: pb.POD, PidMode.CONTAINER: pb.CONTAINER, PidMode.TARG
 def pod_status(record: PodRecord) -> pb.PodSandboxStatus:
     """A pod that has ended keeps its address: a kubelet reads it still."""
     ips = record.network.ips if record.network else ()
-    options = pb.NamespaceOption(network=pb.POD, pid=_PID_MODES[record.spec.pid_mode], ipc=pb.POD)
+    options = pb.NamespaceOption(
+        network=pb.POD,
+        pid=_PID_MODES[record.spec.pid_mode],
+        ipc=pb.POD,
+        userns_options=_user_namespace(record.spec.user_namespace),
+    )
     return pb.PodSandboxStatus(
         id=record.id,
         metadata=pod_metadata(record.spec),
@@ -124,6 +137,18 @@ _PROPAGATION = {
 }
 
 
+def _user_namespace(space: UserNamespace | None) -> pb.UserNamespace | None:
+    if space is None:
+        return None
+    return pb.UserNamespace(mode=pb.POD, uids=_id_ranges(space.uids), gids=_id_ranges(space.gids))
+
+
+def _id_ranges(ranges: Sequence[IdRange]) -> list[pb.IDMapping]:
+    return [
+        pb.IDMapping(container_id=each.inside, host_id=each.outside, length=each.length) for each in ranges
+    ]
+
+
 def _mount(number: int, mount: MountSpec, record: ContainerRecord) -> pb.Mount:
     return pb.Mount(
         container_path=mount.container_path,
@@ -135,6 +160,8 @@ def _mount(number: int, mount: MountSpec, record: ContainerRecord) -> pb.Mount:
         image=_image_volume(number, mount, record),
         image_sub_path=mount.image_sub_path,
         mount_options=mount.options,
+        uidMappings=_id_ranges(mount.ids.uids) if mount.ids else (),
+        gidMappings=_id_ranges(mount.ids.gids) if mount.ids else (),
     )
 
 

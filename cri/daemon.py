@@ -22,6 +22,7 @@ from cri.flights import Flights
 from cri.image_service import image_service, transfer_service
 from cri.node import HuskNode
 from cri.observe import Metrics, MetricsServer, SandboxUsage, Sources
+from cri.ports import Features
 from cri.runtime_service import runtime_service
 from cri.server import Server, Service
 from cri.stream_calls import SandboxBackend
@@ -204,6 +205,8 @@ class Daemon:
         self.pod_store.load()
         self.container_store.load()
         await asyncio.to_thread(self.images.load)
+        obstacle = await asyncio.to_thread(self.images.find_idmap_obstacle)
+        self.node.features = Features(user_namespaces=not obstacle, user_namespace_obstacle=obstacle)
         await self.pods.adopt_all(list(self.container_store))
         await self._sweep()
         self.metrics.watch(

@@ -27,7 +27,7 @@ HOW_TO_BUILD = "husk guest build"
 
 
 class HuskNode:
-    features = Features()
+    features = Features()  # set anew once the disk was tried
 
     def __init__(self, config: Config, hypervisor: Hypervisor, layout: Layout) -> None:
         self._config = config

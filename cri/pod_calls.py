@@ -10,21 +10,25 @@ from cri.encoded import EncodedList
 from cri.fields import renamed
 from cri.flights import Flights
 from cri.observe import as_json
-from cri.ports import Pods
+from cri.ports import Node, Pods
 from cri.proto import runtime_v1_pb2 as pb
 from cri.translate import pod_spec, resources
-from sandbox.errors import NotFound
+from sandbox.errors import InvalidSpec, NotFound
 from sandbox.records import ContainerRecord, ContainerState, PodRecord
 
 
 class PodCalls:
-    def __init__(self, pods: Pods, flights: Flights) -> None:
+    def __init__(self, pods: Pods, node: Node, flights: Flights) -> None:
         self._pods = pods
+        self._node = node
         self._flights = flights
         self._items = EncodedList[PodRecord](lambda record: record.id, answers.pod_item)
 
     async def RunPodSandbox(self, request: pb.RunPodSandboxRequest) -> pb.RunPodSandboxResponse:
         spec = pod_spec(request.config, request.runtime_handler)
+        if spec.user_namespace and not self._node.features.user_namespaces:
+            field = "config.linux.security_context.namespace_options.userns_options.mode"
+            raise InvalidSpec(field, f"POD: {self._node.features.user_namespace_obstacle}", "NODE")
         key = ("run-pod", spec.namespace, spec.name, spec.uid, spec.attempt)
         pod_id = await self._flights.join(key, lambda: self._pods.run(spec))
         return pb.RunPodSandboxResponse(pod_sandbox_id=pod_id)

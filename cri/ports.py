@@ -119,6 +119,7 @@ class Features(Value, frozen=True, kw_only=True):
 
     recursive_read_only_mounts: bool = True
     user_namespaces: bool = False
+    user_namespace_obstacle: str = ""  # why not
     supplemental_groups_policy: bool = True
     mount_options: bool = True
 

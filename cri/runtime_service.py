@@ -31,7 +31,7 @@ def runtime_service(
     return Service(
         descriptor=pb.DESCRIPTOR.services_by_name["RuntimeService"],
         parts=(
-            PodCalls(pods, flights),
+            PodCalls(pods, node, flights),
             ContainerCalls(containers, flights),
             StatsCalls(pods, containers, meter, layers_mountpoint),
             EventCalls(events),

@@ -22,11 +22,13 @@ from cri.fields import (
 from cri.proto import runtime_v1_pb2 as pb
 from cri.translate_security import (
     check_namespaces,
+    mount_ids,
     pid_mode,
     refuse_apparmor,
     refuse_selinux,
     seccomp,
     security_spec,
+    user_namespace,
 )
 from sandbox.errors import InvalidSpec
 from sandbox.plan.mounts import MOUNT_OPTIONS
@@ -91,6 +93,7 @@ def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
         supplemental_groups=checked_ids(security.supplemental_groups, f"{deep}.supplemental_groups"),
         readonly_rootfs=security.readonly_rootfs,
         seccomp=seccomp(security, deep),
+        user_namespace=user_namespace(security.namespace_options, f"{deep}.namespace_options"),
     )
 
 
@@ -185,9 +188,6 @@ _PROPAGATION = {
 
 
 def _mount(mount: pb.Mount, privileged: bool, at: str) -> MountSpec:
-    for field in ("uidMappings", "gidMappings"):
-        if getattr(mount, field):
-            raise InvalidSpec(f"{at}.{field}", "user namespaces are not offered", "an empty list")
     propagation = _propagation(mount, privileged, at)
     if mount.recursive_read_only and not mount.readonly:
         raise InvalidSpec(f"{at}.recursive_read_only", "is set on a writable mount", "readonly as well")
@@ -210,6 +210,7 @@ def _mount(mount: pb.Mount, privileged: bool, at: str) -> MountSpec:
         options=tuple(
             _mount_option(text, f"{at}.mount_options[{n}]") for n, text in enumerate(mount.mount_options)
         ),
+        ids=mount_ids(mount, at),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from cri.fields import absolute, absolutes, checked_ids, one_of, optional_id
+from collections.abc import Sequence
+
+from cri.fields import ID_MAX, absolute, absolutes, checked_ids, one_of, optional_id
 from cri.proto import runtime_v1_pb2 as pb
 from sandbox.errors import InvalidSpec
-from sandbox.spec import GroupsPolicy, PidMode, Seccomp, SeccompKind, SecuritySpec
+from sandbox.spec import GroupsPolicy, IdRange, PidMode, Seccomp, SeccompKind, SecuritySpec, UserNamespace
 
 _GROUPS = {pb.Merge: GroupsPolicy.MERGE, pb.Strict: GroupsPolicy.STRICT}
 
@@ -41,6 +43,7 @@ def security_spec(security: pb.LinuxContainerSecurityContext, at: str) -> Securi
         masked_paths=absolutes(security.masked_paths, f"{at}.masked_paths"),
         readonly_paths=absolutes(security.readonly_paths, f"{at}.readonly_paths"),
         seccomp=seccomp(security, at),
+        user_namespace=user_namespace(options, f"{at}.namespace_options"),
     )
 
 
@@ -57,19 +60,46 @@ def check_namespaces(options: pb.NamespaceOption, at: str) -> None:
             raise InvalidSpec(f"{at}.{field}", f"NODE: {advice}", "POD")
         if mode != "POD" and field != "pid":
             raise InvalidSpec(f"{at}.{field}", f"{mode}: the containers of a pod share it", "POD")
-    if options.HasField("userns_options"):
-        _check_user_namespace(options.userns_options, f"{at}.userns_options")
     if options.target_id and options.pid != pb.TARGET:
         raise InvalidSpec(f"{at}.target_id", "is set without pid TARGET", "an empty id")
 
 
-def _check_user_namespace(options: pb.UserNamespace, at: str) -> None:
-    mode = one_of(pb.NamespaceMode, options.mode, f"{at}.mode")
-    if mode != "NODE":
-        raise InvalidSpec(f"{at}.mode", f"{mode}: user namespaces are not offered", "NODE")
-    for field in ("uids", "gids"):
-        if getattr(options, field):
-            raise InvalidSpec(f"{at}.{field}", "user namespaces are not offered", "an empty list")
+def user_namespace(options: pb.NamespaceOption, at: str) -> UserNamespace | None:
+    """One of the pod's own, with one range that begins at 0; None for the node's, which here is the VM's."""
+    wish, at = options.userns_options, f"{at}.userns_options"
+    mode = one_of(pb.NamespaceMode, wish.mode, f"{at}.mode")
+    if not options.HasField("userns_options") or mode == "NODE":
+        for field in ("uids", "gids"):
+            if getattr(wish, field):
+                raise InvalidSpec(f"{at}.{field}", f"are given, and mode is {mode}", "an empty list")
+        return None
+    if mode != "POD":
+        raise InvalidSpec(f"{at}.mode", f"{mode}: the containers of a pod share it", "POD, NODE")
+    return UserNamespace(
+        uids=(_id_range(wish.uids, f"{at}.uids"),), gids=(_id_range(wish.gids, f"{at}.gids"),)
+    )
+
+
+def _id_range(ranges: Sequence[pb.IDMapping], at: str) -> IdRange:
+    if len(ranges) != 1:
+        raise InvalidSpec(at, f"has {len(ranges)} mappings", "one")
+    (only,) = ranges
+    if only.container_id != 0:
+        raise InvalidSpec(f"{at}[0].container_id", f"{only.container_id} is the first id", "0")
+    if not 0 < only.length <= ID_MAX or only.host_id + only.length - 1 > ID_MAX:
+        raise InvalidSpec(
+            f"{at}[0].length", f"{only.length} from {only.host_id} on are no ids", f"ids to {ID_MAX}"
+        )
+    return IdRange(inside=0, outside=only.host_id, length=only.length)
+
+
+def mount_ids(mount: pb.Mount, at: str) -> UserNamespace | None:
+    if not mount.uidMappings and not mount.gidMappings:
+        return None
+    return UserNamespace(
+        uids=(_id_range(mount.uidMappings, f"{at}.uidMappings"),),
+        gids=(_id_range(mount.gidMappings, f"{at}.gidMappings"),),
+    )
 
 
 _PID_MODES = {pb.POD: PidMode.POD, pb.CONTAINER: PidMode.CONTAINER, pb.TARGET: PidMode.TARGET}

@@ -20,6 +20,7 @@ from image.auth import Auth
 from image.blobs import Progress
 from image.errors import ImageError
 from image.gc import Collector
+from image.idmap import find_obstacle
 from image.index import Image, Index
 from image.layers import LayerStore
 from image.puller import Puller
@@ -101,6 +102,11 @@ class Library:
     async def collect(self) -> None:
         """Remove layers that nothing uses: after the removal of a container whose image is gone."""
         await self._collector.collect()
+
+    def find_idmap_obstacle(self) -> str:
+        """Why root filesystems cannot be had with shifted ids; empty when they can. Blocking."""
+        with self.layers.staging() as scratch:
+            return find_obstacle(scratch)
 
     def fs_usage(self) -> FsUsage:
         """What images take, from sums that are kept as layers come and go."""

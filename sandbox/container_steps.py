@@ -22,7 +22,7 @@ from sandbox.records import User
 from sandbox.rooted import make_beneath, read_beneath
 from sandbox.steps import GUEST_ROOTFS
 from sandbox.users import resolve_user
-from sandbox.volumes import find_sources
+from sandbox.volumes import find_sources, id_map
 
 # An image's passwd and group files; larger ones are refused rather than read.
 MAX_USER_FILE_BYTES = 4 << 20
@@ -36,7 +36,8 @@ class Rootfs:
     async def up(self, container: Container) -> None:
         target = container.pod.back_of(container.pod.rootfs_share) / container.id
         await asyncio.to_thread(target.mkdir, 0o755, exist_ok=True)
-        await self.store.up(container.id, container.record.chain_ids, container.rootfs)
+        ids = id_map(container.pod.record.spec.user_namespace)
+        await self.store.up(container.id, container.record.chain_ids, container.rootfs, ids)
 
     async def down(self, container: Container) -> None:
         await self.store.down(container.id, container.rootfs)

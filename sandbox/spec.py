@@ -52,6 +52,19 @@ class Seccomp(Value, frozen=True, kw_only=True):
     path: str = ""  # absolute path on the host, with LOCALHOST
 
 
+class IdRange(Value, frozen=True, kw_only=True):
+    inside: int
+    outside: int
+    length: int
+
+
+class UserNamespace(Value, frozen=True, kw_only=True):
+    """Ids of the containers, and as what their files lie on the host."""
+
+    uids: tuple[IdRange, ...]
+    gids: tuple[IdRange, ...]
+
+
 class PidMode(StrEnum):
     POD = "pod"
     CONTAINER = "container"
@@ -97,6 +110,7 @@ class PodSpec(Value, frozen=True, kw_only=True):
     supplemental_groups: tuple[int, ...] = ()
     readonly_rootfs: bool = False
     seccomp: Seccomp = Seccomp()
+    user_namespace: UserNamespace | None = None
 
 
 # --------------------------------------------------------------------------------- container
@@ -121,6 +135,7 @@ class MountSpec(Value, frozen=True, kw_only=True):
     user_specified_image: str = ""
     image_sub_path: str = ""  # relative to the image's root
     options: tuple[str, ...] = ()  # noexec, nodev, nosuid
+    ids: UserNamespace | None = None  # how its owners are shifted
 
 
 class DeviceSpec(Value, frozen=True, kw_only=True):
@@ -151,6 +166,7 @@ class SecuritySpec(Value, frozen=True, kw_only=True):
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
     seccomp: Seccomp = Seccomp()
+    user_namespace: UserNamespace | None = None
 
 
 class ContainerSpec(Value, frozen=True, kw_only=True):

@@ -21,13 +21,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from image import idmap
+from image.idmap import IdMap
 from image.stores import RootfsStore
 from sandbox import mounts, process
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
 from sandbox.plan import MountSource
 from sandbox.rooted import open_beneath
-from sandbox.spec import MountSpec, Propagation
+from sandbox.spec import MountSpec, Propagation, UserNamespace
 from sandbox.steps import GUEST_VOLUMES, VOLUMES_TAG, remove_tree
 
 _FIND = os.O_PATH | os.O_CLOEXEC
@@ -44,7 +46,8 @@ class Volumes:
         for volume in container.record.image_volumes:
             place = image_place(container, volume.mount)
             await asyncio.to_thread(place.mkdir, 0o700, parents=True, exist_ok=True)
-            await self.store.up(image_key(container, volume.mount), volume.chain_ids, place)
+            ids = id_map(container.pod.record.spec.user_namespace)
+            await self.store.up(image_key(container, volume.mount), volume.chain_ids, place, ids)
         await asyncio.to_thread(_attach_all, container)
 
     async def down(self, container: Container) -> None:
@@ -53,6 +56,16 @@ class Volumes:
         for volume in container.record.image_volumes:
             await self.store.down(image_key(container, volume.mount), image_place(container, volume.mount))
         await asyncio.to_thread(remove_tree, _images(container))
+
+
+def id_map(space: UserNamespace | None) -> IdMap | None:
+    if space is None:
+        return None
+    uids, gids = (
+        tuple(idmap.IdRange(each.inside, each.outside, each.length) for each in ranges)
+        for ranges in (space.uids, space.gids)
+    )
+    return IdMap(uids=uids, gids=gids)
 
 
 def image_key(container: Container, number: int) -> str:
@@ -111,6 +124,7 @@ def _attach_all(container: Container) -> None:
             what = Path(mount.host_path or mount.image)
             tree = mounts.clone_tree(source, what)
             held.callback(os.close, tree)
+            _shift(number, tree, what, mount)
             _shape(tree, what, mount)
             trees[number] = tree
         _in_exporter(container, trees)
@@ -121,6 +135,19 @@ def _make_point(point: Path, source: int) -> None:
         point.mkdir(mode=0o755)
     else:
         point.touch(mode=0o644)
+
+
+def _shift(number: int, tree: int, what: Path, mount: MountSpec) -> None:
+    """The kubelet asks for it where the pod has a user namespace. Raises InvalidSpec."""
+    ids = id_map(mount.ids)
+    if ids is None:
+        return
+    try:
+        with idmap.user_namespace(ids) as namespace:
+            idmap.shift(tree, namespace, what)
+    except OSError as error:
+        problem = f"the file system of {what} cannot map ids: {error.strerror or error}"
+        raise InvalidSpec(f"config.mounts[{number}].uidMappings", problem, "an empty list") from error
 
 
 def _shape(tree: int, what: Path, mount: MountSpec) -> None:

@@ -10,14 +10,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from image.idmap import IdMap
 from image.layer import Usage
 
 __all__ = ["RootfsStore", "Usage"]
 
 
 class RootfsStore(Protocol):
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path) -> None:
-        """Mount a fresh writable root at `target`, of these layers, bottom first.
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> None:
+        """Mount a fresh writable root at `target`, of these layers, bottom first; with `ids`, their
+        files belong to the ids outside, and so does what is written.
 
         `target` is a directory, made if it is missing. What an `up` that failed or was killed left
         behind is replaced. Raises ImageNotFound when a layer is gone, StorageFailed, DiskFull.

@@ -23,9 +23,10 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from image import deep
+from image import deep, idmap
 from image.blobs import storage_error
 from image.errors import ImageNotFound
+from image.idmap import IdMap, outside
 from image.layer import Usage
 from image.layers import LayerStore
 
@@ -40,12 +41,12 @@ class OverlayStore:
         self._root = root / "rootfs"
         self._layers = layers
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path) -> None:
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> None:
         for chain_id in chain_ids:
             if self._layers.find(chain_id) is None:
                 raise ImageNotFound(chain_id, "this layer of the image is not here any more")
         with self._layers.pinned(chain_ids):
-            work = asyncio.ensure_future(asyncio.to_thread(self._up, key, chain_ids, target))
+            work = asyncio.ensure_future(asyncio.to_thread(self._up, key, chain_ids, target, ids))
             try:
                 await asyncio.shield(work)
             except asyncio.CancelledError:
@@ -74,19 +75,19 @@ class OverlayStore:
             raise ValueError(f"not a key: {key!r}")
         return self._root / key
 
-    def _up(self, key: str, chain_ids: Sequence[str], target: Path) -> None:
+    def _up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None) -> None:
         home = self._home(key)
         self._down(key, target)
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name in ("upper", "work", "empty"):
-                # `empty` stands in for an image without layers
+            for name in ("upper", "work", "empty", "points"):
+                # `empty` stands in for an image without layers, in `points` shifted ones are mounted
                 (home / name).mkdir(parents=True)
                 (home / name).chmod(0o755)
             target.mkdir(parents=True, exist_ok=True)
             lowers = [self._layers.path(chain_id) for chain_id in reversed(chain_ids)]
-            _mirror_root(lowers, home / "upper")
-            _mount_overlay(lowers or [home / "empty"], home / "upper", home / "work", target)
+            _mirror_root(lowers, home / "upper", ids)
+            _mount(lowers or [home / "empty"], home, target, ids)
         except OSError as error:
             self._down(key, target)
             raise storage_error(error, target, "mounting a root filesystem") from error
@@ -100,12 +101,28 @@ class OverlayStore:
             raise storage_error(error, home, "removing a root filesystem") from error
 
 
-def _mirror_root(lowers: Sequence[Path], upper: Path) -> None:
+def _mirror_root(lowers: Sequence[Path], upper: Path, ids: IdMap | None) -> None:
     """The root directory of the merged view is the upper one: it must look like the image's."""
-    if lowers:
-        top = lowers[0].stat()
-        os.chown(upper, top.st_uid, top.st_gid)
-        upper.chmod(top.st_mode & 0o7777)
+    top = lowers[0].stat() if lowers else upper.stat()
+    owner = (top.st_uid, top.st_gid)
+    if ids is not None:
+        owner = (outside(ids.uids, top.st_uid), outside(ids.gids, top.st_gid))
+    os.chown(upper, *owner)
+    upper.chmod(top.st_mode & 0o7777)
+
+
+def _mount(lowers: Sequence[Path], home: Path, target: Path, ids: IdMap | None) -> None:
+    def mount(lowers: Sequence[Path], target: Path) -> None:
+        _mount_overlay(lowers, home / "upper", home / "work", target)
+
+    if ids is None:
+        mount(lowers, target)
+        return
+    tree = idmap.mounted_shifted(lowers, ids, home / "points", mount)
+    try:
+        idmap.attach(tree, target)
+    finally:
+        os.close(tree)
 
 
 @contextlib.contextmanager
@@ -124,14 +141,14 @@ def _mount_overlay(lowers: Sequence[Path], upper: Path, work: Path, target: Path
     with _opened([upper, work, *lowers]) as (upper_fd, work_fd, *lower_fds):
         options = f"lowerdir={':'.join(lower_fds)},upperdir={upper_fd},workdir={work_fd}"
         try:
-            _mount(target, f"{options},volatile")
+            _mount_at(target, f"{options},volatile")
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            _mount(target, options)  # a kernel before 5.10
+            _mount_at(target, options)  # a kernel before 5.10
 
 
-def _mount(target: Path, options: str) -> None:
+def _mount_at(target: Path, options: str) -> None:
     data = options.encode()
     if len(data) >= os.sysconf("SC_PAGE_SIZE"):
         raise OSError(errno.E2BIG, "too many layers for one mount", str(target))

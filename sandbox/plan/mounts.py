@@ -18,7 +18,16 @@ from collections.abc import Sequence
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
 from sandbox.paths import container_path, covers, depth
-from sandbox.spec import ContainerSpec, ImageDefaults, MountSpec, Propagation, Value
+from sandbox.spec import (
+    ContainerSpec,
+    IdRange,
+    ImageDefaults,
+    MountSpec,
+    Propagation,
+    SecuritySpec,
+    UserNamespace,
+    Value,
+)
 
 POD_SHM = "/run/husk/shm"
 
@@ -75,7 +84,7 @@ def compile_mounts(
         _bind(number, mount, target, source)
         for number, (mount, target, source) in enumerate(zip(container.mounts, targets, sources, strict=True))
     ]
-    ours = [*_standard(privileged=container.security.privileged), *_volumes(container, defaults)]
+    ours = [*_standard(container.security), *_volumes(container, defaults)]
     kept = [mount for mount in ours if not any(covers(target, mount.target) for target in targets)]
     return sorted([*kept, *asked], key=lambda mount: depth(mount.target))  # stable
 
@@ -109,17 +118,21 @@ def _option_flags(mount: MountSpec) -> int:
     return sum({_OPTIONS[option] for option in mount.options})
 
 
-def _standard(*, privileged: bool) -> list[pb.Mount]:
+def _standard(security: SecuritySpec) -> list[pb.Mount]:
+    privileged = security.privileged
     kernel_tree = _INERT if privileged else _INERT | MS_RDONLY
+    space = security.user_namespace
+    # gid 5 is tty everywhere; mounts are made outside of a user namespace, with the ids there
+    tty = _outside(space.gids if space else (), 5)
     return [
         _file_system("proc", "/proc", _INERT),
-        _devices_of_guest() if privileged else _devices_of_container(),
+        _devices_of_guest() if privileged else _devices_of_container(space),
         _file_system("sysfs", "/sys", kernel_tree),
         _file_system(
             "devpts",
             "/dev/pts",
             MS_NOSUID | MS_NOEXEC,
-            "newinstance,ptmxmode=0666,mode=0620,gid=5",  # gid 5 is tty everywhere
+            f"newinstance,ptmxmode=0666,mode=0620,gid={tty}",
         ),
         _file_system("mqueue", "/dev/mqueue", _INERT),
         pb.Mount(source=POD_SHM, target="/dev/shm", flags=MS_BIND | _INERT, make=pb.Mount.DIRECTORY),
@@ -127,8 +140,17 @@ def _standard(*, privileged: bool) -> list[pb.Mount]:
     ]
 
 
-def _devices_of_container() -> pb.Mount:
-    return _file_system("tmpfs", "/dev", MS_NOSUID | MS_STRICTATIME, "mode=0755,size=65536k")
+def _devices_of_container(space: UserNamespace | None) -> pb.Mount:
+    owner = f",uid={_outside(space.uids, 0)},gid={_outside(space.gids, 0)}" if space else ""
+    return _file_system("tmpfs", "/dev", MS_NOSUID | MS_STRICTATIME, f"mode=0755,size=65536k{owner}")
+
+
+def _outside(ranges: Sequence[IdRange], id: int) -> int:
+    """What an id of the container is in the guest; itself where it is not mapped."""
+    for each in ranges:
+        if each.inside <= id < each.inside + each.length:
+            return each.outside + id - each.inside
+    return id
 
 
 def _devices_of_guest() -> pb.Mount:

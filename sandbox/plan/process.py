@@ -10,7 +10,7 @@ from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
 from sandbox.paths import checked, container_path
 from sandbox.seccomp.profile import Filter
-from sandbox.spec import ContainerSpec, ImageDefaults
+from sandbox.spec import ContainerSpec, IdRange, ImageDefaults
 from sandbox.users import ResolvedUser
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -25,10 +25,15 @@ _OOM_SCORES = (-1000, 1000)
 
 
 def compile_process(
-    container: ContainerSpec, defaults: ImageDefaults, user: ResolvedUser, hostname: str, seccomp: Filter
+    container: ContainerSpec,
+    defaults: ImageDefaults,
+    user: ResolvedUser,
+    hostname: str,
+    seccomp: Filter,
 ) -> pb.Process:
     """The container's first process. Raises InvalidSpec."""
     caps = capability_sets(container.security)
+    space = container.security.user_namespace
     return pb.Process(
         argv=_argv(container, defaults),
         env=_environment(container, defaults, user, hostname),
@@ -49,7 +54,13 @@ def compile_process(
         tty=container.tty,
         umask=UMASK,
         make_cwd=True,
+        uid_ranges=_ranges(space.uids) if space else (),
+        gid_ranges=_ranges(space.gids) if space else (),
     )
+
+
+def _ranges(ranges: Sequence[IdRange]) -> list[pb.IdRange]:
+    return [pb.IdRange(inside=each.inside, outside=each.outside, length=each.length) for each in ranges]
 
 
 def compile_exec(

@@ -52,6 +52,9 @@ def compile_start(
     be privileged for that.
     """
     security = container.security
+    if security.user_namespace != pod.user_namespace:
+        field = "config.linux.security_context.namespace_options.userns_options"
+        raise InvalidSpec(field, "differs from the sandbox's", "what the sandbox has")
     targets = mount_targets(container)
     own_dev = not any(covers(target, "/dev") for target in targets)
     return pb.Start(

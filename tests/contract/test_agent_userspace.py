@@ -14,7 +14,7 @@ BASE, LENGTH = 100000, 65536
 CAP_SYS_ADMIN, CAP_CHOWN = 1 << 21, 1
 
 
-def ranges(*each: tuple[int, int, int]) -> dict[str, list[pb.IdRange]]:
+def ranges(*each: tuple[int, int, int]) -> dict[str, Any]:
     made = [pb.IdRange(inside=inside, outside=outside, length=length) for inside, outside, length in each]
     return {"uid_ranges": made, "gid_ranges": made}
 
@@ -43,7 +43,11 @@ async def test_what_it_makes_belongs_to_the_outer_id(guest: Guest) -> None:
 
 
 async def test_root_inside_has_no_power_outside(guest: Guest) -> None:
-    everything = {"cap_permitted": ALL_CAPS, "cap_effective": ALL_CAPS, "cap_bounding": ALL_CAPS}
+    everything: dict[str, Any] = {
+        "cap_permitted": ALL_CAPS,
+        "cap_effective": ALL_CAPS,
+        "cap_bounding": ALL_CAPS,
+    }
     script = "echo x >/etc/secret || echo denied; mount -t tmpfs none /tmp && echo mounted; cat /etc/secret"
     lines = await run(guest, script, **everything)
     assert "denied" in lines
@@ -52,7 +56,7 @@ async def test_root_inside_has_no_power_outside(guest: Guest) -> None:
 
 
 async def test_capabilities_are_what_was_asked(guest: Guest) -> None:
-    caps = {"cap_permitted": CAP_CHOWN, "cap_effective": CAP_CHOWN, "cap_bounding": CAP_CHOWN}
+    caps: dict[str, Any] = {"cap_permitted": CAP_CHOWN, "cap_effective": CAP_CHOWN, "cap_bounding": CAP_CHOWN}
     lines = await run(guest, "grep Cap /proc/self/status; mount -t tmpfs none /tmp || echo denied", **caps)
     found = dict(line.split(":\t") for line in lines if ":\t" in line)
     assert int(found["CapEff"], 16) == int(found["CapBnd"], 16) == CAP_CHOWN

@@ -25,7 +25,7 @@ from cri.edge import Edge, is_quiet
 from cri.flights import Flights
 from cri.image_service import image_service, transfer_service
 from cri.observe import Metrics
-from cri.ports import Condition
+from cri.ports import Condition, Features
 from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb
 from cri.runtime_service import runtime_service
@@ -346,6 +346,22 @@ async def test_a_name_is_taken_once(runtime: Runtime) -> None:
     assert (
         await runtime.code("RunPodSandbox", pb.RunPodSandboxRequest(config=POD)) is Code.FAILED_PRECONDITION
     )
+
+
+async def test_a_user_namespace_is_refused_where_the_disk_cannot_shift_owners(runtime: Runtime) -> None:
+    config = pb.PodSandboxConfig()
+    config.CopyFrom(POD)
+    ids = pb.IDMapping(container_id=0, host_id=1000, length=10)
+    space = pb.UserNamespace(mode=pb.POD, uids=[ids], gids=[ids])
+    config.linux.security_context.namespace_options.userns_options.CopyFrom(space)
+    request = pb.RunPodSandboxRequest(config=config)
+    runtime.node.features = Features(user_namespace_obstacle="the disk cannot")
+    code, details = await runtime.refused("RunPodSandbox", request)
+    assert code is Code.INVALID_ARGUMENT
+    assert "userns_options.mode" in details
+    assert "the disk cannot" in details
+    runtime.node.features = Features(user_namespaces=True)
+    await runtime.call("RunPodSandbox", request)
 
 
 async def test_a_refused_field_is_named_by_its_path(runtime: Runtime) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pkgutil
 import stat
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 import image.stores
 from image.errors import DiskFull, ImageError, ImageNotFound
+from image.idmap import IdMap, IdRange, find_obstacle
 from image.layers import LayerStore
 from image.manifest import chain_ids
 from image.stores import RootfsStore
@@ -232,3 +234,52 @@ async def test_set_id_programs_and_devices_do_nothing_on_the_host(site: Site) ->
     await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
     flags = os.statvfs(site.target).f_flag
     assert flags & os.ST_NOSUID and flags & os.ST_NODEV
+
+
+# ------------------------------------------------------------------------------- shifted owners
+
+IDS = IdMap(uids=(IdRange(0, 70000, 1000),), gids=(IdRange(0, 80000, 1000),))
+
+
+async def test_layers_are_seen_with_shifted_owners(site: Site) -> None:
+    chain = await site.stack({"low": b"1"}, {"top": b"2", "folder": None})
+    await site.store.up("key", chain, site.target, IDS)
+    for name in (".", "low", "top", "folder"):
+        status = (site.target / name).stat()
+        assert (status.st_uid, status.st_gid) == (70000, 80000), name
+    # the same layers, with their own owners, beside it
+    other = site.root / "other"
+    await site.store.up("other", chain, other)
+    assert (other / "low").stat().st_uid == 0
+    for key, target in (("other", other), ("key", site.target), ("key", site.target)):
+        await site.store.down(key, target)
+    assert site.nothing_left()
+    assert all(layer.stat().st_uid == 0 for layer in (site.root / "images/layers").iterdir())
+
+
+async def test_what_is_written_over_shifted_layers_stays_apart_from_them(site: Site) -> None:
+    chain = await site.stack({"file": b"of the layer"})
+    await site.store.up("key", chain, site.target, IDS)
+    os.chown(site.target / "file", 70005, 80006)
+    (site.target / "file").write_text("of the container")
+    status = (site.target / "file").stat()
+    assert (status.st_uid, status.st_gid) == (70005, 80006)
+    await site.store.down("key", site.target)
+    await site.store.up("key", chain, site.target)
+    assert (site.target / "file").read_bytes() == b"of the layer"
+    await site.store.down("key", site.target)
+
+
+def test_a_file_system_that_cannot_map_ids_is_told(tmp_path: Path) -> None:
+    assert find_obstacle(_made(tmp_path / "able")) == ""
+    point = _made(tmp_path / "unable")
+    subprocess.run(["mount", "-t", "ramfs", "husk-test", str(point)], check=True)
+    try:
+        assert "cannot map ids" in find_obstacle(_made(point / "scratch"))
+    finally:
+        subprocess.run(["umount", str(point)], check=True)
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from image.idmap import IdMap
 from image.stores import Usage
 from network.attach import Attachment, Interface, NetworkWish
 from sandbox.errors import VmmError, VmmGone
@@ -177,7 +178,7 @@ class FakeHypervisor:
 class FakeRootfs:
     ledger: Ledger
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path) -> None:
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> None:
         self.ledger.take("rootfs.up", f"rootfs {key}")
 
     async def down(self, key: str, target: Path) -> None:

@@ -8,7 +8,6 @@ STREAMING = "Streaming / runtime should support streaming interfaces"
 SKIPPED = {
     "AppArmor / ": "the kernel of this host has no AppArmor, which critest looks at first",
     "NRI / ": "Husk has no NRI socket to give critest",
-    "Security Context / UserNamespaces / ": "user namespaces are not offered yet",
 }
 
 # these fail

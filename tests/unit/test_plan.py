@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from sandbox.spec import (
     ContainerSpec,
     DeviceSpec,
     Handler,
+    IdRange,
     ImageDefaults,
     MountSpec,
     PidMode,
@@ -25,6 +27,7 @@ from sandbox.spec import (
     Propagation,
     Resources,
     SecuritySpec,
+    UserNamespace,
     VmSize,
 )
 from sandbox.users import ResolvedUser
@@ -62,6 +65,20 @@ def environment(plan: pb.Start) -> dict[bytes, bytes]:
 
 
 # Kubernetes, "Define a Command and Arguments for a Container": the table
+def test_a_user_namespace_in_a_plan() -> None:
+    ids = (IdRange(inside=0, outside=70000, length=65536),)
+    space = UserNamespace(uids=ids, gids=ids)
+    pod = msgspec.structs.replace(POD, user_namespace=space)
+    plan = start(pod=pod, security=SecuritySpec(user_namespace=space))
+    for ranges in (plan.process.uid_ranges, plan.process.gid_ranges):
+        assert [(each.inside, each.outside, each.length) for each in ranges] == [(0, 70000, 65536)]
+    data = {mount.target: mount.data for mount in plan.mounts}
+    assert "uid=70000,gid=70000" in data["/dev"]
+    assert "gid=70005" in data["/dev/pts"]
+    with pytest.raises(InvalidSpec, match="differs from the sandbox's"):
+        start(pod=pod)
+
+
 def bind(wish: MountSpec, source: MountSource) -> pb.Mount:
     mounts = compile_mounts(ContainerSpec(name="c", image="i", mounts=(wish,)), ImageDefaults(), [source])
     return next(mount for mount in mounts if mount.target == wish.container_path)

@@ -11,7 +11,17 @@ from google.protobuf.json_format import ParseDict
 from cri.proto import runtime_v1_pb2 as pb
 from cri.translate import container_spec, pod_spec, resources
 from sandbox.errors import InvalidSpec
-from sandbox.spec import ContainerSpec, GroupsPolicy, PidMode, PodSpec, Propagation, Seccomp, SeccompKind
+from sandbox.spec import (
+    ContainerSpec,
+    GroupsPolicy,
+    IdRange,
+    PidMode,
+    PodSpec,
+    Propagation,
+    Seccomp,
+    SeccompKind,
+    UserNamespace,
+)
 
 METADATA = {"name": "web", "uid": "u1", "namespace": "default"}
 
@@ -100,7 +110,7 @@ def test_pid_modes() -> None:
         ({"targetId": "abc"}, "target_id"),
         ({"network": "CONTAINER"}, "network"),
         ({"ipc": "TARGET"}, "ipc"),
-        ({"usernsOptions": {"mode": "POD"}}, "userns_options.mode"),
+        ({"usernsOptions": {"mode": "POD"}}, "userns_options.uids"),
         ({"usernsOptions": {"mode": "NODE", "uids": [{"length": 1}]}}, "userns_options.uids"),
     ],
 )
@@ -113,10 +123,6 @@ def test_namespaces_that_make_no_sense_or_are_not_offered(options: object, field
 def test_a_sandbox_has_no_target() -> None:
     with pytest.raises(InvalidSpec, match="no target"):
         secure_pod(namespaceOptions={"pid": "TARGET", "targetId": "x"})
-
-
-def test_a_user_namespace_of_the_node_is_what_there_is() -> None:
-    assert secure_pod(namespaceOptions={"usernsOptions": {"mode": "NODE"}}).name == "web"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,41 @@ def test_an_enum_of_a_newer_cri_is_refused() -> None:
     assert "9 is not known" in str(caught.value)
 
 
+MAPPING = {"containerId": 0, "hostId": 1000, "length": 100000}
+
+
+def test_a_user_namespace() -> None:
+    options = {"usernsOptions": {"mode": "POD", "uids": [MAPPING], "gids": [MAPPING]}}
+    ids = IdRange(inside=0, outside=1000, length=100000)
+    space = UserNamespace(uids=(ids,), gids=(ids,))
+    assert secure_pod(namespaceOptions=options).user_namespace == space
+    assert secure_pod(namespaceOptions={"usernsOptions": {"mode": "NODE"}}).user_namespace is None
+    assert secure_pod(namespaceOptions={}).user_namespace is None
+    mappings = {"uidMappings": [MAPPING], "gidMappings": [MAPPING]}
+    assert mounted(**mappings).mounts[0].ids == space
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"mode": "CONTAINER"}, "mode"),
+        ({"mode": "TARGET"}, "mode"),
+        ({"mode": "POD"}, "uids"),
+        ({"mode": "POD", "uids": [MAPPING, MAPPING], "gids": [MAPPING]}, "uids"),
+        ({"mode": "POD", "uids": [MAPPING]}, "gids"),
+        ({"mode": "POD", "uids": [MAPPING | {"containerId": 1}], "gids": [MAPPING]}, "uids[0].container_id"),
+        ({"mode": "POD", "uids": [MAPPING | {"length": 0}], "gids": [MAPPING]}, "uids[0].length"),
+        ({"mode": "POD", "uids": [MAPPING | {"hostId": 2**32 - 2}], "gids": [MAPPING]}, "uids[0].length"),
+        ({"mode": "NODE", "uids": [MAPPING]}, "uids"),
+    ],
+)
+def test_user_namespaces_that_cannot_be(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        secure_pod(namespaceOptions={"usernsOptions": options})
+    at = "config.linux.security_context.namespace_options.userns_options"
+    assert caught.value.field == f"{at}.{field}"
+
+
 def test_devices_by_cdi_are_refused_by_name() -> None:
     with pytest.raises(InvalidSpec, match=r"'vendor\.test/gpu=0', 'vendor\.test/gpu=1'"):
         container(CDIDevices=[{"name": f"vendor.test/gpu={number}"} for number in (0, 1)])
@@ -236,8 +277,9 @@ def test_an_image_volume() -> None:
         ),
         ({"imageSubPath": "x"}, "image_sub_path"),
         ({"mountOptions": ["noexec", "bind"]}, "mount_options[1]"),
-        ({"uidMappings": [{"length": 1}]}, "uidMappings"),
-        ({"gidMappings": [{"length": 1}]}, "gidMappings"),
+        ({"uidMappings": [{"length": 1}]}, "gidMappings"),
+        ({"gidMappings": [{"length": 1}]}, "uidMappings"),
+        ({"uidMappings": [{"length": 1, "containerId": 1}]}, "uidMappings[0].container_id"),
         ({"propagation": "PROPAGATION_BIDIRECTIONAL"}, "propagation"),
         ({"recursiveReadOnly": True}, "recursive_read_only"),
         (

@@ -51,6 +51,8 @@ RESOURCES = {
     "unified": {"memory.high": "1"},
     "memorySwapLimitInBytes": 1 << 29,
 }
+IDS = [{"containerId": 0, "hostId": 1000, "length": 1000}]
+USER_NAMESPACE = {"mode": "POD", "uids": IDS, "gids": IDS}
 POD_SMALL = {"config": {"metadata": {"name": "n", "uid": "u", "namespace": "s"}}}
 POD_RICH = {
     "config": {
@@ -63,7 +65,7 @@ POD_RICH = {
             "securityContext": {
                 "runAsUser": {"value": 5},
                 "runAsGroup": {"value": 6},
-                "namespaceOptions": {"pid": "CONTAINER", "usernsOptions": {"mode": "NODE"}},
+                "namespaceOptions": {"pid": "CONTAINER", "usernsOptions": USER_NAMESPACE},
                 "seccomp": {"profileType": "Localhost", "localhostRef": "/profile"},
                 "apparmor": {"profileType": "Unconfined"},
             },
@@ -78,7 +80,15 @@ CONTAINER_RICH = {
         "metadata": {"name": "c", "attempt": 1},
         "image": {"image": "i"},
         "envs": [{"key": "k", "value": "dg=="}],
-        "mounts": [{"containerPath": "/c", "hostPath": "/h", "readonly": True}],
+        "mounts": [
+            {
+                "containerPath": "/c",
+                "hostPath": "/h",
+                "readonly": True,
+                "uidMappings": IDS,
+                "gidMappings": IDS,
+            }
+        ],
         "devices": [{"containerPath": "/dev/a", "hostPath": "/dev/b", "permissions": "r"}],
         "stopSignal": "SIGNAL_SIGUSR1",
         "linux": {
@@ -87,7 +97,7 @@ CONTAINER_RICH = {
                 "capabilities": {"addCapabilities": ["CHOWN"]},
                 "runAsUser": {"value": 5},
                 "runAsGroup": {"value": 6},
-                "namespaceOptions": {"pid": "TARGET", "targetId": "t", "usernsOptions": {"mode": "NODE"}},
+                "namespaceOptions": {"pid": "TARGET", "targetId": "t", "usernsOptions": USER_NAMESPACE},
                 "seccomp": {"profileType": "Localhost", "localhostRef": "/profile"},
                 "apparmor": {"profileType": "Unconfined"},
             },

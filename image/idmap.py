@@ -1,0 +1,199 @@
+"""Layers of an image as a user namespace sees them: the same files, with shifted owners.
+
+An idmapped mount (mount_setattr(2)) shows a file of user 0 as one of the namespace's root. overlayfs takes
+such mounts as lower layers since Linux 5.19, where the layers' file system can map ids.
+
+The mounts are made in a mount namespace of the thread's own that ends with it: nothing of them can be
+left on the host, which matters, as whoever removes a directory with a layer mounted in it removes the layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+_AT_EMPTY_PATH = 0x1000
+_MOUNT_ATTR_IDMAP = 0x00100000
+_OPEN_TREE_CLONE = 1
+_F_EMPTY_PATH, _T_EMPTY_PATH = 0x04, 0x40
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
+_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
+_MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# Ends when its standard input does.
+_HOLDER = ["unshare", "--user", "sh", "-c", "echo ready; read line"]
+
+
+class IdRange(msgspec.Struct, frozen=True):
+    inside: int
+    outside: int
+    length: int
+
+
+class IdMap(msgspec.Struct, frozen=True):
+    """As user_namespaces(7) has it; `outside` are ids of the host."""
+
+    uids: tuple[IdRange, ...]
+    gids: tuple[IdRange, ...]
+
+    @property
+    def root(self) -> tuple[int, int]:
+        """User 0 and group 0 of the inside, as the host knows them."""
+        return outside(self.uids, 0), outside(self.gids, 0)
+
+
+def outside(ranges: Sequence[IdRange], id: int) -> int:
+    """-1 for an id that is not mapped."""
+    for each in ranges:
+        if each.inside <= id < each.inside + each.length:
+            return each.outside + id - each.inside
+    return -1
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd"))
+
+
+@contextlib.contextmanager
+def user_namespace(ids: IdMap) -> Iterator[int]:
+    """A descriptor of a new one with these ids. Blocks a little. Raises OSError."""
+    with subprocess.Popen(_HOLDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        if holder.stdout.readline() != b"ready\n":
+            raise OSError(f"{_HOLDER[0]}: no user namespace can be made")
+        for name, ranges in (("uid_map", ids.uids), ("gid_map", ids.gids)):
+            text = "".join(f"{each.inside} {each.outside} {each.length}\n" for each in ranges)
+            # in one write, as the kernel takes a map only once
+            with Path(f"/proc/{holder.pid}/{name}").open("wb", buffering=0) as file:
+                file.write(text.encode())
+        descriptor = os.open(f"/proc/{holder.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        holder.stdin.close()
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def clone(source: Path, namespace: int | None = None) -> int:
+    """A copy of the mount at `source`, attached nowhere, with shifted ids if a namespace is given."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    tree = _libc.syscall(
+        ctypes.c_long(_SYS_OPEN_TREE), ctypes.c_int(-100), os.fsencode(source), ctypes.c_uint(flags)
+    )
+    _check(min(tree, 0), source)
+    try:
+        if namespace is not None:
+            shift(tree, namespace, source)
+    except OSError:
+        os.close(tree)
+        raise
+    return int(tree)
+
+
+def shift(tree: int, namespace: int, what: Path) -> None:
+    """Raises OSError (EINVAL: the file system cannot map ids)."""
+    attr = _MountAttr(_MOUNT_ATTR_IDMAP, 0, 0, namespace)
+    _check(
+        _libc.syscall(
+            ctypes.c_long(_SYS_MOUNT_SETATTR),
+            ctypes.c_int(tree),
+            b"",
+            ctypes.c_uint(_AT_EMPTY_PATH),
+            ctypes.byref(attr),
+            ctypes.c_size_t(ctypes.sizeof(attr)),
+        ),
+        what,
+    )
+
+
+def attach(tree: int, target: Path) -> None:
+    _check(
+        _libc.syscall(
+            ctypes.c_long(_SYS_MOVE_MOUNT),
+            ctypes.c_int(tree),
+            b"",
+            ctypes.c_int(-100),
+            os.fsencode(target),
+            ctypes.c_uint(_F_EMPTY_PATH),
+        ),
+        target,
+    )
+
+
+def mounted_shifted(
+    layers: Sequence[Path], ids: IdMap, scratch: Path, mount: Callable[[Sequence[Path], Path], None]
+) -> int:
+    """A mount that `mount` makes over the shifted layers, attached nowhere yet (see `clone`).
+
+    `scratch` is an empty directory of the caller's, for mount points. Raises OSError.
+    """
+    points = [scratch / str(number) for number in range(len(layers))]
+    merged = scratch / "merged"
+    for point in (*points, merged):
+        point.mkdir()
+
+    def work() -> int:
+        _check(_libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), scratch)
+        for layer, point in zip(layers, points, strict=True):
+            tree = clone(layer, namespace)
+            try:
+                attach(tree, point)
+            finally:
+                os.close(tree)
+        mount(points, merged)
+        return clone(merged)
+
+    with user_namespace(ids) as namespace:
+        return _in_own_mounts(work)
+
+
+def _in_own_mounts(work: Callable[[], T]) -> T:
+    """Run it in a thread with a mount namespace that ends with it."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            _check(_libc.unshare(ctypes.c_int(_CLONE_FS | _CLONE_NEWNS)), Path("/"))
+            result.set_result(work())
+        except BaseException as error:  # the thread's edge: handed to who waits
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="husk-idmap", daemon=True).start()
+    return result.result()
+
+
+def find_obstacle(scratch: Path) -> str:
+    """Why the file system of this empty directory has no shifted layers; empty when it has. Blocking."""
+    ids = IdMap(uids=(IdRange(0, 65536, 65536),), gids=(IdRange(0, 65536, 65536),))
+    for each in ("layer", "upper", "work", "points"):
+        (scratch / each).mkdir()
+
+    def mount(lowers: Sequence[Path], target: Path) -> None:
+        data = f"lowerdir={lowers[0]},upperdir={scratch}/upper,workdir={scratch}/work"
+        failed = _libc.mount(b"husk", os.fsencode(target), b"overlay", ctypes.c_ulong(0), data.encode())
+        _check(failed, target)
+
+    try:
+        os.close(mounted_shifted([scratch / "layer"], ids, scratch / "points", mount))
+    except OSError as error:
+        return f"the file system of {scratch.parent} cannot map ids: {error.strerror or error}"
+    return ""
+
+
+def _check(result: int, what: Path) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(what))

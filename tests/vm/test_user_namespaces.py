@@ -1,0 +1,78 @@
+"""Pods with a user namespace: whose files are whose, inside the container and on the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cri.proto import runtime_v1_pb2 as api
+from tests.kit.cri import Cri, Pod
+from tests.kit.registry import HOST
+from tests.kit.scratch import scratch_dir
+
+pytestmark = pytest.mark.vm
+
+BUSYBOX = f"{HOST}/husk/busybox:1"
+SLEEP = ("sleep", "3600")
+BASE, LENGTH = 70000, 65536
+
+
+def ids() -> list[api.IDMapping]:
+    return [api.IDMapping(container_id=0, host_id=BASE, length=LENGTH)]
+
+
+def options() -> api.NamespaceOption:
+    space = api.UserNamespace(mode=api.POD, uids=ids(), gids=ids())
+    return api.NamespaceOption(pid=api.CONTAINER, userns_options=space)
+
+
+def linux(**fields: object) -> api.LinuxContainerConfig:
+    security = api.LinuxContainerSecurityContext(namespace_options=options(), **fields)  # type: ignore[arg-type]
+    return api.LinuxContainerConfig(security_context=security)
+
+
+@pytest.fixture(scope="module")
+def pod(cri: Cri) -> Pod:
+    security = api.LinuxSandboxSecurityContext(namespace_options=options())
+    return cri.run_pod("shifted", linux=api.LinuxPodSandboxConfig(security_context=security))
+
+
+def test_it_is_offered_and_told(cri: Cri, pod: Pod) -> None:
+    (handler,) = [each for each in cri.call("Status").runtime_handlers if not each.name]
+    assert handler.features.user_namespaces
+    told = cri.pod_status(pod).status.linux.namespaces.options.userns_options
+    assert (told.mode, told.uids[0].host_id) == (api.POD, BASE)
+
+
+def test_ids_and_files_of_the_image(cri: Cri, pod: Pod) -> None:
+    container = cri.run(pod, BUSYBOX, SLEEP, linux=linux())
+    assert cri.exec(container, "cat", "/proc/self/uid_map").stdout.split() == ["0", str(BASE), str(LENGTH)]
+    owners = cri.exec(container, "stat", "-c", "%u:%g", "/", "/bin/busybox", "/etc/hosts", "/dev/null").stdout
+    assert owners.split() == ["0:0"] * 4
+    assert cri.exec(container, "sh", "-c", "echo mine >/etc/own && stat -c %u /etc/own").stdout == "0\n"
+    # a user of the image, by name
+    worker = cri.run(pod, BUSYBOX, SLEEP, linux=linux(run_as_username="worker"))
+    assert cri.exec(worker, "sh", "-c", "touch /tmp/x; stat -c %u /tmp/x; id -u").stdout == "1000\n1000\n"
+
+
+def test_volumes(cri: Cri, pod: Pod) -> None:
+    """Shifted where the kubelet asks for it, and as they are on the disk where it does not."""
+    shifted, plain = scratch_dir("volume"), scratch_dir("volume")
+    mounts = [
+        api.Mount(container_path="/s", host_path=str(shifted), uidMappings=ids(), gidMappings=ids()),
+        api.Mount(container_path="/p", host_path=str(plain)),
+    ]
+    container = cri.run(pod, BUSYBOX, SLEEP, linux=linux(), mounts=mounts)
+    assert cri.exec(container, "sh", "-c", "stat -c %u /s; touch /s/file").stdout == "0\n"
+    assert (shifted / "file").stat().st_uid == 0
+    refused = cri.exec(container, "touch", "/p/file")
+    assert "Permission denied" in refused.stderr
+    assert not Path(plain / "file").exists()
+
+
+def test_a_container_shares_the_pods(cri: Cri, pod: Pod) -> None:
+    with pytest.raises(grpc.RpcError) as fault:
+        cri.create(pod, BUSYBOX, SLEEP)
+    assert "userns_options" in str(fault.value.details())
