@@ -61,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_guest(guest: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     commands = guest.add_subparsers(metavar="COMMAND", required=True)
     build = commands.add_parser("build", parents=[common], help="make the kernel and initramfs of VMs")
-    build.add_argument("--kernel", type=Path, help="a kernel image instead of the distribution's")
+    which = build.add_mutually_exclusive_group()
+    which.add_argument("--kernel", type=Path, help="a kernel image instead of the distribution's")
+    which.add_argument(
+        "--kernel-source", action="store_true", help="compile a small kernel from the distribution's source"
+    )
     build.add_argument("--modules", type=Path, help="its /lib/modules/VERSION")
     build.set_defaults(run=_guest_build)
 
@@ -134,7 +138,13 @@ def _guest_build(args: argparse.Namespace) -> int:
     root = Path(_load(args).root)
     try:
         image = asyncio.run(
-            guest_image.build(root, kernel=args.kernel, modules=args.modules, progress=progress)
+            guest_image.build(
+                root,
+                kernel=args.kernel,
+                modules=args.modules,
+                from_source=args.kernel_source,
+                progress=progress,
+            )
         )
     except (SandboxError, OSError) as error:
         return _failed(error)

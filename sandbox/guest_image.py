@@ -2,6 +2,7 @@
 
     ROOT/guest/
       packages/NAME_VERSION.deb       kernel packages as downloaded, by version
+      kernels/KEY/                    kernels compiled here: see kernel_source
       HASH/{vmlinux,initramfs,image.json}
       current -> HASH                 the image that new pods get
 
@@ -49,6 +50,7 @@ from sandbox.kernel_image import (
     load_orders,
     read_builtin,
 )
+from sandbox.kernel_source import build_kernel
 
 # Each module costs a cold start some milliseconds.
 MODULES = (
@@ -102,14 +104,15 @@ async def build(
     *,
     kernel: Path | None = None,
     modules: Path | None = None,
+    from_source: bool = False,
     progress: Progress = lambda line: None,
     agent: Path = AGENT,
 ) -> GuestImage:
     """Make the image and let new pods use it; quick when nothing has changed.
 
     `kernel` is used instead of the distribution's; its modules are looked for in `modules`, or
-    where an installed or unpacked kernel has them. Raises BuildFailed, BadKernel, MissingProgram,
-    and OSError.
+    where an installed or unpacked kernel has them. With `from_source` a small kernel is compiled.
+    Raises BuildFailed, BadKernel, OptionsDropped, MissingProgram, and OSError.
     """
     guest = root / "guest"
     guest.mkdir(parents=True, exist_ok=True)
@@ -118,6 +121,8 @@ async def build(
             scratch = Path(scratch_name)
             if kernel is not None:
                 chosen = Kernel(image=kernel, modules=modules or find_modules_of(kernel))
+            elif from_source:
+                chosen = await build_kernel(guest, scratch, progress)
             else:
                 chosen = await fetch_kernel(guest / "packages", scratch, progress)
             progress(f"kernel {chosen.version}")

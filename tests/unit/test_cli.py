@@ -96,7 +96,8 @@ def test_a_broken_configuration_ends_with_2(
 
 
 def test_wrong_usage_ends_with_2() -> None:
-    for words in ([], ["image"], ["serve", "--nonsense"], ["image", "rm"]):
+    both = ["guest", "build", "--kernel", "k", "--kernel-source"]
+    for words in ([], ["image"], ["serve", "--nonsense"], ["image", "rm"], both):
         with pytest.raises(SystemExit) as caught:
             cli.main(words)
         assert caught.value.code == 2
