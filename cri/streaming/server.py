@@ -27,7 +27,7 @@ from cri.streaming.channels import Channel, ConnectionLost
 from cri.streaming.http import Exchange, Refused, Request
 from cri.streaming.port_forward import ForwardedStreams, forward
 from cri.streaming.remote_command import CommandChannels, run
-from cri.streaming.session import AttachWish, Backend, ExecWish, ForwardWish, Session, Wish
+from cri.streaming.session import AttachWish, Backend, Connection, ExecWish, ForwardWish, Session, Wish
 from cri.streaming.spdy_channels import SpdyPeer
 from cri.streaming.tokens import Tokens
 from cri.streaming.websocket import COMMAND_FORMS, FORWARD_FORMS, TUNNEL, Form
@@ -299,14 +299,16 @@ class _Conversation:
             answer = connection.send(AcceptConnection(subprotocol=chosen or None))
         except WebSocketError as error:
             raise Refused(400, f"no WebSocket handshake: {error}") from error
-        go_on: Callable[[WebSocket], Awaitable[str]]
-        if chosen == TUNNEL:
-            go_on = self._tunnel
-        elif forwards:
-            go_on = lambda socket: self._forward_websocket(socket, forms[chosen])  # noqa: E731
-        else:
-            go_on = lambda socket: self._command_websocket(socket, forms[chosen])  # noqa: E731
-        return answer, lambda wire: go_on(WebSocket(wire, connection))
+
+        async def go_on(wire: TcpWire) -> str:
+            socket = WebSocket(wire, connection)
+            if chosen == TUNNEL:
+                return await self._tunnel(socket)
+            if forwards:
+                return await self._forward_websocket(socket, forms[chosen])
+            return await self._command_websocket(socket, forms[chosen])
+
+        return answer, go_on
 
     def _check_ports(self, ports: Sequence[int], form: Form) -> None:
         most = 5 if form.base64 else 127  # a channel is a digit, or a byte
@@ -366,7 +368,7 @@ class _Conversation:
         assert isinstance(self._wish, AttachWish)
         return await self._backend.attach(self._wish)
 
-    async def _dial(self, port: int) -> Any:
+    async def _dial(self, port: int) -> Connection:
         assert isinstance(self._wish, ForwardWish)
         return await self._backend.dial(self._wish.pod_id, port)
 
