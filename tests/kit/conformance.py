@@ -91,12 +91,10 @@ def page(
     """No times in it, so that it changes only with the verdicts. `reason` is ours for what did not pass."""
     lines = [HEADER, f"- critest {version}, SPDY streams: **{score(specs)}** of {len(specs)}"]
     lines.append(f"- the streaming specs again over WebSocket: **{score(websocket)}** of {len(websocket)}")
-    for state in (State.FAILED, State.SKIPPED):
-        found = in_state(specs, state)
-        lines += ["", f"## {state.capitalize()}", ""]
-        lines += [f"- {spec.title}: {reason(spec) or spec.why}" for spec in found] or ["None."]
-    for spec in in_state(websocket, State.FAILED):
-        lines.append(f"- over WebSocket: {spec.title}: {reason(spec) or spec.why}")
+    failed = [*in_state(specs, State.FAILED), *in_state(websocket, State.FAILED)]
+    for title, found in (("Failed", failed), ("Skipped", in_state(specs, State.SKIPPED))):
+        told = dict.fromkeys(f"- {spec.title}: {reason(spec) or spec.why}" for spec in found)
+        lines += ["", f"## {title}", "", *(told or ["None."])]
     lines += ["", "## Passed", "", "| area | specs |", "|---|---|"]
     passed: dict[str, int] = {}
     for spec in in_state(specs, State.PASSED):
