@@ -7,11 +7,15 @@ it by files mounted over them, as they are the machine's.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import select
 import shutil
+import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -190,6 +194,12 @@ class Kubelet:
         context.verify_mode = ssl.CERT_NONE
         return context.wrap_socket(self.namespace.dial("127.0.0.1", PORT, timeout_s))
 
+    def dial_plain(self, host: str, port: int) -> socket.socket:
+        """Its port without TLS, for a client that speaks none: a thread carries the bytes."""
+        mine, theirs = socket.socketpair()
+        threading.Thread(target=_carry, args=(self.dial_tls(60), mine), daemon=True).start()
+        return theirs
+
     def json(self, path: str) -> Any:
         return json.loads(self.get(path))
 
@@ -228,6 +238,26 @@ class Kubelet:
                 told = json.dumps(pod["status"] if pod else None, indent=1)
                 raise TimeoutError(f"pod {name}: {told}\n{self.log_text()[-3000:]}")
             time.sleep(0.25)
+
+
+def _carry(tls: ssl.SSLSocket, plain: socket.socket) -> None:
+    """Until one of them ends, and then both. One thread for both ways: a TLS connection is no two pipes."""
+    with tls, plain, contextlib.suppress(OSError):
+        while True:
+            ready = [tls] if tls.pending() else select.select([tls, plain], [], [])[0]
+            if tls in ready:
+                tls.setblocking(False)  # what came may be no data, but the protocol's own
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    data = tls.recv(1 << 16)
+                    if not data:
+                        return
+                    plain.sendall(data)
+            if plain in ready:
+                data = plain.recv(1 << 16)
+                if not data:
+                    return
+                tls.setblocking(True)
+                tls.sendall(data)
 
 
 def is_ready(pod: Any) -> bool:

@@ -271,7 +271,8 @@ class WebSocketClient:
         reader, writer = await connect(url, dialer=dialer)
         client = cls(reader, writer)
         where = urlsplit(url)
-        ask = Request(host=where.netloc, target=where.path, subprotocols=list(subprotocols))
+        target = f"{where.path}?{where.query}" if where.query else where.path
+        ask = Request(host=where.netloc, target=target, subprotocols=list(subprotocols))
         await client.send_event(ask)
         while True:
             data = await asyncio.wait_for(reader.read(READ_BYTES), 20)
