@@ -37,7 +37,7 @@ from sandbox.steps import GUEST_ROOTFS, Vm, Walks
 from sandbox.tasks import Tasks
 from sandbox.templates import Templates
 from sandbox.vmm import VmSpec
-from sandbox.warm import warm_up
+from sandbox.warm import warm_network, warm_up
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,6 @@ class Factory:
         if handler.source != "pool" or not can_grow(spec, size):
             return None
         pool = self._pools.get(await self._host.vm.hypervisor.fingerprint(spec))
-        self._wanted.set()
         if not pool:
             return None
         self._claimed_s = time.monotonic()
@@ -115,6 +114,10 @@ class Factory:
         return waiting.pod
 
     # ------------------------------------------------------------------------------- filling
+
+    def look(self) -> None:
+        """Something may be missing: see to it soon."""
+        self._wanted.set()
 
     async def _keep(self) -> None:
         while True:
@@ -139,10 +142,13 @@ class Factory:
 
     @contextlib.contextmanager
     def _contained(self, name: str) -> Iterator[None]:
-        """A handler that cannot be served ahead is told of once; its pods say why they fail."""
+        """A handler that cannot be served ahead is told of once; its pods say why they fail.
+
+        This is where the task has its edge: whatever goes wrong, the next look is another try.
+        """
         try:
             yield
-        except (SandboxError, NetworkError, OSError) as error:
+        except Exception as error:
             if self._problems.get(name) != str(error):
                 level = logging.DEBUG if isinstance(error, MissingProgram) else logging.ERROR
                 log.log(level, "no VM can be made ahead for handler %r: %s", name, error)
@@ -209,6 +215,7 @@ class Factory:
         """Its first container will then start as fast as the second. Without that it still is of use."""
         client = await pod.guest()
         try:
+            await warm_network(client)
             await warm_up(client, pod.back_of(pod.rootfs_share) / "warm", f"{GUEST_ROOTFS}/warm")
         except GuestError as error:
             log.warning("VM %s waits without having run a container: %s", pod.id, error)

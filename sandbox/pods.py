@@ -158,6 +158,9 @@ class Pods:
             else:
                 self._forget(pod)
             raise
+        finally:
+            # now that it is through: whatever it took, or found broken, is made anew
+            self._factory.look()
         pod.handler = None
         self._watch(pod)
         self._host.on_started(pod.record)

@@ -14,7 +14,7 @@ behind `netns`, so it goes beside them. Each `down` needs nothing but the pod's 
 `lifecycle` for the walk.
 
     alone:  run-dir, cgroup, netns, shares, (vm, size | network), guest
-    pool:   run-dir, cgroup, netns, shares, vm           then, with a pod:  cgroup, (size | network), guest
+    pool:   run-dir, cgroup, netns, shares, vm           then, with a pod:  (cgroup, size | network), guest
 """
 
 from __future__ import annotations
@@ -395,5 +395,6 @@ def pod_walks(vm: Vm, network_stage: Stage) -> Walks:
     return Walks(
         whole=(*ahead, Beside(((vm, size), (network,))), guest),
         ahead=(*ahead, vm),
-        claim=(cgroup, Beside(((size,), (network,))), guest),
+        # moving processes between cgroups of v1 takes as long as half a plug-in
+        claim=(Beside(((cgroup, size), (network,))), guest),
     )

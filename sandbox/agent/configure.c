@@ -184,6 +184,8 @@ int configure_pod(struct agent *agent, const Configure *configure, struct error 
     for (size_t i = 0; i < configure->n_sysctls; i++)
         if (set_sysctl(agent, configure->sysctls[i]->name, configure->sysctls[i]->value, error) < 0)
             return -1;
+    if (configure->rehearsal)
+        return net_take_back(configure->interfaces, configure->n_interfaces, error);
     agent->configured = true;
     return 0;
 }

@@ -150,9 +150,18 @@ static int bring_up(int socket, unsigned index, uint32_t mtu) {
     return transact(socket, &request);
 }
 
-static int add_address(int socket, unsigned index, const struct prefix *prefix) {
+static int shut_down(int socket, unsigned index) {
     struct request request;
-    struct ifaddrmsg *address = begin(&request, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, sizeof *address);
+    struct ifinfomsg *link = begin(&request, RTM_NEWLINK, 0, sizeof *link);
+    link->ifi_index = (int)index;
+    link->ifi_change = IFF_UP;
+    return transact(socket, &request);
+}
+
+static int change_address(int socket, uint16_t type, uint16_t flags, unsigned index,
+                          const struct prefix *prefix) {
+    struct request request;
+    struct ifaddrmsg *address = begin(&request, type, flags, sizeof *address);
     *address = (struct ifaddrmsg){
         .ifa_family = (uint8_t)prefix->family,
         .ifa_prefixlen = (uint8_t)prefix->length,
@@ -171,6 +180,10 @@ static void skip_double_detection(const char *name) {
     autoclose int file = open(path, O_WRONLY | O_CLOEXEC);
     if (file >= 0 && write(file, "0", 1) < 0)
         say("%s: %s", path, strerror(errno));
+}
+
+static int add_address(int socket, unsigned index, const struct prefix *prefix) {
+    return change_address(socket, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, index, prefix);
 }
 
 static int configure_interface(int socket, const Interface *interface, unsigned index, struct error *error) {
@@ -287,6 +300,33 @@ int net_configure(Interface **interfaces, size_t interface_count, Route **routes
             return -1;
     for (size_t i = 0; i < route_count; i++)
         if (add_route(netlink, routes[i], error) < 0)
+            return -1;
+    return 0;
+}
+
+// With the interface go its routes, and its IPv6 addresses.
+static int take_back(int socket, const Interface *interface, struct error *error) {
+    uint8_t mac[MAC_SIZE];
+    unsigned index = if_nametoindex(interface->name);
+    if (!index || shut_down(socket, index) < 0)
+        return fail(error, errno, "shut down %s", interface->name);
+    for (size_t i = 0; i < interface->n_addresses; i++) {
+        struct prefix prefix;
+        if (parse_prefix(interface->addresses[i], &prefix) && prefix.family == AF_INET &&
+            change_address(socket, RTM_DELADDR, 0, index, &prefix) < 0)
+            return fail(error, errno, "take back %s", interface->addresses[i]);
+    }
+    if (parse_mac(interface->found_mac, mac) && set_mac(socket, index, mac) < 0)
+        return fail(error, errno, "address %s", interface->found_mac);
+    return 0;
+}
+
+int net_take_back(Interface **interfaces, size_t count, struct error *error) {
+    autoclose int netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+    if (netlink < 0)
+        return fail(error, errno, "netlink");
+    for (size_t i = 0; i < count; i++)
+        if (take_back(netlink, interfaces[i], error) < 0)
             return -1;
     return 0;
 }

@@ -6,3 +6,6 @@
 
 int net_configure(Interface **interfaces, size_t interface_count, Route **routes, size_t route_count,
                   struct error *error);
+
+// Undoes what net_configure did to these interfaces.
+int net_take_back(Interface **interfaces, size_t count, struct error *error);

@@ -397,6 +397,7 @@ class Configure(_message.Message):
     ENTROPY_FIELD_NUMBER: _builtins.int
     MACHINE_ID_FIELD_NUMBER: _builtins.int
     WALL_NS_FIELD_NUMBER: _builtins.int
+    REHEARSAL_FIELD_NUMBER: _builtins.int
     hostname: _builtins.str
     entropy: _builtins.bytes
     """mixed into and credited to the kernel's pool"""
@@ -404,6 +405,8 @@ class Configure(_message.Message):
     """32 hex digits, for /etc/machine-id of whatever asks"""
     wall_ns: _builtins.int
     """the host's CLOCK_REALTIME, as a VM that waited was stopped; 0: not told"""
+    rehearsal: _builtins.bool
+    """take interfaces and routes away again: the pod itself is still to come"""
     @_builtins.property
     def sysctls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sysctl]: ...
     @_builtins.property
@@ -420,10 +423,11 @@ class Configure(_message.Message):
         entropy: _builtins.bytes = ...,
         machine_id: _builtins.str = ...,
         wall_ns: _builtins.int = ...,
+        rehearsal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hostname", b"hostname", "interfaces", b"interfaces", "machine_id", b"machine_id", "routes", b"routes", "sysctls", b"sysctls", "wall_ns", b"wall_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hostname", b"hostname", "interfaces", b"interfaces", "machine_id", b"machine_id", "rehearsal", b"rehearsal", "routes", b"routes", "sysctls", b"sysctls", "wall_ns", b"wall_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
