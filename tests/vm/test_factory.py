@@ -1,0 +1,255 @@
+"""Where VMs come from, with real ones: template, pool, growth, and what copies of one VM must not share."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cri.proto import runtime_v1_pb2 as api
+from tests.kit.cri import Cri, Pod
+from tests.kit.daemon import Daemon
+from tests.kit.registry import HOST
+
+pytestmark = pytest.mark.vm
+
+BUSYBOX = f"{HOST}/husk/busybox:1"
+FILL_S = 60
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def pool(site: Any) -> Iterator[Daemon]:
+    """A daemon with a pool of two, and handlers for the other sources. When it ends, nothing is left."""
+    made = Daemon(
+        site.namespace,
+        site.cni,
+        site.mirrors,
+        leases=site.leases,
+        settings={
+            "handlers.pool": {"source": "pool", "pool_size": 2},
+            "handlers.template": {"source": "template"},
+            "handlers.boot": {"source": "boot"},
+        },
+    )
+    before = made.census()
+    made.start()
+    made.cri.pull(BUSYBOX)
+    yield made
+    if made.alive:
+        made.remove_all()
+        made.terminate()
+    left = [each for each in made.leaks_since(before) if " husk0" not in each and "/images" not in each]
+    made.close()
+    assert [each for each in left if not each.startswith("links:")] == [], made.evidence()
+
+
+def fill(daemon: Daemon) -> None:
+    """Until two VMs wait and have come to rest."""
+    end = time.monotonic() + FILL_S
+    while len(paused(daemon)) < 2:
+        assert time.monotonic() < end, daemon.evidence()
+
+
+def paused(daemon: Daemon) -> list[str]:
+    """Ids of pods whose record says that they wait, and whose VM has come to a stop."""
+    found = []
+    for path in (daemon.root / "pods").glob("*.json"):
+        record = json.loads(path.read_text())
+        if record.get("state") == "waiting" and record.get("guest_kernel") and is_idle(daemon, record["id"]):
+            found.append(record["id"])
+    return found
+
+
+def is_idle(daemon: Daemon, pod_id: str) -> bool:
+    """No CPU time goes by in its VMM."""
+    pids = daemon.vmm_pids(pod_id)
+    if not pids:
+        return False
+
+    def ticks() -> int:
+        with open(f"/proc/{pids[0]}/stat") as stat:  # noqa: PTH123
+            fields = stat.read().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    begin = ticks()
+    time.sleep(0.3)
+    return ticks() == begin
+
+
+def facts(cri: Cri, pod: Pod) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(cri.pod_status(pod, verbose=True).info["info"])
+    return found
+
+
+def read(cri: Cri, container: str, command: str) -> str:
+    answer = cri.exec(container, "sh", "-c", command)
+    assert answer.code == 0, answer
+    return str(answer.stdout).strip()
+
+
+def test_a_pod_takes_a_vm_that_waits(pool: Daemon) -> None:
+    fill(pool)
+    ready = set(paused(pool))
+    pod = pool.cri.run_pod("claimed", handler="pool")
+    assert pod.id in ready
+    info = facts(pool.cri, pod)
+    assert info["source"] == "pool"
+    assert {"resume", "network", "guest"} <= {phase["name"] for phase in info["phases"]}
+    container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    assert read(pool.cri, container, "hostname") == "claimed"
+    assert pool.cri.pod_ip(pod) in read(pool.cri, container, "ip -o addr show eth0")
+    assert "192.0.2." not in read(pool.cri, container, "ip addr; ip route"), "the rehearsal has left no trace"
+    pool.cri.stop_pod(pod)
+    pool.cri.remove_pod(pod)
+
+
+def test_copies_of_one_vm_share_nothing_that_names_them(pool: Daemon) -> None:
+    """Entropy, machine id, boot id, MAC, hostname: of two from the pool and two from the template."""
+    told = []
+    for number, handler in enumerate(("pool", "pool", "template", "template")):
+        if handler == "pool":
+            fill(pool)
+        pod = pool.cri.run_pod(f"copy-{number}", handler=handler, hostname=f"copy-{number}")
+        assert facts(pool.cri, pod)["source"] == handler
+        container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
+        told.append(
+            {
+                "entropy": read(pool.cri, container, "head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'"),
+                "uuid": read(pool.cri, container, "cat /proc/sys/kernel/random/uuid"),
+                "boot id": read(pool.cri, container, "cat /proc/sys/kernel/random/boot_id"),
+                "MAC": read(pool.cri, container, "cat /sys/class/net/eth0/address"),
+                "hostname": read(pool.cri, container, "hostname"),
+                "address": pool.cri.pod_ip(pod),
+            }
+        )
+        again = read(pool.cri, container, "cat /proc/sys/kernel/random/boot_id")
+        assert again == told[-1]["boot id"], "of one pod it stays the same"
+    for name in told[0]:
+        values = [each[name] for each in told]
+        assert all(values) and len(set(values)) == len(values), f"{name}: {values}"
+    pool.remove_all()
+
+
+@pytest.mark.parametrize("handler", ["pool", "template", "boot"])
+def test_clocks_are_right_at_once(pool: Daemon, handler: str) -> None:
+    """A VM that waited was stopped meanwhile: its clock is set when it is claimed."""
+    if handler == "pool":
+        fill(pool)
+        time.sleep(2)
+    pod = pool.cri.run_pod(f"clock-{handler}", handler=handler)
+    container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
+
+    def offset_s() -> tuple[float, float]:
+        """How far the guest's wall clock is off, and its monotonic clock's distance from ours."""
+        best = (1e9, 0.0, 0.0)
+        for _ in range(5):
+            before, wall, mono = time.monotonic(), time.time(), time.monotonic()
+            # busybox has no nanoseconds; adjtimex reads the clock itself
+            text = read(pool.cri, container, "adjtimex | grep -E 'time.tv_(sec|usec)'; cat /proc/uptime")
+            took = time.monotonic() - before
+            seconds = float(re.search(r"tv_sec:\s*(\d+)", text)[1])  # type: ignore[index]
+            parts = float(re.search(r"tv_usec:\s*(\d+)", text)[1])  # type: ignore[index]
+            up = float(text.splitlines()[-1].split()[0])
+            if took < best[0]:
+                best = (took, seconds + parts / 1e6 - wall - took / 2, up - mono - took / 2)
+        return best[1], best[2]
+
+    wall, mono = offset_s()
+    assert abs(wall) < 0.1, f"wall clock off by {wall:.3f} s"
+    time.sleep(3)
+    wall_later, mono_later = offset_s()
+    assert abs(wall_later) < 0.1
+    assert abs(mono_later - mono) < 0.1, "the monotonic clock goes as fast as ours"
+    pool.cri.stop_pod(pod)
+    pool.cri.remove_pod(pod)
+
+
+@pytest.mark.parametrize("handler", ["pool", "template", "boot"])
+def test_a_pod_sees_what_it_asked_for(pool: Daemon, handler: str) -> None:
+    if handler == "pool":
+        fill(pool)
+    limits = api.LinuxContainerResources(
+        memory_limit_in_bytes=512 * MIB, cpu_quota=180_000, cpu_period=100_000
+    )
+    pod = pool.cri.run_pod(f"large-{handler}", handler=handler, linux={"resources": limits})
+    assert facts(pool.cri, pod)["source"] == handler
+    container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    assert read(pool.cri, container, "nproc") == "2"
+    total_kib = int(read(pool.cri, container, "awk '/MemTotal/ {print $2}' /proc/meminfo"))
+    assert 520 * 1024 < total_kib < 900 * 1024
+    # and it is there to be used
+    assert read(pool.cri, container, "head -c 400m /dev/zero | tail -c 1 | od -An -tx1") == "00"
+    pool.cri.stop_pod(pod)
+    pool.cri.remove_pod(pod)
+
+
+def test_a_running_pod_is_grown_for_raised_limits(pool: Daemon) -> None:
+    fill(pool)
+    pod = pool.cri.run_pod("grows", handler="pool")
+    container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    assert read(pool.cri, container, "nproc") == "1"
+    raised = {"memory_limit_in_bytes": 600 * MIB, "cpu_quota": 200_000, "cpu_period": 100_000}
+    pool.cri.call("UpdateContainerResources", container_id=container, linux=raised)
+    assert read(pool.cri, container, "nproc") == "2"
+    assert int(read(pool.cri, container, "awk '/MemTotal/ {print $2}' /proc/meminfo")) > 600 * 1024
+    pool.cri.stop_pod(pod)
+    pool.cri.remove_pod(pod)
+
+
+def test_what_waits_dies_and_is_replaced(pool: Daemon) -> None:
+    fill(pool)
+    victim = paused(pool)[0]
+    pool.kill_vmm(victim)
+    end = time.monotonic() + FILL_S
+    while victim in paused(pool) or len(paused(pool)) < 2:
+        assert time.monotonic() < end, pool.evidence()
+    pod = pool.cri.run_pod("after", handler="pool")
+    assert pod.id != victim and facts(pool.cri, pod)["source"] == "pool"
+    pool.cri.stop_pod(pod)
+    pool.cri.remove_pod(pod)
+
+
+def test_a_damaged_template_is_made_anew_and_pods_boot_meanwhile(pool: Daemon) -> None:
+    fill(pool)
+    (template,) = [path for path in (pool.run_directory / "templates").iterdir() if (path / "ram").exists()]
+    with (template / "state").open("r+b") as state:
+        state.truncate(10_000)
+    made = template.stat().st_ino
+    pod = pool.cri.run_pod("unlucky", handler="template")
+    assert facts(pool.cri, pod)["source"] == "boot"
+    assert "is broken and given up" in pool.log_text()
+    end = time.monotonic() + FILL_S
+    while not (template / "state").exists() or template.stat().st_ino == made:
+        assert time.monotonic() < end, pool.evidence()
+        time.sleep(0.1)
+    again = pool.cri.run_pod("lucky", handler="template")
+    assert facts(pool.cri, again)["source"] == "template"
+    pool.remove_all()
+
+
+def test_a_killed_daemon_leaves_no_vm_that_waits(pool: Daemon) -> None:
+    fill(pool)
+    pod = pool.cri.run_pod("stays", handler="pool")
+    container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
+    fill(pool)
+    before = paused(pool)
+    pool.kill()
+    assert all(pool.vmm_pids(each) for each in before), "they outlive it"
+    pool.start()
+    assert not any(pool.vmm_pids(each) for each in before), "and are taken down by the next"
+    assert read(pool.cri, container, "echo still here") == "still here"
+    fill(pool)
+    pool.remove_all()
+
+
+def test_a_daemon_that_ends_takes_what_waits_with_it(pool: Daemon) -> None:
+    fill(pool)
+    before = paused(pool)
+    assert pool.terminate() == 0
+    assert not any(pool.vmm_pids(each) for each in before)
+    pool.start()
