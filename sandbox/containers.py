@@ -359,7 +359,8 @@ class Containers:
 
     async def _ended_within(self, container: Container, timeout_s: float) -> bool:
         try:
-            await asyncio.wait_for(container.exited.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await container.exited.wait()
         except TimeoutError:
             return False
         return True

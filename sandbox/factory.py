@@ -130,7 +130,9 @@ class Factory:
                 await asyncio.gather(*(self._release(stale) for stale in self._pools.pop(key)))
             await asyncio.to_thread(self._host.templates.keep_only, keys)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wanted.wait(), RETRY_S)
+                # not wait_for, which may swallow a cancellation (until Python 3.12)
+                async with asyncio.timeout(RETRY_S):
+                    await self._wanted.wait()
 
             await self._quiet()
 

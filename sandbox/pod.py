@@ -149,7 +149,8 @@ class Pod(Recorded[PodRecord]):
         """The connection to the agent, once there is one. Raises GuestUnreachable."""
         if self.client is None:
             try:
-                await asyncio.wait_for(self.connected.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self.connected.wait()
             except TimeoutError:
                 raise GuestUnreachable(f"pod {self.id}: no connection to its agent") from None
         if self.client is None:

@@ -68,7 +68,8 @@ class Mirror:
         while container.running:
             await self.look(container)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(container.exited.wait(), POLL_S)
+                async with asyncio.timeout(POLL_S):
+                    await container.exited.wait()
         container.mirrored = False
         await self.release(container)
 
