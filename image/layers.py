@@ -26,6 +26,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -35,10 +36,12 @@ from image.blobs import storage_error
 from image.compression import Inflated
 from image.errors import DigestMismatch, ImageError
 from image.layer import Limits, Usage
+from image.placement import scatter
 
 log = logging.getLogger(__name__)
 
 STOP_LIMIT_S = 30.0
+DELETIONS = 4  # at a time
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +91,7 @@ class LayerStore:
         """Read what is there; what is broken goes to the trash. Blocking: once, at start."""
         for name in ("layers", "staging", "trash"):
             (self._root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        scatter(self._root / "staging")
         for leftover in (self._root / "staging").iterdir():
             self._discard(leftover)
         for home in (self._root / "layers").iterdir():
@@ -224,9 +228,9 @@ class LayerStore:
             _delete(path)
 
     def empty_trash(self) -> None:
-        """Blocking; again after a crash."""
-        for leftover in self.trash.iterdir():
-            _delete(leftover)
+        """Blocking; again after a crash. A few at a time: deleting is mostly waiting for the disk."""
+        with ThreadPoolExecutor(DELETIONS, "husk-trash") as threads:
+            list(threads.map(_delete, self.trash.iterdir()))
 
 
 def _delete(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -218,6 +219,25 @@ async def test_a_restart_keeps_all_and_sweeps_what_was_begun(bench: Bench) -> No
         (folder / "file").write_text("half")
     bench.restart()
     assert bench.library.list() == (one,) and bench.here(one) == [True, True]
+    assert bench.leftovers() == []
+
+
+async def test_what_cannot_be_deleted_holds_nothing_else_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bench.add("one", "base", "x", "y", "z", "last")
+    whole = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if (path / "fs" / "x").exists():
+            raise PermissionError(1, "not that one", str(path))
+        whole(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        await bench.library.remove("host.test/one:1")
+    assert len(bench.leftovers()) == 1 and "not that one" in caplog.text
+    bench.restart()
     assert bench.leftovers() == []
 
 
