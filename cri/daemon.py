@@ -214,7 +214,7 @@ class Daemon:
                 sandboxes=self._pods_by_state,
                 containers=self._containers_by_state,
                 usage=self._usage,
-                stages=lambda: self.stages,
+                stages=lambda: (*self.stages, *self.images.stages()),
             )
         )
         if self.metrics_server is not None:

@@ -239,8 +239,8 @@ class _FromSources(Collector):
         yield cpu
         yield memory
         places = GaugeMetricFamily(
-            "husk_stage_pods",
-            "Pods in a stage of their start, or in the queue for it.",
+            "husk_stages",
+            "Pods in a stage of their start, and layers in one of a pull: in it, or in the queue for it.",
             labels=["stage", "state"],
         )
         for stage in self._sources.stages():

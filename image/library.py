@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,7 @@ from image.gc import Collector
 from image.idmap import find_obstacle
 from image.index import Image, Index
 from image.layers import LayerStore
+from image.places import Places
 from image.puller import Puller
 from image.settings import Settings
 from image.stores.overlay import OverlayStore
@@ -68,6 +69,10 @@ class Library:
         await self.puller.close()
         while self._background:
             await asyncio.wait(self._background)
+
+    def stages(self) -> Sequence[Places]:
+        """Stages of a pull that only so many layers may be in at once, over all pulls."""
+        return self.puller.stages
 
     async def pull(
         self, ref: str, auth: Auth | None = None, *, on_progress: Callable[[Progress], None] | None = None

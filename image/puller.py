@@ -29,6 +29,7 @@ from image.hosts import find_hosts
 from image.index import Image, Index, settings_of
 from image.layers import LayerStore
 from image.manifest import Descriptor, ImageConfig, ImageIndex, Manifest, Platform
+from image.places import Places
 from image.reference import Reference, parse
 from image.registry import Registry
 from image.settings import Settings
@@ -71,8 +72,9 @@ class Puller:
         self._layers = layers
         self._settings = settings
         self._platform = manifest.host_platform(platform.machine())
-        self._downloads = asyncio.Semaphore(settings.max_downloads)
-        self._unpacks = asyncio.Semaphore(settings.max_unpacks)
+        self._downloads = Places("download", settings.max_downloads)
+        self._unpacks = Places("unpack", settings.max_unpacks)
+        self.stages = (self._downloads, self._unpacks)
         self._on_end = on_end  # called whenever a pull or import has ended, however it did
         self._flights: dict[tuple[Reference, Auth | None], _Flight] = {}
         self._tasks: set[asyncio.Task[Image]] = set()

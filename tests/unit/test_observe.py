@@ -23,6 +23,8 @@ from cri.observe import (
     note_pod,
     setup_logging,
 )
+from image.places import Places
+from sandbox.stages import Stage
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +144,24 @@ def test_sources_are_asked_at_each_scrape() -> None:
     assert sample(metrics, "husk_sandbox_cpu_seconds_total", **labels, part="vmm") == 1.5
     assert sample(metrics, "husk_sandbox_memory_bytes", **labels, part="guest") == 8192
     assert sample(metrics, "husk_sandbox_memory_bytes", **labels, part="vmm") == 4096
+
+
+async def test_stages_show_who_is_in_and_who_waits() -> None:
+    metrics, stage, places = Metrics("1"), Stage("vm", 1), Places("unpack", 2)
+    metrics.watch(Sources(stages=lambda: (stage, places)))
+    async with stage.place(), places:
+        second = asyncio.create_task(enter(stage))
+        await asyncio.sleep(0)
+        assert sample(metrics, "husk_stages", stage="vm", state="active") == 1
+        assert sample(metrics, "husk_stages", stage="vm", state="waiting") == 1
+        assert sample(metrics, "husk_stages", stage="unpack", state="active") == 1
+    await second
+    assert sample(metrics, "husk_stages", stage="vm", state="active") == 0
+
+
+async def enter(stage: Stage) -> None:
+    async with stage.place():
+        pass
 
 
 def get(port: int, path: str) -> tuple[int, str]:
