@@ -15,6 +15,15 @@ from tests.kit.namespace import Namespace
 
 
 @dataclass(frozen=True)
+class Running:
+    """A pod and a container in it, and the file that made the pod."""
+
+    pod: str
+    pod_file: str
+    container: str
+
+
+@dataclass(frozen=True)
 class Crictl:
     binary: str
     namespace: Namespace
@@ -55,6 +64,14 @@ class Crictl:
         logs.mkdir(parents=True, exist_ok=True)
         document = {"metadata": metadata, "log_directory": str(logs), "linux": {}} | fields
         return self.file(f"pod-{name}", document)
+
+    def start(self, pod: str, container: str, image: str, command: list[str], **fields: object) -> Running:
+        """A new pod with a running container of an image that is there; `fields` are the pod's."""
+        pod_file = self.pod_file(pod, **fields)
+        pod_id = self.say("runp", pod_file)
+        container_id = self.say("create", pod_id, self.container_file(container, image, command), pod_file)
+        self.run("start", container_id)
+        return Running(pod_id, pod_file, container_id)
 
     def container_file(self, name: str, image: str, command: list[str], **fields: object) -> str:
         document: dict[str, object] = {

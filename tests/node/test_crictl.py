@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.kit.cri import Cri
 from tests.kit.registry import HOST
-from tests.node.conftest import Crictl
+from tests.node.conftest import Crictl, Running
 
 pytestmark = pytest.mark.node
 
@@ -20,25 +19,12 @@ WEB = f"{HOST}/husk/web:1"
 DOCKER = f"{HOST}/husk/docker:1"
 
 
-@dataclass(frozen=True)
-class Running:
-    """A pod and a container in it, and the files that made them."""
-
-    pod: str
-    pod_file: str
-    container: str
-
-
 @pytest.fixture(scope="module")
 def pod(crictl: Crictl) -> Running:
     """One pod with a web server, for the tests that only look or run something in it."""
     crictl.run("pull", WEB)
     crictl.run("pull", BUSYBOX)
-    pod_file = crictl.pod_file("web", labels={"app": "web"})
-    pod = crictl.say("runp", pod_file)
-    container = crictl.say("create", pod, crictl.container_file("httpd", WEB, []), pod_file)
-    crictl.run("start", container)
-    return Running(pod, pod_file, container)
+    return crictl.start("web", "httpd", WEB, [], labels={"app": "web"})
 
 
 def page(site: Any, crictl: Crictl, pod: str) -> str:

@@ -10,14 +10,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from tests.kit.cri import Cri
 from tests.kit.registry import HOST
-from tests.node.conftest import Crictl
+from tests.node.conftest import Crictl, Running
 
 pytestmark = pytest.mark.node
 
@@ -26,22 +25,11 @@ WEB = f"{HOST}/husk/web:1"
 PATIENCE_S = 30
 
 
-@dataclass(frozen=True)
-class Running:
-    pod: str
-    pod_file: str
-    container: str
-
-
 @pytest.fixture(scope="module")
 def pod(crictl: Crictl) -> Running:
     crictl.run("pull", WEB)
     crictl.run("pull", BUSYBOX)
-    pod_file = crictl.pod_file("streams")
-    pod = crictl.say("runp", pod_file)
-    container = crictl.say("create", pod, crictl.container_file("httpd", WEB, []), pod_file)
-    crictl.run("start", container)
-    return Running(pod, pod_file, container)
+    return crictl.start("streams", "httpd", WEB, [])
 
 
 @pytest.fixture(params=["spdy", "websocket"])

@@ -6,14 +6,13 @@ import json
 import select
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO, Any
 
 import pytest
 
 from tests.kit.cri import Cri
 from tests.kit.registry import HOST
-from tests.node.conftest import Crictl
+from tests.node.conftest import Crictl, Running
 
 pytestmark = pytest.mark.node
 
@@ -22,22 +21,11 @@ BUSY = ["sh", "-c", "while :; do :; done"]
 MIB = 1 << 20
 
 
-@dataclass(frozen=True)
-class Running:
-    pod: str
-    pod_file: str
-    container: str
-
-
 @pytest.fixture(scope="module")
 def pod(crictl: Crictl) -> Running:
     """A pod with a busy container and an idle one."""
     crictl.run("pull", BUSYBOX)
-    pod_file = crictl.pod_file("usage")
-    pod = crictl.say("runp", pod_file)
-    container = crictl.say("create", pod, crictl.container_file("busy", BUSYBOX, BUSY), pod_file)
-    crictl.run("start", container)
-    return Running(pod, pod_file, container)
+    return crictl.start("usage", "busy", BUSYBOX, BUSY)
 
 
 def row(text: str, name: str) -> list[str]:
