@@ -47,10 +47,11 @@ from sandbox.records import ContainerRecord, PodRecord, Side
 from sandbox.registry import Registry
 from sandbox.room import Room
 from sandbox.stages import Stage
-from sandbox.steps import Vm, grow, pod_walks
+from sandbox.steps import pod_walks
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 from sandbox.templates import Templates
+from sandbox.vm_steps import Vm, grow
 from sandbox.vmm import find_hypervisor
 
 log = logging.getLogger(__name__)

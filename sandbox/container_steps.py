@@ -20,8 +20,8 @@ from sandbox.paths import covers
 from sandbox.plan import compile_start, device_filter_for, seccomp_for
 from sandbox.records import User
 from sandbox.rooted import make_beneath, read_beneath
-from sandbox.steps import GUEST_ROOTFS
 from sandbox.users import resolve_user
+from sandbox.vm_steps import GUEST_ROOTFS
 from sandbox.volumes import find_sources, id_map
 
 # An image's passwd and group files; larger ones are refused rather than read.

@@ -33,9 +33,10 @@ from sandbox.plan.vm import base_size, can_grow, plan_vm
 from sandbox.pod import Pod
 from sandbox.records import PodRecord, PodState, Source
 from sandbox.spec import Handler, PodId, PodSpec, VmSize
-from sandbox.steps import GUEST_ROOTFS, Vm, Walks
+from sandbox.steps import Walks
 from sandbox.tasks import Tasks
 from sandbox.templates import Templates
+from sandbox.vm_steps import GUEST_ROOTFS, Vm
 from sandbox.vmm import VmSpec
 from sandbox.warm import warm_network, warm_up
 

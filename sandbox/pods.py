@@ -38,9 +38,10 @@ from sandbox.resources import compile_pod_resources, merge_resources
 from sandbox.room import Room
 from sandbox.spec import Handler, PodId, PodSpec, Resources
 from sandbox.stats import POD_CGROUP
-from sandbox.steps import Walks, connect, remove_tree
+from sandbox.steps import Walks, remove_tree
 from sandbox.store import Store
 from sandbox.tasks import Tasks
+from sandbox.vm_steps import connect
 from sandbox.vmm import Hypervisor
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,8 @@ from sandbox.errors import InvalidSpec, VmmGone
 from sandbox.plan import MountSource
 from sandbox.rooted import open_beneath
 from sandbox.spec import MountSpec, Propagation, UserNamespace
-from sandbox.steps import GUEST_VOLUMES, VOLUMES_TAG, remove_tree
+from sandbox.steps import remove_tree
+from sandbox.vm_steps import GUEST_VOLUMES, VOLUMES_TAG
 
 _FIND = os.O_PATH | os.O_CLOEXEC
 

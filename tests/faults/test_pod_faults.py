@@ -34,10 +34,11 @@ from sandbox.registry import Registry
 from sandbox.room import Room
 from sandbox.spec import ContainerSpec, Handler, MountSpec, PodSpec, SecuritySpec, VmSize
 from sandbox.stages import Stage
-from sandbox.steps import Guest, Netns, Network, RunDir, Shares, Size, Vm, pod_walks
+from sandbox.steps import Guest, Netns, Network, RunDir, Shares, pod_walks
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 from sandbox.templates import Templates
+from sandbox.vm_steps import Size, Vm
 from sandbox.volumes import Volumes
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
 
