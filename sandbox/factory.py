@@ -34,7 +34,7 @@ from sandbox.pod import Pod
 from sandbox.records import PodRecord, PodState, Source
 from sandbox.spec import Handler, PodId, PodSpec, VmSize
 from sandbox.steps import Walks
-from sandbox.tasks import Tasks
+from sandbox.tasks import Tasks, end
 from sandbox.templates import Templates
 from sandbox.vm_steps import GUEST_ROOTFS, Vm
 from sandbox.vmm import VmSpec
@@ -76,6 +76,7 @@ class Factory:
         self._pools: dict[str, list[Waiting]] = {}
         self._wanted = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._closing = False
         self._problems: dict[str, str] = {}  # by handler: said once
         self._claimed_s = -QUIET_S  # moment of the last claim
 
@@ -89,9 +90,9 @@ class Factory:
 
     async def close(self) -> None:
         """End what waits for a pod: nobody would claim it any more."""
+        self._closing = True
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+            await end(self._keeper)
         everyone = [each for pool in self._pools.values() for each in pool]
         self._pools.clear()
         await asyncio.gather(*(self._release(each) for each in everyone))
@@ -121,7 +122,7 @@ class Factory:
         self._wanted.set()
 
     async def _keep(self) -> None:
-        while True:
+        while not self._closing:
             self._wanted.clear()
             keys: set[str] = set()
             for name in self._host.handlers():
@@ -172,7 +173,7 @@ class Factory:
             async with self._host.vm.stage.place(idle=True):
                 await self._host.templates.make(spec, key)
         pool = self._pools.setdefault(key, [])
-        while handler.source == "pool" and len(pool) < handler.pool_size:
+        while not self._closing and handler.source == "pool" and len(pool) < handler.pool_size:
             pool.append(await self._make(handler, verdict, pool))
 
     def _spec(self, handler: Handler, verdict: Verdict) -> VmSpec:

@@ -39,6 +39,20 @@ class Tasks:
             log.debug("%s broke", task.get_name(), exc_info=error)
 
 
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel them and wait for their end, whatever it is.
+
+    Awaiting a cancelled task with its CancelledError suppressed would also suppress the caller's own, and
+    whoever is to end would go on for ever.
+    """
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # seen
+
+
 @overload
 async def together(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B], /) -> tuple[A, B]: ...
 @overload

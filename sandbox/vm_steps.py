@@ -6,7 +6,6 @@ See `steps` for where they stand in a pod's walk, and `factory` for the VMs that
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from sandbox.pod import Pod
 from sandbox.records import PodState, Source
 from sandbox.spec import VmSize
 from sandbox.stages import Stage
+from sandbox.tasks import end
 from sandbox.templates import Templates
 from sandbox.vmm import Hypervisor, ShareSpec, VmSpec
 
@@ -204,9 +204,6 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welc
             raise VmmGone(f"the VM ended while its agent was awaited: {death.result()}")
         pod.client = greeting.result()
     finally:
-        for task in (greeting, death):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        await end(greeting, death)
     pod.connected.set()
     return pod.client.welcome

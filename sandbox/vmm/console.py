@@ -15,6 +15,8 @@ import os
 import socket
 from pathlib import Path
 
+from sandbox.tasks import end
+
 LIMIT = 64 << 10
 
 
@@ -40,9 +42,7 @@ class Console:
         """Idempotent."""
         if self._file < 0:
             return
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
+        await end(self._reader)
         self._connection.close()
         os.close(self._file)
         self._file = -1

@@ -11,6 +11,7 @@ from pathlib import Path
 from sandbox import process
 from sandbox.errors import DeadlineExceeded, VmmError
 from sandbox.process import ProcessIdentity
+from sandbox.tasks import end
 from sandbox.vmm import NicSpec, VmHandle, growth, saved
 from sandbox.vmm.console import Console, printable
 from sandbox.vmm.launch import nic_device, port_name, process_name, share_device
@@ -110,9 +111,7 @@ class QemuMachine:
 
     async def close(self) -> None:
         """Idempotent."""
-        self._trim.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._trim
+        await end(self._trim)
         await self._monitor.close()
         await self._console.close()
 

@@ -17,6 +17,7 @@ from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteE
 
 from sandbox import sockets
 from sandbox.errors import DeadlineExceeded, VmmError, VmmGone
+from sandbox.tasks import end
 
 # What QEMU gives as the reason of SHUTDOWN (its qapi/run-state.json, ShutdownCause), for people.
 _CAUSES = {
@@ -81,9 +82,7 @@ class Monitor:
 
     async def close(self) -> None:
         """Let go of the monitor; the VM runs on. Idempotent."""
-        self._watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watch
+        await end(self._watch)
         # Disconnecting reports why the connection was lost, if it was: known by then.
         with contextlib.suppress(QMPError, OSError, EOFError):
             await self._client.disconnect()
