@@ -25,6 +25,8 @@ class Heard:
         self.reader = reader
         self.seen = bytearray()
         self.task = asyncio.ensure_future(self._take())
+        # seen here: told of by the collector in the middle of a parse, it would upset Python 3.11's parser
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _take(self) -> None:
         while chunk := await self.reader.read():

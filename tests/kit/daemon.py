@@ -189,8 +189,9 @@ class Daemon:
         own = frozenset({self.pid}) if self._process is not None else frozenset()
         return take_census(self.namespace, self.root, self.run_directory, self.leases, self.cgroup, own)
 
-    def leaks_since(self, before: Census, patience_s: float = 5) -> list[str]:
-        """What is left since `before`; looks again for a while, as ended processes take a moment."""
+    def leaks_since(self, before: Census, patience_s: float = 30) -> list[str]:
+        """What is left since `before`; looks again for a while, as ended processes take a moment
+        and a template that is being made has parts of a VM."""
         end = time.monotonic() + patience_s
         while (found := self.census().since(before)) and time.monotonic() < end:
             time.sleep(0.1)
