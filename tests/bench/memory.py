@@ -20,18 +20,20 @@ MIB = "MiB"
 
 
 def idle_pods(site: Site, figures: Figures, count: int) -> None:
-    """Pods with one sleeping container each: what each costs the host, and what the daemon's share is."""
+    """Pods with one sleeping container each: what each costs the host, and what the daemon's share is.
+
+    VMs that wait for a pod are not counted: there are as many of them however many pods there are.
+    """
     for subject in site.mains:
         settle()
         before = rss_mib(subject.runtime.pid)
-        others = servants()
         pods = [subject.cri.run_pod(f"idle-{n}", handler=subject.handler) for n in range(count)]
         for pod in pods:
             subject.cri.run(pod, IMAGE, SLEEP, name="main")
         settle()
         ids = [pod.id for pod in pods]
         guest, rest = {}, {}
-        for pid in servants() - others | {pid for pid in others if of_pod(pid, ids)}:
+        for pid in (pid for pid in servants() if of_pod(pid, ids)):
             guest[pid], rest[pid] = pss_mib(pid)
         figures.add("guest RAM of an idle pod", subject.name, sum(guest.values()) / count, MIB)
         share = max(0.0, rss_mib(subject.runtime.pid) - before) / count
@@ -78,7 +80,7 @@ def servants() -> set[int]:
 
 
 def of_pod(pid: int, ids: list[str]) -> bool:
-    """Whether a process that was there before (a VM of the pool) serves one of these pods now."""
+    """Whether a process serves one of these pods: named for it, or moved to its cgroup."""
     try:
         entry = Path(f"/proc/{pid}")
         said = (entry / "cmdline").read_text(errors="replace") + (entry / "cgroup").read_text()
