@@ -7,6 +7,7 @@ each test is followed by a look for what it left behind.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from tests.kit import cni, images
 from tests.kit.namespace import Namespace
 from tests.kit.registry import HOST, Registry
 from tests.kit.scratch import scratch_dir, scratch_root
+
+# A run under nohup(1) ignores hang-ups, and all that it starts would inherit that: tests send them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # `HUSK_TEST_RUNTIME=containerd` runs the same flows on containerd + runc: does a test ask too much?
 YARDSTICK = os.environ.get("HUSK_TEST_RUNTIME") == "containerd"
