@@ -20,8 +20,11 @@ from tests.kit.namespace import Namespace
 from tests.kit.registry import HOST, Registry
 from tests.kit.scratch import scratch_dir, scratch_root
 
-# A run under nohup(1) ignores hang-ups, and all that it starts would inherit that: tests send them.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# A run in the background of a script ignores SIGINT and SIGQUIT, one under nohup(1) SIGHUP, and all that it
+# starts would inherit that: tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
 
 # `HUSK_TEST_RUNTIME=containerd` runs the same flows on containerd + runc: does a test ask too much?
 YARDSTICK = os.environ.get("HUSK_TEST_RUNTIME") == "containerd"
