@@ -1,6 +1,7 @@
-"""The edge of every call: time it, count it, log it once, turn its error into a status.
+"""The edge of every call: read it, time it, count it, log it once, turn its error into a status.
 
-Nothing behind it logs a call's failure or knows a status code.
+Nothing behind it logs a call's failure or knows a status code. Requests are parsed here, not by gRPC,
+whose answer to bytes that are no message is INTERNAL, with a traceback in the log.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from cri.errors import CLIENT_CODES, Failure, failure_of
 from cri.observe import Metrics, note_pod
+from sandbox.errors import InvalidSpec
 
 log = logging.getLogger("cri")
 
 Request = Any  # a message of the method's input type
 Answer = Any  # a message of its output type, or the bytes of one
 Context = grpc.aio.ServicerContext[Any, Any]
+Read = Callable[[bytes], Request]  # raises DecodeError
 Unary = Callable[[Request], Awaitable[Answer]]
 Stream = Callable[[Request], AsyncIterator[Answer]]
 
@@ -39,11 +43,11 @@ class Edge:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def unary(self, method: str, call: Unary) -> Callable[[Request, Context], Awaitable[Answer]]:
-        async def served(request: Request, context: Context) -> Answer:
-            visit = self._begin(method, request)
+    def unary(self, method: str, read: Read, call: Unary) -> Callable[[bytes, Context], Awaitable[Answer]]:
+        async def served(data: bytes, context: Context) -> Answer:
+            visit = self._begin(method)
             try:
-                answer = await call(request)
+                answer = await call(_request(read, data))
             except asyncio.CancelledError:
                 visit.left(context)
                 raise
@@ -54,11 +58,13 @@ class Edge:
 
         return served
 
-    def stream(self, method: str, call: Stream) -> Callable[[Request, Context], AsyncIterator[Answer]]:
-        async def served(request: Request, context: Context) -> AsyncIterator[Answer]:
-            visit = self._begin(method, request)
+    def stream(
+        self, method: str, read: Read, call: Stream
+    ) -> Callable[[bytes, Context], AsyncIterator[Answer]]:
+        async def served(data: bytes, context: Context) -> AsyncIterator[Answer]:
+            visit = self._begin(method)
             try:
-                async for answer in call(request):
+                async for answer in call(_request(read, data)):
                     yield answer
             except (asyncio.CancelledError, GeneratorExit):
                 visit.left(context)
@@ -69,8 +75,7 @@ class Edge:
 
         return served
 
-    def _begin(self, method: str, request: Request) -> _Visit:
-        note_pod(_pod_of(request))
+    def _begin(self, method: str) -> _Visit:
         self._metrics.call_begun()
         return _Visit(method, self._metrics)
 
@@ -108,6 +113,16 @@ class _Visit:
         seconds = time.monotonic() - self._began
         self._metrics.call_ended(self._method, code, seconds)
         log.log(level, self._method, extra={"fields": {"code": code, "seconds": seconds, **fields}})
+
+
+def _request(read: Read, data: bytes) -> Request:
+    """Raises InvalidSpec."""
+    try:
+        request = read(data)
+    except DecodeError as error:
+        raise InvalidSpec("request", f"is no such message: {error}", "a message of the CRI v1") from error
+    note_pod(_pod_of(request))
+    return request
 
 
 def _pod_of(request: Request) -> str:

@@ -30,6 +30,7 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     sandbox.Reserved: Code.FAILED_PRECONDITION,
     sandbox.WrongState: Code.FAILED_PRECONDITION,
     sandbox.MissingProgram: Code.FAILED_PRECONDITION,
+    sandbox.WishDeclined: Code.FAILED_PRECONDITION,
     sandbox.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
     sandbox.FellBehind: Code.RESOURCE_EXHAUSTED,
     sandbox.GuestUnreachable: Code.UNAVAILABLE,

@@ -96,6 +96,11 @@ class ImageCalls:
 
 
 def pull_auth(auth: pb.AuthConfig) -> Auth:
+    """Raises InvalidSpec; a secret is not repeated in it."""
+    token = auth.registry_token
+    if not (token.isascii() and token.isprintable()):
+        problem = "has characters that a header cannot carry"
+        raise InvalidSpec("auth.registry_token", problem, "printable ASCII")
     return Auth(
         username=auth.username,
         password=auth.password,

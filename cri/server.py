@@ -119,18 +119,15 @@ def _handler(
     name = method.name
     call = next((getattr(part, name) for part in parts if hasattr(part, name)), None)
     make: Callable[..., grpc.RpcMethodHandler[Any, Any]]
-    behaviour: Callable[[Request, Context], Any]
+    behaviour: Callable[[bytes, Context], Any]
+    read = GetMessageClass(method.input_type).FromString
     if method.server_streaming:
-        behaviour = edge.stream(name, call or _not_offered_stream(name))
+        behaviour = edge.stream(name, read, call or _not_offered_stream(name))
         make = grpc.unary_stream_rpc_method_handler
     else:
-        behaviour = edge.unary(name, call or _not_offered(name))
+        behaviour = edge.unary(name, read, call or _not_offered(name))
         make = grpc.unary_unary_rpc_method_handler
-    return make(
-        behaviour,
-        request_deserializer=GetMessageClass(method.input_type).FromString,
-        response_serializer=_serialize,
-    )
+    return make(behaviour, response_serializer=_serialize)
 
 
 def _serialize(answer: Answer) -> bytes:

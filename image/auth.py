@@ -7,7 +7,6 @@ the distribution project ("Token Authentication Specification").
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 
 import msgspec
@@ -80,7 +79,7 @@ def _decoded(text: str) -> Credential:
     """An unreadable value counts as none: the registry's own answer then tells the client."""
     try:
         username, _, password = base64.b64decode(text, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # not base64, or of something that is no text
         return ANONYMOUS
     return Credential(username=username, password=password.rstrip("\0"))
 

@@ -97,6 +97,13 @@ class GuestError(SandboxError):
         self.message = message
 
 
+class WishDeclined(GuestError):
+    """The guest cannot grant what a client wished: its program, its directory, its limits or sysctls.
+
+    A matter of the request or of the image, not of Husk: asking again is of no use.
+    """
+
+
 class GuestUnreachable(SandboxError):
     """No connection to the agent, or it was lost while a request was under way."""
 

@@ -20,7 +20,14 @@ from typing import Any, NewType, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable, ProtocolError, VersionMismatch
+from sandbox.errors import (
+    DeadlineExceeded,
+    GuestError,
+    GuestUnreachable,
+    ProtocolError,
+    VersionMismatch,
+    WishDeclined,
+)
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest import transports
 from sandbox.guest.connection import Connection
@@ -34,6 +41,8 @@ M = TypeVar("M", pb.Welcome, pb.Reply, pb.Event)
 MAX_CALLS = 1024  # unanswered, given-up ones included
 MAX_EVENTS_PER_S = 2000
 _MAX_TEXT = 1024  # of an error message that the guest wrote
+# Steps of the agent that do no more than what a client wrote down.
+_OF_WISHES = frozenset({"exec", "chdir", "cgroup", "sysctl"})
 _MAX_ID = (1 << 32) - 1
 
 
@@ -299,10 +308,7 @@ class GuestClient:
         if waiter.done():  # given up
             return
         if reply.HasField("failure"):
-            failure = reply.failure
-            waiter.set_exception(
-                GuestError(failure.step[:_MAX_TEXT], failure.errno, failure.message[:_MAX_TEXT])
-            )
+            waiter.set_exception(_refusal(reply.failure))
             waiter.exception()
         else:
             waiter.set_result(reply)
@@ -337,6 +343,11 @@ class GuestClient:
             output.window(payload)
         else:
             output.reset()
+
+
+def _refusal(failure: pb.Failure) -> GuestError:
+    kind = WishDeclined if failure.step.partition(" ")[0] in _OF_WISHES else GuestError
+    return kind(failure.step[:_MAX_TEXT], failure.errno, failure.message[:_MAX_TEXT])
 
 
 def _decode(kind: type[M], payload: memoryview) -> M:

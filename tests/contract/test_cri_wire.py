@@ -364,6 +364,27 @@ async def test_a_user_namespace_is_refused_where_the_disk_cannot_shift_owners(ru
     await runtime.call("RunPodSandbox", request)
 
 
+async def test_bytes_that_are_no_message_are_the_clients_mistake(
+    runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """gRPC's own answer would be INTERNAL, and a traceback in the daemon's log."""
+    stub: Any = runtime.channel.unary_unary("/runtime.v1.RuntimeService/RunPodSandbox")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub(b"\xff")
+    assert caught.value.code() is Code.INVALID_ARGUMENT
+    assert (caught.value.details() or "").startswith("request: is no such message")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_token_that_fits_no_header_is_refused_and_not_repeated(runtime: Runtime) -> None:
+    auth = pb.AuthConfig(registry_token="sécret")
+    request = pb.PullImageRequest(image=pb.ImageSpec(image="a"), auth=auth)
+    code, details = await runtime.refused("PullImage", request)
+    assert code is Code.INVALID_ARGUMENT
+    assert "auth.registry_token" in details
+    assert "cret" not in details
+
+
 async def test_a_refused_field_is_named_by_its_path(runtime: Runtime) -> None:
     config = pb.PodSandboxConfig()
     config.CopyFrom(POD)

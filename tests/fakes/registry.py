@@ -183,6 +183,9 @@ class FakeRegistry:
     def fail(self, path: str, fault: Fault, times: int = 1) -> None:
         self._plans.append(_Plan(path, fault, times))
 
+    def forget_faults(self) -> None:
+        self._plans.clear()
+
     def take_fault(self, path: str) -> Fault | None:
         with self._lock:
             for plan in self._plans:

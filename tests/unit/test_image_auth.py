@@ -17,6 +17,7 @@ PAIR = base64.b64encode(b"user:pa:ss").decode()
         (Auth(username="u", password="p"), Credential(username="u", password="p")),
         (Auth(auth=PAIR), Credential(username="user", password="pa:ss")),
         (Auth(auth="not base64!"), ANONYMOUS),
+        (Auth(auth="é"), ANONYMOUS),
         (Auth(identity_token="t"), Credential(identity_token="t")),
         (Auth(registry_token="t"), Credential(registry_token="t")),
         (Auth(username="u", password="p", auth=PAIR), Credential(username="u", password="p")),
