@@ -36,6 +36,7 @@ from sandbox import cgroup
 from sandbox.containers import ContainerHost, Containers
 from sandbox.events import Events
 from sandbox.factory import Factory, FactoryHost
+from sandbox.guest_image import default_profile
 from sandbox.host import find_host_size
 from sandbox.host_usage import HostUsage, host_usage
 from sandbox.layer_meter import LayerMeter
@@ -117,6 +118,7 @@ class Daemon:
                 tasks=self.tasks,
                 events=self.events,
                 room=room,
+                default_profile=default_profile(root),
                 on_phase=self.metrics.phase,
             ),
         )

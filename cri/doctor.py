@@ -25,6 +25,7 @@ from network.errors import CniError, NetworkNotReady
 from network.plugins import Plugins
 from sandbox import cgroup, guest_image, virtiofs
 from sandbox.accelerator import choose, find_obstacle
+from sandbox.apparmor.loaded import HOST_POLICY
 from sandbox.errors import MissingProgram
 from sandbox.seccomp import seccomp_for
 from sandbox.spec import Seccomp, SeccompKind, SecuritySpec, Value
@@ -122,6 +123,15 @@ async def seccomp(host: Host) -> Finding:
     except MissingProgram as error:
         return fail("libseccomp", str(error), error.package)
     return ok("libseccomp", "compiles the default seccomp profile")
+
+
+async def apparmor(host: Host) -> Finding:
+    if not guest_image.default_profile(Path(host.config.root)).is_file():
+        fix = "husk guest build, where apt knows the package apparmor"
+        return warn("apparmor", "RuntimeDefault is refused: the guest image has no profile for it", fix)
+    if not (host.fs / HOST_POLICY.relative_to("/")).is_dir():
+        return ok("apparmor", "RuntimeDefault can be had; no profiles of this host, whose kernel has none")
+    return ok("apparmor", "RuntimeDefault and the profiles that are loaded on this host can be had")
 
 
 # ------------------------------------------------------------------------------ guest, accelerator
@@ -265,6 +275,7 @@ CHECKS: Sequence[Check] = (
     Check("virtiofsd", file_server),
     Check("libseccomp", seccomp),
     Check("guest", guest),
+    Check("apparmor", apparmor),
     Check("accelerator", accelerator),
     _device(
         "tun",

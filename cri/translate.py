@@ -21,10 +21,10 @@ from cri.fields import (
 )
 from cri.proto import runtime_v1_pb2 as pb
 from cri.translate_security import (
+    apparmor,
     check_namespaces,
     mount_ids,
     pid_mode,
-    refuse_apparmor,
     refuse_selinux,
     seccomp,
     security_spec,
@@ -55,7 +55,6 @@ def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
     security = linux.security_context
     deep = f"{at}.linux.security_context"
     refuse_selinux(security.selinux_options, f"{deep}.selinux_options")
-    refuse_apparmor(security, deep, older="")
     one_of(
         pb.SupplementalGroupsPolicy, security.supplemental_groups_policy, f"{deep}.supplemental_groups_policy"
     )
@@ -93,6 +92,7 @@ def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
         supplemental_groups=checked_ids(security.supplemental_groups, f"{deep}.supplemental_groups"),
         readonly_rootfs=security.readonly_rootfs,
         seccomp=seccomp(security, deep),
+        apparmor=apparmor(security, deep),
         user_namespace=user_namespace(security.namespace_options, f"{deep}.namespace_options"),
     )
 

@@ -7,14 +7,24 @@ from collections.abc import Sequence
 from cri.fields import ID_MAX, absolute, absolutes, checked_ids, one_of, optional_id
 from cri.proto import runtime_v1_pb2 as pb
 from sandbox.errors import InvalidSpec
-from sandbox.spec import GroupsPolicy, IdRange, PidMode, Seccomp, SeccompKind, SecuritySpec, UserNamespace
+from sandbox.spec import (
+    AppArmor,
+    AppArmorKind,
+    GroupsPolicy,
+    IdRange,
+    PidMode,
+    Seccomp,
+    SeccompKind,
+    SecuritySpec,
+    UserNamespace,
+)
 
+PROFILE_NAME_MAX = 512  # bytes; "exec NAME" is what the guest's kernel is told
 _GROUPS = {pb.Merge: GroupsPolicy.MERGE, pb.Strict: GroupsPolicy.STRICT}
 
 
 def security_spec(security: pb.LinuxContainerSecurityContext, at: str) -> SecuritySpec:
     refuse_selinux(security.selinux_options, f"{at}.selinux_options")
-    refuse_apparmor(security, at, older=security.apparmor_profile)
     one_of(
         pb.SupplementalGroupsPolicy, security.supplemental_groups_policy, f"{at}.supplemental_groups_policy"
     )
@@ -43,6 +53,7 @@ def security_spec(security: pb.LinuxContainerSecurityContext, at: str) -> Securi
         masked_paths=absolutes(security.masked_paths, f"{at}.masked_paths"),
         readonly_paths=absolutes(security.readonly_paths, f"{at}.readonly_paths"),
         seccomp=seccomp(security, at),
+        apparmor=apparmor(security, at, older=security.apparmor_profile),
         user_namespace=user_namespace(options, f"{at}.namespace_options"),
     )
 
@@ -137,20 +148,41 @@ def _older_seccomp(path: str, at: str) -> Seccomp:
     )
 
 
-def refuse_apparmor(
-    security: pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityContext, at: str, older: str
-) -> None:
-    """`apparmor` wins over the older string. The guest's kernel has no profiles loaded."""
-    if security.HasField("apparmor"):
-        kind = _profile_type(security.apparmor, f"{at}.apparmor")
-        if kind != "Unconfined":
-            raise InvalidSpec(
-                f"{at}.apparmor.profile_type", f"{kind}: the guest has no AppArmor", "Unconfined"
-            )
-        if security.apparmor.localhost_ref:
-            raise InvalidSpec(f"{at}.apparmor.localhost_ref", "the guest has no AppArmor", "an empty name")
-    elif older not in ("", "unconfined"):
-        raise InvalidSpec(f"{at}.apparmor_profile", f"{older!r}: the guest has no AppArmor", "unconfined")
+def apparmor(
+    security: pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityContext, at: str, older: str = ""
+) -> AppArmor:
+    """`apparmor` wins over the older string; neither means unconfined."""
+    if not security.HasField("apparmor"):
+        return _older_apparmor(older, f"{at}.apparmor_profile")
+    profile = security.apparmor
+    kind = _profile_type(profile, f"{at}.apparmor")
+    if kind == "Localhost":
+        name = profile.localhost_ref.removeprefix("localhost/")
+        return _local_profile(name, f"{at}.apparmor.localhost_ref")
+    if profile.localhost_ref:
+        raise InvalidSpec(
+            f"{at}.apparmor.localhost_ref", f"is set with {kind}", "an empty name, or Localhost"
+        )
+    return AppArmor(kind=AppArmorKind.UNCONFINED if kind == "Unconfined" else AppArmorKind.RUNTIME_DEFAULT)
+
+
+def _older_apparmor(profile: str, at: str) -> AppArmor:
+    if profile in ("", "unconfined"):
+        return AppArmor()
+    if profile == "runtime/default":
+        return AppArmor(kind=AppArmorKind.RUNTIME_DEFAULT)
+    if profile.startswith("localhost/"):
+        return _local_profile(profile.removeprefix("localhost/"), at)
+    raise InvalidSpec(at, f"{profile!r} is not a profile", "unconfined, runtime/default, localhost/<name>")
+
+
+def _local_profile(name: str, at: str) -> AppArmor:
+    # one that is not loaded is found out where the host is looked at
+    if not name or "\0" in name or len(name.encode()) > PROFILE_NAME_MAX:
+        raise InvalidSpec(
+            at, f"{name[:80]!r} is not a profile's name", f"a name of at most {PROFILE_NAME_MAX} bytes"
+        )
+    return AppArmor(kind=AppArmorKind.LOCALHOST, name=name)
 
 
 def _profile_type(profile: pb.SecurityProfile, at: str) -> str:

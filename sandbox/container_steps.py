@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image.stores import RootfsStore
+from sandbox.apparmor import policy_for
 from sandbox.container import Container
 from sandbox.environment import pod_files
 from sandbox.guest import guest_pb2 as pb
@@ -48,6 +49,7 @@ class Rootfs:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    default_profile: Path  # compiled; see `apparmor`
     name = "plan"
 
     async def up(self, container: Container) -> None:
@@ -75,6 +77,7 @@ class Plan:
             files=pod_files(pod),
             seccomp=seccomp_for(record.spec.security),
             device_filter=device_filter_for(record.spec),
+            apparmor=policy_for(record.spec.security.apparmor, self.default_profile),
             vcpus=container.pod.vcpus,
         )
         make_mount_points(container.rootfs, plan)

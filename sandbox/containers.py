@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from image.stores import RootfsStore
+from sandbox.apparmor import profile_name
 from sandbox.container import Container
 from sandbox.container_steps import Plan, Rootfs
 from sandbox.errors import (
@@ -73,6 +74,7 @@ class ContainerHost:
     tasks: Tasks
     events: Events
     room: Room
+    default_profile: Path  # AppArmor's, compiled; it need not be there
     on_phase: Callable[[str, float], None] = lambda name, seconds: None
 
 
@@ -84,7 +86,7 @@ class Containers:
         self._steps: Sequence[Step[Container]] = (
             Rootfs(host.rootfs),
             Volumes(host.rootfs),
-            Plan(),
+            Plan(host.default_profile),
         )
 
     # ------------------------------------------------------------------------------- look-up
@@ -104,6 +106,7 @@ class Containers:
             "rootfs": str(container.rootfs),
             "plan": str(container.plan_path),
             "user": record.user,
+            "apparmor": profile_name(record.spec.security.apparmor),
             "log": record.log,
             "imageID": record.image_id,
             "chainIDs": record.chain_ids,

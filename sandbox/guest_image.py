@@ -4,6 +4,7 @@
       packages/NAME_VERSION.deb       kernel packages as downloaded, by version
       kernels/KEY/                    kernels compiled here: see kernel_source
       HASH/{vmlinux,initramfs,image.json}
+      HASH/apparmor                   AppArmor's RuntimeDefault profile, where it could be compiled
       current -> HASH                 the image that new pods get
 
 HASH is taken of the content, so the same inputs give the same directory, and nothing in it ever
@@ -28,6 +29,7 @@ from pathlib import Path
 import msgspec
 
 from sandbox import cpio
+from sandbox.apparmor.compiler import compile_default
 from sandbox.builds import (
     BuildFailed,
     Progress,
@@ -94,6 +96,11 @@ def find_image(root: Path) -> GuestImage | None:
     )
 
 
+def default_profile(root: Path) -> Path:
+    """Of the image that new pods get; compiled, where it is there."""
+    return root / "guest" / "current" / "apparmor"
+
+
 class _Facts(msgspec.Struct, frozen=True):
     kernel_version: str
     modules: tuple[str, ...]
@@ -107,11 +114,13 @@ async def build(
     from_source: bool = False,
     progress: Progress = lambda line: None,
     agent: Path = AGENT,
+    parser: Path | None = None,
 ) -> GuestImage:
     """Make the image and let new pods use it; quick when nothing has changed.
 
     `kernel` is used instead of the distribution's; its modules are looked for in `modules`, or
     where an installed or unpacked kernel has them. With `from_source` a small kernel is compiled.
+    `parser` is an apparmor_parser to use instead of the host's or its distribution's.
     Raises BuildFailed, BadKernel, OptionsDropped, MissingProgram, and OSError.
     """
     guest = root / "guest"
@@ -127,7 +136,8 @@ async def build(
                 chosen = await fetch_kernel(guest / "packages", scratch, progress)
             progress(f"kernel {chosen.version}")
             program = await compile_agent(agent, scratch, progress)
-            image = await asyncio.to_thread(_assemble, guest, scratch, chosen, program)
+            profile = await compile_default(parser, guest / "packages", scratch, progress)
+            image = await asyncio.to_thread(_assemble, guest, scratch, chosen, program, profile)
     progress(f"guest image {image.hash[:16]} is ready")
     return image
 
@@ -223,7 +233,7 @@ def make_initramfs(program: bytes, modules: Mapping[str, bytes], later: Mapping[
     return cpio.write_archive(members)
 
 
-def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes) -> GuestImage:
+def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes, profile: bytes) -> GuestImage:
     vmlinux = extract_vmlinux(kernel.image.read_bytes(), str(kernel.image))
     available, builtin = find_modules(kernel.modules), read_builtin(kernel.modules)
     keep = kernel.keep_signatures
@@ -232,10 +242,13 @@ def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes) -> Gue
     later = load_modules(available, [*builtin, *modules], offered, keep_signatures=keep)
     initramfs = make_initramfs(program, modules, later)
     facts = msgspec.json.encode(_Facts(kernel.version, tuple(modules)))
-    digest = hash_of(vmlinux, initramfs, facts)
+    files = {"vmlinux": vmlinux, "initramfs": initramfs, "image.json": facts}
+    if profile:
+        files["apparmor"] = profile
+    digest = hash_of(*files.values())
     staging = scratch / digest
     staging.mkdir(mode=0o755)
-    for name, content in (("vmlinux", vmlinux), ("initramfs", initramfs), ("image.json", facts)):
+    for name, content in files.items():
         _write(staging / name, content)
     final = guest / digest
     try:

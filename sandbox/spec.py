@@ -52,6 +52,17 @@ class Seccomp(Value, frozen=True, kw_only=True):
     path: str = ""  # absolute path on the host, with LOCALHOST
 
 
+class AppArmorKind(StrEnum):
+    UNCONFINED = "unconfined"
+    RUNTIME_DEFAULT = "runtime-default"
+    LOCALHOST = "localhost"
+
+
+class AppArmor(Value, frozen=True, kw_only=True):
+    kind: AppArmorKind = AppArmorKind.UNCONFINED
+    name: str = ""  # of a profile that is loaded on the host, with LOCALHOST
+
+
 class IdRange(Value, frozen=True, kw_only=True):
     inside: int
     outside: int
@@ -110,6 +121,7 @@ class PodSpec(Value, frozen=True, kw_only=True):
     supplemental_groups: tuple[int, ...] = ()
     readonly_rootfs: bool = False
     seccomp: Seccomp = Seccomp()
+    apparmor: AppArmor = AppArmor()
     user_namespace: UserNamespace | None = None
 
 
@@ -166,6 +178,7 @@ class SecuritySpec(Value, frozen=True, kw_only=True):
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
     seccomp: Seccomp = Seccomp()
+    apparmor: AppArmor = AppArmor()
     user_namespace: UserNamespace | None = None
 
 

@@ -117,8 +117,7 @@ class Vm:
             ),
         )
         with pod.phase(phase):
-            pod.machine = await self.hypervisor.start(own, (pod.require_tap(),))
-            pod.update(vm=pod.machine.handle)
+            pod.update(vm=await self.hypervisor.start(own, (pod.require_tap(),)))
         with pod.phase("agent"):
             welcome = await connect(self.hypervisor, pod, timeout_s)
         with pod.phase("mounts"):

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "apparmor.h"
 #include "become.h"
 #include "pty.h"
 #include "rootfs.h"
@@ -86,9 +87,10 @@ static int open_terminal(int root, const Process *process, const struct child *c
 }
 
 static int start(const Start *start, struct child *child, struct error *error) {
-    // only now: made by clone, the namespace would be rooted at the agent's cgroup
-    if (prepare(child, error) < 0 || set_oom_score(start->process, child, error) < 0)
+    if (prepare(child, error) < 0 || set_oom_score(start->process, child, error) < 0 ||
+        apparmor_load(start, error) < 0 || apparmor_enter(start->process, error) < 0)
         return -1;
+    // only now: made by clone, the namespace would be rooted at the agent's cgroup
     if (unshare(CLONE_NEWCGROUP) < 0)
         return fail(error, errno, "cgroup namespace");
     struct entrance entrance = {.self = -1, .container = -1};
@@ -110,7 +112,8 @@ static int start(const Start *start, struct child *child, struct error *error) {
 }
 
 static int exec(const Process *process, struct child *child, struct error *error) {
-    if (prepare(child, error) < 0 || set_oom_score(process, child, error) < 0)
+    if (prepare(child, error) < 0 || set_oom_score(process, child, error) < 0 ||
+        apparmor_enter(process, error) < 0)
         return -1;
     if (setns(child->container, CLONE_NEWNS | CLONE_NEWCGROUP) < 0)
         return fail(error, errno, "join container");

@@ -587,6 +587,7 @@ class Process(_message.Message):
     MAKE_CWD_FIELD_NUMBER: _builtins.int
     UID_RANGES_FIELD_NUMBER: _builtins.int
     GID_RANGES_FIELD_NUMBER: _builtins.int
+    APPARMOR_FIELD_NUMBER: _builtins.int
     cwd: _builtins.str
     uid: _builtins.int
     gid: _builtins.int
@@ -610,6 +611,8 @@ class Process(_message.Message):
     """0 means 80"""
     make_cwd: _builtins.bool
     """create cwd where it is missing (a container's first process)"""
+    apparmor: _builtins.str
+    """profile that is entered by exec; empty: none"""
     @_builtins.property
     def argv(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -654,10 +657,11 @@ class Process(_message.Message):
         make_cwd: _builtins.bool = ...,
         uid_ranges: _abc.Iterable[Global___IdRange] | None = ...,
         gid_ranges: _abc.Iterable[Global___IdRange] | None = ...,
+        apparmor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "cap_ambient", b"cap_ambient", "cap_bounding", b"cap_bounding", "cap_effective", b"cap_effective", "cap_inheritable", b"cap_inheritable", "cap_permitted", b"cap_permitted", "columns", b"columns", "cwd", b"cwd", "env", b"env", "gid", b"gid", "gid_ranges", b"gid_ranges", "groups", b"groups", "make_cwd", b"make_cwd", "no_new_privs", b"no_new_privs", "oom_score_adj", b"oom_score_adj", "rlimits", b"rlimits", "rows", b"rows", "seccomp", b"seccomp", "seccomp_flags", b"seccomp_flags", "tty", b"tty", "uid", b"uid", "uid_ranges", b"uid_ranges", "umask", b"umask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apparmor", b"apparmor", "argv", b"argv", "cap_ambient", b"cap_ambient", "cap_bounding", b"cap_bounding", "cap_effective", b"cap_effective", "cap_inheritable", b"cap_inheritable", "cap_permitted", b"cap_permitted", "columns", b"columns", "cwd", b"cwd", "env", b"env", "gid", b"gid", "gid_ranges", b"gid_ranges", "groups", b"groups", "make_cwd", b"make_cwd", "no_new_privs", b"no_new_privs", "oom_score_adj", b"oom_score_adj", "rlimits", b"rlimits", "rows", b"rows", "seccomp", b"seccomp", "seccomp_flags", b"seccomp_flags", "tty", b"tty", "uid", b"uid", "uid_ranges", b"uid_ranges", "umask", b"umask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -738,6 +742,7 @@ class Start(_message.Message):
     LOG_STREAM_FIELD_NUMBER: _builtins.int
     LOG_WINDOW_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
+    APPARMOR_POLICY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     rootfs: _builtins.str
     """directory in the guest"""
@@ -755,6 +760,10 @@ class Start(_message.Message):
     """stream on which formatted log bytes are sent; 0: none"""
     log_window: _builtins.int
     """credit given with it"""
+    apparmor_policy: _builtins.bytes
+    """Compiled AppArmor policy, as apparmor_parser(8) makes it and the kernel takes it: loaded before the
+    process enters its profile, in place of what is loaded under the same names. Empty: none.
+    """
     @_builtins.property
     def process(self) -> Global___Process: ...
     @_builtins.property
@@ -796,10 +805,11 @@ class Start(_message.Message):
         log_stream: _builtins.int = ...,
         log_window: _builtins.int = ...,
         links: _abc.Iterable[Global___Link] | None = ...,
+        apparmor_policy: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "device_filter", b"device_filter", "devices", b"devices", "files", b"files", "id", b"id", "links", b"links", "log_stream", b"log_stream", "log_window", b"log_window", "masked_paths", b"masked_paths", "mounts", b"mounts", "pid_namespace", b"pid_namespace", "pid_target", b"pid_target", "process", b"process", "readonly_paths", b"readonly_paths", "readonly_rootfs", b"readonly_rootfs", "rootfs", b"rootfs", "rootfs_propagation", b"rootfs_propagation", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apparmor_policy", b"apparmor_policy", "cgroup", b"cgroup", "device_filter", b"device_filter", "devices", b"devices", "files", b"files", "id", b"id", "links", b"links", "log_stream", b"log_stream", "log_window", b"log_window", "masked_paths", b"masked_paths", "mounts", b"mounts", "pid_namespace", b"pid_namespace", "pid_target", b"pid_target", "process", b"process", "readonly_paths", b"readonly_paths", "readonly_rootfs", b"readonly_rootfs", "rootfs", b"rootfs", "rootfs_propagation", b"rootfs_propagation", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

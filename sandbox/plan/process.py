@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 
+from sandbox.apparmor.profile import Policy
 from sandbox.capabilities import capability_sets
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
@@ -30,6 +31,7 @@ def compile_process(
     user: ResolvedUser,
     hostname: str,
     seccomp: Filter,
+    apparmor: Policy,
 ) -> pb.Process:
     """The container's first process. Raises InvalidSpec."""
     caps = capability_sets(container.security)
@@ -56,6 +58,7 @@ def compile_process(
         make_cwd=True,
         uid_ranges=_ranges(space.uids) if space else (),
         gid_ranges=_ranges(space.gids) if space else (),
+        apparmor=apparmor.profile,
     )
 
 
@@ -66,7 +69,7 @@ def _ranges(ranges: Sequence[IdRange]) -> list[pb.IdRange]:
 def compile_exec(
     start: pb.Start, argv: Sequence[str], *, tty: bool = False, rows: int = 0, columns: int = 0
 ) -> pb.Process:
-    """One more process in a container, with the user, capabilities, filter, environment and working
+    """One more process in a container, with the user, capabilities, filter, profile, environment and working
     directory that its first one was given. Raises InvalidSpec."""
     if not argv:
         raise InvalidSpec("cmd", "is empty", "a program and its arguments")

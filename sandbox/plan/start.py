@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.devices import STANDARD, Node, wanted_devices
 from sandbox.environment import PodFiles
 from sandbox.errors import InvalidSpec
@@ -43,6 +44,7 @@ def compile_start(
     files: PodFiles,
     seccomp: Filter,
     device_filter: bytes,
+    apparmor: Policy = UNCONFINED,
     vcpus: int = 0,
 ) -> pb.Start:
     """Everything but the log stream, which the caller opens. Raises InvalidSpec with the field.
@@ -60,7 +62,7 @@ def compile_start(
     return pb.Start(
         id=container_id,
         rootfs=rootfs,
-        process=compile_process(container, defaults, user, _hostname(pod, files), seccomp),
+        process=compile_process(container, defaults, user, _hostname(pod, files), seccomp, apparmor),
         pid_namespace=_PID_NAMESPACES[security.pid_mode],
         pid_target=_pid_target(container),
         mounts=compile_mounts(container, defaults, mount_sources),
@@ -74,6 +76,7 @@ def compile_start(
         device_filter=device_filter,
         rootfs_propagation=rootfs_propagation(container),
         stdin=container.stdin,
+        apparmor_policy=apparmor.binary,
     )
 
 

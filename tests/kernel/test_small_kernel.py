@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
@@ -94,6 +95,18 @@ def test_the_guest_runs_what_was_asked_for(daemon: Daemon, cri: Cri, pod: Pod, f
     packed = said(cri, firewall, "base64 /proc/config.gz")
     decoded = subprocess.run(["base64", "-d"], input=packed.encode(), capture_output=True, check=True).stdout
     assert find_dropped(OPTIONS.read_text(), gzip.decompress(decoded).decode()) == ()
+
+
+def test_it_says_that_it_has_no_apparmor(cri: Cri, pod: Pod) -> None:
+    profile = api.SecurityProfile(profile_type=api.SecurityProfile.RuntimeDefault)
+    security = api.LinuxContainerSecurityContext(apparmor=profile)
+    container = cri.create(
+        pod, f"{HOST}/husk/busybox:1", ["true"], linux=api.LinuxContainerConfig(security_context=security)
+    )
+    with pytest.raises(grpc.RpcError) as fault:
+        cri.start(container)
+    assert "husk-default: the guest's kernel has no AppArmor" in str(fault.value.details())
+    cri.remove(container)
 
 
 def test_controllers_of_containers(cri: Cri, firewall: str) -> None:

@@ -49,6 +49,21 @@ async def test_what_is_wrong_comes_with_what_to_do(tmp_path: Path) -> None:
     assert [finding for finding in findings if finding.verdict is Verdict.FAIL and not finding.fix] == []
 
 
+async def test_what_apparmor_can_be_had(tmp_path: Path) -> None:
+    there = host(tmp_path)
+    finding = await doctor.apparmor(there)
+    assert finding.verdict is Verdict.WARN
+    assert "husk guest build" in finding.fix
+    image = tmp_path / "root/guest/current"
+    image.mkdir(parents=True)
+    (image / "apparmor").write_bytes(b"compiled")
+    finding = await doctor.apparmor(there)
+    assert (finding.verdict, "no profiles of this host" in finding.detail) == (Verdict.OK, True)
+    (tmp_path / "sys/kernel/security/apparmor/policy").mkdir(parents=True)
+    finding = await doctor.apparmor(there)
+    assert (finding.verdict, "loaded on this host" in finding.detail) == (Verdict.OK, True)
+
+
 async def test_a_check_that_breaks_does_not_end_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from sandbox import builds, cpio, guest_image, kernel_image
+from sandbox.apparmor.profile import PROFILE
 from sandbox.kernel_image import BadKernel, Kernel
 
 ELF = b"\x7fELF" + bytes(range(256)) * 500
@@ -177,27 +178,41 @@ def agent(tmp_path: Path) -> Path:
     return path
 
 
-async def test_two_builds_give_the_same_bytes(tmp_path: Path, agent: Path) -> None:
+@pytest.fixture
+def parser(tmp_path: Path) -> Path:
+    """One that makes policy of whatever it is given, which is the last argument."""
+    path = tmp_path / "parser"
+    path.write_text("#!/bin/sh\nwhile [ $# -gt 1 ]; do [ $1 = --ofile ] && out=$2; shift; done\ncp $1 $out\n")
+    path.chmod(0o755)
+    return path
+
+
+async def test_two_builds_give_the_same_bytes(tmp_path: Path, agent: Path, parser: Path) -> None:
     kernel = make_tree(tmp_path)
     images = []
     for name in ("one", "two"):
         root = tmp_path / name
         assert guest_image.find_image(root) is None
-        image = await guest_image.build(root, kernel=kernel.image, agent=agent)
+        image = await guest_image.build(root, kernel=kernel.image, agent=agent, parser=parser)
         assert image == guest_image.find_image(root)
         assert image.kernel.read_bytes() == ELF
         assert image.kernel_version == "6.1-test"
+        assert guest_image.default_profile(root).read_text() == PROFILE
         images.append((image.hash, image.initramfs.read_bytes()))
     assert images[0] == images[1]
 
 
-async def test_again_changes_nothing_and_another_agent_does(tmp_path: Path, agent: Path) -> None:
+async def test_again_changes_nothing_and_another_agent_does(
+    tmp_path: Path, agent: Path, parser: Path
+) -> None:
     kernel = make_tree(tmp_path)
     root = tmp_path / "root"
     lines: list[str] = []
 
     async def build() -> guest_image.GuestImage:
-        return await guest_image.build(root, kernel=kernel.image, agent=agent, progress=lines.append)
+        return await guest_image.build(
+            root, kernel=kernel.image, agent=agent, parser=parser, progress=lines.append
+        )
 
     first = await build()
     assert await build() == first
@@ -212,23 +227,25 @@ async def test_again_changes_nothing_and_another_agent_does(tmp_path: Path, agen
     assert lines
 
 
-async def test_a_failed_build_leaves_the_old_image(tmp_path: Path, agent: Path) -> None:
+async def test_a_failed_build_leaves_the_old_image(tmp_path: Path, agent: Path, parser: Path) -> None:
     root = tmp_path / "root"
-    image = await guest_image.build(root, kernel=make_tree(tmp_path / "good").image, agent=agent)
+    image = await guest_image.build(
+        root, kernel=make_tree(tmp_path / "good").image, agent=agent, parser=parser
+    )
     (root / "guest/.build-killed").mkdir()
     bad = make_tree(tmp_path / "bad", fail="virtio_net")
     with pytest.raises(BadKernel, match="virtio_net"):
-        await guest_image.build(root, kernel=bad.image, agent=agent)
+        await guest_image.build(root, kernel=bad.image, agent=agent, parser=parser)
     assert guest_image.find_image(root) == image
-    await guest_image.build(root, kernel=make_tree(tmp_path / "again").image, agent=agent)
+    await guest_image.build(root, kernel=make_tree(tmp_path / "again").image, agent=agent, parser=parser)
     assert not list((root / "guest").glob(".build-*"))
 
 
-async def test_a_kernel_without_modules_is_told(tmp_path: Path, agent: Path) -> None:
+async def test_a_kernel_without_modules_is_told(tmp_path: Path, agent: Path, parser: Path) -> None:
     lonely = tmp_path / "vmlinuz-0.0-nowhere"
     lonely.write_bytes(ELF)
     with pytest.raises(BadKernel, match="--modules"):
-        await guest_image.build(tmp_path, kernel=lonely, agent=agent)
+        await guest_image.build(tmp_path, kernel=lonely, agent=agent, parser=parser)
 
 
 async def test_builds_wait_for_each_other(tmp_path: Path) -> None:

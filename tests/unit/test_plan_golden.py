@@ -14,9 +14,10 @@ from google.protobuf.message import Message
 
 from network.attach import Attachment, Interface, Route
 from sandbox import capabilities
+from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.environment import PodFiles
 from sandbox.guest import guest_pb2 as pb
-from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start
+from sandbox.plan import MountSource, compile_configure, compile_exec, compile_start
 from sandbox.seccomp import Filter
 from sandbox.spec import (
     ContainerSpec,
@@ -53,6 +54,7 @@ def start(
     user: ResolvedUser = APP,
     directories: bool = True,
     seccomp: Filter | None = None,
+    apparmor: Policy = UNCONFINED,
     device_filter: bytes = b"<device filter>",
 ) -> pb.Start:
     return compile_start(
@@ -71,6 +73,7 @@ def start(
         files=FILES,
         seccomp=seccomp or Filter(),
         device_filter=device_filter,
+        apparmor=apparmor,
     )
 
 
@@ -122,7 +125,8 @@ def confined() -> Message:
         mounts=(MountSpec(container_path="/cache", host_path="/h"),),
         devices=(DeviceSpec(container_path="/dev/other/fuse", host_path="/dev/fuse", permissions="rw"),),
     )
-    return start(spec, seccomp=Filter(bpf=b"<seccomp>", flags=4))
+    policy = Policy(profile="web-profile", binary=b"<policy>")
+    return start(spec, seccomp=Filter(bpf=b"<seccomp>", flags=4), apparmor=policy)
 
 
 def mounts() -> Message:
@@ -198,14 +202,14 @@ def configure() -> Message:
             Route(destination="::/0", gateway="fe80::1", interface="eth0", metric=5, mtu=1400, on_link=True),
         ),
     )
-    configured = compile_identity(
+    return compile_configure(
         pod,
+        network,
         entropy=b"<entropy>",
         machine_id="0123456789abcdef0123456789abcdef",
         wall_ns=1_700_000_000_000_000_000,
+        first_mac="02:00:00:00:00:00",
     )
-    configured.MergeFrom(compile_network(pod, network, first_mac="02:00:00:00:00:00"))
-    return configured
 
 
 CASES: tuple[Callable[[], Message], ...] = (

@@ -12,6 +12,8 @@ from cri.proto import runtime_v1_pb2 as pb
 from cri.translate import container_spec, pod_spec, resources
 from sandbox.errors import InvalidSpec
 from sandbox.spec import (
+    AppArmor,
+    AppArmorKind,
     ContainerSpec,
     GroupsPolicy,
     IdRange,
@@ -157,8 +159,13 @@ def test_seccomp_in_both_spellings(security: dict[str, Any], expected: Seccomp) 
         ({"seccompProfilePath": "localhost/p.json"}, "seccomp_profile_path"),
         ({"seccompProfilePath": "strict"}, "seccomp_profile_path"),
         ({"seccomp": {"profileType": "Localhost"}}, "seccomp.localhost_ref"),
-        ({"apparmor": {"profileType": "RuntimeDefault"}}, "apparmor.profile_type"),
-        ({"apparmorProfile": "localhost/p"}, "apparmor_profile"),
+        ({"apparmor": {"profileType": "Localhost"}}, "apparmor.localhost_ref"),
+        ({"apparmor": {"profileType": "Localhost", "localhostRef": "localhost/"}}, "apparmor.localhost_ref"),
+        ({"apparmor": {"profileType": "Localhost", "localhostRef": "a\0b"}}, "apparmor.localhost_ref"),
+        ({"apparmor": {"profileType": "Localhost", "localhostRef": "é" * 300}}, "apparmor.localhost_ref"),
+        ({"apparmor": {"profileType": "Unconfined", "localhostRef": "p"}}, "apparmor.localhost_ref"),
+        ({"apparmorProfile": "localhost/"}, "apparmor_profile"),
+        ({"apparmorProfile": "docker/default"}, "apparmor_profile"),
         ({"selinuxOptions": {"level": "s0"}}, "selinux_options.level"),
         ({"runAsGroup": {"value": 1}}, "run_as_group"),
         ({"runAsUser": {"value": -1}}, "run_as_user"),
@@ -173,10 +180,37 @@ def test_security_that_cannot_be_had(security: dict[str, Any], field: str) -> No
     assert caught.value.field == f"config.linux.security_context.{field}"
 
 
-def test_apparmor_unconfined_is_what_there_is() -> None:
-    security = secure(apparmor={"profileType": "Unconfined"}, apparmorProfile="localhost/p").security
-    assert security.seccomp == Seccomp()
-    assert secure(apparmorProfile="unconfined").name == "c"
+LOADED = AppArmor(kind=AppArmorKind.LOCALHOST, name="p/q")
+
+
+@pytest.mark.parametrize(
+    ("security", "expected"),
+    [
+        ({}, AppArmor()),
+        ({"apparmor": {}}, AppArmor(kind=AppArmorKind.RUNTIME_DEFAULT)),
+        ({"apparmor": {"profileType": "Unconfined"}}, AppArmor()),
+        ({"apparmor": {"profileType": "Localhost", "localhostRef": "p/q"}}, LOADED),
+        ({"apparmor": {"profileType": "Localhost", "localhostRef": "localhost/p/q"}}, LOADED),
+    ],
+)
+def test_apparmor(security: dict[str, Any], expected: AppArmor) -> None:
+    assert secure(**security).security.apparmor == expected
+    assert secure_pod(**security).apparmor == expected
+
+
+@pytest.mark.parametrize(
+    ("older", "expected"),
+    [
+        ("", AppArmor()),
+        ("unconfined", AppArmor()),
+        ("runtime/default", AppArmor(kind=AppArmorKind.RUNTIME_DEFAULT)),
+        ("localhost/p/q", LOADED),
+    ],
+)
+def test_apparmor_in_its_older_spelling(older: str, expected: AppArmor) -> None:
+    assert secure(apparmorProfile=older).security.apparmor == expected
+    newer = {"apparmor": {"profileType": "Unconfined"}}
+    assert secure(apparmorProfile=older, **newer).security.apparmor == AppArmor(), "which wins"
 
 
 def test_users_and_groups() -> None:

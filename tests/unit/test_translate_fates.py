@@ -67,7 +67,7 @@ POD_RICH = {
                 "runAsGroup": {"value": 6},
                 "namespaceOptions": {"pid": "CONTAINER", "usernsOptions": USER_NAMESPACE},
                 "seccomp": {"profileType": "Localhost", "localhostRef": "/profile"},
-                "apparmor": {"profileType": "Unconfined"},
+                "apparmor": {"profileType": "Localhost", "localhostRef": "profile"},
             },
         },
     }
@@ -99,7 +99,7 @@ CONTAINER_RICH = {
                 "runAsGroup": {"value": 6},
                 "namespaceOptions": {"pid": "TARGET", "targetId": "t", "usernsOptions": USER_NAMESPACE},
                 "seccomp": {"profileType": "Localhost", "localhostRef": "/profile"},
-                "apparmor": {"profileType": "Unconfined"},
+                "apparmor": {"profileType": "Localhost", "localhostRef": "profile"},
             },
         },
     },

@@ -1,0 +1,29 @@
+"""AppArmor policy for tests, compiled by Debian's apparmor_parser, which needs no AppArmor to do that."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+from sandbox.apparmor.compiler import PACKAGE, PROGRAM, compile_policy
+from tests.kit.debian import unpacked
+from tests.kit.scratch import scratch_dir
+
+
+def parser() -> Path:
+    tree = unpacked(PACKAGE)
+    found = shutil.which(PROGRAM, path=f"{tree}/usr/sbin:{tree}/sbin")
+    assert found, f"{PACKAGE} holds no {PROGRAM}"
+    return Path(found)
+
+
+def profile(name: str, *rules: str) -> str:
+    """Everything is allowed but what the rules deny."""
+    lines = ["file", "network", "capability", "mount", "umount", "ptrace", "signal", *rules]
+    body = "".join(f"  {line},\n" for line in lines)
+    return f"profile {name} flags=(attach_disconnected, mediate_deleted) {{\n{body}}}\n"
+
+
+def compiled(text: str) -> bytes:
+    return asyncio.run(compile_policy(parser(), text, scratch_dir("apparmor")))

@@ -1,0 +1,147 @@
+"""AppArmor on the host: what is loaded is found by its name, and the default profile compiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sandbox import builds
+from sandbox.apparmor import compiler, policy_for, profile_name
+from sandbox.apparmor.compiler import compile_default, compile_policy, find_parser
+from sandbox.apparmor.loaded import MAX_POLICY_BYTES
+from sandbox.apparmor.profile import NAME, PROFILE, UNCONFINED, Policy
+from sandbox.errors import InvalidSpec
+from sandbox.spec import AppArmor, AppArmorKind
+from tests.kit import apparmor
+
+DEFAULT = AppArmor(kind=AppArmorKind.RUNTIME_DEFAULT)
+
+
+def local(name: str) -> AppArmor:
+    return AppArmor(kind=AppArmorKind.LOCALHOST, name=name)
+
+
+def load(parent: Path, directory: str, name: str, binary: bytes | None) -> Path:
+    place = parent / "profiles" / directory
+    place.mkdir(parents=True)
+    (place / "name").write_text(f"{name}\n")
+    if binary is not None:
+        (place / "raw_data").write_bytes(binary)
+    return place
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """As a kernel shows it: slashes and the like of names are gone from those of directories."""
+    policy = tmp_path / "policy"
+    parent = load(policy, "usr.bin.man.1", "/usr/bin/man", b"of man")
+    load(parent, "man_groff.2", "man_groff", b"of its child")
+    load(policy, "man.3", "man", b"of another")
+    load(policy, "spaced name.4", "spaced name", b"spaced")
+    load(policy, "hidden.5", "hidden", None)
+    load(policy, "huge.6", "huge", bytes(MAX_POLICY_BYTES + 1))
+    (policy / "profiles" / "going.7").mkdir()  # its files have gone before it
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("name", "binary"),
+    [
+        ("/usr/bin/man", b"of man"),
+        ("/usr/bin/man//man_groff", b"of its child"),
+        ("man", b"of another"),
+        ("spaced name", b"spaced"),
+    ],
+)
+def test_a_loaded_profile_is_found(host: Path, name: str, binary: bytes) -> None:
+    assert policy_for(local(name), Path("/nowhere"), host) == Policy(profile=name, binary=binary)
+    assert profile_name(local(name)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("nonesuch", "not loaded"),
+        ("man_groff", "not loaded"),
+        ("man.3", "not loaded"),
+        ("man//man_groff", "not loaded"),
+        ("../profiles/man.3", "not loaded"),
+        ("*", "not loaded"),
+        ("man//", "not loaded"),
+        ("hidden", "does not give its policy"),
+        ("huge", "larger than"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(host: Path, name: str, problem: str) -> None:
+    with pytest.raises(InvalidSpec, match=problem) as caught:
+        policy_for(local(name), Path("/nowhere"), host)
+    assert caught.value.field == "config.linux.security_context.apparmor.localhost_ref"
+
+
+def test_a_host_without_apparmor(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSpec, match="this host's kernel has no AppArmor"):
+        policy_for(local("man"), Path("/nowhere"), tmp_path / "policy")
+
+
+def test_the_default_profile_is_the_compiled_one(tmp_path: Path) -> None:
+    compiled = tmp_path / "apparmor"
+    with pytest.raises(InvalidSpec, match="husk guest build") as caught:
+        policy_for(DEFAULT, compiled)
+    assert caught.value.field == "config.linux.security_context.apparmor.profile_type"
+    compiled.write_bytes(b"compiled")
+    assert policy_for(DEFAULT, compiled) == Policy(profile=NAME, binary=b"compiled")
+    assert profile_name(DEFAULT) == NAME
+
+
+def test_unconfined_looks_nowhere() -> None:
+    assert policy_for(AppArmor(), Path("/nowhere"), Path("/nowhere")) == UNCONFINED
+    assert profile_name(AppArmor()) == "unconfined"
+
+
+# ----------------------------------------------------------------------------------- compiling
+
+
+async def test_the_default_profile_compiles_to_the_same_bytes(tmp_path: Path) -> None:
+    policies = [
+        await compile_default(apparmor.parser(), tmp_path / "none", tmp_path, print) for _ in range(2)
+    ]
+    assert policies[0] == policies[1]
+    assert policies[0].startswith(b"\x04\x08\0version\0")  # aa_unpack of the kernel
+    assert NAME.encode() in policies[0]
+
+
+async def test_rules_are_kept(tmp_path: Path) -> None:
+    """One that the features know not would be dropped, and then both were the same."""
+    policies = {PROFILE: await compile_policy(apparmor.parser(), PROFILE, tmp_path)}
+    for rule in (line for line in PROFILE.splitlines() if line.startswith("  ") and line.endswith(",")):
+        without = PROFILE.replace(f"{rule}\n", "")
+        policies[without] = await compile_policy(apparmor.parser(), without, tmp_path)
+    assert len(policies) > 10
+    assert len(set(policies.values())) == len(policies)
+
+
+async def test_a_broken_profile_is_told(tmp_path: Path) -> None:
+    with pytest.raises(builds.BuildFailed, match="syntax error"):
+        await compile_policy(apparmor.parser(), "profile x { nonsense }", tmp_path)
+
+
+async def test_without_a_parser_there_is_no_default_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unknown(package: str) -> str:
+        return ""
+
+    monkeypatch.setattr(compiler, "WHERE", str(tmp_path))
+    monkeypatch.setattr(compiler, "show", unknown)
+    lines: list[str] = []
+    assert await compile_default(None, tmp_path / "packages", tmp_path, lines.append) == b""
+    assert len(lines) == 1
+    assert "RuntimeDefault will be refused" in lines[0]
+    assert "apt-get update" in lines[0]
+
+
+async def test_an_installed_parser_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "WHERE", str(apparmor.parser().parent))
+    assert await find_parser(tmp_path / "packages", tmp_path, print) == apparmor.parser()
+    assert not (tmp_path / "packages").exists()
