@@ -1,4 +1,5 @@
-"""What test_kvm.py runs in the outer VM: the daemon on a host with KVM, vhost and cgroups of version 2 alone.
+"""What test_kvm.py runs in the outer VM: the daemon on a host with KVM, vhost, AppArmor and cgroups of
+version 2 alone.
 
 The image is imported: a registry and its many images would take their time under emulation.
 """
@@ -11,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
 from sandbox import cgroup
-from tests.kit import cni, images
+from tests.kit import apparmor, cni, images
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
 from tests.kit.namespace import Namespace
@@ -24,6 +26,7 @@ from tests.kit.scratch import scratch_dir, scratch_root
 IMAGE = "example.test/husk/web:1"
 PAGE = "a page from under KVM\n"
 START_DEADLINE_S = 120
+CURRENT = "/proc/self/attr/apparmor/current"
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,55 @@ def test_limits_of_a_container_hold(daemon: Daemon, pod: Pod) -> None:
     wish = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
     status = daemon.cri.wait_exited(daemon.cri.run(pod, IMAGE, eat, linux=wish))
     assert (status.exit_code, status.reason) == (137, "OOMKilled")
+
+
+PROFILE = "husk-test-tmp-denied"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[str]:
+    """A profile that this machine's kernel has."""
+    directory = scratch_dir("apparmor")
+    text = directory / "profile"
+    text.write_text(apparmor.profile(PROFILE, "deny /tmp/** w"))
+    command = [str(apparmor.parser()), "--config-file", "/dev/null", "--skip-cache"]
+    subprocess.run([*command, "--replace", str(text)], check=True, timeout=60)
+    yield PROFILE
+    subprocess.run([*command, "--remove", str(text)], check=True, timeout=60)
+
+
+def profiled(name: str = "") -> api.LinuxContainerConfig:
+    kind = api.SecurityProfile.Localhost if name else api.SecurityProfile.RuntimeDefault
+    profile = api.SecurityProfile(profile_type=kind, localhost_ref=name)
+    rights = api.Capability(add_capabilities=["SYS_ADMIN"])
+    security = api.LinuxContainerSecurityContext(apparmor=profile, capabilities=rights)
+    return api.LinuxContainerConfig(security_context=security)
+
+
+def test_a_profile_of_the_host_is_enforced(daemon: Daemon, pod: Pod, loaded: str) -> None:
+    box = daemon.cri.run(pod, IMAGE, ["sh", "-c", "echo x >/tmp/first; sleep 1000"], linux=profiled(loaded))
+    assert daemon.cri.exec(box, "cat", CURRENT).stdout == f"{loaded} (enforce)\n"
+    assert daemon.cri.exec(box, "ls", "/tmp").stdout == ""
+    done = daemon.cri.exec(box, "sh", "-c", "echo x >/elsewhere && echo x >/tmp/new")
+    assert done.code != 0
+    assert "/tmp/new: Permission denied" in done.stderr
+    assert daemon.cri.exec(box, "cat", "/elsewhere").stdout == "x\n"
+
+
+def test_one_that_the_host_has_not_loaded_is_refused(daemon: Daemon, pod: Pod, loaded: str) -> None:
+    with pytest.raises(grpc.RpcError) as fault:
+        daemon.cri.create(pod, IMAGE, ["true"], linux=profiled(f"{loaded}-not"))
+    assert "apparmor.localhost_ref" in str(fault.value.details())
+    assert "not loaded in this host's kernel" in str(fault.value.details())
+
+
+def test_the_default_profile_denies_mounts(daemon: Daemon, pod: Pod) -> None:
+    box = daemon.cri.run(pod, IMAGE, ["sleep", "1000"], linux=profiled())
+    assert daemon.cri.exec(box, "cat", CURRENT).stdout == "husk-default (enforce)\n"
+    done = daemon.cri.exec(box, "mount", "-t", "tmpfs", "none", "/tmp")
+    assert done.code != 0
+    assert "Permission denied" in done.stderr
+    assert daemon.cri.exec(box, "sh", "-c", "echo h >/proc/sysrq-trigger").code != 0
 
 
 def test_the_next_daemon_takes_it_up(daemon: Daemon, pod: Pod, web: str) -> None:

@@ -5,7 +5,8 @@
 runs a command in it and ends with its exit status. It is started by the product's own driver and lives on the
 host's programs: the host's root file system over virtio-fs, beneath an overlay whose upper side is memory, so
 nothing that is done in there stays. Kernel and modules come out of the package that guest images are made of.
-What this kernel offers and a host may not: /dev/vhost-net, /dev/vhost-vsock, and cgroups of version 2 alone.
+What this kernel offers and a host may not: /dev/vhost-net, /dev/vhost-vsock, AppArmor, and cgroups of
+version 2 alone.
 
     SHARED/start       the first process, seen inside as /nested/start
     SHARED/{lib,usr}   the kernel's modules
@@ -54,6 +55,7 @@ mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /dev/shm /usr/lib/modules
 mount -t tmpfs tmpfs /dev/shm
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t securityfs securityfs /sys/kernel/security
 ln -sfn /nested/lib/modules/{version} /usr/lib/modules/{version}
 ip link set lo up
 modprobe -a kvm-amd vhost_net vhost_vsock vsock_loopback tun
@@ -90,7 +92,7 @@ async def run(shared: Path, command: Sequence[str], deadline_s: float) -> int:
     hypervisor = find_hypervisor("qemu")
     try:
         groups.create(pod_id, "")
-        machine = await hypervisor.start(spec, ())
+        machine = await hypervisor.attach(await hypervisor.start(spec, ()))
         try:
             return await until_done(shared, machine, deadline_s)
         finally:

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.kit import apparmor, debian
 from tests.kit.scratch import scratch_dir
 from tests.nested import inside
 
@@ -35,6 +36,7 @@ def command() -> list[str]:
     settings = {
         "HUSK_TEST_ROOT": "/tmp/hk",
         "HUSK_TEST_GUEST": os.environ["HUSK_TEST_GUEST"],
+        "XDG_CACHE_HOME": str(debian.cache_directory().parent),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     transport = "tests/contract/test_transport.py"
@@ -57,6 +59,7 @@ def command() -> list[str]:
 def verdicts() -> Mapping[str, str]:
     """By the test's name what went wrong; nothing for those that passed."""
     assert TREE.stat().st_dev == Path("/").stat().st_dev, "the outer VM sees only the root's file system"
+    apparmor.parser()  # from then on it is in the cache: there is no network inside
     shared = scratch_dir("nested")
     program = [sys.executable, "-m", "tests.nested.outer", str(shared), str(DEADLINE_S), *command()]
     done = subprocess.run(program, cwd=TREE, capture_output=True, text=True, check=False)
