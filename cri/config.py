@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from sandbox.host import find_host_size
 from sandbox.spec import Handler
 
 DEFAULT_FILE = Path("/etc/husk/config.toml")
@@ -77,6 +78,11 @@ class Registry(Table, frozen=True, kw_only=True):
     max_concurrent_downloads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
 
 
+def _pool_size() -> int:
+    """So many pods at once start as quickly as one; what waits takes 3 % of the host's memory at most."""
+    return max(2, min(8, find_host_size().memory_mib >> 12))
+
+
 class HandlerTable(Table, frozen=True, kw_only=True):
     """[handlers.NAME]: a kind of VM that a RuntimeClass may name."""
 
@@ -87,7 +93,7 @@ class HandlerTable(Table, frozen=True, kw_only=True):
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     machine: str = "q35"
     source: Literal["pool", "template", "boot"] = "pool"
-    pool_size: Annotated[int, msgspec.Meta(ge=1, le=256)] = 2
+    pool_size: Annotated[int, msgspec.Meta(ge=1, le=256)] = msgspec.field(default_factory=_pool_size)
 
 
 class Config(Table, frozen=True, kw_only=True):

@@ -29,12 +29,12 @@ from network.capabilities import capability_args, cni_args
 from network.cni import Cni
 from network.errors import NetnsError, NetworkNotReady, TapError, TeardownFailed, WishRefused
 from network.held import Held, HeldFiles, HeldUnreadable
-from network.links import read_links
+from network.links import list_links, open_netlink, read_links
 from network.plugins import Plugins
 from network.readiness import Readiness
 from network.result import Result
 from network.spec import Attachment, Dns, Interface, NetworkStatus, NetworkWish, PortMapping, Route
-from network.tap import FIRST_TAP, join_prepared, open_tap, open_taps
+from network.tap import FIRST_TAP, join, open_tap, open_taps
 from network.threads import in_thread
 from network.turns import Turns
 
@@ -328,8 +328,12 @@ def _close(taps: tuple[int, ...]) -> None:
 
 
 def _read_and_join(result: Result) -> tuple[tuple[Interface, ...], tuple[Route, ...]]:
-    interfaces, routes = read_links(result)
-    join_prepared(interfaces[0])
+    """What the plug-ins made, once the first interface is carried to its tap, if that is prepared."""
+    with open_netlink() as netlink:
+        links = list_links(netlink)
+        interfaces, routes = read_links(netlink, links, result)
+        if interfaces[0].tap in links:
+            join(netlink, links, interfaces[0])
     return interfaces, routes
 
 

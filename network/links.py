@@ -47,21 +47,23 @@ def open_netlink() -> Iterator[Any]:
         loop.close()
 
 
-def read_links(result: Result) -> tuple[tuple[Interface, ...], tuple[Route, ...]]:
+def list_links(netlink: Any) -> Links:
+    return {link.get_attr("IFLA_IFNAME"): link for link in netlink.get_links()}
+
+
+def read_links(netlink: Any, links: Links, result: Result) -> tuple[tuple[Interface, ...], tuple[Route, ...]]:
     """The pod's interfaces in the result's order, each with the tap that it is to have; their routes.
 
     Raises TapError when an interface of the result is not there or cannot be carried by a tap.
     """
-    with open_netlink() as netlink:
-        links = {link.get_attr("IFLA_IFNAME"): link for link in netlink.get_links()}
-        names = find_names(result, links)
-        indexes = {int(links[name]["index"]): name for name in names}
-        addresses = [each for each in netlink.get_addr() if each["index"] in indexes]
-        routes = [
-            _route(each, indexes)
-            for each in netlink.get_routes(table=_TABLE_MAIN)
-            if each["type"] == _UNICAST and _hop(each)[0] in indexes
-        ]
+    names = find_names(result, links)
+    indexes = {int(links[name]["index"]): name for name in names}
+    addresses = [each for each in netlink.get_addr() if each["index"] in indexes]
+    routes = [
+        _route(each, indexes)
+        for each in netlink.get_routes(table=_TABLE_MAIN)
+        if each["type"] == _UNICAST and _hop(each)[0] in indexes
+    ]
     cidrs: dict[str, list[str]] = {name: [] for name in names}
     for each in addresses:
         # of a point-to-point address IFA_ADDRESS is the peer's

@@ -26,7 +26,7 @@ from typing import Any
 from pyroute2.netlink.exceptions import NetlinkError
 
 from network.errors import TapError
-from network.links import open_netlink
+from network.links import Links, list_links, open_netlink
 from network.spec import Interface
 
 FIRST_TAP = "tap0"  # of the first interface, whatever that is called
@@ -46,9 +46,10 @@ def open_taps(interfaces: Iterable[Interface]) -> tuple[int, ...]:
     taps: list[int] = []
     try:
         with open_netlink() as netlink:
+            taps.extend(open_tap(interface.tap) for interface in interfaces)
+            links = list_links(netlink)
             for interface in interfaces:
-                taps.append(open_tap(interface.tap))
-                _join(netlink, interface)
+                join(netlink, links, interface)
     except BaseException:
         for tap in taps:
             os.close(tap)
@@ -77,25 +78,18 @@ def open_tap(name: str) -> int:
     return fd
 
 
-def join_prepared(interface: Interface) -> None:
-    """Carry frames between an interface and its tap, where that is there already. Raises TapError."""
-    with open_netlink() as netlink:
-        if netlink.link_lookup(ifname=interface.tap):
-            _join(netlink, interface)
-
-
-def _join(netlink: Any, interface: Interface) -> None:
+def join(netlink: Any, links: Links, interface: Interface) -> None:
+    """Carry frames between an interface and its tap. Raises TapError."""
     step = "find both devices"
     try:
-        tap = netlink.link_lookup(ifname=interface.tap)[0]
-        carrier = netlink.link_lookup(ifname=interface.name)[0]
+        tap, carrier = int(links[interface.tap]["index"]), int(links[interface.name]["index"])
         step = "redirect frames"
         _redirect(netlink, carrier, tap)
         _redirect(netlink, tap, carrier)
         step = "bring up"
         netlink.link("set", index=tap, mtu=interface.mtu, state="up")
-    except IndexError as error:
-        raise TapError(interface.name, step, "one is gone") from error
+    except KeyError as error:
+        raise TapError(interface.name, step, f"{error} is gone") from error
     except NetlinkError as error:
         raise TapError(interface.name, step, str(error)) from error
 
@@ -103,11 +97,12 @@ def _join(netlink: Any, interface: Interface) -> None:
 def _redirect(netlink: Any, source: int, target: int) -> None:
     """Send all that arrives at `source` out of `target`; replaces what an earlier VM of the pod had."""
     try:
-        netlink.tc("del", "ingress", source, _INGRESS)
+        netlink.tc("add", "ingress", source, _INGRESS)
     except NetlinkError as error:
-        if error.code not in (errno.ENOENT, errno.EINVAL):  # there was none
+        if error.code != errno.EEXIST:
             raise
-    netlink.tc("add", "ingress", source, _INGRESS)
+        netlink.tc("del", "ingress", source, _INGRESS)
+        netlink.tc("add", "ingress", source, _INGRESS)
     mirred = {"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": target}
     netlink.tc(
         "add-filter",

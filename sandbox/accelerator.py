@@ -127,7 +127,7 @@ async def _boot(image: GuestImage, run_dir: Path, hypervisor: Hypervisor, cpu: s
         vcpus=1,
     )
     try:
-        machine = await hypervisor.attach(await hypervisor.start(spec, ()))
+        machine = await hypervisor.start(spec, ())
         try:
             await _until_agent(machine, run_dir / "agent.sock")
         finally:

@@ -1,8 +1,9 @@
 """The walk over steps: up in order, down in reverse; the same for rollback, Stop and recovery.
 
-A step is one held resource with its acquisition and its release side by side. The name of a step is
-saved before its `up` runs, so a daemon that is killed anywhere knows at its next start what may be
-held. `down` copes with an `up` that was cut short or never began, and may be repeated.
+A step is one held resource with its acquisition and its release side by side. The names of a walk's
+steps are saved before the first `up` runs, and forgotten behind the last `down`, so a daemon that is
+killed anywhere knows at its next start what may be held. `down` copes with an `up` that was cut short
+or never began, and may be repeated; so each walk takes one write each way.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ async def bring_up(
     walk: Walk[Subject],
     subject: Subject,
     *,
-    begin: Callable[[str], None],
+    begin: Callable[[Sequence[str]], None],
     finish: Callable[[str, float, float], None],
-    ended: Callable[[str], None],
+    ended: Callable[[Collection[str]], None],
     console: Callable[[], str] = lambda: "",
 ) -> None:
     """Run every `up`; on failure release all that was begun and raise PhaseFailed.
 
-    `begin` saves a step's name before the effect, `finish` gets the name and its two moments on
-    the monotonic clock, `ended` removes a released step's name. A failure beside other steps lets
+    `begin` saves the names of all steps before the first effect, `finish` gets a name and its two moments
+    on the monotonic clock, `ended` removes names of what is not held. A failure beside other steps lets
     those that have begun come to their end first. A cancelled walk releases nothing: it means that
     the daemon is going away, and the next start does it from the saved names.
     """
@@ -77,7 +78,6 @@ async def bring_up(
             started = time.monotonic()
             begun.append(each.name)
             try:
-                begin(each.name)
                 await each.up(subject)
             except PLAIN:
                 failed.set()
@@ -88,9 +88,12 @@ async def bring_up(
                 raise PhaseFailed(each.name, elapsed, reason, console()) from error
             finish(each.name, started, time.monotonic())
 
+    names = names_of(walk)
+    begin(names)
     try:
         await go(walk)
     except Exception as failure:
+        ended([name for name in names if name not in begun])
         try:
             await take_down(only(walk, begun), subject, ended=ended)
         except UndoFailed as undo:
@@ -98,9 +101,12 @@ async def bring_up(
         raise
 
 
-async def take_down(walk: Walk[Subject], subject: Subject, *, ended: Callable[[str], None]) -> None:
+async def take_down(
+    walk: Walk[Subject], subject: Subject, *, ended: Callable[[Collection[str]], None]
+) -> None:
     """Run every `down` in reverse order, whatever the others do. Raises UndoFailed at the end."""
     failures: list[tuple[str, BaseException]] = []
+    released: list[str] = []
 
     async def go(walk: Walk[Subject]) -> None:
         for each in reversed(walk):
@@ -112,11 +118,26 @@ async def take_down(walk: Walk[Subject], subject: Subject, *, ended: Callable[[s
             except Exception as error:
                 failures.append((each.name, error))
             else:
-                ended(each.name)
+                released.append(each.name)
 
-    await go(walk)
+    try:
+        await go(walk)
+    finally:
+        ended(released)
     if failures:
         raise UndoFailed(failures)
+
+
+def names_of(walk: Walk[Subject]) -> list[str]:
+    return [
+        name
+        for each in walk
+        for name in (
+            [name for branch in each.branches for name in names_of(branch)]
+            if isinstance(each, Beside)
+            else [each.name]
+        )
+    ]
 
 
 def only(walk: Walk[Subject], names: Collection[str]) -> Walk[Subject]:

@@ -97,6 +97,7 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True):
 # ------------------------------------------------------------------------------------- identity
 
 
+@functools.cache
 def boot_id() -> str:
     """The kernel's name for this boot: random.4, /proc/sys/kernel/random/boot_id."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -6,15 +6,16 @@
     shares    what virtiofsd exports: shared, so that later binds appear there, and read-only itself
     vm        virtiofsd, the VMM, the conversation with the agent, the shares as mounted in the guest
     size      memory and CPUs that the pod needs beyond what its VM was started with
+    identity  what tells its guest from every other: entropy, clock, names
     network   CNI attachments, address leases
-    guest     the pod as configured in the guest
+    guest     the network as configured in the guest
 
 None before `size` needs to know the pod: that is what the pool does ahead. `network` depends on none
 behind `netns`, so it goes beside them. Each `down` needs nothing but the pod's record. See
 `lifecycle` for the walk.
 
-    alone:  run-dir, cgroup, netns, shares, (vm, size | network), guest
-    pool:   run-dir, cgroup, netns, shares, vm           then, with a pod:  (cgroup, size | network), guest
+    alone:  run-dir, cgroup, netns, shares, (vm, size, identity | network), guest
+    pool:   run-dir, cgroup, netns, shares, vm    then, with a pod:  (cgroup, size, identity | network), guest
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sandbox.cgroup import Cgroups
 from sandbox.errors import VmmError
 from sandbox.guest import guest_pb2 as pb
 from sandbox.lifecycle import Beside, Walk
-from sandbox.plan import compile_configure
+from sandbox.plan import compile_identity, compile_network
 from sandbox.plan.vm import FIRST_MAC, NIC_PORTS
 from sandbox.pod import Pod
 from sandbox.records import PodState
@@ -148,6 +149,23 @@ class Shares:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    name = "identity"
+
+    async def up(self, pod: Pod) -> None:
+        configure = compile_identity(
+            pod.record.spec,
+            entropy=secrets.token_bytes(64),
+            machine_id=pod.id[:32],
+            wall_ns=time.time_ns(),
+        )
+        await pod.call(pb.Request(configure=configure))
+
+    async def down(self, pod: Pod) -> None:
+        """It ends with the VM."""
+
+
+@dataclass(frozen=True, slots=True)
 class Guest:
     networks: Networks
     name = "guest"
@@ -156,7 +174,8 @@ class Guest:
         network = pod.record.network
         assert network is not None
         await self._plug_nics(pod, network)
-        await pod.call(pb.Request(configure=self.configure(pod, network)))
+        configure = compile_network(pod.record.spec, network, first_mac=FIRST_MAC)
+        await pod.call(pb.Request(configure=configure))
 
     async def down(self, pod: Pod) -> None:
         await pod.disconnect()
@@ -177,16 +196,6 @@ class Guest:
             for tap in taps:
                 os.close(tap)
 
-    def configure(self, pod: Pod, network: Attachment) -> pb.Configure:
-        return compile_configure(
-            pod.record.spec,
-            network,
-            entropy=secrets.token_bytes(64),
-            machine_id=pod.id[:32],
-            wall_ns=time.time_ns(),
-            first_mac=FIRST_MAC,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Walks:
@@ -198,12 +207,12 @@ class Walks:
 
 
 def pod_walks(vm: Vm, network_stage: Stage) -> Walks:
-    networks, cgroup, size = vm.networks, Cgroup(vm.cgroups), Size(vm)
+    networks, cgroup, size, identity = vm.networks, Cgroup(vm.cgroups), Size(vm), Identity()
     network, guest = Network(networks, network_stage), Guest(networks)
     ahead: Walk[Pod] = (RunDir(), cgroup, Netns(networks), Shares())
     return Walks(
-        whole=(*ahead, Beside(((vm, size), (network,))), guest),
+        whole=(*ahead, Beside(((vm, size, identity), (network,))), guest),
         ahead=(*ahead, vm),
         # moving processes between cgroups of v1 takes as long as half a plug-in
-        claim=(Beside(((cgroup, size), (network,))), guest),
+        claim=(Beside(((cgroup, size, identity), (network,))), guest),
     )

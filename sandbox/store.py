@@ -11,7 +11,7 @@ must outlive the daemon, not the machine, and after a reboot no VM is left that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -93,15 +93,17 @@ class Recorded(Generic[R]):
         self._store.put(record)
         self.record = record
 
-    def begin(self, step: str) -> None:
-        """Save the name of a step, before its effect."""
-        if step not in self.record.steps:
-            self.update(steps=(*self.record.steps, step))
+    def begin(self, steps: Iterable[str]) -> None:
+        """Save the names of steps, before their effects."""
+        new = [step for step in steps if step not in self.record.steps]
+        if new:
+            self.update(steps=(*self.record.steps, *new))
 
-    def ended(self, step: str) -> None:
-        """A step holds nothing any more."""
-        if step in self.record.steps:
-            self.update(steps=tuple(name for name in self.record.steps if name != step))
+    def ended(self, steps: Collection[str]) -> None:
+        """These hold nothing any more."""
+        left = tuple(name for name in self.record.steps if name not in steps)
+        if left != self.record.steps:
+            self.update(steps=left)
 
     def forget(self) -> None:
         self._store.drop(self.record.id)

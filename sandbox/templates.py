@@ -45,11 +45,6 @@ class Templates:
         # processes are found by their pod's name, and another daemon may build one, too
         self._id = "template-" + hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
 
-    @property
-    def pod_id(self) -> str:
-        """Whom the VM that is being saved, its namespace and its cgroup belong to."""
-        return self._id
-
     def find(self, key: str) -> Path | None:
         path = self._directory / key
         return path if key and path.is_dir() else None
@@ -109,13 +104,12 @@ class Templates:
                 cgroups=self._cgroups.directories(self._id, self._cgroups.waiting),
                 savable=True,
             )
-            handle = await self._hypervisor.start(own, (tap,))
+            machine = await self._hypervisor.start(own, (tap,))
         finally:
             os.close(tap)
-        machine = await self._hypervisor.attach(handle)
         try:
             client = await GuestClient.connect(
-                handle.channel,
+                machine.handle.channel,
                 token=secrets.token_bytes(16),
                 epoch=1,
                 on_event=lambda event: None,

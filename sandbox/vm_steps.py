@@ -117,7 +117,8 @@ class Vm:
             ),
         )
         with pod.phase(phase):
-            pod.update(vm=await self.hypervisor.start(own, (pod.require_tap(),)))
+            pod.machine = await self.hypervisor.start(own, (pod.require_tap(),))
+            pod.update(vm=pod.machine.handle)
         with pod.phase("agent"):
             welcome = await connect(self.hypervisor, pod, timeout_s)
         with pod.phase("mounts"):

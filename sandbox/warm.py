@@ -24,7 +24,7 @@ from sandbox.device_filter import device_filter_for
 from sandbox.environment import PodFiles
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
-from sandbox.plan import compile_configure, compile_exec, compile_start, seccomp_for
+from sandbox.plan import compile_exec, compile_identity, compile_network, compile_start, seccomp_for
 from sandbox.plan.vm import FIRST_MAC
 from sandbox.spec import ContainerSpec, ImageDefaults, PodSpec, Seccomp, SeccompKind, SecuritySpec
 from sandbox.steps import remove_tree
@@ -67,7 +67,8 @@ class Errand:
 async def warm_network(client: GuestClient) -> None:
     """Set up what a pod's first interface is like, and take it back. Raises as `warm_up` does."""
     spec = PodSpec(name="", namespace="", uid="", hostname=NAME)
-    configure = compile_configure(spec, NETWORK, entropy=b"", machine_id="", wall_ns=0, first_mac=FIRST_MAC)
+    configure = compile_network(spec, NETWORK, first_mac=FIRST_MAC)
+    configure.MergeFrom(compile_identity(spec, entropy=b"", machine_id="", wall_ns=0))
     configure.rehearsal = True
     await client.call(pb.Request(configure=configure), TIMEOUT_S)
 

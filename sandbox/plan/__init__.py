@@ -3,7 +3,7 @@
     start       a container: Start, with the parts below
     process     argv, environment, ids, capabilities, limits of a process
     mounts      what is mounted where, in order
-    configure   a pod: names, sysctls, network
+    configure   a pod: names and all else that makes it itself; sysctls, network
     size        a VM: memory and CPUs
 
 Pure: no clock, files or loop, so a plan is a function of its arguments and the golden tests pin it
@@ -13,7 +13,7 @@ and is only named here beside `device_filter_for`, as both give `compile_start` 
 """
 
 from sandbox.device_filter import device_filter_for
-from sandbox.plan.configure import compile_configure
+from sandbox.plan.configure import compile_identity, compile_network
 from sandbox.plan.mounts import MountSource
 from sandbox.plan.process import compile_exec
 from sandbox.plan.size import grown_size, vm_size
@@ -24,8 +24,9 @@ from sandbox.signals import resolve_stop_signal, signal_number
 
 __all__ = [
     "MountSource",
-    "compile_configure",
     "compile_exec",
+    "compile_identity",
+    "compile_network",
     "compile_resources",
     "compile_start",
     "device_filter_for",

@@ -1,4 +1,4 @@
-"""A pod's Configure message: what is set once in its VM."""
+"""A pod's two Configure messages: what is set once in its VM, before its network is known and then."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ _DEFAULT_SYSCTLS = {
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*", re.ASCII)
 
 
-def compile_configure(
-    pod: PodSpec,
-    network: Attachment | None,
-    *,
-    entropy: bytes,
-    machine_id: str,
-    wall_ns: int,
-    first_mac: str,
-) -> pb.Configure:
+def compile_identity(pod: PodSpec, *, entropy: bytes, machine_id: str, wall_ns: int) -> pb.Configure:
+    """What tells the VM from every other. Raises InvalidSpec with the field."""
+    return pb.Configure(
+        # a pod that names none is called as /etc/hostname calls it (see `environment`)
+        hostname=_hostname(pod.hostname) or machine_id[:12],
+        entropy=entropy,
+        machine_id=machine_id,
+        wall_ns=wall_ns,
+    )
+
+
+def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str) -> pb.Configure:
     """Without a network the pod has only its loopback. `first_mac` is what the VM was started with, for
-    whichever interface is the first. Raises InvalidSpec with the field.
+    whichever interface is the first. Sysctls come with it, as some belong to an interface.
+    Raises InvalidSpec with the field.
 
     Every sysctl is taken that is spelled like one: the kernel is the pod's own, so none of them
     can reach a neighbour.
@@ -41,8 +45,6 @@ def compile_configure(
     interfaces = network.interfaces if network else ()
     routes = network.routes if network else ()
     return pb.Configure(
-        # a pod that names none is called as /etc/hostname calls it (see `environment`)
-        hostname=_hostname(pod.hostname) or machine_id[:12],
         sysctls=_sysctls(pod.sysctls),
         interfaces=[
             pb.Interface(
@@ -65,9 +67,6 @@ def compile_configure(
             )
             for route in routes
         ],
-        entropy=entropy,
-        machine_id=machine_id,
-        wall_ns=wall_ns,
     )
 
 

@@ -120,7 +120,7 @@ class Hypervisor(Protocol):
         Two specs that differ only in names and places have the same. Raises MissingProgram.
         """
 
-    async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> VmHandle:
+    async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> Machine:
         """Start the helpers and the VMM with these tap file descriptors, one per NIC.
 
         Closes nothing that the caller gave. On failure everything started is ended again.

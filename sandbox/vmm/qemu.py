@@ -18,16 +18,15 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from sandbox import process, sockets, virtiofs
 from sandbox.errors import VmmError, VmmGone
 from sandbox.process import ProcessIdentity, User
-from sandbox.tasks import together
+from sandbox.tasks import end, together
 from sandbox.vmm import Hypervisor, Machine, ShareSpec, VmHandle, VmSpec
 from sandbox.vmm.console import Console
 from sandbox.vmm.host import find_firmware, find_program, find_user, private_kvm
@@ -46,7 +45,7 @@ class Qemu:
     def __init__(self) -> None:
         self._virtiofsd = virtiofs.Finder()
 
-    async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> VmHandle:
+    async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> Machine:
         check(spec)
         program = find_program()
         find_firmware()
@@ -65,7 +64,7 @@ class Qemu:
                 vmm = await _launch(program, spec, fds, user, log)
                 held.close()  # whatever only QEMU should hold: it sees a helper's end at once
                 identities = {tag: identity for tag, (identity, _) in helpers.items()}
-                await _until_it_answers(run_dir, vmm, identities)
+                monitor = await _until_it_answers(run_dir, vmm, identities)
                 handle = VmHandle(
                     hypervisor=self.name,
                     spec=spec,
@@ -73,12 +72,13 @@ class Qemu:
                     helpers=identities,
                     channel=f"serial:{run_dir / 'agent.sock'}",
                 )
+                machine = await _assemble(handle, monitor)
                 if spec.template:
-                    await self._continue(handle)
+                    await _continue(machine)
             except BaseException:
                 await self.destroy(spec.pod_id, run_dir)
                 raise
-        return handle
+        return machine
 
     async def _start_helpers(
         self, spec: VmSpec, log: int, held: contextlib.ExitStack
@@ -101,21 +101,6 @@ class Qemu:
         started = await together(*(start(share) for share in spec.shares))
         return {share.tag: each for share, each in zip(spec.shares, started, strict=True)}
 
-    async def _continue(self, handle: VmHandle) -> None:
-        """Load the state of the template, and plug in what could not be saved with it.
-
-        Raises VmmError with what QEMU said of a state that it does not like.
-        """
-        machine = await self.attach(handle)
-        try:
-            assert isinstance(machine, QemuMachine)
-            await machine.restore()
-        except (VmmGone, OSError) as error:
-            tail = said(Path(handle.spec.run_dir))
-            raise VmmError(f"the template cannot be continued: {error}{tail}") from error
-        finally:
-            await machine.close()
-
     async def fingerprint(self, spec: VmSpec) -> str:
         program = find_program()
         fds = Fds(monitor=3, console=4, channel=5, kernel=6, initramfs=7, ram=8)
@@ -132,18 +117,10 @@ class Qemu:
         if not process.alive(handle.vmm):
             raise VmmGone(f"QEMU (process {handle.vmm.pid}) does not run any more{said(run_dir)}")
         try:
-            connection = sockets.connect(run_dir / "console.sock")
-        except OSError as error:
-            raise VmmGone(f"QEMU's console at {run_dir}: {error}") from error
-        console = Console(connection, run_dir)
-        try:
             monitor = await Monitor.connect(run_dir / "qmp.sock", MONITOR_TIMEOUT_S)
-        except BaseException as error:
-            await console.close()
-            if isinstance(error, VmmGone):
-                raise VmmGone(f"{error}{said(run_dir)}") from error
-            raise
-        return QemuMachine(handle, monitor, console)
+        except VmmGone as error:
+            raise VmmGone(f"{error}{said(run_dir)}") from error
+        return await _assemble(handle, monitor)
 
     async def destroy(self, spec_pod_id: str, run_dir: Path) -> None:
         await end_all(spec_pod_id, run_dir)
@@ -177,40 +154,55 @@ async def _launch(program: str, spec: VmSpec, fds: Fds, user: User, log: int) ->
         raise VmmError(f"QEMU could not be started: {error}") from error
 
 
+async def _assemble(handle: VmHandle, monitor: Monitor) -> QemuMachine:
+    """Takes over the monitor. Raises VmmGone."""
+    run_dir = Path(handle.spec.run_dir)
+    try:
+        connection = sockets.connect(run_dir / "console.sock")
+    except OSError as error:
+        await monitor.close()
+        raise VmmGone(f"QEMU's console at {run_dir}: {error}") from error
+    return QemuMachine(handle, monitor, Console(connection, run_dir))
+
+
+async def _continue(machine: QemuMachine) -> None:
+    """Load the state of the template, and plug in what could not be saved with it.
+
+    Raises VmmError with what QEMU said of a state that it does not like; the machine is closed then.
+    """
+    try:
+        await machine.restore()
+    except BaseException as error:
+        await machine.close()
+        if isinstance(error, VmmGone | OSError):
+            tail = said(Path(machine.handle.spec.run_dir))
+            raise VmmError(f"the template cannot be continued: {error}{tail}") from error
+        raise
+
+
 async def _until_it_answers(
     run_dir: Path, vmm: ProcessIdentity, helpers: Mapping[str, ProcessIdentity]
-) -> None:
+) -> Monitor:
     """QEMU greets on its monitor when all devices are made; if it ends before, it has said why."""
-    greeting = asyncio.create_task(_greeting(run_dir / "qmp.sock"))
+    greeting = asyncio.create_task(Monitor.connect(run_dir / "qmp.sock", START_TIMEOUT_S))
     ends = {"QEMU": asyncio.create_task(process.wait_exit(vmm))}
     ends |= {f"virtiofsd for {tag}": asyncio.create_task(process.wait_exit(h)) for tag, h in helpers.items()}
     try:
         await asyncio.wait(
             {greeting, *ends.values()}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
         )
-        if greeting.done() and greeting.result() and not any(end.done() for end in ends.values()):
-            return
-        if not greeting.done() and not any(end.done() for end in ends.values()):
-            raise VmmError(f"QEMU was not ready within {START_TIMEOUT_S:g} s{said(run_dir)}")
+        if not any(end.done() for end in ends.values()):
+            if not greeting.done():
+                raise VmmError(f"QEMU was not ready within {START_TIMEOUT_S:g} s{said(run_dir)}")
+            if greeting.exception() is None:
+                return greeting.result()
         # One end brings the others about: wait for them, so that what is told is the whole story.
         await asyncio.wait(ends.values(), timeout=0.5)
-        ended = [f"{name} (status {end.result()})" for name, end in ends.items() if end.done()]
+        ended = [f"{name} (status {each.result()})" for name, each in ends.items() if each.done()]
         raise VmmError(f"ended while starting: {', '.join(ended) or 'monitor'}{said(run_dir)}")
+    except BaseException:
+        if greeting.done() and not greeting.cancelled() and greeting.exception() is None:
+            await greeting.result().close()
+        raise
     finally:
-        await _cancel([greeting, *ends.values()])
-
-
-async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    waiting = list(tasks)
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-
-
-async def _greeting(path: Path) -> bytes:
-    loop = asyncio.get_running_loop()
-    with sockets.connect(path) as connection:
-        try:
-            return await loop.sock_recv(connection, 4096)
-        except ConnectionResetError:
-            return b""
+        await end(greeting, *ends.values())

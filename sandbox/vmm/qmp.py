@@ -13,7 +13,15 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import (
+    ConnectError,
+    EventListener,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+)
 
 from sandbox import sockets
 from sandbox.errors import DeadlineExceeded, VmmError, VmmGone
@@ -30,6 +38,17 @@ _CAUSES = {
 }
 
 
+class _Client(QMPClient):
+    """Without the text of each message, which the package would make for its debug log also where
+    nobody keeps that."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
+
+
 class Monitor:
     """One connection; QEMU serves one at a time and lets the next wait."""
 
@@ -43,7 +62,7 @@ class Monitor:
     @classmethod
     async def connect(cls, path: Path, timeout_s: float) -> Monitor:
         """Raises VmmGone when nobody listens, DeadlineExceeded when nobody answers."""
-        client = QMPClient("husk")
+        client = _Client("husk")
         client.logger.setLevel(logging.CRITICAL)  # it warns of every disconnect
         listener = EventListener(names=("SHUTDOWN", "GUEST_PANICKED"))
         client.register_listener(listener)

@@ -67,9 +67,9 @@ async def boot(image: Path, options: argparse.Namespace) -> dict[str, float]:
     spec = make_spec(image, run_dir, options)
     begun = time.monotonic()
     try:
-        handle = await hypervisor.start(spec, ())
+        machine = await hypervisor.start(spec, ())
+        handle = machine.handle
         started = time.monotonic()
-        machine = await hypervisor.attach(handle)
         client = await GuestClient.connect(
             handle.channel, token=bytes(16), epoch=1, on_event=lambda event: None, timeout_s=BOOT_TIMEOUT_S
         )

@@ -17,7 +17,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -49,6 +49,7 @@ class Site:
     hypervisor: Hypervisor
     spec: VmSpec
     cgroups: Cgroups
+    machines: list[Machine] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
@@ -61,8 +62,11 @@ class Site:
     def guest(self, line: str, *, then: str = "repeat") -> None:
         Path(self.spec.kernel).write_bytes(make_kernel(line, then=then))
 
-    async def start(self, **changes: object) -> VmHandle:
-        return await self.hypervisor.start(msgspec.structs.replace(self.spec, **changes), ())
+    async def start(self, **changes: object) -> Machine:
+        """Closed in the end, whatever a test does with it."""
+        machine = await self.hypervisor.start(msgspec.structs.replace(self.spec, **changes), ())
+        self.machines.append(machine)
+        return machine
 
 
 @pytest.fixture(params=find_hypervisors())
@@ -91,6 +95,8 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     made = Site(hypervisor, spec, cgroups)
     made.guest("the guest lives")
     yield made
+    for machine in made.machines:
+        await machine.close()
     await hypervisor.destroy(pod_id, run_dir)
     left = made.processes()
     cgroups.remove(pod_id, "")
@@ -104,7 +110,8 @@ async def until_printed(machine: Machine, line: str) -> None:
 
 
 async def test_a_vm_is_started_and_told_about(site: Site) -> None:
-    handle = await site.start()
+    machine = await site.start()
+    handle = machine.handle
     assert handle.hypervisor == site.hypervisor.name
     assert set(handle.helpers) == {"rootfs", "volumes"}
     for identity in (handle.vmm, *handle.helpers.values()):
@@ -112,7 +119,6 @@ async def test_a_vm_is_started_and_told_about(site: Site) -> None:
         assert os.getsid(identity.pid) == identity.pid
     status = Path(f"/proc/{handle.vmm.pid}/status").read_text()
     assert "CapEff:\t" + "0" * 16 in status and "Seccomp:\t2" in status and "Uid:\t0\t" not in status
-    machine = await site.hypervisor.attach(handle)
     await until_printed(machine, "the guest lives")
     described = await machine.describe()
     assert described["state"] == "running" and described["accelerator"] == "tcg"
@@ -120,8 +126,8 @@ async def test_a_vm_is_started_and_told_about(site: Site) -> None:
 
 
 async def test_the_handle_is_enough_after_a_restart(site: Site) -> None:
-    handle = await site.start()
-    machine = await site.hypervisor.attach(handle)
+    machine = await site.start()
+    handle = machine.handle
     await until_printed(machine, "the guest lives")
     await machine.close()
     await machine.close()
@@ -134,7 +140,7 @@ async def test_the_handle_is_enough_after_a_restart(site: Site) -> None:
 
 
 async def test_killed_twice(site: Site) -> None:
-    machine = await site.hypervisor.attach(await site.start())
+    machine = await site.start()
     waiting = asyncio.create_task(machine.wait())
     for _ in range(2):
         await site.hypervisor.destroy(site.spec.pod_id, site.run_dir)
@@ -161,8 +167,8 @@ async def test_destroyed_when_nothing_was_ever_made(site: Site) -> None:
 async def test_a_guest_that_resets_ends_its_vm(site: Site) -> None:
     site.guest("last words", then="reset")
     try:
-        machine = await site.hypervisor.attach(await site.start())
-    except VmmGone:
+        machine = await site.start()
+    except VmmError:
         return  # it was quicker than us
     async with asyncio.timeout(DEADLINE_S):
         assert await machine.wait()
@@ -170,8 +176,8 @@ async def test_a_guest_that_resets_ends_its_vm(site: Site) -> None:
 
 
 async def test_a_vmm_that_dies_is_noticed_with_its_signal(site: Site) -> None:
-    handle = await site.start()
-    machine = await site.hypervisor.attach(handle)
+    machine = await site.start()
+    handle = machine.handle
     waiting = asyncio.create_task(machine.wait())
     await asyncio.sleep(0)
     os.kill(handle.vmm.pid, signal.SIGSEGV)
@@ -233,7 +239,9 @@ async def test_a_nic_is_carried_by_a_tap_of_another_namespace(site: Site) -> Non
                 spec = msgspec.structs.replace(
                     site.spec, netns=netns, nics=(NicSpec(mac="02:00:00:00:00:01"),)
                 )
-                handle = await site.hypervisor.start(spec, (tap,))
+                machine = await site.hypervisor.start(spec, (tap,))
+                site.machines.append(machine)
+                handle = machine.handle
                 os.fstat(tap)  # what the caller gave is still the caller's
             finally:
                 os.close(tap)
@@ -264,7 +272,7 @@ def open_tap(netns: str, name: str) -> int:
 
 
 async def test_the_channel_listens_before_the_guest_does(site: Site) -> None:
-    handle = await site.start()
+    handle = (await site.start()).handle
     scheme, _, address = handle.channel.partition(":")
     assert scheme == "serial"
     with sockets.connect(Path(address)):
@@ -278,8 +286,7 @@ ROOM = {"max_memory_mib": 192, "max_vcpus": 2, "ports": 2}
 
 async def save(site: Site, directory: Path) -> None:
     """A template of the site's guest, by a VM that is gone afterwards."""
-    handle = await site.start(savable=True, shares=(), **ROOM)
-    machine = await site.hypervisor.attach(handle)
+    machine = await site.start(savable=True, shares=(), **ROOM)
     await until_printed(machine, "the guest lives")
     await machine.save(directory)
     await machine.close()
@@ -296,9 +303,8 @@ async def test_a_saved_vm_goes_on_as_often_as_asked(site: Site, tmp_path: Path) 
     Path(site.spec.kernel).unlink()  # what goes on needs none
     for _ in range(2):
         forget_console(site)
-        handle = await site.start(template=str(tmp_path / "template"), **ROOM)
-        assert set(handle.helpers) == {"rootfs", "volumes"}
-        machine = await site.hypervisor.attach(handle)
+        machine = await site.start(template=str(tmp_path / "template"), **ROOM)
+        assert set(machine.handle.helpers) == {"rootfs", "volumes"}
         assert (await machine.describe())["state"] == "running"
         await until_printed(machine, "the guest lives")
         await machine.close()
@@ -307,7 +313,7 @@ async def test_a_saved_vm_goes_on_as_often_as_asked(site: Site, tmp_path: Path) 
 
 
 async def test_a_paused_vm_says_nothing_until_it_is_resumed(site: Site) -> None:
-    machine = await site.hypervisor.attach(await site.start())
+    machine = await site.start()
     await until_printed(machine, "the guest lives")
     for _ in range(2):
         await machine.pause()
@@ -357,7 +363,7 @@ async def test_a_cancelled_continuation_leaves_nothing(site: Site, tmp_path: Pat
 
 
 async def test_a_vm_is_not_grown_beyond_its_room(site: Site) -> None:
-    machine = await site.hypervisor.attach(await site.start(**ROOM))
+    machine = await site.start(**ROOM)
     for memory_mib, vcpus in ((256, 1), (64, 3)):
         with pytest.raises(VmmError, match="more than"):
             await machine.grow(memory_mib, vcpus)
@@ -369,7 +375,7 @@ async def test_a_vm_is_not_grown_beyond_its_room(site: Site) -> None:
 
 async def test_a_guest_that_takes_no_memory_is_told_of(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sandbox.vmm.growth.MEMORY_TIMEOUT_S", 0.2)
-    machine = await site.hypervisor.attach(await site.start(**ROOM))
+    machine = await site.start(**ROOM)
     with pytest.raises(VmmError, match="took 0 of 64 MiB"):
         await machine.grow(128, 1)
     await machine.close()

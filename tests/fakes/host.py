@@ -144,7 +144,7 @@ class FakeHypervisor:
     name: str = "fake"
     generation: int = 1  # of program and guest image
 
-    async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> VmHandle:
+    async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> Machine:
         # beside the run directories: their names are too long for the fake's plain bind
         socket = Path(spec.run_dir).parents[2] / f"{spec.pod_id[:8]}.sock"
         handle = VmHandle(
@@ -156,7 +156,7 @@ class FakeHypervisor:
         await vm.server.enter_async_context(vm.agent.listen(socket))
         self.vms[spec.pod_id] = vm
         self.ledger.take("vm.start", f"vm {spec.pod_id}")
-        return handle
+        return FakeMachine(vm)
 
     async def fingerprint(self, spec: VmSpec) -> str:
         return f"key{self.generation}"

@@ -24,7 +24,7 @@ from sandbox.events import Events
 from sandbox.factory import Factory, FactoryHost
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host_usage import HostUsage, ProcessUsage
-from sandbox.lifecycle import Beside, UndoFailed
+from sandbox.lifecycle import UndoFailed, names_of
 from sandbox.mounts import mounts_below
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
@@ -34,7 +34,7 @@ from sandbox.registry import Registry
 from sandbox.room import Room
 from sandbox.spec import ContainerSpec, Handler, MountSpec, PodSpec, SecuritySpec, VmSize
 from sandbox.stages import Stage
-from sandbox.steps import Guest, Netns, Network, RunDir, Shares, pod_walks
+from sandbox.steps import Guest, Identity, Netns, Network, RunDir, Shares, pod_walks
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 from sandbox.templates import Templates
@@ -42,7 +42,7 @@ from sandbox.vm_steps import Size, Vm
 from sandbox.volumes import Volumes
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
 
-POD_STEPS: list[type[Any]] = [RunDir, Netns, Network, Shares, Vm, Size, Guest]
+POD_STEPS: list[type[Any]] = [RunDir, Netns, Network, Shares, Vm, Size, Identity, Guest]
 CONTAINER_STEPS: list[type[Any]] = [Rootfs, Volumes, Plan]
 POD_FAULTS = ["cgroup.create", "network.prepare", "network.up", "vm.start"]
 HANDLER = Handler(
@@ -290,15 +290,6 @@ async def test_whichever_step_of_a_container_fails_all_is_undone(
     assert await daemon.containers.create(id, spec), "the name is free again"
 
 
-def names_of(walk: Any) -> Iterator[str]:
-    for each in walk:
-        if isinstance(each, Beside):
-            for branch in each.branches:
-                yield from names_of(branch)
-        else:
-            yield each.name
-
-
 async def test_no_step_is_left_out(daemon: Daemon) -> None:
     assert [type(step) for step in daemon.containers._steps] == CONTAINER_STEPS
     names = set(names_of(daemon.pods._host.walks.whole))
@@ -307,7 +298,7 @@ async def test_no_step_is_left_out(daemon: Daemon) -> None:
 
 async def test_a_guest_that_refuses_its_configuration(daemon: Daemon) -> None:
     daemon.hypervisor.make_agent = _refusing("configure", "sysctl kernel.nonsense")
-    with pytest.raises(PhaseFailed, match=r"guest failed.*sysctl kernel.nonsense") as caught:
+    with pytest.raises(PhaseFailed, match=r"identity failed.*sysctl kernel.nonsense") as caught:
         await daemon.pods.run(pod_spec())
     assert "last words" in caught.value.console
     daemon.assert_empty()

@@ -92,7 +92,7 @@ async def run(shared: Path, command: Sequence[str], deadline_s: float) -> int:
     hypervisor = find_hypervisor("qemu")
     try:
         groups.create(pod_id, "")
-        machine = await hypervisor.attach(await hypervisor.start(spec, ()))
+        machine = await hypervisor.start(spec, ())
         try:
             return await until_done(shared, machine, deadline_s)
         finally:

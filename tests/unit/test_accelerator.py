@@ -51,7 +51,7 @@ class FakeHypervisor:
     destroyed: int = 0
     held: list[socket.socket] = field(default_factory=list)
 
-    async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> VmHandle:
+    async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> Machine:
         self.started.append(spec)
         if self.refuses:
             raise VmmError("no such\n  luck")
@@ -59,7 +59,8 @@ class FakeHypervisor:
         self.held.append(listener)
         if spec.cpu in self.works:
             threading.Thread(target=self._echo, args=(listener,), daemon=True).start()
-        return VmHandle(hypervisor="fake", spec=spec, vmm=NOBODY, helpers={}, channel="")
+        handle = VmHandle(hypervisor="fake", spec=spec, vmm=NOBODY, helpers={}, channel="")
+        return FakeMachine(handle, self.console, self.ends)
 
     def _echo(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
@@ -70,7 +71,7 @@ class FakeHypervisor:
         raise NotImplementedError
 
     async def attach(self, handle: VmHandle) -> Machine:
-        return FakeMachine(handle, self.console, self.ends)
+        raise NotImplementedError
 
     async def destroy(self, spec_pod_id: str, run_dir: Path) -> None:
         self.destroyed += 1

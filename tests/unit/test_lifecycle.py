@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,6 +19,9 @@ class World:
     done: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
+
+    def forget(self, names: Collection[str]) -> None:
+        self.saved = [name for name in self.saved if name not in names]
 
 
 @dataclass
@@ -42,9 +46,9 @@ async def up(world: World, *steps: FakeStep, console: str = "") -> None:
     await bring_up(
         steps,
         world,
-        begin=world.saved.append,
+        begin=world.saved.extend,
         finish=lambda name, begin, end: world.phases.append(name),
-        ended=world.saved.remove,
+        ended=world.forget,
         console=lambda: console,
     )
 
@@ -99,7 +103,7 @@ async def test_take_down_gathers_all_failures() -> None:
         FakeStep("c", fails_down=OSError("two")),
     ]
     with pytest.raises(UndoFailed) as caught:
-        await take_down(steps, world, ended=world.saved.remove)
+        await take_down(steps, world, ended=world.forget)
     assert [name for name, _ in caught.value.failures] == ["c", "a"]
     assert world.saved == ["a", "c"]
 
@@ -112,7 +116,7 @@ async def test_cancelling_releases_nothing_for_the_next_start_does() -> None:
             await asyncio.Event().wait()
 
     task = asyncio.create_task(up(world, FakeStep("a"), Slow("b")))
-    while "b" not in world.saved:
+    while "+a" not in world.done:
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from network.errors import TapError
-from network.links import find_names, guest_addresses, guest_routes, read_links
+from network.links import (
+    find_names,
+    guest_addresses,
+    guest_routes,
+    list_links,
+    open_netlink,
+    read_links,
+)
 from network.result import Result, ResultInterface
 from network.spec import Interface, Route
 from tests.fakes.cni.space import Space, in_space
@@ -99,7 +106,10 @@ def test_the_kernel_is_read(space: Space) -> None:
     ip route add 10.11.0.0/16 dev eth0 table 100
     ip -6 route add default via fd00::1 metric 9
     """)
-    interfaces, routes = read_links(result(("eth0", "/ns"), ("net1", "/ns")))
+    with open_netlink() as netlink:
+        interfaces, routes = read_links(
+            netlink, list_links(netlink), result(("eth0", "/ns"), ("net1", "/ns"))
+        )
     first, second = interfaces
     assert (first.name, first.tap, first.mac, first.mtu) == ("eth0", "tap0", "02:00:00:00:00:01", 1400)
     assert first.addresses == ("10.1.0.5/24", "169.254.7.7/32", "10.1.0.6/24", "fd00::5/64")

@@ -11,7 +11,7 @@ from sandbox.environment import PodFiles
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
 from sandbox.paths import container_path, covers, depth
-from sandbox.plan import MountSource, compile_configure, compile_exec, compile_start, vm_size
+from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start, vm_size
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, compile_mounts
 from sandbox.plan.size import BOOT_FLOOR_MIB
 from sandbox.seccomp import Filter
@@ -316,9 +316,9 @@ def test_a_container_path_has_one_spelling(text: str) -> None:
 
 def configure(**pod: object) -> pb.Configure:
     spec = PodSpec(name="web", namespace="default", uid="u1", **pod)  # type: ignore[arg-type]
-    return compile_configure(
-        spec, None, entropy=b"", machine_id="0123456789abcdef" * 2, wall_ns=0, first_mac=""
-    )
+    configured = compile_identity(spec, entropy=b"", machine_id="0123456789abcdef" * 2, wall_ns=0)
+    configured.MergeFrom(compile_network(spec, None, first_mac=""))
+    return configured
 
 
 def test_a_pod_without_a_network_has_no_interfaces() -> None:

@@ -17,7 +17,7 @@ from sandbox import capabilities
 from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.environment import PodFiles
 from sandbox.guest import guest_pb2 as pb
-from sandbox.plan import MountSource, compile_configure, compile_exec, compile_start
+from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start
 from sandbox.seccomp import Filter
 from sandbox.spec import (
     ContainerSpec,
@@ -202,14 +202,14 @@ def configure() -> Message:
             Route(destination="::/0", gateway="fe80::1", interface="eth0", metric=5, mtu=1400, on_link=True),
         ),
     )
-    return compile_configure(
+    configured = compile_identity(
         pod,
-        network,
         entropy=b"<entropy>",
         machine_id="0123456789abcdef0123456789abcdef",
         wall_ns=1_700_000_000_000_000_000,
-        first_mac="02:00:00:00:00:00",
     )
+    configured.MergeFrom(compile_network(pod, network, first_mac="02:00:00:00:00:00"))
+    return configured
 
 
 CASES: tuple[Callable[[], Message], ...] = (

@@ -90,10 +90,9 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
         cgroups=cgroups.directories(pod_id, ""),
     )
     try:
-        handle = await hypervisor.start(spec, ())
-        machine = await hypervisor.attach(handle)
+        machine = await hypervisor.start(spec, ())
         with sockets.connect(run_dir / "agent.sock") as channel:
-            yield Guest(handle, machine, await greeted(channel, machine), run_dir)
+            yield Guest(machine.handle, machine, await greeted(channel, machine), run_dir)
         await machine.close()
     finally:
         await hypervisor.destroy(pod_id, run_dir)
