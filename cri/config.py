@@ -73,6 +73,12 @@ class Cni(Table, frozen=True, kw_only=True):
     bin_dirs: tuple[str, ...] = ("/opt/cni/bin", "/usr/lib/cni")
 
 
+class Cdi(Table, frozen=True, kw_only=True):
+    """Of a device that two directories describe, the later one's description counts."""
+
+    spec_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
+
+
 class Registry(Table, frozen=True, kw_only=True):
     config_path: str = "/etc/husk/certs.d"  # <host>/hosts.toml below it
     max_concurrent_downloads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
@@ -106,6 +112,7 @@ class Config(Table, frozen=True, kw_only=True):
     metrics: Metrics = Metrics()
     streaming: Streaming = Streaming()
     cni: Cni = Cni()
+    cdi: Cdi = Cdi()
     registry: Registry = Registry()
     handlers: dict[str, HandlerTable] = {}
 
@@ -180,6 +187,7 @@ def _check_paths(config: Config, source: str) -> None:
         "registry.config_path": config.registry.config_path,
     }
     paths |= {f"cni.bin_dirs[{n}]": path for n, path in enumerate(config.cni.bin_dirs)}
+    paths |= {f"cdi.spec_dirs[{n}]": path for n, path in enumerate(config.cdi.spec_dirs)}
     for name, handler in config.handlers.items():
         optional = {"kernel": handler.kernel, "initramfs": handler.initramfs}
         paths |= {f"handlers.{name}.{key}": path for key, path in optional.items() if path}

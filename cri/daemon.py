@@ -119,6 +119,7 @@ class Daemon:
                 events=self.events,
                 room=room,
                 default_profile=default_profile(root),
+                cdi_dirs=[Path(directory) for directory in config.cdi.spec_dirs],
                 on_phase=self.metrics.phase,
             ),
         )

@@ -7,7 +7,7 @@ Pure: no clock, no files, no event loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from cri.fields import (
@@ -33,6 +33,7 @@ from cri.translate_security import (
 from sandbox.errors import InvalidSpec
 from sandbox.plan.mounts import MOUNT_OPTIONS
 from sandbox.spec import (
+    CdiWish,
     ContainerSpec,
     DeviceSpec,
     Dns,
@@ -43,6 +44,8 @@ from sandbox.spec import (
     Propagation,
     Resources,
 )
+
+CDI_ANNOTATION = "cdi.k8s.io/"
 
 # ----------------------------------------------------------------------------------------- pods
 
@@ -142,10 +145,6 @@ def container_spec(config: pb.ContainerConfig) -> ContainerSpec:
     """
     at = "config"
     refuse_message(config, "windows", at, "a pod's VM runs Linux")
-    if config.CDI_devices:
-        names = ", ".join(repr(device.name) for device in config.CDI_devices)
-        problem = f"{names}: devices of the host, which a VM cannot be given"
-        raise InvalidSpec(f"{at}.CDI_devices", problem, "an empty list")
     return ContainerSpec(
         name=required(config.metadata.name, f"{at}.metadata.name"),
         attempt=config.metadata.attempt,
@@ -160,6 +159,7 @@ def container_spec(config: pb.ContainerConfig) -> ContainerSpec:
             for n, mount in enumerate(config.mounts)
         ),
         devices=tuple(_device(device, f"{at}.devices[{n}]") for n, device in enumerate(config.devices)),
+        cdi_devices=tuple(_cdi_wishes(config, at)),
         labels=dict(config.labels),
         annotations=dict(config.annotations),
         log_path=config.log_path,
@@ -253,6 +253,16 @@ def _device(device: pb.Device, at: str) -> DeviceSpec:
         host_path=absolute(device.host_path, f"{at}.host_path"),
         permissions=permissions,
     )
+
+
+def _cdi_wishes(config: pb.ContainerConfig, at: str) -> Iterator[CdiWish]:
+    """From the field, and from annotations, where device plug-ins of older kubelets leave them."""
+    for number, device in enumerate(config.CDI_devices):
+        yield CdiWish(name=device.name, field=f"{at}.CDI_devices[{number}].name")
+    for key, value in config.annotations.items():
+        if key.startswith(CDI_ANNOTATION):
+            for name in value.split(","):
+                yield CdiWish(name=name, field=f"{at}.annotations[{key!r}]")
 
 
 def _stop_signal(number: int, at: str) -> str:

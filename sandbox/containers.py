@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from image.stores import RootfsStore
 from sandbox.apparmor import profile_name
+from sandbox.cdi_files import with_devices
 from sandbox.container import Container
 from sandbox.container_steps import Plan, Rootfs
 from sandbox.errors import (
@@ -75,6 +76,7 @@ class ContainerHost:
     events: Events
     room: Room
     default_profile: Path  # AppArmor's, compiled; it need not be there
+    cdi_dirs: Sequence[Path] = ()
     on_phase: Callable[[str, float], None] = lambda name, seconds: None
 
 
@@ -117,6 +119,8 @@ class Containers:
     async def create(self, pod_id: str, spec: ContainerSpec) -> ContainerId:
         """Prepare everything on the host. Raises NotFound, WrongState, Reserved, InvalidSpec,
         ImageNotFound, PhaseFailed; after any of them nothing is left."""
+        if spec.cdi_devices:
+            spec = await asyncio.to_thread(with_devices, spec, self._host.cdi_dirs)
         pod = self._registry.pod(pod_id)
         pod.require_ready()
         image = self._host.images.index.find(spec.image)

@@ -37,8 +37,10 @@ STANDARD = (
 )
 # every guest has it: its root filesystems come by virtio-fs, which is FUSE
 FUSE = Node("/dev/fuse", 10, 229)
+# its driver is a module that the guest's kernel loads when the node is opened
+TUN = Node("/dev/net/tun", 10, 200)
 
-_PASSED_ON = {node.path: node for node in (*STANDARD, FUSE)}
+GUEST_DEVICES = {node.path: node for node in (*STANDARD, FUSE, TUN)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,12 @@ def wanted_devices(container: ContainerSpec) -> Sequence[Wanted]:
     wanted = []
     for number, device in enumerate(container.devices):
         field = f"config.devices[{number}]"
-        node = _PASSED_ON.get(device.host_path)
+        node = GUEST_DEVICES.get(device.host_path)
         if node is None:
             raise InvalidSpec(
                 f"{field}.host_path",
                 f"{device.host_path!r} is a device of the host, which a VM cannot be given",
-                ", ".join(_PASSED_ON),
+                ", ".join(GUEST_DEVICES),
             )
         permissions = device.permissions or "rwm"
         if not set(permissions) <= set("rwm"):

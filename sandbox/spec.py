@@ -156,6 +156,13 @@ class DeviceSpec(Value, frozen=True, kw_only=True):
     permissions: str = "rwm"
 
 
+class CdiWish(Value, frozen=True, kw_only=True):
+    """A device by its CDI name, and the field of the request that names it."""
+
+    name: str
+    field: str
+
+
 class GroupsPolicy(StrEnum):
     MERGE = "merge"
     STRICT = "strict"
@@ -193,6 +200,7 @@ class ContainerSpec(Value, frozen=True, kw_only=True):
     envs: tuple[tuple[str, bytes], ...] = ()
     mounts: tuple[MountSpec, ...] = ()
     devices: tuple[DeviceSpec, ...] = ()
+    cdi_devices: tuple[CdiWish, ...] = ()
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     log_path: str = ""  # relative to the pod's log directory; empty: no log

@@ -44,6 +44,7 @@ class Daemon:
         self.log_path = self.directory / "serve.log"
         self.leases = leases or cni.parent / "leases"
         self.cgroup = f"/{scratch_root().name}/{self.directory.name}"
+        self.cdi_dirs = (self.directory / "cdi", self.directory / "cdi-run")
         self.config = self.directory / "config.toml"
         self._write_config(cni, mirrors, settings or {})
         self._link_guest_image()
@@ -61,6 +62,7 @@ class Daemon:
             "handlers.std": {"source": "template"},
             "cni": {"conf_dir": str(cni), "bin_dirs": [str(PLUGINS)]},
             "registry": {"config_path": str(mirrors)},
+            "cdi": {"spec_dirs": [str(directory) for directory in self.cdi_dirs]},
         }
         for section, values in settings.items():
             wished[section] = wished.get(section, {}) | dict(values)

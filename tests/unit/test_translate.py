@@ -276,9 +276,15 @@ def test_user_namespaces_that_cannot_be(options: dict[str, Any], field: str) -> 
     assert caught.value.field == f"{at}.{field}"
 
 
-def test_devices_by_cdi_are_refused_by_name() -> None:
-    with pytest.raises(InvalidSpec, match=r"'vendor\.test/gpu=0', 'vendor\.test/gpu=1'"):
-        container(CDIDevices=[{"name": f"vendor.test/gpu={number}"} for number in (0, 1)])
+def test_devices_by_cdi_come_from_the_field_and_from_annotations() -> None:
+    annotations = {"cdi.k8s.io/plugin_a": "v/c=1,v/c=2", "other": "v/c=3"}
+    wishes = container(CDIDevices=[{"name": "v/c=0"}], annotations=annotations).cdi_devices
+    at = "config.annotations['cdi.k8s.io/plugin_a']"
+    assert [(wish.name, wish.field) for wish in wishes] == [
+        ("v/c=0", "config.CDI_devices[0].name"),
+        ("v/c=1", at),
+        ("v/c=2", at),
+    ]
 
 
 def test_a_mount() -> None:
@@ -332,7 +338,6 @@ def test_mounts_that_are_not_offered(mount: dict[str, Any], field: str) -> None:
     ("config", "field"),
     [
         ({"windows": {}}, "windows"),
-        ({"CDIDevices": [{"name": "v/c=d"}]}, "CDI_devices"),
         ({"image": {}}, "image.image"),
         ({"workingDir": "srv"}, "working_dir"),
         ({"envs": [{"key": "A=B"}]}, "envs[0].key"),
