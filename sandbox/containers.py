@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import resource
 import secrets
@@ -59,6 +60,9 @@ LOG_END_TIMEOUT_S = 5.0  # longer than a busy disk takes; a full one must not hi
 KILL_TIMEOUT_S = 30.0
 # Two of these and the frame around them must fit the 16 MiB that a CRI client receives.
 EXEC_OUTPUT_LIMIT = 7 << 20
+# What is wrong with a path itself.
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+_SHOWN_MAX = 200
 EXIT_CODE_START_ERROR = 128
 EXIT_CODE_KILLED = 137
 EXIT_CODE_UNKNOWN = 255
@@ -292,12 +296,18 @@ class Containers:
             self._apply_exit(container, state.exited)
 
     async def _open_log(self, container: Container) -> LogRelay:
+        """Raises InvalidSpec for a path that the host's file system cannot have."""
+        path = container.record.log_path
         if container.relay is None:
-            container.relay = await LogRelay.open(
-                container.record.log_path,
-                container.record.log,
-                lambda position: container.update(log=position),
-            )
+            try:
+                container.relay = await LogRelay.open(
+                    path, container.record.log, lambda position: container.update(log=position)
+                )
+            except OSError as error:
+                if error.errno not in _PATH_ERRORS:
+                    raise
+                problem = f"{path[:_SHOWN_MAX]!r}: {error.strerror}"
+                raise InvalidSpec("config.log_path", problem, "a file's name") from error
         return container.relay
 
     async def _resume_log(self, container: Container) -> None:
@@ -510,6 +520,6 @@ def _log_path(directory: str, name: str) -> str:
     if not directory or not name:
         return ""
     relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts:
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name:
         raise InvalidSpec("config.log_path", f"{name!r} leaves the log directory", "a path relative to it")
     return str(PurePosixPath(directory) / relative)

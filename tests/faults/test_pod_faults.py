@@ -548,3 +548,14 @@ async def _until(condition: Any) -> None:
     async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def test_a_log_path_that_no_file_can_have(daemon: Daemon, root: Path) -> None:
+    pod = await daemon.pods.run(pod_spec(log_directory=str(root)))
+    with pytest.raises(InvalidSpec, match="log_path"):
+        await daemon.containers.create(pod, container_spec(log_path="a\0b"))
+    container = await daemon.containers.create(pod, container_spec(log_path="x" * 300))
+    with pytest.raises(InvalidSpec, match=r"log_path.*too long") as caught:
+        await daemon.containers.start(container)
+    assert len(str(caught.value)) < 400
+    assert daemon.containers.find(container).state is ContainerState.CREATED

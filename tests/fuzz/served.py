@@ -199,6 +199,15 @@ class Served:
             for record in self.daemon.containers.list():
                 yield "ContainerStatus", pb.ContainerStatusRequest(container_id=record.id, verbose=True)
 
+    async def undo(self, name: str, answer: Any) -> bool:
+        """Take away what was made and nothing else, where that is possible."""
+        if name == "RunPodSandbox":
+            request = pb.RemovePodSandboxRequest(pod_sandbox_id=answer.pod_sandbox_id)
+            await self.good("RemovePodSandbox", request)
+        if name == "CreateContainer":
+            await self.good("RemoveContainer", pb.RemoveContainerRequest(container_id=answer.container_id))
+        return name in ("RunPodSandbox", "CreateContainer")
+
     async def good(self, name: str, request: Message) -> Any:
         code, answer, details = await self.call(name, request)
         assert code is grpc.StatusCode.OK, f"{name}: {code} {details}"

@@ -1,11 +1,12 @@
 """Protobuf messages for hypothesis, made from descriptors: a new field or rpc is drawn without a line here.
 
-`any_message` draws whatever the type allows, `near` changes a good message in a few places.
+`any_message` draws whatever the type allows, `near` changes a good message in a few places,
+`field_edges` tells where to change it and to what, one field after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -83,6 +84,56 @@ def near(seed: M, words: Sequence[str] = ()) -> st.SearchStrategy[M]:
         return message
 
     return draw_one()
+
+
+Path = tuple[FieldDescriptor, ...]
+
+
+def field_edges(kind: Descriptor, above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every field at or beneath a message, with each edge of its type; for `set_at`."""
+    fields: Any = kind.fields
+    for field in fields:
+        if field.message_type is not None and not is_map(field):
+            yield from field_edges(field.message_type, (*above, field))
+        else:
+            for value in _edges(field):
+                yield (*above, field), value
+
+
+def _edges(field: FieldDescriptor) -> Sequence[Any]:
+    if field.message_type is not None:  # a map: of its keys, or of its values
+        key, item = (field.message_type.fields_by_name[name] for name in ("key", "value"))
+        return [
+            *({edge: _edges(item)[0]} for edge in _edges(key)),
+            *({"a": edge} for edge in _edges(item)),
+        ]
+    match field.cpp_type:
+        case FieldDescriptor.CPPTYPE_STRING if field.type == FieldDescriptor.TYPE_BYTES:
+            return (b"\0", b"x" * 300)
+        case FieldDescriptor.CPPTYPE_STRING:
+            return ("", "\0", "/", "/../..", "€" * 90, "/" + "x" * 5000)
+        case FieldDescriptor.CPPTYPE_BOOL:
+            return (False, True)
+        case FieldDescriptor.CPPTYPE_ENUM:
+            assert field.enum_type is not None
+            return (*(value.number for value in field.enum_type.values), -1)
+    low, high = _INTEGERS[field.cpp_type]
+    return (low, -1, high) if low else (0, high)
+
+
+def set_at(message: Message, path: Path, value: Any) -> None:
+    """In the first of a list, where there is one."""
+    for field in path[:-1]:
+        inner: Any = getattr(message, field.name)
+        message = (inner[0] if inner else inner.add()) if field.is_repeated else inner
+        message.SetInParent()
+    last, there = path[-1], getattr(message, path[-1].name)
+    if is_map(last):
+        there.update(value)
+    elif last.is_repeated:
+        there.append(value)
+    else:
+        setattr(message, last.name, value)
 
 
 def _fill(draw: st.DrawFn, message: Message, words: Sequence[str], depth: int) -> None:
