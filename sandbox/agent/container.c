@@ -63,6 +63,7 @@ static void release(struct container *container) {
     loop_close(&agent->loop, &container->population);
     process_close(&container->process, &agent->loop);
     close_fd(&container->stdin_pipe);
+    close_fd(&container->spare.directory);
     close_fd(&container->cgroup);
     log_free(&container->log);
     free(container);
@@ -88,6 +89,8 @@ void container_continue(struct container *container) {
     struct agent *agent = container->agent;
     if (!container->removing || container->process.state != PROCESS_ENDED || has_execs(container))
         return;
+    if (container->spare.directory >= 0)
+        unlinkat(container->cgroup, container->spare.name, AT_REMOVEDIR);
     if (cgroup_remove(agent->cgroup, container->id) < 0) {
         if (errno == EBUSY) {
             wait_for_population(container);
@@ -233,6 +236,7 @@ static struct container *make(struct agent *agent, const Start *start, uint32_t 
         .terminal = start->process->tty,
         .stdin_pipe = -1,
         .cgroup = -1,
+        .spare = {.directory = -1},
         .memory_events = {.fd = -1, .ready = memory_events_ready},
         .population = {.fd = -1, .ready = population_ready},
         .log = {.stream = start->log_stream, .credit = start->log_window, .wanted = start->log_stream != 0},

@@ -8,6 +8,13 @@ struct agent;
 
 enum { ID_MAX = 128, WAITERS_MAX = 8 };
 
+// The cgroup of an exec, beneath its container's.
+struct exec_group {
+    int directory; // -1: there is none
+    bool killed;   // some kernels also kill at once whoever is cloned into it later (seen with 6.18)
+    char name[32];
+};
+
 struct container {
     struct container *next;
     struct agent *agent;
@@ -25,7 +32,8 @@ struct container {
     uint32_t oom_kills;
     struct source population; // cgroup.events, while removal waits for its last process
     unsigned exec_serial;     // names the cgroups of execs
-    unsigned exec_leftovers;  // such cgroups that were not empty at their exec's end
+    unsigned exec_leftovers;  // such cgroups that were not empty when they were wanted again
+    struct exec_group spare;  // of the last exec, for the next one
     bool removing;
     uint32_t waiters[WAITERS_MAX]; // requests that removal answers
     int waiter_count;

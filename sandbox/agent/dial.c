@@ -158,7 +158,7 @@ static void hang_up(struct dial *dial) {
 
 static void move(struct dial *dial) {
     inlet_pump(&dial->inlet, dial->agent);
-    outlet_pump(&dial->outlet, dial->agent, false);
+    outlet_pump(&dial->outlet, dial->agent, false, false);
     if (dial->inlet.source.fd < 0 && dial->outlet.source.fd < 0)
         release(dial);
 }

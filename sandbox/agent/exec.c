@@ -36,6 +36,11 @@ int exec_frame(struct agent *agent, const struct frame *frame) {
 
 // ------------------------------------------------------------------------------------ ending
 
+static void remove_group(struct container *container, const char *name) {
+    if (unlinkat(container->cgroup, name, AT_REMOVEDIR) < 0 && errno == EBUSY)
+        container->exec_leftovers++;
+}
+
 // The cgroups of execs whose background processes have ended since.
 static void sweep(struct container *container) {
     if (container->exec_leftovers == 0)
@@ -45,8 +50,26 @@ static void sweep(struct container *container) {
     autoclosedir DIR *directory = fd >= 0 ? fdopendir(fd) : NULL;
     for (struct dirent *entry; directory && (entry = readdir(directory));)
         if (!strncmp(entry->d_name, "husk-exec.", 10) &&
-            unlinkat(container->cgroup, entry->d_name, AT_REMOVEDIR) < 0 && errno == EBUSY)
-            container->exec_leftovers++;
+            (container->spare.directory < 0 || strcmp(entry->d_name, container->spare.name)))
+            remove_group(container, entry->d_name);
+}
+
+// Making and removing a cgroup takes a tenth of an exec, so one is kept.
+static void put_back(struct exec_group *group, struct container *container) {
+    if (container && group->directory >= 0 && !group->killed && container->spare.directory < 0) {
+        container->spare = *group;
+        group->directory = -1;
+    } else {
+        close_fd(&group->directory);
+        if (container)
+            remove_group(container, group->name);
+    }
+}
+
+// Whether it is still there, and nobody is in it: a background process may have stayed.
+static bool is_free(const struct exec_group *group) {
+    autoclose int events = openat(group->directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    return events >= 0 && cgroup_value(events, "populated") == 0;
 }
 
 static void release(struct exec *exec) {
@@ -60,7 +83,10 @@ static void release(struct exec *exec) {
     inlet_close(&exec->inlet, agent);
     loop_close(&agent->loop, &exec->population);
     process_close(&exec->process, &agent->loop);
-    close_fd(&exec->cgroup);
+    struct container *container = container_find(agent, exec->container_id);
+    put_back(&exec->cgroup, container);
+    if (container)
+        sweep(container);
     free(exec);
 }
 
@@ -116,11 +142,6 @@ void exec_ended(struct exec *exec, int wait_status) {
     struct agent *agent = exec->agent;
     process_set_ended(&exec->process, &agent->loop, wait_status);
     struct container *container = container_find(agent, exec->container_id);
-    if (container) {
-        sweep(container);
-        if (unlinkat(container->cgroup, exec->cgroup_name, AT_REMOVEDIR) < 0 && errno == EBUSY)
-            container->exec_leftovers++;
-    }
     if (!exec->process.failed) {
         take_terminal(exec);
         announce(exec);
@@ -138,17 +159,20 @@ void exec_ended(struct exec *exec, int wait_status) {
 static void watch_population(struct exec *exec) {
     if (exec->population.fd >= 0)
         return;
-    exec->population.fd = openat(exec->cgroup, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    exec->population.fd = openat(exec->cgroup.directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
     if (exec->population.fd >= 0)
         loop_add(&exec->agent->loop, &exec->population, EPOLLPRI);
 }
 
 int exec_signal(struct exec *exec, int signal, bool all, struct error *error) {
     int failed;
-    if (all && signal == SIGKILL)
+    if (all && signal == SIGKILL) {
+        exec->cgroup.killed = true;
         watch_population(exec);
+    }
     if (all) // also after the process itself has ended: of its background processes
-        failed = signal == SIGKILL ? cgroup_kill(exec->cgroup) : cgroup_signal(exec->cgroup, signal);
+        failed = signal == SIGKILL ? cgroup_kill(exec->cgroup.directory)
+                                   : cgroup_signal(exec->cgroup.directory, signal);
     else if (exec->process.state == PROCESS_ENDED)
         return fail_about(error, ESRCH, "signal", "exec has ended");
     else
@@ -183,13 +207,14 @@ static struct exec *make(struct agent *agent, uint32_t request, const Exec *mess
     *exec = (struct exec){
         .agent = agent,
         .next = agent->execs,
-        .cgroup = -1,
+        .cgroup = {.directory = -1},
         .population = {.fd = -1, .ready = population_ready},
         .process = {.pidfd = -1,
                     .terminal = -1,
                     .request = request,
                     .status = {.fd = -1, .ready = status_ready}},
         .terminal = message->process->tty,
+        .told_at_end = message->told_at_end && !message->process->tty && !message->stdin_stream,
         .inlet = inlet_make(message->stdin_stream),
         .outlets = {outlet_make(message->stdout_stream, message->window),
                     outlet_make(message->stderr_stream, message->window)},
@@ -227,13 +252,23 @@ static int prepare_streams(struct exec *exec, const Exec *message, struct child 
 
 // A cgroup of its own beneath the container's, so that a timeout finds the whole tree of processes.
 static int prepare_cgroup(struct exec *exec, struct container *container, struct error *error) {
+    struct exec_group *group = &exec->cgroup;
+    if (container->spare.directory >= 0) {
+        bool free = is_free(&container->spare);
+        *group = container->spare;
+        container->spare.directory = -1;
+        if (free)
+            return 0;
+        close_fd(&group->directory);
+        container->exec_leftovers++;
+    }
     for (int attempts = 0; attempts < 16; attempts++) {
-        snprintf(exec->cgroup_name, sizeof exec->cgroup_name, "husk-exec.%u", container->exec_serial++);
-        exec->cgroup = cgroup_make(container->cgroup, exec->cgroup_name, error);
-        if (exec->cgroup >= 0 || error->number != EEXIST) // the container may have made one of that name
+        snprintf(group->name, sizeof group->name, "husk-exec.%u", container->exec_serial++);
+        group->directory = cgroup_make(container->cgroup, group->name, error);
+        if (group->directory >= 0 || error->number != EEXIST) // the container may have made one of that name
             break;
     }
-    return exec->cgroup < 0 ? -1 : 0;
+    return group->directory < 0 ? -1 : 0;
 }
 
 static int launch(struct exec *exec, struct container *container, const Exec *message, struct child *child,
@@ -243,7 +278,7 @@ static int launch(struct exec *exec, struct container *container, const Exec *me
         process_prepare(&exec->process, child, error) < 0)
         return -1;
     struct placement placement = {
-        .cgroup = exec->cgroup,
+        .cgroup = exec->cgroup.directory,
         .pid_namespace = container->process.pidfd,
         .own_pid_namespace = agent->own_pid_namespace,
     };
@@ -253,7 +288,8 @@ static int launch(struct exec *exec, struct container *container, const Exec *me
     if (pid < 0)
         return -1;
     exec->process.pid = pid;
-    loop_add(&agent->loop, &exec->process.status, EPOLLIN);
+    if (!exec->told_at_end) // else its end tells whether it began
+        loop_add(&agent->loop, &exec->process.status, EPOLLIN);
     return 0;
 }
 
@@ -289,8 +325,6 @@ void exec_start(struct agent *agent, uint32_t request, const Exec *message) {
         close_fd(&child.stdio[i]);
     close_fd(&child.status);
     if (failed < 0) {
-        if (exec->cgroup >= 0)
-            unlinkat(container->cgroup, exec->cgroup_name, AT_REMOVEDIR);
         reply_failure(agent, request, &error);
         release(exec);
     }
@@ -298,12 +332,17 @@ void exec_start(struct agent *agent, uint32_t request, const Exec *message) {
 
 // -------------------------------------------------------------------------------- every turn
 
+// Usually the reply comes first.
+static bool may_speak(const struct exec *exec) {
+    return exec->process.state != PROCESS_STARTING || exec->told_at_end;
+}
+
 void exec_pump(struct exec *exec) {
     bool ended = exec->process.state == PROCESS_ENDED;
     if (exec->inlet.source.fd >= 0 && exec->process.state == PROCESS_RUNNING)
         inlet_pump(&exec->inlet, exec->agent);
-    for (int i = 0; i < 2 && exec->process.state != PROCESS_STARTING; i++) // the reply comes first
-        outlet_pump(&exec->outlets[i], exec->agent, ended);
+    for (int i = 0; i < 2 && may_speak(exec); i++)
+        outlet_pump(&exec->outlets[i], exec->agent, ended, exec->told_at_end && !ended);
     bool dying = exec->population.fd >= 0 && cgroup_value(exec->population.fd, "populated") > 0;
     if (ended && exec->outlets[0].source.fd < 0 && exec->outlets[1].source.fd < 0 && !dying)
         finish(exec);
@@ -311,7 +350,7 @@ void exec_pump(struct exec *exec) {
 
 bool exec_has_work(const struct exec *exec) {
     bool ended = exec->process.state == PROCESS_ENDED;
-    for (int i = 0; i < 2 && exec->process.state != PROCESS_STARTING; i++)
+    for (int i = 0; i < 2 && may_speak(exec); i++)
         if (outlet_has_work(&exec->outlets[i], &exec->agent->channel, ended))
             return true;
     return false;
@@ -324,7 +363,8 @@ void exec_disconnect(struct exec *exec) {
     exec->inlet.ended = true;
     for (int i = 0; i < 2; i++)
         outlet_close(&exec->outlets[i], exec->agent);
-    cgroup_kill(exec->cgroup);
+    exec->cgroup.killed = true;
+    cgroup_kill(exec->cgroup.directory);
     if (exec->process.state == PROCESS_ENDED)
         release(exec);
 }

@@ -11,11 +11,11 @@ struct exec {
     struct agent *agent;
     char container_id[ID_MAX + 1];
     char id[ID_MAX + 1];
-    char cgroup_name[32];
-    int cgroup;
+    struct exec_group cgroup;
     struct source population; // cgroup.events, once all of it was killed; -1: it was not
     struct process process;
     bool terminal;
+    bool told_at_end;
     struct outlet outlets[2];
     struct inlet inlet;
 };

@@ -76,10 +76,13 @@ static bool outlet_move(struct outlet *outlet, struct agent *agent, bool last) {
     return true;
 }
 
-void outlet_pump(struct outlet *outlet, struct agent *agent, bool last) {
-    for (int i = 0; i < MOVES_IN_A_ROW && outlet->source.fd >= 0 && (outlet->readable || last); i++)
-        if (!outlet_move(outlet, agent, last))
+void outlet_pump(struct outlet *outlet, struct agent *agent, bool last, bool keep) {
+    for (int i = 0; i < MOVES_IN_A_ROW && outlet->source.fd >= 0 && (outlet->readable || last); i++) {
+        if (keep && is_drained(outlet))
+            outlet->readable = false; // there may be its end to read
+        else if (!outlet_move(outlet, agent, last))
             return;
+    }
 }
 
 bool outlet_has_work(const struct outlet *outlet, const struct channel *channel, bool last) {

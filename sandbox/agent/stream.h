@@ -29,8 +29,8 @@ struct inlet {
 struct outlet outlet_make(uint32_t stream, uint32_t credit);
 struct inlet inlet_make(uint32_t stream);
 
-// As far as room and credit go. `last`: what is not there now will not come.
-void outlet_pump(struct outlet *outlet, struct agent *agent, bool last);
+// As far as room and credit go. `last`: what is not there now will not come. `keep`: its end is not told yet.
+void outlet_pump(struct outlet *outlet, struct agent *agent, bool last, bool keep);
 void inlet_pump(struct inlet *inlet, struct agent *agent);
 
 // True if pumping it would do something.

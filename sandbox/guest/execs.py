@@ -70,6 +70,7 @@ class _Run:
             stdout_stream=self.outputs[0].stream,
             stderr_stream=0 if process.tty else self.outputs[1].stream,
             window=WINDOW,
+            told_at_end=not process.tty,
         )
 
     async def finish(self) -> ExecResult:
@@ -97,8 +98,8 @@ class _Run:
         try:
             async with asyncio.timeout(KILL_S):
                 with suppress(GuestError):  # it was never started, or has just ended
-                    await asyncio.shield(self.started)
                     await self.client.post(self._kill_request())
+                    await asyncio.shield(self.started)
                     await asyncio.shield(self.exited)
                     await self.drain()
         except TimeoutError as cause:

@@ -1035,6 +1035,7 @@ class Exec(_message.Message):
     STDOUT_STREAM_FIELD_NUMBER: _builtins.int
     STDERR_STREAM_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
+    TOLD_AT_END_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     exec_id: _builtins.str
     """chosen by the host, unique while it runs"""
@@ -1046,6 +1047,8 @@ class Exec(_message.Message):
     """0 with a tty, which has one output"""
     window: _builtins.int
     """credit given for each output stream"""
+    told_at_end: _builtins.bool
+    """the reply comes with the exit, as does the end of each output: one message for"""
     @_builtins.property
     def process(self) -> Global___Process: ...
     def __init__(
@@ -1058,10 +1061,11 @@ class Exec(_message.Message):
         stdout_stream: _builtins.int = ...,
         stderr_stream: _builtins.int = ...,
         window: _builtins.int = ...,
+        told_at_end: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "exec_id", b"exec_id", "process", b"process", "stderr_stream", b"stderr_stream", "stdin_stream", b"stdin_stream", "stdout_stream", b"stdout_stream", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "exec_id", b"exec_id", "process", b"process", "stderr_stream", b"stderr_stream", "stdin_stream", b"stdin_stream", "stdout_stream", b"stdout_stream", "told_at_end", b"told_at_end", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

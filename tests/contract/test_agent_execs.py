@@ -28,7 +28,8 @@ class Running:
     ) -> None:
         hold = bool(more.pop("hold", False))
         self.guest = guest
-        self.stdin = guest.client.open_output()
+        told_at_end = bool(more.pop("told_at_end", False))
+        self.stdin = guest.client.open_output()  # not used with `told_at_end`
         self.stdout = Sink(guest.client, window, hold=hold)
         tty = bool(more.get("tty"))
         self.stderr = self.stdout if tty else Sink(guest.client, window, hold=hold)
@@ -40,10 +41,11 @@ class Running:
                     container_id=box,
                     exec_id=self.id,
                     process=process(argv, **more),
-                    stdin_stream=self.stdin.id,
+                    stdin_stream=0 if told_at_end else self.stdin.id,
                     stdout_stream=self.stdout.stream,
                     stderr_stream=0 if tty else self.stderr.stream,
                     window=window,
+                    told_at_end=told_at_end,
                 )
             )
         )
@@ -59,6 +61,20 @@ async def shell(guest: Guest, box: str) -> AsyncIterator[Running]:
 async def test_output_and_exit_code(guest: Guest, box: str) -> None:
     assert await guest.exec(box, ["sh", "-c", "echo out; echo err >&2; exit 3"]) == (3, "out\n", "err\n")
     assert (await guest.exec(box, ["sh", "-c", "kill -9 $$"]))[0] == 137
+
+
+async def test_start_and_exit_are_told_together(guest: Guest, box: str) -> None:
+    """For whoever waits for both; what it prints comes when it is printed."""
+    running = Running(guest, box, ["sh", "-c", "echo on; sleep 0.3; exit 4"], told_at_end=True)
+    await running.stdout.read(lambda seen: seen == b"on\n")
+    assert not running.started.done() and not running.stdout.ended.is_set()
+    assert (await running.exited).exit_code == 4
+    assert running.started.done() and running.stdout.ended.is_set() and running.stderr.ended.is_set()
+    with pytest.raises(GuestError, match="no-such"):
+        await Running(guest, box, ["no-such"], told_at_end=True).started
+    running = Running(guest, box, ["sh", "-c", "head -c 3000000 /dev/zero; exit 5"], told_at_end=True)
+    assert (await running.exited).exit_code == 5
+    assert len(running.stdout.seen) == 3_000_000
 
 
 async def test_it_is_inside(guest: Guest, box: str) -> None:
@@ -83,7 +99,7 @@ async def test_failures(
     with pytest.raises(GuestError) as caught:
         await guest.exec(box, fields.pop("argv"), **fields)
     assert (caught.value.step, caught.value.errno) == (step, errno)
-    assert not list((agent.cgroup / "husk" / box).glob("husk-exec.*"))
+    assert len(list((agent.cgroup / "husk" / box).glob("husk-exec.*"))) <= 1, "one is kept for the next"
 
 
 async def test_where_there_is_no_container(guest: Guest) -> None:
@@ -202,10 +218,11 @@ async def test_background_children_live_on(agent: Agent, guest: Guest, box: str)
     _, out, _ = await guest.exec(box, ["sh", "-c", "cat /proc/[0-9]*/cmdline"])
     assert "5555" in out
     cgroups = agent.cgroup / "husk" / box
-    assert len(list(cgroups.glob("husk-exec.*"))) == 1
+    kept = sorted(path.name for path in cgroups.glob("husk-exec.*"))
+    assert kept == ["husk-exec.0", "husk-exec.1"], "its own, and one for the next exec"
     await guest.exec(box, ["sh", "-c", "kill -9 $(ls /proc | grep -x '[0-9]*' | grep -vx -e 1 -e $$)"])
     async with asyncio.timeout(20):  # each exec that ends sweeps what has become empty by then
-        while list(cgroups.glob("husk-exec.*")):
+        while len(list(cgroups.glob("husk-exec.*"))) > 1:
             await guest.exec(box, ["true"])
 
 
@@ -252,7 +269,7 @@ async def test_execs_end_with_their_connection(guest: Guest, box: str) -> None:
         return False
 
     wait_for(lambda: not alive(), "the execs of the old connection to be dead")
-    assert (await guest.exec(box, ["echo", "again"]))[1] == "again\n"
+    assert (await guest.exec(box, ["echo", "again"])) == (0, "again\n", "")
     assert not any(event.exited.exec_id for event in guest.events)
 
 
