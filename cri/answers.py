@@ -41,16 +41,21 @@ def pod_item(record: PodRecord) -> pb.PodSandbox:
     )
 
 
-_PID_MODES = {PidMode.POD: pb.POD, PidMode.CONTAINER: pb.CONTAINER, PidMode.TARGET: pb.TARGET}
+_PID_MODES = {
+    PidMode.NODE: pb.NODE,
+    PidMode.POD: pb.POD,
+    PidMode.CONTAINER: pb.CONTAINER,
+    PidMode.TARGET: pb.TARGET,
+}
 
 
 def pod_status(record: PodRecord) -> pb.PodSandboxStatus:
     """A pod that has ended keeps its address: a kubelet reads it still."""
     ips = record.network.ips if record.network else ()
     options = pb.NamespaceOption(
-        network=pb.POD,
+        network=pb.NODE if record.spec.host_network else pb.POD,
         pid=_PID_MODES[record.spec.pid_mode],
-        ipc=pb.POD,
+        ipc=pb.NODE if record.spec.host_ipc else pb.POD,
         userns_options=_user_namespace(record.spec.user_namespace),
     )
     return pb.PodSandboxStatus(

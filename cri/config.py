@@ -100,6 +100,7 @@ class HandlerTable(Table, frozen=True, kw_only=True):
     machine: str = "q35"
     source: Literal["pool", "template", "boot"] = "pool"
     pool_size: Annotated[int, msgspec.Meta(ge=1, le=256)] = msgspec.field(default_factory=_pool_size)
+    host_pods: Literal["process", "refuse"] = "process"
 
 
 class Config(Table, frozen=True, kw_only=True):

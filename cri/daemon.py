@@ -38,6 +38,7 @@ from sandbox.events import Events
 from sandbox.factory import Factory, FactoryHost
 from sandbox.guest_image import default_profile
 from sandbox.host import find_host_size
+from sandbox.host_pods.engine import ProcessEngine, ProcessHost
 from sandbox.host_usage import HostUsage, host_usage
 from sandbox.layer_meter import LayerMeter
 from sandbox.meter import Meter
@@ -47,11 +48,13 @@ from sandbox.pods import PodHost, Pods
 from sandbox.records import ContainerRecord, PodRecord, Side
 from sandbox.registry import Registry
 from sandbox.room import Room
+from sandbox.spec import Isolation
 from sandbox.stages import Stage
-from sandbox.steps import pod_walks
+from sandbox.steps import Walks, pod_walks
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 from sandbox.templates import Templates
+from sandbox.vm_engine import VmEngine, VmHost
 from sandbox.vm_steps import Vm, grow
 from sandbox.vmm import find_hypervisor
 
@@ -107,7 +110,6 @@ class Daemon:
         self.node = HuskNode(config, self.hypervisor, layout)
         self.events = Events(self.registry)
         self.meter = Meter(self.registry, LayerMeter(self.images.rootfs))
-        room = Room(self.registry, grow)
         self.containers = Containers(
             self.registry,
             ContainerHost(
@@ -115,10 +117,7 @@ class Daemon:
                 plans=root / "containers",
                 images=self.images,
                 rootfs=self.images.rootfs,
-                tasks=self.tasks,
                 events=self.events,
-                room=room,
-                default_profile=default_profile(root),
                 cdi_dirs=[Path(directory) for directory in config.cdi.spec_dirs],
                 on_phase=self.metrics.phase,
             ),
@@ -141,22 +140,17 @@ class Daemon:
                 tasks=self.tasks,
             )
         )
+        self.processes = self._process_engine()
         self.pods = Pods(
             self.registry,
             self.containers,
-            self.factory,
             PodHost(
                 store=self.pod_store,
                 run=run_dir,
-                hypervisor=self.hypervisor,
-                walks=walks,
+                engines={Isolation.VM: self._vm_engine(walks), Isolation.PROCESS: self.processes},
                 handler=self.node.handler,
-                accelerator=self.node.verdict,
-                tasks=self.tasks,
                 on_started=self._note_start,
                 events=self.events,
-                room=room,
-                usage=self._usage_of,
             ),
         )
         self.streaming = StreamingServer(
@@ -176,6 +170,38 @@ class Daemon:
             Path(self.config.run) / "templates", self.hypervisor, self.networks, self.cgroups
         )
         return Vm(self.hypervisor, self.networks, self.cgroups, templates, self.stages[0], host)
+
+    def _vm_engine(self, walks: Walks) -> VmEngine:
+        return VmEngine(
+            self.registry,
+            self.containers,
+            VmHost(
+                hypervisor=self.hypervisor,
+                walks=walks,
+                factory=self.factory,
+                accelerator=self.node.verdict,
+                make_pod=lambda record: self.pods.make(record),
+                rootfs=self.images.rootfs,
+                tasks=self.tasks,
+                room=Room(self.registry, grow),
+                default_profile=default_profile(Path(self.config.root)),
+                usage=self._usage_of,
+            ),
+        )
+
+    def _process_engine(self) -> ProcessEngine:
+        return ProcessEngine(
+            self.registry,
+            self.containers,
+            ProcessHost(
+                cgroups=cgroup.Cgroups(layout=cgroup.find_layout(whole=True), root=self.config.cgroup_root),
+                networks=self.networks,
+                stage=self.stages[1],
+                rootfs=self.images.rootfs,
+                make_pod=lambda record: self.pods.make(record),
+                tasks=self.tasks,
+            ),
+        )
 
     def _services(self) -> Sequence[Service]:
         return (
@@ -216,6 +242,7 @@ class Daemon:
         self.metrics.watch(
             Sources(
                 sandboxes=self._pods_by_state,
+                isolation=self._ready_by_isolation,
                 containers=self._containers_by_state,
                 usage=self._usage,
                 stages=lambda: (*self.stages, *self.images.stages()),
@@ -272,6 +299,10 @@ class Daemon:
     def _pods_by_state(self) -> Mapping[str, int]:
         return Counter(str(record.state) for record in self.pod_store)
 
+    def _ready_by_isolation(self) -> Mapping[str, int]:
+        ready = Counter(str(record.isolation) for record in self.pod_store if record.ready)
+        return {str(kind): ready[str(kind)] for kind in Isolation}
+
     def _containers_by_state(self) -> Mapping[str, int]:
         return Counter(str(record.state) for record in self.container_store)
 
@@ -281,8 +312,22 @@ class Daemon:
         return host_usage(pod.record.vm, self.cgroups.directories(pod.id, pod.record.spec.cgroup_parent))
 
     def _usage(self) -> Sequence[SandboxUsage]:
-        ready = [pod for pod in list(self.registry.pods.values()) if pod.record.ready and pod.record.vm]
-        return [_sandbox_usage(pod.record, self._usage_of(pod)) for pod in ready]
+        ready = [pod for pod in list(self.registry.pods.values()) if pod.record.ready]
+        return [
+            _sandbox_usage(pod.record, self._usage_of(pod))
+            if pod.record.vm
+            else _processes_usage(pod.record, *self.processes.cost(pod))
+            for pod in ready
+        ]
+
+
+def _processes_usage(record: PodRecord, cpu_seconds: float, memory_bytes: int) -> SandboxUsage:
+    return SandboxUsage(
+        namespace=record.spec.namespace,
+        pod=record.spec.name,
+        cpu_seconds={"processes": cpu_seconds},
+        memory_bytes={"processes": memory_bytes},
+    )
 
 
 def _sandbox_usage(record: PodRecord, usage: HostUsage) -> SandboxUsage:

@@ -116,6 +116,22 @@ async def file_server(host: Host) -> Finding:
     return ok("virtiofsd", f"{found.version} ({found.path})")
 
 
+async def host_pods(host: Host) -> Finding:
+    name = "host-pods"
+    handlers = host.config.runtime_handlers().values()
+    if all(handler.host_pods == "refuse" for handler in handlers):
+        return ok(name, "those that ask for namespaces of the node are refused")
+    missing = [program for program in ("conmon", "crun") if host.which(program) is None]
+    if missing:
+        programs = " and ".join(missing)
+        return warn(
+            name,
+            f"{programs} not found: pods with the node's network, PID or IPC cannot be started",
+            f"apt-get install {' '.join(missing)}",
+        )
+    return ok(name, "conmon and crun are there for pods that share namespaces with the node")
+
+
 async def seccomp(host: Host) -> Finding:
     wanted = SecuritySpec(seccomp=Seccomp(kind=SeccompKind.RUNTIME_DEFAULT))
     try:
@@ -300,6 +316,7 @@ CHECKS: Sequence[Check] = (
             "vhost-vsock", "/dev/vhost-vsock is missing: virtio-serial is used, which does as well"
         ),
     ),
+    Check("host-pods", host_pods),
     Check("cni", cni),
     Check("firewall", iptables),
     Check("cgroups", cgroups),

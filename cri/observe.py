@@ -124,6 +124,7 @@ class Sources(Value, frozen=True, kw_only=True):
     """Asked at each scrape, from the scrape's thread (see above)."""
 
     sandboxes: Callable[[], Mapping[str, int]] = dict  # by state
+    isolation: Callable[[], Mapping[str, int]] = dict  # of the sandboxes that are ready
     containers: Callable[[], Mapping[str, int]] = dict  # by state
     usage: Callable[[], Sequence[SandboxUsage]] = tuple
     stages: Callable[[], Sequence[StageCount]] = tuple
@@ -220,16 +221,24 @@ class _FromSources(Collector):
         return []  # registration must not ask the sources
 
     def collect(self) -> Iterator[Metric]:
-        yield self._by_state("husk_sandboxes", "Pod sandboxes by state.", self._sources.sandboxes)
-        yield self._by_state("husk_containers", "Containers by state.", self._sources.containers)
+        yield _counts("husk_sandboxes", "Pod sandboxes by state.", "state", self._sources.sandboxes)
+        yield _counts(
+            "husk_ready_sandboxes",
+            "Pod sandboxes that are ready, by what keeps them from the node.",
+            "isolation",
+            self._sources.isolation,
+        )
+        yield _counts("husk_containers", "Containers by state.", "state", self._sources.containers)
         labels = ["namespace", "pod", "part"]
         cpu = CounterMetricFamily(
             "husk_sandbox_cpu_seconds",
-            "CPU time on the host: of the VMM with its guest, and of virtiofsd.",
+            "CPU time on the host: of the VMM with its guest and of virtiofsd, or of a pod's processes.",
             labels=labels,
         )
         memory = GaugeMetricFamily(
-            "husk_sandbox_memory_bytes", "Memory of the host: the guest's, and beyond it.", labels=labels
+            "husk_sandbox_memory_bytes",
+            "Memory of the host: the guest's and beyond it, or that of a pod's processes.",
+            labels=labels,
         )
         for usage in self._sources.usage():
             for part, seconds in usage.cpu_seconds.items():
@@ -248,12 +257,12 @@ class _FromSources(Collector):
             places.add_metric([stage.name, "waiting"], stage.waiting)
         yield places
 
-    @staticmethod
-    def _by_state(name: str, help: str, source: Callable[[], Mapping[str, int]]) -> Metric:
-        family = GaugeMetricFamily(name, help, labels=["state"])
-        for state, count in source().items():
-            family.add_metric([state], count)
-        return family
+
+def _counts(name: str, help: str, label: str, source: Callable[[], Mapping[str, int]]) -> Metric:
+    family = GaugeMetricFamily(name, help, labels=[label])
+    for value, count in source().items():
+        family.add_metric([value], count)
+    return family
 
 
 class MetricsNotServed(Exception):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
+import msgspec
+
 from cri.fields import (
     absolute,
     absolute_or_empty,
@@ -65,7 +67,7 @@ def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
     run_as_group = optional_id(security, "run_as_group", deep)
     if run_as_group is not None and run_as_user is None:
         raise InvalidSpec(f"{deep}.run_as_group", "is set without run_as_user", "both or none")
-    return PodSpec(
+    spec = PodSpec(
         name=required(config.metadata.name, f"{at}.metadata.name"),
         namespace=required(config.metadata.namespace, f"{at}.metadata.namespace"),
         uid=required(config.metadata.uid, f"{at}.metadata.uid"),
@@ -85,7 +87,7 @@ def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
             for n, mapping in enumerate(config.port_mappings)
         ),
         sysctls=dict(linux.sysctls),
-        cgroup_parent=_cgroup_of_vm(linux),
+        cgroup_parent=linux.cgroup_parent,
         resources=resources(linux.resources, f"{at}.linux.resources"),
         overhead=resources(linux.overhead, f"{at}.linux.overhead"),
         pid_mode=_pod_pid_mode(security.namespace_options, f"{deep}.namespace_options"),
@@ -97,7 +99,15 @@ def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
         seccomp=seccomp(security, deep),
         apparmor=apparmor(security, deep),
         user_namespace=user_namespace(security.namespace_options, f"{deep}.namespace_options"),
+        host_network=security.namespace_options.network == pb.NODE,
+        host_ipc=security.namespace_options.ipc == pb.NODE,
     )
+    if not spec.host_namespaces:
+        return msgspec.structs.replace(spec, cgroup_parent=_cgroup_of_vm(linux))
+    if spec.user_namespace:
+        problem = f"POD does not go with {spec.host_namespaces[0]} NODE"
+        raise InvalidSpec(f"{deep}.namespace_options.userns_options.mode", problem, "NODE")
+    return spec
 
 
 def _cgroup_of_vm(linux: pb.LinuxPodSandboxConfig) -> str:
@@ -130,7 +140,7 @@ def _pod_pid_mode(options: pb.NamespaceOption, at: str) -> PidMode:
     check_namespaces(options, at)
     mode = pid_mode(options, at)
     if mode is PidMode.TARGET:
-        raise InvalidSpec(f"{at}.pid", "a sandbox has no target", "POD, CONTAINER")
+        raise InvalidSpec(f"{at}.pid", "a sandbox has no target", "POD, CONTAINER, NODE")
     return mode
 
 

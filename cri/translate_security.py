@@ -43,6 +43,8 @@ def security_spec(security: pb.LinuxContainerSecurityContext, at: str) -> Securi
         ambient_capabilities=tuple(security.capabilities.add_ambient_capabilities),
         pid_mode=pid_mode(options, f"{at}.namespace_options"),
         pid_target=options.target_id,
+        host_network=options.network == pb.NODE,
+        host_ipc=options.ipc == pb.NODE,
         run_as_user=run_as_user,
         run_as_username=security.run_as_username,
         run_as_group=run_as_group,
@@ -59,18 +61,11 @@ def security_spec(security: pb.LinuxContainerSecurityContext, at: str) -> Securi
 
 
 def check_namespaces(options: pb.NamespaceOption, at: str) -> None:
-    """Network and IPC are the VM's, so only the pod's can be had.
-
-    Host namespaces would have to be another kernel's: a pod that needs them has to run under
-    another runtime.
-    """
-    advice = "in a VM the node's own cannot be had; give the pod a RuntimeClass of a runtime without VMs"
+    """Those of the node are for the pod's handler to give or to refuse."""
     for field in ("network", "pid", "ipc"):
         mode = one_of(pb.NamespaceMode, getattr(options, field), f"{at}.{field}")
-        if mode == "NODE":
-            raise InvalidSpec(f"{at}.{field}", f"NODE: {advice}", "POD")
-        if mode != "POD" and field != "pid":
-            raise InvalidSpec(f"{at}.{field}", f"{mode}: the containers of a pod share it", "POD")
+        if mode not in ("POD", "NODE") and field != "pid":
+            raise InvalidSpec(f"{at}.{field}", f"{mode}: the containers of a pod share it", "POD, NODE")
     if options.target_id and options.pid != pb.TARGET:
         raise InvalidSpec(f"{at}.target_id", "is set without pid TARGET", "an empty id")
 
@@ -113,7 +108,12 @@ def mount_ids(mount: pb.Mount, at: str) -> UserNamespace | None:
     )
 
 
-_PID_MODES = {pb.POD: PidMode.POD, pb.CONTAINER: PidMode.CONTAINER, pb.TARGET: PidMode.TARGET}
+_PID_MODES = {
+    pb.NODE: PidMode.NODE,
+    pb.POD: PidMode.POD,
+    pb.CONTAINER: PidMode.CONTAINER,
+    pb.TARGET: PidMode.TARGET,
+}
 
 
 def pid_mode(options: pb.NamespaceOption, at: str) -> PidMode:

@@ -87,6 +87,11 @@ def _masks(names: tuple[str, ...], field: str) -> tuple[int, ...]:
     return tuple(_mask(name, f"{field}[{number}]") for number, name in enumerate(names))
 
 
+def mask_named(name: str) -> int:
+    """One bit, or `ALL`, of a name that was checked."""
+    return _mask(name, "")
+
+
 def _mask(name: str, field: str) -> int:
     """One bit, or `ALL`. Case and a CAP_ prefix do not matter."""
     bare = name.upper().removeprefix("CAP_")

@@ -36,6 +36,7 @@ from sandbox.process import find_by_cgroup
 # Hierarchies of v1 worth a directory: what accounts or limits a pod as a whole, and the service
 # manager's own. Device access and block weights of a VMM are inherited from the parent.
 _V1_WANTED = frozenset({"cpu", "cpuacct", "cpuset", "memory", "pids", "hugetlb", "name=systemd"})
+_V1_WHOLE = _V1_WANTED | {"blkio", "devices", "freezer", "net_cls", "net_prio", "perf_event", "rdma", "misc"}
 _ATTEMPTS = 100
 
 
@@ -64,8 +65,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return (*self.hierarchies, self.unified) if self.unified else self.hierarchies
 
 
-def parse_layout(mountinfo: str) -> Layout:
-    """Read the layout out of /proc/PID/mountinfo (proc(5)): the first mount of each hierarchy."""
+def parse_layout(mountinfo: str, *, whole: bool = False) -> Layout:
+    """Read the layout out of /proc/PID/mountinfo (proc(5)): the first mount of each hierarchy. `whole`:
+    also of those that only an ordinary container needs."""
     hierarchies: dict[frozenset[str], str] = {}
     unified = ""
     for line in mountinfo.splitlines():
@@ -77,15 +79,15 @@ def parse_layout(mountinfo: str) -> Layout:
         if kind == "cgroup2":
             unified = unified or path
         elif kind == "cgroup":
-            wanted = frozenset(options.split(",")) & _V1_WANTED
+            wanted = frozenset(options.split(",")) & (_V1_WHOLE if whole else _V1_WANTED)
             if wanted:
                 hierarchies.setdefault(wanted, path)
     mode = Mode.V2 if not hierarchies else Mode.HYBRID if unified else Mode.V1
     return Layout(mode=mode, hierarchies=tuple(sorted(hierarchies.values())), unified=unified)
 
 
-def find_layout() -> Layout:
-    return parse_layout(Path("/proc/self/mountinfo").read_text())
+def find_layout(*, whole: bool = False) -> Layout:
+    return parse_layout(Path("/proc/self/mountinfo").read_text(), whole=whole)
 
 
 def find_driver(layout: Layout) -> Driver:
@@ -243,7 +245,8 @@ def remove(layout: Layout, path: str, *, timeout_s: float = 5.0) -> None:
     go, and OSError when the kernel refuses for another reason.
     """
     deadline = time.monotonic() + timeout_s
-    pending = [d for d in directories(layout, path) if Path(d).exists()]
+    tops = [d for d in directories(layout, path) if Path(d).exists()]
+    pending = [d for top in tops for d in tree(top)]
     pause = 0.001
     while pending:
         for identity in find_by_cgroup(pending):
@@ -255,6 +258,11 @@ def remove(layout: Layout, path: str, *, timeout_s: float = 5.0) -> None:
         if pending:
             time.sleep(pause)  # the kernel gives no notice of the last exit that covers v1
             pause = min(pause * 2, 0.05)
+
+
+def tree(top: str) -> list[str]:
+    """A cgroup and all beneath it, the innermost first; those that are gone are left out."""
+    return [folder for folder, _, _ in os.walk(top, topdown=False)]
 
 
 def remove_empty(layout: Layout, path: str) -> None:

@@ -8,19 +8,21 @@ plan      what the agent will be told, compiled and checked
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from image.stores import RootfsStore
-from sandbox.apparmor import policy_for
+from sandbox.apparmor import Policy, policy_for
 from sandbox.container import Container
+from sandbox.devices import Wanted, wanted_devices
 from sandbox.environment import pod_files
 from sandbox.guest import guest_pb2 as pb
 from sandbox.paths import covers
-from sandbox.plan import compile_start, device_filter_for, seccomp_for
+from sandbox.plan import MountSource, compile_start, device_filter_for, seccomp_for
 from sandbox.records import User
 from sandbox.rooted import make_beneath, read_beneath
+from sandbox.spec import AppArmor, ContainerSpec
 from sandbox.users import resolve_user
 from sandbox.vm_steps import GUEST_ROOTFS
 from sandbox.volumes import find_sources, id_map
@@ -49,7 +51,12 @@ class Rootfs:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    default_profile: Path  # compiled; see `apparmor`
+    """The callables tell what there is where the container will run."""
+
+    rootfs: Callable[[Container], str]
+    sources: Callable[[Container], Sequence[MountSource]]
+    devices: Callable[[ContainerSpec], Sequence[Wanted]]
+    policy: Callable[[AppArmor], Policy]
     name = "plan"
 
     async def up(self, container: Container) -> None:
@@ -66,23 +73,35 @@ class Plan:
             passwd=read_beneath(container.rootfs, "etc/passwd", MAX_USER_FILE_BYTES),
             group=read_beneath(container.rootfs, "etc/group", MAX_USER_FILE_BYTES),
         )
+        devices = self.devices(record.spec)
         plan = compile_start(
             record.spec,
             pod.spec,
             record.defaults,
             container_id=container.id,
-            rootfs=f"{GUEST_ROOTFS}/{container.id}",
-            mount_sources=find_sources(container),
+            rootfs=self.rootfs(container),
+            mount_sources=self.sources(container),
             user=user,
             files=pod_files(pod),
             seccomp=seccomp_for(record.spec.security),
-            device_filter=device_filter_for(record.spec),
-            apparmor=policy_for(record.spec.security.apparmor, self.default_profile),
+            device_filter=device_filter_for(record.spec, devices),
+            apparmor=self.policy(record.spec.security.apparmor),
             vcpus=container.pod.vcpus,
+            devices=devices,
         )
         make_mount_points(container.rootfs, plan)
         container.save_plan(plan)
         container.update(user=User(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))
+
+
+def plan_for_guest(default_profile: Path) -> Plan:
+    """`default_profile` is AppArmor's, compiled (see `apparmor`); it need not be there."""
+    return Plan(
+        lambda container: f"{GUEST_ROOTFS}/{container.id}",
+        find_sources,
+        wanted_devices,
+        lambda wanted: policy_for(wanted, default_profile),
+    )
 
 
 def make_mount_points(rootfs: Path, plan: pb.Start) -> None:

@@ -11,12 +11,13 @@ becomes a block that answers 1 or falls to the next; after the last one the answ
 
 from __future__ import annotations
 
+import stat
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from sandbox.devices import STANDARD, wanted_devices
+from sandbox.devices import STANDARD, Wanted
 from sandbox.spec import ContainerSpec
 
 
@@ -53,23 +54,22 @@ DEFAULT_RULES = (
 )
 
 
-def device_filter_for(container: ContainerSpec) -> bytes:
-    """The program for this container; empty (no filter) when it is privileged.
+def device_filter_for(container: ContainerSpec, devices: Sequence[Wanted]) -> bytes:
+    """The program for this container; empty (no filter) when it is privileged."""
+    return b"" if container.security.privileged else compile_rules(device_rules(devices))
 
-    Raises InvalidSpec for a device that cannot be given.
-    """
-    if container.security.privileged:
-        return b""
-    asked = tuple(
+
+def device_rules(devices: Sequence[Wanted]) -> tuple[Rule, ...]:
+    asked = (
         Rule(
-            Type.CHARACTER,
+            Type.BLOCK if stat.S_ISBLK(each.node.type) else Type.CHARACTER,
             each.node.major,
             each.node.minor,
             sum(_ACCESS[letter] for letter in set(each.permissions)),
         )
-        for each in wanted_devices(container)
+        for each in devices
     )
-    return compile_rules((*DEFAULT_RULES, *asked))
+    return (*DEFAULT_RULES, *asked)
 
 
 # Opcodes: class | size or operation | source (Documentation/bpf/instruction-set.rst).

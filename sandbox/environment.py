@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sandbox.errors import InvalidSpec
@@ -9,6 +10,7 @@ from sandbox.records import PodRecord
 from sandbox.spec import Dns, Value
 
 HOST_RESOLV_CONF = Path("/etc/resolv.conf")
+HOST_HOSTS = Path("/etc/hosts")
 
 
 class PodFiles(Value, frozen=True, kw_only=True):
@@ -21,8 +23,9 @@ def pod_files(record: PodRecord) -> PodFiles:
     """As every container of the pod sees them, unless a mount covers the path."""
     hostname = pod_hostname(record)
     ips = record.network.ips if record.network else ()
+    shared = record.spec.host_network and HOST_HOSTS.exists()
     return PodFiles(
-        hosts=hosts(hostname, ips),
+        hosts=HOST_HOSTS.read_bytes() if shared else hosts(hostname, ips),
         hostname=f"{hostname}\n".encode(),
         resolv_conf=resolv_conf(record.spec.dns),
     )
@@ -30,7 +33,7 @@ def pod_files(record: PodRecord) -> PodFiles:
 
 def pod_hostname(record: PodRecord) -> str:
     # hostname(7): 64 bytes; a client that names none gets one that can be found again
-    return record.spec.hostname or record.id[:12]
+    return record.spec.hostname or (os.uname().nodename if record.spec.host_network else record.id[:12])
 
 
 def hosts(hostname: str, ips: tuple[str, ...]) -> bytes:

@@ -25,14 +25,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from sandbox.errors import InvalidSpec
 from sandbox.records import LogPosition
 
+# What is wrong with a path itself.
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+_SHOWN_MAX = 200
 _MODE = 0o640
 _DIRECTORY_MODE = 0o755
 # O_NONBLOCK: a FIFO in the file's place must not block; it says nothing about regular files.
@@ -123,6 +128,25 @@ def open_log(path: Path, position: LogPosition) -> LogFile:
         os.close(fd)
         raise
     return LogFile(path, fd, msgspec.structs.replace(position, next_base=None), written)
+
+
+@contextmanager
+def usable_path(path: str) -> Iterator[None]:
+    """Raises InvalidSpec in the place of an OSError for a path that the host's file system cannot have."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS:
+            raise
+        problem = f"{path[:_SHOWN_MAX]!r}: {error.strerror}"
+        raise InvalidSpec("config.log_path", problem, "a file's name") from error
+
+
+def make_log(path: Path) -> None:
+    """The file and its directory, for another to write. Raises OSError."""
+    path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+    fd, _ = _open_or_create(path)
+    os.close(fd)
 
 
 def _take_file(path: Path, written: int) -> LogFile:

@@ -18,9 +18,9 @@ from msgspec.structs import replace
 
 from sandbox import stats
 from sandbox.container import Container
-from sandbox.errors import GuestUnreachable, ProtocolError, SandboxError
+from sandbox.errors import ProtocolError, SandboxError
 from sandbox.layer_meter import LayerMeter
-from sandbox.pod import GUEST_CALL_TIMEOUT_S, Pod
+from sandbox.pod import Pod
 from sandbox.registry import Registry
 from sandbox.spec import PodId
 from sandbox.stats import CgroupStats, PodStats
@@ -128,16 +128,13 @@ class Meter:
 
     async def _read(self, pod: Pod, files: bool) -> PodStats:
         """Raises SandboxError."""
-        client = pod.client
-        if client is None:
-            raise GuestUnreachable(f"pod {pod.id}: no connection to its agent")
         containers = [container for container in self._registry.containers_of(pod) if container.running]
         ids = [container.id for container in containers]
         sent_ns = time.time_ns()
-        reply = await client.call(stats.request(ids, files=files), GUEST_CALL_TIMEOUT_S)
-        # the guest's clock tells best when it looked, as far as it can be true
-        at_ns = min(max(reply.values.wall_ns, sent_ns), time.time_ns())
-        found = stats.parse(pod.id, ids, _interfaces(pod), reply.values, at_ns)
+        values = await pod.engine.usage(pod, ids, files=files)
+        # who looked tells best when, as far as it can be true
+        at_ns = min(max(values.wall_ns, sent_ns), time.time_ns())
+        found = stats.parse(pod.id, ids, _interfaces(pod), values, at_ns)
         if found is None:
             raise ProtocolError(f"pod {pod.id}: its agent sent other values than it was asked for")
         return await self._completed(pod, containers, found)

@@ -20,11 +20,12 @@ from sandbox import process
 from sandbox.errors import GuestUnreachable, WrongState
 from sandbox.guest import guest_pb2 as pb
 from sandbox.records import Phase, PodRecord, PodState
-from sandbox.spec import Handler, PodId
+from sandbox.spec import Handler, PodId, VmSize
 from sandbox.store import Recorded, Store
 from sandbox.waterfall import guest_phases
 
 if TYPE_CHECKING:
+    from sandbox.engine import Engine
     from sandbox.guest.client import GuestClient
     from sandbox.stages import Stage
     from sandbox.vmm import Machine
@@ -34,6 +35,8 @@ GUEST_CALL_TIMEOUT_S = 60.0
 
 
 class Pod(Recorded[PodRecord]):
+    engine: Engine  # that of its kind, given by `Pods.make`
+
     def __init__(self, record: PodRecord, store: Store[PodRecord], run_dir: Path) -> None:
         super().__init__(record, store)
         self.run_dir = run_dir
@@ -86,6 +89,10 @@ class Pod(Recorded[PodRecord]):
 
     def note_phases(self, *phases: Phase) -> None:
         self.record = msgspec.structs.replace(self.record, phases=(*self.record.phases, *phases))
+
+    def note_size(self, size: VmSize) -> None:
+        """What it is to have, kept with the next `update` too."""
+        self.record = msgspec.structs.replace(self.record, size=size)
 
     def note_first(self, name: str, begin_s: float) -> None:
         """As `note_phase`, until now, for what is of interest only the first time in a pod's life."""

@@ -1,8 +1,7 @@
 """The verbs of pods: run, stop, remove, and taking up those that an earlier daemon left.
 
-    run      a VM of the pool or a new one, STARTING, the steps, READY; a failure is undone and leaves nothing
-    watch    from READY on a task per pod: a dead VM makes it NOT_READY at once, a broken
-             connection to the agent is made anew
+    run      a pod of its kind's engine, STARTING, the steps, READY; a failure is undone and leaves nothing
+    watch    from READY on a task per pod: if what it runs in ends, it is NOT_READY at once
     stop     kills the containers, NOT_READY, the steps down; the record and its address stay
     remove   stop, then the containers and the record
     update   other limits for all containers together
@@ -15,41 +14,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox.accelerator import Verdict
 from sandbox.containers import Containers
-from sandbox.errors import GuestUnreachable, InvalidSpec, NotFound, SandboxError, VmmGone
+from sandbox.engine import Connection, Engine
+from sandbox.errors import InvalidSpec, NotFound, SandboxError
 from sandbox.events import Events
-from sandbox.factory import Factory
-from sandbox.guest import guest_pb2 as pb
-from sandbox.guest.sessions import Forwarded
-from sandbox.host_usage import HostUsage
 from sandbox.lifecycle import UndoFailed, Walk, bring_up, only, take_down
-from sandbox.plan import vm_size
 from sandbox.pod import Pod
-from sandbox.records import ContainerRecord, PodRecord, PodState, Source
+from sandbox.records import ContainerRecord, PodRecord, PodState
 from sandbox.registry import Registry, pod_name
-from sandbox.resources import compile_pod_resources, merge_resources
-from sandbox.room import Room
-from sandbox.spec import Handler, PodId, PodSpec, Resources
-from sandbox.stats import POD_CGROUP
-from sandbox.steps import Walks, remove_tree
+from sandbox.resources import merge_resources
+from sandbox.spec import Handler, Isolation, PodId, PodSpec, Resources
+from sandbox.steps import remove_tree
 from sandbox.store import Store
-from sandbox.tasks import Tasks
-from sandbox.vm_steps import connect
-from sandbox.vmm import Hypervisor
 
 log = logging.getLogger(__name__)
 
-ADOPT_TIMEOUT_S = 30.0
-RECONNECT_PAUSE_S = 0.5
 STOP_GRACE_S = 5.0
-DIAL_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +43,16 @@ class PodHost:
 
     store: Store[PodRecord]
     run: Path
-    hypervisor: Hypervisor
-    walks: Walks
+    engines: Mapping[Isolation, Engine]
     handler: Callable[[str], Handler]  # raises InvalidSpec for an unknown name
-    accelerator: Callable[[Handler], Awaitable[Verdict]]
-    tasks: Tasks
     on_started: Callable[[PodRecord], None]
     events: Events
-    room: Room
-    usage: Callable[[Pod], HostUsage]  # reads files, of the host alone
 
 
 class Pods:
-    def __init__(self, registry: Registry, containers: Containers, factory: Factory, host: PodHost) -> None:
+    def __init__(self, registry: Registry, containers: Containers, host: PodHost) -> None:
         self._registry = registry
         self._containers = containers
-        self._factory = factory
         self._host = host
 
     # ------------------------------------------------------------------------------- look-up
@@ -94,15 +73,10 @@ class Pods:
     async def describe(self, record: PodRecord) -> Mapping[str, object]:
         """Facts for a person: where things are, what runs, how long each phase of the start took."""
         pod = self._registry.pod(record.id)
-        facts: dict[str, object] = {
+        return {
             "runDir": str(pod.run_dir),
             "handler": record.spec.handler,
-            "accelerator": record.accelerator,
-            "source": record.source,
-            "guestKernel": record.guest_kernel,
-            "size": {"memoryMiB": record.size.memory_mib, "vcpus": record.size.vcpus}
-            if record.size
-            else None,
+            "isolation": record.isolation,
             "netns": record.network.netns if record.network else "",
             "phases": [
                 {
@@ -113,16 +87,9 @@ class Pods:
                 }
                 for phase in record.phases
             ],
-            "console": str(pod.run_dir / "console.log"),
             "problem": record.problem,
+            **await pod.engine.describe(pod),
         }
-        if record.vm is not None:
-            facts["pid"] = record.vm.vmm.pid
-            facts["helpers"] = {name: identity.pid for name, identity in record.vm.helpers.items()}
-            facts["hostUsage"] = _as_facts(await asyncio.to_thread(self._host.usage, pod))
-        if pod.machine is not None:
-            facts["vmm"] = dict(await pod.machine.describe())
-        return facts
 
     # ------------------------------------------------------------------------------- run
 
@@ -147,50 +114,33 @@ class Pods:
                     ended=pod.ended,
                     console=pod.console,
                 )
-                if pod.record.source is Source.BOOT:  # another guest is as old as its template
-                    pod.note_guest()
                 pod.update(state=PodState.READY)
         except Exception as failure:
             try:
                 # a claim that failed also gives up what was made ahead
-                await take_down(only(self._host.walks.whole, pod.record.steps), pod, ended=pod.ended)
+                await take_down(only(pod.engine.walk, pod.record.steps), pod, ended=pod.ended)
             except UndoFailed as undo:
                 failure.add_note(f"and was not wholly undone: {undo}")
             else:
                 self._forget(pod)
             raise
         finally:
-            # now that it is through: whatever it took, or found broken, is made anew
-            self._factory.look()
+            pod.engine.settled()
         pod.handler = None
-        self._watch(pod)
+        pod.engine.watch(pod)
         self._host.on_started(pod.record)
         return pod.id
 
     async def _begin(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Walk[Pod]]:
         """A pod that is STARTING, and the rest of its way. Raises InvalidSpec, MissingProgram."""
         began = time.monotonic()
-        size = vm_size(spec, handler)
-        verdict = await self._host.accelerator(handler)
-        pod = await self._factory.take(handler, verdict, size)
-        walk = self._host.walks.claim if pod else self._host.walks.whole
-        if pod is None:
-            pod = self.make(
-                PodRecord(
-                    id=PodId(secrets.token_hex(32)),
-                    spec=spec,
-                    created_at_ns=time.time_ns(),
-                    accelerator=verdict.accelerator,
-                    cpu=verdict.cpu,
-                    token=secrets.token_bytes(16),
-                )
-            )
+        engine = self._host.engines[isolation_of(spec, handler)]
+        pod, walk = await engine.take(spec, handler)
         pod.began = began
         pod.handler = handler
         self._registry.pods[pod.id] = pod
         pod.update(
             spec=spec,
-            size=size,
             resources=spec.resources,
             overhead=spec.overhead,
             state=PodState.STARTING,
@@ -203,7 +153,7 @@ class Pods:
     def make(self, record: PodRecord) -> Pod:
         """The object of a record; not among the pods that are served yet."""
         pod = Pod(record, self._host.store, self._host.run / "pods" / record.id)
-        pod.on_event = self._containers.take_event
+        pod.engine = self._host.engines[record.isolation]
         pod.on_state = self._host.events.pod_changed
         return pod
 
@@ -212,57 +162,15 @@ class Pods:
         self._registry.pods.pop(pod.id, None)
         self._host.events.pod_deleted(pod)
 
-    # ------------------------------------------------------------------------------- watch
-
-    def _watch(self, pod: Pod) -> None:
-        pod.watch = self._host.tasks.spawn(self._supervise(pod), f"watch of pod {pod.id[:12]}")
-
-    async def _supervise(self, pod: Pod) -> None:
-        """Until the VM ends: keep a connection to its agent."""
-        assert pod.machine is not None
-        death = asyncio.create_task(pod.machine.wait())
-        try:
-            while not death.done():
-                assert pod.client is not None
-                lost = asyncio.create_task(pod.client.wait_closed())
-                await asyncio.wait({death, lost}, return_when=asyncio.FIRST_COMPLETED)
-                lost.cancel()
-                if not death.done():
-                    await self._reconnect(pod, death)
-        finally:
-            death.cancel()
-        await self._vm_gone(pod, death.result())
-
-    async def _reconnect(self, pod: Pod, death: asyncio.Task[str]) -> None:
-        log.warning("pod %s: lost the connection to its agent; connecting again", pod.id)
-        pod.client = None
-        pod.connected.clear()
-        while not death.done():
-            try:
-                welcome = await connect(self._host.hypervisor, pod, ADOPT_TIMEOUT_S)
-                await self._containers.sync(pod, welcome)
-                return
-            except SandboxError as error:
-                log.warning("pod %s: its agent does not answer: %s", pod.id, error)
-                await asyncio.wait({death}, timeout=RECONNECT_PAUSE_S)
-
-    async def _vm_gone(self, pod: Pod, reason: str) -> None:
-        """The VM ended though nobody asked. What the pod holds stays until StopPodSandbox."""
-        tail = pod.console()
-        log.error("pod %s: its VM ended: %s%s", pod.id, reason, f"\n{tail}" if tail else "")
-        pod.update(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
-        self._containers.vm_gone(pod, reason)
-        await pod.disconnect()
-
     # ------------------------------------------------------------------------------- ports
 
-    async def dial(self, id: str, port: int) -> Forwarded:
+    async def dial(self, id: str, port: int) -> Connection:
         """Connect to a TCP port inside the pod. Close the connection in the end.
         Raises NotFound, WrongState, GuestError (nothing listens there), GuestUnreachable,
         DeadlineExceeded."""
         pod = self._registry.pod(id)
         pod.require_ready()
-        return await Forwarded.dial(await pod.guest(), port, DIAL_TIMEOUT_S)
+        return await pod.engine.dial(pod, port)
 
     # ------------------------------------------------------------------------------- stop, remove
 
@@ -284,11 +192,11 @@ class Pods:
             pod.watch = None
         if pod.record.state is not PodState.NOT_READY:
             pod.update(state=PodState.NOT_READY)
-        self._containers.vm_gone(pod, "the sandbox was stopped")
-        await take_down(only(self._host.walks.whole, pod.record.steps), pod, ended=pod.ended)
+        self._containers.lost(pod, "the sandbox was stopped")
+        await take_down(only(pod.engine.walk, pod.record.steps), pod, ended=pod.ended)
 
     async def _kill_containers(self, pod: Pod) -> None:
-        """In the guest first, so that exit codes and the last lines of logs arrive."""
+        """First, so that exit codes and the last lines of logs arrive."""
         running = [container for container in self._registry.containers_of(pod) if container.running]
         stops = (self._containers.stop(container.id, 0) for container in running)
         with contextlib.suppress(TimeoutError, SandboxError):
@@ -312,20 +220,14 @@ class Pods:
     # ------------------------------------------------------------------------------- update
 
     async def update(self, id: str, resources: Resources, overhead: Resources) -> None:
-        """Limits of all containers together, in the guest's cgroup that holds theirs; the VM is given
-        what it lacks for them. Raises NotFound, WrongState, InvalidSpec, GuestError, VmmError.
-
-        A cpuset counts the host's CPUs, and is the host's to keep (see `compile_resources`).
-        """
+        """Limits of all containers together. Raises NotFound, WrongState, InvalidSpec, GuestError,
+        VmmError."""
         pod = self._registry.pod(id)
         async with pod.lock:
             pod.require_ready()
             merged = merge_resources(pod.record.resources, resources)
-            files = compile_pod_resources(merged, vcpus=pod.vcpus)
             overhead = merge_resources(pod.record.overhead, overhead)
-            await self._host.room.make(pod, merged, overhead)
-            write = pb.WriteCgroup(container_id=POD_CGROUP, files=files)
-            await pod.call(pb.Request(write_cgroup=write))
+            await pod.engine.limit_pod(pod, merged, overhead)
             pod.update(resources=merged, overhead=overhead)
 
     # ------------------------------------------------------------------------------- recovery
@@ -357,47 +259,23 @@ class Pods:
             await self._containers.settle(container)
         match pod.record.state:
             case PodState.STARTING | PodState.WAITING as state:
-                await take_down(only(self._host.walks.whole, pod.record.steps), pod, ended=pod.ended)
+                await take_down(only(pod.engine.walk, pod.record.steps), pod, ended=pod.ended)
                 self._forget(pod)
                 log.info("pod %s was %s when the daemon ended; it is undone", pod.id, state)
             case PodState.READY:
-                await self._adopt_running(pod)
+                await pod.engine.adopt(pod)
             case PodState.NOT_READY:
-                self._containers.vm_gone(pod, "the sandbox was stopped")
-
-    async def _adopt_running(self, pod: Pod) -> None:
-        try:
-            welcome = await connect(self._host.hypervisor, pod, ADOPT_TIMEOUT_S)
-        except VmmGone as error:
-            await self._vm_gone(pod, str(error))
-            return
-        except GuestUnreachable as error:
-            # the VM runs and does not answer: it may be slow, so keep trying while it lives
-            log.error("pod %s: %s", pod.id, error)
-            self._host.tasks.spawn(self._adopt_later(pod), f"adoption of pod {pod.id[:12]}")
-            return
-        await self._containers.sync(pod, welcome)
-        self._watch(pod)
-        log.info("pod %s taken up", pod.id)
-
-    async def _adopt_later(self, pod: Pod) -> None:
-        assert pod.machine is not None
-        death = asyncio.create_task(pod.machine.wait())
-        await self._reconnect(pod, death)
-        if death.done():
-            await self._vm_gone(pod, death.result())
-        else:
-            death.cancel()
-            self._watch(pod)
+                self._containers.lost(pod, "the sandbox was stopped")
 
     async def sweep(self, known: Collection[str]) -> None:
-        """End VMs and remove directories that belong to no record."""
+        """End what runs, and remove directories, that belong to no record."""
         run = self._host.run / "pods"
         strays = [path for path in run.iterdir() if path.name not in known] if run.exists() else []
         for path in strays:
             log.warning("pod %s has no record; what is left of it is removed", path.name)
             try:
-                await self._host.hypervisor.destroy(path.name, path)
+                for engine in self._host.engines.values():
+                    await engine.destroy(path.name, path)
                 await asyncio.to_thread(remove_tree, path)
             except (SandboxError, OSError) as error:
                 log.error("what is left of pod %s cannot be removed: %s", path.name, error)
@@ -408,15 +286,20 @@ class Pods:
             await pod.disconnect()
 
 
-def _as_facts(usage: HostUsage) -> Mapping[str, object]:
-    return {
-        "guestMemoryBytes": usage.guest_memory_bytes,
-        "overheadMemoryBytes": usage.overhead_memory_bytes,
-        "vmmCpuSeconds": usage.vmm.cpu_seconds,
-        "vmmMemoryBytes": usage.vmm.own_bytes,
-        "helpersCpuSeconds": usage.helpers.cpu_seconds,
-        "helpersMemoryBytes": usage.helpers.own_bytes,
-    }
+def isolation_of(spec: PodSpec, handler: Handler) -> Isolation:
+    """Raises InvalidSpec where the handler refuses what the pod asks for."""
+    fields = spec.host_namespaces
+    if not fields:
+        return Isolation.VM
+    if handler.host_pods == "refuse":
+        name = f"handlers.{handler.name}" if handler.name else "the default handler"
+        raise InvalidSpec(
+            f"config.linux.security_context.namespace_options.{fields[0]}",
+            f'NODE: a VM has no namespace of the node; set host_pods = "process" for {name}, or give the '
+            "pod a RuntimeClass whose handler runs such pods as processes of the host",
+            "POD",
+        )
+    return Isolation.PROCESS
 
 
 def find_handler(handlers: Mapping[str, Handler], name: str) -> Handler:

@@ -49,7 +49,7 @@ _LOOK_AGAIN_S = 0.003
 # Runs before the program: what a child must be before it is exec'ed, done by the child itself, as
 # preexec_fn is not safe beside threads. No core dumps: they would hold a guest's memory.
 _PRELUDE = """
-umask "$1" && ulimit -c 0 || exit 126
+umask "$1" && ulimit -S -c 0 || exit 126
 echo "$2" 2>/dev/null >/proc/self/oom_score_adj
 shift 2
 while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit 126; shift; done
@@ -262,24 +262,27 @@ async def start(
     user: User | None = None,
     netns: str = "",
     pass_fds: Sequence[int] = (),
+    stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
     stderr: int = subprocess.DEVNULL,
     environment: Mapping[str, str] | None = None,
     oom_score_adj: int = 0,
     umask: int = 0o077,
     binds: Mapping[str, str] | None = None,
+    new_privs: bool = False,
 ) -> ProcessIdentity:
     """Start a program that shall outlive the daemon, and return before it has done anything.
 
     `cgroups` are directories, of several hierarchies on cgroup v1. Without `user` it stays root;
-    in both cases it can gain no new privileges. `binds` (source by target) are mounted in a mount
-    namespace of the child's own. Descriptors keep their numbers.
+    it can gain no new privileges, but with `new_privs`, which also what it starts may then gain.
+    `binds` (source by target) are mounted in a mount namespace of the child's own. Descriptors keep
+    their numbers.
     `oom_score_adj` is set even when it is 0, as the daemon's own is inherited; where lowering it is
     not allowed (no CAP_SYS_RESOURCE) it stays. A step before exec that fails ends the child with
     status 126 and its reason on stderr.
     Raises OSError when not even that could be started (netns is gone, no memory).
     """
-    command = _wrapped(argv, cgroups, user, oom_score_adj, umask, binds or {})
+    command = _wrapped(argv, cgroups, user, oom_score_adj, umask, binds or {}, new_privs)
     variables = {**ENVIRONMENT, **(environment or {}), MARK: "1"}
 
     def spawn() -> ProcessIdentity:
@@ -287,7 +290,7 @@ async def start(
             _enter_network(netns)
         child = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=stdout,
             stderr=stderr,
             pass_fds=tuple(pass_fds),
@@ -318,13 +321,16 @@ def _wrapped(
     oom_score_adj: int,
     umask: int,
     binds: Mapping[str, str],
+    new_privs: bool,
 ) -> list[str]:
     prelude = ["/bin/sh", "-c", _PRELUDE, "husk-start", f"{umask:04o}", str(oom_score_adj), *cgroups, "--"]
     if binds:
         pairs = [path for target, source in binds.items() for path in (source, target)]
         prelude += ["unshare", "--mount", "--propagation", "slave", "/bin/sh", "-c", _BIND, "husk-bind"]
         prelude += [*pairs, "--"]
-    drop = ["setpriv", "--no-new-privs"]
+    if new_privs and user is None:
+        return [*prelude, *argv]
+    drop = ["setpriv", *([] if new_privs else ["--no-new-privs"])]
     if user is not None:
         groups = ",".join(map(str, user.groups))
         drop += [f"--reuid={user.uid}", f"--regid={user.gid}"]
@@ -443,6 +449,11 @@ def _give_up_after(deadline: float, name: str, timeout_s: float, cancelled: Call
         raise InterruptedError(f"{name}: nobody waits for it any more")
     if time.monotonic() >= deadline:
         raise DeadlineExceeded(name, timeout_s)
+
+
+def readable_within(fd: int, timeout_s: float) -> bool:
+    """Whether there is something to read, or the end, before so long; blocks."""
+    return bool(select.select([fd], [], [], timeout_s)[0])
 
 
 def _await_end(pid: int, check: Callable[[], None]) -> None:

@@ -16,10 +16,12 @@ from __future__ import annotations
 from enum import StrEnum
 
 from network.attach import Attachment
+from sandbox.process import ProcessIdentity
 from sandbox.spec import (
     ContainerId,
     ContainerSpec,
     ImageDefaults,
+    Isolation,
     PodId,
     PodSpec,
     Resources,
@@ -68,6 +70,7 @@ class PodRecord(Value, frozen=True, kw_only=True):
     state: PodState = PodState.STARTING
     steps: tuple[str, ...] = ()  # begun, in order
     size: VmSize | None = None
+    isolation: Isolation = Isolation.VM
     source: Source = Source.BOOT
     accelerator: str = ""
     cpu: str = ""  # CPU model that the accelerator needs; empty: the usual one
@@ -79,6 +82,9 @@ class PodRecord(Value, frozen=True, kw_only=True):
     epoch: int = 0
     phases: tuple[Phase, ...] = ()
     guest_kernel: str = ""
+    # of a pod without a VM: the first process, whose namespaces its containers share, and who started it
+    init: ProcessIdentity | None = None
+    holder: ProcessIdentity | None = None
     problem: str = ""  # why it is NOT_READY, when nobody asked for it
 
     @property
@@ -128,6 +134,13 @@ class Propagated(Value, frozen=True, kw_only=True):
     below: int = 0  # the mount that was on top there before
 
 
+class HostProcess(Value, frozen=True, kw_only=True):
+    """A container that runs as processes of the host."""
+
+    supervisor: ProcessIdentity  # conmon
+    init: ProcessIdentity | None = None  # the container's first; None: conmon is making it
+
+
 class ContainerRecord(Value, frozen=True, kw_only=True):
     version: int = VERSION
     id: ContainerId
@@ -152,6 +165,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True):
     log_path: str = ""  # absolute on the host
     log: LogPosition = LogPosition()
     propagated: tuple[Propagated, ...] = ()
+    process: HostProcess | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -76,7 +76,15 @@ class UserNamespace(Value, frozen=True, kw_only=True):
     gids: tuple[IdRange, ...]
 
 
+class Isolation(StrEnum):
+    """What keeps a pod's containers from the node."""
+
+    VM = "vm"
+    PROCESS = "process"  # namespaces and cgroups alone, some of them the node's
+
+
 class PidMode(StrEnum):
+    NODE = "node"
     POD = "pod"
     CONTAINER = "container"
     TARGET = "target"
@@ -123,6 +131,14 @@ class PodSpec(Value, frozen=True, kw_only=True):
     seccomp: Seccomp = Seccomp()
     apparmor: AppArmor = AppArmor()
     user_namespace: UserNamespace | None = None
+    host_network: bool = False
+    host_ipc: bool = False
+
+    @property
+    def host_namespaces(self) -> tuple[str, ...]:
+        """Those of the node that it asks for, as the fields are called."""
+        asked = {"network": self.host_network, "pid": self.pid_mode is PidMode.NODE, "ipc": self.host_ipc}
+        return tuple(name for name, wanted in asked.items() if wanted)
 
 
 # --------------------------------------------------------------------------------- container
@@ -175,6 +191,8 @@ class SecuritySpec(Value, frozen=True, kw_only=True):
     ambient_capabilities: tuple[str, ...] = ()
     pid_mode: PidMode = PidMode.CONTAINER
     pid_target: str = ""  # container id, with TARGET
+    host_network: bool = False
+    host_ipc: bool = False
     run_as_user: int | None = None
     run_as_username: str = ""
     run_as_group: int | None = None
@@ -239,6 +257,7 @@ class Handler(Value, frozen=True, kw_only=True):
     machine: str  # QEMU machine type
     source: str = "pool"  # boot, template or pool: see `factory`
     pool_size: int = 0  # VMs that wait for a pod, with "pool"
+    host_pods: str = "process"  # process or refuse: pods that ask for namespaces of the node
 
 
 class VmSize(Value, frozen=True, kw_only=True):

@@ -37,7 +37,7 @@ from sandbox.lifecycle import Beside, Walk
 from sandbox.plan import compile_identity, compile_network
 from sandbox.plan.vm import FIRST_MAC, NIC_PORTS
 from sandbox.pod import Pod
-from sandbox.records import PodState
+from sandbox.records import PodState, Source
 from sandbox.stages import Stage
 from sandbox.vm_steps import Size, Vm
 from sandbox.vmm import NicSpec
@@ -176,6 +176,8 @@ class Guest:
         await self._plug_nics(pod, network)
         configure = compile_network(pod.record.spec, network, first_mac=FIRST_MAC)
         await pod.call(pb.Request(configure=configure))
+        if pod.record.source is Source.BOOT:  # another guest is as old as its template
+            pod.note_guest()
 
     async def down(self, pod: Pod) -> None:
         await pod.disconnect()

@@ -44,19 +44,28 @@ class Volumes:
     async def up(self, container: Container) -> None:
         if not container.record.spec.mounts:
             return
-        for volume in container.record.image_volumes:
-            place = image_place(container, volume.mount)
-            await asyncio.to_thread(place.mkdir, 0o700, parents=True, exist_ok=True)
-            ids = id_map(container.pod.record.spec.user_namespace)
-            await self.store.up(image_key(container, volume.mount), volume.chain_ids, place, ids)
+        await mount_images(self.store, container)
         await asyncio.to_thread(_attach_all, container)
 
     async def down(self, container: Container) -> None:
         await asyncio.to_thread(mounts.unmount_tree, container.volumes)
         await asyncio.to_thread(remove_tree, _back(container))
-        for volume in container.record.image_volumes:
-            await self.store.down(image_key(container, volume.mount), image_place(container, volume.mount))
-        await asyncio.to_thread(remove_tree, _images(container))
+        await unmount_images(self.store, container)
+
+
+async def mount_images(store: RootfsStore, container: Container) -> None:
+    for volume in container.record.image_volumes:
+        place = image_place(container, volume.mount)
+        await asyncio.to_thread(place.mkdir, 0o700, parents=True, exist_ok=True)
+        ids = id_map(container.pod.record.spec.user_namespace)
+        await store.up(image_key(container, volume.mount), volume.chain_ids, place, ids)
+
+
+async def unmount_images(store: RootfsStore, container: Container) -> None:
+    """Idempotent."""
+    for volume in container.record.image_volumes:
+        await store.down(image_key(container, volume.mount), image_place(container, volume.mount))
+    await asyncio.to_thread(remove_tree, _images(container))
 
 
 def id_map(space: UserNamespace | None) -> IdMap | None:
@@ -194,14 +203,14 @@ def _attach(trees: dict[int, int], directory: Path) -> None:
 
 @contextlib.contextmanager
 def _source(container: Container, number: int, mount: MountSpec) -> Iterator[int]:
-    source = _open_source(container, number, mount)
+    source = open_source(container, number, mount)
     try:
         yield source
     finally:
         os.close(source)
 
 
-def _open_source(container: Container, number: int, mount: MountSpec) -> int:
+def open_source(container: Container, number: int, mount: MountSpec) -> int:
     """The host path with links followed, as it is now; or what lies in an image, links followed within
     it. Raises InvalidSpec when there is none."""
     at = f"config.mounts[{number}]"

@@ -113,7 +113,8 @@ def compile_plan(guest_root: str, errand: Errand) -> pb.Start:
         user=ResolvedUser(uid=NOBODY, gid=NOBODY, groups=(NOBODY,)),
         files=PodFiles(hosts=b"\n", hostname=b"warm\n", resolv_conf=b"\n"),
         seccomp=seccomp_for(spec.security),
-        device_filter=device_filter_for(spec),
+        device_filter=device_filter_for(spec, ()),
+        devices=(),
     )
     # the pod's shared memory is made when there is a pod
     kept = [mount for mount in plan.mounts if mount.target != "/dev/shm"]

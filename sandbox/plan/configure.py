@@ -45,7 +45,7 @@ def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str)
     interfaces = network.interfaces if network else ()
     routes = network.routes if network else ()
     return pb.Configure(
-        sysctls=_sysctls(pod.sysctls),
+        sysctls=[pb.Sysctl(name=name, value=value) for name, value in compile_sysctls(pod.sysctls).items()],
         interfaces=[
             pb.Interface(
                 mac=nic.mac,
@@ -77,17 +77,19 @@ def _hostname(name: str) -> str:
     return name
 
 
-def _sysctls(wanted: dict[str, str]) -> list[pb.Sysctl]:
-    given = {_canonical(name): value for name, value in wanted.items()}
-    defaults = {name: value for name, value in _DEFAULT_SYSCTLS.items() if _canonical(name) not in given}
+def compile_sysctls(wanted: dict[str, str], *, defaults: bool = True) -> dict[str, str]:
+    """Checked, and without `defaults` those alone. Raises InvalidSpec."""
+    given = {sysctl_path(name) for name in wanted}
+    ours = _DEFAULT_SYSCTLS if defaults else {}
+    usual = {name: value for name, value in ours.items() if sysctl_path(name) not in given}
     for name, value in wanted.items():
         if "\0" in value or "\n" in value or len(value.encode("utf-8", "replace")) > _MAX_VALUE_BYTES:
             raise InvalidSpec(f"{_FIELD}[{name!r}]", "the value is malformed", "one line of at most one page")
         checked(value, f"{_FIELD}[{name!r}]")
-    return [pb.Sysctl(name=name, value=value) for name, value in (defaults | wanted).items()]
+    return usual | wanted
 
 
-def _canonical(name: str) -> str:
+def sysctl_path(name: str) -> str:
     """The file beneath /proc/sys. The first separator in a name is the separator, and the other
     sign is then an ordinary one (sysctl(8): net.ipv4.conf.eth0/1.forwarding is interface eth0.1)."""
     dot, slash = name.find("."), name.find("/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sandbox.apparmor.profile import UNCONFINED, Policy
-from sandbox.devices import STANDARD, Node, wanted_devices
+from sandbox.devices import STANDARD, Node, Wanted
 from sandbox.environment import PodFiles
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
@@ -14,7 +14,7 @@ from sandbox.plan.mounts import MountSource, compile_mounts, mount_targets, root
 from sandbox.plan.process import compile_process
 from sandbox.resources import compile_resources
 from sandbox.seccomp.profile import Filter
-from sandbox.spec import ContainerSpec, ImageDefaults, PidMode, PodSpec
+from sandbox.spec import ContainerSpec, ImageDefaults, PidMode, PodSpec, SecuritySpec
 from sandbox.users import ResolvedUser
 
 # OCI runtime-spec, runtime-linux.md, "Dev symbolic links", and devpts(5) for a private instance
@@ -29,6 +29,7 @@ _PID_NAMESPACES = {
     PidMode.CONTAINER: pb.PidNamespace.OWN,
     PidMode.POD: pb.PidNamespace.POD,
     PidMode.TARGET: pb.PidNamespace.TARGET,
+    PidMode.NODE: pb.PidNamespace.NODE,
 }
 
 
@@ -46,6 +47,7 @@ def compile_start(
     device_filter: bytes,
     apparmor: Policy = UNCONFINED,
     vcpus: int = 0,
+    devices: Sequence[Wanted],
 ) -> pb.Start:
     """Everything but the log stream, which the caller opens. Raises InvalidSpec with the field.
 
@@ -54,6 +56,7 @@ def compile_start(
     be privileged for that.
     """
     security = container.security
+    _check_namespaces(security, pod)
     if security.user_namespace != pod.user_namespace:
         field = "config.linux.security_context.namespace_options.userns_options"
         raise InvalidSpec(field, "differs from the sandbox's", "what the sandbox has")
@@ -66,7 +69,7 @@ def compile_start(
         pid_namespace=_PID_NAMESPACES[security.pid_mode],
         pid_target=_pid_target(container),
         mounts=compile_mounts(container, defaults, mount_sources),
-        devices=_devices(container, own_dev),
+        devices=_devices(container, devices, own_dev),
         links=_links(container, own_dev),
         files=_files(container, files, targets),
         masked_paths=_hidden(container, security.masked_paths, "masked_paths"),
@@ -78,6 +81,19 @@ def compile_start(
         stdin=container.stdin,
         apparmor_policy=apparmor.binary,
     )
+
+
+def _check_namespaces(security: SecuritySpec, pod: PodSpec) -> None:
+    """POD means what the pod has, which may be the node's; NODE must have been asked for with the pod."""
+    at = "config.linux.security_context.namespace_options"
+    asked = {
+        "network": security.host_network,
+        "pid": security.pid_mode is PidMode.NODE,
+        "ipc": security.host_ipc,
+    }
+    for field, wanted in asked.items():
+        if wanted and field not in pod.host_namespaces:
+            raise InvalidSpec(f"{at}.{field}", "NODE: the sandbox was not started with it", "POD")
 
 
 def _hostname(pod: PodSpec, files: PodFiles) -> str:
@@ -94,11 +110,11 @@ def _pid_target(container: ContainerSpec) -> str:
     return security.pid_target
 
 
-def _devices(container: ContainerSpec, own_dev: bool) -> list[pb.Device]:
+def _devices(container: ContainerSpec, wanted: Sequence[Wanted], own_dev: bool) -> list[pb.Device]:
     """The standard nodes where /dev is ours to fill (a privileged one comes filled), then the asked."""
     standard = STANDARD if own_dev and not container.security.privileged else ()
     nodes = {node.path: node for node in standard}
-    nodes |= {each.node.path: each.node for each in wanted_devices(container)}
+    nodes |= {each.node.path: each.node for each in wanted}
     return [_device(node) for node in nodes.values()]
 
 

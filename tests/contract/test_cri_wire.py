@@ -388,10 +388,10 @@ async def test_a_token_that_fits_no_header_is_refused_and_not_repeated(runtime: 
 async def test_a_refused_field_is_named_by_its_path(runtime: Runtime) -> None:
     config = pb.PodSandboxConfig()
     config.CopyFrom(POD)
-    config.linux.security_context.namespace_options.network = pb.NODE
+    config.linux.security_context.namespace_options.network = pb.CONTAINER
     code, details = await runtime.refused("RunPodSandbox", pb.RunPodSandboxRequest(config=config))
     assert code is Code.INVALID_ARGUMENT
-    assert details.startswith("config.linux.security_context.namespace_options.network: NODE")
+    assert details.startswith("config.linux.security_context.namespace_options.network: CONTAINER")
     assert runtime.pods.runs == 0
 
 

@@ -32,12 +32,13 @@ from sandbox.pods import PodHost, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
 from sandbox.room import Room
-from sandbox.spec import ContainerSpec, Handler, MountSpec, PodSpec, SecuritySpec, VmSize
+from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, SecuritySpec, VmSize
 from sandbox.stages import Stage
 from sandbox.steps import Guest, Identity, Netns, Network, RunDir, Shares, pod_walks
 from sandbox.store import Store
 from sandbox.tasks import Tasks
 from sandbox.templates import Templates
+from sandbox.vm_engine import VmEngine, VmHost
 from sandbox.vm_steps import Size, Vm
 from sandbox.volumes import Volumes
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
@@ -54,6 +55,7 @@ HANDLER = Handler(
     accelerator="tcg",
     machine="q35",
     source="boot",
+    host_pods="refuse",
 )
 HOST = HostSize(memory_mib=4096, cpus=4)
 
@@ -99,16 +101,12 @@ class Daemon:
         self.pod_store.load()
         self.container_store.load()
         self.events = Events(self.registry)
-        room = Room(self.registry, self.grow)
         host = ContainerHost(
             store=self.container_store,
             plans=self.root / "containers",
             images=cast(Any, FakeLibrary()),
             rootfs=cast(Any, FakeRootfs(self.ledger)),
-            tasks=self.tasks,
             events=self.events,
-            room=room,
-            default_profile=self.root / "apparmor",
         )
         self.containers = Containers(self.registry, host)
         templates = Templates(self.root / "run" / "templates", self.hypervisor, networks, cgroups)
@@ -126,22 +124,32 @@ class Daemon:
                 tasks=self.tasks,
             )
         )
+        self.engine = VmEngine(
+            self.registry,
+            self.containers,
+            VmHost(
+                hypervisor=self.hypervisor,
+                walks=walks,
+                factory=self.factory,
+                accelerator=_tcg,
+                make_pod=lambda record: self.pods.make(record),
+                rootfs=host.rootfs,
+                tasks=self.tasks,
+                room=Room(self.registry, self.grow),
+                default_profile=self.root / "apparmor",
+                usage=lambda pod: HostUsage(guest_memory_bytes=0, vmm=ProcessUsage(), helpers=ProcessUsage()),
+            ),
+        )
         self.pods = Pods(
             self.registry,
             self.containers,
-            self.factory,
             PodHost(
                 store=self.pod_store,
                 run=self.root / "run",
-                hypervisor=self.hypervisor,
-                walks=walks,
+                engines={Isolation.VM: self.engine},
                 handler=self._find_handler,
-                accelerator=_tcg,
-                tasks=self.tasks,
                 on_started=lambda record: None,
                 events=self.events,
-                room=room,
-                usage=lambda pod: HostUsage(guest_memory_bytes=0, vmm=ProcessUsage(), helpers=ProcessUsage()),
             ),
         )
 
@@ -291,8 +299,8 @@ async def test_whichever_step_of_a_container_fails_all_is_undone(
 
 
 async def test_no_step_is_left_out(daemon: Daemon) -> None:
-    assert [type(step) for step in daemon.containers._steps] == CONTAINER_STEPS
-    names = set(names_of(daemon.pods._host.walks.whole))
+    assert [type(step) for step in daemon.engine.steps] == CONTAINER_STEPS
+    names = set(names_of(daemon.engine.walk))
     assert names == {"cgroup", *(step.name for step in POD_STEPS)}  # cgroup: see POD_FAULTS
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from sandbox import meter as meters
+from sandbox import vm_engine
 from sandbox.errors import GuestError, InvalidSpec, NotFound, VmmError, WrongState
 from sandbox.events import Event, EventKind, Subscription
 from sandbox.guest import guest_pb2 as pb
@@ -171,7 +172,7 @@ async def test_a_guest_that_answers_at_last_is_asked_again(
     daemon: Daemon, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meters, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(meters, "GUEST_CALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(vm_engine, "GUEST_CALL_TIMEOUT_S", 0.1)
     id, _, guest = await running(daemon)
     guest.silent = True
     assert await read(meter, id) == []

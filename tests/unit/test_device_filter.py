@@ -25,6 +25,7 @@ from sandbox.device_filter import (
     compile_rules,
     device_filter_for,
 )
+from sandbox.devices import wanted_devices
 from sandbox.errors import InvalidSpec
 from sandbox.spec import ContainerSpec, DeviceSpec, SecuritySpec
 
@@ -85,17 +86,20 @@ def run(program: bytes, type: int, access: int, major: int, minor: int) -> int:
 def test_the_default_allows_what_containers_use_and_nothing_of_the_guest(
     type: int, access: int, major: int, minor: int, allowed: bool
 ) -> None:
-    assert run(device_filter_for(ContainerSpec(name="c", image="i")), type, access, major, minor) == allowed
+    assert (
+        run(device_filter_for(ContainerSpec(name="c", image="i"), ()), type, access, major, minor) == allowed
+    )
 
 
 def test_privileged_has_no_filter() -> None:
     spec = ContainerSpec(name="c", image="i", security=SecuritySpec(privileged=True))
-    assert device_filter_for(spec) == b""
+    assert device_filter_for(spec, ()) == b""
 
 
 def test_a_device_asked_for_is_allowed_as_far_as_asked() -> None:
     device = DeviceSpec(container_path="/dev/fuse", host_path="/dev/fuse", permissions="r")
-    program = device_filter_for(ContainerSpec(name="c", image="i", devices=(device,)))
+    spec = ContainerSpec(name="c", image="i", devices=(device,))
+    program = device_filter_for(spec, wanted_devices(spec))
     assert run(program, CHAR, READ, 10, 229) == 1
     assert run(program, CHAR, RW, 10, 229) == 0
 
@@ -112,7 +116,7 @@ def test_a_device_asked_for_is_allowed_as_far_as_asked() -> None:
 def test_what_a_vm_cannot_be_given_is_refused(device: DeviceSpec, field: str) -> None:
     null = DeviceSpec(container_path="/dev/null", host_path="/dev/null")
     with pytest.raises(InvalidSpec) as caught:
-        device_filter_for(ContainerSpec(name="c", image="i", devices=(null, device)))
+        wanted_devices(ContainerSpec(name="c", image="i", devices=(null, device)))
     assert caught.value.field == f"config.devices[1].{field}"
 
 

@@ -144,6 +144,19 @@ async def test_a_network_file_that_is_broken(tmp_path: Path) -> None:
     assert "10-net.conflist" in finding.detail
 
 
+async def test_pods_of_the_node(tmp_path: Path) -> None:
+    nothing = Host(Config(), fs=tmp_path, which=lambda name: None)
+    finding = await doctor.host_pods(nothing)
+    assert finding.verdict is Verdict.WARN
+    assert finding.fix == "apt-get install conmon crun"
+    both = Host(Config(), fs=tmp_path, which=lambda name: f"/usr/bin/{name}")
+    assert (await doctor.host_pods(both)).verdict is Verdict.OK
+    refusing = Config(default_handler="vms", handlers={"vms": HandlerTable(host_pods="refuse")})
+    assert (
+        await doctor.host_pods(Host(refusing, fs=tmp_path, which=lambda name: None))
+    ).verdict is Verdict.OK
+
+
 async def test_firewall(tmp_path: Path) -> None:
     nothing = Host(Config(), fs=tmp_path, which=lambda name: None)
     assert (await doctor.iptables(nothing)).verdict is Verdict.WARN

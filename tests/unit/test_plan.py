@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sandbox.devices import wanted_devices
 from sandbox.environment import PodFiles
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
@@ -52,6 +53,7 @@ def start(
         files=FILES,
         seccomp=Filter(),
         device_filter=b"",
+        devices=wanted_devices(container),
     )
 
 

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from network.attach import Attachment, Interface, Route
 from sandbox import capabilities
 from sandbox.apparmor.profile import UNCONFINED, Policy
+from sandbox.devices import wanted_devices
 from sandbox.environment import PodFiles
 from sandbox.guest import guest_pb2 as pb
 from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start
@@ -74,6 +75,7 @@ def start(
         seccomp=seccomp or Filter(),
         device_filter=device_filter,
         apparmor=apparmor,
+        devices=wanted_devices(spec),
     )
 
 

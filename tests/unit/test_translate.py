@@ -90,12 +90,28 @@ def test_a_pod_needs_its_names(missing: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["network", "pid", "ipc"])
-def test_host_namespaces_are_refused_with_advice(kind: str) -> None:
-    for make in (secure_pod, secure):
-        with pytest.raises(InvalidSpec) as caught:
-            make(namespaceOptions={kind: "NODE"})
-        assert caught.value.field == f"config.linux.security_context.namespace_options.{kind}"
-        assert "RuntimeClass" in str(caught.value)
+def test_host_namespaces_are_for_the_handler_to_give(kind: str) -> None:
+    options = {kind: "NODE"}
+    assert secure_pod(namespaceOptions=options).host_namespaces == (kind,)
+    security = secure(namespaceOptions=options).security
+    assert (security.host_network, security.host_ipc, security.pid_mode is PidMode.NODE) == tuple(
+        kind == each for each in ("network", "ipc", "pid")
+    )
+
+
+def test_host_namespaces_and_user_namespaces_exclude_each_other() -> None:
+    space = {"mode": "POD", "uids": [MAPPING], "gids": [MAPPING]}
+    with pytest.raises(InvalidSpec, match="does not go with network NODE") as caught:
+        secure_pod(namespaceOptions={"network": "NODE", "usernsOptions": space})
+    at = "config.linux.security_context.namespace_options"
+    assert caught.value.field == f"{at}.userns_options.mode"
+
+
+def test_a_pod_without_a_vm_lives_in_its_own_cgroup_though_no_overhead_is_declared() -> None:
+    linux = {"cgroupParent": "/kubepods/podu1", "resources": {"memoryLimitInBytes": 1 << 20}}
+    assert pod(linux=linux).cgroup_parent == ""
+    security = {"namespaceOptions": {"network": "NODE"}}
+    assert pod(linux=linux | {"securityContext": security}).cgroup_parent == "/kubepods/podu1"
 
 
 def test_pid_modes() -> None:

@@ -1,0 +1,144 @@
+"""Where a pod's containers run: the seam between the verbs of pods and containers and what does them.
+
+`vm_engine` runs them in a micro-VM, `host_pods` as processes of the host. Whatever they run in, the
+records, the states and the walks are the same; an engine keeps nothing that a record would have to tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from sandbox.guest import guest_pb2 as pb
+from sandbox.guest.execs import ExecResult
+from sandbox.lifecycle import Step, Walk
+from sandbox.spec import ContainerId, Handler, PodSpec, Resources
+
+if TYPE_CHECKING:
+    from sandbox.container import Container
+    from sandbox.pod import Pod
+
+
+class Sink(Protocol):
+    async def write(self, data: bytes) -> None:
+        """Returns once it was taken. Raises StreamReset when the reader wants no more."""
+
+    def close(self) -> None:
+        """The reader sees the end. Idempotent."""
+
+
+class Source(Protocol):
+    async def read(self) -> bytes:
+        """b"" at the end. Asking for more says that the last bytes were dealt with."""
+
+    def stop(self) -> None:
+        """Want no more. Idempotent."""
+
+
+class Session(Protocol):
+    """A conversation with a process; streams that were not asked for are None. `close` it in the end."""
+
+    @property
+    def stdin(self) -> Sink | None: ...
+    @property
+    def stdout(self) -> Source | None: ...
+    @property
+    def stderr(self) -> Source | None: ...
+
+    async def resize(self, rows: int, columns: int) -> None: ...
+
+    async def wait(self) -> int:
+        """The exit code, behind the end of the outputs."""
+
+    def close(self) -> None:
+        """Hang up; what it started is not killed. Idempotent."""
+
+
+class Connection(Protocol):
+    """To a port in a pod. `close` ends both directions at once."""
+
+    @property
+    def writer(self) -> Sink: ...
+    @property
+    def reader(self) -> Source: ...
+
+    def close(self) -> None: ...
+
+
+class Exits(Protocol):
+    """Whom an engine tells that something has ended."""
+
+    def exited(self, container: Container, exited: pb.Exited) -> None:
+        """Its last line is in its log."""
+
+    def lost(self, pod: Pod, reason: str) -> None:
+        """All that ran in the pod is gone."""
+
+
+class Engine(Protocol):
+    """One for all pods of a kind. Calls raise SandboxError; GuestError where the request is refused."""
+
+    walk: Walk[Pod]  # from nothing to a pod, and back
+    steps: Sequence[Step[Container]]  # what a container holds of the host
+
+    # ------------------------------------------------------------------------------- pods
+
+    async def take(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Walk[Pod]]:
+        """A pod for this specification, and what is left of its walk. Raises InvalidSpec, MissingProgram."""
+
+    def settled(self) -> None:
+        """A pod that was taken has been started, or undone."""
+
+    def watch(self, pod: Pod) -> None:
+        """From READY on, in `pod.watch`: when what it runs in ends, it is NOT_READY."""
+
+    async def adopt(self, pod: Pod) -> None:
+        """Take up a READY pod of an earlier daemon, and its containers as they are now."""
+
+    async def describe(self, pod: Pod) -> Mapping[str, object]:
+        """Facts for a person."""
+
+    async def limit_pod(self, pod: Pod, resources: Resources, overhead: Resources) -> None:
+        """All containers together. After a failure what was in force is so still."""
+
+    async def dial(self, pod: Pod, port: int) -> Connection:
+        """A TCP port that something in the pod listens on."""
+
+    async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> pb.CgroupValues:
+        """The answer to `stats.request`."""
+
+    async def destroy(self, pod_id: str, run_dir: Path) -> None:
+        """End what runs of a pod without a record. Nothing is fine."""
+
+    # ------------------------------------------------------------------------------- containers
+
+    async def start(self, container: Container) -> None:
+        """Run the first process, with `container.pid` as it sees itself from outside."""
+
+    def follow(self, container: Container) -> None:
+        """It is RUNNING now: tell of its end."""
+
+    async def signal(self, container: Container, number: int, *, all: bool) -> None: ...
+
+    async def remove(self, container: Container) -> None:
+        """End what is left of it, and forget it. Unknown ones are fine."""
+
+    def let_go(self, container: Container) -> None:
+        """It has ended, or its pod has. Idempotent."""
+
+    async def exec_sync(
+        self, container: Container, process: pb.Process, timeout_s: float | None, limit: int
+    ) -> ExecResult:
+        """To its end; see `guest.execs`."""
+
+    async def exec(
+        self, container: Container, process: pb.Process, *, stdin: bool, stdout: bool, stderr: bool
+    ) -> Session: ...
+
+    async def attach(self, container: Container, *, stdin: bool, stdout: bool, stderr: bool) -> Session: ...
+
+    async def reopen_log(self, container: Container) -> None: ...
+
+    async def limit(self, container: Container, resources: Resources) -> None:
+        """Of a running container. After a failure what was in force is so still."""

@@ -1,0 +1,30 @@
+"""The sysctls of a pod without a VM: those that its own namespaces hold, and no others. Pure."""
+
+from __future__ import annotations
+
+from sandbox.errors import InvalidSpec
+from sandbox.plan.configure import compile_sysctls, sysctl_path
+from sandbox.spec import PodSpec
+
+_FIELD = "config.linux.sysctls"
+# ipc_namespaces(7)
+_OF_IPC = ("kernel/msg", "kernel/sem", "kernel/shm", "fs/mqueue/")
+
+
+def pod_sysctls(spec: PodSpec) -> dict[str, str]:
+    """By path beneath /proc/sys. Raises InvalidSpec for one that would change the node."""
+    found = {}
+    for name, value in compile_sysctls(spec.sysctls, defaults=not spec.host_network).items():
+        path = sysctl_path(name)
+        field = f"{_FIELD}[{name!r}]"
+        if path.startswith("net/"):
+            if spec.host_network:
+                raise InvalidSpec(field, "the pod has the node's network", "no net.* sysctls")
+        elif not path.startswith(_OF_IPC):
+            raise InvalidSpec(
+                field, "it is the node's in a pod without a VM", "net.*, kernel.shm* and their like"
+            )
+        elif spec.host_ipc:
+            raise InvalidSpec(field, "the pod has the node's IPC", "no sysctls of IPC")
+        found[path] = value
+    return found

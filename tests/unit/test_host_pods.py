@@ -1,0 +1,307 @@
+"""What pods without a VM are refused, and cgroup v1 as the names of v2."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sandbox.cgroup import Layout, Mode
+from sandbox.device_filter import DEFAULT_RULES
+from sandbox.devices import Node, Wanted
+from sandbox.errors import GuestError, InvalidSpec, StreamReset
+from sandbox.guest import guest_pb2 as pb
+from sandbox.host_pods import conmon, control
+from sandbox.host_pods.conmon import Bundle, Wish
+from sandbox.host_pods.host_files import find_devices
+from sandbox.host_pods.streams import FdReader, FdWriter
+from sandbox.host_pods.sysctls import pod_sysctls
+from sandbox.pods import isolation_of
+from sandbox.resources import compile_resources
+from sandbox.spec import ContainerSpec, DeviceSpec, Handler, Isolation, PidMode, PodSpec, Resources
+from sandbox.stats import FILES
+
+HANDLER = Handler(
+    name="vms", kernel="", initramfs="", memory_mib=256, vcpus=1, accelerator="auto", machine="q35"
+)
+
+
+def pod(**fields: object) -> PodSpec:
+    return PodSpec(name="p", namespace="n", uid="u", **fields)  # type: ignore[arg-type]
+
+
+def test_the_handler_gives_or_refuses() -> None:
+    refusing = Handler(
+        **{each: getattr(HANDLER, each) for each in HANDLER.__struct_fields__} | {"host_pods": "refuse"}
+    )
+    assert isolation_of(pod(), refusing) is Isolation.VM
+    for field, spec in (
+        ("network", pod(host_network=True)),
+        ("pid", pod(pid_mode=PidMode.NODE)),
+        ("ipc", pod(host_ipc=True)),
+    ):
+        assert isolation_of(spec, HANDLER) is Isolation.PROCESS
+        with pytest.raises(InvalidSpec, match=r'host_pods = "process" for handlers\.vms') as caught:
+            isolation_of(spec, refusing)
+        assert caught.value.field == f"config.linux.security_context.namespace_options.{field}"
+
+
+# ------------------------------------------------------------------------------------------ sysctls
+
+
+def test_sysctls_of_the_pods_own_namespaces() -> None:
+    wanted = {"net.core.somaxconn": "1024", "kernel.shmmax": "1", "fs.mqueue.msg_max": "5"}
+    found = pod_sysctls(pod(sysctls=wanted))
+    assert found["net/core/somaxconn"] == "1024" and found["kernel/shmmax"] == "1"
+    assert found["net/ipv4/ip_unprivileged_port_start"] == "0", "as in a VM"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "why"),
+    [
+        ("net.core.somaxconn", {"host_network": True}, "the node's network"),
+        ("kernel.shmmax", {"host_ipc": True}, "the node's IPC"),
+        ("vm.swappiness", {"host_ipc": True}, "is the node's"),
+        ("kernel.hostname", {"host_network": True}, "is the node's"),
+    ],
+)
+def test_sysctls_that_would_change_the_node(name: str, fields: dict[str, object], why: str) -> None:
+    with pytest.raises(InvalidSpec, match=why) as caught:
+        pod_sysctls(pod(sysctls={name: "1"}, **fields))
+    assert caught.value.field == f"config.linux.sysctls[{name!r}]"
+
+
+def test_the_nodes_network_gets_no_sysctls_unasked() -> None:
+    assert pod_sysctls(pod(host_network=True)) == {}
+
+
+# ------------------------------------------------------------------------------------------ devices
+
+
+def test_devices_are_those_of_the_host(tmp_path: Path) -> None:
+    def wanted(path: str, permissions: str = "rwm") -> list[Wanted]:
+        device = DeviceSpec(container_path="/dev/mine", host_path=path, permissions=permissions)
+        return list(find_devices(ContainerSpec(name="c", image="i", devices=(device,))))
+
+    mode = Path("/dev/null").stat().st_mode & 0o7777
+    assert wanted("/dev/null", "r") == [Wanted(Node("/dev/mine", 1, 3, mode=mode), "r")]
+    with pytest.raises(InvalidSpec, match="is no device") as caught:
+        wanted(str(tmp_path))
+    assert caught.value.field == "config.devices[0].host_path"
+
+
+def test_rules_of_v1(tmp_path: Path) -> None:
+    for name in ("devices.deny", "devices.allow"):
+        (tmp_path / "c" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "c" / name).touch()
+    control.allow_devices(v1(tmp_path), "/c", DEFAULT_RULES[:3], b"")
+    assert (tmp_path / "c/devices.deny").read_text() == "a"
+    assert (tmp_path / "c/devices.allow").read_text() == "c 1:3 rwm", "the last rule; each is a write"
+
+
+# ------------------------------------------------------------------------------------------- limits
+
+
+def v1(root: Path) -> Layout:
+    return Layout(mode=Mode.V1, hierarchies=(str(root),))
+
+
+def write_all(folder: Path, files: dict[str, str]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+def test_readings_of_v1_have_the_names_of_v2(tmp_path: Path) -> None:
+    files = {
+        "cpuacct.usage": "5000000\n",
+        "cpuacct.usage_user": "3000000\n",
+        "cpuacct.usage_sys": "2000000\n",
+        "cpu.stat": "nr_periods 3\nnr_throttled 2\nthrottled_time 7000\n",
+        "memory.usage_in_bytes": "4096\n",
+        "memory.limit_in_bytes": "8192\n",
+        "memory.memsw.limit_in_bytes": "12288\n",
+        "memory.max_usage_in_bytes": "5000\n",
+        "memory.failcnt": "4\n",
+        "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
+        "memory.stat": "cache 1\ntotal_cache 10\ntotal_rss 20\ntotal_inactive_file 5\ntotal_swap 6\n",
+        "pids.current": "3\n",
+        "pids.max": "max\n",
+        "blkio.throttle.io_service_bytes_recursive": "8:0 Read 100\n8:0 Write 200\n8:0 Total 300\n",
+        "blkio.throttle.io_serviced_recursive": "8:0 Read 1\n8:0 Write 2\n",
+    }
+    write_all(tmp_path / "c", files)
+    found = {name: control.read(v1(tmp_path), "/c", name) for name in FILES}
+    assert found["cpu.stat"].splitlines()[:3] == [b"usage_usec 5000", b"user_usec 3000", b"system_usec 2000"]
+    assert b"throttled_usec 7\n" in found["cpu.stat"]
+    assert (found["memory.current"], found["memory.max"]) == (b"4096\n", b"8192\n")
+    assert (found["memory.peak"], found["memory.swap.max"]) == (b"5000\n", b"4096\n")
+    assert found["memory.events"] == b"max 4\noom_kill 1\n"
+    assert found["memory.stat"].startswith(b"anon 20\nfile 10\n")
+    assert (found["pids.current"], found["pids.max"]) == (b"3\n", b"max\n")
+    assert found["io.stat"] == b"8:0 rbytes=100 wbytes=200 rios=1 wios=2\n"
+    assert control.oom_kills(v1(tmp_path), "/c") == 1
+
+
+def test_no_limit_of_v1_is_none(tmp_path: Path) -> None:
+    most = str((1 << 63) - 4096)
+    write_all(tmp_path / "c", {"memory.limit_in_bytes": most, "memory.memsw.limit_in_bytes": most})
+    assert control.read(v1(tmp_path), "/c", "memory.max") == b"max\n"
+    assert control.read(v1(tmp_path), "/c", "memory.swap.max") == b"max\n"
+
+
+def test_limits_of_v1(tmp_path: Path) -> None:
+    names = ("cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us", "memory.limit_in_bytes", "cpuset.cpus")
+    write_all(tmp_path / "c", dict.fromkeys(names, ""))
+    resources = Resources(cpu_shares=512, cpu_quota=20_000, memory_limit=1 << 20, cpuset_cpus="0")
+    control.write_limits(v1(tmp_path), "/c", compile_resources(resources), resources)
+    found = {name: (tmp_path / "c" / name).read_text() for name in names}
+    assert found == dict(zip(names, ("512", "100000", "20000", str(1 << 20), "0"), strict=True))
+
+
+def test_limits_that_v1_does_not_have(tmp_path: Path) -> None:
+    write_all(tmp_path / "c", {})
+    unified = Resources(unified={"memory.high": "1"})
+    with pytest.raises(InvalidSpec, match="cgroup v1") as caught:
+        control.write_limits(v1(tmp_path), "/c", compile_resources(unified), unified)
+    assert caught.value.field == "config.linux.resources.unified['memory.high']"
+    with pytest.raises(GuestError, match="no such controller"):
+        control.write_limits(v1(tmp_path), "/c", (), Resources(cpu_shares=2))
+
+
+def test_limits_and_readings_of_v2(tmp_path: Path) -> None:
+    v2 = Layout(mode=Mode.V2, hierarchies=(), unified=str(tmp_path))
+    write_all(tmp_path / "c", {"memory.max": "", "cpu.stat": "usage_usec 1\n"})
+    control.write_limits(v2, "/c", [pb.CgroupFile(name="memory.max", value="5")], Resources())
+    assert (tmp_path / "c/memory.max").read_text() == "5"
+    assert control.read(v2, "/c", "cpu.stat") == b"usage_usec 1\n"
+    assert control.read(v2, "/c", "io.stat") == b""
+
+
+def test_what_a_process_has_started() -> None:
+    script = "sleep 1000 & setsid sleep 1001 & echo ready; wait"
+    leader = subprocess.Popen(["sh", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
+    try:
+        assert leader.stdout is not None and leader.stdout.readline() == b"ready\n"
+        everyone = [int(each.name) for each in Path("/proc").glob("[0-9]*")]
+        found = control.started_by(leader.pid)(everyone)
+        assert leader.pid in found and len(found) == 3 and os.getpid() not in found
+    finally:
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        leader.wait()
+
+
+# ------------------------------------------------------------------------------------------- conmon
+
+
+def bundle(path: Path) -> Bundle:
+    return Bundle(id="c1", path=path, state=path / "crun")
+
+
+def wish(layout: Layout, **fields: object) -> Wish:
+    usual: dict[str, object] = {"log_path": "", "tty": False, "stdin": False, "stdin_once": False}
+    return Wish(cgroups=(), layout=layout, **(usual | fields))  # type: ignore[arg-type]
+
+
+def test_stdin_stays_open_unless_it_is_for_one_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conmon, "find_program", lambda name: f"/bin/{name}")
+    both = conmon.command(bundle(tmp_path), wish(v1(tmp_path), stdin=True, tty=True))
+    assert {"--stdin", "--leave-stdin-open", "--terminal"} <= set(both)
+    once = conmon.command(bundle(tmp_path), wish(v1(tmp_path), stdin=True, stdin_once=True))
+    assert "--leave-stdin-open" not in once
+    assert "k8s-file:/dev/null" in once
+
+
+def test_crun_is_told_of_no_controllers_beside_v1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conmon, "find_program", lambda name: f"/bin/{name}")
+    (tmp_path / "cgroup.controllers").write_text("hugetlb\n")
+    hybrid = Layout(mode=Mode.HYBRID, hierarchies=("/v1",), unified=str(tmp_path))
+    assert conmon.command(bundle(tmp_path), wish(hybrid))[:2] == ["unshare", "--mount"]
+    (tmp_path / "cgroup.controllers").write_text("\n")
+    assert conmon.command(bundle(tmp_path), wish(hybrid))[0] == "conmon"
+
+
+def test_an_exit_code_is_there_or_not(tmp_path: Path) -> None:
+    one = bundle(tmp_path)
+    assert one.exit_code() is None
+    one.exit_file.parent.mkdir()
+    one.exit_file.write_text("")
+    assert one.exit_code() is None
+    one.exit_file.write_text("137")
+    code = one.exit_code()
+    assert code is not None and code[0] == 137
+
+
+# ------------------------------------------------------------------------------------------ streams
+
+
+def pipe() -> tuple[int, int]:
+    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    return reading, writing
+
+
+async def test_a_pipe_is_read_to_its_end() -> None:
+    reading, writing = pipe()
+    reader, writer = FdReader(reading), FdWriter(writing)
+    waiting = asyncio.create_task(reader.read())
+    await writer.write(b"one")
+    assert await waiting == b"one"
+    writer.close()
+    writer.close()
+    assert await reader.read() == b""
+    assert await reader.read() == b""
+
+
+async def test_a_full_pipe_holds_the_writer_until_it_is_read() -> None:
+    reading, writing = pipe()
+    reader, writer = FdReader(reading), FdWriter(writing)
+    size = 1 << 20
+    writes = asyncio.create_task(writer.write(bytes(size)))
+    await asyncio.sleep(0)
+    assert not writes.done()
+    taken = 0
+    while taken < size:
+        taken += len(await reader.read())
+    await writes
+    reader.stop()
+    with pytest.raises(StreamReset):
+        await reader.read()
+    with pytest.raises(StreamReset, match="nobody reads"):
+        await writer.write(b"x")
+    writer.close()
+
+
+async def test_what_a_child_in_the_background_holds_open_is_not_waited_for() -> None:
+    reading, writing = pipe()
+    reader = FdReader(reading)
+    os.write(writing, b"last")
+    waiting = asyncio.create_task(_all(reader))
+    await asyncio.sleep(0)
+    reader.expire()
+    assert await waiting == b"last"
+    os.close(writing)
+
+
+async def _all(reader: FdReader) -> bytes:
+    found = b""
+    while chunk := await reader.read():
+        found += chunk
+    return found
+
+
+async def test_a_reader_that_is_stopped_wakes_who_reads() -> None:
+    reading, writing = pipe()
+    reader = FdReader(reading)
+    waiting = asyncio.create_task(reader.read())
+    await asyncio.sleep(0)
+    reader.stop()
+    with pytest.raises(StreamReset):
+        await waiting
+    os.close(writing)

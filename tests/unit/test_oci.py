@@ -1,0 +1,111 @@
+"""Plans as OCI configurations, pinned: tests/golden/oci/NAME.json is what crun is told for the plan NAME.
+
+HUSK_UPDATE_GOLDEN=1 writes the files anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox.capabilities import ALL
+from sandbox.devices import Node
+from sandbox.errors import InvalidSpec
+from sandbox.guest import guest_pb2 as pb
+from sandbox.host_pods.oci import NodeLimits, Surroundings, compile_config, compile_process
+from sandbox.spec import ContainerSpec, MountSpec, Propagation
+from tests.unit import test_plan_golden as plans
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "oci"
+LIMITS = NodeLimits(open_files=1 << 20, capabilities=ALL)
+HOST_NETWORK = {"mount": "", "cgroup": "", "uts": "/proc/7/ns/uts", "ipc": "/proc/7/ns/ipc", "pid": ""}
+HOST_PID = {"mount": "", "cgroup": "", "uts": "/proc/7/ns/uts", "network": "/netns/p"}
+DISK = Node("/dev/vda", 254, 0, mode=0o660, type=stat.S_IFBLK)
+
+
+def config(plan: pb.Start, namespaces: dict[str, str] | None = None, *devices: Node) -> Any:
+    around = Surroundings(
+        rootfs="/run/rootfs/c1",
+        shm="/run/shm",
+        namespaces=namespaces or HOST_NETWORK,
+        files=[f"/run/files/{number}" for number in range(len(plan.files))],
+        limits=LIMITS,
+        devices=devices,
+    )
+    return compile_config(plan, around)
+
+
+def on_host_pid() -> Any:
+    return config(as_plan(plans.confined), HOST_PID)
+
+
+def of_privileged() -> Any:
+    return config(as_plan(plans.privileged), HOST_NETWORK, DISK)
+
+
+def as_plan(make: Callable[[], object]) -> pb.Start:
+    plan = make()
+    assert isinstance(plan, pb.Start)
+    return plan
+
+
+MADE: dict[str, Callable[[], Any]] = {
+    "usual": lambda: config(as_plan(plans.usual)),
+    "confined": on_host_pid,
+    "privileged": of_privileged,
+    "mounts": lambda: config(as_plan(plans.mounts)),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_golden(name: str) -> None:
+    text = json.dumps(MADE[name](), indent=1, ensure_ascii=False) + "\n"
+    file = GOLDEN / f"{name}.json"
+    if os.environ.get("HUSK_UPDATE_GOLDEN"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+def test_every_golden_file_has_its_plan() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.json")} == set(MADE)
+
+
+def test_a_terminal_has_a_size() -> None:
+    process = pb.Process(argv=["sh"], tty=True, rows=50)
+    assert compile_process(process, LIMITS)["consoleSize"] == {"height": 50, "width": 80}
+
+
+def test_text_that_json_cannot_say_is_refused_by_name() -> None:
+    with pytest.raises(InvalidSpec, match="RAW: the value is not UTF-8"):
+        compile_process(pb.Process(env=[b"RAW=\xff"]), LIMITS)
+
+
+def test_nobody_gets_more_than_the_daemon_has() -> None:
+    limits = NodeLimits(open_files=1024, capabilities=0b11)
+    process = as_plan(plans.privileged).process
+    found: Any = compile_process(process, limits)
+    assert found["capabilities"]["effective"] == ["CAP_CHOWN", "CAP_DAC_OVERRIDE"]
+    assert found["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 1024}]
+
+
+@pytest.mark.parametrize(
+    ("propagation", "root"),
+    [
+        (Propagation.PRIVATE, "rprivate"),
+        (Propagation.HOST_TO_CONTAINER, "rslave"),
+        (Propagation.BIDIRECTIONAL, "rshared"),
+    ],
+)
+def test_the_root_lets_through_what_a_mount_shares(propagation: Propagation, root: str) -> None:
+    mount = MountSpec(container_path="/m", host_path="/h", propagation=propagation)
+    plan = plans.start(ContainerSpec(name="c", image="i", mounts=(mount,)))
+    made = config(plan)
+    assert made["linux"]["rootfsPropagation"] == root
+    assert next(each for each in made["mounts"] if each["destination"] == "/m")["options"][-1] == root

@@ -1,0 +1,313 @@
+"""Pods that share namespaces with the node: real conmon and crun, in the daemon's namespaces."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cri.proto import runtime_v1_pb2 as api
+from tests.kit.cri import Cri, Pod, parse_log
+from tests.kit.leaks import processes_naming
+from tests.kit.registry import HOST
+
+pytestmark = pytest.mark.vm
+
+BUSYBOX = f"{HOST}/husk/busybox:1"
+WEB = f"{HOST}/husk/web:1"
+NODE, POD, CONTAINER, TARGET = api.NODE, api.POD, api.CONTAINER, api.TARGET
+
+
+def host_pod(cri: Cri, name: str, *, linux: dict[str, Any] | None = None, **namespaces: Any) -> Pod:
+    options = api.NamespaceOption(**namespaces)
+    context = api.LinuxSandboxSecurityContext(namespace_options=options)
+    parent = {"cgroup_parent": cri.cgroup_parent}
+    return cri.run_pod(
+        name,
+        linux=api.LinuxPodSandboxConfig(security_context=context, **(parent | (linux or {}))),
+        hostname="",
+    )
+
+
+def security(**fields: Any) -> Any:
+    return api.LinuxContainerConfig(security_context=api.LinuxContainerSecurityContext(**fields))
+
+
+def test_a_container_runs_to_its_end(cri: Cri) -> None:
+    pod = host_pod(cri, "ends", network=NODE)
+    code, text = cri.run_to_end(pod, BUSYBOX, ["sh", "-c", "echo out; echo err >&2; exit 7"])
+    assert (code, sorted(text.split())) == (7, ["err", "out"])
+    assert cri.pod_ip(pod) == ""
+
+
+def test_the_namespaces_are_those_that_were_asked_for(cri: Cri, daemon: Any) -> None:
+    pod = host_pod(cri, "spaces", network=NODE, pid=NODE, ipc=NODE)
+    container = cri.run(pod, BUSYBOX, ["sleep", "1000"], linux=security(namespace_options=pod_options(pod)))
+    pid = pid_of(cri, pod, container)
+    assert {kind: shares(pid, daemon.pid, kind) for kind in ("net", "pid", "ipc", "uts", "mnt")} == {
+        "net": True,
+        "pid": True,
+        "ipc": True,
+        "uts": False,
+        "mnt": False,
+    }
+    status = cri.pod_status(pod).status.linux.namespaces.options
+    assert (status.network, status.pid, status.ipc) == (NODE, NODE, NODE)
+    assert cri.exec(container, "hostname").stdout.strip() == os.uname().nodename
+
+
+def test_what_is_not_the_nodes_is_the_pods(cri: Cri, daemon: Any) -> None:
+    pod = host_pod(cri, "ipc-only", ipc=NODE)
+    assert re.match(r"\d+\.\d+\.\d+\.\d+", cri.pod_ip(pod))
+    container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
+    pid = pid_of(cri, pod, container)
+    assert shares(pid, daemon.pid, "ipc") and not shares(pid, daemon.pid, "net")
+    assert cri.pod_ip(pod) in cri.exec(container, "ip", "addr", "show", "eth0").stdout
+    other = cri.run(pod, BUSYBOX, ["sleep", "2000"])
+    assert "sleep 2000" in cri.exec(container, "ps").stdout, "one PID namespace of the pod"
+    assert shares(pid, pid_of(cri, pod, other), "net")
+
+
+def test_a_handler_may_refuse(site: Any) -> None:
+    from tests.kit.daemon import Daemon
+
+    settings: dict[str, dict[str, object]] = {
+        "handlers.std": {"source": "boot", "host_pods": "refuse"},
+        "metrics": {"port": 0},
+    }
+    made = Daemon(site.namespace, site.cni, site.mirrors, leases=site.leases, settings=settings)
+    made.start()
+    try:
+        with pytest.raises(grpc.RpcError, match=r"namespace_options\.network: NODE") as caught:
+            host_pod(made.cri, "refused", network=NODE)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize(
+    ("spaces", "sysctl", "field"),
+    [
+        ({"network": NODE}, "net.core.somaxconn", "config.linux.sysctls['net.core.somaxconn']"),
+        ({"ipc": NODE}, "vm.swappiness", "config.linux.sysctls['vm.swappiness']"),
+    ],
+)
+def test_the_nodes_sysctls_are_not_for_a_pod(
+    cri: Cri, spaces: dict[str, Any], sysctl: str, field: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        host_pod(cri, "sysctls", linux={"sysctls": {sysctl: "1"}}, **spaces)
+    assert str(caught.value.details()).startswith(field)
+
+
+def test_sysctls_of_its_own(cri: Cri) -> None:
+    pod = host_pod(cri, "sysctls", ipc=NODE, linux={"sysctls": {"net.core.somaxconn": "321"}})
+    container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
+    assert cri.exec(container, "cat", "/proc/sys/net/core/somaxconn").stdout == "321\n"
+
+
+def test_shared_memory_is_the_pods_unless_it_is_the_nodes(cri: Cri) -> None:
+    pod = host_pod(cri, "shm", network=NODE)
+    one, two = (cri.run(pod, BUSYBOX, ["sleep", "1000"]) for _ in range(2))
+    cri.exec(one, "sh", "-c", "echo seen > /dev/shm/file")
+    assert cri.exec(two, "cat", "/dev/shm/file").stdout == "seen\n"
+    assert "65536" in cri.exec(two, "df", "-k", "/dev/shm").stdout
+    assert not Path("/dev/shm/file").exists()
+
+
+def test_logs_are_rotated_without_a_line_lost(cri: Cri) -> None:
+    pod = host_pod(cri, "logs", network=NODE)
+    lines = 60_000
+    script = f"n=0; while [ $n -lt {lines} ]; do n=$((n+1)); echo $n; done"
+    container = cri.run(pod, BUSYBOX, ["sh", "-c", script])
+    log = Path(cri.status(container).log_path)
+    rotated = []
+    for number in range(2):
+        cri.wait_for(lambda: log.stat().st_size, lambda size: size > 50_000)
+        rotated.append(log.rename(log.with_suffix(f".{number}")))
+        cri.call("ReopenContainerLog", container_id=container)
+        assert log.exists()
+        cri.call("ReopenContainerLog", container_id=container)  # nothing to do: it is the one in use
+    sizes = [path.stat().st_size for path in rotated]
+    cri.wait_exited(container)
+    assert [path.stat().st_size for path in rotated] == sizes
+    # a line that conmon did not read at once is in parts
+    parts = [(line.tag, line.text) for path in (*rotated, log) for line in parse_log(path)]
+    text = "".join(part if tag == "P" else f"{part}\n" for tag, part in parts)
+    assert text == "".join(f"{number}\n" for number in range(1, lines + 1))
+
+
+def test_exec_and_its_end(cri: Cri) -> None:
+    pod = host_pod(cri, "exec", network=NODE)
+    container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
+    done = cri.exec(container, "sh", "-c", "echo out; echo err >&2; exit 3")
+    assert (done.code, done.stdout, done.stderr) == (3, "out\n", "err\n")
+    with pytest.raises(grpc.RpcError, match="no/such"):
+        cri.exec(container, "/no/such/program")
+    with pytest.raises(grpc.RpcError) as caught:
+        cri.exec(container, "sh", "-c", "sleep 4321 & setsid sleep 4321", timeout=1)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "4321" not in cri.exec(container, "ps").stdout
+
+
+def test_a_program_that_is_not_there(cri: Cri) -> None:
+    pod = host_pod(cri, "absent", network=NODE)
+    container = cri.create(pod, BUSYBOX, ["/no/such/program"])
+    with pytest.raises(grpc.RpcError, match="no/such/program"):
+        cri.start(container)
+    status = cri.status(container)
+    assert (status.state, status.exit_code, status.reason) == (api.CONTAINER_EXITED, 128, "StartError")
+
+
+def test_stop_asks_and_kills(cri: Cri) -> None:
+    pod = host_pod(cri, "stops", network=NODE, pid=NODE)
+    script = "trap 'echo ending; exit 5' TERM; echo ready; while :; do sleep 0.1; done"
+    asked = cri.run(pod, BUSYBOX, ["sh", "-c", script], linux=security(namespace_options=pod_options(pod)))
+    cri.wait_for(lambda: cri.log(asked), lambda lines: lines)
+    cri.stop(asked)
+    assert cri.status(asked).exit_code == 5
+    stubborn = cri.run(
+        pod,
+        BUSYBOX,
+        ["sh", "-c", "trap '' TERM; sleep 5555 & wait; sleep 5556"],
+        linux=security(namespace_options=pod_options(pod)),
+    )
+    cri.stop(stubborn, timeout=0)
+    assert cri.status(stubborn).exit_code == 137
+    cri.wait_for(lambda: processes_naming("sleep 555"), lambda found: not found)
+
+
+def test_limits_and_what_is_used(cri: Cri) -> None:
+    pod = host_pod(cri, "limits", network=NODE)
+    busy = "x=$(head -c 30000000 /dev/zero | tr '\\0' x); while :; do :; done"
+    resources = api.LinuxContainerResources(memory_limit_in_bytes=200 << 20, cpu_shares=512)
+    container = cri.run(pod, BUSYBOX, ["sh", "-c", busy], linux=api.LinuxContainerConfig(resources=resources))
+
+    def usage() -> Any:
+        return cri.call("ContainerStats", container_id=container).stats
+
+    cri.wait_for(usage, lambda stats: stats.memory.working_set_bytes.value > 25_000_000)
+    first, began = usage(), time.monotonic()
+    time.sleep(2)
+    second, ended = usage(), time.monotonic()
+    used = second.cpu.usage_core_nano_seconds.value - first.cpu.usage_core_nano_seconds.value
+    assert 0.3 < used / 1e9 / (ended - began) < 1.2, "a busy loop has about one CPU"
+    assert 25_000_000 < second.memory.working_set_bytes.value < 120_000_000
+    assert second.memory.available_bytes.value < 200 << 20
+    whole = cri.call("PodSandboxStats", pod_sandbox_id=pod.id).stats.linux
+    assert whole.memory.working_set_bytes.value >= 25_000_000
+    assert whole.process.process_count.value >= 1
+    changed = api.LinuxContainerResources(
+        memory_limit_in_bytes=150 << 20, cpu_quota=10_000, cpu_period=100_000
+    )
+    cri.call("UpdateContainerResources", container_id=container, linux=changed)
+    assert cri.status(container).resources.linux.memory_limit_in_bytes == 150 << 20
+    time.sleep(0.3)
+    first, began = usage(), time.monotonic()
+    time.sleep(2)
+    second, ended = usage(), time.monotonic()
+    used = second.cpu.usage_core_nano_seconds.value - first.cpu.usage_core_nano_seconds.value
+    assert used / 1e9 / (ended - began) < 0.2, "a tenth of a CPU"
+
+
+def test_too_much_memory_is_an_oom_kill(cri: Cri) -> None:
+    pod = host_pod(cri, "oom", network=NODE)
+    resources = api.LinuxContainerResources(memory_limit_in_bytes=20 << 20)
+    container = cri.run(
+        pod,
+        BUSYBOX,
+        ["sh", "-c", "x=$(head -c 60000000 /dev/zero | tr '\\0' x); echo unheard"],
+        linux=api.LinuxContainerConfig(resources=resources),
+    )
+    status = cri.wait_exited(container)
+    assert status.reason == "OOMKilled"
+    assert status.exit_code != 0
+
+
+def test_a_port_of_the_node_is_reached(cri: Cri, daemon: Any) -> None:
+    cri.pull(WEB)
+    pod = host_pod(cri, "web", network=NODE)
+    cri.run(pod, WEB, ["httpd", "-f", "-p", "127.0.0.1:18080", "-h", "/www"])
+
+    def fetch() -> str:
+        try:
+            return str(daemon.namespace.fetch("127.0.0.1", 18080))
+        except OSError:
+            return ""
+
+    assert cri.wait_for(fetch, lambda got: got) == "hello from the pod\n"
+
+
+def test_a_privileged_container_has_the_nodes_devices(cri: Cri) -> None:
+    pod = host_pod(cri, "devices", network=NODE, linux={})
+    plain = cri.run(pod, BUSYBOX, ["sleep", "1000"])
+    assert cri.exec(plain, "sh", "-c", "mknod /tmp/mem c 1 1 && head -c 1 /tmp/mem").code != 0
+    security_context = api.LinuxContainerSecurityContext(privileged=True)
+    root = cri.run(
+        pod, BUSYBOX, ["sleep", "1000"], linux=api.LinuxContainerConfig(security_context=security_context)
+    )
+    here = {path.name for path in Path("/dev").iterdir() if path.is_char_device() and not path.is_symlink()}
+    there = set(cri.exec(root, "ls", "/dev").stdout.split())
+    assert here - there <= {"ptmx", "console"}
+
+
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_the_daemons_end_is_not_the_pods(cri: Cri, daemon: Any, end: str) -> None:
+    pod = host_pod(cri, f"lives-{end}", network=NODE)
+    script = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.05; done"
+    writes = cri.run(pod, BUSYBOX, ["sh", "-c", script])
+    ends = cri.run(pod, BUSYBOX, ["sh", "-c", "sleep 2; echo last words; exit 9"])
+    made = cri.create(pod, BUSYBOX, ["sh", "-c", "exit 4"])
+    pid = pid_of(cri, pod, writes)
+    getattr(daemon, end)()
+    time.sleep(3)
+    daemon.start()
+    assert pid_of(cri, pod, writes) == pid
+    status = cri.wait_exited(ends)
+    assert (status.exit_code, [line.text for line in cri.log(ends)]) == (9, ["last words"])
+    assert status.finished_at < time.time_ns() - 500_000_000, "when it ended, not when that was found"
+    numbers = [int(line.text) for line in cri.log(writes)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 40
+    assert cri.exec(writes, "echo", "here").stdout == "here\n"
+    cri.start(made)
+    assert cri.wait_exited(made).exit_code == 4
+
+
+def test_without_its_supervisor_a_container_ends(cri: Cri) -> None:
+    pod = host_pod(cri, "supervisor", network=NODE)
+    container = cri.run(pod, BUSYBOX, ["sleep", "7777"])
+    for each in processes_naming(f"--cid {container}"):
+        os.kill(int(each.split()[0]), signal.SIGKILL)
+    status = cri.wait_exited(container)
+    assert (status.exit_code, status.reason) == (137, "Error")
+    cri.wait_for(lambda: processes_naming("sleep 7777"), lambda found: not found)
+
+
+def test_without_its_first_process_a_pod_is_not_ready(cri: Cri) -> None:
+    pod = host_pod(cri, "first", network=NODE)
+    container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
+    info = json.loads(cri.pod_status(pod, verbose=True).info["info"])
+    os.kill(info["pid"], signal.SIGKILL)
+    cri.wait_for(lambda: cri.pod_status(pod).status.state, lambda state: state == api.SANDBOX_NOTREADY)
+    assert cri.wait_exited(container).exit_code == 137
+
+
+def pod_options(pod: Pod) -> Any:
+    return pod.config.linux.security_context.namespace_options
+
+
+def pid_of(cri: Cri, pod: Pod, container: str) -> int:
+    info = json.loads(cri.pod_status(pod, verbose=True).info["info"])
+    assert info["isolation"] == "process"
+    return int(info["containerPids"][container])
+
+
+def shares(one: int, other: int, kind: str) -> bool:
+    return Path(f"/proc/{one}/ns/{kind}").readlink() == Path(f"/proc/{other}/ns/{kind}").readlink()
