@@ -161,6 +161,8 @@ def _hugepages(resources: Resources) -> dict[str, str]:
         # Clients send 0 for each page size of the host; the guest may not even know that size.
         if limit > 0:
             files[f"hugetlb.{size}.max"] = str(limit)
+            # else a mapping beyond the limit is granted, and touching it is a bus error
+            files[f"hugetlb.{size}.rsvd.max"] = str(limit)
     return files
 
 

@@ -1,14 +1,16 @@
 """Makes a running VM large enough for limits that are about to be raised.
 
 The seam to hot-plug: `grow` is asked for a size that is no smaller than what the VM has in either
-respect, and does what its hypervisor can. Lowered limits shrink nothing.
+respect, and does what its hypervisor can. Of what it has then, huge pages are set aside in the guest.
+Lowered limits shrink nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from sandbox.plan import grown_size
+from sandbox.guest import guest_pb2 as pb
+from sandbox.plan import HUGE_PAGE_MIB, grown_size
 from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.registry import Registry
@@ -29,9 +31,11 @@ class Room:
         resources: Resources,
         overhead: Resources,
         changes: Mapping[ContainerId, Resources] | None = None,
+        directories: Sequence[pb.HugeDirectory] = (),
     ) -> None:
-        """For these limits of the pod, and of its containers as they are or are about to be (`changes`).
-        Raises VmmError when the VM cannot grow so far; nothing has changed then."""
+        """For these limits of the pod, and of its containers as they are or are about to be (`changes`);
+        and `directories` on huge pages. Raises VmmError when the VM cannot grow so far; nothing has
+        changed then. Raises InvalidSpec, GuestError for huge pages that cannot be had."""
         current = pod.record.size
         if current is None:
             return
@@ -43,3 +47,6 @@ class Room:
         size = grown_size(current, resources, overhead, list({**limits, **(changes or {})}.values()))
         if size != current:
             await self._grow(pod, size)
+        if size.huge_mib or directories:
+            wish = pb.HugePages(count=size.huge_mib // HUGE_PAGE_MIB, directories=directories)
+            await pod.call(pb.Request(huge_pages=wish))

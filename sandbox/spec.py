@@ -265,3 +265,4 @@ class VmSize(Value, frozen=True, kw_only=True):
 
     memory_mib: int
     vcpus: int
+    huge_mib: int = 0  # of the memory, set aside as huge pages

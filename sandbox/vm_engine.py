@@ -78,7 +78,7 @@ class VmEngine:
         self.walk: Walk[Pod] = host.walks.whole
         self.steps: Sequence[Step[Container]] = (
             Rootfs(host.rootfs),
-            Volumes(host.rootfs),
+            Volumes(host.rootfs, host.room),
             plan_for_guest(host.default_profile),
         )
 

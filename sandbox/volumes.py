@@ -7,6 +7,9 @@ They are mounted on these points in the mount namespace of the virtiofsd that ex
 nowhere else: a volume that its owner unmounts must not be busy because a copy of it is mounted in the
 owner's own namespace, and nothing of a pod fills the host's mount table.
 
+Volumes on huge pages are not among them: they are the guest's own (see `huge`). For them, and for what
+the container may have of huge pages, the VM is made larger here; that is never undone, as with all memory.
+
 Crash story: deleting a mount point detaches what is mounted on it in other namespaces (rmdir(2)
 does, since Linux 3.18), so no process is needed to undo; and they end with the virtiofsd.
 """
@@ -17,7 +20,7 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +30,10 @@ from image.stores import RootfsStore
 from sandbox import mounts, process
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
-from sandbox.plan import MountSource
+from sandbox.guest import guest_pb2 as pb
+from sandbox.huge import find_directory, guest_path
+from sandbox.plan import MountSource, huge_mib
+from sandbox.room import Room
 from sandbox.rooted import open_beneath
 from sandbox.spec import MountSpec, Propagation, UserNamespace
 from sandbox.steps import remove_tree
@@ -39,13 +45,22 @@ _FIND = os.O_PATH | os.O_CLOEXEC
 @dataclass(frozen=True, slots=True)
 class Volumes:
     store: RootfsStore
+    room: Room
     name = "volumes"
 
     async def up(self, container: Container) -> None:
-        if not container.record.spec.mounts:
-            return
+        directories = await self._attach(container) if container.record.spec.mounts else []
+        if directories or huge_mib(container.record.resources):
+            pod = container.pod
+            async with pod.lock:
+                pod.require_ready()
+                limits = {container.id: container.record.resources}
+                await self.room.make(pod, pod.record.resources, pod.record.overhead, limits, directories)
+
+    async def _attach(self, container: Container) -> Sequence[pb.HugeDirectory]:
+        """What lies on huge pages is attached to nothing, and given back."""
         await mount_images(self.store, container)
-        await asyncio.to_thread(_attach_all, container)
+        return await asyncio.to_thread(_attach_all, container)
 
     async def down(self, container: Container) -> None:
         await asyncio.to_thread(mounts.unmount_tree, container.volumes)
@@ -101,6 +116,10 @@ def find_sources(container: Container) -> list[MountSource]:
     for number, mount in enumerate(container.record.spec.mounts):
         with _source(container, number, mount) as source:
             is_directory = stat.S_ISDIR(os.fstat(source).st_mode)
+            huge = find_directory(source, number, mount)
+        if huge:
+            found.append(MountSource(path=guest_path(huge), is_directory=True))
+            continue
         found.append(
             MountSource(
                 path=f"{GUEST_VOLUMES}/{container.id}/{number}",
@@ -123,13 +142,16 @@ def _submounts(mount: MountSpec) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------ attaching
 
 
-def _attach_all(container: Container) -> None:
+def _attach_all(container: Container) -> Sequence[pb.HugeDirectory]:
     back = _back(container)
     back.mkdir(mode=0o755, exist_ok=True)
     with contextlib.ExitStack() as held:
-        trees = {}
+        trees, directories = {}, []
         for number, mount in enumerate(container.record.spec.mounts):
             source = held.enter_context(_source(container, number, mount))
+            if huge := find_directory(source, number, mount):
+                directories.append(huge)
+                continue
             _make_point(back / str(number), source)
             what = Path(mount.host_path or mount.image)
             tree = mounts.clone_tree(source, what)
@@ -138,6 +160,7 @@ def _attach_all(container: Container) -> None:
             _shape(tree, what, mount)
             trees[number] = tree
         _in_exporter(container, trees)
+    return directories
 
 
 def _make_point(point: Path, source: int) -> None:

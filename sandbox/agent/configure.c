@@ -50,7 +50,7 @@ static int write_machine_id(const char *machine_id, struct error *error) {
     return 0;
 }
 
-static bool is_mounted(const char *path) {
+bool is_mounted(const char *path) {
     struct stat here, above;
     char parent[PATH_MAX];
     snprintf(parent, sizeof parent, "%s/..", path);

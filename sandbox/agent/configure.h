@@ -16,3 +16,6 @@ enum { CLOCK_SLACK_NS = 50 * 1000000 };
 
 // Steps the clock when it is off by more than the slack.
 void configure_clock(const struct agent *agent, int64_t wall_ns, int64_t slack_ns);
+
+// Whether something is mounted on `path`.
+bool is_mounted(const char *path);

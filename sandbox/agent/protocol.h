@@ -37,6 +37,8 @@ typedef Husk__Guest__V1__Resize Resize;
 typedef Husk__Guest__V1__Attach Attach;
 typedef Husk__Guest__V1__Detached Detached;
 typedef Husk__Guest__V1__Dial Dial;
+typedef Husk__Guest__V1__HugePages HugePages;
+typedef Husk__Guest__V1__HugeDirectory HugeDirectory;
 typedef Husk__Guest__V1__WriteCgroup WriteCgroup;
 typedef Husk__Guest__V1__ReadCgroup ReadCgroup;
 typedef Husk__Guest__V1__Population Population;

@@ -12,6 +12,7 @@
 #include "cgroup.h"
 #include "configure.h"
 #include "dial.h"
+#include "huge.h"
 #include "population.h"
 #include "scope.h"
 
@@ -302,6 +303,9 @@ static int answer(struct agent *agent, uint32_t id, const Request *request) {
         return 0;
     case HUSK__GUEST__V1__REQUEST__BODY_ONLINE_CPUS:
         reply_result(agent, id, online_cpus(agent, request->online_cpus->count, &error), &error);
+        return 0;
+    case HUSK__GUEST__V1__REQUEST__BODY_HUGE_PAGES:
+        reply_result(agent, id, huge_pages(agent, request->huge_pages, &error), &error);
         return 0;
     case HUSK__GUEST__V1__REQUEST__BODY_START:
         container_start(agent, id, request->start);

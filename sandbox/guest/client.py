@@ -42,7 +42,7 @@ MAX_CALLS = 1024  # unanswered, given-up ones included
 MAX_EVENTS_PER_S = 2000
 _MAX_TEXT = 1024  # of an error message that the guest wrote
 # Steps of the agent that do no more than what a client wrote down.
-_OF_WISHES = frozenset({"exec", "chdir", "cgroup", "sysctl"})
+_OF_WISHES = frozenset({"exec", "chdir", "cgroup", "sysctl", "huge"})
 _MAX_ID = (1 << 32) - 1
 
 

@@ -230,6 +230,7 @@ class Request(_message.Message):
     DIAL_FIELD_NUMBER: _builtins.int
     PREPARE_FIELD_NUMBER: _builtins.int
     ONLINE_CPUS_FIELD_NUMBER: _builtins.int
+    HUGE_PAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def configure(self) -> Global___Configure: ...
     @_builtins.property
@@ -260,6 +261,8 @@ class Request(_message.Message):
     def prepare(self) -> Global___Prepare: ...
     @_builtins.property
     def online_cpus(self) -> Global___OnlineCpus: ...
+    @_builtins.property
+    def huge_pages(self) -> Global___HugePages: ...
     def __init__(
         self,
         *,
@@ -278,12 +281,13 @@ class Request(_message.Message):
         dial: Global___Dial | None = ...,
         prepare: Global___Prepare | None = ...,
         online_cpus: Global___OnlineCpus | None = ...,
+        huge_pages: Global___HugePages | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["configure", "start", "exec", "signal", "remove", "write_cgroup", "read_cgroup", "open_log", "ping", "power_off", "resize", "attach", "dial", "prepare", "online_cpus"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["configure", "start", "exec", "signal", "remove", "write_cgroup", "read_cgroup", "open_log", "ping", "power_off", "resize", "attach", "dial", "prepare", "online_cpus", "huge_pages"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1484,6 +1488,64 @@ class OnlineCpus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OnlineCpus: _TypeAlias = OnlineCpus  # noqa: Y015
+
+@_typing.final
+class HugePages(_message.Message):
+    """Set so many huge pages of 2 MiB aside, and make directories on a file system of them. To be repeated with
+    a higher count or more directories. Fails when the guest cannot find so many, and keeps what it had.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    DIRECTORIES_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """in all"""
+    @_builtins.property
+    def directories(self) -> _containers.RepeatedCompositeFieldContainer[Global___HugeDirectory]: ...
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        directories: _abc.Iterable[Global___HugeDirectory] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HugePages: _TypeAlias = HugePages  # noqa: Y015
+
+@_typing.final
+class HugeDirectory(_message.Message):
+    """/run/husk/huge/NAME; containers bind it. One that is there already stays as it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    GID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    mode: _builtins.int
+    uid: _builtins.int
+    gid: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        mode: _builtins.int = ...,
+        uid: _builtins.int = ...,
+        gid: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gid", b"gid", "mode", b"mode", "name", b"name", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HugeDirectory: _TypeAlias = HugeDirectory  # noqa: Y015
 
 @_typing.final
 class Ping(_message.Message):

@@ -16,13 +16,14 @@ from sandbox.device_filter import device_filter_for
 from sandbox.plan.configure import compile_identity, compile_network
 from sandbox.plan.mounts import MountSource
 from sandbox.plan.process import compile_exec
-from sandbox.plan.size import grown_size, vm_size
+from sandbox.plan.size import HUGE_PAGE_MIB, grown_size, huge_mib, vm_size
 from sandbox.plan.start import compile_start
 from sandbox.resources import compile_resources
 from sandbox.seccomp import seccomp_for
 from sandbox.signals import resolve_stop_signal, signal_number
 
 __all__ = [
+    "HUGE_PAGE_MIB",
     "MountSource",
     "compile_exec",
     "compile_identity",
@@ -31,6 +32,7 @@ __all__ = [
     "compile_start",
     "device_filter_for",
     "grown_size",
+    "huge_mib",
     "resolve_stop_signal",
     "seccomp_for",
     "signal_number",

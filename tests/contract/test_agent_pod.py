@@ -62,6 +62,19 @@ async def test_names_and_shm(agent: Agent, guest: Guest) -> None:
     assert not Path("/run/husk/shm/x").exists()
 
 
+async def test_directories_on_huge_pages(agent: Agent, guest: Guest) -> None:
+    """The pool of pages is the machine's, and left alone here."""
+    wish = [pb.HugeDirectory(name="a", mode=0o1770, uid=7, gid=8), pb.HugeDirectory(name="b", mode=0o700)]
+    for directories in (wish[:1], wish):  # the second time with what is there
+        await guest.call(huge_pages=pb.HugePages(count=4, directories=directories))
+    assert agent.run_inside("stat", "-f", "-c", "%T %s", "/run/husk/huge") == "hugetlbfs 2097152\n"
+    assert agent.run_inside("stat", "-c", "%a %u %g", "/run/husk/huge/a") == "1770 7 8\n"
+    assert agent.run_inside("ls", "/run/husk/huge").split() == ["a", "b"]
+    for name in ("", "..", "a/b", "x" * 256):
+        with pytest.raises(GuestError, match="huge pages"):
+            await guest.call(huge_pages=pb.HugePages(directories=[pb.HugeDirectory(name=name)]))
+
+
 def addresses_of_the_machine() -> str:
     return subprocess.run(["ip", "-o", "addr"], check=True, capture_output=True, text=True).stdout
 

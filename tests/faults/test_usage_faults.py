@@ -20,7 +20,7 @@ from sandbox.layer_meter import LayerMeter
 from sandbox.meter import RATE_WINDOW_NS, Meter, Rate
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, PodState
-from sandbox.spec import PodId, Resources, VmSize
+from sandbox.spec import ContainerSpec, PodId, Resources, VmSize
 from sandbox.stats import FILES, PATHS, PodStats
 from tests.fakes.guest import FakeAgent
 from tests.fakes.host import FakeRootfs
@@ -401,6 +401,21 @@ async def test_a_vm_is_made_large_enough_first(daemon: Daemon) -> None:
     assert daemon.grown[1] == VmSize(memory_mib=2128, vcpus=2)
     await daemon.containers.update(container, Resources(memory_limit=10 * MIB))
     assert guest.writes, "and a lowered limit is written all the same"
+
+
+async def test_a_container_with_huge_pages_has_them_before_it_starts(daemon: Daemon) -> None:
+    id, _, guest = await running(daemon)
+    wish = Resources(hugepage_limits={"2MB": 64 * MIB, "1GB": 0})
+    spec = ContainerSpec(name="huge", image="example/web:1", resources=wish)
+    container = await daemon.containers.create(id, spec)
+    assert daemon.grown == [VmSize(memory_mib=256 + 64, vcpus=1, huge_mib=64)]
+    asked = [request.huge_pages for request in guest.agent.requests if request.HasField("huge_pages")]
+    assert [pages.count for pages in asked] == [32]
+    await daemon.containers.remove(container)
+    pages = Resources(hugepage_limits={"1GB": 1 << 30})
+    with pytest.raises(InvalidSpec, match="hugepage_limits"):
+        await daemon.containers.create(id, ContainerSpec(name="g", image="example/web:1", resources=pages))
+    assert len(daemon.containers.list()) == 1
 
 
 async def test_a_vm_that_cannot_grow_keeps_its_limits(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +14,25 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from sandbox import process
+from sandbox import mounts, process
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
 from sandbox.mounts import mounts_below
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ImageVolume, PodRecord
-from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, MountSpec, PodId, PodSpec
+from sandbox.registry import Registry
+from sandbox.room import Room
+from sandbox.spec import (
+    ContainerId,
+    ContainerSpec,
+    IdRange,
+    ImageDefaults,
+    MountSpec,
+    PodId,
+    PodSpec,
+    UserNamespace,
+    VmSize,
+)
 from sandbox.steps import Shares
 from sandbox.vmm import VmHandle, VmSpec
 from sandbox.volumes import Volumes, find_sources
@@ -29,6 +41,10 @@ from tests.fakes.host import Broken, FakeRootfs, Ledger
 ID = "c" * 64
 # as virtiofsd does for --sandbox=namespace: the share becomes the root of its own mount namespace
 EXPORTER = "pivot_root . old && exec old/bin/busybox sleep 600"
+
+
+async def _never(pod: Pod, size: VmSize) -> None:
+    raise AssertionError("no volume here needs a larger VM")
 
 
 @dataclass
@@ -40,7 +56,7 @@ class Site:
 
     @property
     def step(self) -> Volumes:
-        return Volumes(cast(Any, FakeRootfs(self.ledger)))
+        return Volumes(cast(Any, FakeRootfs(self.ledger)), Room(Registry(), _never))
 
     def container(self, *wishes: MountSpec, images: tuple[ImageVolume, ...] = ()) -> Container:
         record = ContainerRecord(
@@ -172,3 +188,39 @@ async def test_an_image_that_cannot_be_mounted_leaves_none(site: Site) -> None:
     await site.step.down(container)
     assert site.ledger.held == set()
     assert not (site.pod.run_dir / "images" / ID).exists()
+
+
+@pytest.fixture
+def huge(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "huge"
+    path.mkdir()
+    mounts.mount("huge", path, "hugetlbfs", 0, "pagesize=2M,mode=1750,uid=7,gid=8")
+    yield path
+    mounts.unmount_tree(path)
+
+
+async def test_huge_pages_are_told_and_attached_to_nothing(site: Site, huge: Path) -> None:
+    """A hugetlbfs of the host cannot be exported: its files are only mapped."""
+    wish = MountSpec(container_path="/huge", host_path=str(huge))
+    container = site.container(wish, site.volume())
+    (directory,) = await site.step._attach(container)
+    assert (directory.mode, directory.uid, directory.gid) == (0o1750, 7, 8)
+    sources = find_sources(container)
+    assert sources[0].path == f"/run/husk/huge/{directory.name}"
+    assert sources[1].path.endswith(f"{ID}/1")
+    assert [path.name for path in site.pod.back_of(site.pod.volumes_share).glob("*/*")] == ["1"]
+    assert site.container(wish).record.spec.mounts[0] == wish
+    await site.step.down(container)
+
+
+@pytest.mark.parametrize("problem", ["is a file on huge pages", "are not shifted"])
+async def test_huge_pages_that_cannot_be_had(site: Site, huge: Path, problem: str) -> None:
+    (huge / "file").touch()
+    ids = UserNamespace(uids=(IdRange(inside=0, outside=1000, length=10),), gids=())
+    wish = MountSpec(container_path="/huge", host_path=str(huge), ids=ids)
+    if "file" in problem:
+        wish = MountSpec(container_path="/huge", host_path=str(huge / "file"))
+    container = site.container(wish)
+    with pytest.raises(InvalidSpec, match=problem):
+        await site.step.up(container)
+    await site.step.down(container)

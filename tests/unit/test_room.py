@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sandbox.errors import InvalidSpec
 from sandbox.plan import grown_size
 from sandbox.spec import Resources, VmSize
 
@@ -36,6 +37,27 @@ def test_grown_size(pod: Resources, containers: list[Resources], size: tuple[int
 def test_a_vm_never_shrinks() -> None:
     large = VmSize(memory_mib=4096, vcpus=8)
     assert grown_size(large, limits(10, 1), Resources(), [limits(10, 1)]) == large
+
+
+def huge(mib: float, memory_mib: int = 0) -> Resources:
+    pages = {"2MB": int(mib * MIB), "1GB": 0}
+    return Resources(hugepage_limits=pages, memory_limit=memory_mib * MIB)
+
+
+def test_huge_pages_come_on_top_and_are_whole() -> None:
+    size = grown_size(SMALL, limits(), Resources(), [huge(63), huge(0.1)])
+    assert (size.memory_mib, size.huge_mib) == (256 + 66, 66)
+    # more memory, no more huge pages; then more of these
+    size = grown_size(size, limits(1000), Resources(), [huge(63)])
+    assert (size.memory_mib, size.huge_mib) == (1128 + 66, 66)
+    size = grown_size(size, huge(200, 1000), Resources(), [huge(10)])
+    assert (size.memory_mib, size.huge_mib) == (1128 + 200, 200)
+
+
+def test_gigantic_pages_are_not_to_be_had() -> None:
+    wish = Resources(hugepage_limits={"1GB": 1 << 30})
+    with pytest.raises(InvalidSpec, match=r"hugepage_limits.*1GB"):
+        grown_size(SMALL, limits(), Resources(), [wish])
 
 
 def test_declared_overhead_comes_on_top() -> None:

@@ -1,0 +1,56 @@
+"""Volumes on huge pages: what a kubelet makes of an emptyDir whose medium is HugePages.
+
+Its host path lies on a hugetlbfs of the host, which cannot be exported to a guest: its files are only
+mapped, never read or written. So the mount becomes a directory on a hugetlbfs of the guest's own, the same
+one for all containers of the pod that mount the same path. What the host has in there is not seen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import stat
+
+from sandbox.errors import InvalidSpec
+from sandbox.guest import guest_pb2 as pb
+from sandbox.plan import HUGE_PAGE_MIB
+from sandbox.spec import MountSpec
+
+GUEST_HUGE = "/run/husk/huge"
+HUGETLBFS_MAGIC = 0x958458F6  # linux/magic.h
+_STATFS_BYTES = 256  # more than any kernel's struct statfs
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def find_directory(source: int, number: int, mount: MountSpec) -> pb.HugeDirectory | None:
+    """Of a mount's open source: the guest's directory in its place, or None where it is on no huge pages.
+    Raises InvalidSpec for what cannot be had."""
+    if mount.image or _filesystem_type(source) != HUGETLBFS_MAGIC:
+        return None
+    at = f"config.mounts[{number}]"
+    info, size = os.fstat(source), os.fstatvfs(source).f_bsize
+    if not stat.S_ISDIR(info.st_mode):
+        raise InvalidSpec(f"{at}.host_path", f"{mount.host_path!r} is a file on huge pages", "a directory")
+    if size != HUGE_PAGE_MIB << 20:
+        problem = (
+            f"{mount.host_path!r} lies on pages of {size >> 10} KiB, which a guest cannot find once it runs"
+        )
+        raise InvalidSpec(f"{at}.host_path", problem, f"a volume on pages of {HUGE_PAGE_MIB} MiB")
+    if mount.ids:
+        raise InvalidSpec(f"{at}.uidMappings", "huge pages of a guest are not shifted", "an empty list")
+    name = hashlib.sha256(os.path.realpath(mount.host_path).encode()).hexdigest()[:32]
+    return pb.HugeDirectory(name=name, mode=stat.S_IMODE(info.st_mode), uid=info.st_uid, gid=info.st_gid)
+
+
+def guest_path(directory: pb.HugeDirectory) -> str:
+    return f"{GUEST_HUGE}/{directory.name}"
+
+
+def _filesystem_type(fd: int) -> int:
+    """fstatfs(2), which Python does not have. Raises OSError."""
+    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _libc.fstatfs(ctypes.c_int(fd), buffer) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return ctypes.c_long.from_buffer(buffer).value
