@@ -22,6 +22,7 @@ from image.stores import RootfsStore
 from sandbox.apparmor import profile_name
 from sandbox.cdi_files import with_devices
 from sandbox.container import Container
+from sandbox.described import runtime_spec
 from sandbox.engine import Session
 from sandbox.errors import (
     GuestError,
@@ -84,10 +85,14 @@ class Containers:
         return [each.record for each in containers if each.record.state is not ContainerState.CREATING]
 
     async def describe(self, record: ContainerRecord) -> Mapping[str, object]:
-        """Facts for a person, beside what the status tells."""
+        """Facts for a person, beside what the status tells. `pid` is a process of this host; in a VM it is
+        the VMM, and `guestPid` is the container's first process as the guest's kernel counts."""
         container = self._registry.container(record.id)
+        planned = container.plan_path.exists()
         return {
             "sandboxID": container.pod.id,
+            **container.pod.engine.pids(container),
+            "privileged": record.spec.security.privileged,
             "rootfs": str(container.rootfs),
             "plan": str(container.plan_path),
             "user": record.user,
@@ -95,6 +100,7 @@ class Containers:
             "log": record.log,
             "imageID": record.image_id,
             "chainIDs": record.chain_ids,
+            "runtimeSpec": runtime_spec(container.plan) if planned else None,
         }
 
     # ------------------------------------------------------------------------------- create

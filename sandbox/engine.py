@@ -116,6 +116,9 @@ class Engine(Protocol):
     async def start(self, container: Container) -> None:
         """Run the first process, with `container.pid` as it sees itself from outside."""
 
+    def pids(self, container: Container) -> Mapping[str, int]:
+        """Of a running one: `pid` on this host, and what else it is known by."""
+
     def follow(self, container: Container) -> None:
         """It is RUNNING now: tell of its end."""
 

@@ -78,6 +78,10 @@ class Pods:
             "handler": record.spec.handler,
             "isolation": record.isolation,
             "netns": record.network.netns if record.network else "",
+            "interfaces": [
+                {"name": nic.name, "mac": nic.mac, "mtu": nic.mtu, "addresses": nic.addresses}
+                for nic in (record.network.interfaces if record.network else ())
+            ],
             "phases": [
                 {
                     "name": phase.name,

@@ -181,10 +181,19 @@ class VmEngine:
             "accelerator": record.accelerator,
             "source": record.source,
             "guestKernel": record.guest_kernel,
-            "size": {"memoryMiB": record.size.memory_mib, "vcpus": record.size.vcpus}
+            "size": {
+                "memoryMiB": record.size.memory_mib,
+                "vcpus": record.size.vcpus,
+                "hugePagesMiB": record.size.huge_mib,
+            }
             if record.size
             else None,
             "console": str(pod.run_dir / "console.log"),
+            "guestPids": {
+                container.id: container.pid
+                for container in self._registry.containers_of(pod)
+                if container.running
+            },
         }
         if record.vm is not None:
             facts["pid"] = record.vm.vmm.pid
@@ -193,6 +202,12 @@ class VmEngine:
         if pod.machine is not None:
             facts["vmm"] = dict(await pod.machine.describe())
         return facts
+
+    def pids(self, container: Container) -> Mapping[str, int]:
+        vm = container.pod.record.vm
+        if not container.running or vm is None:
+            return {}
+        return {"pid": vm.vmm.pid, "guestPid": container.pid}
 
     async def limit_pod(self, pod: Pod, resources: Resources, overhead: Resources) -> None:
         """In the guest's cgroup that holds those of all containers; the VM is given what it lacks.

@@ -154,12 +154,16 @@ class ProcessEngine:
             return bool(json.loads(done.stdout).get("status") != "created")
         return False
 
+    def pids(self, container: Container) -> Mapping[str, int]:
+        held = container.record.process
+        return {"pid": held.init.pid} if container.running and held and held.init else {}
+
     async def describe(self, pod: Pod) -> Mapping[str, object]:
         record = pod.record
         containers = {
-            container.id: held.init.pid
+            container.id: pids["pid"]
             for container in self._registry.containers_of(pod)
-            if container.running and (held := container.record.process) and held.init
+            if (pids := self.pids(container))
         }
         return {
             "hostNamespaces": list(record.spec.host_namespaces),
