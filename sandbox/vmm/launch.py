@@ -138,8 +138,16 @@ def _machine(spec: VmSpec) -> list[str]:
         *("-machine", f"{spec.machine},memory-backend=ram,{devices}"),
         *("-accel", accelerator),
         *("-cpu", spec.cpu or cpu),
-        *("-smp", f"{spec.vcpus},maxcpus={max(spec.vcpus, spec.max_vcpus)}"),
+        *("-smp", _cpus(spec)),
     ]
+
+
+def _cpus(spec: VmSpec) -> str:
+    """Under KVM those that are given later are plugged in then. Kernels since 6.9 that run on no hypervisor
+    they know of, and emulation is none, reckon with no CPU that is not there yet: so all are there, the
+    kernel is told to leave the others alone (`maxcpus=`), and the agent wakes them."""
+    most = max(spec.vcpus, spec.max_vcpus)
+    return f"{spec.vcpus},maxcpus={most}" if spec.accelerator == "kvm" else f"{most}"
 
 
 def _memory(spec: VmSpec, fds: Fds) -> list[str]:
@@ -169,7 +177,7 @@ def _boot(spec: VmSpec, fds: Fds) -> list[str]:
     if spec.template:
         # what the kernel was read from is in its RAM; -no-reboot sees to it that it never boots again
         return ["-bios", "qboot.rom", "-incoming", "defer"]
-    extra = _TCG_KERNEL_ARGS if spec.accelerator == "tcg" else ()
+    extra = (*_TCG_KERNEL_ARGS, f"maxcpus={spec.vcpus}") if spec.accelerator == "tcg" else ()
     return [
         *("-bios", "qboot.rom"),
         *("-kernel", f"/proc/self/fd/{fds.kernel}"),
