@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import re
 import shutil
@@ -82,12 +83,20 @@ class GuestImage(msgspec.Struct, frozen=True, kw_only=True):
 
 def find_image(root: Path) -> GuestImage | None:
     """The image that new pods get; None before the first build."""
-    current = root / "guest" / "current"
+    guest = f"{root}/guest"  # no Path: each start of a pod asks several times
     try:
-        directory = current.resolve(strict=True)
-        facts = msgspec.json.decode((directory / "image.json").read_bytes(), type=_Facts)
+        name = os.readlink(f"{guest}/current")  # noqa: PTH115
+        os.stat(f"{guest}/{name}/image.json")  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return _read_image(guest, name)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_image(guest: str, name: str) -> GuestImage:
+    """One that is there; its name is the hash of what it is made of, so it never changes."""
+    directory = Path(guest, name).resolve()
+    facts = msgspec.json.decode((directory / "image.json").read_bytes(), type=_Facts)
     return GuestImage(
         kernel=directory / "vmlinux",
         initramfs=directory / "initramfs",
