@@ -34,7 +34,7 @@ from sandbox.errors import (
 from sandbox.events import Events
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
-from sandbox.lifecycle import bring_up, take_down
+from sandbox.lifecycle import UndoFailed, bring_up, only, take_down
 from sandbox.plan import compile_exec
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState, ImageVolume
@@ -149,12 +149,21 @@ class Containers:
                 ended=container.ended,
                 console=pod.console,
             )
-        except Exception:
-            if not container.record.steps:
-                self._forget(container)
+            container.update(state=ContainerState.CREATED)
+        except Exception as failure:
+            await self._give_up(container, failure)
             raise
-        container.update(state=ContainerState.CREATED)
         return container.id
+
+    async def _give_up(self, container: Container, failure: Exception) -> None:
+        """Release what it holds still, and its name."""
+        held = only(container.pod.engine.steps, container.record.steps)
+        try:
+            await take_down(held, container, ended=container.ended)
+        except UndoFailed as undo:
+            failure.add_note(f"and was not wholly undone: {undo}")
+        else:
+            self._forget(container)
 
     def _note_phase(self, pod: Pod, name: str, begin_s: float) -> None:
         """A phase that ends now, for the metrics; a pod's waterfall ends with its first container."""

@@ -120,13 +120,7 @@ class Pods:
                 )
                 pod.update(state=PodState.READY)
         except Exception as failure:
-            try:
-                # a claim that failed also gives up what was made ahead
-                await take_down(only(pod.engine.walk, pod.record.steps), pod, ended=pod.ended)
-            except UndoFailed as undo:
-                failure.add_note(f"and was not wholly undone: {undo}")
-            else:
-                self._forget(pod)
+            await self._give_up(pod, failure)
             raise
         finally:
             pod.engine.settled()
@@ -143,16 +137,30 @@ class Pods:
         pod.began = began
         pod.handler = handler
         self._registry.pods[pod.id] = pod
-        pod.update(
-            spec=spec,
-            resources=spec.resources,
-            overhead=spec.overhead,
-            state=PodState.STARTING,
-            created_at_ns=time.time_ns(),
-            phases=(),
-        )
+        try:
+            pod.update(
+                spec=spec,
+                resources=spec.resources,
+                overhead=spec.overhead,
+                state=PodState.STARTING,
+                created_at_ns=time.time_ns(),
+                phases=(),
+            )
+        except Exception as failure:
+            await self._give_up(pod, failure)
+            engine.settled()
+            raise
         pod.note_phase("queue", began, time.monotonic())
         return pod, walk
+
+    async def _give_up(self, pod: Pod, failure: Exception) -> None:
+        """Release all that a pod holds, also what was made ahead of it, and its name."""
+        try:
+            await take_down(only(pod.engine.walk, pod.record.steps), pod, ended=pod.ended)
+        except UndoFailed as undo:
+            failure.add_note(f"and was not wholly undone: {undo}")
+        else:
+            self._forget(pod)
 
     def make(self, record: PodRecord) -> Pod:
         """The object of a record; not among the pods that are served yet."""

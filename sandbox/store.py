@@ -100,10 +100,19 @@ class Recorded(Generic[R]):
             self.update(steps=(*self.record.steps, *new))
 
     def ended(self, steps: Collection[str]) -> None:
-        """These hold nothing any more."""
+        """These hold nothing any more.
+
+        Where that cannot be written, they stay in the file: what holds nothing may be released again,
+        and a full disk must not keep anything from being released.
+        """
         left = tuple(name for name in self.record.steps if name not in steps)
-        if left != self.record.steps:
+        if left == self.record.steps:
+            return
+        try:
             self.update(steps=left)
+        except OSError as error:
+            log.warning("record %s is older than what it tells of: %s", self.record.id, error)
+            self.record = msgspec.structs.replace(self.record, steps=left)  # type: ignore[type-var]
 
     def forget(self) -> None:
         self._store.drop(self.record.id)

@@ -57,8 +57,9 @@ def _share_of(place: float) -> int:
 
 def pulls(site: Site, figures: Figures, rounds: int, mebibytes: int, files: int) -> None:
     site.registry.push("husk/payload", "1", payload(mebibytes, files))
-    for _ in range(rounds):
-        for subject in site.mains:
+    for number in range(rounds):
+        # who comes second finds the disk and the registry's files as the first has left them
+        for subject in site.mains if number % 2 == 0 else reversed(site.mains):
             settle_disk()
             for image, figure in ((IMAGE, "pull of a small image"), (PAYLOAD, "pull and unpack")):
                 subject.cri.call("RemoveImage", image={"image": image})

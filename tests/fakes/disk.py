@@ -11,7 +11,7 @@ from pathlib import Path
 @contextmanager
 def small_disk(point: Path, size: int, inodes: int = 0) -> Iterator[Path]:
     """A tmpfs of `size` bytes at `point`, gone afterwards."""
-    point.mkdir(parents=True)
+    point.mkdir(parents=True, exist_ok=True)
     options = f"size={size},mode=755" + (f",nr_inodes={inodes}" if inodes else "")
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "husk-test", str(point)], check=True)
     try:

@@ -6,6 +6,7 @@ The far side is faked; see tests/vm/test_factory.py for the real one.
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -247,3 +248,24 @@ async def test_killed_while_a_template_is_made(daemon: Daemon) -> None:
 
 
 async def _nothing(*arguments: object) -> None: ...
+
+
+async def test_a_claim_that_cannot_be_written_down_gives_up_the_vm_and_the_name(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = await filled(daemon)
+    put = daemon.pod_store.put
+
+    def refuse_claims(record: PodRecord) -> None:
+        if record.state is not PodState.WAITING:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.pod_store, "put", refuse_claims)
+        with pytest.raises(OSError, match="No space left"):
+            await daemon.pods.run(pod_spec())
+    assert daemon.registry.pods == {}
+    await until(lambda: first.id not in daemon.hypervisor.vms and len(waiting(daemon)) == 2)
+    id = await daemon.pods.run(pod_spec())
+    assert daemon.pods.find(id).source is Source.POOL

@@ -4,6 +4,7 @@ everything is undone, now or by the next start, and the name is free again."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import shutil
 import tempfile
@@ -41,6 +42,7 @@ from sandbox.templates import Templates
 from sandbox.vm_engine import VmEngine, VmHost
 from sandbox.vm_steps import Size, Vm
 from sandbox.volumes import Volumes
+from tests.fakes.disk import small_disk
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
 
 POD_STEPS: list[type[Any]] = [RunDir, Netns, Network, Shares, Vm, Size, Identity, Guest]
@@ -567,3 +569,94 @@ async def test_a_log_path_that_no_file_can_have(daemon: Daemon, root: Path) -> N
         await daemon.containers.start(container)
     assert len(str(caught.value)) < 400
     assert daemon.containers.find(container).state is ContainerState.CREATED
+
+
+# ----------------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def full_disk(root: Path) -> Iterator[Callable[[bool], None]]:
+    """The pods' records lie on a disk of their own; full_disk(True) fills it."""
+    with small_disk(root / "pods", 64 << 10) as disk:
+        filling = disk / "filling"
+
+        def fill(full: bool) -> None:
+            if not full:
+                filling.unlink()
+                return
+            with filling.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+
+        yield fill
+
+
+async def test_a_pod_whose_record_cannot_be_written_keeps_no_name(
+    full_disk: Callable[[bool], None], daemon: Daemon
+) -> None:
+    full_disk(True)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            await daemon.pods.run(pod_spec())
+    assert daemon.registry.pods == {} and daemon.registry.starting == set()
+    assert daemon.ledger.held == set()
+    full_disk(False)
+    id = await daemon.pods.run(pod_spec())
+    assert daemon.pods.find(id).ready
+
+
+@pytest.mark.parametrize("writes", range(1, 6))
+async def test_a_disk_that_becomes_full_on_the_way(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """At any of the records that a start writes; no real disk could be filled between two of them."""
+    put, left = daemon.pod_store.put, writes
+
+    def put_a_few(record: PodRecord) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.pod_store, "put", put_a_few)
+        try:
+            await daemon.pods.run(pod_spec())
+        except (OSError, PhaseFailed):
+            daemon.assert_empty()
+            assert daemon.registry.pods == {}
+        else:
+            assert left >= 0, "all were written"
+            await daemon.pods.remove(daemon.pods.list()[0].id)
+    id = await daemon.pods.run(pod_spec())
+    assert daemon.pods.find(id).ready
+
+
+@pytest.mark.parametrize("writes", range(5))
+async def test_a_container_whose_record_cannot_be_written_keeps_no_name(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    put, left = daemon.container_store.put, writes
+
+    def put_a_few(record: ContainerRecord) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(record)
+
+    held = set(daemon.ledger.held)
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.container_store, "put", put_a_few)
+        try:
+            await daemon.containers.create(pod, container_spec())
+        except (OSError, PhaseFailed):
+            assert daemon.registry.containers == {}
+            assert daemon.ledger.held == held
+            assert list((daemon.root / "containers").iterdir()) == []
+        else:
+            assert left >= 0, "all were written"
+            await daemon.containers.remove(daemon.containers.list()[0].id)
+    await daemon.containers.create(pod, container_spec())
