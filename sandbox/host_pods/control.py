@@ -83,12 +83,12 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def started_by(leader: int) -> Callable[[list[int]], list[int]]:
-    """Of these processes: the leader, its session, and whatever descends from them."""
+def started_by(*leaders: int) -> Callable[[list[int]], list[int]]:
+    """Of these processes: the leaders, their sessions, and whatever descends from them."""
 
     def choose(all: list[int]) -> list[int]:
         facts = {pid: fact for pid in all if (fact := _parent_and_session(pid))}
-        chosen = {pid for pid, (_, session) in facts.items() if session == leader or pid == leader}
+        chosen = {pid for pid, (_, session) in facts.items() if session in leaders or pid in leaders}
         while more := {pid for pid, (parent, _) in facts.items() if parent in chosen} - chosen:
             chosen |= more
         return sorted(chosen)

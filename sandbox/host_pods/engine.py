@@ -55,8 +55,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DIAL_TIMEOUT_S = 30.0
+SUPERVISOR_TIMEOUT_S = 2.0
 EXIT_CODE_KILLED = 137
-EXIT_CODE_UNKNOWN = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +111,9 @@ class ProcessEngine:
     async def _gone(self, pod: Pod, reason: str) -> None:
         log.error("pod %s: %s", pod.id, reason)
         pod.update(state=PodState.NOT_READY, problem=reason)
-        with contextlib.suppress(SandboxError):
-            await asyncio.to_thread(control.kill, self._layout, self._path(pod))
+        for container in self._registry.containers_of(pod):
+            with contextlib.suppress(SandboxError):
+                await asyncio.to_thread(control.kill, self._layout, self._path_of(container))
         self._exits.lost(pod, reason)
 
     async def adopt(self, pod: Pod) -> None:
@@ -349,6 +350,9 @@ class ProcessEngine:
         await asyncio.to_thread(control.kill, self._layout, path)
         held = container.record.process
         if held is not None:
+            with contextlib.suppress(TimeoutError):  # it collects what was killed, and ends
+                async with asyncio.timeout(SUPERVISOR_TIMEOUT_S):
+                    await process.wait_exit(held.supervisor)
             await process.kill(held.supervisor)
         if not bundle.path.exists():
             return
@@ -378,7 +382,7 @@ class ProcessEngine:
         return Place(
             bundle=self._bundle(container),
             cgroups=cgroup.directories(self._layout, path),
-            kill=lambda leader: control.kill(self._layout, path, control.started_by(leader)),
+            kill=lambda leaders: control.kill(self._layout, path, control.started_by(*leaders)),
         )
 
     async def attach(self, container: Container, *, stdin: bool, stdout: bool, stderr: bool) -> AttachSession:

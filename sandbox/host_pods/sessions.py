@@ -24,7 +24,7 @@ import shutil
 import socket
 import struct
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -58,8 +58,8 @@ class Place:
 
     bundle: Bundle
     cgroups: tuple[str, ...]
-    # ends what was started by this process, or by any there that could have been
-    kill: Callable[[int], None]
+    # ends these processes, their sessions and what descends from them
+    kill: Callable[[Sequence[int]], None]
 
 
 class ExecSession:
@@ -212,9 +212,8 @@ class ExecSession:
     async def kill(self) -> None:
         """All that it has started. Raises DeadlineExceeded."""
         assert self._crun is not None and self._ended is not None
-        with suppress(OSError, ValueError):
-            leader = int(await asyncio.to_thread(self._pid_file.read_text))
-            await asyncio.to_thread(self._place.kill, leader)
+        leaders = [self._crun.pid, *_leader_in(self._directory)]
+        await asyncio.to_thread(self._place.kill, leaders)
         await process.kill(self._crun)
         with suppress(SandboxError):
             await asyncio.shield(self._ended)
@@ -234,10 +233,20 @@ class ExecSession:
 
 def end_execs(place: Place) -> None:
     """Those that an earlier daemon began; blocking."""
-    for directory in place.bundle.execs.iterdir():
-        with suppress(OSError, ValueError):
-            place.kill(int((directory / "pid").read_text()))
+    directories = list(place.bundle.execs.iterdir())
+    if not directories:
+        return
+    leaders = [identity.pid for identity in process.find_by_argument(f"{place.bundle.execs}/")]
+    place.kill([*leaders, *(leader for each in directories for leader in _leader_in(each))])
+    for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _leader_in(directory: Path) -> list[int]:
+    """The process that was run, once crun has told of it."""
+    with suppress(OSError, ValueError):
+        return [int((directory / "pid").read_text())]
+    return []
 
 
 def _seen(task: asyncio.Task[int]) -> None:

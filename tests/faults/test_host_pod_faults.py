@@ -1,0 +1,415 @@
+"""Pods without a VM: each step and each moment of a start fails in turn, or the daemon is killed in it.
+
+conmon, crun, cgroups and mounts are real; only images and networks are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from image.idmap import IdMap
+from image.stores import Usage
+from sandbox import cgroup, mounts
+from sandbox.containers import ContainerHost, Containers
+from sandbox.errors import GuestError, PhaseFailed, SandboxError
+from sandbox.events import Events
+from sandbox.host_pods import conmon
+from sandbox.host_pods.conmon import Bundle, Starting
+from sandbox.host_pods.engine import ProcessEngine, ProcessHost
+from sandbox.pods import PodHost, Pods, find_handler
+from sandbox.process import alive
+from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
+from sandbox.registry import Registry
+from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec
+from sandbox.stages import Stage
+from sandbox.store import Store
+from sandbox.tasks import Tasks
+from tests.fakes.host import FakeNetworks, Ledger
+from tests.faults.test_pod_faults import HANDLER, FakeLibrary
+from tests.kit.leaks import cgroups_naming, mounts_naming, processes_naming
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not all(map(shutil.which, ("conmon", "crun", "busybox"))),
+    reason="needs root, conmon, crun and busybox",
+)
+
+PROCESS = {"host_pods": "process"}
+FOREVER = ("/bin/sh", "-c", "echo begun; exec sleep 4242")
+
+
+@dataclass
+class HostRootfs:
+    """The same few programs for each container."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        binaries = self.root / "bin"
+        if not binaries.exists():
+            binaries.mkdir(parents=True)
+            shutil.copy(cast(str, shutil.which("busybox")), binaries / "busybox")
+            for name in ("sh", "sleep", "cat", "echo", "true"):
+                (binaries / name).symlink_to("busybox")
+
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> None:
+        mounts.bind(self.root, target)
+
+    async def down(self, key: str, target: Path) -> None:
+        mounts.unmount_tree(target)
+
+    def usage(self, key: str) -> Usage:
+        return Usage(bytes=0, inodes=0)
+
+
+@dataclass
+class Daemon:
+    """One life of the daemon over a host that outlives it."""
+
+    root: Path
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.tasks = Tasks()
+        self.registry = Registry()
+        self.pod_store = Store(self.root / "pods", PodRecord)
+        self.container_store = Store(self.root / "containers", ContainerRecord)
+        self.pod_store.load()
+        self.container_store.load()
+        events = Events(self.registry)
+        rootfs = cast(Any, HostRootfs(self.root / "image"))
+        layout = cgroup.find_layout(whole=True)
+        self.containers = Containers(
+            self.registry,
+            ContainerHost(
+                store=self.container_store,
+                plans=self.root / "containers",
+                images=cast(Any, FakeLibrary()),
+                rootfs=rootfs,
+                events=events,
+            ),
+        )
+        self.engine = ProcessEngine(
+            self.registry,
+            self.containers,
+            ProcessHost(
+                cgroups=cgroup.Cgroups(layout=layout, root=f"/{self.root.name}"),
+                networks=cast(Any, FakeNetworks(self.ledger)),
+                stage=Stage("network", 2),
+                rootfs=rootfs,
+                make_pod=lambda record: self.pods.make(record),
+                tasks=self.tasks,
+            ),
+        )
+        handler = type(HANDLER)(
+            **{name: getattr(HANDLER, name) for name in HANDLER.__struct_fields__} | PROCESS
+        )
+        self.pods = Pods(
+            self.registry,
+            self.containers,
+            PodHost(
+                store=self.pod_store,
+                run=self.root / "run",
+                engines={Isolation.PROCESS: self.engine},
+                handler=lambda name: find_handler({"": handler}, name),
+                on_started=lambda record: None,
+                events=events,
+            ),
+        )
+
+    async def restart(self) -> None:
+        """After an end without a farewell."""
+        await self.tasks.close()
+        self.start()
+        await self.pods.adopt_all(list(self.container_store))
+
+    def assert_empty(self) -> None:
+        assert cgroups_naming(self.root.name) == frozenset()
+        assert processes_naming(str(self.root)) == frozenset()
+        assert mounts_naming(str(self.root)) == frozenset()
+        assert [path for path in (self.root / "run").rglob("*") if path.name != "pods"] == []
+        assert list((self.root / "pods").iterdir()) == []
+        assert list((self.root / "containers").iterdir()) == []
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="husk-host-pods-"))
+    yield path
+    assert mounts_naming(str(path)) == frozenset()
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+async def daemon(root: Path) -> AsyncIterator[Daemon]:
+    daemon = Daemon(root)
+    yield daemon
+    for pod in list(daemon.registry.pods.values()):
+        await daemon.pods.remove(pod.id)
+    await daemon.tasks.close()
+    daemon.assert_empty()
+
+
+def pod_spec(**fields: Any) -> PodSpec:
+    return PodSpec(name="web", namespace="default", uid="u", **({"host_network": True} | fields))
+
+
+def container_spec(*command: str) -> ContainerSpec:
+    return ContainerSpec(name="main", image="example/web:1", command=command or FOREVER)
+
+
+def _struck(original: Callable[..., Any], moment: str) -> Callable[..., Awaitable[Any]]:
+    """With a fault before or after all of its effect."""
+
+    async def fail(*arguments: Any) -> Any:
+        if moment == "after":
+            made = await original(*arguments)
+            if isinstance(made, Starting):
+                os.close(made._answer)
+        raise OSError(errno.EIO, "the fault of the test")
+
+    return fail
+
+
+# --------------------------------------------------------------------------------------------- pods
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"pid_mode": PidMode.NODE}, {"host_ipc": True}], ids=["network", "pid too", "ipc too"]
+)
+async def test_a_pod_starts_and_goes_and_leaves_nothing(daemon: Daemon, fields: dict[str, Any]) -> None:
+    pod = await daemon.pods.run(pod_spec(**fields))
+    container = await daemon.containers.create(pod, container_spec())
+    await daemon.containers.start(container)
+    assert daemon.containers.find(container).state is ContainerState.RUNNING
+    await daemon.pods.stop(pod)
+    assert daemon.containers.find(container).exit_code == 137
+    await daemon.pods.stop(pod)
+    assert cgroups_naming(daemon.root.name) == frozenset()
+    await daemon.pods.remove(pod)
+    daemon.assert_empty()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("number", range(5))
+async def test_whichever_step_of_a_pod_fails_all_is_undone(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, number: int, moment: str
+) -> None:
+    step: Any = daemon.engine.walk[number]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(step), "up", _struck(type(step).up, moment))
+        with pytest.raises(PhaseFailed, match=f"{step.name} failed.*the fault of the test"):
+            await daemon.pods.run(pod_spec())
+    daemon.assert_empty()
+    assert await daemon.pods.run(pod_spec()), "the name is free again"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("number", range(5))
+async def test_killed_in_whichever_step_of_a_pod_the_next_start_undoes_it(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, number: int, moment: str
+) -> None:
+    step: Any = daemon.engine.walk[number]
+    reached = asyncio.Event()
+    up = type(step).up
+
+    async def hang(self: Any, pod: Any) -> None:
+        if moment == "after":
+            await up(self, pod)
+        reached.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(step), "up", hang)
+        run = asyncio.create_task(daemon.pods.run(pod_spec()))
+        await reached.wait()
+        run.cancel()
+        await asyncio.wait({run})
+    await daemon.restart()
+    daemon.assert_empty()
+
+
+# --------------------------------------------------------------------------------------- containers
+
+
+MOMENTS: list[tuple[Any, str, str]] = [
+    (ProcessEngine, "_start", "before"),
+    (conmon, "start", "after"),
+    (Starting, "created", "after"),
+    (conmon, "run_crun", "before"),
+]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "moment"), MOMENTS, ids=lambda each: getattr(each, "__name__", each)
+)
+async def test_a_start_that_fails_leaves_nothing(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, moment: str
+) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    before = cgroups_naming(daemon.root.name)
+    container = await daemon.containers.create(pod, container_spec())
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, _struck(getattr(owner, name), moment))
+        with pytest.raises(GuestError, match="the fault of the test"):
+            await daemon.containers.start(container)
+    record = daemon.containers.find(container)
+    assert (record.state, record.exit_code, record.reason) == (ContainerState.EXITED, 128, "StartError")
+    assert cgroups_naming(daemon.root.name) == before
+    await _until(lambda: not processes_naming(container))  # who collects orphans takes a moment
+    await daemon.containers.remove(container)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "moment"), MOMENTS, ids=lambda each: getattr(each, "__name__", each)
+)
+async def test_killed_before_a_program_runs_the_container_can_be_started_again(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, moment: str
+) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(pod, container_spec("/bin/sh", "-c", "echo ran; exit 5"))
+    await _kill_in_start(daemon, monkeypatch, container, owner, name, moment)
+    assert daemon.containers.find(container).state is ContainerState.CREATED
+    await daemon.containers.start(container)
+    await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+    assert daemon.containers.find(container).exit_code == 5
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_killed_behind_the_start_the_container_is_taken_up(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    command = ("/bin/sh", "-c", "exit 6") if ends else FOREVER
+    container = await daemon.containers.create(pod, container_spec(*command))
+    await _kill_in_start(daemon, monkeypatch, container, conmon, "run_crun", "after")
+    if ends:
+        await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+        assert daemon.containers.find(container).exit_code == 6
+    else:
+        assert daemon.containers.find(container).state is ContainerState.RUNNING
+        assert (await daemon.containers.exec_sync(container, ["echo", "here"], 10)).stdout == b"here\n"
+
+
+async def _kill_in_start(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, container: str, owner: Any, name: str, moment: str
+) -> None:
+    reached = asyncio.Event()
+    original = getattr(owner, name)
+
+    async def hang(*arguments: Any) -> Any:
+        if moment == "after":
+            made = await original(*arguments)
+            if isinstance(made, Starting):
+                os.close(made._answer)
+        reached.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, hang)
+        start = asyncio.create_task(daemon.containers.start(container))
+        await asyncio.wait(
+            {start, asyncio.ensure_future(reached.wait())}, return_when=asyncio.FIRST_COMPLETED
+        )
+        assert reached.is_set(), start
+        start.cancel()
+        await asyncio.wait({start})
+    await daemon.restart()
+
+
+async def test_an_exec_of_a_daemon_that_was_killed_is_ended_by_the_next(daemon: Daemon) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(pod, container_spec())
+    await daemon.containers.start(container)
+    session = await daemon.containers.exec(
+        container, ["sh", "-c", "echo up; sleep 4343"], tty=False, stdin=False, stdout=True, stderr=False
+    )
+    assert session.stdout is not None and await session.stdout.read() == b"up\n"
+    await daemon.restart()
+    assert processes_naming("sleep 4343") == frozenset()
+    assert daemon.containers.find(container).state is ContainerState.RUNNING
+    session.close()
+
+
+async def test_after_a_reboot_nothing_is_believed(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(pod, container_spec())
+    await daemon.containers.start(container)
+    record = daemon.containers.find(container)
+    assert record.process is not None and alive(record.process.supervisor)
+    with monkeypatch.context() as patch:
+        patch.setattr("sandbox.process.boot_id", lambda: "another")
+        await daemon.restart()
+        assert daemon.pods.find(pod).state is PodState.NOT_READY
+        ended = daemon.containers.find(container)
+        assert (ended.state, ended.exit_code) == (ContainerState.EXITED, 137)
+
+
+async def test_what_has_no_record_is_ended(daemon: Daemon) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(pod, container_spec())
+    await daemon.containers.start(container)
+    await daemon.tasks.close()
+    for store in (daemon.root / "pods", daemon.root / "containers"):
+        for file in store.iterdir():
+            file.unlink()
+    daemon.start()
+    await daemon.pods.adopt_all([])
+    await daemon.pods.sweep(set())
+    await _until(lambda: not processes_naming(str(daemon.root)))
+    daemon.assert_empty()
+
+
+async def test_a_pod_whose_first_process_ended_while_nobody_looked(daemon: Daemon) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(pod, container_spec())
+    await daemon.containers.start(container)
+    await daemon.tasks.close()
+    init = daemon.pods.find(pod).init
+    assert init is not None
+    os.kill(init.pid, signal.SIGKILL)
+    await daemon.restart()
+    await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+    assert daemon.pods.find(pod).state is PodState.NOT_READY
+    assert daemon.containers.find(container).exit_code == 137
+
+
+async def test_conmon_that_cannot_run(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(pod, container_spec())
+
+    def broken(bundle: Bundle, wish: Any) -> list[str]:
+        return ["/bin/sh", "-c", "echo no such luck >&2; exit 1"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conmon, "command", broken)
+        with pytest.raises(GuestError, match="no such luck"):
+            await daemon.containers.start(container)
+
+
+async def test_programs_that_are_missing_are_named_before_anything_is_made(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conmon, "CRUN", "no-such-crun")
+    with pytest.raises(SandboxError, match="no-such-crun was not found"):
+        await daemon.pods.run(pod_spec())
+    assert list(daemon.pod_store) == []
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
