@@ -93,14 +93,17 @@ def _memory(memory: MemoryStats, at_ns: int) -> pb.MemoryUsage:
     )
 
 
-def _network(stats: PodStats) -> pb.NetworkUsage:
-    """The pod's first interface is its default one."""
-    network = pb.NetworkUsage(timestamp=stats.at_ns)
-    if stats.interfaces:
-        default, *others = stats.interfaces
-        network.default_interface.CopyFrom(_interface(default))
-        network.interfaces.extend(_interface(other) for other in others)
-    return network
+def _network(stats: PodStats) -> pb.NetworkUsage | None:
+    """The pod's first interface is its default one. None without any, as with the node's network: a kubelet
+    takes a default one for granted, and ends where it is missing."""
+    if not stats.interfaces:
+        return None
+    default, *others = stats.interfaces
+    return pb.NetworkUsage(
+        timestamp=stats.at_ns,
+        default_interface=_interface(default),
+        interfaces=[_interface(other) for other in others],
+    )
 
 
 def _interface(usage: InterfaceUsage) -> pb.NetworkInterfaceUsage:

@@ -142,6 +142,44 @@ def test_limits_of_a_container_hold(daemon: Daemon, pod: Pod) -> None:
     assert (status.exit_code, status.reason) == (137, "OOMKilled")
 
 
+@pytest.fixture
+def node_pod(daemon: Daemon) -> Iterator[Pod]:
+    """One with the node's network, which has no VM."""
+    options = api.NamespaceOption(network=api.NODE)
+    context = api.LinuxSandboxSecurityContext(namespace_options=options)
+    made = daemon.cri.run_pod("node", linux=api.LinuxPodSandboxConfig(security_context=context))
+    yield made
+    daemon.cri.stop_pod(made)
+    daemon.cri.remove_pod(made)
+    assert not list(Path("/sys/fs/cgroup").rglob(f"*{made.id}"))
+
+
+def test_limits_hold_in_a_pod_of_the_node(daemon: Daemon, node_pod: Pod) -> None:
+    eat = ["dd", "if=/dev/zero", "of=/dev/null", "bs=120M", "count=1"]
+    wish = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
+    status = daemon.cri.wait_exited(daemon.cri.run(node_pod, IMAGE, eat, linux=wish))
+    assert (status.exit_code, status.reason) == (137, "OOMKilled")
+    box = daemon.cri.run(node_pod, IMAGE, ["sleep", "1000"], linux=wish)
+    (group,) = Path("/sys/fs/cgroup").rglob(box)
+    assert (group / "memory.max").read_text() == f"{32 << 20}\n"
+    changed = api.LinuxContainerResources(
+        memory_limit_in_bytes=64 << 20, cpu_quota=50_000, cpu_period=100_000
+    )
+    daemon.cri.call("UpdateContainerResources", container_id=box, linux=changed)
+    assert (group / "memory.max").read_text() == f"{64 << 20}\n"
+    assert (group / "cpu.max").read_text() == "50000 100000\n"
+    stats = daemon.cri.call("ContainerStats", container_id=box).stats
+    assert stats.memory.usage_bytes.value > 0 and stats.cpu.usage_core_nano_seconds.value > 0
+    assert daemon.cri.exec(box, "cat", "/proc/self/cgroup").stdout == "0::/\n"
+
+
+def test_devices_are_denied_by_a_program_of_the_cgroup(daemon: Daemon, node_pod: Pod) -> None:
+    box = daemon.cri.run(node_pod, IMAGE, ["sleep", "1000"])
+    script = "mknod /tmp/mem c 1 1 && head -c 1 /tmp/mem"
+    assert "not permitted" in daemon.cri.exec(box, "sh", "-c", script).stderr
+    assert daemon.cri.exec(box, "head", "-c", "1", "/dev/urandom").code == 0
+
+
 PROFILE = "husk-test-tmp-denied"
 
 

@@ -85,7 +85,7 @@ def test_a_pod() -> None:
 
 def test_a_pod_without_a_network_and_one_that_has_ended() -> None:
     alone = stats_answers.pod_stats(POD, PodStats(pod_id=POD.id, at_ns=9), [])
-    assert not alone.linux.network.HasField("default_interface")
+    assert not alone.linux.HasField("network"), "a kubelet would look for its default interface"
     ended = stats_answers.pod_stats(POD, None, [])
     assert ended.attributes.id == "p"
     assert not ended.HasField("linux")

@@ -245,6 +245,102 @@ def test_a_port_of_the_node_is_reached(cri: Cri, daemon: Any) -> None:
     assert cri.wait_for(fetch, lambda got: got) == "hello from the pod\n"
 
 
+def test_mounts_are_what_was_asked_for(cri: Cri, tmp_path: Path) -> None:
+    id = cri.pull(WEB)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "file").write_text("of the host\n")
+    (tmp_path / "link").symlink_to("file")
+    pod = host_pod(cri, "mounts", network=NODE)
+
+    def mount(target: str, source: str, **fields: Any) -> Any:
+        return api.Mount(container_path=target, host_path=str(tmp_path / source), **fields)
+
+    container = cri.run(
+        pod,
+        BUSYBOX,
+        ["sleep", "1000"],
+        mounts=[
+            mount("/rw", ""),
+            mount("/ro", "", readonly=True),
+            mount("/inert", "", mount_options=["noexec"]),
+            mount("/etc/single", "link"),
+            api.Mount(
+                container_path="/image", image=api.ImageSpec(image=id), image_sub_path="www", readonly=True
+            ),
+        ],
+    )
+    run = cri.exec
+    assert run(container, "sh", "-c", "echo new > /rw/new && cat /etc/single").stdout == "of the host\n"
+    assert (tmp_path / "new").read_text() == "new\n"
+    assert "Read-only" in run(container, "touch", "/ro/new").stderr
+    assert "Read-only" in run(container, "touch", "/image/new").stderr
+    assert run(container, "cat", "/image/index.html").stdout == "hello from the pod\n"
+    assert "noexec" in run(container, "grep", " /inert ", "/proc/mounts").stdout
+    with pytest.raises(grpc.RpcError, match=r"config\.mounts\[0\]\.propagation"):
+        cri.create(
+            pod,
+            BUSYBOX,
+            mounts=[mount("/both", "", propagation=api.PROPAGATION_BIDIRECTIONAL)],
+            linux=security(privileged=True),
+        )
+
+
+def test_a_process_is_as_confined_as_in_a_vm(cri: Cri) -> None:
+    pod = host_pod(cri, "confined", network=NODE)
+    container = cri.run(
+        pod,
+        BUSYBOX,
+        ["sleep", "1000"],
+        linux=security(
+            run_as_user=api.Int64Value(value=1234),
+            run_as_group=api.Int64Value(value=4321),
+            supplemental_groups=[55],
+            no_new_privs=True,
+            capabilities=api.Capability(drop_capabilities=["ALL"]),
+            seccomp=api.SecurityProfile(profile_type=api.SecurityProfile.RuntimeDefault),
+            masked_paths=["/proc/kcore"],
+            readonly_paths=["/proc/sys"],
+            readonly_rootfs=True,
+        ),
+    )
+    told = dict(
+        line.split(":", 1) for line in cri.exec(container, "cat", "/proc/self/status").stdout.splitlines()
+    )
+    assert told["Uid"].split() == ["1234"] * 4 and told["Gid"].split() == ["4321"] * 4
+    assert "55" in told["Groups"].split()
+    assert (told["NoNewPrivs"].strip(), told["Seccomp"].strip(), int(told["CapEff"], 16)) == ("1", "2", 0)
+    assert "Read-only" in cri.exec(container, "touch", "/new").stderr
+    assert cri.exec(container, "sh", "-c", "head -c 1 /proc/kcore | wc -c").stdout.strip() == "0"
+
+
+def test_one_container_looks_into_another(cri: Cri) -> None:
+    pod = host_pod(cri, "target", network=NODE, pid=CONTAINER)
+    seen = cri.run(
+        pod,
+        BUSYBOX,
+        ["sleep", "2222"],
+        linux=security(namespace_options=api.NamespaceOption(network=NODE, pid=CONTAINER)),
+    )
+    assert cri.exec(seen, "sh", "-c", "readlink /proc/1/exe; ls /proc | grep -c '^[0-9]'").stdout.split()[0]
+    options = api.NamespaceOption(network=NODE, pid=TARGET, target_id=seen)
+    looks = cri.run(pod, BUSYBOX, ["sleep", "3333"], linux=security(namespace_options=options))
+    assert "sleep 2222" in cri.exec(looks, "ps").stdout
+
+
+def test_limits_of_the_whole_pod(cri: Cri) -> None:
+    pod = host_pod(cri, "whole", network=NODE)
+    cri.run(pod, BUSYBOX, ["sleep", "1000"])
+    wish = api.LinuxContainerResources(memory_limit_in_bytes=300 << 20)
+    cri.call("UpdatePodSandboxResources", pod_sandbox_id=pod.id, resources=wish)
+    info = json.loads(cri.pod_status(pod, verbose=True).info["info"])
+    limits = [
+        path.read_text().strip()
+        for name in ("memory.limit_in_bytes", "memory.max")
+        for path in Path("/sys/fs/cgroup").rglob(f"husk-{pod.id}/{name}")
+    ]
+    assert limits == [str(300 << 20)] and info["cgroup"].endswith(f"husk-{pod.id}")
+
+
 def test_a_privileged_container_has_the_nodes_devices(cri: Cri) -> None:
     pod = host_pod(cri, "devices", network=NODE, linux={})
     plain = cri.run(pod, BUSYBOX, ["sleep", "1000"])

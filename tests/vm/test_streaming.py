@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
+from cri.proto import runtime_v1_pb2 as api
+from sandbox.spec import Isolation
 from tests.kit.cri import Cri, Pod
 from tests.kit.registry import HOST
 from tests.kit.streams import SpdyClient, WebSocketClient
@@ -73,6 +75,15 @@ async def clients(cri: Cri, site: Any) -> AsyncIterator[Clients]:
     made = Clients(cri, site.namespace)
     yield made
     await made.close()
+
+
+@pytest.fixture(scope="module", params=list(Isolation), ids=str)
+def pod(cri: Cri, request: pytest.FixtureRequest) -> Pod:
+    """One in a VM, and one of the node: whatever containers run in offers the same sessions."""
+    ipc = api.NODE if request.param is Isolation.PROCESS else api.POD
+    context = api.LinuxSandboxSecurityContext(namespace_options=api.NamespaceOption(ipc=ipc))
+    linux = api.LinuxPodSandboxConfig(security_context=context, cgroup_parent=cri.cgroup_parent)
+    return cri.run_pod(f"streaming-{request.param}", linux=linux)
 
 
 @pytest.fixture

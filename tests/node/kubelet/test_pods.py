@@ -18,6 +18,7 @@ from tests.node.kubelet.conftest import BUSYBOX, UNUSED, WEB, Node
 pytestmark = [pytest.mark.node, pytest.mark.timeout(600)]
 
 HOST_PORT = 18080
+NODE_PORT = 18081
 
 
 def container(name: str, script: str = "", **fields: object) -> dict[str, object]:
@@ -68,6 +69,30 @@ def full(shared: Path) -> dict[str, object]:
     }
 
 
+def of_the_node(shared: Path) -> dict[str, object]:
+    """As kube-proxy and CNI daemons are: with the node's network and processes."""
+    probe = {"httpGet": {"host": "127.0.0.1", "path": "/index.html", "port": NODE_PORT}, "periodSeconds": 1}
+    daemon = {
+        "name": "daemon",
+        "image": WEB,
+        "command": ["httpd", "-f", "-vv", "-p", f"127.0.0.1:{NODE_PORT}", "-h", "/www"],
+        "readinessProbe": probe,
+        "livenessProbe": {"exec": {"command": ["true"]}, "periodSeconds": 1},
+        "resources": {"limits": {"memory": "64Mi"}},
+        "volumeMounts": [mounted("shared", "/shared", readOnly=True)],
+    }
+    return {
+        "hostNetwork": True,
+        "hostPID": True,
+        "initContainers": [container("first", "test -d /proc/1")],
+        "containers": [
+            daemon,
+            container("loop", "x=$(head -c 30000000 /dev/zero | tr '\\0' x); while :; do :; done"),
+        ],
+        "volumes": [{"name": "shared", "hostPath": {"path": str(shared), "type": "Directory"}}],
+    }
+
+
 def write_settings(shared: Path) -> None:
     """As the kubelet lays a ConfigMap out: files behind a link that is replaced as a whole."""
     version = shared / "settings/..2026"
@@ -92,6 +117,7 @@ def pods(node: Node) -> Node:
     load = "dd if=/dev/zero of=/dev/shm/block bs=1M count=50 2>/dev/null; while true; do :; done"
     node.kubelet.add("busy", {"containers": [container("busy", load)]})
     chatter = "n=0; while true; do echo line $n of a log that grows; n=$((n+1)); done"
+    node.kubelet.add("shares", of_the_node(node.shared))
     node.kubelet.add("talks", {"containers": [container("talks", f"{chatter} | head -n 4000; sleep 3600")]})
     return node
 
@@ -134,6 +160,33 @@ def test_volumes(pods: Node) -> None:
 def test_host_port(pods: Node) -> None:
     pods.kubelet.wait_for("full", is_ready, 120)
     assert pods.namespace.fetch("127.0.0.1", HOST_PORT) == "hello from the pod\n"
+
+
+def test_a_pod_of_the_node(pods: Node) -> None:
+    pod = pods.kubelet.wait_for("shares", is_ready, 120)
+    for name in ("daemon", "loop"):
+        assert (container_of(pod, name)["ready"], container_of(pod, name)["restartCount"]) == (True, 0), name
+    assert pods.namespace.fetch("127.0.0.1", NODE_PORT) == "hello from the pod\n"
+    Cri.wait_for(
+        lambda: pods.kubelet.get(f"/containerLogs/default/shares-{NODE}/daemon"),
+        lambda text: "200" in text,
+        20,
+    )
+    assert run(pods, "shares", "daemon", "cat", "/shared/single").stdout == "a single file\n"
+    assert run(pods, "shares", "daemon", "touch", "/shared/new").code != 0
+    sandboxes = pods.daemon.cri.call("ListPodSandbox").items
+    (id,) = (each.id for each in sandboxes if each.metadata.name == f"shares-{NODE}")
+    assert json.loads(pods.daemon.cri.pod_status(id, verbose=True).info["info"])["isolation"] == "process"
+
+    def look() -> tuple[float, float]:
+        containers = {each["name"]: each for each in summary(pods, "shares").get("containers") or []}
+        loop = containers.get("loop", {})
+        cpu = loop.get("cpu", {}).get("usageNanoCores", 0) / 1e9
+        return cpu, loop.get("memory", {}).get("workingSetBytes", 0) / 1e6
+
+    cpu, memory = Cri.wait_for(look, lambda each: each[0] > 0.2 and each[1] > 25, 60)
+    assert 0.2 < cpu <= 1.1
+    assert 25 < memory < 120
 
 
 def test_logs(pods: Node) -> None:
@@ -263,7 +316,7 @@ def test_a_restart_of_the_runtime_restarts_no_container(pods: Node) -> None:
 
 def test_deletion_runs_the_hook_and_leaves_nothing(pods: Node) -> None:
     pods.kubelet.wait_for("full", is_ready, 120)
-    for name in ("full", "hungry", "ends", "busy", "talks"):
+    for name in ("full", "hungry", "ends", "busy", "talks", "shares"):
         pods.kubelet.remove(name)
     Cri.wait_for(
         lambda: [pod.metadata.name for pod in pods.daemon.cri.call("ListPodSandbox").items],
