@@ -4,7 +4,8 @@ A name is VENDOR/CLASS=DEVICE. A file describes one VENDOR/CLASS (its `kind`); w
 device, the one in the later directory stands, and two in one directory make the name unusable.
 
 A pod's VM is given what another kernel can have: environment, mounts of the host's files, group ids,
-and nodes of devices that the guest has itself. The rest is refused with its reason. Source: the CDI
+and nodes of devices that the guest has itself; a pod without a VM has all nodes of the host. The rest is
+refused with its reason. Source: the CDI
 specification (SPEC.md of its project), versions up to 1.1.
 """
 
@@ -153,21 +154,22 @@ def gather(directories: Iterable[Sequence[tuple[str, Spec]]]) -> Found:
 # -------------------------------------------------------------------------------- a container's
 
 
-def apply(container: ContainerSpec, found: Found) -> ContainerSpec:
+def apply(container: ContainerSpec, found: Found, *, in_vm: bool = True) -> ContainerSpec:
     """The container with all that its CDI devices bring. Raises InvalidSpec with the field."""
+    nodes = frozenset(GUEST_DEVICES) if in_vm else None
     once: set[int] = set()  # a file's own edits count once, however many of its devices are asked for
     for name, field in {wish.name: wish.field for wish in container.cdi_devices}.items():
         spec, device = _look_up(name, field, found)
         if id(spec) not in once:
-            container = _edited(container, spec.container_edits, _refusal(name, field))
+            container = _edited(container, spec.container_edits, nodes, _refusal(name, field))
         once.add(id(spec))
-        container = _edited(container, device.container_edits, _refusal(name, field))
+        container = _edited(container, device.container_edits, nodes, _refusal(name, field))
     return container
 
 
 def _refusal(name: str, field: str) -> Refuse:
-    accepted = "devices that bring variables, files of the host, groups and the guest's own devices"
-    return lambda problem: InvalidSpec(field, f"{name!r} cannot be had in a VM: {problem}", accepted)
+    accepted = "devices that bring variables, files of the host, groups, and devices that are there"
+    return lambda problem: InvalidSpec(field, f"{name!r} cannot be given: {problem}", accepted)
 
 
 def _look_up(name: str, field: str, found: Found) -> tuple[Spec, Device]:
@@ -192,14 +194,17 @@ def _known(found: Found) -> str:
 Refuse = Callable[[str], InvalidSpec]
 
 
-def _edited(container: ContainerSpec, edits: Edits, refuse: Refuse) -> ContainerSpec:
+def _edited(
+    container: ContainerSpec, edits: Edits, nodes: frozenset[str] | None, refuse: Refuse
+) -> ContainerSpec:
+    """`nodes` are the devices that there are; None: what the host has."""
     if edits.hooks:
         hooks = ", ".join(str(hook.get("path", "?")) for hook in edits.hooks)
-        raise refuse(f"its hooks ({hooks}) are programs of the host, for a container that runs there")
+        raise refuse(f"its hooks ({hooks}) are not run")
     if edits.intel_rdt is not None:
-        raise refuse("its intelRdt divides caches of the host's CPUs, which the guest does not manage")
+        raise refuse("its intelRdt divides caches of the host's CPUs, which is not done")
     if edits.net_devices:
-        raise refuse("its netDevices are interfaces of the host")
+        raise refuse("its netDevices are interfaces of the host, which stay there")
     envs = dict(container.envs)
     for text in edits.env:
         key, equals, value = text.partition("=")
@@ -213,7 +218,7 @@ def _edited(container: ContainerSpec, edits: Edits, refuse: Refuse) -> Container
             raise refuse(f"its group {gid} is not an id")
     groups = tuple(dict.fromkeys((*container.security.supplemental_groups, *gids)))
     mounts = [_mount(mount, container.security.privileged, refuse) for mount in edits.mounts]
-    devices = [_device(node, refuse) for node in edits.device_nodes]
+    devices = [_device(node, nodes, refuse) for node in edits.device_nodes]
     return replace(
         container,
         envs=tuple(envs.items()),
@@ -248,9 +253,9 @@ def _mount(mount: Mount, privileged: bool, refuse: Refuse) -> MountSpec:
     )
 
 
-def _device(node: DeviceNode, refuse: Refuse) -> DeviceSpec:
+def _device(node: DeviceNode, nodes: frozenset[str] | None, refuse: Refuse) -> DeviceSpec:
     host_path = node.host_path or node.path
-    if host_path not in GUEST_DEVICES:
+    if nodes is not None and host_path not in nodes:
         raise refuse(f"its {host_path!r} is a device of the host; a guest has {', '.join(GUEST_DEVICES)}")
     if not node.path.startswith("/") or "\0" in node.path:
         raise refuse(f"its node {node.path!r} has no absolute path")

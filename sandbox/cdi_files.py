@@ -41,9 +41,11 @@ def _read(path: Path) -> Spec:
     return cdi.parse(path.read_bytes(), path.name)
 
 
-def with_devices(container: ContainerSpec, directories: Sequence[Path]) -> ContainerSpec:
+def with_devices(
+    container: ContainerSpec, directories: Sequence[Path], *, in_vm: bool = True
+) -> ContainerSpec:
     """The container with what its CDI devices bring. Blocking. Raises InvalidSpec."""
-    whole = cdi.apply(container, find(directories))
+    whole = cdi.apply(container, find(directories), in_vm=in_vm)
     for mount in whole.mounts[len(container.mounts) :]:
         if not Path(mount.host_path).exists():
             names = ", ".join(wish.name for wish in container.cdi_devices)

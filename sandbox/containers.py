@@ -41,7 +41,7 @@ from sandbox.records import ContainerRecord, ContainerState, ImageVolume
 from sandbox.registry import Registry
 from sandbox.resources import compile_resources, merge_resources
 from sandbox.signals import resolve_stop_signal, signal_number
-from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Resources
+from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Isolation, Resources
 from sandbox.store import Store
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class Containers:
         """Prepare everything on the host. Raises NotFound, WrongState, Reserved, InvalidSpec,
         ImageNotFound, PhaseFailed; after any of them nothing is left."""
         if spec.cdi_devices:
-            spec = await asyncio.to_thread(with_devices, spec, self._host.cdi_dirs)
+            in_vm = self._registry.pod(pod_id).record.isolation is Isolation.VM
+            spec = await asyncio.to_thread(with_devices, spec, self._host.cdi_dirs, in_vm=in_vm)
         pod = self._registry.pod(pod_id)
         pod.require_ready()
         image = self._host.images.index.find(spec.image)

@@ -162,6 +162,13 @@ def test_what_a_vm_cannot_have_is_refused_by_the_devices_name(
     assert "'vendor.test/gpu=0'" in caught.value.problem
 
 
+def test_a_pod_without_a_vm_has_the_hosts_devices() -> None:
+    tree = described({"deviceNodes": [{"path": "/dev/card", "hostPath": "/dev/dri/card0"}]})
+    found = gather([[("/etc/cdi/a.json", parse(json.dumps(tree).encode(), "a.json"))]])
+    given = apply(container("vendor.test/gpu=0"), found, in_vm=False)
+    assert given.devices == (DeviceSpec(container_path="/dev/card", host_path="/dev/dri/card0"),)
+
+
 @pytest.mark.parametrize("name", ["gpu", "vendor.test/gpu", "vendor.test/gpu=", "=0", "v/c=a/b", ""])
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(InvalidSpec, match="not a CDI device's name") as caught:

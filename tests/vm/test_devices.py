@@ -115,3 +115,15 @@ def test_a_container_may_make_a_tun_interface(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP, devices=[tun])
     told = cri.exec(container, "sh", "-c", "stat -c %t:%T /dev/net/tun; exec 3<>/dev/net/tun && echo open")
     assert (told.code, told.stdout) == (0, "a:c8\nopen\n"), told
+
+
+def test_a_pod_without_a_vm_has_the_devices_of_the_host(cri: Cri, cdi: Path) -> None:
+    describe(
+        cdi / "card.json", {"0": {"deviceNodes": [{"path": "/dev/card", "hostPath": "/dev/loop-control"}]}}
+    )
+    context = api.LinuxSandboxSecurityContext(namespace_options=api.NamespaceOption(network=api.NODE))
+    linux = api.LinuxPodSandboxConfig(security_context=context, cgroup_parent=cri.cgroup_parent)
+    pod = cri.run_pod("host-card", linux=linux, hostname="")
+    container = cri.run(pod, BUSYBOX, SLEEP, CDI_devices=named("husk.test/card=0"))
+    told = cri.exec(container, "sh", "-c", "stat -c %t:%T /dev/card; exec 3</dev/card && echo open")
+    assert (told.code, told.stdout) == (0, "a:ed\nopen\n"), told
