@@ -58,19 +58,17 @@ class WebSocket:
 
     async def send(self, event: Event) -> None:
         """Raises ConnectionLost."""
-        try:
-            data = self._connection.send(event)
-        except LocalProtocolError as cause:
-            raise ConnectionLost("the WebSocket is closed") from cause
-        await self._wire.send(data)
+        await self._wire.send(self._packed(event))
 
     def post(self, event: Event) -> None:
         """Raises ConnectionLost."""
+        self._wire.post(self._packed(event))
+
+    def _packed(self, event: Event) -> bytes:
         try:
-            data = self._connection.send(event)
+            return self._connection.send(event)
         except LocalProtocolError as cause:
             raise ConnectionLost("the WebSocket is closed") from cause
-        self._wire.post(data)
 
     def has_left(self) -> bool:
         return self._wire.has_left()
