@@ -98,7 +98,7 @@ class GuestError(SandboxError):
 
 
 class WishDeclined(GuestError):
-    """The guest cannot grant what a client wished: its program, its directory, its limits or sysctls.
+    """A client wished what cannot be had where the container runs: its program, directory, limits, sysctls.
 
     A matter of the request or of the image, not of Husk: asking again is of no use.
     """

@@ -19,7 +19,7 @@ from pathlib import Path
 from sandbox import cgroup
 from sandbox.cgroup import Layout
 from sandbox.device_filter import MKNOD, READ, WRITE, Rule, Type
-from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec
+from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec, WishDeclined
 from sandbox.guest import guest_pb2 as pb
 from sandbox.process import identify
 from sandbox.spec import Resources
@@ -192,7 +192,7 @@ def _write(file: Path, value: str) -> None:
     try:
         file.write_text(value)
     except OSError as error:
-        raise GuestError(f"write {file.name}", error.errno or 0, f"{value!r}: {error.strerror}") from error
+        raise WishDeclined(f"write {file.name}", error.errno or 0, f"{value!r}: {error.strerror}") from error
 
 
 def _v1_limits(resources: Resources) -> Iterator[tuple[str, str]]:

@@ -31,7 +31,14 @@ from itertools import count
 from pathlib import Path
 
 from sandbox import process
-from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable, SandboxError, StreamReset
+from sandbox.errors import (
+    DeadlineExceeded,
+    GuestError,
+    GuestUnreachable,
+    SandboxError,
+    StreamReset,
+    WishDeclined,
+)
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.guest.sessions import PATIENCE_MS, Lagged
@@ -192,7 +199,7 @@ class ExecSession:
         finally:
             await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
         if not ran or (status and said):
-            raise GuestError("exec", 0, said or f"crun ended with {status}")
+            raise WishDeclined("exec", 0, said or f"crun ended with {status}")
         if status is None:
             raise GuestUnreachable("the exit code of an exec is not known")
         return status if status >= 0 else 128 - status

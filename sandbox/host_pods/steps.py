@@ -26,7 +26,7 @@ from sandbox.cgroup import Cgroups
 from sandbox.container import Container
 from sandbox.container_steps import Plan, Rootfs
 from sandbox.environment import pod_hostname
-from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec
+from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec, WishDeclined
 from sandbox.host_pods import control
 from sandbox.host_pods.host_files import find_devices, find_volumes
 from sandbox.host_pods.sysctls import pod_sysctls
@@ -134,7 +134,7 @@ class Processes:
         finally:
             os.close(ours)
         if said != b"ready\n":
-            raise GuestError("sysctl", 0, said.decode(errors="replace").strip() or "it ended at once")
+            raise WishDeclined("sysctl", 0, said.decode(errors="replace").strip() or "it ended at once")
         return first
 
 
