@@ -26,6 +26,7 @@ from sandbox.spec import Resources
 
 SUPERVISOR = "supervisor"  # where conmon and the pod's first process are
 _KILL_S = 10.0
+_LIMITING = frozenset({"cpu", "cpuset", "hugetlb", "io", "memory", "pids"})  # controllers of v2
 _MANY = 1 << 62  # v1 says "no limit" with the largest multiple of a page
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _PROG_LOAD, _PROG_ATTACH = 5, 8  # linux/bpf.h
@@ -41,7 +42,7 @@ def make(layout: Layout, path: str) -> None:
     current = Path(layout.unified)
     for part in Path(path.lstrip("/")).parts:
         with contextlib.suppress(OSError):
-            for controller in (current / "cgroup.controllers").read_text().split():
+            for controller in _LIMITING.intersection((current / "cgroup.controllers").read_text().split()):
                 with contextlib.suppress(OSError):  # one that has processes of its own: then not beneath it
                     (current / "cgroup.subtree_control").write_text(f"+{controller}")
         current /= part
@@ -172,7 +173,9 @@ def write_limits(layout: Layout, path: str, files: Sequence[pb.CgroupFile], reso
     directories = [Path(each) for each in cgroup.directories(layout, path)]
     if not layout.hierarchies:
         for file in files:
-            _write(Path(directories[0], file.name), file.value)
+            path_of_file = Path(directories[0], file.name)
+            if path_of_file.exists() or not file.name.startswith(_OPTIONAL):
+                _write(path_of_file, file.value)
         return
     for name in resources.unified:
         field = f"config.linux.resources.unified[{name!r}]"
@@ -185,7 +188,8 @@ def write_limits(layout: Layout, path: str, files: Sequence[pb.CgroupFile], reso
             raise GuestError(f"write {name}", errno.ENOENT, "the host has no such controller")
 
 
-_OPTIONAL = ("memory.memsw.", "hugetlb.")
+# Where the kernel has no such thing, there is nothing to limit.
+_OPTIONAL = ("memory.memsw.", "memory.swap.", "hugetlb.")
 
 
 def _write(file: Path, value: str) -> None:
@@ -203,6 +207,8 @@ def _v1_limits(resources: Resources) -> Iterator[tuple[str, str]]:
         yield "cpu.cfs_quota_us", "-1"  # whatever is in force may not fit another period
         yield "cpu.cfs_period_us", str(resources.cpu_period or 100_000)
         yield "cpu.cfs_quota_us", str(resources.cpu_quota)
+    elif resources.cpu_period:
+        yield "cpu.cfs_period_us", str(resources.cpu_period)
     if resources.memory_limit:
         yield "memory.memsw.limit_in_bytes", "-1"
         yield "memory.limit_in_bytes", str(resources.memory_limit)

@@ -176,7 +176,9 @@ def test_limits_that_v1_does_not_have(tmp_path: Path) -> None:
 def test_limits_and_readings_of_v2(tmp_path: Path) -> None:
     v2 = Layout(mode=Mode.V2, hierarchies=(), unified=str(tmp_path))
     write_all(tmp_path / "c", {"memory.max": "", "cpu.stat": "usage_usec 1\n"})
-    control.write_limits(v2, "/c", [pb.CgroupFile(name="memory.max", value="5")], Resources())
+    files = [pb.CgroupFile(name=name, value="5") for name in ("memory.max", "memory.swap.max")]
+    control.write_limits(v2, "/c", files, Resources())
+    assert not (tmp_path / "c/memory.swap.max").exists(), "a kernel without swap has nothing to limit"
     assert (tmp_path / "c/memory.max").read_text() == "5"
     assert control.read(v2, "/c", "cpu.stat") == b"usage_usec 1\n"
     assert control.read(v2, "/c", "io.stat") == b""

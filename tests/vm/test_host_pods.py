@@ -152,7 +152,7 @@ def test_exec_and_its_end(cri: Cri) -> None:
     with pytest.raises(grpc.RpcError, match="no/such"):
         cri.exec(container, "/no/such/program")
     with pytest.raises(grpc.RpcError) as caught:
-        cri.exec(container, "sh", "-c", "sleep 4321 & setsid sleep 4321", timeout=1)
+        cri.exec(container, "sh", "-c", "sleep 4321 & setsid sleep 4321 & wait", timeout=1)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "4321" not in cri.exec(container, "ps").stdout
 

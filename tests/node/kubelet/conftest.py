@@ -59,6 +59,11 @@ def node() -> Iterator[Node]:
         yield Node(namespace, daemon, kubelet, shared, before)
 
 
+@pytest.fixture(autouse=True)
+def leave_nothing() -> None:
+    """No other daemon is wanted here to look at what is left; the node's own is, by the last tests."""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
     report = yield
