@@ -119,20 +119,25 @@ def find_wishes(table: str, specs: tuple[MountSpec, ...]) -> list[Wish]:
     """What the container has mounted on its bidirectional volumes, out of its root and volumes."""
     lines = list(_lines(table))
     places = {os.path.normpath(spec.container_path): number for number, spec in enumerate(specs)}
-    sources: dict[str, int | None] = {}  # file systems that the host has, by device
+    # file systems that the host has, by device, and where in them the container's part begins: a volume is
+    # one of its own, and root filesystems are directories of one
+    sources: dict[str, tuple[int | None, str]] = {}
     for line in lines:
-        if line.point == "/" and line.root == "/":
-            sources[line.device] = None
+        if line.point == "/":
+            sources[line.device] = None, line.root.rstrip("/")
         elif line.point in places and line.root == "/" and not specs[places[line.point]].image:
-            sources.setdefault(line.device, places[line.point])
+            sources.setdefault(line.device, (places[line.point], ""))
     found: dict[tuple[int, str], Wish] = {}
     for line in lines:
         number = _volume_above(line.point, places, specs)
         if number is None or line.device not in sources:
             continue
+        volume, begin = sources[line.device]
+        if not f"{line.root}/".startswith(f"{begin}/"):
+            continue
         target = os.path.relpath(line.point, specs[number].container_path)
         found[number, target] = Wish(
-            target_volume=number, target=target, volume=sources[line.device], source=line.root
+            target_volume=number, target=target, volume=volume, source=line.root[len(begin) :] or "/"
         )
     return list(found.values())[:MAX_MOUNTS]
 

@@ -6,8 +6,11 @@ namespaces of their own that hold nothing except the share, with a seccomp filte
 capabilities that reach beyond files.
 
 A share has to be a mount of its own with shared propagation: what is mounted below it on the host
-later is then passed on into the namespace of a virtiofsd that already runs, and appears in the
-guest as a mount of its own (announce-submounts). The step that owns the directories makes it so.
+later is then passed on into the namespace of a virtiofsd that already runs. The step that owns the
+directories makes it so. Where the host may change things (cache "auto") it appears in the guest as a
+mount of its own (announce-submounts); root filesystems do without, as their overlays have inode
+numbers of one disk, and the end of such a mount is a delicate moment in the guest's kernel: see
+`let_mounts_go` in agent/container.c.
 
 Crash story: nothing is left by name; the process ends with the VMM's connection.
 """
@@ -95,7 +98,7 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
             f"source={share.source}",
             f"cache={share.cache}",
             "sandbox=namespace",
-            "announce_submounts",
+            *(["announce_submounts"] if share.cache == "auto" else []),
             "xattr",
             "log_level=err",
         ]
@@ -108,7 +111,7 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
         f"--cache={share.cache}",
         "--sandbox=namespace",
         "--seccomp=kill",
-        "--announce-submounts",
+        *(["--announce-submounts"] if share.cache == "auto" else []),
         "--xattr",
         "--inode-file-handles=never",
         "--thread-pool-size=0",

@@ -38,7 +38,7 @@ SHM_BYTES = 64 << 20  # contract of every runtime: 64 MiB
 PREPARE = pb.Prepare(
     shares=[
         pb.Share(tag=ROOTFS_TAG, path=GUEST_ROOTFS),
-        pb.Share(tag=VOLUMES_TAG, path=GUEST_VOLUMES),
+        pb.Share(tag=VOLUMES_TAG, path=GUEST_VOLUMES, submounts=True),
     ],
     shm_bytes=SHM_BYTES,
 )

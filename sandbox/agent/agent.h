@@ -27,6 +27,8 @@ struct agent {
     int null;              // /dev/null
     int oom_score_adj;     // the agent's own, which children inherit
 
+    char *submounts; // the share in which the host mounts things; NULL: there is none
+
     bool test;    // an ordinary process on a developer's machine: that machine stays as it is
     bool lenient; // cgroup files that do not exist are left out
     bool configured;

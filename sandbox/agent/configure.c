@@ -130,9 +130,13 @@ int prepare_vm(struct agent *agent, const Prepare *prepare, struct error *error)
         return fail(error, EPERM, "prepare"); // without namespaces of its own
     if (mount_shm(prepare->shm_bytes, error) < 0)
         return -1;
-    for (size_t i = 0; i < prepare->n_shares; i++)
-        if (mount_share(prepare->shares[i]->tag, prepare->shares[i]->path, error) < 0)
+    for (size_t i = 0; i < prepare->n_shares; i++) {
+        const Share *share = prepare->shares[i];
+        if (mount_share(share->tag, share->path, error) < 0)
             return -1;
+        if (share->submounts && !agent->submounts)
+            agent->submounts = strdup(share->path);
+    }
     return 0;
 }
 

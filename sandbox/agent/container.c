@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 
 #include "agent.h"
 #include "attach.h"
@@ -17,6 +18,8 @@
 #include "pod_init.h"
 #include "pty.h"
 #include "scope.h"
+
+enum { FENCES = 4 };
 
 bool is_id(const char *id) {
     size_t length = strlen(id);
@@ -49,6 +52,20 @@ static void remove_files(const struct container *container) {
     rmdir(path);
 }
 
+// What the host mounts in a share is a file system of its own for the guest (a FUSE submount), and lives as
+// long as the mount namespace of the container that uses it. Files that were closed a moment ago are still
+// being released then, which Linux does not wait for when such a file system goes: it finds their inodes
+// busy, and where it is built to distrust that (as Debian's is) it stops the process there and then. So the
+// namespace outlives the container's processes, and goes behind an answer of the share, which comes behind
+// all that was asked before. A file that was being read ahead is released only behind that; hence several
+// answers.
+static void let_mounts_go(struct container *container) {
+    struct statfs unused;
+    for (int i = 0; container->mounts >= 0 && i < FENCES; i++)
+        statfs(container->agent->submounts, &unused);
+    close_fd(&container->mounts);
+}
+
 static void release(struct container *container) {
     struct agent *agent = container->agent;
     struct container **link = &agent->containers;
@@ -63,6 +80,7 @@ static void release(struct container *container) {
     loop_close(&agent->loop, &container->population);
     process_close(&container->process, &agent->loop);
     close_fd(&container->stdin_pipe);
+    let_mounts_go(container);
     close_fd(&container->spare.directory);
     close_fd(&container->cgroup);
     log_free(&container->log);
@@ -236,6 +254,7 @@ static struct container *make(struct agent *agent, const Start *start, uint32_t 
         .terminal = start->process->tty,
         .stdin_pipe = -1,
         .cgroup = -1,
+        .mounts = -1,
         .spare = {.directory = -1},
         .memory_events = {.fd = -1, .ready = memory_events_ready},
         .population = {.fd = -1, .ready = population_ready},
@@ -337,6 +356,11 @@ static int launch(struct container *container, const Start *start, struct child 
     if (pid < 0)
         return -1;
     container->process.pid = pid;
+    if (container->agent->submounts) {
+        char path[64];
+        snprintf(path, sizeof path, "/proc/%d/ns/mnt", pid);
+        container->mounts = open(path, O_RDONLY | O_CLOEXEC);
+    }
     loop_add(&container->agent->loop, &container->process.status, EPOLLIN);
     return 0;
 }

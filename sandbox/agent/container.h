@@ -28,6 +28,7 @@ struct container {
     struct tap taps[2];
     int stdin_pipe; // kept open so that the container's stdin is; -1: none
     int cgroup;
+    int mounts; // its mount namespace, see `let_mounts_go`
     struct source memory_events;
     uint32_t oom_kills;
     struct source population; // cgroup.events, while removal waits for its last process

@@ -21,6 +21,7 @@ typedef Husk__Guest__V1__Request Request;
 typedef Husk__Guest__V1__Reply Reply;
 typedef Husk__Guest__V1__Failure Failure;
 typedef Husk__Guest__V1__Prepare Prepare;
+typedef Husk__Guest__V1__Share Share;
 typedef Husk__Guest__V1__Configure Configure;
 typedef Husk__Guest__V1__Interface Interface;
 typedef Husk__Guest__V1__Route Route;

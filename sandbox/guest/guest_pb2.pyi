@@ -472,17 +472,21 @@ class Share(_message.Message):
 
     TAG_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    SUBMOUNTS_FIELD_NUMBER: _builtins.int
     tag: _builtins.str
     path: _builtins.str
+    submounts: _builtins.bool
+    """what the host mounts in it is a file system of its own for the guest"""
     def __init__(
         self,
         *,
         tag: _builtins.str = ...,
         path: _builtins.str = ...,
+        submounts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "submounts", b"submounts", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

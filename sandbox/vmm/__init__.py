@@ -26,7 +26,7 @@ class ShareSpec(Value, frozen=True, kw_only=True):
 
     tag: str
     source: str
-    cache: str  # "always" (only the guest writes) or "auto" (the host may change it)
+    cache: str  # "always" (only the guest writes) or "auto" (the host may change it, mounts included)
 
 
 class NicSpec(Value, frozen=True, kw_only=True):

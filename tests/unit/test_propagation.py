@@ -16,7 +16,7 @@ IMAGE = MountSpec(container_path="/image", host_path="", image="i", readonly=Tru
 SPECS = (BOTH, PRIVATE, INNER, IMAGE)
 
 TABLE = r"""
-20 1 0:30 / / rw - virtiofs none rw
+20 1 0:30 /c1 / rw - virtiofs none rw
 21 20 0:31 / /proc rw - proc proc rw
 22 20 0:40 / /both rw - virtiofs none rw
 23 20 0:41 / /data rw - virtiofs none rw
@@ -33,21 +33,24 @@ def line(device: str, root: str, point: str) -> str:
     ("added", "wishes"),
     [
         (
-            ("0:30", "/etc", "/both/point"),
+            ("0:30", "/c1/etc", "/both/point"),
             [Wish(target_volume=0, target="point", volume=None, source="/etc")],
         ),
         (("0:41", "/x", "/both/a/b"), [Wish(target_volume=0, target="a/b", volume=1, source="/x")]),
         (
-            ("0:30", r"/with\040space", r"/both/a\134b"),
+            ("0:30", r"/c1/with\040space", r"/both/a\134b"),
             [Wish(target_volume=0, target=r"a\b", volume=None, source="/with space")],
         ),
+        (("0:30", "/c1", "/both/all"), [Wish(target_volume=0, target="all", volume=None, source="/")]),
+        (("0:30", "/c2/etc", "/both/of-another"), []),
+        (("0:30", "/c10/etc", "/both/of-another"), []),
         (("0:55", "/", "/both/tmpfs"), []),
         (("0:43", "/bin", "/both/image"), []),
-        (("0:30", "/etc", "/data/point"), []),
-        (("0:30", "/etc", "/both/private/point"), []),
-        (("0:30", "/etc", "/bothersome"), []),
-        (("0:30", "/etc", "/both"), []),
-        (("0:30", "/etc", "/both/../x"), []),
+        (("0:30", "/c1/etc", "/data/point"), []),
+        (("0:30", "/c1/etc", "/both/private/point"), []),
+        (("0:30", "/c1/etc", "/bothersome"), []),
+        (("0:30", "/c1/etc", "/both"), []),
+        (("0:30", "/c1/etc", "/both/../x"), []),
     ],
 )
 def test_what_is_shown(added: tuple[str, str, str], wishes: list[Wish]) -> None:
@@ -55,7 +58,7 @@ def test_what_is_shown(added: tuple[str, str, str], wishes: list[Wish]) -> None:
 
 
 def test_a_container_fills_no_table_of_the_host() -> None:
-    text = TABLE + "".join(f"{n} 22 0:30 /etc /both/{n} rw - virtiofs none rw\n" for n in range(1000))
+    text = TABLE + "".join(f"{n} 22 0:30 /c1/etc /both/{n} rw - virtiofs none rw\n" for n in range(1000))
     assert len(find_wishes(text, SPECS)) == MAX_MOUNTS
 
 

@@ -49,7 +49,8 @@ def test_both_are_told_the_same(flavour: Flavour, cache: str) -> None:
     assert argv[0] == "/x/virtiofsd"
     for expected in ("--fd=7", f"cache={cache}", "sandbox=namespace", "xattr"):
         assert expected in text
-    assert ("announce_submounts" if flavour is Flavour.C else "--announce-submounts") in argv
+    announced = ("announce_submounts" if flavour is Flavour.C else "--announce-submounts") in argv
+    assert announced == (cache == "auto"), "where the host mounts things while the guest runs"
     assert "/pod/share" in text
     assert "modcaps" not in text, "no capability beyond its own choice"
 

@@ -54,6 +54,20 @@ def box(cri: Cri, pod: Pod) -> str:
 # ------------------------------------------------------------------------- states and codes
 
 
+def test_containers_that_are_killed_as_they_start(cri: Cri, pod: Pod, tmp_path: Path) -> None:
+    """The guest's kernel is about to release their files when their file systems go."""
+    for number in range(20):
+        (tmp_path / f"f{number}").write_bytes(bytes(1 << 20))
+    mount = api.Mount(container_path="/v", host_path=str(tmp_path))
+    busy = "for i in 0 1 2 3 4 5 6 7 8 9; do while :; do cat /v/f$i /v/f1$i >/dev/null; done & done; wait"
+    for number in range(60):
+        command = SLEEP if number % 2 else ("sh", "-c", busy)
+        container = cri.create(pod, BUSYBOX, command, name=f"killed-{number}", mounts=[mount])
+        cri.start(container)
+        cri.stop(container, timeout=0)
+        cri.remove(container)
+
+
 def test_states_of_a_life(cri: Cri, pod: Pod) -> None:
     container = cri.create(pod, BUSYBOX, SLEEP, labels={"a": "b"}, annotations={"c": "d"})
     created = cri.status(container)
