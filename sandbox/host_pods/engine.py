@@ -22,19 +22,18 @@ from image.stores import RootfsStore
 from network import netns
 from network.attach import Networks
 from sandbox import cgroup, process, stats
-from sandbox.capabilities import mask_named
 from sandbox.cgroup import Cgroups
 from sandbox.container import Container
 from sandbox.device_filter import device_rules
 from sandbox.engine import Exits
-from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec, SandboxError
+from sandbox.errors import DeadlineExceeded, GuestError, SandboxError
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.guest_files import flat_keyed, number
 from sandbox.host_pods import conmon, control, sessions
 from sandbox.host_pods.conmon import Bundle
 from sandbox.host_pods.host_files import all_devices, find_devices, node_limits
-from sandbox.host_pods.oci import NodeLimits, Surroundings, compile_config
+from sandbox.host_pods.oci import Surroundings, compile_config
 from sandbox.host_pods.sessions import AttachSession, ExecSession, Forwarded, Place
 from sandbox.host_pods.steps import Processes, container_steps, pod_path, pod_walk, shm_of
 from sandbox.host_pods.sysctls import pod_sysctls
@@ -232,7 +231,6 @@ class ProcessEngine:
         plan, pod = container.plan, container.pod
         privileged = container.record.spec.security.privileged
         bundle, limits = self._bundle(container), node_limits()
-        _check_capabilities(container, limits)
         around = Surroundings(
             rootfs=str(container.rootfs),
             shm=shm_of(pod),
@@ -427,16 +425,3 @@ class ProcessEngine:
     def _bundle(self, container: Container) -> Bundle:
         run_dir = container.pod.run_dir
         return Bundle(id=container.id, path=run_dir / "containers" / container.id, state=run_dir / "crun")
-
-
-def _check_capabilities(container: Container, limits: NodeLimits) -> None:
-    """ALL is what there is; a name that was asked for must be had. Raises InvalidSpec."""
-    security = container.record.spec.security
-    for field, names in (
-        ("add_capabilities", security.add_capabilities),
-        ("add_ambient_capabilities", security.ambient_capabilities),
-    ):
-        for name in names:
-            if mask_named(name) & ~limits.capabilities and name.upper() != "ALL":
-                problem = f"{name}: the daemon itself does not have it on this node"
-                raise InvalidSpec(f"config.linux.security_context.capabilities.{field}", problem, "others")

@@ -22,13 +22,15 @@ from image.stores import RootfsStore
 from network.attach import Networks
 from sandbox import cgroup, mounts, process
 from sandbox.apparmor.profile import UNCONFINED, Policy
+from sandbox.capabilities import mask_named
 from sandbox.cgroup import Cgroups
 from sandbox.container import Container
 from sandbox.container_steps import Plan, Rootfs
 from sandbox.environment import pod_hostname
 from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec, WishDeclined
 from sandbox.host_pods import control
-from sandbox.host_pods.host_files import find_devices, find_volumes
+from sandbox.host_pods.host_files import find_devices, find_volumes, node_limits
+from sandbox.host_pods.oci import compile_process
 from sandbox.host_pods.sysctls import pod_sysctls
 from sandbox.lifecycle import Step, Walk
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
@@ -207,11 +209,42 @@ class HostVolumes:
         await unmount_images(self.store, container)
 
 
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What only a configuration for crun cannot say, told before the start."""
+
+    name = "check"
+
+    async def up(self, container: Container) -> None:
+        await asyncio.to_thread(self.check, container)
+
+    async def down(self, container: Container) -> None:
+        """It holds nothing."""
+
+    def check(self, container: Container) -> None:
+        """Raises InvalidSpec."""
+        limits = node_limits()
+        compile_process(container.plan.process, limits)
+        security = container.record.spec.security
+        for field, names in (
+            ("add_capabilities", security.add_capabilities),
+            ("add_ambient_capabilities", security.ambient_capabilities),
+        ):
+            for name in names:
+                # ALL is what there is; a name that was asked for must be had
+                if name.upper() != "ALL" and mask_named(name) & ~limits.capabilities:
+                    problem = f"{name}: the daemon itself does not have it on this node"
+                    raise InvalidSpec(
+                        f"config.linux.security_context.capabilities.{field}", problem, "others"
+                    )
+
+
 def container_steps(store: RootfsStore) -> Sequence[Step[Container]]:
     return (
         Rootfs(store),
         HostVolumes(store),
         Plan(lambda container: str(container.rootfs), find_volumes, find_devices, _policy),
+        Check(),
     )
 
 

@@ -16,22 +16,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from image.idmap import IdMap
 from image.stores import Usage
 from sandbox import cgroup, mounts
 from sandbox.containers import ContainerHost, Containers
-from sandbox.errors import GuestError, PhaseFailed, SandboxError
+from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, SandboxError
 from sandbox.events import Events
 from sandbox.host_pods import conmon
 from sandbox.host_pods.conmon import Bundle, Starting
 from sandbox.host_pods.engine import ProcessEngine, ProcessHost
+from sandbox.host_pods.oci import NodeLimits
 from sandbox.pods import PodHost, Pods, find_handler
 from sandbox.process import alive
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
-from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec
+from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec, SecuritySpec
 from sandbox.stages import Stage
 from sandbox.store import Store
 from sandbox.tasks import Tasks
@@ -387,6 +389,24 @@ async def test_a_pod_whose_first_process_ended_while_nobody_looked(daemon: Daemo
     await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
     assert daemon.pods.find(pod).state is PodState.NOT_READY
     assert daemon.containers.find(container).exit_code == 137
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"envs": (("RAW", b"\xff"),)}, "RAW: the value is not UTF-8"),
+        ({"security": SecuritySpec(add_capabilities=("SYS_BOOT",))}, "add_capabilities: SYS_BOOT"),
+    ],
+)
+async def test_what_cannot_be_had_is_refused_with_the_container(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], problem: str
+) -> None:
+    few = NodeLimits(open_files=1024, capabilities=1)
+    monkeypatch.setattr("sandbox.host_pods.steps.node_limits", lambda: few)
+    pod = await daemon.pods.run(pod_spec())
+    with pytest.raises(InvalidSpec, match=problem):
+        await daemon.containers.create(pod, msgspec.structs.replace(container_spec(), **fields))
+    assert list(daemon.container_store) == []
 
 
 async def test_conmon_that_cannot_run(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
