@@ -29,6 +29,7 @@ import msgspec
 from network.attach import Networks
 from sandbox.cgroup import Cgroups
 from sandbox.guest.client import GuestClient
+from sandbox.guest_clock import check_clock
 from sandbox.vmm import Hypervisor, VmSpec
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Templates:
                 saved=True,
             )
             await client.close()
+            check_clock(client, machine.handle.vmm)
             saved = self._building / "saved"
             await machine.save(saved)
         finally:

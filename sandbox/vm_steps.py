@@ -17,6 +17,7 @@ from sandbox.cgroup import Cgroups
 from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable, VmmError, VmmGone
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
+from sandbox.guest_clock import check_clock
 from sandbox.plan.vm import HostSize, base_size, can_grow, plan_vm
 from sandbox.pod import Pod
 from sandbox.records import PodState, Source
@@ -87,7 +88,19 @@ class Vm:
         assert pod.record.size is not None
         source = Source.POOL if pod.record.state is PodState.WAITING else Source.BOOT
         pod.update(source=source)
-        await self._start(pod, self.plan(pod, pod.record.size), BOOT_TIMEOUT_S, "boot")
+        spec = self.plan(pod, pod.record.size)
+        await self._start(pod, spec, BOOT_TIMEOUT_S, "boot")
+        try:
+            self._check_clock(pod)
+        except VmmError as error:
+            log.error("pod %s boots once more: %s", pod.id, error)
+            await self.down(pod)
+            await self._start(pod, spec, BOOT_TIMEOUT_S, "boot")
+            self._check_clock(pod)
+
+    def _check_clock(self, pod: Pod) -> None:
+        assert pod.client is not None and pod.record.vm is not None
+        check_clock(pod.client, pod.record.vm.vmm)
 
     async def _continue(self, pod: Pod, template: Path) -> bool:
         spec = self.plan(pod, base_size(pod.require_handler()))

@@ -77,6 +77,7 @@ class FakeAgent:
         self.stdin = bytearray()
         # ---- what may go wrong
         self.version = VERSION
+        self.now_ns = 0  # what its clock says when it greets; 0: it does not tell
         self.wrong_epoch = False
         self.silent = False  # reads, and never answers the preamble
         self.stale = b""  # sent in front of the nonce, as an old queue would be
@@ -216,6 +217,7 @@ class FakeAgent:
             agent="fake",
             kernel="0.0-fake",
             containers=states,
+            now_ns=self.now_ns,
         )
         self.send(Kind.WELCOME, 0, welcome.SerializeToString())
         self.connected.set()

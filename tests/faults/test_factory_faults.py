@@ -18,6 +18,7 @@ import pytest
 from sandbox.errors import PhaseFailed
 from sandbox.records import PodRecord, PodState, Source
 from sandbox.spec import Resources
+from tests.fakes.guest import FakeAgent
 from tests.faults.test_pod_faults import HANDLER, Daemon, pod_spec
 
 POOL = msgspec.structs.replace(HANDLER, source="pool", pool_size=2)
@@ -91,6 +92,15 @@ async def test_a_pod_takes_the_vm_that_has_waited_longest(daemon: Daemon) -> Non
     await until(lambda: len(waiting(daemon)) == 2)
     await daemon.pods.remove(id)
     assert_nothing_but(daemon, 2)
+
+
+async def test_no_template_has_a_clock_that_runs_too_fast(daemon: Daemon) -> None:
+    agent = FakeAgent()
+    agent.now_ns = 10**18
+    agents = [agent]
+    daemon.hypervisor.make_agent = lambda: agents.pop() if agents else FakeAgent()
+    await filled(daemon)
+    assert templates(daemon) == ["key1"] and not agents, "of another boot"
 
 
 async def test_what_waits_is_no_pod_of_anybodys(daemon: Daemon) -> None:

@@ -43,6 +43,7 @@ from sandbox.vm_engine import VmEngine, VmHost
 from sandbox.vm_steps import Size, Vm
 from sandbox.volumes import Volumes
 from tests.fakes.disk import small_disk
+from tests.fakes.guest import FakeAgent
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
 
 POD_STEPS: list[type[Any]] = [RunDir, Netns, Network, Shares, Vm, Size, Identity, Guest]
@@ -326,6 +327,27 @@ async def test_a_vm_that_dies_while_it_boots(daemon: Daemon, monkeypatch: pytest
     with pytest.raises(PhaseFailed, match="the VM ended"):
         await run
     daemon.assert_empty()
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+async def test_a_guest_whose_clock_runs_too_fast_boots_once_more(daemon: Daemon, wrong: int) -> None:
+    agents: list[FakeAgent] = []
+
+    def make_agent() -> FakeAgent:
+        agent = FakeAgent()
+        agent.now_ns = 10**18 if len(agents) < wrong else 0
+        agents.append(agent)
+        return agent
+
+    daemon.hypervisor.make_agent = make_agent
+    if wrong == 1:
+        assert daemon.pods.find(await daemon.pods.run(pod_spec())).ready
+        assert len(daemon.hypervisor.vms) == 1
+    else:
+        with pytest.raises(PhaseFailed, match="clock is wrong"):
+            await daemon.pods.run(pod_spec())
+        daemon.assert_empty()
+    assert len(agents) == 2
 
 
 @pytest.mark.parametrize("operation", ["cgroup.remove", "network.down", "vm.destroy"])
