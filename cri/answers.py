@@ -255,29 +255,35 @@ def matching_pods(
     records: Sequence[PodRecord], filter: pb.PodSandboxFilter | pb.PodSandboxStatsFilter
 ) -> list[PodRecord]:
     """Conditions add up; an id may be the beginning of one (crictl prints 13 digits)."""
+    if not filter.ByteSize():  # as a kubelet asks, all the time
+        return list(records)
     state = (
         filter.state.state if isinstance(filter, pb.PodSandboxFilter) and filter.HasField("state") else None
     )
+    id, labels = filter.id, dict(filter.label_selector)
     return [
         record
         for record in records
-        if record.id.startswith(filter.id)
+        if record.id.startswith(id)
         and (state is None or pod_state(record) == state)
-        and labels_match(record.spec.labels, filter.label_selector)
+        and labels_match(record.spec.labels, labels)
     ]
 
 
 def matching_containers(
     records: Sequence[ContainerRecord], filter: pb.ContainerFilter | pb.ContainerStatsFilter
 ) -> list[ContainerRecord]:
+    if not filter.ByteSize():
+        return list(records)
     state = (
         filter.state.state if isinstance(filter, pb.ContainerFilter) and filter.HasField("state") else None
     )
+    id, pod_id, labels = filter.id, filter.pod_sandbox_id, dict(filter.label_selector)
     return [
         record
         for record in records
-        if record.id.startswith(filter.id)
-        and record.pod_id.startswith(filter.pod_sandbox_id)
+        if record.id.startswith(id)
+        and record.pod_id.startswith(pod_id)
         and (state is None or container_state(record) == state)
-        and labels_match(record.spec.labels, filter.label_selector)
+        and labels_match(record.spec.labels, labels)
     ]

@@ -8,7 +8,7 @@ of the form `repeated Item items = 1` is the concatenation of its encoded items 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
@@ -28,7 +28,13 @@ class EncodedList(Generic[R]):
         self._known: dict[Hashable, tuple[R, bytes]] = {}
 
     def of(self, records: Iterable[R]) -> bytes:
-        return b"".join([self._item(record) for record in records])
+        known, key, item = self._known.get, self._key, self._item
+        return b"".join(
+            [
+                found[1] if (found := known(key(record))) is not None and found[0] is record else item(record)
+                for record in records
+            ]
+        )
 
     def batches(self, records: Iterable[R]) -> Iterator[bytes]:
         """The list in messages of a bounded size, with at least one item each (CRI, Stream* rpcs)."""
@@ -44,10 +50,10 @@ class EncodedList(Generic[R]):
         if batch:
             yield b"".join(batch)
 
-    def keep_only(self, records: Iterable[R]) -> None:
+    def keep_only(self, records: Sequence[R]) -> None:
         """Forget the items that are no more. Call it with a whole list, not a filtered one."""
-        live = {self._key(record) for record in records}
-        if len(live) < len(self._known):
+        if len(records) < len(self._known):
+            live = {self._key(record) for record in records}
             self._known = {key: item for key, item in self._known.items() if key in live}
 
     def _item(self, record: R) -> bytes:

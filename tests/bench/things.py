@@ -126,6 +126,8 @@ def log(subject: Subject, name: str, mebibytes: int, figures: Figures) -> None:
         _await_last_line(path)
     written = path.read_bytes().count(b"\n")
     assert written == repeats * LINES_PER_FILE + 1, f"{subject.name} wrote {written} lines"
+    # containerd 1.6 fails to stop a pod whose container ends in that moment
+    cri.wait_exited(container)
     cri.stop_pod(pod)
     cri.remove_pod(pod)
     path.unlink()
