@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from cri.streaming.session import Connection, Session, Wish
+from cri.streaming.session import Wish
 from image.auth import Auth
 from image.blobs import Progress
 from image.index import Image
@@ -15,6 +15,7 @@ from network.attach import NetworkStatus
 from sandbox.cgroup import Driver
 from sandbox.events import Event
 from sandbox.records import ContainerRecord, PodRecord
+from sandbox.session import Connection, Session
 from sandbox.spec import ContainerId, ContainerSpec, PodId, PodSpec, Resources, Value
 from sandbox.stats import PodStats
 

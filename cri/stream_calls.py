@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from cri.observe import note_pod
 from cri.ports import Containers, Pods, Streaming
 from cri.proto import runtime_v1_pb2 as pb
-from cri.streaming.session import AttachWish, Connection, ExecWish, ForwardWish, Session
+from cri.streaming.session import AttachWish, ExecWish, ForwardWish
 from sandbox.errors import InvalidSpec, WrongState
 from sandbox.records import ContainerRecord, ContainerState
+from sandbox.session import Connection, Session
 
 PORT_MAX = 65535
 

@@ -23,7 +23,6 @@ from sandbox.apparmor import profile_name
 from sandbox.cdi_files import with_devices
 from sandbox.container import Container
 from sandbox.described import runtime_spec
-from sandbox.engine import Session
 from sandbox.errors import (
     GuestError,
     GuestUnreachable,
@@ -40,6 +39,7 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState, ImageVolume
 from sandbox.registry import Registry
 from sandbox.resources import compile_resources, merge_resources
+from sandbox.session import Session
 from sandbox.signals import resolve_stop_signal, signal_number
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Isolation, Resources
 from sandbox.store import Store

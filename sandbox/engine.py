@@ -13,57 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.lifecycle import Step, Walk
+from sandbox.session import Connection, Session
 from sandbox.spec import ContainerId, Handler, PodSpec, Resources
 
 if TYPE_CHECKING:
     from sandbox.container import Container
     from sandbox.pod import Pod
-
-
-class Sink(Protocol):
-    async def write(self, data: bytes) -> None:
-        """Returns once it was taken. Raises StreamReset when the reader wants no more."""
-
-    def close(self) -> None:
-        """The reader sees the end. Idempotent."""
-
-
-class Source(Protocol):
-    async def read(self) -> bytes:
-        """b"" at the end. Asking for more says that the last bytes were dealt with."""
-
-    def stop(self) -> None:
-        """Want no more. Idempotent."""
-
-
-class Session(Protocol):
-    """A conversation with a process; streams that were not asked for are None. `close` it in the end."""
-
-    @property
-    def stdin(self) -> Sink | None: ...
-    @property
-    def stdout(self) -> Source | None: ...
-    @property
-    def stderr(self) -> Source | None: ...
-
-    async def resize(self, rows: int, columns: int) -> None: ...
-
-    async def wait(self) -> int:
-        """The exit code, behind the end of the outputs."""
-
-    def close(self) -> None:
-        """Hang up; what it started is not killed. Idempotent."""
-
-
-class Connection(Protocol):
-    """To a port in a pod. `close` ends both directions at once."""
-
-    @property
-    def writer(self) -> Sink: ...
-    @property
-    def reader(self) -> Source: ...
-
-    def close(self) -> None: ...
 
 
 class Exits(Protocol):

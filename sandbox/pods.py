@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox.containers import Containers
-from sandbox.engine import Connection, Engine
+from sandbox.engine import Engine
 from sandbox.errors import InvalidSpec, NotFound, SandboxError
 from sandbox.events import Events
 from sandbox.lifecycle import UndoFailed, Walk, bring_up, only, take_down
@@ -28,6 +28,7 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState
 from sandbox.registry import Registry, pod_name
 from sandbox.resources import merge_resources
+from sandbox.session import Connection
 from sandbox.spec import Handler, Isolation, PodId, PodSpec, Resources
 from sandbox.steps import remove_tree
 from sandbox.store import Store

@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from cri.streaming.channels import Channel, ChannelClosed, ConnectionLost, Peer
-from cri.streaming.session import Connection
 from sandbox.errors import SandboxError, StreamReset
+from sandbox.session import Connection
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from cri.streaming import status
 from cri.streaming.channels import Channel, ChannelClosed
-from cri.streaming.session import Session, Sink, Source
 from sandbox.errors import SandboxError, StreamReset
+from sandbox.session import Session, Sink, Source
 
 RESIZE_TEXT_MAX = 4096  # of one size, which needs 30 bytes
 

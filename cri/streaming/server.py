@@ -27,12 +27,13 @@ from cri.streaming.channels import Channel, ConnectionLost
 from cri.streaming.http import Exchange, Refused, Request
 from cri.streaming.port_forward import ForwardedStreams, forward
 from cri.streaming.remote_command import CommandChannels, run
-from cri.streaming.session import AttachWish, Backend, Connection, ExecWish, ForwardWish, Session, Wish
+from cri.streaming.session import AttachWish, Backend, ExecWish, ForwardWish, Wish
 from cri.streaming.spdy_channels import SpdyPeer
 from cri.streaming.tokens import Tokens
 from cri.streaming.websocket import COMMAND_FORMS, FORWARD_FORMS, TUNNEL, Form
 from cri.streaming.websocket_channels import TunnelWire, WebSocket, WebSocketPeer
 from cri.streaming.wire import Idle, TcpWire, Wire
+from sandbox.session import Connection, Session
 
 log = logging.getLogger("cri.streaming")
 

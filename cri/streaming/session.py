@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from sandbox.session import Connection, Session
+
 
 @dataclass(frozen=True, slots=True)
 class ExecWish:
@@ -32,53 +34,6 @@ class ForwardWish:
 
 
 Wish = ExecWish | AttachWish | ForwardWish
-
-
-class Sink(Protocol):
-    async def write(self, data: bytes) -> None:
-        """Returns once it was taken. Raises StreamReset when the reader wants no more."""
-
-    def close(self) -> None:
-        """The reader sees the end. Idempotent."""
-
-
-class Source(Protocol):
-    async def read(self) -> bytes:
-        """b"" at the end. Asking for more says that the last bytes were dealt with."""
-
-    def stop(self) -> None:
-        """Want no more. Idempotent."""
-
-
-class Session(Protocol):
-    """A process with the streams that were asked for; the others are None."""
-
-    @property
-    def stdin(self) -> Sink | None: ...
-    @property
-    def stdout(self) -> Source | None: ...
-    @property
-    def stderr(self) -> Source | None: ...
-
-    async def resize(self, rows: int, columns: int) -> None: ...
-
-    async def wait(self) -> int:
-        """The exit code, once the outputs have ended."""
-
-    def close(self) -> None:
-        """Hang up. Idempotent."""
-
-
-class Connection(Protocol):
-    """To a port in a pod."""
-
-    @property
-    def writer(self) -> Sink: ...
-    @property
-    def reader(self) -> Source: ...
-
-    def close(self) -> None:
-        """Both directions at once. Idempotent."""
 
 
 class Backend(Protocol):
