@@ -4,28 +4,14 @@
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Mapping
-
-from sandbox.capabilities import NAMES
 from sandbox.guest import guest_pb2 as pb
+from sandbox.oci_words import PROPAGATIONS, VERSION, Json, capability_sets, device_type, mount_options
 from sandbox.plan import mounts
-
-Json = dict[str, object]
-
-_FLAGS = {
-    mounts.MS_RDONLY: "ro",
-    mounts.MS_NOSUID: "nosuid",
-    mounts.MS_NODEV: "nodev",
-    mounts.MS_NOEXEC: "noexec",
-    mounts.MS_STRICTATIME: "strictatime",
-}
-_PROPAGATION = {mounts.MS_PRIVATE: "private", mounts.MS_SLAVE: "slave", mounts.MS_SHARED: "shared"}
 
 
 def runtime_spec(plan: pb.Start) -> Json:
     return {
-        "ociVersion": "1.0.2",
+        "ociVersion": VERSION,
         "process": _process(plan.process),
         "root": {"path": plan.rootfs, "readonly": plan.readonly_rootfs},
         "mounts": [_mount(mount) for mount in plan.mounts],
@@ -39,42 +25,31 @@ def runtime_spec(plan: pb.Start) -> Json:
 
 
 def _process(process: pb.Process) -> Json:
-    sets: Mapping[str, int] = {
-        "bounding": process.cap_bounding,
-        "permitted": process.cap_permitted,
-        "effective": process.cap_effective,
-        "inheritable": process.cap_inheritable,
-        "ambient": process.cap_ambient,
-    }
     return {
         "terminal": process.tty,
         "user": {"uid": process.uid, "gid": process.gid, "additionalGids": list(process.groups)},
         "args": list(process.argv),
         "env": [entry.decode(errors="replace") for entry in process.env],
         "cwd": process.cwd,
-        "capabilities": {name: _capabilities(mask) for name, mask in sets.items()},
+        "capabilities": capability_sets(process),
         "noNewPrivileges": process.no_new_privs,
         "oomScoreAdj": process.oom_score_adj,
     }
-
-
-def _capabilities(mask: int) -> list[str]:
-    return [f"CAP_{name}" for number, name in enumerate(NAMES) if mask >> number & 1]
 
 
 def _mount(mount: pb.Mount) -> Json:
     recursive = "r" if mount.flags & mounts.MS_REC else ""
     bind = bool(mount.flags & mounts.MS_BIND)
     options = [f"{recursive}bind"] if bind else [option for option in mount.data.split(",") if option]
-    options += [name for bit, name in _FLAGS.items() if mount.flags & bit]
+    options += mount_options(mount.flags)
     options += ["rro"] if mount.recursive_readonly else []
-    options += [f"r{name}" for bit, name in _PROPAGATION.items() if mount.propagation & bit]
+    options += [f"r{name}" for bit, name in PROPAGATIONS.items() if mount.propagation & bit]
     kind = "bind" if bind else mount.type
     return {"destination": mount.target, "type": kind, "source": mount.source, "options": options}
 
 
 def _device(device: pb.Device) -> Json:
-    kind = "b" if stat.S_ISBLK(device.type) else "c"
+    kind = device_type(device.type)
     return {"path": device.path, "type": kind, "major": device.major, "minor": device.minor}
 
 

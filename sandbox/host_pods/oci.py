@@ -11,23 +11,13 @@ import base64
 import stat
 from collections.abc import Mapping, Sequence
 
-from sandbox.capabilities import NAMES
 from sandbox.devices import Node
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
+from sandbox.oci_words import PROPAGATIONS, VERSION, Json, capability_sets, device_type, mount_options
 from sandbox.plan import mounts
 from sandbox.spec import Value
 
-Json = dict[str, object]
-
-_OPTIONS = {
-    mounts.MS_RDONLY: "ro",
-    mounts.MS_NOSUID: "nosuid",
-    mounts.MS_NODEV: "nodev",
-    mounts.MS_NOEXEC: "noexec",
-    mounts.MS_STRICTATIME: "strictatime",
-}
-_PROPAGATION = {mounts.MS_PRIVATE: "private", mounts.MS_SLAVE: "slave", mounts.MS_SHARED: "shared"}
 _RLIMITS = {7: "RLIMIT_NOFILE"}  # asm-generic/resource.h
 _SECCOMP_FLAGS = {2: "SECCOMP_FILTER_FLAG_LOG", 4: "SECCOMP_FILTER_FLAG_SPEC_ALLOW"}  # linux/seccomp.h
 _RAW_SECCOMP = "run.oci.seccomp_bpf_data"  # crun(1): the filter's own bytes, in base64
@@ -71,7 +61,7 @@ def compile_config(plan: pb.Start, around: Surroundings) -> Json:
             "flags": [name for bit, name in _SECCOMP_FLAGS.items() if plan.process.seccomp_flags & bit],
         }
     return {
-        "ociVersion": "1.0.2",
+        "ociVersion": VERSION,
         "process": compile_process(plan.process, around.limits),
         "root": {"path": around.rootfs, "readonly": plan.readonly_rootfs},
         "mounts": [_mount(each, around) for each in plan.mounts] + _files(plan, around),
@@ -82,13 +72,6 @@ def compile_config(plan: pb.Start, around: Surroundings) -> Json:
 
 def compile_process(process: pb.Process, limits: NodeLimits) -> Json:
     """Also what `crun exec` takes. Raises InvalidSpec."""
-    sets = {
-        "bounding": process.cap_bounding,
-        "permitted": process.cap_permitted,
-        "effective": process.cap_effective,
-        "inheritable": process.cap_inheritable,
-        "ambient": process.cap_ambient,
-    }
     found: Json = {
         "terminal": process.tty,
         "user": {
@@ -100,7 +83,7 @@ def compile_process(process: pb.Process, limits: NodeLimits) -> Json:
         "args": list(process.argv),
         "env": [_variable(entry) for entry in process.env],
         "cwd": process.cwd,
-        "capabilities": {name: _capabilities(mask & limits.capabilities) for name, mask in sets.items()},
+        "capabilities": capability_sets(process, limits.capabilities),
         "rlimits": [_rlimit(limit, limits.open_files) for limit in process.rlimits],
         "noNewPrivileges": process.no_new_privs,
         "oomScoreAdj": process.oom_score_adj,
@@ -116,10 +99,6 @@ def _variable(entry: bytes) -> str:
     except UnicodeDecodeError as error:
         name = entry.partition(b"=")[0].decode(errors="replace")
         raise InvalidSpec("config.envs", f"{name}: the value is not UTF-8", "UTF-8") from error
-
-
-def _capabilities(mask: int) -> list[str]:
-    return [f"CAP_{name}" for number, name in enumerate(NAMES) if mask >> number & 1]
 
 
 def _rlimit(limit: pb.Rlimit, most: int) -> Json:
@@ -138,7 +117,7 @@ def _device(device: pb.Device) -> Json:
 def _node(node: Node, *, uid: int = 0, gid: int = 0) -> Json:
     return {
         "path": node.path,
-        "type": "b" if stat.S_ISBLK(node.type) else "c",
+        "type": device_type(node.type),
         "major": node.major,
         "minor": node.minor,
         "fileMode": stat.S_IMODE(node.mode),
@@ -148,7 +127,7 @@ def _node(node: Node, *, uid: int = 0, gid: int = 0) -> Json:
 
 
 def _mount(mount: pb.Mount, around: Surroundings) -> Json:
-    options = [name for bit, name in _OPTIONS.items() if mount.flags & bit]
+    options = mount_options(mount.flags)
     if mount.recursive_readonly and mount.flags & mounts.MS_RDONLY:
         options.append("rro")
     propagation = _propagation(mount.propagation)
@@ -168,7 +147,7 @@ def _mount(mount: pb.Mount, around: Surroundings) -> Json:
 
 
 def _propagation(flags: int) -> str:
-    name = _PROPAGATION.get(flags & ~mounts.MS_REC, "")
+    name = PROPAGATIONS.get(flags & ~mounts.MS_REC, "")
     return f"r{name}" if name and flags & mounts.MS_REC else name
 
 
