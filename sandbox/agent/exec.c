@@ -56,7 +56,9 @@ static void sweep(struct container *container) {
 
 // Making and removing a cgroup takes a tenth of an exec, so one is kept.
 static void put_back(struct exec_group *group, struct container *container) {
-    if (container && group->directory >= 0 && !group->killed && container->spare.directory < 0) {
+    if (group->directory < 0)
+        return;
+    if (container && !group->killed && container->spare.directory < 0) {
         container->spare = *group;
         group->directory = -1;
     } else {
