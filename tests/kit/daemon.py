@@ -149,6 +149,7 @@ class Daemon:
                     self.terminate()
                 except subprocess.TimeoutExpired:
                     self.kill()
+                    raise
         self.cri.close()
         self._process = None
         remove_cgroups(scratch_root().name)

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tests.kit.cni import leases_in
+from tests.kit.cni import BRIDGE, leases_in
 from tests.kit.namespace import Namespace
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -83,9 +83,9 @@ def entries(*folders: Path) -> frozenset[str]:
 
 
 def links_of(namespace: Namespace) -> frozenset[str]:
-    """Network devices inside; the bridge belongs to the network and stays, veth pairs come and go."""
+    """Network devices inside but for the bridge, which belongs to the network and stays."""
     lines = namespace.run("ip", "-o", "link").splitlines()
-    return frozenset(line.split(": ")[1].split("@")[0] for line in lines)
+    return frozenset(line.split(": ")[1].split("@")[0] for line in lines) - {BRIDGE}
 
 
 def take_census(
