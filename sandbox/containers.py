@@ -220,7 +220,10 @@ class Containers:
     def exited(self, container: Container, exited: pb.Exited) -> None:
         """EXITED is shown once the last line is in the file: clients read the log right then."""
         if container.running:
-            container.take_exit(exited.exit_code, exited.at_ns or time.time_ns(), exit_reason(exited))
+            now = time.time_ns()
+            # by the guest's clock, which need not be ours: not before the start, and not in the future
+            at_ns = min(max(exited.at_ns, container.record.started_at_ns), now) if exited.at_ns else now
+            container.take_exit(exited.exit_code, at_ns, exit_reason(exited))
 
     def lost(self, pod: Pod, reason: str) -> None:
         """Every container that ran was killed with what it ran in."""

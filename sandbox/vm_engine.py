@@ -26,6 +26,7 @@ from sandbox.factory import Factory
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.guest.sessions import AttachSession, ExecSession, Forwarded
+from sandbox.guest_clock import keep_clock
 from sandbox.host_usage import HostUsage
 from sandbox.lifecycle import Step, Walk
 from sandbox.log_file import usable_path
@@ -116,6 +117,7 @@ class VmEngine:
         """Until the VM ends: keep a connection to its agent."""
         assert pod.machine is not None
         death = asyncio.create_task(pod.machine.wait())
+        clock = self._host.tasks.spawn(keep_clock(lambda: pod.client), f"clock of pod {pod.id[:12]}")
         try:
             while not death.done():
                 assert pod.client is not None
@@ -126,6 +128,7 @@ class VmEngine:
                     await self._reconnect(pod, death)
         finally:
             death.cancel()
+            clock.cancel()
         await self._vm_gone(pod, death.result())
 
     async def _reconnect(self, pod: Pod, death: asyncio.Task[str]) -> None:

@@ -13,6 +13,7 @@
 
 #include "attach.h"
 #include "cgroup.h"
+#include "clock.h"
 #include "dial.h"
 #include "pod_init.h"
 #include "request.h"

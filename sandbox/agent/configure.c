@@ -13,20 +13,12 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "clock.h"
 #include "guest.h"
 #include "net.h"
 #include "scope.h"
 
 enum { CPUS_MAX = 256, APPEAR_MS = 5000, APPEAR_STEP_MS = 5 };
-
-void configure_clock(const struct agent *agent, int64_t wanted_ns, int64_t slack_ns) {
-    int64_t off = wanted_ns - wall_ns();
-    if (agent->test || wanted_ns <= 0 || (off <= slack_ns && off >= -slack_ns))
-        return;
-    struct timespec wanted = {.tv_sec = wanted_ns / 1000000000, .tv_nsec = wanted_ns % 1000000000};
-    if (clock_settime(CLOCK_REALTIME, &wanted) < 0)
-        say("clock: %s", strerror(errno));
-}
 
 static int add_entropy(const struct agent *agent, const ProtobufCBinaryData *bytes, struct error *error) {
     if (agent->test || bytes->len == 0)
@@ -176,7 +168,7 @@ int configure_pod(struct agent *agent, const Configure *configure, struct error 
     if (add_entropy(agent, &configure->entropy, error) < 0)
         return -1;
     // a copy of a template has the time at which that was saved, and nothing runs yet that would mind a step
-    configure_clock(agent, configure->wall_ns, 0);
+    clock_set(agent, configure->wall_ns, 0);
     if (*configure->hostname && sethostname(configure->hostname, strlen(configure->hostname)) < 0)
         return fail(error, errno, "hostname");
     if (write_machine_id(configure->machine_id, error) < 0)

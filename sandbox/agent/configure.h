@@ -12,10 +12,5 @@ int configure_pod(struct agent *agent, const Configure *configure, struct error 
 // Brings plugged CPUs online until `count` are; waits for them to appear.
 int online_cpus(struct agent *agent, uint32_t count, struct error *error);
 
-enum { CLOCK_SLACK_NS = 50 * 1000000 };
-
-// Steps the clock when it is off by more than the slack.
-void configure_clock(const struct agent *agent, int64_t wall_ns, int64_t slack_ns);
-
 // Whether something is mounted on `path`.
 bool is_mounted(const char *path);

@@ -45,6 +45,3 @@ bool process_look(struct process *process, struct loop *loop);
 
 void process_set_ended(struct process *process, struct loop *loop, int wait_status);
 void process_close(struct process *process, struct loop *loop);
-
-int64_t wall_ns(void);
-uint64_t monotonic_ns(void);

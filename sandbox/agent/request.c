@@ -10,6 +10,7 @@
 #include "agent.h"
 #include "attach.h"
 #include "cgroup.h"
+#include "clock.h"
 #include "configure.h"
 #include "dial.h"
 #include "huge.h"
@@ -109,7 +110,7 @@ static int greet(struct agent *agent, const struct frame *frame) {
         return -1;
     bool same = hello->version == PROTOCOL_VERSION, last = same && hello->saved;
     if (same)
-        configure_clock(agent, hello->wall_ns, CLOCK_SLACK_NS);
+        clock_set(agent, hello->wall_ns, CLOCK_SLACK_NS);
     send_welcome(agent, hello->epoch);
     husk__guest__v1__hello__free_unpacked(hello, NULL);
     agent->channel.greeted = same && !last;
@@ -287,6 +288,20 @@ static void open_log(struct agent *agent, uint32_t request, const OpenLog *open)
     reply_send(agent, request, &reply);
 }
 
+static void tell_clocks(struct agent *agent, uint32_t request, const TellClocks *tell) {
+    struct error error = {0};
+    if (tell->adjustment && clock_adjust(agent, tell->adjustment, &error) < 0) {
+        reply_failure(agent, request, &error);
+        return;
+    }
+    Reply reply = HUSK__GUEST__V1__REPLY__INIT;
+    Clocks clocks = HUSK__GUEST__V1__CLOCKS__INIT;
+    clock_tell(&clocks);
+    reply.body_case = HUSK__GUEST__V1__REPLY__BODY_CLOCKS;
+    reply.clocks = &clocks;
+    reply_send(agent, request, &reply);
+}
+
 static void power_off(struct agent *agent, uint32_t request) {
     reply_done(agent, request);
     agent->stopping = true;
@@ -336,6 +351,9 @@ static int answer(struct agent *agent, uint32_t id, const Request *request) {
         return 0;
     case HUSK__GUEST__V1__REQUEST__BODY_DIAL:
         dial_start(agent, id, request->dial);
+        return 0;
+    case HUSK__GUEST__V1__REQUEST__BODY_TELL_CLOCKS:
+        tell_clocks(agent, id, request->tell_clocks);
         return 0;
     case HUSK__GUEST__V1__REQUEST__BODY_PING:
         reply_done(agent, id);

@@ -231,6 +231,7 @@ class Request(_message.Message):
     PREPARE_FIELD_NUMBER: _builtins.int
     ONLINE_CPUS_FIELD_NUMBER: _builtins.int
     HUGE_PAGES_FIELD_NUMBER: _builtins.int
+    TELL_CLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def configure(self) -> Global___Configure: ...
     @_builtins.property
@@ -263,6 +264,8 @@ class Request(_message.Message):
     def online_cpus(self) -> Global___OnlineCpus: ...
     @_builtins.property
     def huge_pages(self) -> Global___HugePages: ...
+    @_builtins.property
+    def tell_clocks(self) -> Global___TellClocks: ...
     def __init__(
         self,
         *,
@@ -282,12 +285,13 @@ class Request(_message.Message):
         prepare: Global___Prepare | None = ...,
         online_cpus: Global___OnlineCpus | None = ...,
         huge_pages: Global___HugePages | None = ...,
+        tell_clocks: Global___TellClocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "tell_clocks", b"tell_clocks", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "tell_clocks", b"tell_clocks", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["configure", "start", "exec", "signal", "remove", "write_cgroup", "read_cgroup", "open_log", "ping", "power_off", "resize", "attach", "dial", "prepare", "online_cpus", "huge_pages"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["configure", "start", "exec", "signal", "remove", "write_cgroup", "read_cgroup", "open_log", "ping", "power_off", "resize", "attach", "dial", "prepare", "online_cpus", "huge_pages", "tell_clocks"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -301,6 +305,7 @@ class Reply(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     LOG_OPENED_FIELD_NUMBER: _builtins.int
+    CLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def failure(self) -> Global___Failure:
         """absent on success"""
@@ -317,6 +322,10 @@ class Reply(_message.Message):
     def log_opened(self) -> Global___LogOpened:
         """of OpenLog"""
 
+    @_builtins.property
+    def clocks(self) -> Global___Clocks:
+        """of TellClocks"""
+
     def __init__(
         self,
         *,
@@ -324,12 +333,13 @@ class Reply(_message.Message):
         started: Global___Started | None = ...,
         values: Global___CgroupValues | None = ...,
         log_opened: Global___LogOpened | None = ...,
+        clocks: Global___Clocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "clocks", b"clocks", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "clocks", b"clocks", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["started", "values", "log_opened"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["started", "values", "log_opened", "clocks"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1550,6 +1560,76 @@ class HugeDirectory(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HugeDirectory: _TypeAlias = HugeDirectory  # noqa: Y015
+
+@_typing.final
+class TellClocks(_message.Message):
+    """What the guest's clocks show, behind the adjustment if there is one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADJUSTMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adjustment(self) -> Global___Adjustment: ...
+    def __init__(
+        self,
+        *,
+        adjustment: Global___Adjustment | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adjustment", b"adjustment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adjustment", b"adjustment"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TellClocks: _TypeAlias = TellClocks  # noqa: Y015
+
+@_typing.final
+class Adjustment(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_NS_FIELD_NUMBER: _builtins.int
+    RATE_PPB_FIELD_NUMBER: _builtins.int
+    step_ns: _builtins.int
+    """CLOCK_REALTIME is set forward by so much; negative: back"""
+    rate_ppb: _builtins.int
+    """so much faster than CLOCK_MONOTONIC_RAW all other clocks run from now on; at most a tenth"""
+    def __init__(
+        self,
+        *,
+        step_ns: _builtins.int = ...,
+        rate_ppb: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rate_ppb", b"rate_ppb", "step_ns", b"step_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adjustment: _TypeAlias = Adjustment  # noqa: Y015
+
+@_typing.final
+class Clocks(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WALL_NS_FIELD_NUMBER: _builtins.int
+    RAW_NS_FIELD_NUMBER: _builtins.int
+    wall_ns: _builtins.int
+    """CLOCK_REALTIME"""
+    raw_ns: _builtins.int
+    """CLOCK_MONOTONIC_RAW, which no adjustment changes"""
+    def __init__(
+        self,
+        *,
+        wall_ns: _builtins.int = ...,
+        raw_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["raw_ns", b"raw_ns", "wall_ns", b"wall_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Clocks: _TypeAlias = Clocks  # noqa: Y015
 
 @_typing.final
 class Ping(_message.Message):

@@ -137,9 +137,9 @@ class FakeAgent:
         container.log += data
         self._pump_log(container)
 
-    def exit(self, id: str, code: int = 0) -> None:
+    def exit(self, id: str, code: int = 0, at_ns: int = 1) -> None:
         container = self.containers.setdefault(id, FakeContainer())
-        container.exited = pb.Exited(container_id=id, exit_code=code, at_ns=1)
+        container.exited = pb.Exited(container_id=id, exit_code=code, at_ns=at_ns)
         self._pump_log(container)
         if self._greeted:
             self.send(Kind.EVENT, 0, pb.Event(exited=container.exited).SerializeToString())

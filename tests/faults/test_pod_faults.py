@@ -8,6 +8,7 @@ import contextlib
 import errno
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -444,6 +445,18 @@ async def test_an_exit_while_the_daemon_was_away_is_not_lost(daemon: Daemon) -> 
     await daemon.restart()
     await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
     assert daemon.containers.find(container).exit_code == 3
+
+
+@pytest.mark.parametrize("at_ns", [-1, 0, 1, (1 << 63) - 1])
+async def test_an_end_is_not_before_its_start_nor_to_come(daemon: Daemon, at_ns: int) -> None:
+    """Whatever the guest's clock shows."""
+    id = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(id, container_spec())
+    await daemon.containers.start(container)
+    daemon.hypervisor.vms[id].agent.exit(container, at_ns=at_ns)
+    await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+    record = daemon.containers.find(container)
+    assert record.started_at_ns <= record.finished_at_ns <= time.time_ns()
 
 
 async def test_a_vm_that_died_while_the_daemon_was_away(daemon: Daemon) -> None:
