@@ -5,7 +5,7 @@ lowest answer. Under emulation on a busy host the virtual CPU may stand still in
 clocks of the guest run several times too fast, as long as it lives; in a template, in each of its copies.
 Such a guest is not used (`check_clock`). Smaller errors look like nothing at first, and grow: one percent
 is a quarter of an hour each day. So every pod's guest is asked now and then what its clocks show, and told
-how much faster or slower to run (`keep_clock`). A guest whose clocks are right is told nothing.
+how much faster or slower to run (`keep_clock`). A guest whose clocks are right is told nothing new.
 
 The guest's raw clock shows what its counter does, whatever it was told; measured against the host's over
 minutes it gives the rate. What the wall clock is off by then is made up for by running a little faster or
