@@ -122,6 +122,7 @@ class BlobWriter:
             await asyncio.shield(work)
         except asyncio.CancelledError:
             await asyncio.wait((work,))
+            work.exception()  # seen: whoever cancelled is not told of a full disk
             raise
         self.written += len(data)
         if self._on_progress is not None:

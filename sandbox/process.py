@@ -401,10 +401,13 @@ async def run(
         )
         return _collect(child, argv[0], timeout_s, max_output, cancelled.is_set)
 
+    pending = _in_own_thread(work)
     try:
-        return await asyncio.shield(_in_own_thread(work))
+        return await asyncio.shield(pending)
     except asyncio.CancelledError:
         cancelled.set()
+        # it ends by failing, and there is nobody to be told
+        pending.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         raise
 
 

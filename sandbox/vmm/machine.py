@@ -124,10 +124,10 @@ async def end_all(pod_id: str, run_dir: Path) -> None:
     """
     names = (process_name(pod_id), f"{run_dir}/")
     while found := await asyncio.to_thread(process.find_by_argument, *names):
-        await _kill_all(found)
+        await kill_all(found)
 
 
-async def _kill_all(identities: list[ProcessIdentity]) -> None:
+async def kill_all(identities: list[ProcessIdentity]) -> None:
     """Kill them all before waiting for any. Raises the first failure once all have been tried."""
     results = await asyncio.gather(*(process.kill(i) for i in identities), return_exceptions=True)
     for result in results:

@@ -31,7 +31,7 @@ from sandbox.vmm import Hypervisor, Machine, ShareSpec, VmHandle, VmSpec
 from sandbox.vmm.console import Console
 from sandbox.vmm.host import find_firmware, find_program, find_user, private_kvm
 from sandbox.vmm.launch import Fds, NicFds, check, plan
-from sandbox.vmm.machine import QemuMachine, end_all, said
+from sandbox.vmm.machine import QemuMachine, end_all, kill_all, said
 from sandbox.vmm.opening import LOG_FLAGS, has_vhost, identify, keep, open_files, open_ram
 from sandbox.vmm.qmp import Monitor
 
@@ -51,6 +51,7 @@ class Qemu:
         find_firmware()
         run_dir = Path(spec.run_dir)
         user = find_user(spec.accelerator)
+        begun: list[ProcessIdentity] = []
         with contextlib.ExitStack() as held:
             try:
                 fds = open_files(spec, taps, held)
@@ -61,9 +62,11 @@ class Qemu:
                 fds = msgspec.structs.replace(
                     fds, ram=ram, shares={tag: connection for tag, (_, connection) in helpers.items()}
                 )
-                vmm = await _launch(program, spec, fds, user, log)
-                held.close()  # whatever only QEMU should hold: it sees a helper's end at once
                 identities = {tag: identity for tag, (identity, _) in helpers.items()}
+                begun += identities.values()
+                vmm = await _launch(program, spec, fds, user, log)
+                begun.append(vmm)
+                held.close()  # whatever only QEMU should hold: it sees a helper's end at once
                 monitor = await _until_it_answers(run_dir, vmm, identities)
                 handle = VmHandle(
                     hypervisor=self.name,
@@ -77,6 +80,7 @@ class Qemu:
                     await _continue(machine)
             except BaseException:
                 await self.destroy(spec.pod_id, run_dir)
+                await kill_all(begun)  # what is ending by itself has no name any more to be found by
                 raise
         return machine
 
