@@ -131,3 +131,4 @@ async def keep_clock(find_client: Callable[[], GuestClient | None]) -> None:
                 await read_clock(client, adjustment)
         except (GuestError, GuestUnreachable, DeadlineExceeded):
             discipline.forget()
+            wait_s = min(2 * wait_s, EVERY_S)
