@@ -6,15 +6,13 @@
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "agent.h"
+#include "clock.h"
 #include "scope.h"
 
 static uint64_t now_ms(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000 + 1; // never 0
+    return monotonic_ns() / 1000000 + 1; // never 0
 }
 
 // --------------------------------------------------------------------------------------- ears

@@ -9,20 +9,18 @@
 
 enum { TICK_US = 10000, TICK_STEP_PPB = 100000 }; // a microsecond more in a tick is 100 ppm (adjtimex(2))
 
-int64_t wall_ns(void) {
+static int64_t read_ns(clockid_t clock) {
     struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
+    clock_gettime(clock, &now);
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-static uint64_t read_ns(clockid_t clock) {
-    struct timespec now;
-    clock_gettime(clock, &now);
-    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+int64_t wall_ns(void) {
+    return read_ns(CLOCK_REALTIME);
 }
 
 uint64_t monotonic_ns(void) {
-    return read_ns(CLOCK_MONOTONIC);
+    return (uint64_t)read_ns(CLOCK_MONOTONIC);
 }
 
 void clock_set(const struct agent *agent, int64_t wanted_ns, int64_t slack_ns) {
@@ -54,5 +52,5 @@ int clock_adjust(const struct agent *agent, const Adjustment *adjustment, struct
 
 void clock_tell(Clocks *clocks) {
     clocks->wall_ns = wall_ns();
-    clocks->raw_ns = read_ns(CLOCK_MONOTONIC_RAW);
+    clocks->raw_ns = (uint64_t)read_ns(CLOCK_MONOTONIC_RAW);
 }
