@@ -71,7 +71,7 @@ def _add_guest(guest: argparse.ArgumentParser, common: argparse.ArgumentParser) 
 
 
 def _add_image(image: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
-    from cri.image_commands import add_commands
+    from cri.cli.images import add_commands
 
     add_commands(image, common)
     image.set_defaults(run=_image)
@@ -111,7 +111,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from cri import doctor
+    from cri.cli import doctor
 
     findings = asyncio.run(doctor.examine(doctor.Host(_load(args))))
     print(doctor.as_json(findings) if args.json else "\n".join(doctor.as_text(findings)))
@@ -129,8 +129,8 @@ def _version(args: argparse.Namespace) -> int:
 
 
 def _guest_build(args: argparse.Namespace) -> int:
-    from sandbox import guest_image
     from sandbox.errors import SandboxError
+    from sandbox.guest_image import build
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -138,7 +138,7 @@ def _guest_build(args: argparse.Namespace) -> int:
     root = Path(_load(args).root)
     try:
         image = asyncio.run(
-            guest_image.build(
+            build.build(
                 root,
                 kernel=args.kernel,
                 modules=args.modules,
@@ -153,7 +153,7 @@ def _guest_build(args: argparse.Namespace) -> int:
 
 
 def _image(args: argparse.Namespace) -> int:
-    from cri.client import CallFailed, Client
+    from cri.cli.client import CallFailed, Client
 
     try:
         with Client(Path(_load(args).socket)) as client:
@@ -164,8 +164,8 @@ def _image(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from cri import trace, trace_page
-    from cri.client import CallFailed, Client
+    from cri.cli import trace, trace_page
+    from cri.cli.client import CallFailed, Client
 
     try:
         with Client(Path(_load(args).socket)) as client:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from sandbox.host import find_host_size
+from sandbox.host.size import find_host_size
 from sandbox.spec import Handler
 
 DEFAULT_FILE = Path("/etc/husk/config.toml")

@@ -17,45 +17,45 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cri.config import Config
-from cri.edge import Edge
 from cri.flights import Flights
-from cri.image_service import image_service, transfer_service
+from cri.interceptor import Edge
 from cri.node import HuskNode
 from cri.observe import Metrics, MetricsServer, SandboxUsage, Sources
 from cri.ports import Features
-from cri.runtime_service import runtime_service
 from cri.server import Server, Service
-from cri.stream_calls import SandboxBackend
+from cri.services.image_service import image_service, transfer_service
+from cri.services.runtime_service import runtime_service
+from cri.services.sessions import SandboxBackend
 from cri.streaming.server import Settings, StreamingServer
 from cri.version import version
 from image.library import Library
 from image.settings import Settings as ImageSettings
 from network.attach import Networks
 from network.errors import NetworkError
-from sandbox import cgroup
 from sandbox.containers import ContainerHost, Containers
 from sandbox.events import Events
-from sandbox.factory import Factory, FactoryHost
-from sandbox.guest_image import default_profile
-from sandbox.host import find_host_size
+from sandbox.guest_image.build import default_profile
+from sandbox.host import cgroup
+from sandbox.host.limiter import Stage
+from sandbox.host.size import find_host_size
+from sandbox.host.tasks import Tasks
 from sandbox.host_pods.engine import ProcessEngine, ProcessHost
-from sandbox.host_usage import HostUsage, host_usage
-from sandbox.layer_meter import LayerMeter
-from sandbox.meter import Meter
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.pods import PodHost, Pods
 from sandbox.records import ContainerRecord, PodRecord, Side
 from sandbox.registry import Registry
-from sandbox.room import Room
 from sandbox.spec import Isolation
-from sandbox.stages import Stage
-from sandbox.steps import Walks, pod_walks
+from sandbox.stats.collector import Meter
+from sandbox.stats.host_usage import HostUsage, host_usage
+from sandbox.stats.layer_usage import LayerMeter
+from sandbox.steps.pod import Walks, pod_walks
 from sandbox.store import Store
-from sandbox.tasks import Tasks
-from sandbox.templates import Templates
-from sandbox.vm_engine import VmEngine, VmHost
-from sandbox.vm_steps import Vm, grow
+from sandbox.vm_pods.engine import VmEngine, VmHost
+from sandbox.vm_pods.pool import Factory, FactoryHost
+from sandbox.vm_pods.resize import Room
+from sandbox.vm_pods.steps import Vm, grow
+from sandbox.vm_pods.templates import Templates
 from sandbox.vmm import find_hypervisor
 
 log = logging.getLogger(__name__)

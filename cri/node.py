@@ -15,12 +15,12 @@ import msgspec
 from cri.config import Config
 from cri.ports import Condition, Features
 from cri.version import version
-from sandbox.accelerator import Verdict, choose
-from sandbox.cgroup import Layout, find_driver
 from sandbox.errors import MissingProgram, SandboxError
-from sandbox.guest_image import GuestImage, find_image
+from sandbox.guest_image.build import GuestImage, find_image
+from sandbox.host.cgroup import Layout, find_driver
 from sandbox.pods import find_handler
 from sandbox.spec import Handler
+from sandbox.vm_pods.accelerator import Verdict, choose
 from sandbox.vmm import Hypervisor
 
 HOW_TO_BUILD = "husk guest build"

@@ -12,12 +12,12 @@ from image.auth import Auth
 from image.blobs import Progress
 from image.index import Image
 from network.attach import NetworkStatus
-from sandbox.cgroup import Driver
 from sandbox.events import Event
+from sandbox.host.cgroup import Driver
 from sandbox.records import ContainerRecord, PodRecord
 from sandbox.session import Connection, Session
 from sandbox.spec import ContainerId, ContainerSpec, PodId, PodSpec, Resources, Value
-from sandbox.stats import PodStats
+from sandbox.stats.parse import PodStats
 
 
 class ExecResult(Protocol):

@@ -22,8 +22,8 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
-from cri.edge import Answer, Context, Edge, Request
 from cri.errors import NotOffered
+from cri.interceptor import Answer, Context, Edge, Request
 
 MESSAGE_MAX = 16 << 20  # what every client of the CRI receives and may send
 ANSWER_TIMEOUT_S = 1.0

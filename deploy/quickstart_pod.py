@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from cri.client import CallFailed, Client
+from cri.cli.client import CallFailed, Client
 from cri.proto import runtime_v1_pb2 as pb
 from tests.kit import images
 

@@ -15,7 +15,7 @@ from sandbox.spec import ContainerId
 from sandbox.store import Recorded, Store
 
 if TYPE_CHECKING:
-    from sandbox.logs import LogRelay
+    from sandbox.logs.relay import LogRelay
 
 
 class Container(Recorded[ContainerRecord]):

@@ -20,9 +20,7 @@ from typing import TYPE_CHECKING
 
 from image.stores import RootfsStore
 from sandbox.apparmor import profile_name
-from sandbox.cdi_files import with_devices
 from sandbox.container import Container
-from sandbox.described import runtime_spec
 from sandbox.errors import (
     GuestError,
     GuestUnreachable,
@@ -35,13 +33,15 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.lifecycle import UndoFailed, bring_up, only, take_down
 from sandbox.plan import compile_exec
+from sandbox.plan.oci_view import runtime_spec
+from sandbox.plan.resources import compile_resources, merge_resources
+from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState, ImageVolume
 from sandbox.registry import Registry
-from sandbox.resources import compile_resources, merge_resources
 from sandbox.session import Session
-from sandbox.signals import resolve_stop_signal, signal_number
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Isolation, Resources
+from sandbox.steps.cdi_files import with_devices
 from sandbox.store import Store
 
 if TYPE_CHECKING:

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sandbox import process
 from sandbox.errors import GuestUnreachable, WrongState
 from sandbox.guest import guest_pb2 as pb
+from sandbox.host import process
 from sandbox.records import Phase, PodRecord, PodState
 from sandbox.spec import Handler, PodId, VmSize
 from sandbox.store import Recorded, Store
-from sandbox.waterfall import guest_phases
+from sandbox.vm_pods.boot_phases import guest_phases
 
 if TYPE_CHECKING:
     from sandbox.engine import Engine
     from sandbox.guest.client import GuestClient
-    from sandbox.stages import Stage
+    from sandbox.host.limiter import Stage
     from sandbox.vmm import Machine
 
 # Long enough for a loaded, emulated guest; short enough that a caller learns of a dead one.

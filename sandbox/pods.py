@@ -24,13 +24,13 @@ from sandbox.engine import Engine
 from sandbox.errors import InvalidSpec, NotFound, SandboxError
 from sandbox.events import Events
 from sandbox.lifecycle import UndoFailed, Walk, bring_up, only, take_down
+from sandbox.plan.resources import merge_resources
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState
 from sandbox.registry import Registry, pod_name
-from sandbox.resources import merge_resources
 from sandbox.session import Connection
 from sandbox.spec import Handler, Isolation, PodId, PodSpec, Resources
-from sandbox.steps import remove_tree
+from sandbox.steps.pod import remove_tree
 from sandbox.store import Store
 
 log = logging.getLogger(__name__)

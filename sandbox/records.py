@@ -16,7 +16,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from network.attach import Attachment
-from sandbox.process import ProcessIdentity
+from sandbox.host.process import ProcessIdentity
 from sandbox.spec import (
     ContainerId,
     ContainerSpec,

@@ -24,10 +24,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox import process
-from sandbox.cgroup import Layout
 from sandbox.errors import DeadlineExceeded, GuestError, MissingProgram
-from sandbox.process import ProcessIdentity
+from sandbox.host import process
+from sandbox.host.cgroup import Layout
+from sandbox.host.process import ProcessIdentity
 
 CONMON, CRUN = "conmon", "crun"
 CREATE_TIMEOUT_S = 60.0

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sandbox import cgroup
-from sandbox.cgroup import Layout
-from sandbox.device_filter import MKNOD, READ, WRITE, Rule, Type
 from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec, WishDeclined
 from sandbox.guest import guest_pb2 as pb
-from sandbox.process import identify
+from sandbox.host import cgroup
+from sandbox.host.cgroup import Layout
+from sandbox.host.process import identify
+from sandbox.plan.device_filter import MKNOD, READ, WRITE, Rule, Type
 from sandbox.spec import Resources
 
 SUPERVISOR = "supervisor"  # where conmon and the pod's first process are

@@ -21,15 +21,16 @@ from typing import TypeVar
 from image.stores import RootfsStore
 from network import netns
 from network.attach import Networks
-from sandbox import cgroup, process, stats
-from sandbox.cgroup import Cgroups
 from sandbox.container import Container
-from sandbox.device_filter import device_rules
 from sandbox.engine import Exits
 from sandbox.errors import DeadlineExceeded, GuestError, SandboxError
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
-from sandbox.guest_files import flat_keyed, number
+from sandbox.host import cgroup, process
+from sandbox.host.cgroup import Cgroups
+from sandbox.host.limiter import Stage
+from sandbox.host.openat import make_beneath
+from sandbox.host.tasks import Tasks
 from sandbox.host_pods import conmon, control, sessions
 from sandbox.host_pods.conmon import Bundle
 from sandbox.host_pods.host_files import all_devices, find_devices, node_limits
@@ -38,16 +39,16 @@ from sandbox.host_pods.sessions import AttachSession, ExecSession, Forwarded, Pl
 from sandbox.host_pods.steps import Processes, container_steps, pod_path, pod_walk, shm_of
 from sandbox.host_pods.sysctls import pod_sysctls
 from sandbox.lifecycle import Walk
-from sandbox.log_file import make_log, usable_path
+from sandbox.logs.file import make_log, usable_path
+from sandbox.plan.device_filter import device_rules
+from sandbox.plan.resources import compile_pod_resources, compile_resources
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, HostProcess, PodRecord, PodState
 from sandbox.registry import Registry
-from sandbox.resources import compile_pod_resources, compile_resources
-from sandbox.rooted import make_beneath
 from sandbox.spec import ContainerId, Handler, Isolation, PidMode, PodId, PodSpec, Resources
-from sandbox.stages import Stage
-from sandbox.steps import remove_tree
-from sandbox.tasks import Tasks
+from sandbox.stats import parse
+from sandbox.stats.kernel_files import flat_keyed, number
+from sandbox.steps.pod import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ class ProcessEngine:
     def _usage(self, pod: Pod, ids: Sequence[ContainerId], files: bool) -> pb.CgroupValues:
         top = self._path(pod)
         paths = [top, *(f"{top}/{id}" for id in ids)]
-        values = [control.read(self._layout, path, name) for path in paths for name in stats.FILES]
+        values = [control.read(self._layout, path, name) for path in paths for name in parse.FILES]
         devices = self._in_network(pod, Path("/proc/thread-self/net/dev").read_bytes)
         return pb.CgroupValues(
             values=[*values, devices, Path("/proc/meminfo").read_bytes()],

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sandbox.container import Container
-from sandbox.devices import Node, Wanted
 from sandbox.errors import InvalidSpec
 from sandbox.host_pods.oci import NodeLimits
-from sandbox.paths import container_path
 from sandbox.plan import MountSource
+from sandbox.plan.devices import Node, Wanted
+from sandbox.plan.paths import container_path
 from sandbox.spec import ContainerSpec, Propagation
-from sandbox.volumes import open_source
+from sandbox.steps.volumes import open_source
 
 # What a container's /dev has of its own, or what is no device
 _OWN = ("console", "fd", "mqueue", "ptmx", "pts", "shm", "stderr", "stdin", "stdout")

@@ -11,11 +11,11 @@ import base64
 import stat
 from collections.abc import Mapping, Sequence
 
-from sandbox.devices import Node
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
-from sandbox.oci_words import PROPAGATIONS, VERSION, Json, capability_sets, device_type, mount_options
 from sandbox.plan import mounts
+from sandbox.plan.devices import Node
+from sandbox.plan.oci_terms import PROPAGATIONS, VERSION, Json, capability_sets, device_type, mount_options
 from sandbox.spec import Value
 
 _RLIMITS = {7: "RLIMIT_NOFILE"}  # asm-generic/resource.h

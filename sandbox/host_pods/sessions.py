@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from sandbox import process
 from sandbox.errors import (
     DeadlineExceeded,
     GuestError,
@@ -42,13 +41,14 @@ from sandbox.errors import (
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.guest.sessions import PATIENCE_MS, Lagged
+from sandbox.host import process
+from sandbox.host.process import ProcessIdentity
+from sandbox.host.tasks import end
 from sandbox.host_pods import conmon
 from sandbox.host_pods.conmon import Bundle
 from sandbox.host_pods.host_files import node_limits
 from sandbox.host_pods.oci import compile_process
 from sandbox.host_pods.streams import FdReader, FdWriter
-from sandbox.process import ProcessIdentity
-from sandbox.tasks import end
 
 START_TIMEOUT_S = 60.0
 _SIZE_MAX = 0xFFFF  # struct winsize

@@ -20,27 +20,27 @@ from pathlib import Path
 
 from image.stores import RootfsStore
 from network.attach import Networks
-from sandbox import cgroup, mounts, process
 from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.capabilities import mask_named
-from sandbox.cgroup import Cgroups
 from sandbox.container import Container
-from sandbox.container_steps import Plan, Rootfs
-from sandbox.environment import pod_hostname
 from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec, WishDeclined
+from sandbox.host import cgroup, mounts, process
+from sandbox.host.cgroup import Cgroups
+from sandbox.host.limiter import Stage
+from sandbox.host.process import ProcessIdentity
 from sandbox.host_pods import control
 from sandbox.host_pods.host_files import find_devices, find_volumes, node_limits
 from sandbox.host_pods.oci import compile_process
 from sandbox.host_pods.sysctls import pod_sysctls
 from sandbox.lifecycle import Step, Walk
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
+from sandbox.plan.pod_files import pod_hostname
 from sandbox.pod import Pod
-from sandbox.process import ProcessIdentity
 from sandbox.spec import AppArmor, AppArmorKind, PidMode
-from sandbox.stages import Stage
-from sandbox.steps import Cgroup, Network, RunDir, Shares
-from sandbox.vm_steps import SHM_BYTES
-from sandbox.volumes import mount_images, unmount_images
+from sandbox.steps.container import Plan, Rootfs
+from sandbox.steps.pod import Cgroup, Network, RunDir, Shares
+from sandbox.steps.volumes import mount_images, unmount_images
+from sandbox.vm_pods.steps import SHM_BYTES
 
 READY_TIMEOUT_S = 20.0
 # In the namespaces: write what was asked for, say so, then stay and collect orphans. As the first process

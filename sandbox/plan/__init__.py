@@ -12,15 +12,15 @@ before the guest hears of it. `seccomp_for`, which reads Localhost profiles, is 
 and is only named here beside `device_filter_for`, as both give `compile_start` its bytes.
 """
 
-from sandbox.device_filter import device_filter_for
 from sandbox.plan.configure import compile_identity, compile_network
+from sandbox.plan.device_filter import device_filter_for
 from sandbox.plan.mounts import MountSource
 from sandbox.plan.process import compile_exec
+from sandbox.plan.resources import compile_resources
+from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.plan.size import HUGE_PAGE_MIB, grown_size, huge_mib, vm_size
 from sandbox.plan.start import compile_start
-from sandbox.resources import compile_resources
 from sandbox.seccomp import seccomp_for
-from sandbox.signals import resolve_stop_signal, signal_number
 
 __all__ = [
     "HUGE_PAGE_MIB",

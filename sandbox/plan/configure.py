@@ -7,7 +7,7 @@ import re
 from network.attach import Attachment
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
-from sandbox.paths import checked
+from sandbox.plan.paths import checked
 from sandbox.spec import PodSpec
 
 MAX_HOSTNAME = 64  # HOST_NAME_MAX

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
-from sandbox.paths import container_path, covers, depth
+from sandbox.plan.paths import container_path, covers, depth
 from sandbox.spec import (
     ContainerSpec,
     IdRange,

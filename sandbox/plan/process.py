@@ -9,10 +9,10 @@ from sandbox.apparmor.profile import Policy
 from sandbox.capabilities import capability_sets
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
-from sandbox.paths import checked, container_path
+from sandbox.plan.paths import checked, container_path
+from sandbox.plan.users import ResolvedUser
 from sandbox.seccomp.profile import Filter
 from sandbox.spec import ContainerSpec, IdRange, ImageDefaults
-from sandbox.users import ResolvedUser
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TERM = b"xterm"

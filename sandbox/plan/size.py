@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sandbox.errors import InvalidSpec
-from sandbox.resources import DEFAULT_PERIOD_US
+from sandbox.plan.resources import DEFAULT_PERIOD_US
 from sandbox.spec import Handler, PodSpec, Resources, VmSize
 
 MIB = 1 << 20

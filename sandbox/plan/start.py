@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sandbox.apparmor.profile import UNCONFINED, Policy
-from sandbox.devices import STANDARD, Node, Wanted
-from sandbox.environment import PodFiles
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
-from sandbox.paths import container_path, covers
+from sandbox.plan.devices import STANDARD, Node, Wanted
 from sandbox.plan.mounts import MountSource, compile_mounts, mount_targets, rootfs_propagation
+from sandbox.plan.paths import container_path, covers
+from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.process import compile_process
-from sandbox.resources import compile_resources
+from sandbox.plan.resources import compile_resources
+from sandbox.plan.users import ResolvedUser
 from sandbox.seccomp.profile import Filter
 from sandbox.spec import ContainerSpec, ImageDefaults, PidMode, PodSpec, SecuritySpec
-from sandbox.users import ResolvedUser
 
 # OCI runtime-spec, runtime-linux.md, "Dev symbolic links", and devpts(5) for a private instance
 _LINKS = (

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from sandbox.errors import InvalidSpec
-from sandbox.process import ProcessIdentity
+from sandbox.host.process import ProcessIdentity
 from sandbox.spec import Value
 
 

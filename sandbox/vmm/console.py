@@ -15,7 +15,7 @@ import os
 import socket
 from pathlib import Path
 
-from sandbox.tasks import end
+from sandbox.host.tasks import end
 
 LIMIT = 64 << 10
 

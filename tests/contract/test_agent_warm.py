@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import warm
 from sandbox.errors import GuestError
 from sandbox.guest import guest_pb2 as pb
-from sandbox.warm import Errand, warm_up
+from sandbox.vm_pods import warmup
+from sandbox.vm_pods.warmup import Errand, warm_up
 from tests.kit.agent import Guest, build
 
 
@@ -21,14 +21,14 @@ def errand() -> Errand:
 @pytest.fixture(autouse=True)
 def _limits_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest's root may raise its limits; the machine of the tests may not let even root do that."""
-    whole = warm.compile_plan
+    whole = warmup.compile_plan
 
     def plan(guest_root: str, errand: Errand) -> pb.Start:
         made = whole(guest_root, errand)
         del made.process.rlimits[:]
         return made
 
-    monkeypatch.setattr(warm, "compile_plan", plan)
+    monkeypatch.setattr(warmup, "compile_plan", plan)
 
 
 async def nothing_left(guest: Guest, root: Path) -> bool:
@@ -48,11 +48,11 @@ async def test_it_runs_an_exec_beside_a_container_and_leaves_nothing(
 async def test_what_it_runs_stays_until_it_is_removed(guest: Guest, errand: Errand, tmp_path: Path) -> None:
     root = tmp_path / "warm"
     root.mkdir()
-    plan = warm.compile_plan(str(root), errand)
+    plan = warmup.compile_plan(str(root), errand)
     await guest.call(start=plan)
-    code, _, said = await guest.exec(warm.NAME, errand.ends)
+    code, _, said = await guest.exec(warmup.NAME, errand.ends)
     assert (code, said.split(":")[0]) == (2, "usage"), "the program ran, and ended at once"
-    await guest.remove(warm.NAME)
+    await guest.remove(warmup.NAME)
 
 
 async def test_a_guest_that_cannot_do_it_is_told_apart(guest: Guest, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from cri import encoded
 from cri.proto import runtime_v1_pb2 as pb
+from cri.responses import list_cache
 from sandbox.events import QUEUE_MAX, Event, EventKind, Events
 from sandbox.records import PodRecord, PodState
 from sandbox.registry import Registry
@@ -202,7 +202,7 @@ async def test_a_subscriber_that_does_not_read_costs_nothing_and_is_ended(tmp_pa
 
 
 async def test_lists_come_in_batches(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "BATCH_BYTES", 400)
+    monkeypatch.setattr(list_cache, "BATCH_BYTES", 400)
     pods = [await runtime.pod(f"pod{n}", labels={"even": str(n % 2 == 0)}) for n in range(10)]
     containers = [await runtime.started(pod) for pod in pods]
     seen = await messages(runtime, "StreamPodSandboxes")

@@ -21,15 +21,15 @@ import grpc
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 
-from cri.edge import Edge, is_quiet
 from cri.flights import Flights
-from cri.image_service import image_service, transfer_service
+from cri.interceptor import Edge, is_quiet
 from cri.observe import Metrics
 from cri.ports import Condition, Features
 from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb
-from cri.runtime_service import runtime_service
 from cri.server import Server, SocketTaken
+from cri.services.image_service import image_service, transfer_service
+from cri.services.runtime_service import runtime_service
 from cri.streaming.session import AttachWish, ExecWish, ForwardWish
 from image.errors import RegistryUnavailable
 from network.attach import NetworkStatus

@@ -23,10 +23,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sandbox import cgroup, process, sockets
-from sandbox.cgroup import Cgroups
 from sandbox.errors import InvalidSpec, MissingProgram, VmmError, VmmGone
-from sandbox.process import ProcessIdentity
+from sandbox.host import cgroup, process, unix_sockets
+from sandbox.host.cgroup import Cgroups
+from sandbox.host.process import ProcessIdentity
 from sandbox.vmm import (
     Hypervisor,
     Machine,
@@ -275,7 +275,7 @@ async def test_the_channel_listens_before_the_guest_does(site: Site) -> None:
     handle = (await site.start()).handle
     scheme, _, address = handle.channel.partition(":")
     assert scheme == "serial"
-    with sockets.connect(Path(address)):
+    with unix_sockets.connect(Path(address)):
         assert process.alive(handle.vmm)
 
 
@@ -374,7 +374,7 @@ async def test_a_vm_is_not_grown_beyond_its_room(site: Site) -> None:
 
 
 async def test_a_guest_that_takes_no_memory_is_told_of(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sandbox.vmm.growth.MEMORY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("sandbox.vmm.qemu.driver.hotplug.MEMORY_TIMEOUT_S", 0.2)
     machine = await site.start(**ROOM)
     with pytest.raises(VmmError, match="took 0 of 64 MiB"):
         await machine.grow(128, 1)

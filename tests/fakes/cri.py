@@ -18,13 +18,13 @@ from image.blobs import Progress
 from image.errors import ImageNotFound
 from image.index import Image, ImageSettings
 from network.attach import Attachment, NetworkStatus
-from sandbox.cgroup import Driver
 from sandbox.errors import FellBehind, NotFound, Reserved, WrongState
 from sandbox.events import Event
-from sandbox.guest_files import InterfaceUsage
+from sandbox.host.cgroup import Driver
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, PodId, PodSpec, Resources
-from sandbox.stats import CgroupStats, ContainerStats, CpuStats, LayerStats, MemoryStats, PodStats
+from sandbox.stats.kernel_files import InterfaceUsage
+from sandbox.stats.parse import CgroupStats, ContainerStats, CpuStats, LayerStats, MemoryStats, PodStats
 from tests.fakes.streaming import FakeConnection, FakeSession
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from image.idmap import IdMap
 from image.stores import Usage
 from network.attach import Attachment, Interface, NetworkWish
 from sandbox.errors import VmmError, VmmGone
-from sandbox.process import ProcessIdentity
+from sandbox.host.process import ProcessIdentity
 from sandbox.vmm import Machine, NicSpec, VmHandle, VmSpec
 from tests.fakes.guest import FakeAgent
 

@@ -42,8 +42,8 @@ async def daemon() -> AsyncIterator[Daemon]:
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sandbox.factory.RETRY_S", 0.05)
-    monkeypatch.setattr("sandbox.factory.QUIET_S", 0.0)
+    monkeypatch.setattr("sandbox.vm_pods.pool.RETRY_S", 0.05)
+    monkeypatch.setattr("sandbox.vm_pods.pool.QUIET_S", 0.0)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -248,7 +248,7 @@ async def test_killed_while_a_template_is_made(daemon: Daemon) -> None:
     await daemon.factory.start()
     await until(lambda: bool(daemon.hypervisor.vms))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sandbox.templates.Templates.clean", _nothing)  # a dead process cleans nothing up
+        patch.setattr("sandbox.vm_pods.templates.Templates.clean", _nothing)  # the process is dead
         await daemon.restart()
     assert templates(daemon) == ["building"]
     daemon.hypervisor.make_agent = make

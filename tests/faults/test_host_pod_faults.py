@@ -21,22 +21,22 @@ import pytest
 
 from image.idmap import IdMap
 from image.stores import Usage
-from sandbox import cgroup, mounts
 from sandbox.containers import ContainerHost, Containers
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, SandboxError
 from sandbox.events import Events
+from sandbox.host import cgroup, mounts
+from sandbox.host.limiter import Stage
+from sandbox.host.process import alive
+from sandbox.host.tasks import Tasks
 from sandbox.host_pods import conmon
 from sandbox.host_pods.conmon import Bundle, Starting
 from sandbox.host_pods.engine import ProcessEngine, ProcessHost
 from sandbox.host_pods.oci import NodeLimits
 from sandbox.pods import PodHost, Pods, find_handler
-from sandbox.process import alive
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
 from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec, SecuritySpec
-from sandbox.stages import Stage
 from sandbox.store import Store
-from sandbox.tasks import Tasks
 from tests.fakes.host import FakeNetworks, Ledger
 from tests.faults.test_pod_faults import HANDLER, FakeLibrary
 from tests.kit.leaks import cgroups_naming, mounts_naming, processes_naming
@@ -355,7 +355,7 @@ async def test_after_a_reboot_nothing_is_believed(daemon: Daemon, monkeypatch: p
     record = daemon.containers.find(container)
     assert record.process is not None and alive(record.process.supervisor)
     with monkeypatch.context() as patch:
-        patch.setattr("sandbox.process.boot_id", lambda: "another")
+        patch.setattr("sandbox.host.process.boot_id", lambda: "another")
         await daemon.restart()
         assert daemon.pods.find(pod).state is PodState.NOT_READY
         ended = daemon.containers.find(container)

@@ -17,32 +17,32 @@ from typing import Any, cast
 import pytest
 
 from image.index import Image, ImageSettings
-from sandbox import cgroup
-from sandbox.accelerator import Verdict
-from sandbox.container_steps import Plan, Rootfs
 from sandbox.containers import ContainerHost, Containers
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
 from sandbox.events import Events
-from sandbox.factory import Factory, FactoryHost
 from sandbox.guest import guest_pb2 as pb
-from sandbox.host_usage import HostUsage, ProcessUsage
+from sandbox.host import cgroup
+from sandbox.host.limiter import Stage
+from sandbox.host.mounts import mounts_below
+from sandbox.host.tasks import Tasks
 from sandbox.lifecycle import UndoFailed, names_of
-from sandbox.mounts import mounts_below
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.pods import PodHost, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
-from sandbox.room import Room
 from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, SecuritySpec, VmSize
-from sandbox.stages import Stage
-from sandbox.steps import Guest, Identity, Netns, Network, RunDir, Shares, pod_walks
+from sandbox.stats.host_usage import HostUsage, ProcessUsage
+from sandbox.steps.container import Plan, Rootfs
+from sandbox.steps.pod import Guest, Identity, Netns, Network, RunDir, Shares, pod_walks
+from sandbox.steps.volumes import Volumes
 from sandbox.store import Store
-from sandbox.tasks import Tasks
-from sandbox.templates import Templates
-from sandbox.vm_engine import VmEngine, VmHost
-from sandbox.vm_steps import Size, Vm
-from sandbox.volumes import Volumes
+from sandbox.vm_pods.accelerator import Verdict
+from sandbox.vm_pods.engine import VmEngine, VmHost
+from sandbox.vm_pods.pool import Factory, FactoryHost
+from sandbox.vm_pods.resize import Room
+from sandbox.vm_pods.steps import Size, Vm
+from sandbox.vm_pods.templates import Templates
 from tests.fakes.disk import small_disk
 from tests.fakes.guest import FakeAgent
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
@@ -408,7 +408,7 @@ async def test_killed_in_the_middle_of_a_start_the_next_start_undoes_it(
         "guest": "Guest",
     }[operation]
     with monkeypatch.context() as patch:
-        patch.setattr(f"sandbox.steps.{step}.up", hang)
+        patch.setattr(f"sandbox.steps.pod.{step}.up", hang)
         run = asyncio.create_task(daemon.pods.run(pod_spec()))
         await stuck.wait()
         run.cancel()
@@ -528,7 +528,7 @@ async def test_killed_in_the_middle_of_a_creation(daemon: Daemon, monkeypatch: p
         await asyncio.Event().wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr("sandbox.container_steps.Plan.up", hang)
+        patch.setattr("sandbox.steps.container.Plan.up", hang)
         create = asyncio.create_task(daemon.containers.create(id, container_spec()))
         await stuck.wait()
         create.cancel()

@@ -13,13 +13,13 @@ from typing import Any, cast
 import pytest
 
 from sandbox.container import Container
-from sandbox.mounts import mounts_below, top_mounts, unmount_tree
+from sandbox.host.mounts import mounts_below, top_mounts, unmount_tree
+from sandbox.host.tasks import Tasks
 from sandbox.pod import Pod
-from sandbox.propagation import Mirror, synchronize
 from sandbox.records import ContainerRecord, PodRecord, Propagated
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, MountSpec, PodId, PodSpec, Propagation
 from sandbox.store import Store
-from sandbox.tasks import Tasks
+from sandbox.vm_pods.propagation import Mirror, synchronize
 
 PLAIN = """20 1 0:30 / / rw - virtiofs none rw
 22 20 0:40 / /both rw - virtiofs none rw

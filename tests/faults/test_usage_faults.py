@@ -11,17 +11,17 @@ from typing import Any, cast
 
 import pytest
 
-from sandbox import meter as meters
-from sandbox import vm_engine
 from sandbox.errors import GuestError, InvalidSpec, NotFound, VmmError, WrongState
 from sandbox.events import Event, EventKind, Subscription
 from sandbox.guest import guest_pb2 as pb
-from sandbox.layer_meter import LayerMeter
-from sandbox.meter import RATE_WINDOW_NS, Meter, Rate
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, PodState
 from sandbox.spec import ContainerSpec, PodId, Resources, VmSize
-from sandbox.stats import FILES, PATHS, PodStats
+from sandbox.stats import collector as meters
+from sandbox.stats.collector import RATE_WINDOW_NS, Meter, Rate
+from sandbox.stats.layer_usage import LayerMeter
+from sandbox.stats.parse import FILES, PATHS, PodStats
+from sandbox.vm_pods import engine
 from tests.fakes.guest import FakeAgent
 from tests.fakes.host import FakeRootfs
 from tests.faults.test_pod_faults import Daemon, container_spec, pod_spec
@@ -172,7 +172,7 @@ async def test_a_guest_that_answers_at_last_is_asked_again(
     daemon: Daemon, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meters, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(vm_engine, "GUEST_CALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(engine, "GUEST_CALL_TIMEOUT_S", 0.1)
     id, _, guest = await running(daemon)
     guest.silent = True
     assert await read(meter, id) == []

@@ -14,14 +14,13 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from sandbox import mounts, process
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
-from sandbox.mounts import mounts_below
+from sandbox.host import mounts, process
+from sandbox.host.mounts import mounts_below
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ImageVolume, PodRecord
 from sandbox.registry import Registry
-from sandbox.room import Room
 from sandbox.spec import (
     ContainerId,
     ContainerSpec,
@@ -33,9 +32,10 @@ from sandbox.spec import (
     UserNamespace,
     VmSize,
 )
-from sandbox.steps import Shares
+from sandbox.steps.pod import Shares
+from sandbox.steps.volumes import Volumes, find_sources
+from sandbox.vm_pods.resize import Room
 from sandbox.vmm import VmHandle, VmSpec
-from sandbox.volumes import Volumes, find_sources
 from tests.fakes.host import Broken, FakeRootfs, Ledger
 
 ID = "c" * 64

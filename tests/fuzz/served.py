@@ -17,24 +17,24 @@ from typing import Any, cast
 import grpc
 from google.protobuf.message import Message
 
-from cri.edge import Edge
 from cri.flights import Flights
-from cri.image_service import image_service, transfer_service
+from cri.interceptor import Edge
 from cri.observe import Metrics
 from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb
-from cri.runtime_service import runtime_service
 from cri.server import Server
-from cri.stream_calls import SandboxBackend
+from cri.services.image_service import image_service, transfer_service
+from cri.services.runtime_service import runtime_service
+from cri.services.sessions import SandboxBackend
 from cri.streaming.server import Settings, StreamingServer
 from image.auth import Auth
 from image.library import Library
 from image.registry import Timing
 from image.settings import Settings as ImageSettings
 from sandbox.guest import guest_pb2
-from sandbox.layer_meter import LayerMeter
-from sandbox.meter import Meter
-from sandbox.mounts import mounts_below
+from sandbox.host.mounts import mounts_below
+from sandbox.stats.collector import Meter
+from sandbox.stats.layer_usage import LayerMeter
 from tests.fakes.cri import FakeNetworks, FakeNode
 from tests.fakes.guest import FakeAgent, FakeProgram
 from tests.fakes.registry import FakeRegistry, make_layer

@@ -7,14 +7,15 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cri import pod_metrics, stats_answers
-from cri.pod_metrics import Filesystem, Measured
-from sandbox import stats
+from cri.responses import pod_metrics
+from cri.responses import usage as usage_messages
+from cri.responses.pod_metrics import Filesystem, Measured
 from sandbox.guest import guest_pb2 as pb
-from sandbox.guest_files import NUMBER_MAX
 from sandbox.records import ContainerRecord, PodRecord
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, PodId, PodSpec
-from sandbox.stats import FILES, PATHS
+from sandbox.stats import parse
+from sandbox.stats.kernel_files import NUMBER_MAX
+from sandbox.stats.parse import FILES, PATHS
 
 PART = st.one_of(
     st.binary(max_size=40),
@@ -58,7 +59,7 @@ DISK = Filesystem(device="8:1", total_bytes=1, total_inodes=1, free_inodes=1)
 def test_any_files(files: list[bytes], wall_ns: int, counts: list[int]) -> None:
     answer = pb.CgroupValues(values=files, wall_ns=wall_ns)
     answer.populations.extend(pb.Population(processes=n, files=n, sockets=n) for n in counts)
-    found = stats.parse(POD.id, [CONTAINER.id], ["eth0"], answer, 9)
+    found = parse.parse(POD.id, [CONTAINER.id], ["eth0"], answer, 9)
     assert found is not None
     (container,) = found.containers
     for usage in (found.usage, container.usage):
@@ -68,8 +69,8 @@ def test_any_files(files: list[bytes], wall_ns: int, counts: list[int]) -> None:
             assert psi is None or math.isfinite(psi.some.avg10 + psi.full.avg300)
     assert {nic.name for nic in found.interfaces} <= {"eth0"}
     # and all of it can be sent on
-    wire = stats_answers.container_stats(CONTAINER, container, "/")
-    assert stats_answers.pod_stats(POD, found, [wire]).SerializeToString()
+    wire = usage_messages.container_stats(CONTAINER, container, "/")
+    assert usage_messages.pod_stats(POD, found, [wire]).SerializeToString()
     measured = Measured(record=CONTAINER, stats=container, open_files_limit=1, filesystem=DISK, now_ns=1)
     keys = {metric.name: len(metric.label_keys) for metric in pod_metrics.descriptors()}
     metrics = pod_metrics.pod_metrics(POD, found, [measured])
@@ -80,5 +81,5 @@ def test_any_files(files: list[bytes], wall_ns: int, counts: list[int]) -> None:
 
 @given(count=st.integers(0, 100), value=FILE)
 def test_any_number_of_values(count: int, value: bytes) -> None:
-    found = stats.parse(POD.id, [CONTAINER.id], ["eth0"], pb.CgroupValues(values=[value] * count), 9)
+    found = parse.parse(POD.id, [CONTAINER.id], ["eth0"], pb.CgroupValues(values=[value] * count), 9)
     assert (found is not None) == (count == 2 * len(FILES) + len(PATHS))

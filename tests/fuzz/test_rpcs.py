@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from cri.proto import runtime_v1_pb2 as pb
 from cri.server import MESSAGE_MAX
-from sandbox.mounts import mounts_below
+from sandbox.host.mounts import mounts_below
 from tests.fakes.registry import FakeRegistry, Hang
 from tests.fuzz.served import METHODS, Served
 from tests.kit.messages import any_message, field_edges, message_class, near, set_at

@@ -19,7 +19,7 @@ import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
-from sandbox.kernel_source import OPTIONS, find_dropped
+from sandbox.guest_image.kernel_source import OPTIONS, find_dropped
 from tests.conftest import Site
 from tests.kit import images
 from tests.kit.cri import Cri, Pod

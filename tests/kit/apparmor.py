@@ -6,7 +6,7 @@ import asyncio
 import shutil
 from pathlib import Path
 
-from sandbox.apparmor.compiler import PACKAGE, PROGRAM, compile_policy
+from sandbox.guest_image.apparmor import PACKAGE, PROGRAM, compile_policy
 from tests.kit.debian import unpacked
 from tests.kit.scratch import scratch_dir
 

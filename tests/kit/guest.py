@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sandbox import cpio, guest_image, kernel_image
-from sandbox.kernel_image import Kernel
+from sandbox.guest_image import build, cpio
+from sandbox.guest_image import vmlinux as vmlinux_module
+from sandbox.guest_image.vmlinux import Kernel
 
 BUSYBOX = Path("/usr/bin/busybox")  # busybox-static
 # how each of them begins: commands, devices, and the modules of the image
@@ -24,25 +25,25 @@ async def fetch_kernel(directory: Path) -> Kernel:
     """The newest, unpacked in `directory`; its package may be there from building the guest image."""
     cache = os.environ.get("HUSK_TEST_GUEST", "")
     packages = Path(cache, "packages") if cache else directory / "packages"
-    return await guest_image.fetch_kernel(packages, directory, print)
+    return await build.fetch_kernel(packages, directory, print)
 
 
 def make_image(
-    directory: Path, kernel: Kernel, init: str, modules: Sequence[str] = guest_image.MODULES
+    directory: Path, kernel: Kernel, init: str, modules: Sequence[str] = build.MODULES
 ) -> tuple[Path, Path]:
     """vmlinux and an initramfs whose /init is PRELUDE and then `init`."""
     vmlinux = directory / "vmlinux"
-    vmlinux.write_bytes(kernel_image.extract_vmlinux(kernel.image.read_bytes()))
-    loaded = kernel_image.load_modules(
-        kernel_image.find_modules(kernel.modules), kernel_image.read_builtin(kernel.modules), modules
+    vmlinux.write_bytes(vmlinux_module.extract_vmlinux(kernel.image.read_bytes()))
+    loaded = vmlinux_module.load_modules(
+        vmlinux_module.find_modules(kernel.modules), vmlinux_module.read_builtin(kernel.modules), modules
     )
-    archive = guest_image.make_initramfs((PRELUDE + init).encode(), loaded, {})
+    archive = build.make_initramfs((PRELUDE + init).encode(), loaded, {})
     tools = cpio.write_archive(
         [
             cpio.directory("bin"),
             cpio.file("bin/busybox", BUSYBOX.read_bytes(), 0o755),
             # instead of /init, which is no agent here
-            cpio.symbolic_link(guest_image.MODPROBE, "/bin/busybox"),
+            cpio.symbolic_link(build.MODPROBE, "/bin/busybox"),
         ]
     )
     (directory / "initramfs").write_bytes(archive + tools)  # the kernel takes archives in a row

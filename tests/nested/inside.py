@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
-from sandbox import cgroup
+from sandbox.host import cgroup
 from tests.kit import apparmor, cni, images
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon

@@ -25,8 +25,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sandbox import cgroup, mounts, process
-from sandbox.kernel_image import Kernel
+from sandbox.guest_image.vmlinux import Kernel
+from sandbox.host import cgroup, mounts, process
 from sandbox.vmm import Machine, ShareSpec, VmSpec, find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
 from tests.kit.scratch import scratch_dir, scratch_root

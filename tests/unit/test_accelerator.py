@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import accelerator, sockets
-from sandbox.accelerator import Verdict
 from sandbox.errors import VmmError
-from sandbox.guest_image import GuestImage
-from sandbox.process import ProcessIdentity
+from sandbox.guest_image.build import GuestImage
+from sandbox.host import unix_sockets
+from sandbox.host.process import ProcessIdentity
+from sandbox.vm_pods import accelerator
+from sandbox.vm_pods.accelerator import Verdict
 from sandbox.vmm import Machine, VmHandle, VmSpec
 from tests.fakes.vmm import StillMachine
 
@@ -55,7 +56,7 @@ class FakeHypervisor:
         self.started.append(spec)
         if self.refuses:
             raise VmmError("no such\n  luck")
-        listener = sockets.listen(Path(spec.run_dir) / "agent.sock")
+        listener = unix_sockets.listen(Path(spec.run_dir) / "agent.sock")
         self.held.append(listener)
         if spec.cpu in self.works:
             threading.Thread(target=self._echo, args=(listener,), daemon=True).start()

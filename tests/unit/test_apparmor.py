@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import builds
-from sandbox.apparmor import compiler, policy_for, profile_name
-from sandbox.apparmor.compiler import compile_default, compile_policy, find_parser
+from sandbox.apparmor import policy_for, profile_name
 from sandbox.apparmor.loaded import MAX_POLICY_BYTES
 from sandbox.apparmor.profile import NAME, PROFILE, UNCONFINED, Policy
 from sandbox.errors import InvalidSpec
+from sandbox.guest_image import apparmor as compiler
+from sandbox.guest_image import packages
+from sandbox.guest_image.apparmor import compile_default, compile_policy, find_parser
 from sandbox.spec import AppArmor, AppArmorKind
 from tests.kit import apparmor
 
@@ -122,7 +123,7 @@ async def test_rules_are_kept(tmp_path: Path) -> None:
 
 
 async def test_a_broken_profile_is_told(tmp_path: Path) -> None:
-    with pytest.raises(builds.BuildFailed, match="syntax error"):
+    with pytest.raises(packages.BuildFailed, match="syntax error"):
         await compile_policy(apparmor.parser(), "profile x { nonsense }", tmp_path)
 
 

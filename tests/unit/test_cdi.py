@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sandbox.cdi import SpecBroken, apply, gather, parse
-from sandbox.cdi_files import with_devices
 from sandbox.errors import InvalidSpec
+from sandbox.plan.cdi import SpecBroken, apply, gather, parse
 from sandbox.spec import CdiWish, ContainerSpec, DeviceSpec, MountSpec, Propagation, SecuritySpec
+from sandbox.steps.cdi_files import with_devices
 
 FIELD = "config.CDI_devices[0].name"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import cgroup, process
-from sandbox.cgroup import Cgroups, Driver, Mode
 from sandbox.errors import InvalidSpec
+from sandbox.host import cgroup, process
+from sandbox.host.cgroup import Cgroups, Driver, Mode
 
 V2 = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = """\

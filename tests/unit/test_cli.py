@@ -16,13 +16,13 @@ import pytest
 
 from cri import __main__ as cli
 from cri import config
-from cri.edge import Edge
+from cri.cli.progress import Bars, Lines
 from cri.flights import Flights
-from cri.image_service import image_service, transfer_service
+from cri.interceptor import Edge
 from cri.observe import Metrics
-from cri.progress import Bars, Lines
 from cri.proto import husk_v1_pb2 as pb
 from cri.server import Server
+from cri.services.image_service import image_service, transfer_service
 from image.errors import RegistryUnavailable
 from tests.fakes.cri import IMAGE_ID, FakeImages
 

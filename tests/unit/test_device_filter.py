@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox.device_filter import (
+from sandbox.errors import InvalidSpec
+from sandbox.plan.device_filter import (
     DEFAULT_RULES,
     MKNOD,
     READ,
@@ -25,8 +26,7 @@ from sandbox.device_filter import (
     compile_rules,
     device_filter_for,
 )
-from sandbox.devices import wanted_devices
-from sandbox.errors import InvalidSpec
+from sandbox.plan.devices import wanted_devices
 from sandbox.spec import ContainerSpec, DeviceSpec, SecuritySpec
 
 RW = READ | WRITE

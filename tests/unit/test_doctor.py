@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cri import doctor
+from cri.cli import doctor
+from cri.cli.doctor import Check, Finding, Host, Verdict
 from cri.config import Cni, Config, HandlerTable
-from cri.doctor import Check, Finding, Host, Verdict
-from sandbox import virtiofs
-from sandbox.vmm import host as qemu_host
+from sandbox.vmm import virtiofsd
+from sandbox.vmm.qemu import host as qemu_host
 from tests.kit.leaks import mounts_naming
 
 
@@ -85,7 +85,7 @@ async def test_a_check_that_breaks_does_not_end_the_others(
 
 async def test_missing_programs_name_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(qemu_host, "PROGRAM", "qemu-that-is-not-there")
-    monkeypatch.setattr(virtiofs.Finder.__init__, "__defaults__", ((str(tmp_path / "virtiofsd"),),))
+    monkeypatch.setattr(virtiofsd.Finder.__init__, "__defaults__", ((str(tmp_path / "virtiofsd"),),))
     for check, package in ((doctor.hypervisor, "qemu-system-x86"), (doctor.file_server, "virtiofsd")):
         finding = await check(host(tmp_path))
         assert finding.verdict is Verdict.FAIL

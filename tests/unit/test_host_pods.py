@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.cgroup import Layout, Mode
-from sandbox.device_filter import DEFAULT_RULES
-from sandbox.devices import Node, Wanted
 from sandbox.errors import GuestError, InvalidSpec, StreamReset
 from sandbox.guest import guest_pb2 as pb
+from sandbox.host.cgroup import Layout, Mode
 from sandbox.host_pods import conmon, control
 from sandbox.host_pods.conmon import Bundle, Wish
 from sandbox.host_pods.host_files import find_devices
 from sandbox.host_pods.streams import FdReader, FdWriter
 from sandbox.host_pods.sysctls import pod_sysctls
+from sandbox.plan.device_filter import DEFAULT_RULES
+from sandbox.plan.devices import Node, Wanted
+from sandbox.plan.resources import compile_resources
 from sandbox.pods import isolation_of
-from sandbox.resources import compile_resources
 from sandbox.spec import ContainerSpec, DeviceSpec, Handler, Isolation, PidMode, PodSpec, Resources
-from sandbox.stats import FILES
+from sandbox.stats.parse import FILES
 
 HANDLER = Handler(
     name="vms", kernel="", initramfs="", memory_mib=256, vcpus=1, accelerator="auto", machine="q35"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.host_usage import host_usage, process_usage
-from sandbox.process import ProcessIdentity
+from sandbox.host.process import ProcessIdentity
+from sandbox.stats.host_usage import host_usage, process_usage
 from sandbox.vmm import VmHandle, VmSpec
 
 MIB = 1 << 20

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import builds, kernel_image, kernel_source
-from sandbox.builds import BuildFailed
 from sandbox.errors import MissingProgram
-from sandbox.guest_image import MODULES
-from sandbox.kernel_source import OptionsDropped
+from sandbox.guest_image import kernel_source, packages
+from sandbox.guest_image import vmlinux as vmlinux_module
+from sandbox.guest_image.build import MODULES
+from sandbox.guest_image.kernel_source import OptionsDropped
+from sandbox.guest_image.packages import BuildFailed
 
 FRAGMENT = """\
 # a heading
@@ -112,24 +113,24 @@ def make_scratch(directory: Path) -> Path:
     return directory
 
 
-async def compile_it(archive: Path, scratch: Path) -> kernel_image.Kernel:
+async def compile_it(archive: Path, scratch: Path) -> vmlinux_module.Kernel:
     lines: list[str] = []
     made = await kernel_source.compile_kernel(archive, scratch / "kernel.config", scratch, lines.append)
     assert any("compiling" in line for line in lines)
     (modules,) = (made / "modules").iterdir()
-    return kernel_image.Kernel(image=made / "vmlinux", modules=modules)
+    return vmlinux_module.Kernel(image=made / "vmlinux", modules=modules)
 
 
 async def test_a_kernel_is_compiled_and_stripped(tmp_path: Path) -> None:
     kernel = await compile_it(make_archive(tmp_path / "a"), make_scratch(tmp_path / "s"))
     vmlinux = kernel.image.read_bytes()
-    assert kernel_image.extract_vmlinux(vmlinux) == vmlinux
+    assert vmlinux_module.extract_vmlinux(vmlinux) == vmlinux
     assert b"x86_64 husk 2023-11-14" in vmlinux
     assert b".debug_info" not in vmlinux
     assert kernel.version == "9.9.9-husk"
     assert (kernel.image.parent / "config").read_text() == "CONFIG_A=y\nCONFIG_B=y\n"
-    builtin = kernel_image.read_builtin(kernel.modules)
-    assert kernel_image.load_modules(kernel_image.find_modules(kernel.modules), builtin, MODULES) == {}
+    builtin = vmlinux_module.read_builtin(kernel.modules)
+    assert vmlinux_module.load_modules(vmlinux_module.find_modules(kernel.modules), builtin, MODULES) == {}
 
 
 async def test_neither_place_nor_time_show_in_it(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     async def find_source() -> tuple[str, str]:
         return "linux-source-9.9", "9.9.9-1"
 
-    async def download(packages: Path, name: str, version: str, progress: builds.Progress) -> Path:
+    async def download(packages: Path, name: str, version: str, progress: packages.Progress) -> Path:
         progress(f"downloading {name} {version}")
         return package
 
@@ -180,7 +181,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-async def build(root: Path, options: str, lines: list[str] | None = None) -> kernel_image.Kernel:
+async def build(root: Path, options: str, lines: list[str] | None = None) -> vmlinux_module.Kernel:
     fragment = root / "kernel.config"
     fragment.write_text(options)
     scratch = root / "guest/.build-x"

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from sandbox import logs
 from sandbox.errors import ProtocolError
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.guest.streams import StreamSink
-from sandbox.logs import MAX_LINE, WINDOW, LogRelay
+from sandbox.logs import relay as relays
+from sandbox.logs.relay import MAX_LINE, WINDOW, LogRelay
 from sandbox.records import LogPosition
 from tests.fakes.guest import FakeAgent
 
@@ -331,8 +331,8 @@ def small_disk(host: Host) -> Iterator[None]:
 
 @pytest.mark.usefixtures("small_disk")
 async def test_a_disk_that_is_really_full(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_RETRY_S", 0.001)
-    monkeypatch.setattr(logs, "_RETRY_MAX_S", 0.001)
+    monkeypatch.setattr(relays, "_RETRY_S", 0.001)
+    monkeypatch.setattr(relays, "_RETRY_MAX_S", 0.001)
     guest = Guest(lines(3000), piece=1 << 16)
     relay = await host.open(guest)
     kept = b""
@@ -763,7 +763,7 @@ DAEMON = textwrap.dedent("""
     import msgspec
     from sandbox.guest import guest_pb2 as pb
     from sandbox.guest.client import GuestClient
-    from sandbox.logs import WINDOW, LogRelay
+    from sandbox.logs.relay import WINDOW, LogRelay
     from sandbox.records import LogPosition
 
     socket, path, record, epoch = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])

@@ -24,7 +24,7 @@ from cri.observe import (
     setup_logging,
 )
 from image.places import Places
-from sandbox.stages import Stage
+from sandbox.host.limiter import Stage
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from sandbox.capabilities import ALL
-from sandbox.devices import Node
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host_pods.oci import NodeLimits, Surroundings, compile_config, compile_process
+from sandbox.plan.devices import Node
 from sandbox.spec import ContainerSpec, MountSpec, Propagation
 from tests.unit import test_plan_golden as plans
 

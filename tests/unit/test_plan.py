@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox.devices import wanted_devices
-from sandbox.environment import PodFiles
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
-from sandbox.paths import container_path, covers, depth
 from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start, vm_size
+from sandbox.plan.devices import wanted_devices
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, compile_mounts
+from sandbox.plan.paths import container_path, covers, depth
+from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.size import BOOT_FLOOR_MIB
+from sandbox.plan.users import ResolvedUser
 from sandbox.seccomp import Filter
 from sandbox.spec import (
     ContainerSpec,
@@ -31,7 +32,6 @@ from sandbox.spec import (
     UserNamespace,
     VmSize,
 )
-from sandbox.users import ResolvedUser
 
 POD = PodSpec(name="web", namespace="default", uid="u1")
 FILES = PodFiles(hosts=b"", hostname=b"fallback\n", resolv_conf=b"")

@@ -15,10 +15,11 @@ from google.protobuf.message import Message
 from network.attach import Attachment, Interface, Route
 from sandbox import capabilities
 from sandbox.apparmor.profile import UNCONFINED, Policy
-from sandbox.devices import wanted_devices
-from sandbox.environment import PodFiles
 from sandbox.guest import guest_pb2 as pb
 from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start
+from sandbox.plan.devices import wanted_devices
+from sandbox.plan.pod_files import PodFiles
+from sandbox.plan.users import ResolvedUser
 from sandbox.seccomp import Filter
 from sandbox.spec import (
     ContainerSpec,
@@ -31,7 +32,6 @@ from sandbox.spec import (
     Resources,
     SecuritySpec,
 )
-from sandbox.users import ResolvedUser
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "plan"
 

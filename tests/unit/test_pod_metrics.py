@@ -5,13 +5,13 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from cri import pod_metrics
-from cri.pod_metrics import Filesystem, Measured
 from cri.proto import runtime_v1_pb2 as pb
-from sandbox.guest_files import InterfaceUsage, IoUsage, Pressure, Psi
+from cri.responses import pod_metrics
+from cri.responses.pod_metrics import Filesystem, Measured
 from sandbox.records import ContainerRecord, PodRecord
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, PodId, PodSpec, Resources
-from sandbox.stats import CgroupStats, ContainerStats, CpuStats, LayerStats, MemoryStats, PodStats
+from sandbox.stats.kernel_files import InterfaceUsage, IoUsage, Pressure, Psi
+from sandbox.stats.parse import CgroupStats, ContainerStats, CpuStats, LayerStats, MemoryStats, PodStats
 
 # What critest and cAdvisor's readers want, without "container_".
 ALWAYS = [

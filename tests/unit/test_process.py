@@ -17,9 +17,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sandbox import process
 from sandbox.errors import DeadlineExceeded
-from sandbox.process import ProcessIdentity, User
+from sandbox.host import process
+from sandbox.host.process import ProcessIdentity, User
 
 PAUSE = "kill -STOP $$"  # a shell that keeps its arguments, without a child that would outlive it
 
@@ -162,7 +162,7 @@ def _failing(code: int) -> Callable[[int], int]:
 
 async def test_an_adopted_process_is_waited_for() -> None:
     """Not our child: started by a process that is gone, as after a daemon's crash."""
-    script = "import asyncio; from sandbox import process;"
+    script = "import asyncio; from sandbox.host import process;"
     script += "i = asyncio.run(process.start(['sleep', '60'])); print(i.pid, i.start_time, i.boot_id)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
     pid, start_time, boot = done.stdout.split()

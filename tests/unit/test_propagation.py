@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox.propagation import MAX_MOUNTS, Wish, find_wishes
 from sandbox.spec import MountSpec, Propagation
+from sandbox.vm_pods.propagation import MAX_MOUNTS, Wish, find_wishes
 
 BOTH = MountSpec(container_path="/both/", host_path="/h", propagation=Propagation.BIDIRECTIONAL)
 PRIVATE = MountSpec(container_path="/data", host_path="/d")

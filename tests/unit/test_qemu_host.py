@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import process, sockets
 from sandbox.errors import InvalidSpec, MissingProgram, VmmGone
-from sandbox.vmm import find_hypervisor, find_hypervisors, host
+from sandbox.host import process, unix_sockets
+from sandbox.vmm import find_hypervisor, find_hypervisors
 from sandbox.vmm.console import LIMIT, Console, printable, read_tail
-from sandbox.vmm.qmp import Monitor
+from sandbox.vmm.qemu import host
+from sandbox.vmm.qemu.qmp import Monitor
 
 
 def test_hypervisors_are_found_by_their_files() -> None:
@@ -47,14 +48,14 @@ def test_sockets_under_long_paths_are_for_root_alone(tmp_path: Path) -> None:
     directory.mkdir(parents=True)
     path = directory / "a.sock"
     for _ in range(2):  # the second replaces what a crash would have left
-        with sockets.listen(path) as listener, sockets.connect(path) as client:
+        with unix_sockets.listen(path) as listener, unix_sockets.connect(path) as client:
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             peer, _ = listener.accept()
             with peer:
                 client.sendall(b"x")
                 assert peer.recv(1) == b"x"
     with pytest.raises(ConnectionRefusedError):
-        sockets.connect(path)
+        unix_sockets.connect(path)
 
 
 async def test_the_console_keeps_a_bounded_tail(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_nothing_printed_can_play_tricks() -> None:
 async def test_a_monitor_that_nobody_serves(tmp_path: Path) -> None:
     with pytest.raises(VmmGone):
         await Monitor.connect(tmp_path / "qmp.sock", 1.0)
-    listener = sockets.listen(tmp_path / "qmp.sock")
+    listener = unix_sockets.listen(tmp_path / "qmp.sock")
 
     async def hang_up() -> None:
         connection, _ = await asyncio.get_running_loop().sock_accept(listener)

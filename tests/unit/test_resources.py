@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
-from sandbox.resources import compile_resources, weight_of_shares
+from sandbox.plan.resources import compile_resources, weight_of_shares
 from sandbox.spec import Resources
 
 

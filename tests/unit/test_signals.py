@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
-from sandbox.signals import describe_exit, exit_code_of, resolve_stop_signal, signal_name, signal_number
+from sandbox.plan.signals import describe_exit, exit_code_of, resolve_stop_signal, signal_name, signal_number
 
 
 def test_fixed_numbers_are_those_of_this_kernel() -> None:

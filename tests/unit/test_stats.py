@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from sandbox import stats
 from sandbox.guest import guest_pb2 as pb
-from sandbox.guest_files import (
+from sandbox.spec import ContainerId, PodId
+from sandbox.stats import parse
+from sandbox.stats.kernel_files import (
     NUMBER_MAX,
     InterfaceUsage,
     IoUsage,
@@ -18,8 +19,7 @@ from sandbox.guest_files import (
     number,
     psi,
 )
-from sandbox.spec import ContainerId, PodId
-from sandbox.stats import FILES, PATHS
+from sandbox.stats.parse import FILES, PATHS
 
 MIB = 1 << 20
 CPU_STAT = b"""usage_usec 5000000
@@ -74,18 +74,18 @@ def values(
 
 def parsed(
     answer: pb.CgroupValues, ids: tuple[str, ...] = ("c",), nics: tuple[str, ...] = ()
-) -> stats.PodStats:
-    found = stats.parse(PodId("p"), [ContainerId(id) for id in ids], nics, answer, 9)
+) -> parse.PodStats:
+    found = parse.parse(PodId("p"), [ContainerId(id) for id in ids], nics, answer, 9)
     assert found is not None
     return found
 
 
 def test_what_is_asked_for_is_one_message() -> None:
-    request = stats.request([ContainerId("a"), ContainerId("b")], files=False).read_cgroup
+    request = parse.request([ContainerId("a"), ContainerId("b")], files=False).read_cgroup
     assert list(request.container_ids) == [".", "a", "b"]
     assert (tuple(request.names), tuple(request.paths)) == (FILES, PATHS)
     assert request.count == pb.ReadCgroup.PROCESSES
-    assert stats.request([], files=True).read_cgroup.count == pb.ReadCgroup.FILES
+    assert parse.request([], files=True).read_cgroup.count == pb.ReadCgroup.FILES
 
 
 def test_a_container() -> None:
@@ -150,8 +150,8 @@ def test_a_pod_is_the_cgroup_that_holds_its_containers() -> None:
 def test_an_agent_that_answers_something_else() -> None:
     answer = values({}, CONTAINER)
     answer.values.append(b"more")
-    assert stats.parse(PodId("p"), [ContainerId("c")], (), answer, 9) is None
-    assert stats.parse(PodId("p"), [ContainerId("c")], (), pb.CgroupValues(), 9) is None
+    assert parse.parse(PodId("p"), [ContainerId("c")], (), answer, 9) is None
+    assert parse.parse(PodId("p"), [ContainerId("c")], (), pb.CgroupValues(), 9) is None
 
 
 def test_an_agent_that_counts_nothing_or_too_much() -> None:

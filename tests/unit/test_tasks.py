@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sandbox.tasks import end, together
+from sandbox.host.tasks import end, together
 
 
 async def test_ending_waits_and_minds_no_failure() -> None:

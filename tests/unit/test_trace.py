@@ -9,10 +9,10 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from cri import trace, trace_page
-from cri.client import Client
+from cri.cli import trace, trace_page
+from cri.cli.client import Client
+from cri.cli.trace import NoSuchPod, Phase, Start
 from cri.proto import runtime_v1_pb2 as pb
-from cri.trace import NoSuchPod, Phase, Start
 
 PHASES = (
     Phase(name="queue", begin_seconds=0.0, end_seconds=0.0001),

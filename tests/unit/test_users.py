@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
+from sandbox.plan.users import MAX_ID, ResolvedUser, image_user, resolve_user
 from sandbox.spec import GroupsPolicy, SecuritySpec
-from sandbox.users import MAX_ID, ResolvedUser, image_user, resolve_user
 
 PASSWD = b"""root:x:0:0:root:/root:/bin/sh
 # a comment, then lines that make no sense

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import cgroup, mounts, process, sockets
+from sandbox.host import cgroup, mounts, process, unix_sockets
 from sandbox.vmm import Machine, ShareSpec, VmHandle, VmSpec, find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
 
@@ -91,7 +91,7 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
     )
     try:
         machine = await hypervisor.start(spec, ())
-        with sockets.connect(run_dir / "agent.sock") as channel:
+        with unix_sockets.connect(run_dir / "agent.sock") as channel:
             yield Guest(machine.handle, machine, await greeted(channel, machine), run_dir)
         await machine.close()
     finally:

@@ -1,0 +1,104 @@
+"""`husk image`: asks the running daemon, which alone writes the image store."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from google.protobuf.message import Message
+
+from cri.cli.client import Client
+from cri.cli.progress import reporter
+from cri.proto import husk_v1_pb2 as husk
+from cri.proto import runtime_v1_pb2 as pb
+
+IMAGES = husk.DESCRIPTOR.services_by_name["Images"]
+IMAGE_SERVICE = pb.DESCRIPTOR.services_by_name["ImageService"]
+
+
+def add_commands(image: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    commands = image.add_subparsers(metavar="COMMAND", required=True)
+    pull = commands.add_parser("pull", parents=[common], help="fetch an image from its registry")
+    pull.add_argument("image", help="its name, with a tag or a digest")
+    pull.add_argument("--username", default="", help="for the registry")
+    pull.add_argument(
+        "--password-stdin",
+        action="store_true",
+        help="read the password from standard input, else it is asked for",
+    )
+    pull.set_defaults(run_with=_pull)
+    load = commands.add_parser("import", parents=[common], help="store an image from a file")
+    load.add_argument("path", type=Path, help="an OCI layout (directory or tar) or a docker-archive tar")
+    load.add_argument("--name", default="", help="name to give it, instead of those in the file")
+    load.set_defaults(run_with=_import)
+    ls = commands.add_parser("ls", parents=[common], help="list the images")
+    ls.add_argument("--quiet", action="store_true", help="ids only")
+    ls.set_defaults(run_with=_list)
+    rm = commands.add_parser("rm", parents=[common], help="remove images, with all their names")
+    rm.add_argument("images", nargs="+", metavar="image", help="a name, a digest or an id")
+    rm.set_defaults(run_with=_remove)
+
+
+def _pull(client: Client, args: argparse.Namespace) -> int:
+    password = ""
+    if args.username:
+        password = sys.stdin.readline().rstrip("\n") if args.password_stdin else getpass.getpass()
+    request = husk.PullRequest(image=args.image, username=args.username, password=password)
+    return _follow(client, "Pull", request)
+
+
+def _import(client: Client, args: argparse.Namespace) -> int:
+    return _follow(client, "Import", husk.ImportRequest(path=str(args.path.resolve()), name=args.name))
+
+
+def _follow(client: Client, method: str, request: Message) -> int:
+    with reporter() as report:
+        made = []
+        for progress in client.stream(IMAGES, method, request):
+            if progress.HasField("done"):
+                made.append(progress.done)
+            else:
+                report.report(progress)
+    for image in made:
+        print(image.image_id, *image.names)
+    return 0
+
+
+def _list(client: Client, args: argparse.Namespace) -> int:
+    answer = client.call(IMAGE_SERVICE, "ListImages", pb.ListImagesRequest())
+    if args.quiet:
+        for image in answer.images:
+            print(image.id)
+        return 0
+    rows = [("NAME", "IMAGE ID", "SIZE")]
+    rows += [
+        (name, image.id.removeprefix("sha256:")[:12], f"{image.size / 1e6:.1f} MB")
+        for image in answer.images
+        for name in (image.repo_tags or image.repo_digests or ["<none>"])
+    ]
+    print(*_columns(rows), sep="\n")
+    return 0
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ((f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return ["   ".join(cells).rstrip() for cells in padded]
+
+
+def _remove(client: Client, args: argparse.Namespace) -> int:
+    """Goes on after a name that is not here, and says so in the end by its exit status."""
+    code = 0
+    for name in args.images:
+        spec = pb.ImageSpec(image=name)
+        known = client.call(IMAGE_SERVICE, "ImageStatus", pb.ImageStatusRequest(image=spec))
+        if not known.HasField("image"):
+            print(f"{name}: no such image", file=sys.stderr)
+            code = 1
+            continue
+        client.call(IMAGE_SERVICE, "RemoveImage", pb.RemoveImageRequest(image=spec))
+        print(known.image.id)
+    return code

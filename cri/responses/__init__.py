@@ -1,0 +1,1 @@
+"""Records and usage as messages of the CRI. Pure but for the list cache."""

@@ -1,0 +1,1 @@
+"""The rpcs of the CRI, one file per concern."""

@@ -1,0 +1,30 @@
+"""The ImageService of the CRI, and Husk's own calls about images beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from cri.flights import Flights
+from cri.observe import Metrics
+from cri.ports import Images
+from cri.proto import husk_v1_pb2 as husk
+from cri.proto import runtime_v1_pb2 as pb
+from cri.server import Service
+from cri.services.images import ImageCalls
+from cri.services.transfers import TransferCalls
+
+
+def image_service(
+    *, images: Images, flights: Flights, metrics: Metrics, handlers: Callable[[], Sequence[str]]
+) -> Service:
+    """`handlers` gives the names of the configured runtime handlers, "" among them."""
+    return Service(
+        descriptor=pb.DESCRIPTOR.services_by_name["ImageService"],
+        parts=(ImageCalls(images, flights, metrics, handlers),),
+    )
+
+
+def transfer_service(*, images: Images, metrics: Metrics) -> Service:
+    return Service(
+        descriptor=husk.DESCRIPTOR.services_by_name["Images"], parts=(TransferCalls(images, metrics),)
+    )

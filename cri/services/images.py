@@ -1,0 +1,126 @@
+"""The CRI's calls about images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from cri.flights import Flights
+from cri.observe import Metrics, as_json
+from cri.ports import Images
+from cri.proto import runtime_v1_pb2 as pb
+from cri.responses import objects
+from cri.responses.list_cache import EncodedList
+from image.auth import Auth
+from image.blobs import Progress
+from image.errors import ImageNotFound
+from image.index import Image
+from sandbox.errors import InvalidSpec
+
+Handlers = Callable[[], Sequence[str]]
+
+
+class ImageCalls:
+    """`handlers` gives the names of the runtime handlers that an image may be asked for."""
+
+    def __init__(self, images: Images, flights: Flights, metrics: Metrics, handlers: Handlers) -> None:
+        self._images = images
+        self._flights = flights
+        self._metrics = metrics
+        self._handlers = handlers
+        self._items = EncodedList[Image](lambda image: image.id, objects.image)
+
+    async def ListImages(self, request: pb.ListImagesRequest) -> bytes:
+        images = self._images.list()
+        self._items.keep_only(images)
+        wanted = request.filter.image.image
+        if not wanted:
+            return self._items.of(images)
+        found = self._found(wanted)
+        return self._items.of([found] if found else [])
+
+    async def StreamImages(self, request: pb.StreamImagesRequest) -> AsyncIterator[bytes]:
+        wanted = request.filter.image.image
+        found = self._found(wanted) if wanted else None
+        images = self._images.list()
+        self._items.keep_only(images)
+        for batch in self._items.batches(([found] if found else []) if wanted else images):
+            yield batch
+
+    async def ImageStatus(self, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
+        """An image that is not here is no error, but an answer without one."""
+        image = self._found(self._named(request.image))
+        if image is None:
+            return pb.ImageStatusResponse()
+        response = pb.ImageStatusResponse(image=objects.image(image))
+        if request.verbose:
+            facts = {"chainIds": image.chain_ids, "created": image.created, "config": image.config}
+            response.info["info"] = as_json(facts)
+        return response
+
+    async def PullImage(self, request: pb.PullImageRequest) -> pb.PullImageResponse:
+        ref = self._named(request.image)
+        auth = pull_auth(request.auth) if request.HasField("auth") else None
+        image = await self._flights.join(("pull-image", ref, auth), lambda: self._pull(ref, auth))
+        return pb.PullImageResponse(image_ref=image.id)
+
+    async def _pull(self, ref: str, auth: Auth | None) -> Image:
+        with self._metrics.pulling() as pull:
+            return await self._images.pull(ref, auth, on_progress=Downloads(pull.count))
+
+    async def RemoveImage(self, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
+        ref = self._named(request.image)
+        await self._flights.join(("remove-image", ref), lambda: self._images.remove(ref))
+        return pb.RemoveImageResponse()
+
+    async def ImageFsInfo(self, request: pb.ImageFsInfoRequest) -> pb.ImageFsInfoResponse:
+        """Containers' writable layers lie on the same filesystem, so one entry says it all."""
+        usage = self._images.fs_usage()
+        filesystem = objects.filesystem(usage.mountpoint, time.time_ns(), usage.used_bytes, usage.inodes_used)
+        return pb.ImageFsInfoResponse(image_filesystems=[filesystem])
+
+    def _found(self, ref: str) -> Image | None:
+        try:
+            return self._images.find(ref)
+        except ImageNotFound:
+            return None
+
+    def _named(self, spec: pb.ImageSpec) -> str:
+        """Raises InvalidSpec."""
+        if not spec.image:
+            raise InvalidSpec("image.image", "is empty", "a name, a digest or an id")
+        if spec.runtime_handler not in (known := self._handlers()):
+            names = ", ".join(map(repr, known))
+            raise InvalidSpec("image.runtime_handler", f"{spec.runtime_handler!r} is not configured", names)
+        return spec.image
+
+
+def pull_auth(auth: pb.AuthConfig) -> Auth:
+    """Raises InvalidSpec; a secret is not repeated in it."""
+    token = auth.registry_token
+    if not (token.isascii() and token.isprintable()):
+        problem = "has characters that a header cannot carry"
+        raise InvalidSpec("auth.registry_token", problem, "printable ASCII")
+    return Auth(
+        username=auth.username,
+        password=auth.password,
+        auth=auth.auth,
+        server_address=auth.server_address,
+        identity_token=auth.identity_token,
+        registry_token=auth.registry_token,
+    )
+
+
+class Downloads:
+    """Makes of "so many bytes of this blob by now" the bytes that came since the last time."""
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        self._count = count
+        self._seen: dict[str, int] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.step == "download":
+            # a download that begins anew counts again, as its bytes come again
+            seen = self._seen.get(progress.item, 0)
+            self._count(progress.current - seen if progress.current >= seen else progress.current)
+            self._seen[progress.item] = progress.current

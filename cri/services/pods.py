@@ -1,0 +1,87 @@
+"""The CRI's calls about pod sandboxes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+from cri.fields import renamed
+from cri.flights import Flights
+from cri.observe import as_json
+from cri.ports import Node, Pods
+from cri.proto import runtime_v1_pb2 as pb
+from cri.responses import objects
+from cri.responses.list_cache import EncodedList
+from cri.translate import pod_spec, resources
+from sandbox.errors import InvalidSpec, NotFound
+from sandbox.records import ContainerRecord, ContainerState, PodRecord
+
+
+class PodCalls:
+    def __init__(self, pods: Pods, node: Node, flights: Flights) -> None:
+        self._pods = pods
+        self._node = node
+        self._flights = flights
+        self._items = EncodedList[PodRecord](lambda record: record.id, objects.pod_item)
+
+    async def RunPodSandbox(self, request: pb.RunPodSandboxRequest) -> pb.RunPodSandboxResponse:
+        spec = pod_spec(request.config, request.runtime_handler)
+        if spec.user_namespace and not self._node.features.user_namespaces:
+            field = "config.linux.security_context.namespace_options.userns_options.mode"
+            raise InvalidSpec(field, f"POD: {self._node.features.user_namespace_obstacle}", "NODE")
+        key = ("run-pod", spec.namespace, spec.name, spec.uid, spec.attempt)
+        pod_id = await self._flights.join(key, lambda: self._pods.run(spec))
+        return pb.RunPodSandboxResponse(pod_sandbox_id=pod_id)
+
+    async def StopPodSandbox(self, request: pb.StopPodSandboxRequest) -> pb.StopPodSandboxResponse:
+        id = self._whole(request.pod_sandbox_id)
+        await self._flights.join(("stop-pod", id), lambda: self._pods.stop(id))
+        return pb.StopPodSandboxResponse()
+
+    async def RemovePodSandbox(self, request: pb.RemovePodSandboxRequest) -> pb.RemovePodSandboxResponse:
+        id = self._whole(request.pod_sandbox_id)
+        await self._flights.join(("remove-pod", id), lambda: self._pods.remove(id))
+        return pb.RemovePodSandboxResponse()
+
+    async def PodSandboxStatus(self, request: pb.PodSandboxStatusRequest) -> pb.PodSandboxStatusResponse:
+        record = self._pods.find(request.pod_sandbox_id)
+        response = pb.PodSandboxStatusResponse(
+            status=objects.pod_status(record),
+            containers_statuses=[objects.container_status(one) for one in self._containers_of(record)],
+            timestamp=time.time_ns(),
+        )
+        if request.verbose:
+            response.info["info"] = as_json(await self._pods.describe(record))
+        return response
+
+    def _whole(self, id: str) -> str:
+        """The whole id, where an unknown one is fine."""
+        try:
+            return self._pods.find(id).id
+        except NotFound:
+            return id
+
+    def _containers_of(self, record: PodRecord) -> list[ContainerRecord]:
+        found = self._pods.containers_of(record.id)
+        shown = (one for one in found if one.state is not ContainerState.CREATING)
+        return sorted(shown, key=lambda one: one.created_at_ns)
+
+    async def ListPodSandbox(self, request: pb.ListPodSandboxRequest) -> bytes:
+        records = self._pods.list()
+        self._items.keep_only(records)
+        return self._items.of(objects.matching_pods(records, request.filter))
+
+    async def StreamPodSandboxes(self, request: pb.StreamPodSandboxesRequest) -> AsyncIterator[bytes]:
+        records = self._pods.list()
+        self._items.keep_only(records)
+        for batch in self._items.batches(objects.matching_pods(records, request.filter)):
+            yield batch
+
+    async def UpdatePodSandboxResources(
+        self, request: pb.UpdatePodSandboxResourcesRequest
+    ) -> pb.UpdatePodSandboxResourcesResponse:
+        id = self._pods.find(request.pod_sandbox_id).id
+        wanted, overhead = resources(request.resources, "resources"), resources(request.overhead, "overhead")
+        with renamed("config.linux.resources", "resources"):
+            await self._flights.alone(lambda: self._pods.update(id, wanted, overhead))
+        return pb.UpdatePodSandboxResourcesResponse()

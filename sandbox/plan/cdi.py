@@ -1,0 +1,267 @@
+"""Container Device Interface: what the node's specifications say that a named device brings. Pure.
+
+A name is VENDOR/CLASS=DEVICE. A file describes one VENDOR/CLASS (its `kind`); where two describe the same
+device, the one in the later directory stands, and two in one directory make the name unusable.
+
+A pod's VM is given what another kernel can have: environment, mounts of the host's files, group ids,
+and nodes of devices that the guest has itself; a pod without a VM has all nodes of the host. The rest is
+refused with its reason. Source: the CDI
+specification (SPEC.md of its project), versions up to 1.1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+import yaml
+from msgspec.structs import replace
+
+from sandbox.errors import InvalidSpec
+from sandbox.plan.devices import GUEST_DEVICES
+from sandbox.plan.mounts import MOUNT_OPTIONS
+from sandbox.spec import ContainerSpec, DeviceSpec, MountSpec, Propagation, Value
+
+VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0")
+ENDINGS = (".json", ".yaml")
+SHOWN_MAX = 20  # names in an error
+
+_KIND = re.compile(
+    r"[A-Za-z](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?/[A-Za-z](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?", re.ASCII
+)
+_DEVICE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.:-]*[A-Za-z0-9])?", re.ASCII)
+ID_END = 2**32 - 1  # which means "no id" to the kernel
+# what a bind is in any case, or here
+_HEARD = ("bind", "rbind", "ro", "rw", "suid", "dev", "exec", "relatime")
+_MODES = {
+    "private": Propagation.PRIVATE,
+    "slave": Propagation.HOST_TO_CONTAINER,
+    "shared": Propagation.BIDIRECTIONAL,
+}
+
+
+class SpecBroken(Exception):
+    """A file that is no CDI specification."""
+
+
+# ------------------------------------------------------------------------------------ the file
+
+
+class _Part(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """Of a file. What is not known here could change what a device means, so it is an error."""
+
+
+class DeviceNode(_Part, frozen=True):
+    path: str
+    host_path: str = ""
+    type: str = ""
+    major: int = 0
+    minor: int = 0
+    file_mode: int | str | None = None
+    permissions: str = ""
+    uid: int | None = None
+    gid: int | None = None
+
+
+class Mount(_Part, frozen=True):
+    host_path: str
+    container_path: str
+    type: str = ""
+    options: tuple[str, ...] = ()
+
+
+class Edits(_Part, frozen=True):
+    """`hooks`, `intel_rdt` and `net_devices` are only told of, so their shape does not matter."""
+
+    env: tuple[str, ...] = ()
+    device_nodes: tuple[DeviceNode, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    hooks: tuple[dict[str, object], ...] = ()
+    intel_rdt: dict[str, object] | None = None
+    net_devices: tuple[dict[str, object], ...] = ()
+    # the specification's text and its own library differ in the case
+    additional_gids: tuple[int, ...] = ()
+    additional_gids_too: tuple[int, ...] = msgspec.field(default=(), name="additionalGIDs")
+
+
+class Device(_Part, frozen=True):
+    name: str
+    container_edits: Edits
+    annotations: dict[str, str] = {}
+
+
+class Spec(_Part, frozen=True):
+    cdi_version: str
+    kind: str
+    devices: tuple[Device, ...]
+    container_edits: Edits = Edits()
+    annotations: dict[str, str] = {}
+
+
+def parse(data: bytes, name: str) -> Spec:
+    """Raises SpecBroken."""
+    try:
+        tree = json.loads(data) if name.endswith(".json") else yaml.safe_load(data)
+        spec = msgspec.convert(tree, Spec)
+    except msgspec.ValidationError as error:
+        raise SpecBroken(str(error)) from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise SpecBroken(f"cannot be read: {error}") from error
+    if spec.cdi_version not in VERSIONS:
+        raise SpecBroken(f"cdiVersion {spec.cdi_version!r} is not known ({', '.join(VERSIONS)})")
+    if not _KIND.fullmatch(spec.kind):
+        raise SpecBroken(f"kind {spec.kind!r} is not VENDOR/CLASS")
+    names = [device.name for device in spec.devices]
+    for device in names:
+        if not _DEVICE.fullmatch(device):
+            raise SpecBroken(f"{device!r} is not a device's name")
+        if names.count(device) > 1:
+            raise SpecBroken(f"device {device!r} is described twice")
+    return spec
+
+
+# --------------------------------------------------------------------------------- all of them
+
+
+class Found(Value, frozen=True, kw_only=True):
+    """What the directories hold: the devices by their qualified names, and what is wrong with others."""
+
+    devices: dict[str, tuple[Spec, Device]]
+    problems: dict[str, str]  # of names, and of files
+
+
+def gather(directories: Iterable[Sequence[tuple[str, Spec]]]) -> Found:
+    """Of each directory its files by their paths, the directory that counts least first."""
+    devices: dict[str, tuple[Spec, Device]] = {}
+    problems: dict[str, str] = {}
+    for files in directories:
+        here: dict[str, str] = {}
+        for path, spec in files:
+            for device in spec.devices:
+                name = f"{spec.kind}={device.name}"
+                if name in here:
+                    problems[name] = f"both {here[name]} and {path} describe it"
+                    devices.pop(name, None)
+                    continue
+                here[name] = path
+                problems.pop(name, None)
+                devices[name] = (spec, device)
+    return Found(devices=devices, problems=problems)
+
+
+# -------------------------------------------------------------------------------- a container's
+
+
+def apply(container: ContainerSpec, found: Found, *, in_vm: bool = True) -> ContainerSpec:
+    """The container with all that its CDI devices bring. Raises InvalidSpec with the field."""
+    nodes = frozenset(GUEST_DEVICES) if in_vm else None
+    once: set[int] = set()  # a file's own edits count once, however many of its devices are asked for
+    for name, field in {wish.name: wish.field for wish in container.cdi_devices}.items():
+        spec, device = _look_up(name, field, found)
+        if id(spec) not in once:
+            container = _edited(container, spec.container_edits, nodes, _refusal(name, field))
+        once.add(id(spec))
+        container = _edited(container, device.container_edits, nodes, _refusal(name, field))
+    return container
+
+
+def _refusal(name: str, field: str) -> Refuse:
+    accepted = "devices that bring variables, files of the host, groups, and devices that are there"
+    return lambda problem: InvalidSpec(field, f"{name!r} cannot be given: {problem}", accepted)
+
+
+def _look_up(name: str, field: str, found: Found) -> tuple[Spec, Device]:
+    kind, equals, device = name.partition("=")
+    if not (equals and _KIND.fullmatch(kind) and _DEVICE.fullmatch(device)):
+        raise InvalidSpec(field, f"{name!r} is not a CDI device's name", "VENDOR/CLASS=DEVICE")
+    if name in found.devices:
+        return found.devices[name]
+    problem = found.problems.get(name) or "no CDI specification of this node describes it"
+    broken = "; ".join(f"{path}: {text}" for path, text in found.problems.items() if path.startswith("/"))
+    raise InvalidSpec(field, f"{name!r}: {problem}" + (f" ({broken})" if broken else ""), _known(found))
+
+
+def _known(found: Found) -> str:
+    names = sorted(found.devices)
+    shown = ", ".join(names[:SHOWN_MAX]) + (
+        f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
+    )
+    return shown or "none, as this node has no CDI devices"
+
+
+Refuse = Callable[[str], InvalidSpec]
+
+
+def _edited(
+    container: ContainerSpec, edits: Edits, nodes: frozenset[str] | None, refuse: Refuse
+) -> ContainerSpec:
+    """`nodes` are the devices that there are; None: what the host has."""
+    if edits.hooks:
+        hooks = ", ".join(str(hook.get("path", "?")) for hook in edits.hooks)
+        raise refuse(f"its hooks ({hooks}) are not run")
+    if edits.intel_rdt is not None:
+        raise refuse("its intelRdt divides caches of the host's CPUs, which is not done")
+    if edits.net_devices:
+        raise refuse("its netDevices are interfaces of the host, which stay there")
+    envs = dict(container.envs)
+    for text in edits.env:
+        key, equals, value = text.partition("=")
+        if not key or not equals or "\0" in text:
+            raise refuse(f"its env {text!r} is not NAME=VALUE")
+        envs[key] = value.encode()
+    # 0 would be a way to more rights; the specification has it ignored
+    gids = [gid for gid in (*edits.additional_gids, *edits.additional_gids_too) if gid]
+    for gid in gids:
+        if not 0 < gid < ID_END:
+            raise refuse(f"its group {gid} is not an id")
+    groups = tuple(dict.fromkeys((*container.security.supplemental_groups, *gids)))
+    mounts = [_mount(mount, container.security.privileged, refuse) for mount in edits.mounts]
+    devices = [_device(node, nodes, refuse) for node in edits.device_nodes]
+    return replace(
+        container,
+        envs=tuple(envs.items()),
+        mounts=(*container.mounts, *mounts),
+        devices=(*container.devices, *devices),
+        security=replace(container.security, supplemental_groups=groups),
+    )
+
+
+def _mount(mount: Mount, privileged: bool, refuse: Refuse) -> MountSpec:
+    if mount.type not in ("", "bind", "none"):
+        raise refuse(f"its mount on {mount.container_path!r} is of type {mount.type!r}, not a bind")
+    for path in (mount.host_path, mount.container_path):
+        if not path.startswith("/") or "\0" in path:
+            raise refuse(f"its mount of {path!r} is not of an absolute path")
+    propagation = Propagation.PRIVATE
+    for option in mount.options:
+        if (mode := _MODES.get(option.removeprefix("r"))) is not None:
+            propagation = mode
+        elif option not in (*_HEARD, *MOUNT_OPTIONS):
+            raise refuse(
+                f"its mount on {mount.container_path!r} has the option {option!r}, which is not offered"
+            )
+    if propagation is Propagation.BIDIRECTIONAL and not privileged:
+        raise refuse(f"its mount on {mount.container_path!r} is shared, and the container is not privileged")
+    return MountSpec(
+        container_path=mount.container_path,
+        host_path=mount.host_path,
+        readonly="ro" in mount.options,
+        propagation=propagation,
+        options=tuple(option for option in MOUNT_OPTIONS if option in mount.options),
+    )
+
+
+def _device(node: DeviceNode, nodes: frozenset[str] | None, refuse: Refuse) -> DeviceSpec:
+    host_path = node.host_path or node.path
+    if nodes is not None and host_path not in nodes:
+        raise refuse(f"its {host_path!r} is a device of the host; a guest has {', '.join(GUEST_DEVICES)}")
+    if not node.path.startswith("/") or "\0" in node.path:
+        raise refuse(f"its node {node.path!r} has no absolute path")
+    permissions = node.permissions or "rwm"
+    if set(permissions) - set("rwm"):
+        raise refuse(
+            f"its node {node.path!r} has the permissions {permissions!r}, which are not of r, w and m"
+        )
+    return DeviceSpec(container_path=node.path, host_path=host_path, permissions=permissions)

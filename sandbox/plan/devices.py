@@ -1,0 +1,71 @@
+"""Device nodes of a container: the standard ones, and what a client may ask for besides.
+
+A VM has devices of its own: a node is only passed on when the guest's kernel has the same device
+under the same fixed numbers (Documentation/admin-guide/devices.txt). Everything else is refused.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sandbox.errors import InvalidSpec
+from sandbox.plan.paths import container_path
+from sandbox.spec import ContainerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A character device."""
+
+    path: str
+    major: int
+    minor: int
+    mode: int = 0o666
+    type: int = stat.S_IFCHR
+
+
+# OCI runtime-spec, config-linux.md, "Default Devices"; ptmx and console are not nodes of their own
+STANDARD = (
+    Node("/dev/null", 1, 3),
+    Node("/dev/zero", 1, 5),
+    Node("/dev/full", 1, 7),
+    Node("/dev/random", 1, 8),
+    Node("/dev/urandom", 1, 9),
+    Node("/dev/tty", 5, 0),
+)
+# every guest has it: its root filesystems come by virtio-fs, which is FUSE
+FUSE = Node("/dev/fuse", 10, 229)
+# its driver is a module that the guest's kernel loads when the node is opened
+TUN = Node("/dev/net/tun", 10, 200)
+
+GUEST_DEVICES = {node.path: node for node in (*STANDARD, FUSE, TUN)}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A device that the specification asks for, as a node of the guest."""
+
+    node: Node
+    permissions: str
+
+
+def wanted_devices(container: ContainerSpec) -> Sequence[Wanted]:
+    """Raises InvalidSpec for a device that a VM cannot be given, and for malformed permissions."""
+    wanted = []
+    for number, device in enumerate(container.devices):
+        field = f"config.devices[{number}]"
+        node = GUEST_DEVICES.get(device.host_path)
+        if node is None:
+            raise InvalidSpec(
+                f"{field}.host_path",
+                f"{device.host_path!r} is a device of the host, which a VM cannot be given",
+                ", ".join(GUEST_DEVICES),
+            )
+        permissions = device.permissions or "rwm"
+        if not set(permissions) <= set("rwm"):
+            raise InvalidSpec(f"{field}.permissions", f"{permissions!r} is malformed", "letters of rwm")
+        path = container_path(device.container_path or device.host_path, f"{field}.container_path")
+        wanted.append(Wanted(Node(path, node.major, node.minor), permissions))
+    return wanted

@@ -1,0 +1,123 @@
+"""What a container holds of the host: its root filesystem, its volumes (see `volumes`), its plan.
+
+rootfs    the overlay mount, in the share that the guest sees as GUEST_ROOTFS/<id>
+volumes   one mount per mount of the specification, seen as GUEST_VOLUMES/<id>/<n>
+plan      what the agent will be told, compiled and checked
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from image.stores import RootfsStore
+from sandbox.apparmor import Policy, policy_for
+from sandbox.container import Container
+from sandbox.guest import guest_pb2 as pb
+from sandbox.host.openat import make_beneath, read_beneath
+from sandbox.plan import MountSource, compile_start, device_filter_for, seccomp_for
+from sandbox.plan.devices import Wanted, wanted_devices
+from sandbox.plan.paths import covers
+from sandbox.plan.pod_files import pod_files
+from sandbox.plan.users import resolve_user
+from sandbox.records import User
+from sandbox.spec import AppArmor, ContainerSpec
+from sandbox.steps.volumes import find_sources, id_map
+from sandbox.vm_pods.steps import GUEST_ROOTFS
+
+# An image's passwd and group files; larger ones are refused rather than read.
+MAX_USER_FILE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Rootfs:
+    store: RootfsStore
+    name = "rootfs"
+
+    async def up(self, container: Container) -> None:
+        target = container.pod.back_of(container.pod.rootfs_share) / container.id
+        await asyncio.to_thread(target.mkdir, 0o755, exist_ok=True)
+        ids = id_map(container.pod.record.spec.user_namespace)
+        await self.store.up(container.id, container.record.chain_ids, container.rootfs, ids)
+
+    async def down(self, container: Container) -> None:
+        await self.store.down(container.id, container.rootfs)
+        target = container.pod.back_of(container.pod.rootfs_share) / container.id
+        if target.exists():
+            await asyncio.to_thread(target.rmdir)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The callables tell what there is where the container will run."""
+
+    rootfs: Callable[[Container], str]
+    sources: Callable[[Container], Sequence[MountSource]]
+    devices: Callable[[ContainerSpec], Sequence[Wanted]]
+    policy: Callable[[AppArmor], Policy]
+    name = "plan"
+
+    async def up(self, container: Container) -> None:
+        await asyncio.to_thread(self._compile, container)
+
+    async def down(self, container: Container) -> None:
+        container.plan_path.unlink(missing_ok=True)
+
+    def _compile(self, container: Container) -> None:
+        record, pod = container.record, container.pod.record
+        user = resolve_user(
+            record.spec.security,
+            record.defaults.user,
+            passwd=read_beneath(container.rootfs, "etc/passwd", MAX_USER_FILE_BYTES),
+            group=read_beneath(container.rootfs, "etc/group", MAX_USER_FILE_BYTES),
+        )
+        devices = self.devices(record.spec)
+        plan = compile_start(
+            record.spec,
+            pod.spec,
+            record.defaults,
+            container_id=container.id,
+            rootfs=self.rootfs(container),
+            mount_sources=self.sources(container),
+            user=user,
+            files=pod_files(pod),
+            seccomp=seccomp_for(record.spec.security),
+            device_filter=device_filter_for(record.spec, devices),
+            apparmor=self.policy(record.spec.security.apparmor),
+            vcpus=container.pod.vcpus,
+            devices=devices,
+        )
+        make_mount_points(container.rootfs, plan)
+        container.save_plan(plan)
+        container.update(user=User(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))
+
+
+def plan_for_guest(default_profile: Path) -> Plan:
+    """`default_profile` is AppArmor's, compiled (see `apparmor`); it need not be there."""
+    return Plan(
+        lambda container: f"{GUEST_ROOTFS}/{container.id}",
+        find_sources,
+        wanted_devices,
+        lambda wanted: policy_for(wanted, default_profile),
+    )
+
+
+def make_mount_points(rootfs: Path, plan: pb.Start) -> None:
+    """What the agent would have to create in the root filesystem before it can mount there.
+
+    Only a matter of speed: the guest needs several requests over virtio-fs for what is one call here.
+    """
+    tops = [mount.target for mount in plan.mounts]
+    for mount in plan.mounts:
+        if mount.make in (pb.Mount.DIRECTORY, pb.Mount.FILE) and not _beneath(mount.target, tops):
+            make_beneath(rootfs, mount.target, directory=mount.make == pb.Mount.DIRECTORY)
+    for file in plan.files:
+        if not _beneath(file.path, tops):
+            make_beneath(rootfs, file.path, directory=False)
+
+
+def _beneath(path: str, tops: Sequence[str]) -> bool:
+    """Whether another mount covers this place, so that nothing here will be seen there."""
+    return any(top != path and covers(top, path) for top in tops)

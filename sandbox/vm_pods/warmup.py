@@ -1,0 +1,134 @@
+"""A network and a container's whole life in a VM that waits for a pod, with nothing of a pod in it.
+
+Under emulation code is translated when it first runs, in the guest's kernel as in the agent, and
+that is no part of a saved VM: the first container of a fresh VM starts three times as slowly as the
+second, and a network takes a tenth of a second to set up. So a VM that is made ahead does all of that
+once before it waits: addresses and routes, which it takes back; a container by the usual plan, a
+program in it, an exec, its end. The program is the agent's own file, bound into an empty root, so no image is
+needed and nothing of the host is shown. Where code is not translated this costs a few milliseconds.
+
+Afterwards the guest holds nothing of it. A guest in which this fails is not fit for a pod.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from network.spec import Attachment, Interface, Route
+from sandbox.guest import guest_pb2 as pb
+from sandbox.guest.client import GuestClient
+from sandbox.host import mounts
+from sandbox.plan import compile_exec, compile_identity, compile_network, compile_start, seccomp_for
+from sandbox.plan.device_filter import device_filter_for
+from sandbox.plan.pod_files import PodFiles
+from sandbox.plan.users import ResolvedUser
+from sandbox.plan.vm import FIRST_MAC
+from sandbox.spec import ContainerSpec, ImageDefaults, PodSpec, Seccomp, SeccompKind, SecuritySpec
+from sandbox.steps.container import make_mount_points
+from sandbox.steps.pod import remove_tree
+
+NAME = "husk-warm"
+NOBODY = 65534
+TIMEOUT_S = 20.0
+OUTPUT_LIMIT = 4096
+PROGRAM = "/program"
+
+# Documentation addresses (RFC 5737, RFC 3849), on a link that leads nowhere yet
+NETWORK = Attachment(
+    netns="",
+    interfaces=(
+        Interface(
+            name="eth0",
+            tap="tap0",
+            mac="02:00:00:72:65:68",
+            mtu=1500,
+            addresses=("192.0.2.2/24", "2001:db8::2/64"),
+        ),
+    ),
+    routes=(
+        Route(destination="0.0.0.0/0", gateway="192.0.2.1", interface="eth0"),
+        Route(destination="::/0", gateway="2001:db8::1", interface="eth0"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What is run: a file of the guest, how it stays, and how it comes to its end at once."""
+
+    source: str = "/init"
+    stays: Sequence[str] = (PROGRAM, "--listen", "unix:/tmp/warm")
+    ends: Sequence[str] = (PROGRAM,)
+
+
+async def warm_network(client: GuestClient) -> None:
+    """Set up what a pod's first interface is like, and take it back. Raises as `warm_up` does."""
+    spec = PodSpec(name="", namespace="", uid="", hostname=NAME)
+    configure = compile_network(spec, NETWORK, first_mac=FIRST_MAC)
+    configure.MergeFrom(compile_identity(spec, entropy=b"", machine_id="", wall_ns=0))
+    configure.rehearsal = True
+    await client.call(pb.Request(configure=configure), TIMEOUT_S)
+
+
+async def warm_up(client: GuestClient, root: Path, guest_root: str, errand: Errand | None = None) -> None:
+    """`root` is a directory of the host to make and to remove, which the guest sees as `guest_root`.
+
+    Raises what the guest's answers raise: GuestError, GuestUnreachable, DeadlineExceeded.
+    """
+    errand = errand or Errand()
+    plan = await asyncio.to_thread(_prepare, root, guest_root, errand)
+    try:
+        await client.call(pb.Request(start=plan), TIMEOUT_S)
+        await client.exec_sync(NAME, compile_exec(plan, errand.ends), TIMEOUT_S, OUTPUT_LIMIT)
+    finally:
+        await client.call(pb.Request(remove=pb.Remove(container_id=NAME)), TIMEOUT_S)
+        await asyncio.to_thread(remove_tree, root)
+
+
+def _prepare(root: Path, guest_root: str, errand: Errand) -> pb.Start:
+    root.mkdir(mode=0o755)
+    plan = compile_plan(guest_root, errand)
+    make_mount_points(root, plan)
+    return plan
+
+
+def compile_plan(guest_root: str, errand: Errand) -> pb.Start:
+    """That of a container without wishes, run by nobody under the default filters."""
+    spec = ContainerSpec(
+        name=NAME,
+        image="",
+        command=tuple(errand.stays),
+        security=SecuritySpec(seccomp=Seccomp(kind=SeccompKind.RUNTIME_DEFAULT)),
+    )
+    plan = compile_start(
+        spec,
+        PodSpec(name="", namespace="", uid=""),
+        ImageDefaults(),
+        container_id=NAME,
+        rootfs=guest_root,
+        mount_sources=(),
+        user=ResolvedUser(uid=NOBODY, gid=NOBODY, groups=(NOBODY,)),
+        files=PodFiles(hosts=b"\n", hostname=b"warm\n", resolv_conf=b"\n"),
+        seccomp=seccomp_for(spec.security),
+        device_filter=device_filter_for(spec, ()),
+        devices=(),
+    )
+    # the pod's shared memory is made when there is a pod
+    kept = [mount for mount in plan.mounts if mount.target != "/dev/shm"]
+    del plan.mounts[:]
+    plan.mounts.extend(
+        [
+            *kept,
+            pb.Mount(
+                source=errand.source,
+                target=PROGRAM,
+                flags=mounts.MS_BIND | mounts.MS_RDONLY,
+                make=pb.Mount.FILE,
+            ),
+            pb.Mount(source="tmpfs", target="/tmp", type="tmpfs", data="mode=1777", make=pb.Mount.DIRECTORY),
+        ]
+    )
+    return plan

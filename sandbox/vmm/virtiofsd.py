@@ -1,0 +1,161 @@
+"""virtiofsd: finding it, planning its command line, and the directory that it exports.
+
+Two programs do the same job with different flags: the one that came with QEMU until 7.2, in C, and
+its successor in Rust. Both run as root, because files in a container belong to anybody, but in
+namespaces of their own that hold nothing except the share, with a seccomp filter and without the
+capabilities that reach beyond files.
+
+A share has to be a mount of its own with shared propagation: what is mounted below it on the host
+later is then passed on into the namespace of a virtiofsd that already runs. The step that owns the
+directories makes it so. Where the host may change things (cache "auto") it appears in the guest as a
+mount of its own (announce-submounts); root filesystems do without, as their overlays have inode
+numbers of one disk, and the end of such a mount is a delicate moment in the guest's kernel: see
+`let_mounts_go` in agent/container.c.
+
+Crash story: nothing is left by name; the process ends with the VMM's connection.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from sandbox.errors import MissingProgram, VmmError
+from sandbox.host import process, unix_sockets
+from sandbox.host.process import ProcessIdentity
+
+PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
+PACKAGE = "apt-get install virtiofsd (Debian 13, Ubuntu 24.04) or qemu-system-common (Debian 12)"
+
+
+class Flavour(StrEnum):
+    RUST = "rust"
+    C = "c"
+
+
+class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
+    path: str
+    flavour: Flavour
+    version: str
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """What one virtiofsd exports. `cache` is "always" or "auto" (see ShareSpec)."""
+
+    source: str
+    cache: str
+
+
+class Finder:
+    """Looks for virtiofsd, and asks a program what it is only when it is a new one."""
+
+    def __init__(self, places: Sequence[str] = PLACES) -> None:
+        self._places = places
+        self._known: dict[tuple[str, int], Virtiofsd] = {}
+
+    async def find(self) -> Virtiofsd:
+        """The first that can be asked for its version. Raises MissingProgram."""
+        for place in self._places:
+            if (changed := _changed_at(place)) is None:
+                continue
+            key = (place, changed)
+            if key not in self._known:
+                said = await process.run([place, "--version"], timeout_s=10)
+                lines = (said.stdout + said.stderr).decode(errors="replace").splitlines()
+                if said.status != 0 or not lines:
+                    continue
+                self._known[key] = Virtiofsd(path=place, flavour=tell_flavour(lines[0]), version=lines[0])
+            return self._known[key]
+        raise MissingProgram("virtiofsd", PACKAGE)
+
+
+def _changed_at(program: str) -> int | None:
+    path = Path(program)
+    return path.stat().st_mtime_ns if os.access(path, os.X_OK) else None
+
+
+def tell_flavour(version: str) -> Flavour:
+    """The one in C says "virtiofsd version 7.2.1 (Debian ...)", the one in Rust "virtiofsd 1.13.2"."""
+    return Flavour.C if version.startswith("virtiofsd version ") else Flavour.RUST
+
+
+def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str]:
+    """The command line for one share, with a listening socket as descriptor `listen_fd`.
+
+    Capabilities: both keep only what changing files of any owner takes (chown, dac_override,
+    fowner, fsetid, setuid, setgid, mknod, setfcap); dac_read_search is never added, as with it a
+    handle could be opened outside of the share. Extended attributes are passed through for file
+    capabilities; `trusted.*` would take sys_admin and stays with the host's overlay. Locks stay
+    inside the guest, where all processes of the pod are.
+    """
+    if program.flavour is Flavour.C:
+        options = [
+            f"source={share.source}",
+            f"cache={share.cache}",
+            "sandbox=namespace",
+            *(["announce_submounts"] if share.cache == "auto" else []),
+            "xattr",
+            "log_level=err",
+        ]
+        flags = [flag for option in options for flag in ("-o", option)]
+        return [program.path, "-f", f"--fd={listen_fd}", "--thread-pool-size=0", *flags]
+    return [
+        program.path,
+        f"--fd={listen_fd}",
+        f"--shared-dir={share.source}",
+        f"--cache={share.cache}",
+        "--sandbox=namespace",
+        "--seccomp=kill",
+        *(["--announce-submounts"] if share.cache == "auto" else []),
+        "--xattr",
+        "--inode-file-handles=never",
+        "--thread-pool-size=0",
+        "--log-level=error",
+    ]
+
+
+async def start_virtiofsd(
+    program: Virtiofsd, share: Share, *, at: Path, cgroups: Sequence[str], log_fd: int
+) -> tuple[ProcessIdentity, socket.socket]:
+    """Start it on a socket that is listening already: nobody ever has to wait for one to appear.
+
+    Returns the connection for the VMM. The name `at` exists only until we are connected, so nothing
+    else can take the one connection that virtiofsd accepts. Raises VmmError.
+    """
+    try:
+        listener, connection = _open(at)
+    except OSError as error:
+        raise VmmError(f"virtiofsd for {share.source}: {at}: {error}") from error
+    with listener:
+        try:
+            identity = await process.start(
+                plan_virtiofsd(program, share, listener.fileno()),
+                cgroups=cgroups,
+                pass_fds=(listener.fileno(),),
+                stdout=log_fd,
+                stderr=log_fd,
+                umask=0,
+            )
+        except OSError as error:
+            connection.close()
+            raise VmmError(f"virtiofsd for {share.source} could not be started: {error}") from error
+        except BaseException:
+            connection.close()
+            raise
+    return identity, connection
+
+
+def _open(at: Path) -> tuple[socket.socket, socket.socket]:
+    listener = unix_sockets.listen(at)
+    try:
+        return listener, unix_sockets.connect(at)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        at.unlink()

@@ -1,0 +1,267 @@
+"""Kernels come out of their packages, archives are the same bytes each time, builds replace atomically."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import lzma
+import os
+import struct
+import subprocess
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from sandbox.apparmor.profile import PROFILE
+from sandbox.guest_image import build as image_build
+from sandbox.guest_image import cpio, packages
+from sandbox.guest_image import vmlinux as vmlinux_module
+from sandbox.guest_image.vmlinux import BadKernel, Kernel
+
+ELF = b"\x7fELF" + bytes(range(256)) * 500
+
+
+def lz4_stored(data: bytes) -> bytes:
+    """The legacy frame with one block of literals only, as a compressor would write rubbish."""
+    length = len(data) - 15
+    block = b"\xf0" + b"\xff" * (length // 255) + bytes([length % 255]) + data
+    return b"\x02\x21\x4c\x18" + struct.pack("<I", len(block)) + block
+
+
+FORMATS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda data: gzip.compress(data),
+    "xz": lambda data: lzma.compress(data),
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "zstd": lambda data: zstandard.ZstdCompressor().compress(data),
+    "lz4": lz4_stored,
+    "plain": lambda data: data,
+}
+
+
+def bzimage(payload: bytes, *, version: int = 0x20F) -> bytes:
+    payload += struct.pack("<I", len(ELF))  # as the kernel's build appends it
+    header = bytearray(1024)
+    header[0x1F1] = 1
+    header[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", header, 0x206, version)
+    struct.pack_into("<II", header, 0x248, 64, len(payload))
+    return bytes(header) + bytes(64) + payload
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_kernel_comes_out(name: str) -> None:
+    got = vmlinux_module.extract_vmlinux(bzimage(FORMATS[name](ELF)))
+    assert got[: len(ELF)] == ELF
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        b"",
+        b"MZ" + bytes(5000),
+        bzimage(b"rubbish"),
+        bzimage(b"\x1f\x8brubbish"),
+        bzimage(lz4_stored(ELF)[:200]),
+        bzimage(zlib.compress(b"no ELF")),
+        bzimage(gzip.compress(b"no ELF")),
+        bzimage(gzip.compress(ELF), version=0x200),
+    ],
+)
+def test_what_is_no_kernel_is_refused(image: bytes) -> None:
+    with pytest.raises(BadKernel):
+        vmlinux_module.extract_vmlinux(image, "it")
+
+
+def make_tree(root: Path, *, fail: str = "") -> Kernel:
+    """A kernel with modules in the three forms that distributions use."""
+    modules = root / "lib/modules/6.1-test"
+    forms = [
+        ("virtio-ring", "", ".ko"),
+        ("virtio_pci", "virtio-ring,virtio", ".ko.xz"),
+        ("virtio", "virtio-ring", ".ko.zst"),
+        ("fuse", "", ".ko.gz"),
+        ("virtiofs", "fuse,virtio", ".ko"),
+    ]
+    names = {name.replace("-", "_") for name, _, _ in forms}
+    forms += [(n, "virtio", ".ko") for n in image_build.MODULES if n not in names and n != fail]
+    forms += [("stp", "", ".ko"), ("bridge", "stp,virtio", ".ko")]
+    packers = {".ko": "plain", ".ko.xz": "xz", ".ko.zst": "zstd", ".ko.gz": "gzip"}
+    (modules / "kernel/drivers").mkdir(parents=True)
+    for name, depends, suffix in forms:
+        content = b"\x7fELF" + f"\0license=GPL\0depends={depends}\0name={name}\0".encode()
+        (modules / "kernel/drivers" / (name + suffix)).write_bytes(FORMATS[packers[suffix]](content))
+    (modules / "modules.builtin").write_text("kernel/fs/ext4/ext4.ko\n")
+    image = root / "boot/vmlinuz-6.1-test"
+    image.parent.mkdir()
+    image.write_bytes(bzimage(gzip.compress(ELF, mtime=0)))
+    return Kernel(image=image, modules=modules)
+
+
+def test_modules_follow_what_they_need(tmp_path: Path) -> None:
+    kernel = make_tree(tmp_path)
+    found = vmlinux_module.find_modules(kernel.modules)
+    loaded = list(vmlinux_module.load_modules(found, ["ext4"], ["virtio_pci", "ext4", "virtiofs"]))
+    assert loaded == ["virtio_ring", "virtio", "virtio_pci", "fuse", "virtiofs"]
+    with pytest.raises(BadKernel, match="nonsense"):
+        vmlinux_module.load_modules(found, [], ["nonsense"])
+
+
+def test_a_later_module_is_found_by_each_of_its_names(tmp_path: Path) -> None:
+    kernel = make_tree(tmp_path)
+    found = vmlinux_module.find_modules(kernel.modules)
+    later = vmlinux_module.load_modules(found, ["virtio"], ["bridge"])
+    later["bridge"] += b"\0alias=rtnl-link-bridge\0alias=pci:v*d*\0"
+    orders = vmlinux_module.load_orders(later)
+    # what was loaded at the start is not loaded again
+    assert orders == {
+        "stp": ["stp"],
+        "bridge": ["stp", "bridge"],
+        "rtnl-link-bridge": ["stp", "bridge"],
+    }
+    archive = image_build.make_initramfs(b"agent", {}, later)
+    listed = subprocess.run(["cpio", "-it", "--quiet"], input=archive, capture_output=True, check=True)
+    names = listed.stdout.decode().splitlines()
+    assert {"modules/bridge.ko", "modules/load/rtnl-link-bridge", "sbin/modprobe"} <= set(names)
+
+
+SIGNED = b"~Module signature appended~\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (ELF + b"s" * 300 + bytes(8) + struct.pack(">I", 300) + SIGNED, ELF),
+        (ELF + bytes(8) + struct.pack(">I", 0) + SIGNED, ELF),
+        (ELF, ELF),
+        (ELF + SIGNED[:-1], ELF + SIGNED[:-1]),
+        (b"short" + SIGNED, b"short" + SIGNED),
+        (ELF + b"\xff" * 12 + SIGNED, ELF + b"\xff" * 12 + SIGNED),
+    ],
+)
+def test_a_signature_is_cut_off_and_nothing_else(module: bytes, expected: bytes) -> None:
+    assert vmlinux_module.cut_signature(module) == expected
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_signatures_stay_where_the_kernel_may_insist(tmp_path: Path, keep: bool) -> None:
+    module = tmp_path / "a.ko"
+    module.write_bytes(ELF + bytes(12) + SIGNED)
+    loaded = vmlinux_module.load_modules({"a": module}, [], ["a"], keep_signatures=keep)
+    assert loaded == {"a": module.read_bytes() if keep else ELF}
+
+
+def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:
+    members = [
+        cpio.directory("dev"),
+        cpio.character_device("dev/console", 5, 1),
+        cpio.file("init", b"#!agent", 0o755),
+        cpio.file("odd", b"abc"),
+    ]
+    archive = cpio.write_archive(members)
+    assert archive == cpio.write_archive(members)
+    listed = subprocess.run(["cpio", "-itv", "--quiet"], input=archive, capture_output=True, check=True)
+    lines = [line.split() for line in listed.stdout.decode().splitlines()]
+    assert [(line[0], line[-1]) for line in lines] == [
+        ("drwxr-xr-x", "dev"),
+        ("crw-------", "dev/console"),
+        ("-rwxr-xr-x", "init"),
+        ("-rw-r--r--", "odd"),
+    ]
+    assert all(line[2:4] == ["root", "root"] for line in lines)
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Path:
+    path = tmp_path / "agent"
+    path.write_bytes(b"\x7fELF agent")
+    return path
+
+
+@pytest.fixture
+def parser(tmp_path: Path) -> Path:
+    """One that makes policy of whatever it is given, which is the last argument."""
+    path = tmp_path / "parser"
+    path.write_text("#!/bin/sh\nwhile [ $# -gt 1 ]; do [ $1 = --ofile ] && out=$2; shift; done\ncp $1 $out\n")
+    path.chmod(0o755)
+    return path
+
+
+async def test_two_builds_give_the_same_bytes(tmp_path: Path, agent: Path, parser: Path) -> None:
+    kernel = make_tree(tmp_path)
+    images = []
+    for name in ("one", "two"):
+        root = tmp_path / name
+        assert image_build.find_image(root) is None
+        image = await image_build.build(root, kernel=kernel.image, agent=agent, parser=parser)
+        assert image == image_build.find_image(root)
+        assert image.kernel.read_bytes() == ELF
+        assert image.kernel_version == "6.1-test"
+        assert image_build.default_profile(root).read_text() == PROFILE
+        images.append((image.hash, image.initramfs.read_bytes()))
+    assert images[0] == images[1]
+
+
+async def test_again_changes_nothing_and_another_agent_does(
+    tmp_path: Path, agent: Path, parser: Path
+) -> None:
+    kernel = make_tree(tmp_path)
+    root = tmp_path / "root"
+    lines: list[str] = []
+
+    async def build() -> image_build.GuestImage:
+        return await image_build.build(
+            root, kernel=kernel.image, agent=agent, parser=parser, progress=lines.append
+        )
+
+    first = await build()
+    assert await build() == first
+    hashes = [first.hash]
+    for number in range(3):
+        agent.write_bytes(b"agent %d" % number)
+        hashes.append((await build()).hash)
+        os.utime(root / "guest" / hashes[-1], (number, number))
+    assert len(set(hashes)) == 4
+    kept = {d.name for d in (root / "guest").iterdir()}
+    assert {"current", hashes[-1]} < kept and len(kept) == 3, "the newest, the one before, and the link"
+    assert lines
+
+
+async def test_a_failed_build_leaves_the_old_image(tmp_path: Path, agent: Path, parser: Path) -> None:
+    root = tmp_path / "root"
+    image = await image_build.build(
+        root, kernel=make_tree(tmp_path / "good").image, agent=agent, parser=parser
+    )
+    (root / "guest/.build-killed").mkdir()
+    bad = make_tree(tmp_path / "bad", fail="virtio_net")
+    with pytest.raises(BadKernel, match="virtio_net"):
+        await image_build.build(root, kernel=bad.image, agent=agent, parser=parser)
+    assert image_build.find_image(root) == image
+    await image_build.build(root, kernel=make_tree(tmp_path / "again").image, agent=agent, parser=parser)
+    assert not list((root / "guest").glob(".build-*"))
+
+
+async def test_a_kernel_without_modules_is_told(tmp_path: Path, agent: Path, parser: Path) -> None:
+    lonely = tmp_path / "vmlinuz-0.0-nowhere"
+    lonely.write_bytes(ELF)
+    with pytest.raises(BadKernel, match="--modules"):
+        await image_build.build(tmp_path, kernel=lonely, agent=agent, parser=parser)
+
+
+async def test_builds_wait_for_each_other(tmp_path: Path) -> None:
+    """One would sweep away the scratch directory of the other."""
+    said: list[str] = []
+    async with packages.alone(tmp_path, said.append):
+        second = asyncio.create_task(_enter(tmp_path, said.append))
+        while not said:
+            await asyncio.sleep(0.01)
+        assert said == ["waiting for another build to end"] and not second.done()
+    async with asyncio.timeout(5):
+        await second
+
+
+async def _enter(directory: Path, progress: packages.Progress) -> None:
+    async with packages.alone(directory, progress):
+        pass

@@ -1,0 +1,63 @@
+"""A plan in the words of an OCI configuration: all of it that people look for, and nothing that breaks it."""
+
+from __future__ import annotations
+
+import json
+
+from sandbox.guest import guest_pb2 as pb
+from sandbox.plan import mounts
+from sandbox.plan.oci_view import runtime_spec
+
+
+def test_a_plan() -> None:
+    process = pb.Process(
+        argv=["sh", "-c", "true"],
+        env=[b"A=b", b"B=\xff"],
+        cwd="/srv",
+        uid=7,
+        gid=8,
+        groups=[9],
+        cap_effective=1 << 5,
+        oom_score_adj=-3,
+        no_new_privs=True,
+    )
+    bind = mounts.MS_BIND | mounts.MS_REC | mounts.MS_RDONLY
+    plan = pb.Start(
+        rootfs="/run/husk/rootfs/c",
+        process=process,
+        readonly_rootfs=True,
+        masked_paths=["/proc/kcore"],
+        devices=[pb.Device(path="/dev/fuse", type=0o020000, major=10, minor=229)],
+        mounts=[
+            pb.Mount(source="proc", target="/proc", type="proc", flags=mounts.MS_NOSUID, data="hidepid=2"),
+            pb.Mount(
+                source="/v/1", target="/v", flags=bind, recursive_readonly=True, propagation=mounts.MS_SLAVE
+            ),
+        ],
+        cgroup=[
+            pb.CgroupFile(name="io.max", value="8:0 rbps=1"),
+            pb.CgroupFile(name="io.max", value="8:16 rbps=2"),
+            pb.CgroupFile(name="memory.max", value="5"),
+        ],
+    )
+    spec = json.loads(json.dumps(runtime_spec(plan)))
+    assert spec["root"] == {"path": "/run/husk/rootfs/c", "readonly": True}
+    told = spec["process"]
+    assert (told["args"], told["cwd"], told["oomScoreAdj"]) == (["sh", "-c", "true"], "/srv", -3)
+    assert told["env"] == ["A=b", "B=\ufffd"]
+    assert told["user"] == {"uid": 7, "gid": 8, "additionalGids": [9]}
+    assert told["capabilities"]["effective"] == ["CAP_KILL"]
+    assert told["capabilities"]["ambient"] == []
+    assert spec["mounts"] == [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["hidepid=2", "nosuid"]},
+        {
+            "destination": "/v",
+            "type": "bind",
+            "source": "/v/1",
+            "options": ["rbind", "ro", "rro", "rslave"],
+        },
+    ]
+    linux = spec["linux"]
+    assert linux["devices"] == [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]
+    assert linux["maskedPaths"] == ["/proc/kcore"]
+    assert linux["resources"]["unified"] == {"io.max": "8:0 rbps=1\n8:16 rbps=2", "memory.max": "5"}

@@ -1,0 +1,88 @@
+"""Mount points made in a root filesystem whose links are an attacker's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox.guest import guest_pb2 as pb
+from sandbox.host.openat import make_beneath
+from sandbox.steps.container import make_mount_points
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _strict_umask() -> Iterator[None]:
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+def names(tmp_path: Path) -> set[str]:
+    return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+
+
+def test_files_and_directories_are_made_with_all_on_the_way(root: Path) -> None:
+    make_beneath(root, "/etc/hosts", directory=False)
+    make_beneath(root, "/var/run/secrets/token", directory=True)
+    assert (root / "etc/hosts").stat().st_mode & 0o777 == 0o644
+    assert all((root / path).stat().st_mode & 0o777 == 0o755 for path in ("var", "var/run/secrets/token"))
+
+
+def test_again_changes_nothing(root: Path) -> None:
+    (root / "etc/hosts").write_text("mine\n")
+    for directory in (False, True):
+        make_beneath(root, "/etc/hosts", directory=directory)
+    assert (root / "etc/hosts").read_text() == "mine\n"
+
+
+def test_links_are_followed_within_the_root(root: Path, tmp_path: Path) -> None:
+    (root / "var").symlink_to("/private")
+    (root / "private").mkdir()
+    (root / "up").symlink_to("../../..")
+    make_beneath(root, "/var/run", directory=True)
+    make_beneath(root, "/up/made", directory=True)
+    assert names(tmp_path) == {
+        "root",
+        *(f"root/{name}" for name in ["etc", "var", "private", "private/run", "up", "made"]),
+    }
+
+
+@pytest.mark.parametrize("target", ["/nowhere", "../../outside", "loop"])
+def test_what_leads_nowhere_is_left_alone(root: Path, tmp_path: Path, target: str) -> None:
+    (root / "loop").symlink_to(target)
+    before = names(tmp_path)
+    make_beneath(root, "/loop", directory=False)
+    make_beneath(root, "/loop/below", directory=True)
+    assert names(tmp_path) == before
+
+
+def test_a_file_on_the_way_is_left_for_the_guest_to_tell(root: Path) -> None:
+    (root / "etc/file").touch()
+    make_beneath(root, "/etc/file/below", directory=True)
+    assert (root / "etc/file").is_file()
+
+
+def test_what_another_mount_covers_is_not_made(root: Path) -> None:
+    plan = pb.Start(
+        mounts=[
+            pb.Mount(target="/dev", make=pb.Mount.DIRECTORY),
+            pb.Mount(target="/dev/shm", make=pb.Mount.DIRECTORY),
+            pb.Mount(target="/sys/fs/cgroup", make=pb.Mount.NOTHING),
+            pb.Mount(target="/data/one", make=pb.Mount.FILE),
+        ],
+        files=[pb.File(path="/etc/hostname"), pb.File(path="/dev/note")],
+    )
+    make_mount_points(root, plan)
+    made = {str(path.relative_to(root)) for path in root.rglob("*")}
+    assert made == {"dev", "data", "data/one", "etc", "etc/hostname"}
+    assert (root / "data/one").is_file()

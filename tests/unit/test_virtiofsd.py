@@ -1,0 +1,77 @@
+"""virtiofsd is found, told apart, and started on a socket that nobody else can take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sandbox.errors import MissingProgram
+from sandbox.host import process
+from sandbox.vmm import virtiofsd
+from sandbox.vmm.virtiofsd import Finder, Flavour, Share, Virtiofsd
+
+
+def program(directory: Path, line: str) -> str:
+    path = directory / "virtiofsd"
+    path.write_text(f"#!/bin/sh\necho '{line}'\necho run >>{directory}/runs\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "flavour"),
+    [
+        ("virtiofsd version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", Flavour.C),
+        ("virtiofsd 1.13.2", Flavour.RUST),
+    ],
+)
+async def test_told_apart_by_asking(tmp_path: Path, line: str, flavour: Flavour) -> None:
+    finder = Finder([str(tmp_path / "missing"), program(tmp_path, line)])
+    found = await finder.find()
+    assert (found.flavour, found.version) == (flavour, line)
+    assert await finder.find() == found
+    assert (tmp_path / "runs").read_text() == "run\n", "asked once, until the program changes"
+
+
+async def test_a_missing_one_is_named_with_its_package(tmp_path: Path) -> None:
+    with pytest.raises(MissingProgram, match="virtiofsd") as caught:
+        await Finder([str(tmp_path / "missing")]).find()
+    assert "apt-get install" in caught.value.package
+
+
+@pytest.mark.parametrize("flavour", list(Flavour))
+@pytest.mark.parametrize("cache", ["always", "auto"])
+def test_both_are_told_the_same(flavour: Flavour, cache: str) -> None:
+    daemon = Virtiofsd(path="/x/virtiofsd", flavour=flavour, version="")
+    argv = virtiofsd.plan_virtiofsd(daemon, Share(source="/pod/share", cache=cache), 7)
+    text = " ".join(argv)
+    assert argv[0] == "/x/virtiofsd"
+    for expected in ("--fd=7", f"cache={cache}", "sandbox=namespace", "xattr"):
+        assert expected in text
+    announced = ("announce_submounts" if flavour is Flavour.C else "--announce-submounts") in argv
+    assert announced == (cache == "auto"), "where the host mounts things while the guest runs"
+    assert "/pod/share" in text
+    assert "modcaps" not in text, "no capability beyond its own choice"
+
+
+async def test_started_on_a_socket_without_a_name(tmp_path: Path) -> None:
+    daemon = await Finder().find()
+    share = tmp_path / "share"
+    share.mkdir()
+    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    try:
+        identity, connection = await virtiofsd.start_virtiofsd(
+            daemon, Share(source=str(share), cache="auto"), at=tmp_path / "fs.sock", cgroups=(), log_fd=log
+        )
+    finally:
+        os.close(log)
+    try:
+        assert not (tmp_path / "fs.sock").exists()
+        assert process.alive(identity)
+    finally:
+        connection.close()
+        # it ends with its one connection, without being told
+        await process.wait_exit(identity)
+    assert process.find_by_argument(f"{tmp_path}/") == []
