@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from sandbox.host.size import find_host_size
+from sandbox.host import size
 from sandbox.spec import Handler
 
 DEFAULT_FILE = Path("/etc/husk/config.toml")
@@ -86,7 +86,7 @@ class Registry(Table, frozen=True, kw_only=True):
 
 def _pool_size() -> int:
     """So many pods at once start as quickly as one; what waits takes 3 % of the host's memory at most."""
-    return max(2, min(8, find_host_size().memory_mib >> 12))
+    return max(2, min(8, size.memory_mib() >> 12))
 
 
 class HandlerTable(Table, frozen=True, kw_only=True):

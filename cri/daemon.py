@@ -17,8 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cri.config import Config
-from cri.flights import Flights
-from cri.interceptor import Edge
+from cri.interceptor import Interceptor
 from cri.node import HuskNode
 from cri.observe import Metrics, MetricsServer, SandboxUsage, Sources
 from cri.ports import Features
@@ -28,32 +27,33 @@ from cri.services.runtime_service import runtime_service
 from cri.services.sessions import SandboxBackend
 from cri.streaming.server import Settings, StreamingServer
 from cri.version import version
-from image.library import Library
+from image.image_store import ImageStore
 from image.settings import Settings as ImageSettings
 from network.attach import Networks
 from network.errors import NetworkError
-from sandbox.containers import ContainerHost, Containers
+from sandbox.containers import ContainerDeps, Containers
 from sandbox.events import Events
 from sandbox.guest_image.build import default_profile
 from sandbox.host import cgroup
-from sandbox.host.limiter import Stage
-from sandbox.host.size import find_host_size
+from sandbox.host.flights import Flights
+from sandbox.host.limiter import Limiter
+from sandbox.host.size import memory_mib, usable_cpus
 from sandbox.host.tasks import Tasks
-from sandbox.host_pods.engine import ProcessEngine, ProcessHost
+from sandbox.host_pods.engine import ProcessDeps, ProcessEngine
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
-from sandbox.pods import PodHost, Pods
+from sandbox.pods import PodDeps, Pods
 from sandbox.records import ContainerRecord, PodRecord, Side
 from sandbox.registry import Registry
 from sandbox.spec import Isolation
-from sandbox.stats.collector import Meter
+from sandbox.stats.collector import StatsCollector
 from sandbox.stats.host_usage import HostUsage, host_usage
-from sandbox.stats.layer_usage import LayerMeter
-from sandbox.steps.pod import Walks, pod_walks
+from sandbox.stats.layer_usage import LayerUsage
+from sandbox.steps.pod import PodSteps, pod_walks
 from sandbox.store import Store
-from sandbox.vm_pods.engine import VmEngine, VmHost
-from sandbox.vm_pods.pool import Factory, FactoryHost
-from sandbox.vm_pods.resize import Room
+from sandbox.vm_pods.engine import VmDeps, VmEngine
+from sandbox.vm_pods.pool import PoolDeps, VmPool
+from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.steps import Vm, grow
 from sandbox.vm_pods.templates import Templates
 from sandbox.vmm import find_hypervisor
@@ -98,7 +98,7 @@ class Daemon:
             cache_dir=root / "cni",
             netns_dir=run_dir / "netns",
         )
-        self.images = Library(
+        self.images = ImageStore(
             root,
             ImageSettings(
                 config_path=Path(config.registry.config_path),
@@ -109,10 +109,10 @@ class Daemon:
         layout = cgroup.find_layout()
         self.node = HuskNode(config, self.hypervisor, layout)
         self.events = Events(self.registry)
-        self.meter = Meter(self.registry, LayerMeter(self.images.rootfs))
+        self.meter = StatsCollector(self.registry, LayerUsage(self.images.rootfs))
         self.containers = Containers(
             self.registry,
-            ContainerHost(
+            ContainerDeps(
                 store=self.container_store,
                 plans=root / "containers",
                 images=self.images,
@@ -123,13 +123,13 @@ class Daemon:
             ),
         )
         self.cgroups = cgroup.Cgroups(layout=layout, root=config.cgroup_root)
-        host = find_host_size()
+        host = HostSize(memory_mib=memory_mib(), cpus=usable_cpus())
         # a VM keeps a CPU busy while it starts; of a plug-in's time the better part is waiting
-        self.stages = (Stage("vm", max(2, host.cpus)), Stage("network", max(4, 2 * host.cpus)))
+        self.stages = (Limiter("vm", max(2, host.cpus)), Limiter("network", max(4, 2 * host.cpus)))
         vm = self._vm_step(host)
         walks = pod_walks(vm, self.stages[1])
-        self.factory = Factory(
-            FactoryHost(
+        self.factory = VmPool(
+            PoolDeps(
                 templates=vm.templates,
                 vm=vm,
                 walks=walks,
@@ -144,7 +144,7 @@ class Daemon:
         self.pods = Pods(
             self.registry,
             self.containers,
-            PodHost(
+            PodDeps(
                 store=self.pod_store,
                 run=run_dir,
                 engines={Isolation.VM: self._vm_engine(walks), Isolation.PROCESS: self.processes},
@@ -163,7 +163,7 @@ class Daemon:
                 tls_key=config.streaming.tls_key,
             ),
         )
-        self.server = Server(Path(config.socket), self._services(), Edge(self.metrics))
+        self.server = Server(Path(config.socket), self._services(), Interceptor(self.metrics))
 
     def _vm_step(self, host: HostSize) -> Vm:
         templates = Templates(
@@ -171,11 +171,11 @@ class Daemon:
         )
         return Vm(self.hypervisor, self.networks, self.cgroups, templates, self.stages[0], host)
 
-    def _vm_engine(self, walks: Walks) -> VmEngine:
+    def _vm_engine(self, walks: PodSteps) -> VmEngine:
         return VmEngine(
             self.registry,
             self.containers,
-            VmHost(
+            VmDeps(
                 hypervisor=self.hypervisor,
                 walks=walks,
                 factory=self.factory,
@@ -183,7 +183,7 @@ class Daemon:
                 make_pod=lambda record: self.pods.make(record),
                 rootfs=self.images.rootfs,
                 tasks=self.tasks,
-                room=Room(self.registry, grow),
+                room=Resizer(self.registry, grow),
                 default_profile=default_profile(Path(self.config.root)),
                 usage=self._usage_of,
             ),
@@ -193,7 +193,7 @@ class Daemon:
         return ProcessEngine(
             self.registry,
             self.containers,
-            ProcessHost(
+            ProcessDeps(
                 cgroups=cgroup.Cgroups(layout=cgroup.find_layout(whole=True), root=self.config.cgroup_root),
                 networks=self.networks,
                 stage=self.stages[1],

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import grpc
 
-from cri.flights import ShuttingDown
 from cri.streaming.tokens import TooManyTokens
 from image import errors as image
 from network import errors as network
 from sandbox import errors as sandbox
+from sandbox.host.flights import ShuttingDown
 from sandbox.spec import Value
 
 Code = grpc.StatusCode
@@ -30,7 +30,7 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     sandbox.Reserved: Code.FAILED_PRECONDITION,
     sandbox.WrongState: Code.FAILED_PRECONDITION,
     sandbox.MissingProgram: Code.FAILED_PRECONDITION,
-    sandbox.WishDeclined: Code.FAILED_PRECONDITION,
+    sandbox.InvalidContainerConfig: Code.FAILED_PRECONDITION,
     sandbox.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
     sandbox.FellBehind: Code.RESOURCE_EXHAUSTED,
     sandbox.GuestUnreachable: Code.UNAVAILABLE,
@@ -51,7 +51,7 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     image.MirrorConfigInvalid: Code.FAILED_PRECONDITION,
     image.ImageError: Code.INTERNAL,
     network.NetworkNotReady: Code.UNAVAILABLE,
-    network.WishRefused: Code.INVALID_ARGUMENT,
+    network.Unsatisfiable: Code.INVALID_ARGUMENT,
     network.NetworkError: Code.INTERNAL,
     ShuttingDown: Code.UNAVAILABLE,
     TooManyTokens: Code.RESOURCE_EXHAUSTED,

@@ -39,7 +39,7 @@ def is_quiet(method: str) -> bool:
     return reads and method not in _LOUD
 
 
-class Edge:
+class Interceptor:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
@@ -75,12 +75,12 @@ class Edge:
 
         return served
 
-    def _begin(self, method: str) -> _Visit:
+    def _begin(self, method: str) -> _Call:
         self._metrics.call_begun()
-        return _Visit(method, self._metrics)
+        return _Call(method, self._metrics)
 
 
-class _Visit:
+class _Call:
     """One call under way."""
 
     def __init__(self, method: str, metrics: Metrics) -> None:

@@ -20,7 +20,7 @@ from sandbox.guest_image.build import GuestImage, find_image
 from sandbox.host.cgroup import Layout, find_driver
 from sandbox.pods import find_handler
 from sandbox.spec import Handler
-from sandbox.vm_pods.accelerator import Verdict, choose
+from sandbox.vm_pods.accelerator import AcceleratorChoice, choose
 from sandbox.vmm import Hypervisor
 
 HOW_TO_BUILD = "husk guest build"
@@ -34,7 +34,7 @@ class HuskNode:
         self.cgroup_driver = find_driver(layout)
         self._hypervisor = hypervisor
         self._handlers = config.runtime_handlers()
-        self._verdicts: dict[tuple[str, str], Verdict] = {}
+        self._verdicts: dict[tuple[str, str], AcceleratorChoice] = {}
         self._probing = asyncio.Lock()
         self._problem: str | None = None
 
@@ -52,7 +52,7 @@ class HuskNode:
             initramfs=handler.initramfs or str(image.initramfs),
         )
 
-    async def verdict(self, handler: Handler) -> Verdict:
+    async def verdict(self, handler: Handler) -> AcceleratorChoice:
         """KVM or TCG for this handler's VMs; probed once. Raises MissingProgram."""
         image = self._image_of(handler)
         key = (handler.accelerator, image.hash)

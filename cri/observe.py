@@ -109,7 +109,7 @@ class SandboxUsage(Value, frozen=True, kw_only=True):
     memory_bytes: Mapping[str, int]
 
 
-class StageCount(Protocol):
+class LimiterCount(Protocol):
     """A stage of a start that only so many pods may be in at once."""
 
     @property
@@ -127,7 +127,7 @@ class Sources(Value, frozen=True, kw_only=True):
     isolation: Callable[[], Mapping[str, int]] = dict  # of the sandboxes that are ready
     containers: Callable[[], Mapping[str, int]] = dict  # by state
     usage: Callable[[], Sequence[SandboxUsage]] = tuple
-    stages: Callable[[], Sequence[StageCount]] = tuple
+    stages: Callable[[], Sequence[LimiterCount]] = tuple
 
 
 @dataclass(frozen=True, slots=True)

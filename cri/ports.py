@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from cri.streaming.session import Wish
+from cri.streaming.session import SessionOptions
 from image.auth import Auth
 from image.blobs import Progress
 from image.index import Image
@@ -63,7 +63,7 @@ class Containers(Protocol):
     async def describe(self, record: ContainerRecord) -> Mapping[str, object]: ...
 
 
-class Meter(Protocol):
+class StatsCollector(Protocol):
     def read(self, pod_ids: Iterable[PodId], *, files: bool = False) -> AsyncIterator[PodStats]:
         """Usage of each pod as it comes; those that do not tell soon are left out."""
 
@@ -74,7 +74,7 @@ class Events(Protocol):
 
 
 class Streaming(Protocol):
-    def url(self, wish: Wish) -> str:
+    def url(self, wish: SessionOptions) -> str:
         """Where a client finds its session, once and soon. Raises TooManyTokens."""
 
 

@@ -23,7 +23,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
 from cri.errors import NotOffered
-from cri.interceptor import Answer, Context, Edge, Request
+from cri.interceptor import Answer, Context, Interceptor, Request
 
 MESSAGE_MAX = 16 << 20  # what every client of the CRI receives and may send
 ANSWER_TIMEOUT_S = 1.0
@@ -45,7 +45,7 @@ class Service:
 
 
 class Server:
-    def __init__(self, path: Path, services: Sequence[Service], edge: Edge) -> None:
+    def __init__(self, path: Path, services: Sequence[Service], edge: Interceptor) -> None:
         self._path = path
         self._server = grpc.aio.server(
             options=(
@@ -108,13 +108,13 @@ def _umask(mask: int) -> Iterator[None]:
 # ------------------------------------------------------------------------------------ handlers
 
 
-def _handlers(service: Service, edge: Edge) -> grpc.GenericRpcHandler:
+def _handlers(service: Service, edge: Interceptor) -> grpc.GenericRpcHandler:
     methods = {method.name: _handler(method, service.parts, edge) for method in service.descriptor.methods}
     return grpc.method_handlers_generic_handler(service.descriptor.full_name, methods)
 
 
 def _handler(
-    method: MethodDescriptor, parts: Sequence[object], edge: Edge
+    method: MethodDescriptor, parts: Sequence[object], edge: Interceptor
 ) -> grpc.RpcMethodHandler[Any, Any]:
     name = method.name
     call = next((getattr(part, name) for part in parts if hasattr(part, name)), None)

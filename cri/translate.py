@@ -35,7 +35,7 @@ from cri.translate_security import (
 from sandbox.errors import InvalidSpec
 from sandbox.plan.mounts import MOUNT_OPTIONS
 from sandbox.spec import (
-    CdiWish,
+    CdiRequest,
     ContainerSpec,
     DeviceSpec,
     Dns,
@@ -265,14 +265,14 @@ def _device(device: pb.Device, at: str) -> DeviceSpec:
     )
 
 
-def _cdi_wishes(config: pb.ContainerConfig, at: str) -> Iterator[CdiWish]:
+def _cdi_wishes(config: pb.ContainerConfig, at: str) -> Iterator[CdiRequest]:
     """From the field, and from annotations, where device plug-ins of older kubelets leave them."""
     for number, device in enumerate(config.CDI_devices):
-        yield CdiWish(name=device.name, field=f"{at}.CDI_devices[{number}].name")
+        yield CdiRequest(name=device.name, field=f"{at}.CDI_devices[{number}].name")
     for key, value in config.annotations.items():
         if key.startswith(CDI_ANNOTATION):
             for name in value.split(","):
-                yield CdiWish(name=name, field=f"{at}.annotations[{key!r}]")
+                yield CdiRequest(name=name, field=f"{at}.annotations[{key!r}]")
 
 
 def _stop_signal(number: int, at: str) -> str:

@@ -35,8 +35,8 @@ from image import layer
 from image.blobs import storage_error
 from image.compression import Inflated
 from image.errors import DigestMismatch, ImageError
+from image.inode_spreading import scatter
 from image.layer import Limits, Usage
-from image.placement import scatter
 
 log = logging.getLogger(__name__)
 

@@ -29,10 +29,10 @@ from image.hosts import find_hosts
 from image.index import Image, Index, settings_of
 from image.layers import LayerStore
 from image.manifest import Descriptor, ImageConfig, ImageIndex, Manifest, Platform
-from image.places import Places
 from image.reference import Reference, parse
 from image.registry import Registry
 from image.settings import Settings
+from sandbox.host.limiter import Limiter
 
 Report = Callable[[Progress], None]
 NESTING_LIMIT = 3  # of indexes
@@ -72,8 +72,8 @@ class Puller:
         self._layers = layers
         self._settings = settings
         self._platform = manifest.host_platform(platform.machine())
-        self._downloads = Places("download", settings.max_downloads)
-        self._unpacks = Places("unpack", settings.max_unpacks)
+        self._downloads = Limiter("download", settings.max_downloads)
+        self._unpacks = Limiter("unpack", settings.max_unpacks)
         self.stages = (self._downloads, self._unpacks)
         self._on_end = on_end  # called whenever a pull or import has ended, however it did
         self._flights: dict[tuple[Reference, Auth | None], _Flight] = {}
@@ -277,7 +277,7 @@ class Puller:
         def tell(written: int) -> None:
             report(Progress(item=blob.digest, step="download", current=written, total=blob.size))
 
-        async with self._downloads:
+        async with self._downloads.slot():
             tell(0)
             writer = await asyncio.to_thread(BlobWriter, path, blob, tell)
             try:
@@ -288,7 +288,7 @@ class Puller:
     async def _unpack(
         self, blob: Descriptor, diff_id: str, chain: Sequence[str], path: Path, report: Report
     ) -> None:
-        async with self._unpacks:
+        async with self._unpacks.slot():
             report(Progress(item=blob.digest, step="unpack", current=0, total=blob.size))
             await self._layers.unpack(chain[-1], diff_id, chain[:-1], path)
             report(Progress(item=blob.digest, step="unpack", current=blob.size, total=blob.size))

@@ -25,25 +25,25 @@ from threading import Event
 import msgspec
 
 from network import netns
+from network.attachment_cache import AttachmentCache, CachedAttachment, CacheUnreadable
 from network.capabilities import capability_args, cni_args
 from network.cni import Cni
-from network.errors import NetnsError, NetworkNotReady, TapError, TeardownFailed, WishRefused
-from network.held import Held, HeldFiles, HeldUnreadable
+from network.errors import NetnsError, NetworkNotReady, TapError, TeardownFailed, Unsatisfiable
 from network.links import list_links, open_netlink, read_links
 from network.plugins import Plugins
 from network.readiness import Readiness
 from network.result import Result
-from network.spec import Attachment, Dns, Interface, NetworkStatus, NetworkWish, PortMapping, Route
+from network.spec import Attachment, Dns, Interface, NetworkRequest, NetworkStatus, PortMapping, Route
 from network.tap import FIRST_TAP, join, open_tap, open_taps
 from network.threads import in_thread
-from network.turns import Turns
+from sandbox.host.keyed_lock import KeyedLock
 
 __all__ = [
     "Attachment",
     "Dns",
     "Interface",
+    "NetworkRequest",
     "NetworkStatus",
-    "NetworkWish",
     "Networks",
     "PortMapping",
     "Route",
@@ -69,10 +69,10 @@ class Networks:
     ) -> None:
         self._cni = Cni(Plugins(tuple(bin_dirs), plugin_timeout_s))
         self._readiness = Readiness(conf_dir, self._cni)
-        self._held = HeldFiles(cache_dir)
+        self._held = AttachmentCache(cache_dir)
         self._netns_dir = netns_dir
         self._pod_cidr_file = cache_dir / _POD_CIDR
-        self._turns = Turns()
+        self._turns = KeyedLock()
 
     def status(self) -> NetworkStatus:
         """Whether a pod could be attached now; cheap, reads files only when they changed."""
@@ -81,7 +81,7 @@ class Networks:
     async def prepare(self, pod_id: str) -> int:
         """Make the namespace, and in it the first interface's tap; the caller owns the descriptor.
 
-        On failure, or when cancelled, nothing is left. Raises NetnsError, TapError, WishRefused.
+        On failure, or when cancelled, nothing is left. Raises NetnsError, TapError, Unsatisfiable.
         """
         async with self._turns.of(pod_id):
             return await in_thread(
@@ -91,10 +91,10 @@ class Networks:
     def netns_of(self, pod_id: str) -> Path:
         return self._netns_dir / pod_id
 
-    async def up(self, wish: NetworkWish) -> Attachment:
+    async def up(self, wish: NetworkRequest) -> Attachment:
         """Attach the pod. On failure, or when cancelled, nothing is left but what was prepared.
 
-        Raises NetworkNotReady, WishRefused, CniError, NetnsError, TapError.
+        Raises NetworkNotReady, Unsatisfiable, CniError, NetnsError, TapError.
         """
         cancelled = Event()
         async with self._turns.of(wish.pod_id):
@@ -166,14 +166,14 @@ class Networks:
 
         Pods made from now on pass it as the `ipRanges` capability to plug-ins that declare that:
         host-local then allocates from it. Kept on disk, as a kubelet sends it only when it changes.
-        Raises WishRefused.
+        Raises Unsatisfiable.
         """
         cidrs = [each.strip() for each in cidr.split(",") if each.strip()]
         for each in cidrs:
             try:
                 ipaddress.ip_network(each)
             except ValueError as error:
-                raise WishRefused("pod_cidr", str(error)) from error
+                raise Unsatisfiable("pod_cidr", str(error)) from error
         self._pod_cidr_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._pod_cidr_file.write_text(",".join(cidrs))
 
@@ -182,7 +182,7 @@ class Networks:
     def _prepare(self, pod_id: str) -> int:
         path = self.netns_of(pod_id)
         if path.exists():
-            raise WishRefused("pod_id", f"{pod_id} holds a network already; take that down first")
+            raise Unsatisfiable("pod_id", f"{pod_id} holds a network already; take that down first")
         netns.make(path)
         try:
             return netns.run_in(path, lambda: open_tap(FIRST_TAP))
@@ -194,10 +194,10 @@ class Networks:
         os.close(tap)
         self._down(pod_id)
 
-    def _up(self, wish: NetworkWish, cancelled: Callable[[], bool]) -> Attachment:
+    def _up(self, wish: NetworkRequest, cancelled: Callable[[], bool]) -> Attachment:
         held = self._plan(wish)
         if self._held.load(wish.pod_id):
-            raise WishRefused("pod_id", f"{wish.pod_id} is attached already; take that down first")
+            raise Unsatisfiable("pod_id", f"{wish.pod_id} is attached already; take that down first")
         path = Path(held.netns)
         prepared = path.exists()
         try:
@@ -217,10 +217,10 @@ class Networks:
             raise
         return attachment
 
-    def _plan(self, wish: NetworkWish) -> Held:
+    def _plan(self, wish: NetworkRequest) -> CachedAttachment:
         conf = self._readiness.conf()
         self._cni.check_installed(conf)
-        return Held(
+        return CachedAttachment(
             pod_id=wish.pod_id,
             netns=str(self.netns_of(wish.pod_id)),
             ifname=IFNAME,
@@ -229,7 +229,7 @@ class Networks:
             capabilities=capability_args(wish, self._pod_cidrs()),
         )
 
-    def _describe(self, held: Held) -> Attachment:
+    def _describe(self, held: CachedAttachment) -> Attachment:
         result = held.result or Result()
         interfaces, routes = netns.run_in(Path(held.netns), lambda: _read_and_join(result))
         dns = result.dns
@@ -264,7 +264,7 @@ class Networks:
             if held is not None:
                 path = Path(held.netns)
                 problems = self._cni.delete(held, cancelled)
-        except HeldUnreadable as error:
+        except CacheUnreadable as error:
             log.error("%s; its plug-ins are told to DEL by the configuration of today", error)
             self._delete_blindly(pod_id)
         if problems:
@@ -282,7 +282,7 @@ class Networks:
         except NetworkNotReady as error:
             log.error("what the network of pod %s holds outside is left to gc: %s", pod_id, error)
             return
-        held = Held(
+        held = CachedAttachment(
             pod_id=pod_id,
             netns=str(self._netns_dir / pod_id),
             ifname=IFNAME,
@@ -299,7 +299,7 @@ class Networks:
         wanted = held.attachment.interfaces[begin:]
         return netns.run_in(Path(held.netns), lambda: open_taps(wanted)) if wanted else ()
 
-    def _attached(self, pod_id: str) -> Held:
+    def _attached(self, pod_id: str) -> CachedAttachment:
         held = self._held.load(pod_id)
         if held is None or held.attachment is None:
             raise TapError("(none)", "find", f"pod {pod_id} has no network that is up")
@@ -337,7 +337,7 @@ def _read_and_join(result: Result) -> tuple[tuple[Interface, ...], tuple[Route, 
     return interfaces, routes
 
 
-def _with(held: Held, attachment: Attachment) -> Held:
+def _with(held: CachedAttachment, attachment: Attachment) -> CachedAttachment:
     return msgspec.structs.replace(held, attachment=attachment)
 
 

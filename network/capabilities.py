@@ -12,8 +12,8 @@ from decimal import Decimal
 
 import msgspec
 
-from network.errors import WishRefused
-from network.spec import NetworkWish, PortMapping
+from network.errors import Unsatisfiable
+from network.spec import NetworkRequest, PortMapping
 
 # Bits that may pass at once; the bandwidth plug-in wants a burst with each rate and takes no more.
 _MAX_BURST = 2**31 - 1
@@ -24,8 +24,8 @@ _FACTORS |= {f"{unit}i": Decimal(1024) ** power for power, unit in enumerate("KM
 _MIN_RATE, _MAX_RATE = 1000, 10**15  # what Kubernetes documents for the annotations
 
 
-def cni_args(wish: NetworkWish) -> str:
-    """The value of CNI_ARGS. Raises WishRefused for a name that would end its own entry."""
+def cni_args(wish: NetworkRequest) -> str:
+    """The value of CNI_ARGS. Raises Unsatisfiable for a name that would end its own entry."""
     values = {
         "IgnoreUnknown": "1",
         "K8S_POD_NAMESPACE": wish.namespace,
@@ -35,11 +35,11 @@ def cni_args(wish: NetworkWish) -> str:
     }
     for name, value in values.items():
         if any(character in value for character in ";=\n\0"):
-            raise WishRefused(name, f"{value!r} has a character that CNI_ARGS cannot carry")
+            raise Unsatisfiable(name, f"{value!r} has a character that CNI_ARGS cannot carry")
     return ";".join(f"{name}={value}" for name, value in values.items())
 
 
-def capability_args(wish: NetworkWish, pod_cidrs: tuple[str, ...]) -> dict[str, msgspec.Raw]:
+def capability_args(wish: NetworkRequest, pod_cidrs: tuple[str, ...]) -> dict[str, msgspec.Raw]:
     """Every capability that this pod gives a reason for; a plug-in gets those that it declares."""
     values: dict[str, object] = {}
     if ports := [_port(mapping) for mapping in wish.port_mappings if mapping.host_port]:
@@ -85,9 +85,9 @@ def _bandwidth(annotations: Mapping[str, str]) -> dict[str, int]:
 
 
 def _bits_per_second(annotation: str, text: str) -> int:
-    """A Kubernetes quantity. Raises WishRefused."""
+    """A Kubernetes quantity. Raises Unsatisfiable."""
     match = _QUANTITY.fullmatch(text)
     rate = int(Decimal(match[1]) * _FACTORS[match[2] or ""]) if match else 0
     if not _MIN_RATE <= rate <= _MAX_RATE:
-        raise WishRefused(f"annotation {annotation}", f"{text!r} is not a rate between 1k and 1P")
+        raise Unsatisfiable(f"annotation {annotation}", f"{text!r} is not a rate between 1k and 1P")
     return rate

@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 
 from network import netns
+from network.attachment_cache import CachedAttachment
 from network.conf import NetworkConf, Plugin, execution_conf
 from network.errors import CniError
-from network.held import Held
 from network.plugins import Plugins, printable
 from network.result import Result, parse_result, render_result
 
@@ -38,8 +38,11 @@ class Cni:
             self.plugins.find(plugin.type)
 
     def add(
-        self, held: Held, save: Callable[[Held], None], cancelled: Callable[[], bool] = lambda: False
-    ) -> Held:
+        self,
+        held: CachedAttachment,
+        save: Callable[[CachedAttachment], None],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> CachedAttachment:
         """ADD each plug-in, passing results along; each is `save`d as begun before it begins.
 
         Raises CniError; what was begun is then to be released with `delete`.
@@ -54,7 +57,7 @@ class Cni:
         save(held)
         return held
 
-    def delete(self, held: Held, cancelled: Callable[[], bool] = lambda: False) -> list[CniError]:
+    def delete(self, held: CachedAttachment, cancelled: Callable[[], bool] = lambda: False) -> list[CniError]:
         """DEL every plug-in that was begun, last first, whatever the others answer.
 
         A namespace that is gone is left out, as the specification asks: the plug-in then releases
@@ -72,7 +75,7 @@ class Cni:
                 problems.append(error)
         return problems
 
-    def check(self, held: Held) -> None:
+    def check(self, held: CachedAttachment) -> None:
         """CHECK that all is as ADD left it, where the version has it. Raises CniError."""
         if held.conf.disable_check or not held.conf.at_least("0.4.0"):
             return
@@ -103,13 +106,13 @@ class Cni:
                 problems.append(error)
         return problems
 
-    def _prev_result(self, held: Held) -> Mapping[str, msgspec.Raw]:
+    def _prev_result(self, held: CachedAttachment) -> Mapping[str, msgspec.Raw]:
         if held.result is None:
             return {}
         return {PREV_RESULT: msgspec.Raw(render_result(held.result, held.conf.version))}
 
 
-def _variables(held: Held, path: str) -> dict[str, str]:
+def _variables(held: CachedAttachment, path: str) -> dict[str, str]:
     return {
         "CNI_CONTAINERID": held.pod_id,
         "CNI_NETNS": path,

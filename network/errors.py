@@ -18,7 +18,7 @@ class NetworkNotReady(NetworkError):
         self.message = message
 
 
-class WishRefused(NetworkError):
+class Unsatisfiable(NetworkError):
     """A field of the wish cannot be handed to a plug-in; nothing was changed."""
 
     def __init__(self, field: str, problem: str) -> None:

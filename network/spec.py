@@ -22,7 +22,7 @@ class Dns(msgspec.Struct, frozen=True, kw_only=True):
     options: tuple[str, ...] = ()
 
 
-class NetworkWish(msgspec.Struct, frozen=True, kw_only=True):
+class NetworkRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a pod wants; the K8S_POD_* CNI_ARGS are made of the names."""
 
     pod_id: str

@@ -45,7 +45,7 @@ from sandbox.steps.cdi_files import with_devices
 from sandbox.store import Store
 
 if TYPE_CHECKING:
-    from image.library import Library
+    from image.image_store import ImageStore
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ EXIT_CODE_UNKNOWN = 255
 
 
 @dataclass(frozen=True, slots=True)
-class ContainerHost:
+class ContainerDeps:
     """What containers need of the host."""
 
     store: Store[ContainerRecord]
     plans: Path
-    images: Library
+    images: ImageStore
     rootfs: RootfsStore
     events: Events
     cdi_dirs: Sequence[Path] = ()
@@ -71,7 +71,7 @@ class ContainerHost:
 
 
 class Containers:
-    def __init__(self, registry: Registry, host: ContainerHost) -> None:
+    def __init__(self, registry: Registry, host: ContainerDeps) -> None:
         self._registry = registry
         self._host = host
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
-from sandbox.lifecycle import Step, Walk
+from sandbox.lifecycle import Step, Steps
 from sandbox.session import Connection, Session
 from sandbox.spec import ContainerId, Handler, PodSpec, Resources
 
@@ -34,12 +34,12 @@ class Exits(Protocol):
 class Engine(Protocol):
     """One for all pods of a kind. Calls raise SandboxError; GuestError where the request is refused."""
 
-    walk: Walk[Pod]  # from nothing to a pod, and back
+    walk: Steps[Pod]  # from nothing to a pod, and back
     steps: Sequence[Step[Container]]  # what a container holds of the host
 
     # ------------------------------------------------------------------------------- pods
 
-    async def take(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Walk[Pod]]:
+    async def take(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
         """A pod for this specification, and what is left of its walk. Raises InvalidSpec, MissingProgram."""
 
     def settled(self) -> None:

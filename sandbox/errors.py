@@ -97,7 +97,7 @@ class GuestError(SandboxError):
         self.message = message
 
 
-class WishDeclined(GuestError):
+class InvalidContainerConfig(GuestError):
     """A client wished what cannot be had where the container runs: its program, directory, limits, sysctls.
 
     A matter of the request or of the image, not of Husk: asking again is of no use.

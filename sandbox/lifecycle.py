@@ -40,17 +40,17 @@ PLAIN = (InvalidSpec, MissingProgram, PhaseFailed)
 
 
 @dataclass(frozen=True, slots=True)
-class Beside(Generic[Subject]):
+class Parallel(Generic[Subject]):
     """Walks that do not depend on each other, gone at the same time."""
 
-    branches: Sequence[Walk[Subject]]
+    branches: Sequence[Steps[Subject]]
 
 
-Walk: TypeAlias = "Sequence[Step[Subject] | Beside[Subject]]"
+Steps: TypeAlias = "Sequence[Step[Subject] | Parallel[Subject]]"
 
 
 async def bring_up(
-    walk: Walk[Subject],
+    walk: Steps[Subject],
     subject: Subject,
     *,
     begin: Callable[[Sequence[str]], None],
@@ -68,11 +68,11 @@ async def bring_up(
     begun: list[str] = []
     failed = asyncio.Event()
 
-    async def go(walk: Walk[Subject]) -> None:
+    async def go(walk: Steps[Subject]) -> None:
         for each in walk:
             if failed.is_set():
                 return
-            if isinstance(each, Beside):
+            if isinstance(each, Parallel):
                 await _all(go(branch) for branch in each.branches)
                 continue
             started = time.monotonic()
@@ -102,15 +102,15 @@ async def bring_up(
 
 
 async def take_down(
-    walk: Walk[Subject], subject: Subject, *, ended: Callable[[Collection[str]], None]
+    walk: Steps[Subject], subject: Subject, *, ended: Callable[[Collection[str]], None]
 ) -> None:
     """Run every `down` in reverse order, whatever the others do. Raises UndoFailed at the end."""
     failures: list[tuple[str, BaseException]] = []
     released: list[str] = []
 
-    async def go(walk: Walk[Subject]) -> None:
+    async def go(walk: Steps[Subject]) -> None:
         for each in reversed(walk):
-            if isinstance(each, Beside):
+            if isinstance(each, Parallel):
                 await _all(go(branch) for branch in each.branches)
                 continue
             try:
@@ -128,24 +128,24 @@ async def take_down(
         raise UndoFailed(failures)
 
 
-def names_of(walk: Walk[Subject]) -> list[str]:
+def names_of(walk: Steps[Subject]) -> list[str]:
     return [
         name
         for each in walk
         for name in (
             [name for branch in each.branches for name in names_of(branch)]
-            if isinstance(each, Beside)
+            if isinstance(each, Parallel)
             else [each.name]
         )
     ]
 
 
-def only(walk: Walk[Subject], names: Collection[str]) -> Walk[Subject]:
+def only(walk: Steps[Subject], names: Collection[str]) -> Steps[Subject]:
     """The steps with these names, in their places."""
     return [
-        Beside([only(branch, names) for branch in each.branches]) if isinstance(each, Beside) else each
+        Parallel([only(branch, names) for branch in each.branches]) if isinstance(each, Parallel) else each
         for each in walk
-        if isinstance(each, Beside) or each.name in names
+        if isinstance(each, Parallel) or each.name in names
     ]
 
 

@@ -27,7 +27,7 @@ from sandbox.vm_pods.boot_phases import guest_phases
 if TYPE_CHECKING:
     from sandbox.engine import Engine
     from sandbox.guest.client import GuestClient
-    from sandbox.host.limiter import Stage
+    from sandbox.host.limiter import Limiter
     from sandbox.vmm import Machine
 
 # Long enough for a loaded, emulated guest; short enough that a caller learns of a dead one.
@@ -117,10 +117,10 @@ class Pod(Recorded[PodRecord]):
         self.note_phase(name, begin, time.monotonic())
 
     @contextlib.asynccontextmanager
-    async def queued(self, stage: Stage) -> AsyncIterator[None]:
+    async def queued(self, stage: Limiter) -> AsyncIterator[None]:
         """A place in a stage; a pod that nobody has asked for yet lets all others go first."""
         begin = time.monotonic()
-        async with stage.place(idle=self.record.state is PodState.WAITING):
+        async with stage.slot(idle=self.record.state is PodState.WAITING):
             self.note_phase(f"queue-{stage.name}", begin, time.monotonic())
             yield
 

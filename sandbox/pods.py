@@ -23,7 +23,7 @@ from sandbox.containers import Containers
 from sandbox.engine import Engine
 from sandbox.errors import InvalidSpec, NotFound, SandboxError
 from sandbox.events import Events
-from sandbox.lifecycle import UndoFailed, Walk, bring_up, only, take_down
+from sandbox.lifecycle import Steps, UndoFailed, bring_up, only, take_down
 from sandbox.plan.resources import merge_resources
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState
@@ -39,7 +39,7 @@ STOP_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class PodHost:
+class PodDeps:
     """What pods need of the host."""
 
     store: Store[PodRecord]
@@ -51,7 +51,7 @@ class PodHost:
 
 
 class Pods:
-    def __init__(self, registry: Registry, containers: Containers, host: PodHost) -> None:
+    def __init__(self, registry: Registry, containers: Containers, host: PodDeps) -> None:
         self._registry = registry
         self._containers = containers
         self._host = host
@@ -130,7 +130,7 @@ class Pods:
         self._host.on_started(pod.record)
         return pod.id
 
-    async def _begin(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Walk[Pod]]:
+    async def _begin(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
         """A pod that is STARTING, and the rest of its way. Raises InvalidSpec, MissingProgram."""
         began = time.monotonic()
         engine = self._host.engines[isolation_of(spec, handler)]

@@ -172,7 +172,7 @@ class DeviceSpec(Value, frozen=True, kw_only=True):
     permissions: str = "rwm"
 
 
-class CdiWish(Value, frozen=True, kw_only=True):
+class CdiRequest(Value, frozen=True, kw_only=True):
     """A device by its CDI name, and the field of the request that names it."""
 
     name: str
@@ -218,7 +218,7 @@ class ContainerSpec(Value, frozen=True, kw_only=True):
     envs: tuple[tuple[str, bytes], ...] = ()
     mounts: tuple[MountSpec, ...] = ()
     devices: tuple[DeviceSpec, ...] = ()
-    cdi_devices: tuple[CdiWish, ...] = ()
+    cdi_devices: tuple[CdiRequest, ...] = ()
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     log_path: str = ""  # relative to the pod's log directory; empty: no log

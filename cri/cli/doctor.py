@@ -38,7 +38,7 @@ SPACE_FAIL = 512 << 20
 SPACE_WARN = 4 << 30
 
 
-class Verdict(StrEnum):
+class CheckResult(StrEnum):
     OK = "ok"
     WARN = "warn"
     FAIL = "fail"
@@ -46,7 +46,7 @@ class Verdict(StrEnum):
 
 class Finding(Value, frozen=True, kw_only=True):
     name: str
-    verdict: Verdict
+    verdict: CheckResult
     detail: str
     fix: str = ""
 
@@ -67,15 +67,15 @@ class Check:
 
 
 def ok(name: str, detail: str) -> Finding:
-    return Finding(name=name, verdict=Verdict.OK, detail=detail)
+    return Finding(name=name, verdict=CheckResult.OK, detail=detail)
 
 
 def warn(name: str, detail: str, fix: str = "") -> Finding:
-    return Finding(name=name, verdict=Verdict.WARN, detail=detail, fix=fix)
+    return Finding(name=name, verdict=CheckResult.WARN, detail=detail, fix=fix)
 
 
 def fail(name: str, detail: str, fix: str = "") -> Finding:
-    return Finding(name=name, verdict=Verdict.FAIL, detail=detail, fix=fix)
+    return Finding(name=name, verdict=CheckResult.FAIL, detail=detail, fix=fix)
 
 
 async def examine(host: Host) -> Sequence[Finding]:
@@ -111,7 +111,7 @@ async def hypervisor(host: Host) -> Finding:
 
 async def file_server(host: Host) -> Finding:
     try:
-        found = await virtiofsd.Finder().find()
+        found = await virtiofsd.Prober().find()
     except MissingProgram as error:
         return fail("virtiofsd", str(error), error.package)
     return ok("virtiofsd", f"{found.version} ({found.path})")
@@ -327,7 +327,7 @@ CHECKS: Sequence[Check] = (
 
 
 def failed(findings: Sequence[Finding]) -> bool:
-    return any(finding.verdict is Verdict.FAIL for finding in findings)
+    return any(finding.verdict is CheckResult.FAIL for finding in findings)
 
 
 def as_text(findings: Sequence[Finding]) -> Iterator[str]:

@@ -19,7 +19,7 @@ BATCH_BYTES = 256 << 10  # of a streamed list; far below what a client takes in 
 ITEM_TAG = b"\x0a"  # field 1, length-delimited
 
 
-class EncodedList(Generic[R]):
+class ListCache(Generic[R]):
     """The bytes of a list message, remembered per item."""
 
     def __init__(self, key: Callable[[R], Hashable], encode: Callable[[R], Message]) -> None:

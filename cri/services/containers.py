@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from cri.fields import renamed
-from cri.flights import Flights
 from cri.observe import as_json, note_pod
 from cri.ports import Containers
 from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects
-from cri.responses.list_cache import EncodedList
+from cri.responses.list_cache import ListCache
 from cri.translate import container_spec, update_resources
 from sandbox.errors import InvalidSpec, NotFound
+from sandbox.host.flights import Flights
 from sandbox.records import ContainerRecord
 
 # A negative or absurd timeout would be a wait for ever, or an overflow of the clock.
@@ -23,7 +23,7 @@ class ContainerCalls:
     def __init__(self, containers: Containers, flights: Flights) -> None:
         self._containers = containers
         self._flights = flights
-        self._items = EncodedList[ContainerRecord](lambda record: record.id, objects.container_item)
+        self._items = ListCache[ContainerRecord](lambda record: record.id, objects.container_item)
 
     # ------------------------------------------------------------------------------ life cycle
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cri.flights import Flights
 from cri.observe import Metrics
 from cri.ports import Images
 from cri.proto import husk_v1_pb2 as husk
@@ -12,6 +11,7 @@ from cri.proto import runtime_v1_pb2 as pb
 from cri.server import Service
 from cri.services.images import ImageCalls
 from cri.services.transfers import TransferCalls
+from sandbox.host.flights import Flights
 
 
 def image_service(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from cri.flights import Flights
 from cri.observe import Metrics, as_json
 from cri.ports import Images
 from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects
-from cri.responses.list_cache import EncodedList
+from cri.responses.list_cache import ListCache
 from image.auth import Auth
 from image.blobs import Progress
 from image.errors import ImageNotFound
 from image.index import Image
 from sandbox.errors import InvalidSpec
+from sandbox.host.flights import Flights
 
 Handlers = Callable[[], Sequence[str]]
 
@@ -28,7 +28,7 @@ class ImageCalls:
         self._flights = flights
         self._metrics = metrics
         self._handlers = handlers
-        self._items = EncodedList[Image](lambda image: image.id, objects.image)
+        self._items = ListCache[Image](lambda image: image.id, objects.image)
 
     async def ListImages(self, request: pb.ListImagesRequest) -> bytes:
         images = self._images.list()

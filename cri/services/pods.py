@@ -6,14 +6,14 @@ import time
 from collections.abc import AsyncIterator
 
 from cri.fields import renamed
-from cri.flights import Flights
 from cri.observe import as_json
 from cri.ports import Node, Pods
 from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects
-from cri.responses.list_cache import EncodedList
+from cri.responses.list_cache import ListCache
 from cri.translate import pod_spec, resources
 from sandbox.errors import InvalidSpec, NotFound
+from sandbox.host.flights import Flights
 from sandbox.records import ContainerRecord, ContainerState, PodRecord
 
 
@@ -22,7 +22,7 @@ class PodCalls:
         self._pods = pods
         self._node = node
         self._flights = flights
-        self._items = EncodedList[PodRecord](lambda record: record.id, objects.pod_item)
+        self._items = ListCache[PodRecord](lambda record: record.id, objects.pod_item)
 
     async def RunPodSandbox(self, request: pb.RunPodSandboxRequest) -> pb.RunPodSandboxResponse:
         spec = pod_spec(request.config, request.runtime_handler)

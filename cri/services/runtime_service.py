@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cri.flights import Flights
-from cri.ports import Containers, Events, Meter, Networks, Node, Pods, Streaming
+from cri.ports import Containers, Events, Networks, Node, Pods, StatsCollector, Streaming
 from cri.proto import runtime_v1_pb2 as pb
 from cri.server import Service
 from cri.services.containers import ContainerCalls
@@ -12,13 +11,14 @@ from cri.services.node import NodeCalls
 from cri.services.pods import PodCalls
 from cri.services.sessions import StreamCalls
 from cri.services.stats import StatsCalls
+from sandbox.host.flights import Flights
 
 
 def runtime_service(
     *,
     pods: Pods,
     containers: Containers,
-    meter: Meter,
+    meter: StatsCollector,
     events: Events,
     networks: Networks,
     node: Node,

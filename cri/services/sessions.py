@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cri.observe import note_pod
 from cri.ports import Containers, Pods, Streaming
 from cri.proto import runtime_v1_pb2 as pb
-from cri.streaming.session import AttachWish, ExecWish, ForwardWish
+from cri.streaming.session import AttachOptions, ExecOptions, PortForwardOptions
 from sandbox.errors import InvalidSpec, WrongState
 from sandbox.records import ContainerRecord, ContainerState
 from sandbox.session import Connection, Session
@@ -25,7 +25,7 @@ class StreamCalls:
         _check_streams(request)
         if not request.cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
-        wish = ExecWish(
+        wish = ExecOptions(
             container_id=self._running(request.container_id).id,
             cmd=tuple(request.cmd),
             tty=request.tty,
@@ -37,7 +37,7 @@ class StreamCalls:
 
     async def Attach(self, request: pb.AttachRequest) -> pb.AttachResponse:
         _check_streams(request)
-        wish = AttachWish(
+        wish = AttachOptions(
             container_id=self._running(request.container_id).id,
             tty=request.tty,
             stdin=request.stdin,
@@ -52,7 +52,7 @@ class StreamCalls:
         note_pod(record.id[:13])
         if not record.ready:
             raise WrongState("sandbox", record.id, record.state, "ready")
-        wish = ForwardWish(pod_id=record.id, ports=tuple(request.port))
+        wish = PortForwardOptions(pod_id=record.id, ports=tuple(request.port))
         return pb.PortForwardResponse(url=self._streaming.url(wish))
 
     def _running(self, id: str) -> ContainerRecord:
@@ -84,7 +84,7 @@ class SandboxBackend:
         self._pods = pods
         self._containers = containers
 
-    async def exec(self, wish: ExecWish) -> Session:
+    async def exec(self, wish: ExecOptions) -> Session:
         return await self._containers.exec(
             wish.container_id,
             wish.cmd,
@@ -94,7 +94,7 @@ class SandboxBackend:
             stderr=wish.stderr,
         )
 
-    async def attach(self, wish: AttachWish) -> Session:
+    async def attach(self, wish: AttachOptions) -> Session:
         return await self._containers.attach(
             wish.container_id, stdin=wish.stdin, stdout=wish.stdout, stderr=wish.stderr
         )

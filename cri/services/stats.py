@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cri.observe import note_pod
-from cri.ports import Containers, Meter, Pods
+from cri.ports import Containers, Pods, StatsCollector
 from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects, pod_metrics, usage
 from cri.responses.pod_metrics import Filesystem, Measured
@@ -27,7 +27,9 @@ from sandbox.stats.parse import PodStats
 class StatsCalls:
     """`layers_mountpoint` is a path on the filesystem of the containers' writable layers."""
 
-    def __init__(self, pods: Pods, containers: Containers, meter: Meter, layers_mountpoint: str) -> None:
+    def __init__(
+        self, pods: Pods, containers: Containers, meter: StatsCollector, layers_mountpoint: str
+    ) -> None:
         self._pods = pods
         self._containers = containers
         self._meter = meter

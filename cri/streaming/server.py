@@ -27,7 +27,7 @@ from cri.streaming.channels import Channel, ConnectionLost
 from cri.streaming.http import Exchange, Refused, Request
 from cri.streaming.port_forward import ForwardedStreams, forward
 from cri.streaming.remote_command import CommandChannels, run
-from cri.streaming.session import AttachWish, Backend, ExecWish, ForwardWish, Wish
+from cri.streaming.session import AttachOptions, Backend, ExecOptions, PortForwardOptions, SessionOptions
 from cri.streaming.spdy_channels import SpdyPeer
 from cri.streaming.tokens import Tokens
 from cri.streaming.websocket import COMMAND_FORMS, FORWARD_FORMS, TUNNEL, Form
@@ -47,7 +47,11 @@ COMMAND_PROTOCOLS = ("v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.i
 RESIZING = frozenset(COMMAND_PROTOCOLS[:2])
 WITH_STATUS = frozenset(COMMAND_PROTOCOLS[:1])
 
-_PATHS: dict[type[Wish], str] = {ExecWish: "exec", AttachWish: "attach", ForwardWish: "portforward"}
+_PATHS: dict[type[SessionOptions], str] = {
+    ExecOptions: "exec",
+    AttachOptions: "attach",
+    PortForwardOptions: "portforward",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ class StreamingServer:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def url(self, wish: Wish) -> str:
+    def url(self, wish: SessionOptions) -> str:
         """Where the client finds its session, once, within the next minute. Raises TooManyTokens."""
         return f"{self._base}/{_PATHS[type(wish)]}/{self._tokens.issue(wish)}"
 
@@ -155,7 +159,7 @@ class StreamingServer:
             return
         await conversation.hold(begin, TcpWire(reader, writer, request.early))
 
-    def _redeem(self, request: Request) -> Wish:
+    def _redeem(self, request: Request) -> SessionOptions:
         """Raises Refused."""
         if request.method not in ("GET", "POST"):
             raise Refused(405, "only GET and POST", [("Allow", "GET, POST")])
@@ -175,7 +179,7 @@ Beginning = tuple[bytes, Callable[[TcpWire], Awaitable[str]]]
 class _Conversation:
     """One session."""
 
-    def __init__(self, backend: Backend, settings: Settings, wish: Wish) -> None:
+    def __init__(self, backend: Backend, settings: Settings, wish: SessionOptions) -> None:
         self._backend = backend
         self._wish = wish
         self._idle = Idle(settings.idle_timeout_s)
@@ -235,7 +239,7 @@ class _Conversation:
     # ---------------------------------------------------------------------------------- SPDY
 
     def _choose_spdy(self, request: Request, exchange: Exchange) -> Beginning:
-        forwards = isinstance(self._wish, ForwardWish)
+        forwards = isinstance(self._wish, PortForwardOptions)
         known = (FORWARD_PROTOCOL,) if forwards else COMMAND_PROTOCOLS
         offered = request.values(PROTOCOL_HEADER)
         if not offered:
@@ -267,7 +271,7 @@ class _Conversation:
     async def _command(self, wire: Wire, version: str) -> str:
         peer = SpdyPeer(wire, self._idle)
         wish = self._wish
-        assert not isinstance(wish, ForwardWish)
+        assert not isinstance(wish, PortForwardOptions)
         wanted = {"error"} | {name for name in ("stdin", "stdout", "stderr") if getattr(wish, name)}
         if wish.tty and version in RESIZING:
             wanted.add("resize")
@@ -285,13 +289,13 @@ class _Conversation:
     # ----------------------------------------------------------------------------- WebSocket
 
     def _choose_websocket(self, request: Request) -> Beginning:
-        forwards = isinstance(self._wish, ForwardWish)
+        forwards = isinstance(self._wish, PortForwardOptions)
         forms = FORWARD_FORMS if forwards else COMMAND_FORMS
         known = [*forms, TUNNEL] if forwards else list(forms)
         chosen = websocket.choose(request.values("sec-websocket-protocol"), [each for each in known if each])
         if chosen is None:
             raise Refused(403, f"none of the subprotocols is known; known: {', '.join(filter(None, known))}")
-        if isinstance(self._wish, ForwardWish) and chosen != TUNNEL:
+        if isinstance(self._wish, PortForwardOptions) and chosen != TUNNEL:
             self._check_ports(self._wish.ports, forms[chosen])
         self._protocol = f"WebSocket {chosen}"
         connection = WSConnection(ConnectionType.SERVER)
@@ -325,7 +329,7 @@ class _Conversation:
 
     async def _command_websocket(self, socket: WebSocket, form: Form) -> str:
         wish = self._wish
-        assert not isinstance(wish, ForwardWish)
+        assert not isinstance(wish, PortForwardOptions)
         peer = WebSocketPeer(socket, form, 5, self._idle)
         stdin, stdout, stderr, error, resize = peer.channels
         channels = CommandChannels(
@@ -346,7 +350,7 @@ class _Conversation:
 
     async def _forward_websocket(self, socket: WebSocket, form: Form) -> str:
         wish = self._wish
-        assert isinstance(wish, ForwardWish)
+        assert isinstance(wish, PortForwardOptions)
         peer = WebSocketPeer(socket, form, 2 * len(wish.ports), self._idle)
 
         async def work() -> str:
@@ -364,13 +368,13 @@ class _Conversation:
     # ------------------------------------------------------------------------------- backend
 
     async def _begin(self) -> Session:
-        if isinstance(self._wish, ExecWish):
+        if isinstance(self._wish, ExecOptions):
             return await self._backend.exec(self._wish)
-        assert isinstance(self._wish, AttachWish)
+        assert isinstance(self._wish, AttachOptions)
         return await self._backend.attach(self._wish)
 
     async def _dial(self, port: int) -> Connection:
-        assert isinstance(self._wish, ForwardWish)
+        assert isinstance(self._wish, PortForwardOptions)
         return await self._backend.dial(self._wish.pod_id, port)
 
 
@@ -388,5 +392,5 @@ async def _gather(peer: SpdyPeer, wanted: set[str]) -> dict[str, Any]:
     raise ConnectionLost("the client opened no more streams, and not all that it asked for")
 
 
-def _subject(wish: Wish) -> str:
-    return wish.pod_id if isinstance(wish, ForwardWish) else wish.container_id
+def _subject(wish: SessionOptions) -> str:
+    return wish.pod_id if isinstance(wish, PortForwardOptions) else wish.container_id

@@ -9,7 +9,7 @@ from sandbox.session import Connection, Session
 
 
 @dataclass(frozen=True, slots=True)
-class ExecWish:
+class ExecOptions:
     container_id: str
     cmd: tuple[str, ...]
     tty: bool
@@ -19,7 +19,7 @@ class ExecWish:
 
 
 @dataclass(frozen=True, slots=True)
-class AttachWish:
+class AttachOptions:
     container_id: str
     tty: bool
     stdin: bool
@@ -28,17 +28,17 @@ class AttachWish:
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardWish:
+class PortForwardOptions:
     pod_id: str
     ports: tuple[int, ...]  # only WebSocket clients need them; in SPDY each connection names its own
 
 
-Wish = ExecWish | AttachWish | ForwardWish
+SessionOptions = ExecOptions | AttachOptions | PortForwardOptions
 
 
 class Backend(Protocol):
     """Every call may raise SandboxError, and then holds nothing."""
 
-    async def exec(self, wish: ExecWish) -> Session: ...
-    async def attach(self, wish: AttachWish) -> Session: ...
+    async def exec(self, wish: ExecOptions) -> Session: ...
+    async def attach(self, wish: AttachOptions) -> Session: ...
     async def dial(self, pod_id: str, port: int) -> Connection: ...

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable
 
-from cri.streaming.session import Wish
+from cri.streaming.session import SessionOptions
 
 LIFETIME_S = 60.0
 MOST = 1000
@@ -24,9 +24,9 @@ class Tokens:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._pending: dict[str, tuple[float, Wish]] = {}  # oldest first
+        self._pending: dict[str, tuple[float, SessionOptions]] = {}  # oldest first
 
-    def issue(self, wish: Wish) -> str:
+    def issue(self, wish: SessionOptions) -> str:
         """Raises TooManyTokens."""
         self._forget_expired()
         if len(self._pending) >= MOST:
@@ -35,7 +35,7 @@ class Tokens:
         self._pending[token] = (self._clock() + LIFETIME_S, wish)
         return token
 
-    def redeem(self, token: str) -> Wish | None:
+    def redeem(self, token: str) -> SessionOptions | None:
         """What the token stands for, the first time and in time; else None."""
         self._forget_expired()
         found = self._pending.pop(token, None)

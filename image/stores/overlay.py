@@ -23,7 +23,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from image import deep, idmap
+from image import idmap, tree_ops
 from image.blobs import storage_error
 from image.errors import ImageNotFound
 from image.idmap import IdMap, outside
@@ -60,7 +60,7 @@ class OverlayStore:
         await asyncio.to_thread(self._down, key, target)
 
     def usage(self, key: str) -> Usage:
-        return deep.measure(self._home(key) / "upper")
+        return tree_ops.measure(self._home(key) / "upper")
 
     def keys(self) -> Collection[str]:
         try:
@@ -96,7 +96,7 @@ class OverlayStore:
         home = self._home(key)
         try:
             _unmount_all(target)
-            deep.remove(home)
+            tree_ops.remove(home)
         except OSError as error:
             raise storage_error(error, home, "removing a root filesystem") from error
 

@@ -24,9 +24,9 @@ from sandbox.errors import (
     DeadlineExceeded,
     GuestError,
     GuestUnreachable,
+    InvalidContainerConfig,
     ProtocolError,
     VersionMismatch,
-    WishDeclined,
 )
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest import transports
@@ -346,7 +346,7 @@ class GuestClient:
 
 
 def _refusal(failure: pb.Failure) -> GuestError:
-    kind = WishDeclined if failure.step.partition(" ")[0] in _OF_WISHES else GuestError
+    kind = InvalidContainerConfig if failure.step.partition(" ")[0] in _OF_WISHES else GuestError
     return kind(failure.step[:_MAX_TEXT], failure.errno, failure.message[:_MAX_TEXT])
 
 

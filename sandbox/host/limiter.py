@@ -1,6 +1,6 @@
-"""Stages of a start that only so many pods may be in at once: more would only make all of them late.
+"""Bounds on how much work of one kind runs at once, so that the excess waits instead of slowing everything.
 
-First come, first served; work that nobody waits for (filling the pool) goes last.
+First come, first served. Idle work, whose result no caller waits for (filling the pool), comes last.
 """
 
 from __future__ import annotations
@@ -11,54 +11,54 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 
-class Stage:
-    """`limit` places. For one event loop."""
+class Limiter:
+    """At most `limit` holders at once. For one event loop; `name` is its label in the metrics."""
 
     def __init__(self, name: str, limit: int) -> None:
         self.name = name
         self.limit = limit
         self.active = 0
         self._queue: deque[asyncio.Future[None]] = deque()
-        self._idlers: deque[asyncio.Future[None]] = deque()
+        self._idle_queue: deque[asyncio.Future[None]] = deque()
 
     @property
     def waiting(self) -> int:
-        """Not counting idle work."""
+        """How many callers wait for a slot, without idle work."""
         return sum(not each.done() for each in self._queue)
 
     @contextlib.asynccontextmanager
-    async def place(self, *, idle: bool = False) -> AsyncIterator[None]:
-        """Wait for a place and hold it. Idle work gets one only when nobody else is there at all."""
+    async def slot(self, *, idle: bool = False) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. Idle work gets one only while no slot is held or waited for."""
         if self.active >= self.limit or (idle and (self.active or self._queue)):
-            await self._wait(self._idlers if idle else self._queue)
+            await self._wait(self._idle_queue if idle else self._queue)
         else:
             self.active += 1
         try:
             yield
         finally:
             self.active -= 1
-            self._call_next()
+            self._grant_next()
 
     async def _wait(self, queue: deque[asyncio.Future[None]]) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(turn)
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(granted)
         try:
-            await turn
+            await granted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # called, and gone before it heard
+            if granted.done() and not granted.cancelled():  # cancelled between the grant and its wake-up
                 self.active -= 1
-                self._call_next()
+                self._grant_next()
             else:
-                queue.remove(turn)
+                queue.remove(granted)
             raise
 
-    def _call_next(self) -> None:
+    def _grant_next(self) -> None:
         while self._queue and self.active < self.limit:
-            self._call(self._queue)
-        if self.active == 0 and self._idlers:
-            self._call(self._idlers)
+            self._grant(self._queue)
+        if self.active == 0 and self._idle_queue:
+            self._grant(self._idle_queue)
 
-    def _call(self, queue: deque[asyncio.Future[None]]) -> None:
-        # the place is taken for whoever is called, so that nobody who comes now gets in between
+    def _grant(self, queue: deque[asyncio.Future[None]]) -> None:
+        # the slot counts as held from here on, so that a caller who arrives now cannot overtake
         self.active += 1
         queue.popleft().set_result(None)

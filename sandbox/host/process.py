@@ -36,7 +36,6 @@ from typing import TypeVar
 import msgspec
 
 from sandbox.errors import DeadlineExceeded
-from sandbox.spec import Value
 
 T = TypeVar("T")
 
@@ -60,7 +59,7 @@ exec "$@"
 _BIND = 'while [ "$1" != -- ]; do mount --bind "$1" "$2" || exit 126; shift 2; done; shift; exec "$@"'
 
 
-class ProcessIdentity(Value, frozen=True, kw_only=True):
+class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """A process for good: pids are reused, (pid, start time, boot) is not.
 
     `start_time` is field 22 of /proc/PID/stat, in clock ticks since boot (proc(5)).

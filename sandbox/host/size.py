@@ -1,13 +1,15 @@
-"""What this machine has to give."""
+"""How much memory and how many CPUs this machine offers."""
 
 from __future__ import annotations
 
 import os
 
-from sandbox.plan.vm import HostSize
+
+def memory_mib() -> int:
+    """All memory of the machine in MiB (sysconf(3), _SC_PHYS_PAGES)."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
-def find_host_size() -> HostSize:
-    """CPUs that this process may run on, and all memory in MiB."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return HostSize(memory_mib=pages >> 20, cpus=len(os.sched_getaffinity(0)))
+def usable_cpus() -> int:
+    """CPUs that this process may run on (sched_getaffinity(2))."""
+    return len(os.sched_getaffinity(0))

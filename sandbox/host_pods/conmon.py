@@ -80,7 +80,7 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ConmonOptions:
     """How conmon is to hold a container."""
 
     log_path: str  # empty: no log
@@ -91,7 +91,7 @@ class Wish:
     layout: Layout
 
 
-def command(bundle: Bundle, wish: Wish) -> list[str]:
+def command(bundle: Bundle, wish: ConmonOptions) -> list[str]:
     argv = [CONMON, "--api-version", "1", "--sync", "--cid", bundle.id, "--cuuid", bundle.id]
     argv += ["--name", bundle.id, "--runtime", find_program(CRUN), "--bundle", str(bundle.path)]
     argv += ["--exit-dir", str(bundle.exit_file.parent), "--full-attach", "--container-pidfile"]
@@ -150,7 +150,7 @@ class Starting:
         return found
 
 
-async def start(bundle: Bundle, wish: Wish) -> Starting:
+async def start(bundle: Bundle, wish: ConmonOptions) -> Starting:
     """conmon runs, and makes the container. Raises MissingProgram, OSError."""
     argv = command(bundle, wish)
     find_program(CONMON)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec, WishDeclined
+from sandbox.errors import DeadlineExceeded, GuestError, InvalidContainerConfig, InvalidSpec
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host import cgroup
 from sandbox.host.cgroup import Layout
@@ -196,7 +196,9 @@ def _write(file: Path, value: str) -> None:
     try:
         file.write_text(value)
     except OSError as error:
-        raise WishDeclined(f"write {file.name}", error.errno or 0, f"{value!r}: {error.strerror}") from error
+        raise InvalidContainerConfig(
+            f"write {file.name}", error.errno or 0, f"{value!r}: {error.strerror}"
+        ) from error
 
 
 def _v1_limits(resources: Resources) -> Iterator[tuple[str, str]]:

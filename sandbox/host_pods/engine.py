@@ -28,17 +28,17 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.host import cgroup, process
 from sandbox.host.cgroup import Cgroups
-from sandbox.host.limiter import Stage
+from sandbox.host.limiter import Limiter
 from sandbox.host.openat import make_beneath
 from sandbox.host.tasks import Tasks
 from sandbox.host_pods import conmon, control, sessions
 from sandbox.host_pods.conmon import Bundle
 from sandbox.host_pods.host_files import all_devices, find_devices, node_limits
-from sandbox.host_pods.oci import Surroundings, compile_config
+from sandbox.host_pods.oci import RuntimeEnv, compile_config
 from sandbox.host_pods.sessions import AttachSession, ExecSession, Forwarded, Place
 from sandbox.host_pods.steps import Processes, container_steps, pod_path, pod_walk, shm_of
 from sandbox.host_pods.sysctls import pod_sysctls
-from sandbox.lifecycle import Walk
+from sandbox.lifecycle import Steps
 from sandbox.logs.file import make_log, usable_path
 from sandbox.plan.device_filter import device_rules
 from sandbox.plan.resources import compile_pod_resources, compile_resources
@@ -60,29 +60,29 @@ EXIT_CODE_KILLED = 137
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessHost:
+class ProcessDeps:
     """What pods without a VM need of the host."""
 
     cgroups: Cgroups  # of all hierarchies
     networks: Networks
-    stage: Stage  # of plug-ins
+    stage: Limiter  # of plug-ins
     rootfs: RootfsStore
     make_pod: Callable[[PodRecord], Pod]
     tasks: Tasks
 
 
 class ProcessEngine:
-    def __init__(self, registry: Registry, exits: Exits, host: ProcessHost) -> None:
+    def __init__(self, registry: Registry, exits: Exits, host: ProcessDeps) -> None:
         self._registry = registry
         self._exits = exits
         self._host = host
         self._layout = host.cgroups.layout
-        self.walk: Walk[Pod] = pod_walk(host.cgroups, host.networks, host.stage)
+        self.walk: Steps[Pod] = pod_walk(host.cgroups, host.networks, host.stage)
         self.steps = container_steps(host.rootfs)
 
     # ------------------------------------------------------------------------------- pods
 
-    async def take(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Walk[Pod]]:
+    async def take(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
         for program in (conmon.CONMON, conmon.CRUN):
             conmon.find_program(program)
         pod_sysctls(spec)  # what is wrong is found before anything is made
@@ -232,7 +232,7 @@ class ProcessEngine:
         plan, pod = container.plan, container.pod
         privileged = container.record.spec.security.privileged
         bundle, limits = self._bundle(container), node_limits()
-        around = Surroundings(
+        around = RuntimeEnv(
             rootfs=str(container.rootfs),
             shm=shm_of(pod),
             namespaces=self._namespaces(container),
@@ -286,7 +286,7 @@ class ProcessEngine:
 
     async def _start(self, container: Container, bundle: Bundle) -> None:
         spec, path = container.record.spec, self._path_of(container)
-        wish = conmon.Wish(
+        wish = conmon.ConmonOptions(
             log_path=container.record.log_path,
             tty=spec.tty,
             stdin=spec.stdin,

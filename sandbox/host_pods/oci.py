@@ -2,7 +2,7 @@
 
 The plan is what the agent of a VM would execute, decided and checked; here it only changes its form, so
 users, environment, mounts, capabilities and filters are the same wherever a container runs. What a VM
-has of its own (its devices, its shared memory) is given by `Surroundings` instead. Pure.
+has of its own (its devices, its shared memory) is given by `RuntimeEnv` instead. Pure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class NodeLimits(Value, frozen=True, kw_only=True):
     capabilities: int
 
 
-class Surroundings(Value, frozen=True, kw_only=True):
+class RuntimeEnv(Value, frozen=True, kw_only=True):
     """What the plan leaves to where the container runs."""
 
     rootfs: str
@@ -41,7 +41,7 @@ class Surroundings(Value, frozen=True, kw_only=True):
     devices: Sequence[Node] = ()  # of a privileged container: all of the host
 
 
-def compile_config(plan: pb.Start, around: Surroundings) -> Json:
+def compile_config(plan: pb.Start, around: RuntimeEnv) -> Json:
     """Raises InvalidSpec for what a configuration cannot say."""
     linux: Json = {
         "namespaces": [
@@ -126,7 +126,7 @@ def _node(node: Node, *, uid: int = 0, gid: int = 0) -> Json:
     }
 
 
-def _mount(mount: pb.Mount, around: Surroundings) -> Json:
+def _mount(mount: pb.Mount, around: RuntimeEnv) -> Json:
     options = mount_options(mount.flags)
     if mount.recursive_readonly and mount.flags & mounts.MS_RDONLY:
         options.append("rro")
@@ -158,7 +158,7 @@ def _rootfs_propagation(plan: pb.Start) -> str:
     return _propagation(plan.rootfs_propagation) or "rprivate"
 
 
-def _files(plan: pb.Start, around: Surroundings) -> list[Json]:
+def _files(plan: pb.Start, around: RuntimeEnv) -> list[Json]:
     return [
         {
             "destination": file.path,

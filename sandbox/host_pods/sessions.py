@@ -34,9 +34,9 @@ from sandbox.errors import (
     DeadlineExceeded,
     GuestError,
     GuestUnreachable,
+    InvalidContainerConfig,
     SandboxError,
     StreamReset,
-    WishDeclined,
 )
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
@@ -199,7 +199,7 @@ class ExecSession:
         finally:
             await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
         if not ran or (status and said):
-            raise WishDeclined("exec", 0, said or f"crun ended with {status}")
+            raise InvalidContainerConfig("exec", 0, said or f"crun ended with {status}")
         if status is None:
             raise GuestUnreachable("the exit code of an exec is not known")
         return status if status >= 0 else 128 - status

@@ -23,16 +23,16 @@ from network.attach import Networks
 from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.capabilities import mask_named
 from sandbox.container import Container
-from sandbox.errors import DeadlineExceeded, GuestError, InvalidSpec, WishDeclined
+from sandbox.errors import DeadlineExceeded, GuestError, InvalidContainerConfig, InvalidSpec
 from sandbox.host import cgroup, mounts, process
 from sandbox.host.cgroup import Cgroups
-from sandbox.host.limiter import Stage
+from sandbox.host.limiter import Limiter
 from sandbox.host.process import ProcessIdentity
 from sandbox.host_pods import control
 from sandbox.host_pods.host_files import find_devices, find_volumes, node_limits
 from sandbox.host_pods.oci import compile_process
 from sandbox.host_pods.sysctls import pod_sysctls
-from sandbox.lifecycle import Step, Walk
+from sandbox.lifecycle import Step, Steps
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
 from sandbox.plan.pod_files import pod_hostname
 from sandbox.pod import Pod
@@ -73,7 +73,7 @@ class PodCgroup:
 @dataclass(frozen=True, slots=True)
 class OwnNetwork:
     networks: Networks
-    stage: Stage
+    stage: Limiter
     name = "network"
 
     async def up(self, pod: Pod) -> None:
@@ -136,7 +136,9 @@ class Processes:
         finally:
             os.close(ours)
         if said != b"ready\n":
-            raise WishDeclined("sysctl", 0, said.decode(errors="replace").strip() or "it ended at once")
+            raise InvalidContainerConfig(
+                "sysctl", 0, said.decode(errors="replace").strip() or "it ended at once"
+            )
         return first
 
 
@@ -182,7 +184,7 @@ def shm_of(pod: Pod) -> str:
     return "/dev/shm" if pod.record.spec.host_ipc else str(pod.run_dir / "shm")
 
 
-def pod_walk(cgroups: Cgroups, networks: Networks, stage: Stage) -> Walk[Pod]:
+def pod_walk(cgroups: Cgroups, networks: Networks, stage: Limiter) -> Steps[Pod]:
     return (
         RunDir(),
         PodCgroup(Cgroup(cgroups)),

@@ -39,7 +39,7 @@ class _Account:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
+class _UserRequest:
     """A user and perhaps a group, each a number or a name, and the fields that named them."""
 
     user: str
@@ -78,7 +78,7 @@ def image_user(user: str) -> tuple[int | None, str]:
     return None, name
 
 
-def _wish(security: SecuritySpec, from_image: str) -> _Wish:
+def _wish(security: SecuritySpec, from_image: str) -> _UserRequest:
     uid, gid = security.run_as_user, security.run_as_group
     if uid is not None and security.run_as_username:
         raise InvalidSpec(f"{_CONTEXT}.run_as_username", "is given together with run_as_user", "one of them")
@@ -90,14 +90,14 @@ def _wish(security: SecuritySpec, from_image: str) -> _Wish:
     group = "" if gid is None else str(_checked_id(gid, group_field))
     if uid is not None:
         field = f"{_CONTEXT}.run_as_user"
-        return _Wish(str(_checked_id(uid, field)), field, group, group_field)
+        return _UserRequest(str(_checked_id(uid, field)), field, group, group_field)
     if security.run_as_username:
-        return _Wish(security.run_as_username, f"{_CONTEXT}.run_as_username", group, group_field)
+        return _UserRequest(security.run_as_username, f"{_CONTEXT}.run_as_username", group, group_field)
     user, _, image_group = from_image.partition(":")
-    return _Wish(user or "0", _IMAGE, image_group, _IMAGE)
+    return _UserRequest(user or "0", _IMAGE, image_group, _IMAGE)
 
 
-def _account(wish: _Wish, passwd: bytes) -> _Account:
+def _account(wish: _UserRequest, passwd: bytes) -> _Account:
     if _is_number(wish.user):
         uid = _checked_id(int(wish.user), wish.user_field)
         known = next((each for each in _accounts(passwd) if each.uid == uid), None)
@@ -111,7 +111,7 @@ def _account(wish: _Wish, passwd: bytes) -> _Account:
     return found
 
 
-def _gid(wish: _Wish, group: bytes) -> int:
+def _gid(wish: _UserRequest, group: bytes) -> int:
     if _is_number(wish.group):
         return _checked_id(int(wish.group), wish.group_field)
     name = wish.group.encode("utf-8", "surrogateescape")

@@ -19,7 +19,7 @@ SECTION_MIB = 128  # in which a kernel for x86-64 adds memory
 
 
 class HostSize(Value, frozen=True, kw_only=True):
-    """What this machine has: see `find_host_size`."""
+    """What this machine has: see `sandbox.host.size`."""
 
     memory_mib: int
     cpus: int

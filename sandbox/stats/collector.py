@@ -22,7 +22,7 @@ from sandbox.pod import Pod
 from sandbox.registry import Registry
 from sandbox.spec import PodId
 from sandbox.stats import parse
-from sandbox.stats.layer_usage import LayerMeter
+from sandbox.stats.layer_usage import LayerUsage
 from sandbox.stats.parse import CgroupStats, PodStats
 
 log = logging.getLogger(__name__)
@@ -56,10 +56,10 @@ class Rate:
         return self._rate
 
 
-class Meter:
+class StatsCollector:
     """Belongs to one event loop; `close` in the end."""
 
-    def __init__(self, registry: Registry, layers: LayerMeter) -> None:
+    def __init__(self, registry: Registry, layers: LayerUsage) -> None:
         self._registry = registry
         self._layers = layers
         self._flights: dict[tuple[PodId, bool], _Flight] = {}

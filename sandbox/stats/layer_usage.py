@@ -31,7 +31,7 @@ class _Known:
     fresh_until: float
 
 
-class LayerMeter:
+class LayerUsage:
     """Belongs to one event loop; `close` in the end."""
 
     def __init__(self, store: RootfsStore) -> None:

@@ -28,13 +28,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from network.attach import Attachment, Networks, NetworkWish, PortMapping
+from network.attach import Attachment, NetworkRequest, Networks, PortMapping
 from sandbox.errors import VmmError
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host import mounts
 from sandbox.host.cgroup import Cgroups
-from sandbox.host.limiter import Stage
-from sandbox.lifecycle import Beside, Walk
+from sandbox.host.limiter import Limiter
+from sandbox.lifecycle import Parallel, Steps
 from sandbox.plan import compile_identity, compile_network
 from sandbox.plan.vm import FIRST_MAC, NIC_PORTS
 from sandbox.pod import Pod
@@ -92,7 +92,7 @@ class Netns:
 @dataclass(frozen=True, slots=True)
 class Network:
     networks: Networks
-    stage: Stage
+    stage: Limiter
     name = "network"
 
     async def up(self, pod: Pod) -> None:
@@ -102,9 +102,9 @@ class Network:
     async def down(self, pod: Pod) -> None:
         await self.networks.detach(pod.id)
 
-    def wish(self, pod: Pod) -> NetworkWish:
+    def wish(self, pod: Pod) -> NetworkRequest:
         spec = pod.record.spec
-        return NetworkWish(
+        return NetworkRequest(
             pod_id=pod.id,
             name=spec.name,
             namespace=spec.namespace,
@@ -200,21 +200,21 @@ class Guest:
 
 
 @dataclass(frozen=True, slots=True)
-class Walks:
+class PodSteps:
     """The ways from nothing to a pod; `whole` is also the way back."""
 
-    whole: Walk[Pod]
-    ahead: Walk[Pod]  # of a VM that waits for a pod
-    claim: Walk[Pod]  # from there on
+    whole: Steps[Pod]
+    ahead: Steps[Pod]  # of a VM that waits for a pod
+    claim: Steps[Pod]  # from there on
 
 
-def pod_walks(vm: Vm, network_stage: Stage) -> Walks:
+def pod_walks(vm: Vm, network_stage: Limiter) -> PodSteps:
     networks, cgroup, size, identity = vm.networks, Cgroup(vm.cgroups), Size(vm), Identity()
     network, guest = Network(networks, network_stage), Guest(networks)
-    ahead: Walk[Pod] = (RunDir(), cgroup, Netns(networks), Shares())
-    return Walks(
-        whole=(*ahead, Beside(((vm, size, identity), (network,))), guest),
+    ahead: Steps[Pod] = (RunDir(), cgroup, Netns(networks), Shares())
+    return PodSteps(
+        whole=(*ahead, Parallel(((vm, size, identity), (network,))), guest),
         ahead=(*ahead, vm),
         # moving processes between cgroups of v1 takes as long as half a plug-in
-        claim=(Beside(((cgroup, size, identity), (network,))), guest),
+        claim=(Parallel(((cgroup, size, identity), (network,))), guest),
     )

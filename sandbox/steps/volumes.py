@@ -36,7 +36,7 @@ from sandbox.plan import MountSource, huge_mib
 from sandbox.spec import MountSpec, Propagation, UserNamespace
 from sandbox.steps.pod import remove_tree
 from sandbox.vm_pods.hugepages import find_directory, guest_path
-from sandbox.vm_pods.resize import Room
+from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.steps import GUEST_VOLUMES, VOLUMES_TAG
 
 _FIND = os.O_PATH | os.O_CLOEXEC
@@ -45,7 +45,7 @@ _FIND = os.O_PATH | os.O_CLOEXEC
 @dataclass(frozen=True, slots=True)
 class Volumes:
     store: RootfsStore
-    room: Room
+    room: Resizer
     name = "volumes"
 
     async def up(self, container: Container) -> None:

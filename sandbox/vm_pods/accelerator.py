@@ -39,7 +39,7 @@ MACHINE = "q35"
 MEMORY_MIB = 256
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+class AcceleratorChoice(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: str  # kvm or tcg
     reason: str
     cpu: str = ""  # for VmSpec.cpu
@@ -51,18 +51,20 @@ class _Known(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
     qemu: str
     image: str
-    verdict: Verdict
+    verdict: AcceleratorChoice
 
 
-async def choose(wanted: str, image: GuestImage, hypervisor: Hypervisor, cache_dir: Path) -> Verdict:
+async def choose(
+    wanted: str, image: GuestImage, hypervisor: Hypervisor, cache_dir: Path
+) -> AcceleratorChoice:
     """`wanted` is auto, kvm or tcg; the latter two are taken at their word.
 
     Never raises for a KVM that does not work: that is an answer. Raises MissingProgram.
     """
     if wanted in ("kvm", "tcg"):
-        return Verdict(accelerator=wanted, reason="configured")
+        return AcceleratorChoice(accelerator=wanted, reason="configured")
     if (obstacle := find_obstacle()) is not None:
-        return Verdict(accelerator="tcg", reason=obstacle)
+        return AcceleratorChoice(accelerator="tcg", reason=obstacle)
     version = await find_version(find_program())
     cache = cache_dir / "accelerator.json"
     facts = (process.boot_id(), version, image.hash)
@@ -91,7 +93,7 @@ def find_obstacle(device: str = "/dev/kvm") -> str | None:
     return None
 
 
-async def probe(image: GuestImage, run_dir: Path, hypervisor: Hypervisor) -> Verdict:
+async def probe(image: GuestImage, run_dir: Path, hypervisor: Hypervisor) -> AcceleratorChoice:
     """Boot the image under KVM until its agent answers, with one CPU model after the other."""
     reason = ""
     for cpu in CPU_MODELS:
@@ -103,10 +105,12 @@ async def probe(image: GuestImage, run_dir: Path, hypervisor: Hypervisor) -> Ver
             continue
         elapsed = time.monotonic() - began
         model = f" with -cpu {cpu}" if cpu else ""
-        return Verdict(
+        return AcceleratorChoice(
             accelerator="kvm", reason=f"a guest booted under KVM{model} in {elapsed:.1f} s", cpu=cpu
         )
-    return Verdict(accelerator="tcg", reason=f"/dev/kvm opens, but no guest runs under it: {reason}")
+    return AcceleratorChoice(
+        accelerator="tcg", reason=f"/dev/kvm opens, but no guest runs under it: {reason}"
+    )
 
 
 async def _boot(image: GuestImage, run_dir: Path, hypervisor: Hypervisor, cpu: str) -> None:

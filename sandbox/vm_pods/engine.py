@@ -23,7 +23,7 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.guest.sessions import AttachSession, ExecSession, Forwarded
 from sandbox.host.tasks import Tasks
-from sandbox.lifecycle import Step, Walk
+from sandbox.lifecycle import Step, Steps
 from sandbox.logs.file import usable_path
 from sandbox.logs.relay import WINDOW, LogRelay
 from sandbox.plan import vm_size
@@ -35,13 +35,13 @@ from sandbox.spec import ContainerId, Handler, PodId, PodSpec, Resources
 from sandbox.stats import parse
 from sandbox.stats.host_usage import HostUsage
 from sandbox.steps.container import Rootfs, plan_for_guest
-from sandbox.steps.pod import Walks
+from sandbox.steps.pod import PodSteps
 from sandbox.steps.volumes import Volumes
-from sandbox.vm_pods.accelerator import Verdict
+from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.clock_sync import keep_clock
-from sandbox.vm_pods.pool import Factory
-from sandbox.vm_pods.propagation import Mirror
-from sandbox.vm_pods.resize import Room
+from sandbox.vm_pods.pool import VmPool
+from sandbox.vm_pods.propagation import PropagationSync
+from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.steps import connect
 from sandbox.vmm import Hypervisor
 
@@ -55,28 +55,28 @@ EXIT_CODE_UNKNOWN = 255
 
 
 @dataclass(frozen=True, slots=True)
-class VmHost:
+class VmDeps:
     """What pods in VMs need of the host."""
 
     hypervisor: Hypervisor
-    walks: Walks
-    factory: Factory
-    accelerator: Callable[[Handler], Awaitable[Verdict]]
+    walks: PodSteps
+    factory: VmPool
+    accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]]
     make_pod: Callable[[PodRecord], Pod]
     rootfs: RootfsStore
     tasks: Tasks
-    room: Room
+    room: Resizer
     default_profile: Path  # AppArmor's, compiled; it need not be there
     usage: Callable[[Pod], HostUsage]  # reads files, of the host alone
 
 
 class VmEngine:
-    def __init__(self, registry: Registry, exits: Exits, host: VmHost) -> None:
+    def __init__(self, registry: Registry, exits: Exits, host: VmDeps) -> None:
         self._registry = registry
         self._exits = exits
         self._host = host
-        self._mirror = Mirror(host.tasks)
-        self.walk: Walk[Pod] = host.walks.whole
+        self._mirror = PropagationSync(host.tasks)
+        self.walk: Steps[Pod] = host.walks.whole
         self.steps: Sequence[Step[Container]] = (
             Rootfs(host.rootfs),
             Volumes(host.rootfs, host.room),
@@ -85,7 +85,7 @@ class VmEngine:
 
     # ------------------------------------------------------------------------------- pods
 
-    async def take(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Walk[Pod]]:
+    async def take(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
         """One that waits in the pool, or a new one."""
         size = vm_size(spec, handler)
         verdict = await self._host.accelerator(handler)

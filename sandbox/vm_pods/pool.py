@@ -33,8 +33,8 @@ from sandbox.plan.vm import base_size, can_grow, plan_vm
 from sandbox.pod import Pod
 from sandbox.records import PodRecord, PodState, Source
 from sandbox.spec import Handler, PodId, PodSpec, VmSize
-from sandbox.steps.pod import Walks
-from sandbox.vm_pods.accelerator import Verdict
+from sandbox.steps.pod import PodSteps
+from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.steps import GUEST_ROOTFS, Vm
 from sandbox.vm_pods.templates import Templates
 from sandbox.vm_pods.warmup import warm_network, warm_up
@@ -47,33 +47,33 @@ RETRY_S = 30.0  # after a template or a pool could not be made; also how often a
 
 
 @dataclass(frozen=True, slots=True)
-class FactoryHost:
+class PoolDeps:
     """What the factory needs of the host."""
 
     templates: Templates
     vm: Vm
-    walks: Walks
+    walks: PodSteps
     handlers: Callable[[], Sequence[str]]
     handler: Callable[[str], Handler]  # raises InvalidSpec, MissingProgram
-    accelerator: Callable[[Handler], Awaitable[Verdict]]
+    accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]]
     make_pod: Callable[[PodRecord], Pod]
     tasks: Tasks
 
 
 @dataclass(slots=True)
-class Waiting:
+class PooledVm:
     """A pod of the pool."""
 
     pod: Pod
     watch: asyncio.Task[None]
 
 
-class Factory:
-    def __init__(self, host: FactoryHost) -> None:
+class VmPool:
+    def __init__(self, host: PoolDeps) -> None:
         self._host = host
         # by fingerprint, so that handlers which want the same VMs share them, and a new guest image or
         # VMM has a pool of its own from the start
-        self._pools: dict[str, list[Waiting]] = {}
+        self._pools: dict[str, list[PooledVm]] = {}
         self._wanted = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._closing = False
@@ -101,7 +101,7 @@ class Factory:
 
     # ------------------------------------------------------------------------------- for pods
 
-    async def take(self, handler: Handler, verdict: Verdict, size: VmSize) -> Pod | None:
+    async def take(self, handler: Handler, verdict: AcceleratorChoice, size: VmSize) -> Pod | None:
         """A pod of the pool that can be given this size; it is the caller's from now on. None when there
         is none to have. Raises MissingProgram."""
         spec = self._spec(handler, verdict)
@@ -170,19 +170,19 @@ class Factory:
         key = await self._host.vm.hypervisor.fingerprint(spec)
         keys.add(key)
         if self._host.templates.find(key) is None:
-            async with self._host.vm.stage.place(idle=True):
+            async with self._host.vm.stage.slot(idle=True):
                 await self._host.templates.make(spec, key)
         pool = self._pools.setdefault(key, [])
         while not self._closing and handler.source == "pool" and len(pool) < handler.pool_size:
             pool.append(await self._make(handler, verdict, pool))
 
-    def _spec(self, handler: Handler, verdict: Verdict) -> VmSpec:
+    def _spec(self, handler: Handler, verdict: AcceleratorChoice) -> VmSpec:
         size = base_size(handler)
         return plan_vm(
             handler, accelerator=verdict.accelerator, cpu=verdict.cpu, size=size, host=self._host.vm.host
         )
 
-    async def _make(self, handler: Handler, verdict: Verdict, pool: list[Waiting]) -> Waiting:
+    async def _make(self, handler: Handler, verdict: AcceleratorChoice, pool: list[PooledVm]) -> PooledVm:
         """A paused VM of the handler's size. Raises PhaseFailed; then nothing is left of it."""
         record = PodRecord(
             id=PodId(secrets.token_hex(32)),
@@ -213,7 +213,7 @@ class Factory:
         except BaseException:  # also when the daemon is told to end: nobody would claim it
             await self._take_down(pod)
             raise
-        return Waiting(pod, self._host.tasks.spawn(self._watch(pod, pool), f"watch of VM {pod.id[:12]}"))
+        return PooledVm(pod, self._host.tasks.spawn(self._watch(pod, pool), f"watch of VM {pod.id[:12]}"))
 
     async def _warm(self, pod: Pod) -> None:
         """Its first container will then start as fast as the second. Without that it still is of use."""
@@ -224,7 +224,7 @@ class Factory:
         except GuestError as error:
             log.warning("VM %s waits without having run a container: %s", pod.id, error)
 
-    async def _watch(self, pod: Pod, pool: list[Waiting]) -> None:
+    async def _watch(self, pod: Pod, pool: list[PooledVm]) -> None:
         assert pod.machine is not None
         reason = await pod.machine.wait()
         log.error("VM %s ended while it waited for a pod: %s", pod.id, reason)
@@ -233,7 +233,7 @@ class Factory:
         await self._take_down(pod)
         self._wanted.set()
 
-    async def _release(self, waiting: Waiting) -> None:
+    async def _release(self, waiting: PooledVm) -> None:
         waiting.watch.cancel()
         await self._take_down(waiting.pod)
 

@@ -43,7 +43,7 @@ MAX_MOUNTS = 64  # of one container
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
-class Wish(Value, frozen=True, kw_only=True):
+class PropagationRequest(Value, frozen=True, kw_only=True):
     """To be mounted: a path of the container's root (`volume` is None) or of one of its volumes."""
 
     target_volume: int
@@ -52,7 +52,7 @@ class Wish(Value, frozen=True, kw_only=True):
     source: str
 
 
-class Mirror:
+class PropagationSync:
     """Keeps the host's side of containers with a bidirectional volume like theirs; others cost nothing."""
 
     def __init__(self, tasks: Tasks) -> None:
@@ -115,7 +115,7 @@ def _lines(table: str) -> Iterator[_Line]:
             yield _Line(device=fields[2], root=root, point=point)
 
 
-def find_wishes(table: str, specs: tuple[MountSpec, ...]) -> list[Wish]:
+def find_wishes(table: str, specs: tuple[MountSpec, ...]) -> list[PropagationRequest]:
     """What the container has mounted on its bidirectional volumes, out of its root and volumes."""
     lines = list(_lines(table))
     places = {os.path.normpath(spec.container_path): number for number, spec in enumerate(specs)}
@@ -127,7 +127,7 @@ def find_wishes(table: str, specs: tuple[MountSpec, ...]) -> list[Wish]:
             sources[line.device] = None, line.root.rstrip("/")
         elif line.point in places and line.root == "/" and not specs[places[line.point]].image:
             sources.setdefault(line.device, (places[line.point], ""))
-    found: dict[tuple[int, str], Wish] = {}
+    found: dict[tuple[int, str], PropagationRequest] = {}
     for line in lines:
         number = _volume_above(line.point, places, specs)
         if number is None or line.device not in sources:
@@ -136,7 +136,7 @@ def find_wishes(table: str, specs: tuple[MountSpec, ...]) -> list[Wish]:
         if not f"{line.root}/".startswith(f"{begin}/"):
             continue
         target = os.path.relpath(line.point, specs[number].container_path)
-        found[number, target] = Wish(
+        found[number, target] = PropagationRequest(
             target_volume=number, target=target, volume=volume, source=line.root[len(begin) :] or "/"
         )
     return list(found.values())[:MAX_MOUNTS]
@@ -180,7 +180,7 @@ def _detach(held: Propagated) -> None:
         mounts.detach(Path(held.path))
 
 
-async def _show(container: Container, path: Path, wish: Wish) -> None:
+async def _show(container: Container, path: Path, wish: PropagationRequest) -> None:
     """What cannot be shown (a source or target that is gone, a link, of another kind) is left out."""
     others = container.record.propagated
     intent = Propagated(path=str(path), below=mounts.top_mounts().get(str(path), 0))
@@ -192,7 +192,7 @@ async def _show(container: Container, path: Path, wish: Wish) -> None:
         container.update(propagated=others)
 
 
-def _attach(container: Container, path: Path, wish: Wish) -> int:
+def _attach(container: Container, path: Path, wish: PropagationRequest) -> int:
     """The id of the mount that was made; 0 where none could be."""
     with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
         source = opened.enter_context(_opened(_root_of(container, wish.volume), wish.source))
@@ -213,7 +213,7 @@ def _root_of(container: Container, volume: int | None) -> Path:
     return Path(os.path.realpath(container.record.spec.mounts[volume].host_path))
 
 
-def _host_path(container: Container, wish: Wish) -> Path:
+def _host_path(container: Container, wish: PropagationRequest) -> Path:
     return _root_of(container, wish.target_volume) / wish.target
 
 

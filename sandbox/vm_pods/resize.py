@@ -20,7 +20,7 @@ _ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)
 Grow = Callable[[Pod, VmSize], Awaitable[None]]
 
 
-class Room:
+class Resizer:
     def __init__(self, registry: Registry, grow: Grow) -> None:
         self._registry = registry
         self._grow = grow

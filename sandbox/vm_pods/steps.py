@@ -17,7 +17,7 @@ from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable, VmmEr
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.host.cgroup import Cgroups
-from sandbox.host.limiter import Stage
+from sandbox.host.limiter import Limiter
 from sandbox.host.tasks import end
 from sandbox.plan.vm import HostSize, base_size, can_grow, plan_vm
 from sandbox.pod import Pod
@@ -56,7 +56,7 @@ class Vm:
     networks: Networks
     cgroups: Cgroups
     templates: Templates
-    stage: Stage
+    stage: Limiter
     host: HostSize
     name = "vm"
 

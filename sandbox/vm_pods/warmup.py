@@ -56,7 +56,7 @@ NETWORK = Attachment(
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class WarmupCommand:
     """What is run: a file of the guest, how it stays, and how it comes to its end at once."""
 
     source: str = "/init"
@@ -73,12 +73,14 @@ async def warm_network(client: GuestClient) -> None:
     await client.call(pb.Request(configure=configure), TIMEOUT_S)
 
 
-async def warm_up(client: GuestClient, root: Path, guest_root: str, errand: Errand | None = None) -> None:
+async def warm_up(
+    client: GuestClient, root: Path, guest_root: str, errand: WarmupCommand | None = None
+) -> None:
     """`root` is a directory of the host to make and to remove, which the guest sees as `guest_root`.
 
     Raises what the guest's answers raise: GuestError, GuestUnreachable, DeadlineExceeded.
     """
-    errand = errand or Errand()
+    errand = errand or WarmupCommand()
     plan = await asyncio.to_thread(_prepare, root, guest_root, errand)
     try:
         await client.call(pb.Request(start=plan), TIMEOUT_S)
@@ -88,14 +90,14 @@ async def warm_up(client: GuestClient, root: Path, guest_root: str, errand: Erra
         await asyncio.to_thread(remove_tree, root)
 
 
-def _prepare(root: Path, guest_root: str, errand: Errand) -> pb.Start:
+def _prepare(root: Path, guest_root: str, errand: WarmupCommand) -> pb.Start:
     root.mkdir(mode=0o755)
     plan = compile_plan(guest_root, errand)
     make_mount_points(root, plan)
     return plan
 
 
-def compile_plan(guest_root: str, errand: Errand) -> pb.Start:
+def compile_plan(guest_root: str, errand: WarmupCommand) -> pb.Start:
     """That of a container without wishes, run by nobody under the default filters."""
     spec = ContainerSpec(
         name=NAME,

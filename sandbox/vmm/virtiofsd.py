@@ -51,7 +51,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     cache: str
 
 
-class Finder:
+class Prober:
     """Looks for virtiofsd, and asks a program what it is only when it is a new one."""
 
     def __init__(self, places: Sequence[str] = PLACES) -> None:
@@ -69,7 +69,7 @@ class Finder:
                 lines = (said.stdout + said.stderr).decode(errors="replace").splitlines()
                 if said.status != 0 or not lines:
                     continue
-                self._known[key] = Virtiofsd(path=place, flavour=tell_flavour(lines[0]), version=lines[0])
+                self._known[key] = Virtiofsd(path=place, flavour=detect_flavour(lines[0]), version=lines[0])
             return self._known[key]
         raise MissingProgram("virtiofsd", PACKAGE)
 
@@ -79,7 +79,7 @@ def _changed_at(program: str) -> int | None:
     return path.stat().st_mtime_ns if os.access(path, os.X_OK) else None
 
 
-def tell_flavour(version: str) -> Flavour:
+def detect_flavour(version: str) -> Flavour:
     """The one in C says "virtiofsd version 7.2.1 (Debian ...)", the one in Rust "virtiofsd 1.13.2"."""
     return Flavour.C if version.startswith("virtiofsd version ") else Flavour.RUST
 

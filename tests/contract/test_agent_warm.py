@@ -9,13 +9,13 @@ import pytest
 from sandbox.errors import GuestError
 from sandbox.guest import guest_pb2 as pb
 from sandbox.vm_pods import warmup
-from sandbox.vm_pods.warmup import Errand, warm_up
+from sandbox.vm_pods.warmup import WarmupCommand, warm_up
 from tests.kit.agent import Guest, build
 
 
 @pytest.fixture
-def errand() -> Errand:
-    return Errand(source=str(build("husk-agent")))
+def errand() -> WarmupCommand:
+    return WarmupCommand(source=str(build("husk-agent")))
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _limits_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest's root may raise its limits; the machine of the tests may not let even root do that."""
     whole = warmup.compile_plan
 
-    def plan(guest_root: str, errand: Errand) -> pb.Start:
+    def plan(guest_root: str, errand: WarmupCommand) -> pb.Start:
         made = whole(guest_root, errand)
         del made.process.rlimits[:]
         return made
@@ -37,7 +37,7 @@ async def nothing_left(guest: Guest, root: Path) -> bool:
 
 
 async def test_it_runs_an_exec_beside_a_container_and_leaves_nothing(
-    guest: Guest, errand: Errand, tmp_path: Path
+    guest: Guest, errand: WarmupCommand, tmp_path: Path
 ) -> None:
     root = tmp_path / "warm"
     for _ in range(2):  # also a second time
@@ -45,7 +45,9 @@ async def test_it_runs_an_exec_beside_a_container_and_leaves_nothing(
     assert await nothing_left(guest, root)
 
 
-async def test_what_it_runs_stays_until_it_is_removed(guest: Guest, errand: Errand, tmp_path: Path) -> None:
+async def test_what_it_runs_stays_until_it_is_removed(
+    guest: Guest, errand: WarmupCommand, tmp_path: Path
+) -> None:
     root = tmp_path / "warm"
     root.mkdir()
     plan = warmup.compile_plan(str(root), errand)
@@ -58,5 +60,5 @@ async def test_what_it_runs_stays_until_it_is_removed(guest: Guest, errand: Erra
 async def test_a_guest_that_cannot_do_it_is_told_apart(guest: Guest, tmp_path: Path) -> None:
     root = tmp_path / "warm"
     with pytest.raises(GuestError, match="mount"):
-        await warm_up(guest.client, root, str(root), Errand(source="/no/such/program"))
+        await warm_up(guest.client, root, str(root), WarmupCommand(source="/no/such/program"))
     assert await nothing_left(guest, root)

@@ -21,8 +21,7 @@ import grpc
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 
-from cri.flights import Flights
-from cri.interceptor import Edge, is_quiet
+from cri.interceptor import Interceptor, is_quiet
 from cri.observe import Metrics
 from cri.ports import Condition, Features
 from cri.proto import husk_v1_pb2 as husk
@@ -30,10 +29,11 @@ from cri.proto import runtime_v1_pb2 as pb
 from cri.server import Server, SocketTaken
 from cri.services.image_service import image_service, transfer_service
 from cri.services.runtime_service import runtime_service
-from cri.streaming.session import AttachWish, ExecWish, ForwardWish
+from cri.streaming.session import AttachOptions, ExecOptions, PortForwardOptions
 from image.errors import RegistryUnavailable
 from network.attach import NetworkStatus
 from sandbox.errors import PhaseFailed
+from sandbox.host.flights import Flights
 from tests.fakes.cri import (
     FakeContainers,
     FakeEvents,
@@ -91,7 +91,7 @@ class Runtime:
             ),
             transfer_service(images=self.images, metrics=self.metrics),
         )
-        return Server(self.socket, services, Edge(self.metrics))
+        return Server(self.socket, services, Interceptor(self.metrics))
 
     async def start(self) -> None:
         self._server = self.server()
@@ -642,9 +642,9 @@ async def test_urls_of_streams(runtime: Runtime) -> None:
     forward = pb.PortForwardRequest(pod_sandbox_id=pod[:13], port=[80, 65535])
     assert (await runtime.call("PortForward", forward)).url == "http://127.0.0.1:1/3"
     assert runtime.streaming.wishes == [
-        ExecWish(id, ("sh", "-c", "x"), tty=True, stdin=True, stdout=True, stderr=False),
-        AttachWish(id, tty=False, stdin=False, stdout=True, stderr=True),
-        ForwardWish(pod, (80, 65535)),
+        ExecOptions(id, ("sh", "-c", "x"), tty=True, stdin=True, stdout=True, stderr=False),
+        AttachOptions(id, tty=False, stdin=False, stdout=True, stderr=True),
+        PortForwardOptions(pod, (80, 65535)),
     ]
 
 

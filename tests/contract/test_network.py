@@ -15,7 +15,7 @@ import pytest
 
 from network import netns
 from network.attach import Networks
-from network.errors import CniError, TapError, WishRefused
+from network.errors import CniError, TapError, Unsatisfiable
 from network.spec import Attachment, PortMapping
 from tests.fakes.cni.guest import Guest, fetch
 from tests.fakes.cni.space import CLEAN, PORTMAP, Space, bridge, in_space, wish
@@ -290,7 +290,7 @@ async def test_an_id_is_attached_once(space: Space) -> None:
     space.configure(bridge())
     networks = space.networks()
     attachment = await networks.up(wish())
-    with pytest.raises(WishRefused, match="attached already"):
+    with pytest.raises(Unsatisfiable, match="attached already"):
         await networks.up(wish())
     assert netns.is_namespace(Path(attachment.netns))
     await networks.down("pod-1")

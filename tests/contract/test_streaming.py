@@ -17,7 +17,7 @@ import uvloop
 
 from cri.streaming import server as streaming
 from cri.streaming.server import Settings, StreamingNotServed, StreamingServer
-from cri.streaming.session import AttachWish, ExecWish, ForwardWish
+from cri.streaming.session import AttachOptions, ExecOptions, PortForwardOptions
 from cri.streaming.tokens import LIFETIME_S, MOST, Tokens, TooManyTokens
 from sandbox.errors import GuestError, SandboxError, StreamReset
 from tests.fakes.streaming import FakeBackend, FakeConnection, FakeSession
@@ -35,7 +35,7 @@ V4 = "v4.channel.k8s.io"
 V5 = "v5.channel.k8s.io"
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy.")
 TUNNEL = "SPDY/3.1+portforward.k8s.io"
-EXEC = ExecWish("c1", ("sh",), tty=False, stdin=True, stdout=True, stderr=True)
+EXEC = ExecOptions("c1", ("sh",), tty=False, stdin=True, stdout=True, stderr=True)
 TTY = replace(EXEC, tty=True, stderr=False)
 PONG = b"\x80\x03\x00\x06\x00\x00\x00\x04\x00\x00\x00\x05"
 SUCCESS = {"metadata": {}, "status": "Success"}
@@ -97,10 +97,10 @@ async def echo_service(connection: FakeConnection) -> None:
 async def test_urls(site: Site) -> None:
     base = site.server.url(EXEC).rsplit("/", 2)[0]
     assert base.startswith("http://127.0.0.1:")
-    assert site.server.url(AttachWish("c", tty=False, stdin=True, stdout=True, stderr=True)).startswith(
+    assert site.server.url(AttachOptions("c", tty=False, stdin=True, stdout=True, stderr=True)).startswith(
         f"{base}/attach/"
     )
-    assert site.server.url(ForwardWish("p", (80,))).startswith(f"{base}/portforward/")
+    assert site.server.url(PortForwardOptions("p", (80,))).startswith(f"{base}/portforward/")
     assert site.server.url(EXEC) != site.server.url(EXEC)
 
 
@@ -331,7 +331,7 @@ async def test_resize(site: Site) -> None:
 
 async def test_attach(site: Site) -> None:
     site.backend.program = echo
-    wish = AttachWish("c1", tty=False, stdin=True, stdout=True, stderr=False)
+    wish = AttachOptions("c1", tty=False, stdin=True, stdout=True, stderr=False)
     client = await SpdyClient.dial(site.server.url(wish), V4)
     streams = await client.open_command("error", "stdin", "stdout")
     await client.send(streams["stdin"], b"word")
@@ -569,7 +569,7 @@ async def test_the_daemon_ends(site: Site) -> None:
 
 
 async def forward(site: Site) -> SpdyClient:
-    return await SpdyClient.dial(site.server.url(ForwardWish("p1", ())), "portforward.k8s.io")
+    return await SpdyClient.dial(site.server.url(PortForwardOptions("p1", ())), "portforward.k8s.io")
 
 
 async def open_pair(client: SpdyClient, port: int, request: str, *, hold: bool = False) -> tuple[int, int]:
@@ -797,7 +797,7 @@ async def test_websocket_offers_nothing_known(site: Site) -> None:
         await WebSocketClient.dial(site.server.url(EXEC), "v6.channel.k8s.io")
     assert caught.value.answer.code == 403
     with pytest.raises(NotUpgraded) as caught:
-        await WebSocketClient.dial(site.server.url(ForwardWish("p", (80,))), V5)
+        await WebSocketClient.dial(site.server.url(PortForwardOptions("p", (80,))), V5)
     assert caught.value.answer.code == 403
 
 
@@ -849,7 +849,7 @@ async def test_websocket_process_that_does_not_read(site: Site) -> None:
 async def test_websocket_port_forward(site: Site) -> None:
     site.backend.service = echo_service
     site.backend.refused = frozenset({81})
-    client = await WebSocketClient.dial(site.server.url(ForwardWish("p1", (80, 81))), V4)
+    client = await WebSocketClient.dial(site.server.url(PortForwardOptions("p1", (80, 81))), V4)
     await client.until(lambda: len(client.messages) >= 5)
     assert client.messages[:4] == [b"\0\x50\0", b"\1\x50\0", b"\2\x51\0", b"\3\x51\0"]
     assert b"refused" in client.channel(3)
@@ -865,14 +865,14 @@ async def test_websocket_port_forward_needs_ports(
     site: Site, ports: tuple[int, ...], subprotocol: str
 ) -> None:
     with pytest.raises(NotUpgraded) as caught:
-        await WebSocketClient.dial(site.server.url(ForwardWish("p1", ports)), subprotocol)
+        await WebSocketClient.dial(site.server.url(PortForwardOptions("p1", ports)), subprotocol)
     assert caught.value.answer.code == 400
 
 
 async def test_tunnel(site: Site) -> None:
     """SPDY in the messages of a WebSocket, as client-go and critest forward ports."""
     site.backend.service = echo_service
-    socket = await WebSocketClient.dial(site.server.url(ForwardWish("p1", (80,))), TUNNEL)
+    socket = await WebSocketClient.dial(site.server.url(PortForwardOptions("p1", (80,))), TUNNEL)
     assert socket.subprotocol == TUNNEL
     pipe = Tunnelled(socket)
     client = SpdyClient(pipe, pipe)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from image.idmap import IdMap
 from image.stores import Usage
-from network.attach import Attachment, Interface, NetworkWish
+from network.attach import Attachment, Interface, NetworkRequest
 from sandbox.errors import VmmError, VmmGone
 from sandbox.host.process import ProcessIdentity
 from sandbox.vmm import Machine, NicSpec, VmHandle, VmSpec
@@ -56,7 +56,7 @@ class FakeNetworks:
     def netns_of(self, pod_id: str) -> Path:
         return Path("/netns") / pod_id
 
-    async def up(self, wish: NetworkWish) -> Attachment:
+    async def up(self, wish: NetworkRequest) -> Attachment:
         self.ledger.take("network.up", f"network {wish.pod_id}")
         nic = Interface(
             name="eth0", tap="tap0", mac="02:00:00:00:00:01", mtu=1500, addresses=("10.1.0.2/24",)

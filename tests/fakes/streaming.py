@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from cri.streaming.session import AttachWish, ExecWish, Wish
+from cri.streaming.session import AttachOptions, ExecOptions, SessionOptions
 from cri.streaming.tokens import TooManyTokens
 from sandbox.errors import SandboxError, StreamReset
 
@@ -142,19 +142,19 @@ class FakeBackend:
     service: Callable[[FakeConnection], Awaitable[None]] | None = None
     failure: SandboxError | None = None
     refused: frozenset[int] = frozenset()
-    wishes: list[Wish] = field(default_factory=list)
+    wishes: list[SessionOptions] = field(default_factory=list)
     sessions: list[FakeSession] = field(default_factory=list)
     dialled: list[tuple[str, int]] = field(default_factory=list)
     connections: list[FakeConnection] = field(default_factory=list)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
-    async def exec(self, wish: ExecWish) -> FakeSession:
+    async def exec(self, wish: ExecOptions) -> FakeSession:
         return self._begin(wish, wish.cmd)
 
-    async def attach(self, wish: AttachWish) -> FakeSession:
+    async def attach(self, wish: AttachOptions) -> FakeSession:
         return self._begin(wish, ())
 
-    def _begin(self, wish: ExecWish | AttachWish, cmd: Sequence[str]) -> FakeSession:
+    def _begin(self, wish: ExecOptions | AttachOptions, cmd: Sequence[str]) -> FakeSession:
         if self.failure is not None:
             raise self.failure
         self.wishes.append(wish)
@@ -187,10 +187,10 @@ class FakeBackend:
 class FakeStreaming:
     """Hands out URLs with nothing behind them."""
 
-    wishes: list[Wish] = field(default_factory=list)
+    wishes: list[SessionOptions] = field(default_factory=list)
     full: bool = False
 
-    def url(self, wish: Wish) -> str:
+    def url(self, wish: SessionOptions) -> str:
         if self.full:
             raise TooManyTokens
         self.wishes.append(wish)

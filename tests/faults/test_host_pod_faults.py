@@ -21,18 +21,18 @@ import pytest
 
 from image.idmap import IdMap
 from image.stores import Usage
-from sandbox.containers import ContainerHost, Containers
+from sandbox.containers import ContainerDeps, Containers
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, SandboxError
 from sandbox.events import Events
 from sandbox.host import cgroup, mounts
-from sandbox.host.limiter import Stage
+from sandbox.host.limiter import Limiter
 from sandbox.host.process import alive
 from sandbox.host.tasks import Tasks
 from sandbox.host_pods import conmon
 from sandbox.host_pods.conmon import Bundle, Starting
-from sandbox.host_pods.engine import ProcessEngine, ProcessHost
+from sandbox.host_pods.engine import ProcessDeps, ProcessEngine
 from sandbox.host_pods.oci import NodeLimits
-from sandbox.pods import PodHost, Pods, find_handler
+from sandbox.pods import PodDeps, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
 from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec, SecuritySpec
@@ -96,7 +96,7 @@ class Daemon:
         layout = cgroup.find_layout(whole=True)
         self.containers = Containers(
             self.registry,
-            ContainerHost(
+            ContainerDeps(
                 store=self.container_store,
                 plans=self.root / "containers",
                 images=cast(Any, FakeLibrary()),
@@ -107,10 +107,10 @@ class Daemon:
         self.engine = ProcessEngine(
             self.registry,
             self.containers,
-            ProcessHost(
+            ProcessDeps(
                 cgroups=cgroup.Cgroups(layout=layout, root=f"/{self.root.name}"),
                 networks=cast(Any, FakeNetworks(self.ledger)),
-                stage=Stage("network", 2),
+                stage=Limiter("network", 2),
                 rootfs=rootfs,
                 make_pod=lambda record: self.pods.make(record),
                 tasks=self.tasks,
@@ -122,7 +122,7 @@ class Daemon:
         self.pods = Pods(
             self.registry,
             self.containers,
-            PodHost(
+            PodDeps(
                 store=self.pod_store,
                 run=self.root / "run",
                 engines={Isolation.PROCESS: self.engine},

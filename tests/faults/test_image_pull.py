@@ -29,7 +29,7 @@ from image.errors import (
     Unauthorized,
     UnsupportedMedia,
 )
-from image.library import Library
+from image.image_store import ImageStore
 from image.registry import Timing
 from image.settings import Settings
 from tests.fakes.disk import small_disk
@@ -54,25 +54,25 @@ def registry() -> Iterator[FakeRegistry]:
         yield serving
 
 
-def make_library(root: Path, **changes: object) -> Library:
+def make_library(root: Path, **changes: object) -> ImageStore:
     settings = msgspec.structs.replace(Settings(timing=QUICK), **changes)
-    library = Library(root / "state", settings)
+    library = ImageStore(root / "state", settings)
     library.load()
     return library
 
 
 @pytest.fixture
-def library(tmp_path: Path) -> Library:
+def library(tmp_path: Path) -> ImageStore:
     return make_library(tmp_path)
 
 
-def leftovers(library: Library) -> list[str]:
+def leftovers(library: ImageStore) -> list[str]:
     """What is neither a layer nor an index entry."""
     root = Path(library.fs_usage().mountpoint)
     return [str(path) for name in ("staging", "trash") for path in (root / name).iterdir()]
 
 
-async def refused(library: Library, ref: str, auth: Auth | None = None) -> ImageError:
+async def refused(library: ImageStore, ref: str, auth: Auth | None = None) -> ImageError:
     """The error of a pull that must fail and leave nothing."""
     with pytest.raises(ImageError) as caught:
         await library.pull(ref, auth)
@@ -87,7 +87,7 @@ async def refused(library: Library, ref: str, auth: Auth | None = None) -> Image
 
 @pytest.mark.parametrize("compression", ["gzip", "zstd", "plain"])
 @pytest.mark.parametrize("docker", [False, True])
-async def test_pull(registry: FakeRegistry, library: Library, compression: str, docker: bool) -> None:
+async def test_pull(registry: FakeRegistry, library: ImageStore, compression: str, docker: bool) -> None:
     digest = registry.put_image(
         "a/b", "1", [BASE, TOP], compression=compression, docker=docker,
         config={"Cmd": ["/bin/sh"], "User": "7:8", "Env": ["A=b"], "Volumes": {"/data": {}}, "Labels": None},
@@ -112,7 +112,7 @@ async def test_pull(registry: FakeRegistry, library: Library, compression: str, 
 
 @pytest.mark.parametrize("docker", [False, True])
 async def test_an_index_is_resolved_by_platform(
-    registry: FakeRegistry, library: Library, docker: bool
+    registry: FakeRegistry, library: ImageStore, docker: bool
 ) -> None:
     wrong = registry.put_image("a", "", [TOP], architecture="arm64", docker=docker)
     right = registry.put_image("a", "amd64", [BASE], docker=docker)
@@ -124,7 +124,7 @@ async def test_an_index_is_resolved_by_platform(
     await library.close()
 
 
-async def test_by_digest_there_is_no_tag(registry: FakeRegistry, library: Library) -> None:
+async def test_by_digest_there_is_no_tag(registry: FakeRegistry, library: ImageStore) -> None:
     digest = registry.put_image("a", "1", [BASE])
     image = await library.pull(f"{registry.address}/a@{digest}")
     assert image.repo_tags == ()
@@ -133,7 +133,7 @@ async def test_by_digest_there_is_no_tag(registry: FakeRegistry, library: Librar
     await library.close()
 
 
-async def test_one_content_under_two_names(registry: FakeRegistry, library: Library) -> None:
+async def test_one_content_under_two_names(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [BASE])
     registry.put_image("b", "2", [BASE])
     await library.pull(f"{registry.address}/a:1")
@@ -147,7 +147,7 @@ async def test_one_content_under_two_names(registry: FakeRegistry, library: Libr
     await library.close()
 
 
-async def test_shared_layers_are_fetched_once(registry: FakeRegistry, library: Library) -> None:
+async def test_shared_layers_are_fetched_once(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [BASE])
     registry.put_image("b", "1", [BASE, TOP])
     await asyncio.gather(library.pull(f"{registry.address}/a:1"), library.pull(f"{registry.address}/b:1"))
@@ -156,7 +156,7 @@ async def test_shared_layers_are_fetched_once(registry: FakeRegistry, library: L
     await library.close()
 
 
-async def test_many_layers_in_any_order_of_arrival(registry: FakeRegistry, library: Library) -> None:
+async def test_many_layers_in_any_order_of_arrival(registry: FakeRegistry, library: ImageStore) -> None:
     layers = [make_layer({f"f{n}": bytes([n]) * 50_000, "last": str(n).encode()}) for n in range(20)]
     registry.put_image("a", "1", layers)
     registry.fail("/blobs/" + registry.layer_digests("a", "1")[0], Status(503, {"Retry-After": "1"}))
@@ -168,7 +168,7 @@ async def test_many_layers_in_any_order_of_arrival(registry: FakeRegistry, libra
 # ------------------------------------------------------------------------------------ joining
 
 
-async def test_the_same_pull_twice_is_one(registry: FakeRegistry, library: Library) -> None:
+async def test_the_same_pull_twice_is_one(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [BASE])
     ref = f"{registry.address}/a:1"
     images = await asyncio.gather(library.pull(ref), library.pull(ref), library.pull(ref))
@@ -177,7 +177,7 @@ async def test_the_same_pull_twice_is_one(registry: FakeRegistry, library: Libra
     await library.close()
 
 
-async def test_other_credentials_do_not_join(registry: FakeRegistry, library: Library) -> None:
+async def test_other_credentials_do_not_join(registry: FakeRegistry, library: ImageStore) -> None:
     registry.sign_in = "basic"
     registry.put_image("a", "1", [BASE])
     ref = f"{registry.address}/a:1"
@@ -189,7 +189,7 @@ async def test_other_credentials_do_not_join(registry: FakeRegistry, library: Li
 
 
 async def test_a_cancelled_caller_leaves_the_pull_to_the_others(
-    registry: FakeRegistry, library: Library
+    registry: FakeRegistry, library: ImageStore
 ) -> None:
     registry.put_image("a", "1", [BASE])
     registry.fail("/manifests/1", Status(503, {"Retry-After": "1"}))
@@ -238,21 +238,21 @@ async def test_a_deadline(registry: FakeRegistry, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ trouble
 
 
-async def test_unknown_image(registry: FakeRegistry, library: Library) -> None:
+async def test_unknown_image(registry: FakeRegistry, library: ImageStore) -> None:
     error = await refused(library, f"{registry.address}/no/such:1")
     assert isinstance(error, ManifestNotFound)
     assert "MANIFEST_UNKNOWN" in str(error)
     assert len([p for p in registry.paths() if "manifests" in p]) == 1
 
 
-async def test_nobody_listens(library: Library) -> None:
+async def test_nobody_listens(library: ImageStore) -> None:
     error = await refused(library, "127.0.0.1:9/a:1")
     assert str(error).startswith("RegistryUnavailable")
 
 
 @pytest.mark.parametrize("fault", [Status(500), Status(503), Status(429), Truncate(10), Hang()])
 async def test_a_passing_trouble_is_tried_again(
-    registry: FakeRegistry, library: Library, fault: object
+    registry: FakeRegistry, library: ImageStore, fault: object
 ) -> None:
     registry.put_image("a", "1", [BASE])
     registry.fail("/manifests/", fault)  # type: ignore[arg-type]
@@ -262,7 +262,9 @@ async def test_a_passing_trouble_is_tried_again(
 
 
 @pytest.mark.parametrize("fault", [Status(500), Status(429), Truncate(10), Hang()])
-async def test_a_lasting_trouble_is_an_error(registry: FakeRegistry, library: Library, fault: object) -> None:
+async def test_a_lasting_trouble_is_an_error(
+    registry: FakeRegistry, library: ImageStore, fault: object
+) -> None:
     registry.put_image("a", "1", [BASE])
     registry.fail("/manifests/", fault, times=99)  # type: ignore[arg-type]
     error = await refused(library, f"{registry.address}/a:1")
@@ -271,7 +273,7 @@ async def test_a_lasting_trouble_is_an_error(registry: FakeRegistry, library: Li
     assert error.attempts == QUICK.attempts
 
 
-async def test_retry_after_is_honoured(registry: FakeRegistry, library: Library) -> None:
+async def test_retry_after_is_honoured(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [BASE])
     registry.fail("/manifests/", Status(429, {"Retry-After": "1"}))
     loop = asyncio.get_running_loop()
@@ -281,7 +283,7 @@ async def test_retry_after_is_honoured(registry: FakeRegistry, library: Library)
     await library.close()
 
 
-async def test_retry_after_an_hour_is_not_waited_for(registry: FakeRegistry, library: Library) -> None:
+async def test_retry_after_an_hour_is_not_waited_for(registry: FakeRegistry, library: ImageStore) -> None:
     registry.fail("/manifests/", Status(429, {"Retry-After": "3600"}), times=9)
     error = await refused(library, f"{registry.address}/a:1")
     assert "3600 s" in str(error)
@@ -290,7 +292,7 @@ async def test_retry_after_an_hour_is_not_waited_for(registry: FakeRegistry, lib
 @pytest.mark.parametrize("fault", [Truncate(150_000), StallAfter(150_000)])
 @pytest.mark.parametrize("ranges", [True, False])
 async def test_a_broken_download_goes_on(
-    registry: FakeRegistry, library: Library, fault: object, ranges: bool
+    registry: FakeRegistry, library: ImageStore, fault: object, ranges: bool
 ) -> None:
     registry.ranges = ranges
     registry.put_image("a", "1", [TOP])
@@ -302,7 +304,7 @@ async def test_a_broken_download_goes_on(
     await library.close()
 
 
-async def test_a_truncated_layer(registry: FakeRegistry, library: Library) -> None:
+async def test_a_truncated_layer(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [TOP])
     digest = registry.layer_digests("a", "1")[0]
     registry.fail(digest, Truncate(0), times=99)
@@ -310,7 +312,7 @@ async def test_a_truncated_layer(registry: FakeRegistry, library: Library) -> No
     assert isinstance(error, RegistryUnavailable)
 
 
-async def test_a_layer_shorter_than_announced(registry: FakeRegistry, library: Library) -> None:
+async def test_a_layer_shorter_than_announced(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [TOP])
     digest = registry.layer_digests("a", "1")[0]
     registry.blobs[digest] = registry.blobs[digest][:-1]
@@ -318,7 +320,7 @@ async def test_a_layer_shorter_than_announced(registry: FakeRegistry, library: L
     assert isinstance(error, (RegistryUnavailable, DigestMismatch))
 
 
-async def test_a_layer_longer_than_announced(registry: FakeRegistry, library: Library) -> None:
+async def test_a_layer_longer_than_announced(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [TOP])
     digest = registry.layer_digests("a", "1")[0]
     registry.blobs[digest] += b"more"
@@ -327,7 +329,7 @@ async def test_a_layer_longer_than_announced(registry: FakeRegistry, library: Li
 
 
 @pytest.mark.parametrize("part", ["layer", "config", "manifest"])
-async def test_wrong_bytes(registry: FakeRegistry, library: Library, part: str) -> None:
+async def test_wrong_bytes(registry: FakeRegistry, library: ImageStore, part: str) -> None:
     digest = registry.put_image("a", "1", [BASE])
     wanted = {
         "layer": registry.layer_digests("a", "1")[0],
@@ -339,13 +341,13 @@ async def test_wrong_bytes(registry: FakeRegistry, library: Library, part: str) 
     assert isinstance(error, DigestMismatch)
 
 
-async def test_a_wrong_diff_id(registry: FakeRegistry, library: Library) -> None:
+async def test_a_wrong_diff_id(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [BASE], diff_ids=["sha256:" + "0" * 64])
     error = await refused(library, f"{registry.address}/a:1")
     assert isinstance(error, DigestMismatch) and "diff id" in error.what
 
 
-async def test_a_hostile_layer(registry: FakeRegistry, library: Library) -> None:
+async def test_a_hostile_layer(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [BASE, make_layer({"../../escape": b"x"})])
     error = await refused(library, f"{registry.address}/a:1")
     assert isinstance(error, LayerRejected)
@@ -356,7 +358,7 @@ async def test_a_hostile_layer(registry: FakeRegistry, library: Library) -> None
 
 @pytest.mark.parametrize("cut", [5, 2000])
 async def test_a_compressed_stream_that_ends_early(
-    registry: FakeRegistry, library: Library, cut: int
+    registry: FakeRegistry, library: ImageStore, cut: int
 ) -> None:
     registry.put_image("a", "1", [TOP])
     data, kind = registry.manifests["a", "1"]
@@ -377,7 +379,7 @@ async def test_a_compressed_stream_that_ends_early(
         "application/vnd.cncf.helm.chart.content.v1.tar+gzip",
     ],
 )
-async def test_layers_of_other_kinds(registry: FakeRegistry, library: Library, media_type: str) -> None:
+async def test_layers_of_other_kinds(registry: FakeRegistry, library: ImageStore, media_type: str) -> None:
     registry.put_image("a", "1", [BASE])
     data, kind = registry.manifests["a", "1"]
     manifest = json.loads(data)
@@ -387,7 +389,7 @@ async def test_layers_of_other_kinds(registry: FakeRegistry, library: Library, m
     assert isinstance(error, UnsupportedMedia) and error.media_type == media_type
 
 
-async def test_schema_1(registry: FakeRegistry, library: Library) -> None:
+async def test_schema_1(registry: FakeRegistry, library: ImageStore) -> None:
     kind = "application/vnd.docker.distribution.manifest.v1+prettyjws"
     registry.put_manifest("a", "1", {"schemaVersion": 1, "name": "a", "fsLayers": []}, kind)
     error = await refused(library, f"{registry.address}/a:1")
@@ -398,14 +400,14 @@ async def test_schema_1(registry: FakeRegistry, library: Library) -> None:
     "content", [b"", b"{}", b"[]", b"<html>", b'{"schemaVersion": 2, "config": 5}', b"\xff"]
 )
 async def test_rubbish_instead_of_a_manifest(
-    registry: FakeRegistry, library: Library, content: bytes
+    registry: FakeRegistry, library: ImageStore, content: bytes
 ) -> None:
     registry.put_manifest("a", "1", content, "application/vnd.oci.image.manifest.v1+json")
     error = await refused(library, f"{registry.address}/a:1")
     assert isinstance(error, ManifestInvalid)
 
 
-async def test_another_platform(registry: FakeRegistry, library: Library) -> None:
+async def test_another_platform(registry: FakeRegistry, library: ImageStore) -> None:
     registry.put_image("a", "1", [BASE], architecture="s390x")
     error = await refused(library, f"{registry.address}/a:1")
     assert isinstance(error, ManifestNotFound) and "linux/s390x" in str(error)
@@ -464,7 +466,7 @@ def credentials(registry: FakeRegistry, form: str, **more: str) -> Auth:
         ("bearer", "registry"),
     ],
 )
-async def test_signing_in(registry: FakeRegistry, library: Library, scheme: str, form: str) -> None:
+async def test_signing_in(registry: FakeRegistry, library: ImageStore, scheme: str, form: str) -> None:
     registry.sign_in = scheme
     registry.put_image("a", "1", [BASE, TOP])
     image = await library.pull(f"{registry.address}/a:1", credentials(registry, form))
@@ -477,7 +479,7 @@ async def test_signing_in(registry: FakeRegistry, library: Library, scheme: str,
 @pytest.mark.parametrize("scheme", ["basic", "bearer"])
 @pytest.mark.parametrize("form", ["none", "wrong"])
 async def test_refused_access_says_nothing_secret(
-    registry: FakeRegistry, library: Library, scheme: str, form: str
+    registry: FakeRegistry, library: ImageStore, scheme: str, form: str
 ) -> None:
     registry.sign_in = scheme
     auth = Auth() if form == "none" else Auth(username="eve", password="guessed-secret")
@@ -488,20 +490,20 @@ async def test_refused_access_says_nothing_secret(
     assert "secret" not in shown and sent not in shown
 
 
-async def test_a_registry_token_that_is_refused(registry: FakeRegistry, library: Library) -> None:
+async def test_a_registry_token_that_is_refused(registry: FakeRegistry, library: ImageStore) -> None:
     registry.sign_in = "bearer"
     error = await refused(library, f"{registry.address}/a:1", Auth(registry_token="stale-secret"))
     assert isinstance(error, Unauthorized) and "stale-secret" not in str(error)
 
 
-async def test_credentials_for_another_host_stay_here(registry: FakeRegistry, library: Library) -> None:
+async def test_credentials_for_another_host_stay_here(registry: FakeRegistry, library: ImageStore) -> None:
     registry.sign_in = "basic"
     auth = credentials(registry, "password", server_address="https://other.example.com/v1/")
     assert isinstance(await refused(library, f"{registry.address}/a:1", auth), Unauthorized)
     assert not any("authorization" in seen.headers for seen in registry.seen)
 
 
-async def test_credentials_named_for_this_host(registry: FakeRegistry, library: Library) -> None:
+async def test_credentials_named_for_this_host(registry: FakeRegistry, library: ImageStore) -> None:
     registry.sign_in = "basic"
     registry.put_image("a", "1", [BASE])
     auth = credentials(registry, "password", server_address=registry.address)
@@ -509,7 +511,7 @@ async def test_credentials_named_for_this_host(registry: FakeRegistry, library: 
     await library.close()
 
 
-async def test_a_redirect_takes_no_credentials_along(registry: FakeRegistry, library: Library) -> None:
+async def test_a_redirect_takes_no_credentials_along(registry: FakeRegistry, library: ImageStore) -> None:
     registry.sign_in = "basic"
     registry.put_image("a", "1", [BASE])
     digest = registry.layer_digests("a", "1")[0]
@@ -522,12 +524,12 @@ async def test_a_redirect_takes_no_credentials_along(registry: FakeRegistry, lib
     await library.close()
 
 
-async def test_redirects_end(registry: FakeRegistry, library: Library) -> None:
+async def test_redirects_end(registry: FakeRegistry, library: ImageStore) -> None:
     registry.fail("/manifests/", Status(302, {"Location": "/v2/a/manifests/1"}), times=99)
     assert isinstance(await refused(library, f"{registry.address}/a:1"), RegistryUnavailable)
 
 
-async def test_a_redirect_to_a_file(registry: FakeRegistry, library: Library) -> None:
+async def test_a_redirect_to_a_file(registry: FakeRegistry, library: ImageStore) -> None:
     registry.fail("/manifests/", Status(302, {"Location": "file:///etc/passwd"}), times=99)
     assert isinstance(await refused(library, f"{registry.address}/a:1"), RegistryUnavailable)
 

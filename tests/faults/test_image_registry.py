@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from image.errors import ManifestNotFound, RegistryUnavailable
-from image.library import Library
+from image.image_store import ImageStore
 from image.registry import Timing
 from image.settings import Settings
 from tests.kit.images import Form, Image, busybox, digest_of, index_of
@@ -94,16 +94,16 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistr
 
 
 @pytest.fixture
-def library(tmp_path: Path) -> Library:
+def library(tmp_path: Path) -> ImageStore:
     timing = Timing(attempts=8, backoff_s=0.2, backoff_limit_s=1)
-    library = Library(tmp_path, msgspec.structs.replace(Settings(), timing=timing))
+    library = ImageStore(tmp_path, msgspec.structs.replace(Settings(), timing=timing))
     library.load()
     return library
 
 
 @pytest.mark.parametrize("tag", ["oci", "docker", "multi"])
 async def test_a_real_image_runs(
-    registry: DockerRegistry, library: Library, tmp_path: Path, tag: str
+    registry: DockerRegistry, library: ImageStore, tmp_path: Path, tag: str
 ) -> None:
     image = await library.pull(f"{registry.address}/test/busybox:{tag}")
     root = tmp_path / "root"
@@ -118,14 +118,14 @@ async def test_a_real_image_runs(
         await library.close()
 
 
-async def test_what_is_not_there(registry: DockerRegistry, library: Library) -> None:
+async def test_what_is_not_there(registry: DockerRegistry, library: ImageStore) -> None:
     for name in ("test/busybox:absent", "absent/repository:1"):
         with pytest.raises(ManifestNotFound, match="UNKNOWN"):
             await library.pull(f"{registry.address}/{name}")
     await library.close()
 
 
-async def test_a_registry_that_comes_back_in_time(registry: DockerRegistry, library: Library) -> None:
+async def test_a_registry_that_comes_back_in_time(registry: DockerRegistry, library: ImageStore) -> None:
     await asyncio.to_thread(registry.stop)
     pull = asyncio.create_task(library.pull(f"{registry.address}/test/busybox:oci"))
     await asyncio.to_thread(registry.start)
@@ -134,7 +134,7 @@ async def test_a_registry_that_comes_back_in_time(registry: DockerRegistry, libr
 
 
 async def test_a_registry_that_does_not(registry: DockerRegistry, tmp_path: Path) -> None:
-    quick = Library(tmp_path / "quick", Settings(timing=Timing(attempts=2, backoff_s=0.01)))
+    quick = ImageStore(tmp_path / "quick", Settings(timing=Timing(attempts=2, backoff_s=0.01)))
     quick.load()
     await asyncio.to_thread(registry.stop)
     try:

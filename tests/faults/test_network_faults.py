@@ -23,8 +23,8 @@ import pytest
 
 from network import attach, netns, tap
 from network.attach import Networks
+from network.attachment_cache import AttachmentCache
 from network.errors import CniError, NetnsError, NetworkError, TapError, TeardownFailed
-from network.held import HeldFiles
 from network.plugins import Plugins
 from network.spec import PortMapping
 from tests.fakes.cni.space import CLEAN, PLUGINS, PORTMAP, Space, bridge, in_space, wish
@@ -251,8 +251,8 @@ class Kills:
     """
 
     EFFECTS: tuple[tuple[Any, str], ...] = (
-        (HeldFiles, "save"),
-        (HeldFiles, "forget"),
+        (AttachmentCache, "save"),
+        (AttachmentCache, "forget"),
         (Plugins, "run"),
         (netns, "_call"),
         (netns, "_bring_up_loopback"),
@@ -346,11 +346,11 @@ async def test_killed_while_taking_down(space: Space) -> None:
 DAEMON = """
 import asyncio, json, sys
 from pathlib import Path
-from network.attach import Networks, NetworkWish
+from network.attach import Networks, NetworkRequest
 directories = {name: Path(path) for name, path in json.loads(sys.argv[1]).items()}
 bins = (directories.pop("bin_dir"), Path("/usr/lib/cni"))
 networks = Networks(bin_dirs=bins, **directories)
-wish = NetworkWish(pod_id="pod-1", name="web", namespace="default", uid="u-1")
+wish = NetworkRequest(pod_id="pod-1", name="web", namespace="default", uid="u-1")
 asyncio.run(networks.up(wish))
 """
 

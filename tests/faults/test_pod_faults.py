@@ -17,18 +17,18 @@ from typing import Any, cast
 import pytest
 
 from image.index import Image, ImageSettings
-from sandbox.containers import ContainerHost, Containers
+from sandbox.containers import ContainerDeps, Containers
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
 from sandbox.events import Events
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host import cgroup
-from sandbox.host.limiter import Stage
+from sandbox.host.limiter import Limiter
 from sandbox.host.mounts import mounts_below
 from sandbox.host.tasks import Tasks
 from sandbox.lifecycle import UndoFailed, names_of
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
-from sandbox.pods import PodHost, Pods, find_handler
+from sandbox.pods import PodDeps, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
 from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, SecuritySpec, VmSize
@@ -37,10 +37,10 @@ from sandbox.steps.container import Plan, Rootfs
 from sandbox.steps.pod import Guest, Identity, Netns, Network, RunDir, Shares, pod_walks
 from sandbox.steps.volumes import Volumes
 from sandbox.store import Store
-from sandbox.vm_pods.accelerator import Verdict
-from sandbox.vm_pods.engine import VmEngine, VmHost
-from sandbox.vm_pods.pool import Factory, FactoryHost
-from sandbox.vm_pods.resize import Room
+from sandbox.vm_pods.accelerator import AcceleratorChoice
+from sandbox.vm_pods.engine import VmDeps, VmEngine
+from sandbox.vm_pods.pool import PoolDeps, VmPool
+from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.steps import Size, Vm
 from sandbox.vm_pods.templates import Templates
 from tests.fakes.disk import small_disk
@@ -105,7 +105,7 @@ class Daemon:
         self.pod_store.load()
         self.container_store.load()
         self.events = Events(self.registry)
-        host = ContainerHost(
+        host = ContainerDeps(
             store=self.container_store,
             plans=self.root / "containers",
             images=cast(Any, FakeLibrary()),
@@ -114,10 +114,10 @@ class Daemon:
         )
         self.containers = Containers(self.registry, host)
         templates = Templates(self.root / "run" / "templates", self.hypervisor, networks, cgroups)
-        vm = Vm(self.hypervisor, networks, cgroups, templates, Stage("vm", 2), HOST)
-        walks = pod_walks(vm, Stage("network", 2))
-        self.factory = Factory(
-            FactoryHost(
+        vm = Vm(self.hypervisor, networks, cgroups, templates, Limiter("vm", 2), HOST)
+        walks = pod_walks(vm, Limiter("network", 2))
+        self.factory = VmPool(
+            PoolDeps(
                 templates=templates,
                 vm=vm,
                 walks=walks,
@@ -131,7 +131,7 @@ class Daemon:
         self.engine = VmEngine(
             self.registry,
             self.containers,
-            VmHost(
+            VmDeps(
                 hypervisor=self.hypervisor,
                 walks=walks,
                 factory=self.factory,
@@ -139,7 +139,7 @@ class Daemon:
                 make_pod=lambda record: self.pods.make(record),
                 rootfs=host.rootfs,
                 tasks=self.tasks,
-                room=Room(self.registry, self.grow),
+                room=Resizer(self.registry, self.grow),
                 default_profile=self.root / "apparmor",
                 usage=lambda pod: HostUsage(guest_memory_bytes=0, vmm=ProcessUsage(), helpers=ProcessUsage()),
             ),
@@ -147,7 +147,7 @@ class Daemon:
         self.pods = Pods(
             self.registry,
             self.containers,
-            PodHost(
+            PodDeps(
                 store=self.pod_store,
                 run=self.root / "run",
                 engines={Isolation.VM: self.engine},
@@ -184,8 +184,8 @@ class Daemon:
         assert mounts_below(self.root) == []
 
 
-async def _tcg(handler: Handler) -> Verdict:
-    return Verdict(accelerator="tcg", reason="the test says so")
+async def _tcg(handler: Handler) -> AcceleratorChoice:
+    return AcceleratorChoice(accelerator="tcg", reason="the test says so")
 
 
 class LedgerCgroups(cgroup.Cgroups, frozen=True, kw_only=True):

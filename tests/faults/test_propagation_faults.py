@@ -19,7 +19,7 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, Propagated
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, MountSpec, PodId, PodSpec, Propagation
 from sandbox.store import Store
-from sandbox.vm_pods.propagation import Mirror, synchronize
+from sandbox.vm_pods.propagation import PropagationSync, synchronize
 
 PLAIN = """20 1 0:30 / / rw - virtiofs none rw
 22 20 0:40 / /both rw - virtiofs none rw
@@ -82,7 +82,7 @@ def mount(*arguments: str | Path) -> None:
 
 
 def release(container: Container) -> Any:
-    return Mirror(Tasks()).release(container)
+    return PropagationSync(Tasks()).release(container)
 
 
 async def test_shown_once_and_taken_away(site: Site) -> None:

@@ -18,8 +18,8 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerState, PodState
 from sandbox.spec import ContainerSpec, PodId, Resources, VmSize
 from sandbox.stats import collector as meters
-from sandbox.stats.collector import RATE_WINDOW_NS, Meter, Rate
-from sandbox.stats.layer_usage import LayerMeter
+from sandbox.stats.collector import RATE_WINDOW_NS, Rate, StatsCollector
+from sandbox.stats.layer_usage import LayerUsage
 from sandbox.stats.parse import FILES, PATHS, PodStats
 from sandbox.vm_pods import engine
 from tests.fakes.guest import FakeAgent
@@ -46,8 +46,8 @@ async def daemon(root: Path) -> AsyncIterator[Daemon]:
 
 
 @pytest.fixture
-async def meter(daemon: Daemon) -> AsyncIterator[Meter]:
-    meter = Meter(daemon.registry, LayerMeter(cast(Any, FakeRootfs(daemon.ledger))))
+async def meter(daemon: Daemon) -> AsyncIterator[StatsCollector]:
+    meter = StatsCollector(daemon.registry, LayerUsage(cast(Any, FakeRootfs(daemon.ledger))))
     yield meter
     await meter.close()
 
@@ -94,14 +94,14 @@ async def running(daemon: Daemon, name: str = "web", **fields: Any) -> tuple[Pod
     return id, container, Guest(daemon.hypervisor.vms[id].agent)
 
 
-async def read(meter: Meter, *ids: PodId, files: bool = False) -> list[PodStats]:
+async def read(meter: StatsCollector, *ids: PodId, files: bool = False) -> list[PodStats]:
     return [one async for one in meter.read(ids, files=files)]
 
 
 # --------------------------------------------------------------------------------- statistics
 
 
-async def test_one_round_trip_brings_a_pod(daemon: Daemon, meter: Meter) -> None:
+async def test_one_round_trip_brings_a_pod(daemon: Daemon, meter: StatsCollector) -> None:
     id, container, guest = await running(daemon)
     (found,) = await read(meter, id)
     assert (found.usage.cpu.usage_ns, found.processes) == (10**9, 1)
@@ -114,7 +114,7 @@ async def test_one_round_trip_brings_a_pod(daemon: Daemon, meter: Meter) -> None
     assert guest.reads[1].count == pb.ReadCgroup.FILES
 
 
-async def test_containers_that_do_not_run_are_not_asked_about(daemon: Daemon, meter: Meter) -> None:
+async def test_containers_that_do_not_run_are_not_asked_about(daemon: Daemon, meter: StatsCollector) -> None:
     id, container, guest = await running(daemon)
     await daemon.containers.create(id, container_spec(attempt=1))
     await daemon.containers.stop(container, 0)
@@ -123,7 +123,7 @@ async def test_containers_that_do_not_run_are_not_asked_about(daemon: Daemon, me
     assert list(guest.reads[0].container_ids) == ["."]
 
 
-async def test_the_guests_clock_is_believed_within_reason(daemon: Daemon, meter: Meter) -> None:
+async def test_the_guests_clock_is_believed_within_reason(daemon: Daemon, meter: StatsCollector) -> None:
     import time
 
     id, _, guest = await running(daemon)
@@ -144,7 +144,7 @@ async def test_a_rate_needs_two_looks() -> None:
     assert rate.look(6 * RATE_WINDOW_NS, RATE_WINDOW_NS) == 1_000_000_000
 
 
-async def test_who_asks_at_the_same_time_shares_a_read(daemon: Daemon, meter: Meter) -> None:
+async def test_who_asks_at_the_same_time_shares_a_read(daemon: Daemon, meter: StatsCollector) -> None:
     id, _, guest = await running(daemon)
     found = await asyncio.gather(*(read(meter, id) for _ in range(10)))
     assert all(len(one) == 1 for one in found)
@@ -152,7 +152,7 @@ async def test_who_asks_at_the_same_time_shares_a_read(daemon: Daemon, meter: Me
 
 
 async def test_a_silent_guest_is_left_out_in_time(
-    daemon: Daemon, meter: Meter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    daemon: Daemon, meter: StatsCollector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(meters, "PATIENCE_S", 0.05)
     first, _, silent = await running(daemon)
@@ -169,7 +169,7 @@ async def test_a_silent_guest_is_left_out_in_time(
 
 
 async def test_a_guest_that_answers_at_last_is_asked_again(
-    daemon: Daemon, meter: Meter, monkeypatch: pytest.MonkeyPatch
+    daemon: Daemon, meter: StatsCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meters, "PATIENCE_S", 0.05)
     monkeypatch.setattr(engine, "GUEST_CALL_TIMEOUT_S", 0.1)
@@ -182,7 +182,7 @@ async def test_a_guest_that_answers_at_last_is_asked_again(
             await asyncio.sleep(0.01)
 
 
-async def test_a_lost_connection_holds_up_nobody(daemon: Daemon, meter: Meter) -> None:
+async def test_a_lost_connection_holds_up_nobody(daemon: Daemon, meter: StatsCollector) -> None:
     id, _, _ = await running(daemon)
     pod = daemon.registry.pods[id]
     pod.client = None
@@ -190,7 +190,7 @@ async def test_a_lost_connection_holds_up_nobody(daemon: Daemon, meter: Meter) -
         assert await read(meter, id) == []
 
 
-async def test_a_vm_that_dies_while_it_is_asked(daemon: Daemon, meter: Meter) -> None:
+async def test_a_vm_that_dies_while_it_is_asked(daemon: Daemon, meter: StatsCollector) -> None:
     id, _, guest = await running(daemon)
     guest.silent = True
     asking = asyncio.create_task(read(meter, id))
@@ -200,20 +200,22 @@ async def test_a_vm_that_dies_while_it_is_asked(daemon: Daemon, meter: Meter) ->
         assert await asking == []
 
 
-async def test_an_agent_that_answers_something_else(daemon: Daemon, meter: Meter) -> None:
+async def test_an_agent_that_answers_something_else(daemon: Daemon, meter: StatsCollector) -> None:
     id, _, guest = await running(daemon)
     guest.rubbish = True
     assert await read(meter, id) == []
 
 
-async def test_unknown_and_stopped_pods_are_left_out(daemon: Daemon, meter: Meter) -> None:
+async def test_unknown_and_stopped_pods_are_left_out(daemon: Daemon, meter: StatsCollector) -> None:
     id, _, guest = await running(daemon)
     await daemon.pods.stop(id)
     assert await read(meter, PodId("nope"), id) == []
     assert guest.reads == []
 
 
-async def test_a_reader_that_goes_away_leaves_the_others_their_read(daemon: Daemon, meter: Meter) -> None:
+async def test_a_reader_that_goes_away_leaves_the_others_their_read(
+    daemon: Daemon, meter: StatsCollector
+) -> None:
     id, _, guest = await running(daemon)
     guest.silent = True
     gone, stays = (asyncio.create_task(read(meter, id)) for _ in range(2))
@@ -226,7 +228,7 @@ async def test_a_reader_that_goes_away_leaves_the_others_their_read(daemon: Daem
 
 
 async def test_closing_ends_reads_under_way(daemon: Daemon) -> None:
-    meter = Meter(daemon.registry, LayerMeter(cast(Any, FakeRootfs(daemon.ledger))))
+    meter = StatsCollector(daemon.registry, LayerUsage(cast(Any, FakeRootfs(daemon.ledger))))
     id, _, guest = await running(daemon)
     guest.silent = True
     asking = asyncio.create_task(read(meter, id))

@@ -34,7 +34,7 @@ from sandbox.spec import (
 )
 from sandbox.steps.pod import Shares
 from sandbox.steps.volumes import Volumes, find_sources
-from sandbox.vm_pods.resize import Room
+from sandbox.vm_pods.resize import Resizer
 from sandbox.vmm import VmHandle, VmSpec
 from tests.fakes.host import Broken, FakeRootfs, Ledger
 
@@ -56,7 +56,7 @@ class Site:
 
     @property
     def step(self) -> Volumes:
-        return Volumes(cast(Any, FakeRootfs(self.ledger)), Room(Registry(), _never))
+        return Volumes(cast(Any, FakeRootfs(self.ledger)), Resizer(Registry(), _never))
 
     def container(self, *wishes: MountSpec, images: tuple[ImageVolume, ...] = ()) -> Container:
         record = ContainerRecord(

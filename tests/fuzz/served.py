@@ -17,8 +17,7 @@ from typing import Any, cast
 import grpc
 from google.protobuf.message import Message
 
-from cri.flights import Flights
-from cri.interceptor import Edge
+from cri.interceptor import Interceptor
 from cri.observe import Metrics
 from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb
@@ -28,13 +27,14 @@ from cri.services.runtime_service import runtime_service
 from cri.services.sessions import SandboxBackend
 from cri.streaming.server import Settings, StreamingServer
 from image.auth import Auth
-from image.library import Library
+from image.image_store import ImageStore
 from image.registry import Timing
 from image.settings import Settings as ImageSettings
 from sandbox.guest import guest_pb2
+from sandbox.host.flights import Flights
 from sandbox.host.mounts import mounts_below
-from sandbox.stats.collector import Meter
-from sandbox.stats.layer_usage import LayerMeter
+from sandbox.stats.collector import StatsCollector
+from sandbox.stats.layer_usage import LayerUsage
 from tests.fakes.cri import FakeNetworks, FakeNode
 from tests.fakes.guest import FakeAgent, FakeProgram
 from tests.fakes.registry import FakeRegistry, make_layer
@@ -93,7 +93,7 @@ class Served:
         config = f'server = "http://{self.registry.address}"\n'
         (self.root / "hosts" / "_default" / "hosts.toml").write_text(config)
         settings = ImageSettings(config_path=self.root / "hosts", timing=QUICK, pull_timeout_s=20)
-        self.images = Library(self.root / "images", settings)
+        self.images = ImageStore(self.root / "images", settings)
         self.images.load()
         self.registry.sign_in = "bearer"
         await self.images.pull(IMAGE, AUTH)
@@ -102,12 +102,12 @@ class Served:
         self.daemon.containers._host.images.index = self.images.index
         self.daemon.hypervisor.make_agent = self._agent
         self.flights, self.metrics = Flights(), Metrics("1")
-        self.meter = Meter(self.daemon.registry, LayerMeter(self.images.rootfs))
+        self.meter = StatsCollector(self.daemon.registry, LayerUsage(self.images.rootfs))
         backend = SandboxBackend(self.daemon.pods, self.daemon.containers)
         self.streaming = StreamingServer(backend, Settings(address="127.0.0.1", port=0, idle_timeout_s=60))
         await self.streaming.start()
         self.socket = self.root / "cri.sock"
-        self.server = Server(self.socket, self._services(), Edge(self.metrics))
+        self.server = Server(self.socket, self._services(), Interceptor(self.metrics))
         await self.server.start()
         options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", -1)]
         self.channel = grpc.aio.insecure_channel(f"unix:{self.socket}", options)

@@ -13,7 +13,7 @@ from wsproto.events import BytesMessage, TextMessage
 from cri.streaming import spdy_frames as frames
 from cri.streaming.channels import ConnectionLost
 from cri.streaming.server import Settings, StreamingServer
-from cri.streaming.session import ExecWish, ForwardWish
+from cri.streaming.session import ExecOptions, PortForwardOptions
 from cri.streaming.spdy import Ended, Received, Spdy
 from cri.streaming.spdy_frames import Kind, Reset, SpdyError
 from cri.streaming.websocket import COMMAND_FORMS, ChannelError, Decoder, Form, Piece
@@ -157,7 +157,9 @@ def test_a_server_survives_any_client(plan: list[tuple[Any, ...]], forwards: boo
         backend = FakeBackend()
         server = StreamingServer(backend, Settings("127.0.0.1", 0, 60))
         await server.start()
-        wish = ForwardWish("p", (80,)) if forwards else ExecWish("c", ("x",), False, True, True, True)
+        wish = (
+            PortForwardOptions("p", (80,)) if forwards else ExecOptions("c", ("x",), False, True, True, True)
+        )
         wire = _Wire()
         reader, writer = await connect(server.url(wish))
         protocol = "portforward.k8s.io" if forwards else "v4.channel.k8s.io"

@@ -37,14 +37,14 @@ def reason_for(spec: Spec) -> str:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AcceleratorChoice:
     specs: list[Spec]
     websocket: list[Spec]
     left: list[str]  # what the daemon still holds after it
 
 
 @pytest.fixture(scope="module")
-def verdict(site: Any, daemon: Any) -> Verdict:
+def verdict(site: Any, daemon: Any) -> AcceleratorChoice:
     digest = critest_images.push_all(site.registry)
     programs = gotools.tool("critest"), gotools.tool("ginkgo")
     critest = Critest.prepare(site.namespace, daemon.socket, *programs, digest)
@@ -53,12 +53,12 @@ def verdict(site: Any, daemon: Any) -> Verdict:
     websocket = critest.run("websocket", *WEBSOCKET, focus="Streaming")
     daemon.remove_all()  # what failed specs leave is theirs
     left = [each for each in daemon.leaks_since(before) if "links: " not in each]
-    found = Verdict(specs, websocket, left)
+    found = AcceleratorChoice(specs, websocket, left)
     PAGE.write_text(conformance.page(gotools.version("critest"), specs, websocket, reason_for))
     return found
 
 
-def test_every_spec_passes_or_has_a_reason(verdict: Verdict) -> None:
+def test_every_spec_passes_or_has_a_reason(verdict: AcceleratorChoice) -> None:
     """Both ways: what passes by now may not be listed any longer."""
     specs = [*verdict.specs, *verdict.websocket]
     assert len(verdict.specs) >= 137
@@ -69,5 +69,5 @@ def test_every_spec_passes_or_has_a_reason(verdict: Verdict) -> None:
         assert [begin for begin in reasons if not any(each.startswith(begin) for each in titles)] == []
 
 
-def test_nothing_is_left_behind(verdict: Verdict) -> None:
+def test_nothing_is_left_behind(verdict: AcceleratorChoice) -> None:
     assert verdict.left == []

@@ -16,7 +16,7 @@ from sandbox.guest_image.build import GuestImage
 from sandbox.host import unix_sockets
 from sandbox.host.process import ProcessIdentity
 from sandbox.vm_pods import accelerator
-from sandbox.vm_pods.accelerator import Verdict
+from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vmm import Machine, VmHandle, VmSpec
 from tests.fakes.vmm import StillMachine
 
@@ -88,7 +88,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(accelerator, "find_obstacle", lambda: None)
 
 
-async def choose(hypervisor: FakeHypervisor, cache: Path, wanted: str = "auto") -> Verdict:
+async def choose(hypervisor: FakeHypervisor, cache: Path, wanted: str = "auto") -> AcceleratorChoice:
     return await accelerator.choose(wanted, IMAGE, hypervisor, cache)
 
 
@@ -140,7 +140,9 @@ async def test_the_answer_is_kept_until_something_changes(tmp_path: Path) -> Non
 @pytest.mark.parametrize("wanted", ["kvm", "tcg"])
 async def test_what_is_configured_is_not_doubted(wanted: str, tmp_path: Path) -> None:
     hypervisor = FakeHypervisor()
-    assert await choose(hypervisor, tmp_path, wanted) == Verdict(accelerator=wanted, reason="configured")
+    assert await choose(hypervisor, tmp_path, wanted) == AcceleratorChoice(
+        accelerator=wanted, reason="configured"
+    )
     assert hypervisor.started == []
 
 

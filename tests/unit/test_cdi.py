@@ -10,7 +10,7 @@ import pytest
 
 from sandbox.errors import InvalidSpec
 from sandbox.plan.cdi import SpecBroken, apply, gather, parse
-from sandbox.spec import CdiWish, ContainerSpec, DeviceSpec, MountSpec, Propagation, SecuritySpec
+from sandbox.spec import CdiRequest, ContainerSpec, DeviceSpec, MountSpec, Propagation, SecuritySpec
 from sandbox.steps.cdi_files import with_devices
 
 FIELD = "config.CDI_devices[0].name"
@@ -27,7 +27,7 @@ def described(edits: dict[str, Any], common: dict[str, Any] | None = None, **fie
 
 def container(*names: str, **fields: Any) -> ContainerSpec:
     wishes = tuple(
-        CdiWish(name=name, field=f"config.CDI_devices[{number}].name") for number, name in enumerate(names)
+        CdiRequest(name=name, field=f"config.CDI_devices[{number}].name") for number, name in enumerate(names)
     )
     return ContainerSpec(name="c", image="i", cdi_devices=wishes, **fields)
 

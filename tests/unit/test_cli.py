@@ -17,13 +17,13 @@ import pytest
 from cri import __main__ as cli
 from cri import config
 from cri.cli.progress import Bars, Lines
-from cri.flights import Flights
-from cri.interceptor import Edge
+from cri.interceptor import Interceptor
 from cri.observe import Metrics
 from cri.proto import husk_v1_pb2 as pb
 from cri.server import Server
 from cri.services.image_service import image_service, transfer_service
 from image.errors import RegistryUnavailable
+from sandbox.host.flights import Flights
 from tests.fakes.cri import IMAGE_ID, FakeImages
 
 
@@ -48,7 +48,7 @@ class ImageDaemon:
             image_service(images=self.images, flights=flights, metrics=metrics, handlers=lambda: ("",)),
             transfer_service(images=self.images, metrics=metrics),
         )
-        server = Server(self.socket, services, Edge(metrics))
+        server = Server(self.socket, services, Interceptor(metrics))
         await server.start()
         self._ready.set()
         await self._end.wait()

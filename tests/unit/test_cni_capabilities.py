@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from network.capabilities import capability_args, cni_args
-from network.errors import WishRefused
-from network.spec import Dns, NetworkWish, PortMapping
+from network.errors import Unsatisfiable
+from network.spec import Dns, NetworkRequest, PortMapping
 
 
-def wish(**fields: Any) -> NetworkWish:
+def wish(**fields: Any) -> NetworkRequest:
     base: dict[str, Any] = {"pod_id": "p1", "name": "web", "namespace": "default", "uid": "u-1"}
-    return NetworkWish(**{**base, **fields})
+    return NetworkRequest(**{**base, **fields})
 
 
 def values(cidrs: tuple[str, ...] = (), **fields: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def test_arguments_name_the_pod() -> None:
 
 @pytest.mark.parametrize("name", ["a;b", "a=b", "a\nb"])
 def test_a_name_cannot_add_arguments(name: str) -> None:
-    with pytest.raises(WishRefused, match="K8S_POD_NAME"):
+    with pytest.raises(Unsatisfiable, match="K8S_POD_NAME"):
         cni_args(wish(name=name))
 
 
@@ -60,7 +60,7 @@ def test_bandwidth_is_a_quantity(text: str, rate: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "fast", "1", "2P", "-5M", "1e9"])
 def test_a_senseless_bandwidth_is_refused(text: str) -> None:
-    with pytest.raises(WishRefused, match="egress-bandwidth"):
+    with pytest.raises(Unsatisfiable, match="egress-bandwidth"):
         values(annotations={"kubernetes.io/egress-bandwidth": text})
 
 

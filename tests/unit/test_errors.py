@@ -7,10 +7,10 @@ import pytest
 
 from cri.errors import CODES, MESSAGE_MAX, NotOffered, failure_of
 from cri.fields import renamed
-from cri.flights import ShuttingDown
 from image import errors as image
 from network import errors as network
 from sandbox import errors as sandbox
+from sandbox.host.flights import ShuttingDown
 
 Code = grpc.StatusCode
 
@@ -23,7 +23,7 @@ Code = grpc.StatusCode
         (image.ManifestNotFound("busybox:1", "host"), Code.NOT_FOUND),
         (sandbox.InvalidSpec("config.x", "bad"), Code.INVALID_ARGUMENT),
         (image.InvalidReference("::", "bad"), Code.INVALID_ARGUMENT),
-        (network.WishRefused("host_ip", "bad"), Code.INVALID_ARGUMENT),
+        (network.Unsatisfiable("host_ip", "bad"), Code.INVALID_ARGUMENT),
         (sandbox.Reserved("web", "sandbox 1"), Code.FAILED_PRECONDITION),
         (sandbox.WrongState("container", "x", "exited", "running"), Code.FAILED_PRECONDITION),
         (sandbox.MissingProgram("QEMU", "apt-get install it"), Code.FAILED_PRECONDITION),
@@ -39,7 +39,7 @@ Code = grpc.StatusCode
         (image.Unauthorized("busybox", "host", 401), Code.UNAUTHENTICATED),
         (sandbox.VmmError("broke"), Code.INTERNAL),
         (sandbox.GuestError("mount /proc", 1, "not permitted"), Code.INTERNAL),
-        (sandbox.WishDeclined("exec", 2, "no such program"), Code.FAILED_PRECONDITION),
+        (sandbox.InvalidContainerConfig("exec", 2, "no such program"), Code.FAILED_PRECONDITION),
         (NotOffered("CheckpointPod"), Code.UNIMPLEMENTED),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from cri.flights import Flights, ShuttingDown
+from sandbox.host.flights import Flights, ShuttingDown
 
 
 class Work:

@@ -14,7 +14,7 @@ from sandbox.errors import GuestError, InvalidSpec, StreamReset
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host.cgroup import Layout, Mode
 from sandbox.host_pods import conmon, control
-from sandbox.host_pods.conmon import Bundle, Wish
+from sandbox.host_pods.conmon import Bundle, ConmonOptions
 from sandbox.host_pods.host_files import find_devices
 from sandbox.host_pods.streams import FdReader, FdWriter
 from sandbox.host_pods.sysctls import pod_sysctls
@@ -205,9 +205,9 @@ def bundle(path: Path) -> Bundle:
     return Bundle(id="c1", path=path, state=path / "crun")
 
 
-def wish(layout: Layout, **fields: object) -> Wish:
+def wish(layout: Layout, **fields: object) -> ConmonOptions:
     usual: dict[str, object] = {"log_path": "", "tty": False, "stdin": False, "stdin_once": False}
-    return Wish(cgroups=(), layout=layout, **(usual | fields))  # type: ignore[arg-type]
+    return ConmonOptions(cgroups=(), layout=layout, **(usual | fields))  # type: ignore[arg-type]
 
 
 def test_stdin_stays_open_unless_it_is_for_one_client(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from image.errors import ArchiveInvalid, DigestMismatch, DiskFull, ImageError, ManifestNotFound
-from image.library import Library
+from image.image_store import ImageStore
 from tests.fakes.disk import small_disk
 from tests.fakes.registry import compress
 from tests.kit.images import (
@@ -36,18 +36,18 @@ def make(word: str = "one", packing: Packing = Packing.GZIP, **fields: object) -
 
 
 @pytest.fixture
-def library(tmp_path: Path) -> Library:
-    library = Library(tmp_path / "state")
+def library(tmp_path: Path) -> ImageStore:
+    library = ImageStore(tmp_path / "state")
     library.load()
     return library
 
 
-def leftovers(library: Library) -> list[Path]:
+def leftovers(library: ImageStore) -> list[Path]:
     root = Path(library.fs_usage().mountpoint)
     return [path for name in ("staging", "trash") for path in (root / name).iterdir()]
 
 
-async def refused(library: Library, path: Path, name: str = "") -> ImageError:
+async def refused(library: ImageStore, path: Path, name: str = "") -> ImageError:
     with pytest.raises(ImageError) as caught:
         await library.import_archive(path, name=name)
     await library.close()
@@ -57,7 +57,7 @@ async def refused(library: Library, path: Path, name: str = "") -> ImageError:
 
 @pytest.mark.parametrize("packing", list(Packing))
 @pytest.mark.parametrize("wrap", ["plain", "gzip", "zstd"])
-async def test_oci_layout(library: Library, tmp_path: Path, packing: Packing, wrap: str) -> None:
+async def test_oci_layout(library: ImageStore, tmp_path: Path, packing: Packing, wrap: str) -> None:
     image, file = make(packing=packing), tmp_path / "a.tar"
     write_oci_layout(file, {NAME: image})
     file.write_bytes(compress(file.read_bytes(), wrap))
@@ -70,7 +70,7 @@ async def test_oci_layout(library: Library, tmp_path: Path, packing: Packing, wr
     assert leftovers(library) == []
 
 
-async def test_an_unpacked_layout(library: Library, tmp_path: Path) -> None:
+async def test_an_unpacked_layout(library: ImageStore, tmp_path: Path) -> None:
     write_oci_layout(tmp_path / "a.tar", {NAME: make()})
     with tarfile.open(tmp_path / "a.tar") as tar:
         tar.extractall(tmp_path / "layout", filter="data")
@@ -79,7 +79,7 @@ async def test_an_unpacked_layout(library: Library, tmp_path: Path) -> None:
     await library.close()
 
 
-async def test_docker_archive(library: Library, tmp_path: Path) -> None:
+async def test_docker_archive(library: ImageStore, tmp_path: Path) -> None:
     one, two = make("one", form=Form.DOCKER), make("two", form=Form.DOCKER)
     write_docker_archive(tmp_path / "a.tar", {"box:1": one, "box:2": two})
     found = await library.import_archive(tmp_path / "a.tar")
@@ -92,7 +92,7 @@ async def test_docker_archive(library: Library, tmp_path: Path) -> None:
     await library.close()
 
 
-async def test_layers_that_are_links_inside_the_archive(library: Library, tmp_path: Path) -> None:
+async def test_layers_that_are_links_inside_the_archive(library: ImageStore, tmp_path: Path) -> None:
     """As `docker save` once did for a layer that occurs twice."""
     layer = Layer().add("f", "1")
     image = Image(layers=(layer,), form=Form.DOCKER)
@@ -113,7 +113,7 @@ async def test_layers_that_are_links_inside_the_archive(library: Library, tmp_pa
     await library.close()
 
 
-async def test_both_forms_in_one_file(library: Library, tmp_path: Path) -> None:
+async def test_both_forms_in_one_file(library: ImageStore, tmp_path: Path) -> None:
     """`docker save` of today: an OCI layout, and manifest.json with the full names."""
     image = make()
     files = {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}'}
@@ -130,7 +130,7 @@ async def test_both_forms_in_one_file(library: Library, tmp_path: Path) -> None:
     await library.close()
 
 
-async def test_an_index_inside(library: Library, tmp_path: Path) -> None:
+async def test_an_index_inside(library: ImageStore, tmp_path: Path) -> None:
     arm, amd = make("arm", architecture="arm64"), make("amd")
     index = index_of([arm, amd])
     files = {"oci-layout": b"{}"}
@@ -147,14 +147,14 @@ async def test_an_index_inside(library: Library, tmp_path: Path) -> None:
     await library.close()
 
 
-async def test_a_name_of_ones_own(library: Library, tmp_path: Path) -> None:
+async def test_a_name_of_ones_own(library: ImageStore, tmp_path: Path) -> None:
     write_oci_layout(tmp_path / "a.tar", {NAME: make()})
     (found,) = await library.import_archive(tmp_path / "a.tar", name="mine")
     assert found.repo_tags == ("docker.io/library/mine:latest",)
     await library.close()
 
 
-async def test_one_name_for_two_images(library: Library, tmp_path: Path) -> None:
+async def test_one_name_for_two_images(library: ImageStore, tmp_path: Path) -> None:
     write_oci_layout(tmp_path / "a.tar", {"box:1": make("1"), "box:2": make("2")})
     assert "2 images" in str(await refused(library, tmp_path / "a.tar", name="mine"))
 
@@ -173,12 +173,12 @@ async def test_one_name_for_two_images(library: Library, tmp_path: Path) -> None
         bytes(10240),
     ],
 )
-async def test_no_archive(library: Library, tmp_path: Path, content: bytes) -> None:
+async def test_no_archive(library: ImageStore, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(content)
     assert isinstance(await refused(library, tmp_path / "a.tar"), ArchiveInvalid)
 
 
-async def test_no_file_and_an_empty_directory(library: Library, tmp_path: Path) -> None:
+async def test_no_file_and_an_empty_directory(library: ImageStore, tmp_path: Path) -> None:
     assert isinstance(await refused(library, tmp_path / "absent"), ArchiveInvalid)
     (tmp_path / "empty").mkdir()
     assert isinstance(await refused(library, tmp_path / "empty"), ArchiveInvalid)
@@ -200,7 +200,7 @@ async def test_no_file_and_an_empty_directory(library: Library, tmp_path: Path) 
         },
     ],
 )
-async def test_incomplete(library: Library, tmp_path: Path, files: dict[str, bytes]) -> None:
+async def test_incomplete(library: ImageStore, tmp_path: Path, files: dict[str, bytes]) -> None:
     write_tar(tmp_path / "a.tar", files)
     await refused(library, tmp_path / "a.tar")
     folder = tmp_path / "folder"
@@ -210,7 +210,7 @@ async def test_incomplete(library: Library, tmp_path: Path, files: dict[str, byt
     await refused(library, folder)
 
 
-async def test_wrong_bytes(library: Library, tmp_path: Path) -> None:
+async def test_wrong_bytes(library: ImageStore, tmp_path: Path) -> None:
     image = make()
     write_oci_layout(tmp_path / "a.tar", {NAME: image})
     with tarfile.open(tmp_path / "a.tar") as tar:
@@ -221,7 +221,7 @@ async def test_wrong_bytes(library: Library, tmp_path: Path) -> None:
     assert isinstance(await refused(library, tmp_path / "layout"), DigestMismatch)
 
 
-async def test_a_docker_archive_whose_layer_is_another(library: Library, tmp_path: Path) -> None:
+async def test_a_docker_archive_whose_layer_is_another(library: ImageStore, tmp_path: Path) -> None:
     image = make(form=Form.DOCKER)
     layers = {"0/layer.tar": Layer().add("evil").tar(), "1/layer.tar": image.layers[1].tar()}
     members = [{"Config": "c.json", "RepoTags": [NAME], "Layers": list(layers)}]
@@ -232,7 +232,7 @@ async def test_a_docker_archive_whose_layer_is_another(library: Library, tmp_pat
     assert isinstance(await refused(library, tmp_path / "a.tar"), DigestMismatch)
 
 
-async def test_another_platform(library: Library, tmp_path: Path) -> None:
+async def test_another_platform(library: ImageStore, tmp_path: Path) -> None:
     write_oci_layout(tmp_path / "a.tar", {NAME: make(architecture="s390x")})
     assert isinstance(await refused(library, tmp_path / "a.tar"), ManifestNotFound)
 
@@ -240,6 +240,6 @@ async def test_another_platform(library: Library, tmp_path: Path) -> None:
 async def test_a_full_disk(tmp_path: Path) -> None:
     write_oci_layout(tmp_path / "a.tar", {NAME: Image(layers=(Layer().add("big", bytes(4 << 20)),))})
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
-        library = Library(disk)
+        library = ImageStore(disk)
         library.load()
         assert isinstance(await refused(library, tmp_path / "a.tar"), DiskFull)

@@ -10,7 +10,7 @@ import pytest
 
 from image.stores import Usage
 from sandbox.stats import layer_usage
-from sandbox.stats.layer_usage import LayerMeter
+from sandbox.stats.layer_usage import LayerUsage
 
 
 class Subject:
@@ -45,37 +45,37 @@ def store() -> Store:
 
 
 @pytest.fixture
-async def meter(store: Store) -> AsyncIterator[LayerMeter]:
-    meter = LayerMeter(cast(Any, store))
+async def meter(store: Store) -> AsyncIterator[LayerUsage]:
+    meter = LayerUsage(cast(Any, store))
     yield meter
     store.gate.set()
     await meter.close()
 
 
-async def look(meter: LayerMeter, *subjects: Subject) -> list[int | None]:
+async def look(meter: LayerUsage, *subjects: Subject) -> list[int | None]:
     found = await meter.look(cast(Any, subjects))
     return [one.bytes if one else None for one in found]
 
 
-async def walked(meter: LayerMeter) -> None:
+async def walked(meter: LayerUsage) -> None:
     """Until no walk is under way."""
     for walk in list(meter._walks.values()):
         await walk
 
 
-async def test_a_new_container_is_measured_at_once(meter: LayerMeter, store: Store) -> None:
+async def test_a_new_container_is_measured_at_once(meter: LayerUsage, store: Store) -> None:
     assert await look(meter, Subject("a"), Subject("b")) == [4096, 8192]
     assert store.walked == ["a", "b"]
 
 
-async def test_what_is_fresh_is_not_walked_again(meter: LayerMeter, store: Store) -> None:
+async def test_what_is_fresh_is_not_walked_again(meter: LayerUsage, store: Store) -> None:
     subject = Subject("a")
     assert await look(meter, subject) == await look(meter, subject) == [4096]
     assert store.walked == ["a"]
 
 
 async def test_what_is_old_is_answered_while_it_is_walked(
-    meter: LayerMeter, store: Store, monkeypatch: pytest.MonkeyPatch
+    meter: LayerUsage, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_usage, "FRESH_S", 0)
     monkeypatch.setattr(layer_usage, "REST_FACTOR", 0)
@@ -89,7 +89,7 @@ async def test_what_is_old_is_answered_while_it_is_walked(
 
 
 async def test_nobody_waits_long_for_a_large_tree(
-    meter: LayerMeter, store: Store, monkeypatch: pytest.MonkeyPatch
+    meter: LayerUsage, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_usage, "FIRST_WAIT_S", 0.01)
     store.gate.clear()
@@ -103,7 +103,7 @@ async def test_nobody_waits_long_for_a_large_tree(
 
 
 async def test_a_tree_that_takes_long_is_walked_less_often(
-    meter: LayerMeter, store: Store, monkeypatch: pytest.MonkeyPatch
+    meter: LayerUsage, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_usage, "FRESH_S", 0)
     monkeypatch.setattr(layer_usage, "REST_FACTOR", 1e9)
@@ -114,14 +114,14 @@ async def test_a_tree_that_takes_long_is_walked_less_often(
 
 
 async def test_a_layer_that_cannot_be_read(
-    meter: LayerMeter, store: Store, caplog: pytest.LogCaptureFixture
+    meter: LayerUsage, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.broken = True
     assert await look(meter, Subject("a")) == [None]
     assert "container a" in caplog.text
 
 
-async def test_nothing_is_kept_of_what_is_gone(meter: LayerMeter) -> None:
+async def test_nothing_is_kept_of_what_is_gone(meter: LayerUsage) -> None:
     subject = Subject("a")
     await look(meter, subject)
     assert len(meter._known) == 1

@@ -1,4 +1,4 @@
-"""Places of a stage: bounded, in order, idle work last, and none lost to whoever gives up."""
+"""Limiter of a stage: bounded, in order, idle work last, and none lost to whoever gives up."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import asyncio
 
 import pytest
 
-from sandbox.host.limiter import Stage
+from sandbox.host.limiter import Limiter
 
 
 class Visitor:
     """Enters a stage and stays until told to leave."""
 
-    def __init__(self, stage: Stage, *, idle: bool = False) -> None:
+    def __init__(self, stage: Limiter, *, idle: bool = False) -> None:
         self.inside = False
         self.leave = asyncio.Event()
         self.task = asyncio.create_task(self._visit(stage, idle))
 
-    async def _visit(self, stage: Stage, idle: bool) -> None:
-        async with stage.place(idle=idle):
+    async def _visit(self, stage: Limiter, idle: bool) -> None:
+        async with stage.slot(idle=idle):
             self.inside = True
             await self.leave.wait()
         self.inside = False
@@ -35,7 +35,7 @@ async def settle() -> None:
 
 
 async def test_no_more_than_the_limit_and_in_order() -> None:
-    stage = Stage("vm", 2)
+    stage = Limiter("vm", 2)
     visitors = [Visitor(stage) for _ in range(5)]
     await settle()
     assert [each.inside for each in visitors] == [True, True, False, False, False]
@@ -48,7 +48,7 @@ async def test_no_more_than_the_limit_and_in_order() -> None:
 
 
 async def test_idle_work_waits_until_nobody_is_there() -> None:
-    stage = Stage("vm", 2)
+    stage = Limiter("vm", 2)
     first = Visitor(stage)
     await settle()
     idle, second = Visitor(stage, idle=True), Visitor(stage)
@@ -62,7 +62,7 @@ async def test_idle_work_waits_until_nobody_is_there() -> None:
 
 
 async def test_whoever_gives_up_in_the_queue_is_not_called() -> None:
-    stage = Stage("vm", 1)
+    stage = Limiter("vm", 1)
     first, second, third = Visitor(stage), Visitor(stage), Visitor(stage)
     await settle()
     second.task.cancel()
@@ -75,7 +75,7 @@ async def test_whoever_gives_up_in_the_queue_is_not_called() -> None:
 
 
 async def test_a_place_given_to_one_who_is_just_leaving_goes_on() -> None:
-    stage = Stage("vm", 1)
+    stage = Limiter("vm", 1)
     first, second, third = Visitor(stage), Visitor(stage), Visitor(stage)
     await settle()
     first.leave.set()
@@ -88,8 +88,8 @@ async def test_a_place_given_to_one_who_is_just_leaving_goes_on() -> None:
 
 
 async def test_a_failure_inside_gives_the_place_back() -> None:
-    stage = Stage("vm", 1)
+    stage = Limiter("vm", 1)
     with pytest.raises(ValueError):
-        async with stage.place():
+        async with stage.slot():
             raise ValueError
     assert stage.active == 0

@@ -11,7 +11,7 @@ import pytest
 
 from network import readiness
 from network.attach import Networks
-from network.errors import NetworkNotReady, WishRefused
+from network.errors import NetworkNotReady, Unsatisfiable
 from network.spec import NetworkStatus
 from tests.fakes.cni.space import wish, write_fake
 
@@ -93,6 +93,6 @@ def test_older_plugins_are_not_asked(networks: Networks, tmp_path: Path) -> None
 
 
 def test_a_pod_cidr_must_be_one(networks: Networks) -> None:
-    with pytest.raises(WishRefused, match="pod_cidr"):
+    with pytest.raises(Unsatisfiable, match="pod_cidr"):
         networks.update_pod_cidr("10.0.0.0/16,nonsense")
     networks.update_pod_cidr("")

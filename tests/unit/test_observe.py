@@ -23,8 +23,7 @@ from cri.observe import (
     note_pod,
     setup_logging,
 )
-from image.places import Places
-from sandbox.host.limiter import Stage
+from sandbox.host.limiter import Limiter
 
 
 @pytest.fixture(autouse=True)
@@ -147,9 +146,9 @@ def test_sources_are_asked_at_each_scrape() -> None:
 
 
 async def test_stages_show_who_is_in_and_who_waits() -> None:
-    metrics, stage, places = Metrics("1"), Stage("vm", 1), Places("unpack", 2)
+    metrics, stage, places = Metrics("1"), Limiter("vm", 1), Limiter("unpack", 2)
     metrics.watch(Sources(stages=lambda: (stage, places)))
-    async with stage.place(), places:
+    async with stage.slot(), places.slot():
         second = asyncio.create_task(enter(stage))
         await asyncio.sleep(0)
         assert sample(metrics, "husk_stages", stage="vm", state="active") == 1
@@ -159,8 +158,8 @@ async def test_stages_show_who_is_in_and_who_waits() -> None:
     assert sample(metrics, "husk_stages", stage="vm", state="active") == 0
 
 
-async def enter(stage: Stage) -> None:
-    async with stage.place():
+async def enter(stage: Limiter) -> None:
+    async with stage.slot():
         pass
 
 

@@ -17,7 +17,7 @@ import pytest
 from sandbox.capabilities import ALL
 from sandbox.errors import InvalidSpec
 from sandbox.guest import guest_pb2 as pb
-from sandbox.host_pods.oci import NodeLimits, Surroundings, compile_config, compile_process
+from sandbox.host_pods.oci import NodeLimits, RuntimeEnv, compile_config, compile_process
 from sandbox.plan.devices import Node
 from sandbox.spec import ContainerSpec, MountSpec, Propagation
 from tests.unit import test_plan_golden as plans
@@ -30,7 +30,7 @@ DISK = Node("/dev/vda", 254, 0, mode=0o660, type=stat.S_IFBLK)
 
 
 def config(plan: pb.Start, namespaces: dict[str, str] | None = None, *devices: Node) -> Any:
-    around = Surroundings(
+    around = RuntimeEnv(
         rootfs="/run/rootfs/c1",
         shm="/run/shm",
         namespaces=namespaces or HOST_NETWORK,

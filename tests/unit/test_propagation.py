@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.spec import MountSpec, Propagation
-from sandbox.vm_pods.propagation import MAX_MOUNTS, Wish, find_wishes
+from sandbox.vm_pods.propagation import MAX_MOUNTS, PropagationRequest, find_wishes
 
 BOTH = MountSpec(container_path="/both/", host_path="/h", propagation=Propagation.BIDIRECTIONAL)
 PRIVATE = MountSpec(container_path="/data", host_path="/d")
@@ -34,14 +34,20 @@ def line(device: str, root: str, point: str) -> str:
     [
         (
             ("0:30", "/c1/etc", "/both/point"),
-            [Wish(target_volume=0, target="point", volume=None, source="/etc")],
+            [PropagationRequest(target_volume=0, target="point", volume=None, source="/etc")],
         ),
-        (("0:41", "/x", "/both/a/b"), [Wish(target_volume=0, target="a/b", volume=1, source="/x")]),
+        (
+            ("0:41", "/x", "/both/a/b"),
+            [PropagationRequest(target_volume=0, target="a/b", volume=1, source="/x")],
+        ),
         (
             ("0:30", r"/c1/with\040space", r"/both/a\134b"),
-            [Wish(target_volume=0, target=r"a\b", volume=None, source="/with space")],
+            [PropagationRequest(target_volume=0, target=r"a\b", volume=None, source="/with space")],
         ),
-        (("0:30", "/c1", "/both/all"), [Wish(target_volume=0, target="all", volume=None, source="/")]),
+        (
+            ("0:30", "/c1", "/both/all"),
+            [PropagationRequest(target_volume=0, target="all", volume=None, source="/")],
+        ),
         (("0:30", "/c2/etc", "/both/of-another"), []),
         (("0:30", "/c10/etc", "/both/of-another"), []),
         (("0:55", "/", "/both/tmpfs"), []),
@@ -53,7 +59,7 @@ def line(device: str, root: str, point: str) -> str:
         (("0:30", "/c1/etc", "/both/../x"), []),
     ],
 )
-def test_what_is_shown(added: tuple[str, str, str], wishes: list[Wish]) -> None:
+def test_what_is_shown(added: tuple[str, str, str], wishes: list[PropagationRequest]) -> None:
     assert find_wishes(line(*added), SPECS) == wishes
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects
-from cri.responses.list_cache import EncodedList
+from cri.responses.list_cache import ListCache
 from network.attach import Attachment
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState, User
 from sandbox.spec import (
@@ -143,7 +143,7 @@ def test_an_encoded_list_is_the_message() -> None:
     records = [
         container(str(n) * 64, spec=replace(container().spec, annotations={"k": "v" * 300})) for n in range(3)
     ]
-    encoded = EncodedList[ContainerRecord](lambda record: record.id, objects.container_item)
+    encoded = ListCache[ContainerRecord](lambda record: record.id, objects.container_item)
     expected = pb.ListContainersResponse(containers=[objects.container_item(record) for record in records])
     assert pb.ListContainersResponse.FromString(encoded.of(records)) == expected
     assert encoded.of([]) == b""
@@ -156,7 +156,7 @@ def test_an_encoded_list_follows_changes_and_forgets() -> None:
         made.append(record.id)
         return objects.pod_item(record)
 
-    encoded = EncodedList[PodRecord](lambda record: record.id, encode)
+    encoded = ListCache[PodRecord](lambda record: record.id, encode)
     one, two = pod("1" * 64), pod("2" * 64)
     encoded.of([one, two])
     encoded.of([one, two])

@@ -10,7 +10,7 @@ import pytest
 from sandbox.errors import MissingProgram
 from sandbox.host import process
 from sandbox.vmm import virtiofsd
-from sandbox.vmm.virtiofsd import Finder, Flavour, Share, Virtiofsd
+from sandbox.vmm.virtiofsd import Flavour, Prober, Share, Virtiofsd
 
 
 def program(directory: Path, line: str) -> str:
@@ -28,7 +28,7 @@ def program(directory: Path, line: str) -> str:
     ],
 )
 async def test_told_apart_by_asking(tmp_path: Path, line: str, flavour: Flavour) -> None:
-    finder = Finder([str(tmp_path / "missing"), program(tmp_path, line)])
+    finder = Prober([str(tmp_path / "missing"), program(tmp_path, line)])
     found = await finder.find()
     assert (found.flavour, found.version) == (flavour, line)
     assert await finder.find() == found
@@ -37,7 +37,7 @@ async def test_told_apart_by_asking(tmp_path: Path, line: str, flavour: Flavour)
 
 async def test_a_missing_one_is_named_with_its_package(tmp_path: Path) -> None:
     with pytest.raises(MissingProgram, match="virtiofsd") as caught:
-        await Finder([str(tmp_path / "missing")]).find()
+        await Prober([str(tmp_path / "missing")]).find()
     assert "apt-get install" in caught.value.package
 
 
@@ -57,7 +57,7 @@ def test_both_are_told_the_same(flavour: Flavour, cache: str) -> None:
 
 
 async def test_started_on_a_socket_without_a_name(tmp_path: Path) -> None:
-    daemon = await Finder().find()
+    daemon = await Prober().find()
     share = tmp_path / "share"
     share.mkdir()
     log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)

@@ -43,7 +43,7 @@ class Qemu:
     name = "qemu"
 
     def __init__(self) -> None:
-        self._virtiofsd = virtiofsd.Finder()
+        self._virtiofsd = virtiofsd.Prober()
 
     async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> Machine:
         check(spec)

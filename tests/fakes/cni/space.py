@@ -22,7 +22,7 @@ from typing import Any
 import uvloop
 
 from network.attach import Networks
-from network.spec import NetworkWish
+from network.spec import NetworkRequest
 
 PLUGINS = Path("/usr/lib/cni")
 FAKE = Path(__file__).with_name("plugin.py")
@@ -108,8 +108,8 @@ CLEAN: dict[str, frozenset[str]] = {
 }
 
 
-def wish(pod_id: str = "pod-1", **fields: Any) -> NetworkWish:
-    return NetworkWish(pod_id=pod_id, name="web", namespace="default", uid="u-1", **fields)
+def wish(pod_id: str = "pod-1", **fields: Any) -> NetworkRequest:
+    return NetworkRequest(pod_id=pod_id, name="web", namespace="default", uid="u-1", **fields)
 
 
 def bridge(**fields: Any) -> dict[str, Any]:

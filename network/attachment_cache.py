@@ -27,7 +27,7 @@ from network.spec import Attachment
 _ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")  # CNI SPEC, CNI_CONTAINERID
 
 
-class Held(msgspec.Struct, frozen=True, kw_only=True):
+class CachedAttachment(msgspec.Struct, frozen=True, kw_only=True):
     pod_id: str
     netns: str
     ifname: str
@@ -39,7 +39,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     attachment: Attachment | None = None  # once it is up
 
 
-class HeldUnreadable(NetworkError):
+class CacheUnreadable(NetworkError):
     """The file of a pod was damaged by something other than Husk; DEL has to do without it."""
 
     def __init__(self, path: Path, problem: str) -> None:
@@ -47,21 +47,21 @@ class HeldUnreadable(NetworkError):
         self.path = path
 
 
-class HeldFiles:
+class AttachmentCache:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def load(self, pod_id: str) -> Held | None:
-        """Raises HeldUnreadable."""
+    def load(self, pod_id: str) -> CachedAttachment | None:
+        """Raises CacheUnreadable."""
         path = self._path(pod_id)
         try:
-            return msgspec.json.decode(path.read_bytes(), type=Held)
+            return msgspec.json.decode(path.read_bytes(), type=CachedAttachment)
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError) as error:
-            raise HeldUnreadable(path, str(error)) from error
+            raise CacheUnreadable(path, str(error)) from error
 
-    def save(self, held: Held, *, durable: bool = False) -> None:
+    def save(self, held: CachedAttachment, *, durable: bool = False) -> None:
         """Readers see the old content or the new. Raises OSError."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._path(held.pod_id)

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 
-class Turns:
+class KeyedLock:
     """For one event loop. Giving a turn back never waits, so a cancelled holder gives it back too."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from image import deep
+from image import tree_ops
 
 LEVELS = 3000
 
@@ -48,19 +48,19 @@ def test_a_deep_tree_is_removed(home: Path) -> None:
     (home / "deep-0").mkdir()  # of a removal that was cut short
     (home / "upper/link").symlink_to("/")
     before = open_files()
-    deep.remove(home)
+    tree_ops.remove(home)
     assert not home.exists()
     assert open_files() == before
-    deep.remove(home)
+    tree_ops.remove(home)
 
 
 def test_a_wide_tree_is_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deep, "ENTRIES", 7)
+    monkeypatch.setattr(tree_ops, "ENTRIES", 7)
     for n in range(100):
         (home / f"upper/folder{n}").mkdir()
         (home / f"upper/folder{n}/file").touch()
         (home / f"upper/file{n}").touch()
-    deep.remove(home)
+    tree_ops.remove(home)
     assert not home.exists()
 
 
@@ -68,21 +68,21 @@ def test_a_link_is_not_followed(home: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/file").write_text("kept")
     (home / "upper/link").symlink_to(tmp_path / "precious")
-    assert deep.measure(home / "upper").inodes == 1
-    deep.remove(home)
+    assert tree_ops.measure(home / "upper").inodes == 1
+    tree_ops.remove(home)
     assert (tmp_path / "precious/file").read_text() == "kept"
 
 
 def test_a_home_that_is_a_link_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(home)
     with pytest.raises(OSError):
-        deep.remove(tmp_path / "link")
+        tree_ops.remove(tmp_path / "link")
     assert home.exists()
 
 
 def test_a_deep_tree_is_measured(home: Path) -> None:
     dig(home / "upper")
-    usage = deep.measure(home / "upper")
+    usage = tree_ops.measure(home / "upper")
     # du counts the directory itself too
     assert LEVELS + 1 <= usage.inodes <= LEVELS + 2
     assert usage.bytes >= 4096
@@ -95,27 +95,27 @@ def test_a_file_with_several_names_counts_once(home: Path) -> None:
         os.fsync(writing.fileno())
     for n in range(10):
         (home / f"upper/name{n}").hardlink_to(file)
-    usage = deep.measure(home / "upper")
+    usage = tree_ops.measure(home / "upper")
     assert usage.inodes == 1
     assert 1 << 20 <= usage.bytes < 2 << 20
 
 
 def test_more_links_than_are_kept_in_mind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deep, "_LINKS_MAX", 1)
+    monkeypatch.setattr(tree_ops, "_LINKS_MAX", 1)
     for name in ("a", "b"):
         (home / "upper" / name).write_text(name)
         (home / f"upper/{name}2").hardlink_to(home / "upper" / name)
-    assert deep.measure(home / "upper").inodes == 3
+    assert tree_ops.measure(home / "upper").inodes == 3
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    assert deep.measure(tmp_path / "nobody").inodes == 0
-    deep.remove(tmp_path / "nobody")
+    assert tree_ops.measure(tmp_path / "nobody").inodes == 0
+    tree_ops.remove(tmp_path / "nobody")
 
 
 def test_a_measurement_that_fails_says_why(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dig(home / "upper")
-    monkeypatch.setattr(deep, "DU", "/bin/false")
+    monkeypatch.setattr(tree_ops, "DU", "/bin/false")
     with pytest.raises(OSError, match="upper"):
-        deep.measure(home / "upper")
-    deep.remove(home)
+        tree_ops.measure(home / "upper")
+    tree_ops.remove(home)

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from image.errors import DigestMismatch, ImageNotFound
+from image.image_store import ImageStore
 from image.index import Image, Index
-from image.library import Library
 from image.manifest import chain_ids
 from tests.fakes.registry import make_layer
 
@@ -131,8 +131,8 @@ class Bench:
         self.used: set[str] = set()
         self.library = self.restart()
 
-    def restart(self) -> Library:
-        self.library = Library(self.root, in_use=lambda: self.used)
+    def restart(self) -> ImageStore:
+        self.library = ImageStore(self.root, in_use=lambda: self.used)
         self.library.load()
         return self.library
 

@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
-from image.places import Places
+from sandbox.host.limiter import Limiter
 
 
 async def test_so_many_at_once_and_none_is_lost() -> None:
-    places, leave, seen = Places("unpack", 2), asyncio.Event(), []
+    places, leave, seen = Limiter("unpack", 2), asyncio.Event(), []
 
     async def visit(number: int) -> None:
-        async with places:
+        async with places.slot():
             seen.append(number)
             await leave.wait()
 
@@ -32,9 +32,9 @@ async def test_so_many_at_once_and_none_is_lost() -> None:
 
 
 async def test_a_failure_gives_the_place_back() -> None:
-    places = Places("unpack", 1)
+    places = Limiter("unpack", 1)
     with pytest.raises(ValueError):
-        async with places:
+        async with places.slot():
             raise ValueError
-    async with asyncio.timeout(1), places:
+    async with asyncio.timeout(1), places.slot():
         assert places.active == 1

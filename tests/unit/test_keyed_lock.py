@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from network.threads import in_thread
-from network.turns import Turns
+from sandbox.host.keyed_lock import KeyedLock
 
 
 async def settle() -> None:
@@ -33,7 +33,7 @@ class Verb:
 
 
 async def test_one_pod_at_a_time_and_others_beside() -> None:
-    turns = Turns()
+    turns = KeyedLock()
     first, second, other = Verb(turns.of("a")), Verb(turns.of("a")), Verb(turns.of("b"))
     await settle()
     assert (first.begun.is_set(), second.begun.is_set(), other.begun.is_set()) == (True, False, True)
@@ -45,7 +45,7 @@ async def test_one_pod_at_a_time_and_others_beside() -> None:
 
 
 async def test_gc_waits_for_all_and_lets_none_begin() -> None:
-    turns = Turns()
+    turns = KeyedLock()
     running = Verb(turns.of("a"))
     await settle()
     collecting, late = Verb(turns.alone()), Verb(turns.of("b"))
@@ -62,7 +62,7 @@ async def test_gc_waits_for_all_and_lets_none_begin() -> None:
 
 @pytest.mark.parametrize("waiting", ["of", "alone"])
 async def test_a_cancelled_waiter_blocks_nobody(waiting: str) -> None:
-    turns = Turns()
+    turns = KeyedLock()
     running = Verb(turns.of("a"))
     await settle()
     waiter = Verb(turns.of("a") if waiting == "of" else turns.alone())

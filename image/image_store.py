@@ -23,10 +23,10 @@ from image.gc import Collector
 from image.idmap import find_obstacle
 from image.index import Image, Index
 from image.layers import LayerStore
-from image.places import Places
 from image.puller import Puller
 from image.settings import Settings
 from image.stores.overlay import OverlayStore
+from sandbox.host.limiter import Limiter
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class FsUsage(msgspec.Struct, frozen=True, kw_only=True):
     inodes_used: int
 
 
-class Library:
+class ImageStore:
     """Belongs to one event loop. `load` before use, `close` in the end.
 
     `in_use` gives the chain ids of all layers that containers stand on; it is asked at every
@@ -70,7 +70,7 @@ class Library:
         while self._background:
             await asyncio.wait(self._background)
 
-    def stages(self) -> Sequence[Places]:
+    def stages(self) -> Sequence[Limiter]:
         """Stages of a pull that only so many layers may be in at once, over all pulls."""
         return self.puller.stages
 

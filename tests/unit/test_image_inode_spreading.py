@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from image import placement
-from image.library import Library
+from image import inode_spreading
+from image.image_store import ImageStore
 
 GET, SET = 0x80086601, 0x40086602
 TOP_OF_TREES, INDEXED = 0x20000, 0x1000
@@ -38,8 +38,8 @@ class Disk:
 def test_the_flag_is_set_once_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(INDEXED)
     monkeypatch.setattr(fcntl, "ioctl", disk.ioctl)
-    placement.scatter(tmp_path)
-    placement.scatter(tmp_path)
+    inode_spreading.scatter(tmp_path)
+    inode_spreading.scatter(tmp_path)
     assert disk.flags == INDEXED | TOP_OF_TREES and disk.sets == 1
 
 
@@ -48,17 +48,17 @@ def test_a_file_system_without_it_serves_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
 ) -> None:
     monkeypatch.setattr(fcntl, "ioctl", Disk(refusal=refusal).ioctl)
-    placement.scatter(tmp_path)
+    inode_spreading.scatter(tmp_path)
 
 
 def test_layers_are_scattered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk()
     monkeypatch.setattr(fcntl, "ioctl", disk.ioctl)
-    Library(tmp_path).load()
+    ImageStore(tmp_path).load()
     assert disk.flags == TOP_OF_TREES
 
 
 def test_the_kernel_takes_the_calls_or_says_that_it_does_not(tmp_path: Path) -> None:
-    placement.scatter(tmp_path)
+    inode_spreading.scatter(tmp_path)
     (tmp_path / "layer").mkdir()
     assert (tmp_path / "layer").is_dir()
