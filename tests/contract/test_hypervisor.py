@@ -374,7 +374,7 @@ async def test_a_vm_is_not_grown_beyond_its_room(site: Site) -> None:
 
 
 async def test_a_guest_that_takes_no_memory_is_told_of(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sandbox.vmm.qemu.driver.hotplug.MEMORY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("sandbox.vmm.qemu.hotplug.MEMORY_TIMEOUT_S", 0.2)
     machine = await site.start(**ROOM)
     with pytest.raises(VmmError, match="took 0 of 64 MiB"):
         await machine.grow(128, 1)
