@@ -47,12 +47,12 @@ async def eventually(
     """Poll `probe`, a function or a coroutine function, until its result is true, and return that result.
 
     A probe that raises AssertionError or one of `retry_on` counts as false; any other exception ends the wait
-    and propagates. The first poll is immediate, and one follows after the timeout, so that a slow machine does
-    not fail a condition that holds. `describe` names the condition; a function is called on timeout and may
+    and propagates. The first poll is immediate, and one follows after the timeout, so that a slow machine
+    does not fail a condition that holds. `describe` names the condition; a function is called on timeout and may
     return the state that matters, where the probe's result says too little.
 
-    Raises AssertionError with the last result or exception after `timeout_s` seconds, also when a coroutine of
-    the probe is still running then.
+    Raises AssertionError with the last result or exception after `timeout_s` seconds, also when a coroutine
+    of the probe is still running then.
     """
     wait = _Wait(timeout_s, describe, retry_on)
     while True:
