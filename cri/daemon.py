@@ -49,7 +49,7 @@ from sandbox.spec import Isolation
 from sandbox.stats.collector import StatsCollector
 from sandbox.stats.host_usage import HostUsage, host_usage
 from sandbox.stats.layer_usage import LayerUsage
-from sandbox.steps.pod import PodSteps, pod_walks
+from sandbox.steps.pod import PodSteps, pod_steps
 from sandbox.store import Store
 from sandbox.vm_pods.engine import VmDeps, VmEngine
 from sandbox.vm_pods.pool import PoolDeps, VmPool
@@ -127,12 +127,12 @@ class Daemon:
         # a VM keeps a CPU busy while it starts; of a plug-in's time the better part is waiting
         self.stages = (Limiter("vm", max(2, host.cpus)), Limiter("network", max(4, 2 * host.cpus)))
         vm = self._vm_step(host)
-        walks = pod_walks(vm, self.stages[1])
+        steps = pod_steps(vm, self.stages[1])
         self.factory = VmPool(
             PoolDeps(
                 templates=vm.templates,
                 vm=vm,
-                walks=walks,
+                steps=steps,
                 handlers=self.node.handlers,
                 handler=self.node.handler,
                 accelerator=self.node.verdict,
@@ -147,7 +147,7 @@ class Daemon:
             PodDeps(
                 store=self.pod_store,
                 run=run_dir,
-                engines={Isolation.VM: self._vm_engine(walks), Isolation.PROCESS: self.processes},
+                engines={Isolation.VM: self._vm_engine(steps), Isolation.PROCESS: self.processes},
                 handler=self.node.handler,
                 on_started=self._note_start,
                 events=self.events,
@@ -171,13 +171,13 @@ class Daemon:
         )
         return Vm(self.hypervisor, self.networks, self.cgroups, templates, self.stages[0], host)
 
-    def _vm_engine(self, walks: PodSteps) -> VmEngine:
+    def _vm_engine(self, steps: PodSteps) -> VmEngine:
         return VmEngine(
             self.registry,
             self.containers,
             VmDeps(
                 hypervisor=self.hypervisor,
-                walks=walks,
+                steps=steps,
                 factory=self.factory,
                 accelerator=self.node.verdict,
                 make_pod=lambda record: self.pods.make(record),

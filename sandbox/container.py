@@ -34,6 +34,7 @@ class Container(Recorded[ContainerRecord]):
         self.exited = asyncio.Event()
         self.early_exit: pb.Exited | None = None
         self.on_state: Callable[[Container], None] = lambda container: None  # its state has changed
+        self.on_phase: Callable[[str, float], None] = lambda name, seconds: None  # for the metrics
         self._plan: pb.Start | None = None
         if record.state is ContainerState.EXITED:
             self.exited.set()
@@ -59,6 +60,22 @@ class Container(Recorded[ContainerRecord]):
         super().update(**changes)
         if self.record.state is not before:
             self.on_state(self)
+
+    def finish(self, name: str, begin_s: float, end_s: float) -> None:
+        """Record the phase of one of its steps."""
+        self.record_phase(f"container-{name}", begin_s, end_s)
+
+    def record_phase(self, name: str, begin_s: float, end_s: float) -> None:
+        """Count a phase in the metrics and, as the first of its name, among the pod's boot phases.
+
+        The arguments are moments of the monotonic clock, in seconds.
+        """
+        self.on_phase(name, end_s - begin_s)
+        self.pod.record_first(name, begin_s, end_s)
+
+    def console(self) -> str:
+        """Return the last lines of its pod's guest console; empty: there is none."""
+        return self.pod.console()
 
     def require(self, state: ContainerState) -> None:
         if self.record.state is not state:

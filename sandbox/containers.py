@@ -31,7 +31,7 @@ from sandbox.errors import (
 from sandbox.events import Events
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
-from sandbox.lifecycle import UndoFailed, bring_up, only, take_down
+from sandbox.lifecycle import UndoFailed, bring_up, held_steps, take_down
 from sandbox.plan import compile_exec
 from sandbox.plan.oci_view import runtime_spec
 from sandbox.plan.resources import compile_resources, merge_resources
@@ -142,14 +142,7 @@ class Containers:
         self._host.store.put(record)
         self._registry.containers[container.id] = container
         try:
-            await bring_up(
-                pod.engine.steps,
-                container,
-                begin=container.begin,
-                finish=lambda name, begin, end: self._note_phase(pod, f"container-{name}", begin),
-                ended=container.ended,
-                console=pod.console,
-            )
+            await bring_up(pod.engine.container_steps, container)
             container.update(state=ContainerState.CREATED)
         except Exception as failure:
             await self._give_up(container, failure)
@@ -158,18 +151,13 @@ class Containers:
 
     async def _give_up(self, container: Container, failure: Exception) -> None:
         """Release what it holds still, and its name."""
-        held = only(container.pod.engine.steps, container.record.steps)
+        held = held_steps(container.pod.engine.container_steps, container.record.steps)
         try:
-            await take_down(held, container, ended=container.ended)
+            await take_down(held, container)
         except UndoFailed as undo:
-            failure.add_note(f"and was not wholly undone: {undo}")
+            failure.add_note(f"not everything could be released: {undo}")
         else:
             self._forget(container)
-
-    def _note_phase(self, pod: Pod, name: str, begin_s: float) -> None:
-        """A phase that ends now, for the metrics; a pod's waterfall ends with its first container."""
-        self._host.on_phase(name, time.monotonic() - begin_s)
-        pod.note_first(name, begin_s)
 
     def adopt(self, record: ContainerRecord, pod: Pod) -> Container:
         """Take up a container of an earlier daemon; its state is settled by `sync`."""
@@ -187,6 +175,7 @@ class Containers:
     def _adopted(self, record: ContainerRecord, pod: Pod) -> Container:
         container = Container(record, self._host.store, pod, self._host.plans)
         container.on_state = self._host.events.container_changed
+        container.on_phase = self._host.on_phase
         return container
 
     # ------------------------------------------------------------------------------- start
@@ -206,7 +195,7 @@ class Containers:
                 self._start_failed(container, error)
                 raise
             container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
-            self._note_phase(container.pod, "container-start", began)
+            container.record_phase("container-start", began, time.monotonic())
             engine.follow(container)
 
     def _start_failed(self, container: Container, error: GuestError) -> None:
@@ -237,7 +226,7 @@ class Containers:
     async def settle(self, container: Container) -> None:
         """Undo a creation that the daemon's end cut short."""
         if container.record.state is ContainerState.CREATING:
-            await take_down(container.pod.engine.steps, container, ended=container.ended)
+            await take_down(container.pod.engine.container_steps, container)
             self._forget(container)
 
     async def sweep(self) -> None:
@@ -313,7 +302,7 @@ class Containers:
         """Everything that a container holds, where it ran and of the host. Raises UndoFailed."""
         engine = container.pod.engine
         await engine.remove(container)
-        await take_down(engine.steps, container, ended=container.ended)
+        await take_down(engine.container_steps, container)
         self._forget(container)
 
     def _forget(self, container: Container) -> None:
@@ -333,7 +322,7 @@ class Containers:
         process = compile_exec(container.plan, cmd, tty=False)
         began = time.monotonic()
         result = await container.pod.engine.exec_sync(container, process, timeout_s, EXEC_OUTPUT_LIMIT)
-        container.pod.note_first("first-exec", began)
+        container.pod.record_first("first-exec", began, time.monotonic())
         return result
 
     async def exec(

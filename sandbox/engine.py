@@ -1,7 +1,7 @@
 """Where a pod's containers run: the seam between the verbs of pods and containers and what does them.
 
 `vm_engine` runs them in a micro-VM, `host_pods` as processes of the host. Whatever they run in, the
-records, the states and the walks are the same; an engine keeps nothing that a record would have to tell.
+records, the states and the steps are the same; an engine keeps nothing that a record would have to tell.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Exits(Protocol):
 class Engine(Protocol):
     """One for all pods of a kind. Calls raise SandboxError; GuestError where the request is refused."""
 
-    walk: Steps[Pod]  # from nothing to a pod, and back
-    steps: Sequence[Step[Container]]  # what a container holds of the host
+    pod_steps: Steps[Pod]  # from nothing to a pod, and back
+    container_steps: Sequence[Step[Container]]  # what a container holds of the host
 
     # ------------------------------------------------------------------------------- pods
 
     async def take(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
-        """A pod for this specification, and what is left of its walk. Raises InvalidSpec, MissingProgram."""
+        """A pod for this specification, and the steps that are left. Raises InvalidSpec, MissingProgram."""
 
     def settled(self) -> None:
         """A pod that was taken has been started, or undone."""

@@ -1,117 +1,137 @@
-"""The walk over steps: up in order, down in reverse; the same for rollback, Stop and recovery.
+"""Acquire and release the resources of a subject: in order to start it, in reverse to stop it.
 
-A step is one held resource with its acquisition and its release side by side. The names of a walk's
-steps are saved before the first `up` runs, and forgotten behind the last `down`, so a daemon that is
-killed anywhere knows at its next start what may be held. `down` copes with an `up` that was cut short
-or never began, and may be repeated; so each walk takes one write each way.
+A step is one held resource, its acquisition (`up`) and its release (`down`) side by side. Rollback of a
+failed start, StopPodSandbox and recovery after a crash all run the same `down`s. The names of all steps
+are saved before the first `up` runs and removed after the last `down`, so a daemon that is killed at any
+instant knows at its next start what may be held. `down` copes with an `up` that was interrupted or never
+ran, and is idempotent; hence one write in each direction is enough.
+
+Pods, containers, templates of VMs and the accelerator's probe are subjects.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from sandbox.errors import InvalidSpec, MissingProgram, PhaseFailed, SandboxError
 
-Subject = TypeVar("Subject", contravariant=True)
+
+class Subject(Protocol):
+    """Something that is brought up and taken down by steps."""
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Save the names of steps, before the first of them takes effect. Repeated names are ignored."""
+
+    def finish(self, name: str, begin_s: float, end_s: float) -> None:
+        """Record that a step is up, and when it ran: moments of the monotonic clock, in seconds."""
+
+    def ended(self, names: Collection[str]) -> None:
+        """Remove the names of steps that hold nothing any more. Must not raise for a full disk: a stale
+        name only leads to another `down`."""
+
+    def console(self) -> str:
+        """Return the last lines of the guest's console for an error message; empty: there is none."""
 
 
-class Step(Protocol[Subject]):
+S = TypeVar("S", bound=Subject)
+S_contra = TypeVar("S_contra", bound=Subject, contravariant=True)
+
+
+class Step(Protocol[S_contra]):
+    """One resource that a subject holds. `name` is saved in records: do not change it."""
+
     name: str
 
-    async def up(self, subject: Subject) -> None: ...
+    async def up(self, subject: S_contra) -> None:
+        """Acquire the resource. May be interrupted at any point by a failure or by the daemon's end."""
 
-    async def down(self, subject: Subject) -> None: ...
+    async def down(self, subject: S_contra) -> None:
+        """Release the resource, fully or partly acquired or not at all. Idempotent."""
 
 
 class UndoFailed(SandboxError):
-    """Some steps could not be released; they stay in the record and are tried again."""
+    """Some steps could not be released; their names stay saved, and the next attempt retries them."""
 
     def __init__(self, failures: Sequence[tuple[str, BaseException]]) -> None:
         super().__init__("; ".join(f"{name}: {error}" for name, error in failures))
         self.failures = tuple(failures)
 
 
-# The caller's own mistakes and missing parts keep their type: the phase adds nothing to them.
-PLAIN = (InvalidSpec, MissingProgram, PhaseFailed)
+# Mistakes of the caller and missing programs keep their type: a phase would add nothing to them.
+UNWRAPPED = (InvalidSpec, MissingProgram, PhaseFailed)
 
 
 @dataclass(frozen=True, slots=True)
-class Parallel(Generic[Subject]):
-    """Walks that do not depend on each other, gone at the same time."""
+class Parallel(Generic[S]):
+    """Branches of steps that do not depend on each other and run at the same time."""
 
-    branches: Sequence[Steps[Subject]]
-
-
-Steps: TypeAlias = "Sequence[Step[Subject] | Parallel[Subject]]"
+    branches: Sequence[Steps[S]]
 
 
-async def bring_up(
-    walk: Steps[Subject],
-    subject: Subject,
-    *,
-    begin: Callable[[Sequence[str]], None],
-    finish: Callable[[str, float, float], None],
-    ended: Callable[[Collection[str]], None],
-    console: Callable[[], str] = lambda: "",
-) -> None:
-    """Run every `up`; on failure release all that was begun and raise PhaseFailed.
+Steps: TypeAlias = "Sequence[Step[S] | Parallel[S]]"
 
-    `begin` saves the names of all steps before the first effect, `finish` gets a name and its two moments
-    on the monotonic clock, `ended` removes names of what is not held. A failure beside other steps lets
-    those that have begun come to their end first. A cancelled walk releases nothing: it means that
-    the daemon is going away, and the next start does it from the saved names.
+
+async def bring_up(steps: Steps[S], subject: S) -> None:
+    """Run every `up` in order. After a failure, run `down` for each step that had begun, in reverse.
+
+    Raises PhaseFailed naming the step, or UNWRAPPED errors as they are; what could not be released is
+    added as a note to the error. A failure in one branch of a Parallel stops the others at their next
+    step, and waits for those that are running.
+    Cancellation releases nothing: it means that the daemon is ending, and its next start releases
+    everything by the saved names.
     """
     begun: list[str] = []
     failed = asyncio.Event()
 
-    async def go(walk: Steps[Subject]) -> None:
-        for each in walk:
+    async def run(steps: Steps[S]) -> None:
+        for each in steps:
             if failed.is_set():
                 return
             if isinstance(each, Parallel):
-                await _all(go(branch) for branch in each.branches)
+                await _gather(run(branch) for branch in each.branches)
                 continue
-            started = time.monotonic()
+            begin_s = time.monotonic()
             begun.append(each.name)
             try:
                 await each.up(subject)
-            except PLAIN:
+            except UNWRAPPED:
                 failed.set()
                 raise
             except Exception as error:
                 failed.set()
-                elapsed, reason = time.monotonic() - started, str(error) or type(error).__name__
-                raise PhaseFailed(each.name, elapsed, reason, console()) from error
-            finish(each.name, started, time.monotonic())
+                elapsed_s, reason = time.monotonic() - begin_s, str(error) or type(error).__name__
+                raise PhaseFailed(each.name, elapsed_s, reason, subject.console()) from error
+            subject.finish(each.name, begin_s, time.monotonic())
 
-    names = names_of(walk)
-    begin(names)
+    names = step_names(steps)
+    subject.begin(names)
     try:
-        await go(walk)
+        await run(steps)
     except Exception as failure:
-        ended([name for name in names if name not in begun])
+        subject.ended([name for name in names if name not in begun])
         try:
-            await take_down(only(walk, begun), subject, ended=ended)
+            await take_down(held_steps(steps, begun), subject)
         except UndoFailed as undo:
-            failure.add_note(f"and was not wholly undone: {undo}")
+            failure.add_note(f"not everything could be released: {undo}")
         raise
 
 
-async def take_down(
-    walk: Steps[Subject], subject: Subject, *, ended: Callable[[Collection[str]], None]
-) -> None:
-    """Run every `down` in reverse order, whatever the others do. Raises UndoFailed at the end."""
+async def take_down(steps: Steps[S], subject: S) -> None:
+    """Run every `down` in reverse order, also after one of them failed. Idempotent.
+
+    Raises UndoFailed with all failures, once every step has been tried.
+    """
     failures: list[tuple[str, BaseException]] = []
     released: list[str] = []
 
-    async def go(walk: Steps[Subject]) -> None:
-        for each in reversed(walk):
+    async def run(steps: Steps[S]) -> None:
+        for each in reversed(steps):
             if isinstance(each, Parallel):
-                await _all(go(branch) for branch in each.branches)
+                await _gather(run(branch) for branch in each.branches)
                 continue
             try:
                 await each.down(subject)
@@ -121,36 +141,39 @@ async def take_down(
                 released.append(each.name)
 
     try:
-        await go(walk)
+        await run(steps)
     finally:
-        ended(released)
+        subject.ended(released)
     if failures:
         raise UndoFailed(failures)
 
 
-def names_of(walk: Steps[Subject]) -> list[str]:
+def step_names(steps: Steps[S]) -> list[str]:
+    """List the names of all steps, those of parallel branches included."""
     return [
         name
-        for each in walk
+        for each in steps
         for name in (
-            [name for branch in each.branches for name in names_of(branch)]
+            [name for branch in each.branches for name in step_names(branch)]
             if isinstance(each, Parallel)
             else [each.name]
         )
     ]
 
 
-def only(walk: Steps[Subject], names: Collection[str]) -> Steps[Subject]:
-    """The steps with these names, in their places."""
+def held_steps(steps: Steps[S], names: Collection[str]) -> Steps[S]:
+    """Keep the steps with these names, in their order and branches."""
     return [
-        Parallel([only(branch, names) for branch in each.branches]) if isinstance(each, Parallel) else each
-        for each in walk
+        Parallel([held_steps(branch, names) for branch in each.branches])
+        if isinstance(each, Parallel)
+        else each
+        for each in steps
         if isinstance(each, Parallel) or each.name in names
     ]
 
 
-async def _all(walks: Iterable[Coroutine[None, None, None]]) -> None:
-    """To the end of each; raises the first failure then."""
-    for result in await asyncio.gather(*walks, return_exceptions=True):
+async def _gather(runs: Iterable[Coroutine[None, None, None]]) -> None:
+    """Wait for all, then raise the first failure."""
+    for result in await asyncio.gather(*runs, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result

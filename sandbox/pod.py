@@ -82,46 +82,52 @@ class Pod(Recorded[PodRecord]):
         if self.on_event is not None:
             self.on_event(self, event)
 
-    def note_phase(self, name: str, begin_s: float, end_s: float) -> None:
-        """Moments of the monotonic clock. Kept with the next `update`: a waterfall is not worth a write
-        of its own."""
-        self.note_phases(Phase(name=name, begin_s=begin_s - self.began, end_s=end_s - self.began))
+    def finish(self, name: str, begin_s: float, end_s: float) -> None:
+        """Record the phase of one of its steps."""
+        self.record_phase(name, begin_s, end_s)
 
-    def note_phases(self, *phases: Phase) -> None:
+    def record_phase(self, name: str, begin_s: float, end_s: float) -> None:
+        """Record a phase between two moments of the monotonic clock, in seconds.
+
+        Saved by the next `update`: boot phases are not worth a write each.
+        """
+        self.record_phases(Phase(name=name, begin_s=begin_s - self.began, end_s=end_s - self.began))
+
+    def record_phases(self, *phases: Phase) -> None:
         self.record = msgspec.structs.replace(self.record, phases=(*self.record.phases, *phases))
 
-    def note_size(self, size: VmSize) -> None:
-        """What it is to have, kept with the next `update` too."""
+    def record_size(self, size: VmSize) -> None:
+        """Set the size that the pod needs; saved by the next `update`."""
         self.record = msgspec.structs.replace(self.record, size=size)
 
-    def note_first(self, name: str, begin_s: float) -> None:
-        """As `note_phase`, until now, for what is of interest only the first time in a pod's life."""
+    def record_first(self, name: str, begin_s: float, end_s: float) -> None:
+        """Record a phase unless the pod has one of this name: the first container, the first exec."""
         if self.record.vm is not None and not any(phase.name == name for phase in self.record.phases):
-            self.note_phase(name, begin_s, time.monotonic())
+            self.record_phase(name, begin_s, end_s)
 
-    def note_guest(self) -> None:
-        """What the guest tells of its boot, once there is a connection."""
+    def record_guest_phases(self) -> None:
+        """Record the phases of its boot that the guest reported when the connection was made."""
         if self.client is None or self.record.vm is None:
             return
         welcome, received_s = self.client.welcome, self.client.welcomed_s
         started_s = process.started_s(self.record.vm.vmm)
-        self.note_phases(
+        self.record_phases(
             *guest_phases(welcome, received_s=received_s, began_s=self.began, vmm_started_s=started_s)
         )
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A stretch of the start within a step; one that fails is not noted."""
+        """A stretch of the start within a step; one that fails is not recorded."""
         begin = time.monotonic()
         yield
-        self.note_phase(name, begin, time.monotonic())
+        self.record_phase(name, begin, time.monotonic())
 
     @contextlib.asynccontextmanager
     async def queued(self, stage: Limiter) -> AsyncIterator[None]:
         """A place in a stage; a pod that nobody has asked for yet lets all others go first."""
         begin = time.monotonic()
         async with stage.slot(idle=self.record.state is PodState.WAITING):
-            self.note_phase(f"queue-{stage.name}", begin, time.monotonic())
+            self.record_phase(f"queue-{stage.name}", begin, time.monotonic())
             yield
 
     def require_handler(self) -> Handler:

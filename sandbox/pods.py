@@ -23,7 +23,7 @@ from sandbox.containers import Containers
 from sandbox.engine import Engine
 from sandbox.errors import InvalidSpec, NotFound, SandboxError
 from sandbox.events import Events
-from sandbox.lifecycle import Steps, UndoFailed, bring_up, only, take_down
+from sandbox.lifecycle import Steps, UndoFailed, bring_up, held_steps, take_down
 from sandbox.plan.resources import merge_resources
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState
@@ -106,19 +106,12 @@ class Pods:
         name = pod_name(spec)
         self._registry.starting.add(name)  # it is taken from here on
         try:
-            pod, walk = await self._begin(spec, handler)
+            pod, steps = await self._begin(spec, handler)
         finally:
             self._registry.starting.discard(name)
         try:
             async with pod.lock:
-                await bring_up(
-                    walk,
-                    pod,
-                    begin=pod.begin,
-                    finish=pod.note_phase,
-                    ended=pod.ended,
-                    console=pod.console,
-                )
+                await bring_up(steps, pod)
                 pod.update(state=PodState.READY)
         except Exception as failure:
             await self._give_up(pod, failure)
@@ -134,7 +127,7 @@ class Pods:
         """A pod that is STARTING, and the rest of its way. Raises InvalidSpec, MissingProgram."""
         began = time.monotonic()
         engine = self._host.engines[isolation_of(spec, handler)]
-        pod, walk = await engine.take(spec, handler)
+        pod, steps = await engine.take(spec, handler)
         pod.began = began
         pod.handler = handler
         self._registry.pods[pod.id] = pod
@@ -151,15 +144,15 @@ class Pods:
             await self._give_up(pod, failure)
             engine.settled()
             raise
-        pod.note_phase("queue", began, time.monotonic())
-        return pod, walk
+        pod.record_phase("queue", began, time.monotonic())
+        return pod, steps
 
     async def _give_up(self, pod: Pod, failure: Exception) -> None:
         """Release all that a pod holds, also what was made ahead of it, and its name."""
         try:
-            await take_down(only(pod.engine.walk, pod.record.steps), pod, ended=pod.ended)
+            await take_down(held_steps(pod.engine.pod_steps, pod.record.steps), pod)
         except UndoFailed as undo:
-            failure.add_note(f"and was not wholly undone: {undo}")
+            failure.add_note(f"not everything could be released: {undo}")
         else:
             self._forget(pod)
 
@@ -206,7 +199,7 @@ class Pods:
         if pod.record.state is not PodState.NOT_READY:
             pod.update(state=PodState.NOT_READY)
         self._containers.lost(pod, "the sandbox was stopped")
-        await take_down(only(pod.engine.walk, pod.record.steps), pod, ended=pod.ended)
+        await take_down(held_steps(pod.engine.pod_steps, pod.record.steps), pod)
 
     async def _kill_containers(self, pod: Pod) -> None:
         """First, so that exit codes and the last lines of logs arrive."""
@@ -272,7 +265,7 @@ class Pods:
             await self._containers.settle(container)
         match pod.record.state:
             case PodState.STARTING | PodState.WAITING as state:
-                await take_down(only(pod.engine.walk, pod.record.steps), pod, ended=pod.ended)
+                await take_down(held_steps(pod.engine.pod_steps, pod.record.steps), pod)
                 self._forget(pod)
                 log.info("pod %s was %s when the daemon ended; it is undone", pod.id, state)
             case PodState.READY:

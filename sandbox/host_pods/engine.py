@@ -36,7 +36,7 @@ from sandbox.host_pods.conmon import Bundle
 from sandbox.host_pods.host_files import all_devices, find_devices, node_limits
 from sandbox.host_pods.oci import RuntimeEnv, compile_config
 from sandbox.host_pods.sessions import AttachSession, ExecSession, Forwarded, Place
-from sandbox.host_pods.steps import Processes, container_steps, pod_path, pod_walk, shm_of
+from sandbox.host_pods.steps import Processes, container_steps, pod_path, pod_steps, shm_of
 from sandbox.host_pods.sysctls import pod_sysctls
 from sandbox.lifecycle import Steps
 from sandbox.logs.file import make_log, usable_path
@@ -77,8 +77,8 @@ class ProcessEngine:
         self._exits = exits
         self._host = host
         self._layout = host.cgroups.layout
-        self.walk: Steps[Pod] = pod_walk(host.cgroups, host.networks, host.stage)
-        self.steps = container_steps(host.rootfs)
+        self.pod_steps: Steps[Pod] = pod_steps(host.cgroups, host.networks, host.stage)
+        self.container_steps = container_steps(host.rootfs)
 
     # ------------------------------------------------------------------------------- pods
 
@@ -94,7 +94,7 @@ class ProcessEngine:
                 isolation=Isolation.PROCESS,
             )
         )
-        return pod, self.walk
+        return pod, self.pod_steps
 
     def settled(self) -> None:
         return None

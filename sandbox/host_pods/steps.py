@@ -6,7 +6,7 @@
     network      CNI attachments in a namespace of its own, unless it has the node's
     processes    /dev/shm, and the first process, which holds the namespaces that its containers share
 
-See `lifecycle` for the walk. `processes` down kills whatever runs in the pod's cgroups.
+See `lifecycle` for the order. `processes` down kills whatever runs in the pod's cgroups.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def shm_of(pod: Pod) -> str:
     return "/dev/shm" if pod.record.spec.host_ipc else str(pod.run_dir / "shm")
 
 
-def pod_walk(cgroups: Cgroups, networks: Networks, stage: Limiter) -> Steps[Pod]:
+def pod_steps(cgroups: Cgroups, networks: Networks, stage: Limiter) -> Steps[Pod]:
     return (
         RunDir(),
         PodCgroup(Cgroup(cgroups)),

@@ -12,7 +12,7 @@
 
 None before `size` needs to know the pod: that is what the pool does ahead. `network` depends on none
 behind `netns`, so it goes beside them. Each `down` needs nothing but the pod's record. See
-`lifecycle` for the walk.
+`lifecycle` for the order.
 
     alone:  run-dir, cgroup, netns, shares, (vm, size, identity | network), guest
     pool:   run-dir, cgroup, netns, shares, vm    then, with a pod:  (cgroup, size, identity | network), guest
@@ -177,7 +177,7 @@ class Guest:
         configure = compile_network(pod.record.spec, network, first_mac=FIRST_MAC)
         await pod.call(pb.Request(configure=configure))
         if pod.record.source is Source.BOOT:  # another guest is as old as its template
-            pod.note_guest()
+            pod.record_guest_phases()
 
     async def down(self, pod: Pod) -> None:
         await pod.disconnect()
@@ -208,7 +208,7 @@ class PodSteps:
     claim: Steps[Pod]  # from there on
 
 
-def pod_walks(vm: Vm, network_stage: Limiter) -> PodSteps:
+def pod_steps(vm: Vm, network_stage: Limiter) -> PodSteps:
     networks, cgroup, size, identity = vm.networks, Cgroup(vm.cgroups), Size(vm), Identity()
     network, guest = Network(networks, network_stage), Guest(networks)
     ahead: Steps[Pod] = (RunDir(), cgroup, Netns(networks), Shares())

@@ -59,7 +59,7 @@ class VmDeps:
     """What pods in VMs need of the host."""
 
     hypervisor: Hypervisor
-    walks: PodSteps
+    steps: PodSteps
     factory: VmPool
     accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]]
     make_pod: Callable[[PodRecord], Pod]
@@ -76,8 +76,8 @@ class VmEngine:
         self._exits = exits
         self._host = host
         self._mirror = PropagationSync(host.tasks)
-        self.walk: Steps[Pod] = host.walks.whole
-        self.steps: Sequence[Step[Container]] = (
+        self.pod_steps: Steps[Pod] = host.steps.whole
+        self.container_steps: Sequence[Step[Container]] = (
             Rootfs(host.rootfs),
             Volumes(host.rootfs, host.room),
             plan_for_guest(host.default_profile),
@@ -90,7 +90,7 @@ class VmEngine:
         size = vm_size(spec, handler)
         verdict = await self._host.accelerator(handler)
         pod = await self._host.factory.take(handler, verdict, size)
-        walk = self._host.walks.claim if pod else self._host.walks.whole
+        steps = self._host.steps.claim if pod else self._host.steps.whole
         if pod is None:
             pod = self._host.make_pod(
                 PodRecord(
@@ -103,8 +103,8 @@ class VmEngine:
                 )
             )
         pod.on_event = self._take_event
-        pod.note_size(size)
-        return pod, walk
+        pod.record_size(size)
+        return pod, steps
 
     def settled(self) -> None:
         """Whatever it took, or found broken, is made anew."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from network.errors import NetworkError
 from sandbox.errors import GuestError, MissingProgram, SandboxError
 from sandbox.host.tasks import Tasks, end
-from sandbox.lifecycle import bring_up, only, take_down
+from sandbox.lifecycle import bring_up, held_steps, take_down
 from sandbox.plan.vm import base_size, can_grow, plan_vm
 from sandbox.pod import Pod
 from sandbox.records import PodRecord, PodState, Source
@@ -52,7 +52,7 @@ class PoolDeps:
 
     templates: Templates
     vm: Vm
-    walks: PodSteps
+    steps: PodSteps
     handlers: Callable[[], Sequence[str]]
     handler: Callable[[str], Handler]  # raises InvalidSpec, MissingProgram
     accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]]
@@ -199,14 +199,7 @@ class VmPool:
         pod.handler = handler
         pod.update()
         try:
-            await bring_up(
-                self._host.walks.ahead,
-                pod,
-                begin=pod.begin,
-                finish=pod.note_phase,
-                ended=pod.ended,
-                console=pod.console,
-            )
+            await bring_up(self._host.steps.ahead, pod)
             await self._warm(pod)
             assert pod.machine is not None
             await pod.machine.pause()
@@ -239,9 +232,9 @@ class VmPool:
 
     async def _take_down(self, pod: Pod) -> None:
         """What cannot be released stays in the record, for the next start."""
-        held = only(self._host.walks.whole, pod.record.steps)
+        held = held_steps(self._host.steps.whole, pod.record.steps)
         try:
-            await take_down(held, pod, ended=pod.ended)
+            await take_down(held, pod)
         except SandboxError as error:
             log.error("VM %s cannot be released: %s", pod.id, error)
         else:

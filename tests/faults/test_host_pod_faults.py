@@ -210,7 +210,7 @@ async def test_a_pod_starts_and_goes_and_leaves_nothing(daemon: Daemon, fields: 
 async def test_whichever_step_of_a_pod_fails_all_is_undone(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, number: int, moment: str
 ) -> None:
-    step: Any = daemon.engine.walk[number]
+    step: Any = daemon.engine.pod_steps[number]
     with monkeypatch.context() as patch:
         patch.setattr(type(step), "up", _struck(type(step).up, moment))
         with pytest.raises(PhaseFailed, match=f"{step.name} failed.*the fault of the test"):
@@ -224,7 +224,7 @@ async def test_whichever_step_of_a_pod_fails_all_is_undone(
 async def test_killed_in_whichever_step_of_a_pod_the_next_start_undoes_it(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, number: int, moment: str
 ) -> None:
-    step: Any = daemon.engine.walk[number]
+    step: Any = daemon.engine.pod_steps[number]
     reached = asyncio.Event()
     up = type(step).up
 

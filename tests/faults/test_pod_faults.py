@@ -25,7 +25,7 @@ from sandbox.host import cgroup
 from sandbox.host.limiter import Limiter
 from sandbox.host.mounts import mounts_below
 from sandbox.host.tasks import Tasks
-from sandbox.lifecycle import UndoFailed, names_of
+from sandbox.lifecycle import UndoFailed, step_names
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.pods import PodDeps, Pods, find_handler
@@ -34,7 +34,7 @@ from sandbox.registry import Registry
 from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, SecuritySpec, VmSize
 from sandbox.stats.host_usage import HostUsage, ProcessUsage
 from sandbox.steps.container import Plan, Rootfs
-from sandbox.steps.pod import Guest, Identity, Netns, Network, RunDir, Shares, pod_walks
+from sandbox.steps.pod import Guest, Identity, Netns, Network, RunDir, Shares, pod_steps
 from sandbox.steps.volumes import Volumes
 from sandbox.store import Store
 from sandbox.vm_pods.accelerator import AcceleratorChoice
@@ -115,12 +115,12 @@ class Daemon:
         self.containers = Containers(self.registry, host)
         templates = Templates(self.root / "run" / "templates", self.hypervisor, networks, cgroups)
         vm = Vm(self.hypervisor, networks, cgroups, templates, Limiter("vm", 2), HOST)
-        walks = pod_walks(vm, Limiter("network", 2))
+        steps = pod_steps(vm, Limiter("network", 2))
         self.factory = VmPool(
             PoolDeps(
                 templates=templates,
                 vm=vm,
-                walks=walks,
+                steps=steps,
                 handlers=lambda: [self.handler.name],
                 handler=self._find_handler,
                 accelerator=_tcg,
@@ -133,7 +133,7 @@ class Daemon:
             self.containers,
             VmDeps(
                 hypervisor=self.hypervisor,
-                walks=walks,
+                steps=steps,
                 factory=self.factory,
                 accelerator=_tcg,
                 make_pod=lambda record: self.pods.make(record),
@@ -303,8 +303,8 @@ async def test_whichever_step_of_a_container_fails_all_is_undone(
 
 
 async def test_no_step_is_left_out(daemon: Daemon) -> None:
-    assert [type(step) for step in daemon.engine.steps] == CONTAINER_STEPS
-    names = set(names_of(daemon.engine.walk))
+    assert [type(step) for step in daemon.engine.container_steps] == CONTAINER_STEPS
+    names = set(step_names(daemon.engine.pod_steps))
     assert names == {"cgroup", *(step.name for step in POD_STEPS)}  # cgroup: see POD_FAULTS
 
 

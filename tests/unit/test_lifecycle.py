@@ -1,27 +1,38 @@
-"""The walk over steps: rollback, Stop and recovery are the same thing."""
+"""Steps: a failed start, a stop and a recovery release the same resources in the same order."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
 from sandbox.errors import InvalidSpec, PhaseFailed
-from sandbox.lifecycle import UndoFailed, bring_up, take_down
+from sandbox.lifecycle import Parallel, Steps, UndoFailed, bring_up, held_steps, step_names, take_down
 
 
 @dataclass
-class World:
+class FakeSubject:
     """Records what happened, in order, and which step names are saved."""
 
     done: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
+    console_tail: str = ""
 
-    def forget(self, names: Collection[str]) -> None:
+    def begin(self, names: Sequence[str]) -> None:
+        self.saved.extend(names)
+
+    def finish(self, name: str, begin_s: float, end_s: float) -> None:
+        assert begin_s <= end_s
+        self.phases.append(name)
+
+    def ended(self, names: Collection[str]) -> None:
         self.saved = [name for name in self.saved if name not in names]
+
+    def console(self) -> str:
+        return self.console_tail
 
 
 @dataclass
@@ -30,96 +41,128 @@ class FakeStep:
     fails_up: Exception | None = None
     fails_down: Exception | None = None
 
-    async def up(self, world: World) -> None:
-        assert self.name in world.saved, "the name must be saved before the effect"
-        world.done.append(f"+{self.name}")
+    async def up(self, subject: FakeSubject) -> None:
+        assert self.name in subject.saved, "the name must be saved before the effect"
+        subject.done.append(f"+{self.name}")
         if self.fails_up:
             raise self.fails_up
 
-    async def down(self, world: World) -> None:
-        world.done.append(f"-{self.name}")
+    async def down(self, subject: FakeSubject) -> None:
+        subject.done.append(f"-{self.name}")
         if self.fails_down:
             raise self.fails_down
 
 
-async def up(world: World, *steps: FakeStep, console: str = "") -> None:
-    await bring_up(
-        steps,
-        world,
-        begin=world.saved.extend,
-        finish=lambda name, begin, end: world.phases.append(name),
-        ended=world.forget,
-        console=lambda: console,
-    )
+class HangingStep(FakeStep):
+    async def up(self, subject: FakeSubject) -> None:
+        await asyncio.Event().wait()
 
 
-async def test_every_step_runs_in_order_and_is_remembered() -> None:
-    world = World()
-    await up(world, FakeStep("a"), FakeStep("b"))
-    assert world.done == ["+a", "+b"]
-    assert world.saved == ["a", "b"]
-    assert world.phases == ["a", "b"]
+async def test_bring_up_runs_steps_in_order_and_keeps_their_names() -> None:
+    subject = FakeSubject()
+    await bring_up((FakeStep("a"), FakeStep("b")), subject)
+    assert subject.done == ["+a", "+b"]
+    assert subject.saved == ["a", "b"]
+    assert subject.phases == ["a", "b"]
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
-async def test_a_failing_step_undoes_itself_and_all_before_it(broken: int) -> None:
-    world = World()
+async def test_bring_up_with_failing_step_releases_it_and_all_before(broken: int) -> None:
+    subject = FakeSubject(console_tail="last words")
     steps = [FakeStep(name) for name in "abc"]
     steps[broken].fails_up = OSError(28, "No space left on device")
     with pytest.raises(PhaseFailed) as caught:
-        await up(world, *steps, console="last words")
+        await bring_up(steps, subject)
     names = "abc"[: broken + 1]
-    assert world.done == [f"+{name}" for name in names] + [f"-{name}" for name in reversed(names)]
-    assert world.saved == []
+    assert subject.done == [f"+{name}" for name in names] + [f"-{name}" for name in reversed(names)]
+    assert subject.saved == []
     assert caught.value.phase == "abc"[broken]
     assert "No space left" in caught.value.reason
     assert caught.value.console == "last words"
 
 
-async def test_a_callers_mistake_keeps_its_type() -> None:
+async def test_bring_up_with_invalid_spec_keeps_the_error_type() -> None:
     with pytest.raises(InvalidSpec, match=r"config\.hostname"):
-        await up(World(), FakeStep("a", fails_up=InvalidSpec("config.hostname", "is too long")))
-
-
-async def test_what_cannot_be_undone_stays_saved_and_the_rest_is_released() -> None:
-    world = World()
-    with pytest.raises(PhaseFailed) as caught:
-        await up(
-            world,
-            FakeStep("a"),
-            FakeStep("b", fails_down=OSError("stuck")),
-            FakeStep("c", fails_up=OSError("broken")),
+        await bring_up(
+            (FakeStep("a", fails_up=InvalidSpec("config.hostname", "is too long")),), FakeSubject()
         )
-    assert world.saved == ["b"]
-    assert world.done[-1] == "-a"
+
+
+async def test_bring_up_with_failing_release_keeps_its_name_and_releases_the_rest() -> None:
+    subject = FakeSubject()
+    with pytest.raises(PhaseFailed) as caught:
+        await bring_up(
+            (
+                FakeStep("a"),
+                FakeStep("b", fails_down=OSError("stuck")),
+                FakeStep("c", fails_up=OSError("broken")),
+            ),
+            subject,
+        )
+    assert subject.saved == ["b"]
+    assert subject.done[-1] == "-a"
     assert "stuck" in caught.value.__notes__[0]
 
 
-async def test_take_down_gathers_all_failures() -> None:
-    world = World(saved=["a", "b", "c"])
+async def test_bring_up_with_failing_branch_stops_the_other_before_its_next_step() -> None:
+    subject = FakeSubject()
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(FakeStep):
+        async def up(self, subject: FakeSubject) -> None:
+            reached.set()
+            await go_on.wait()
+            await super().up(subject)
+
+    class Failing(FakeStep):
+        async def up(self, subject: FakeSubject) -> None:
+            await reached.wait()
+            go_on.set()
+            raise OSError("broken")
+
+    steps: Steps[FakeSubject] = (
+        FakeStep("a"),
+        Parallel(((Slow("b"), FakeStep("c")), (Failing("d"),))),
+        FakeStep("e"),
+    )
+    with pytest.raises(PhaseFailed, match="d failed"):
+        await bring_up(steps, subject)
+    assert subject.done[:2] == ["+a", "+b"], "a step that runs is waited for"
+    assert sorted(subject.done[2:4]) == ["-b", "-d"]
+    assert subject.done[4:] == ["-a"], "c and e have not begun"
+    assert subject.saved == []
+
+
+async def test_take_down_raises_all_failures_together() -> None:
+    subject = FakeSubject(saved=["a", "b", "c"])
     steps = [
         FakeStep("a", fails_down=OSError("one")),
         FakeStep("b"),
         FakeStep("c", fails_down=OSError("two")),
     ]
     with pytest.raises(UndoFailed) as caught:
-        await take_down(steps, world, ended=world.forget)
+        await take_down(steps, subject)
     assert [name for name, _ in caught.value.failures] == ["c", "a"]
-    assert world.saved == ["a", "c"]
+    assert subject.saved == ["a", "c"]
 
 
-async def test_cancelling_releases_nothing_for_the_next_start_does() -> None:
-    world = World()
-
-    class Slow(FakeStep):
-        async def up(self, world: World) -> None:
-            await asyncio.Event().wait()
-
-    task = asyncio.create_task(up(world, FakeStep("a"), Slow("b")))
-    while "+a" not in world.done:
+async def test_bring_up_when_cancelled_releases_nothing_and_keeps_all_names() -> None:
+    subject = FakeSubject()
+    task = asyncio.create_task(bring_up((FakeStep("a"), HangingStep("b")), subject))
+    while "+a" not in subject.done:
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert world.saved == ["a", "b"]
-    assert world.done == ["+a"]
+    assert subject.saved == ["a", "b"]
+    assert subject.done == ["+a"]
+
+
+def test_held_steps_with_parallel_branches_keeps_their_order() -> None:
+    steps: Steps[FakeSubject] = (
+        FakeStep("a"),
+        Parallel(((FakeStep("b"), FakeStep("c")), (FakeStep("d"),))),
+        FakeStep("e"),
+    )
+    assert step_names(steps) == ["a", "b", "c", "d", "e"]
+    assert step_names(held_steps(steps, {"e", "c", "d"})) == ["c", "d", "e"]
