@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from sandbox.errors import WrongState
 from sandbox.guest import guest_pb2 as pb
+from sandbox.plan.values import ContainerPlan
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState
 from sandbox.spec import ContainerId
@@ -35,7 +38,7 @@ class Container(Recorded[ContainerRecord]):
         self.early_exit: pb.Exited | None = None
         self.on_state: Callable[[Container], None] = lambda container: None  # its state has changed
         self.on_phase: Callable[[str, float], None] = lambda name, seconds: None  # for the metrics
-        self._plan: pb.Start | None = None
+        self._plan: ContainerPlan | None = None
         if record.state is ContainerState.EXITED:
             self.exited.set()
 
@@ -82,14 +85,14 @@ class Container(Recorded[ContainerRecord]):
             raise WrongState("container", self.id, self.record.state, state)
 
     @property
-    def plan(self) -> pb.Start:
+    def plan(self) -> ContainerPlan:
         """What the agent is told to do; compiled once, at CreateContainer."""
         if self._plan is None:
-            self._plan = pb.Start.FromString(self.plan_path.read_bytes())
+            self._plan = msgspec.json.decode(self.plan_path.read_bytes(), type=ContainerPlan)
         return self._plan
 
-    def save_plan(self, plan: pb.Start) -> None:
-        self.plan_path.write_bytes(plan.SerializeToString())
+    def save_plan(self, plan: ContainerPlan) -> None:
+        self.plan_path.write_bytes(msgspec.json.encode(plan))
         self._plan = plan
 
     def take_exit(self, exit_code: int, at_ns: int, reason: str, message: str = "") -> None:

@@ -32,9 +32,9 @@ from sandbox.events import Events
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.lifecycle import UndoFailed, bring_up, held_steps, take_down
-from sandbox.plan import compile_exec
+from sandbox.plan import compile_exec, limited
 from sandbox.plan.oci_view import runtime_spec
-from sandbox.plan.resources import compile_resources, merge_resources
+from sandbox.plan.resources import merge_resources
 from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState, ImageVolume
@@ -364,11 +364,7 @@ class Containers:
                 await container.pod.engine.limit(container, merged)
             elif container.record.state is not ContainerState.CREATED:
                 raise WrongState("container", container.id, container.record.state, "created or running")
-            plan = container.plan  # of an exec too, and of the start that is still to come
-            plan.process.oom_score_adj = merged.oom_score_adj
-            del plan.cgroup[:]
-            plan.cgroup.extend(compile_resources(merged, vcpus=container.pod.vcpus))
-            container.save_plan(plan)
+            container.save_plan(limited(container.plan, merged, vcpus=container.pod.vcpus))
             container.update(resources=merged)
 
     def open_files_limit(self, id: ContainerId) -> int:

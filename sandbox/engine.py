@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.lifecycle import Step, Steps
+from sandbox.plan.values import ProcessPlan
 from sandbox.session import Connection, Session
 from sandbox.spec import ContainerId, Handler, PodSpec, Resources
 
@@ -86,12 +87,12 @@ class Engine(Protocol):
         """It has ended, or its pod has. Idempotent."""
 
     async def exec_sync(
-        self, container: Container, process: pb.Process, timeout_s: float | None, limit: int
+        self, container: Container, process: ProcessPlan, timeout_s: float | None, limit: int
     ) -> ExecResult:
         """To its end; see `guest.execs`."""
 
     async def exec(
-        self, container: Container, process: pb.Process, *, stdin: bool, stdout: bool, stderr: bool
+        self, container: Container, process: ProcessPlan, *, stdin: bool, stdout: bool, stderr: bool
     ) -> Session: ...
 
     async def attach(self, container: Container, *, stdin: bool, stdout: bool, stderr: bool) -> Session: ...

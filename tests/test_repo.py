@@ -114,6 +114,28 @@ def test_hypervisor_and_guest_see_only_values(seam: str) -> None:
         assert {each.split(".")[1] for each in others} <= known, module
 
 
+# Where the agent's messages are made and read; all else speaks values (sandbox/plan/values.py, engine.py).
+SPEAKS_TO_AGENT = ("sandbox.guest.", "sandbox.vm_pods.", "sandbox.plan.encode")
+STILL_SPEAKS_TO_AGENT = {
+    "sandbox.container",
+    "sandbox.containers",
+    "sandbox.engine",
+    "sandbox.host_pods.control",
+    "sandbox.host_pods.engine",
+    "sandbox.pod",
+    "sandbox.stats.parse",
+    "sandbox.steps.pod",
+}
+
+
+def test_messages_of_the_agent_are_known_to_its_callers_alone() -> None:
+    messages = "sandbox.guest.guest_pb2"
+    importers = imports().find_modules_that_directly_import(messages)
+    assert "sandbox.plan.encode" in importers
+    others = {each for each in importers if not each.startswith(SPEAKS_TO_AGENT)}
+    assert others == STILL_SPEAKS_TO_AGENT, "a list that only shrinks"
+
+
 PURE = (
     "cri.translate",
     "sandbox.plan",

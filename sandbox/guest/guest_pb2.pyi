@@ -31,19 +31,15 @@ class _PidNamespace:
 
 class _PidNamespaceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PidNamespace.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    OWN: _PidNamespace.ValueType  # 0
+    CONTAINER: _PidNamespace.ValueType  # 0
     POD: _PidNamespace.ValueType  # 1
     TARGET: _PidNamespace.ValueType  # 2
-    NODE: _PidNamespace.ValueType  # 3
-    """never sent to an agent: a VM has no such thing"""
 
 class PidNamespace(_PidNamespace, metaclass=_PidNamespaceEnumTypeWrapper): ...
 
-OWN: PidNamespace.ValueType  # 0
+CONTAINER: PidNamespace.ValueType  # 0
 POD: PidNamespace.ValueType  # 1
 TARGET: PidNamespace.ValueType  # 2
-NODE: PidNamespace.ValueType  # 3
-"""never sent to an agent: a VM has no such thing"""
 Global___PidNamespace: _TypeAlias = PidNamespace  # noqa: Y015
 
 @_typing.final

@@ -22,6 +22,7 @@ from sandbox.host import cgroup
 from sandbox.host.cgroup import Layout
 from sandbox.host.process import identify
 from sandbox.plan.device_filter import MKNOD, READ, WRITE, Rule, Type
+from sandbox.plan.values import CgroupFile
 from sandbox.spec import Resources
 
 SUPERVISOR = "supervisor"  # where conmon and the pod's first process are
@@ -168,7 +169,7 @@ def _bpf(command: int, attribute: ctypes.Structure) -> int:
 # ------------------------------------------------------------------------------------------ limits
 
 
-def write_limits(layout: Layout, path: str, files: Sequence[pb.CgroupFile], resources: Resources) -> None:
+def write_limits(layout: Layout, path: str, files: Sequence[CgroupFile], resources: Resources) -> None:
     """`files` as for a VM; for v1 controllers, `resources` say it. Raises InvalidSpec, GuestError."""
     directories = [Path(each) for each in cgroup.directories(layout, path)]
     if not layout.hierarchies:

@@ -42,6 +42,7 @@ from sandbox.lifecycle import Steps
 from sandbox.logs.file import make_log, usable_path
 from sandbox.plan.device_filter import device_rules
 from sandbox.plan.resources import compile_pod_resources, compile_resources
+from sandbox.plan.values import CgroupFile, ProcessPlan
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, HostProcess, PodRecord, PodState
 from sandbox.registry import Registry
@@ -366,12 +367,12 @@ class ProcessEngine:
         return None
 
     async def exec_sync(
-        self, container: Container, process: pb.Process, timeout_s: float | None, limit: int
+        self, container: Container, process: ProcessPlan, timeout_s: float | None, limit: int
     ) -> ExecResult:
         return await sessions.exec_sync(self._place(container), process, timeout_s, limit)
 
     async def exec(
-        self, container: Container, process: pb.Process, *, stdin: bool, stdout: bool, stderr: bool
+        self, container: Container, process: ProcessPlan, *, stdin: bool, stdout: bool, stderr: bool
     ) -> ExecSession:
         place = self._place(container)
         return await ExecSession.start(place, process, stdin=stdin, stdout=stdout, stderr=stderr)
@@ -402,9 +403,9 @@ class ProcessEngine:
     async def _limit(
         self,
         path: str,
-        files: Sequence[pb.CgroupFile],
+        files: Sequence[CgroupFile],
         resources: Resources,
-        before: Sequence[pb.CgroupFile],
+        before: Sequence[CgroupFile],
         current: Resources,
     ) -> None:
         try:

@@ -12,8 +12,9 @@ from sandbox.container import Container
 from sandbox.errors import InvalidSpec
 from sandbox.host_pods.oci import NodeLimits
 from sandbox.plan import MountSource
-from sandbox.plan.devices import Node, Wanted
+from sandbox.plan.devices import Wanted
 from sandbox.plan.paths import container_path
+from sandbox.plan.values import DevicePlan
 from sandbox.spec import ContainerSpec, Propagation
 from sandbox.steps.volumes import open_source
 
@@ -61,7 +62,9 @@ def find_devices(container: ContainerSpec) -> Sequence[Wanted]:
         target = container_path(device.container_path or device.host_path, f"{field}.container_path")
         if source.is_dir():
             nodes = [
-                Node(f"{target}/{path.relative_to(source)}", node.major, node.minor, node.mode, node.type)
+                DevicePlan(
+                    f"{target}/{path.relative_to(source)}", node.major, node.minor, node.mode, node.type
+                )
                 for path, node in _nodes_below(source)
             ]
         else:
@@ -83,14 +86,14 @@ def node_limits() -> NodeLimits:
     )
 
 
-def all_devices() -> list[Node]:
+def all_devices() -> list[DevicePlan]:
     """For a privileged container."""
     return [
         node for path, node in _nodes_below(Path("/dev")) if path.relative_to("/dev").parts[0] not in _OWN
     ]
 
 
-def _nodes_below(directory: Path) -> Iterator[tuple[Path, Node]]:
+def _nodes_below(directory: Path) -> Iterator[tuple[Path, DevicePlan]]:
     for folder, _, names in os.walk(directory):
         for path in (Path(folder, name) for name in sorted(names)):
             node = _node(path, str(path))
@@ -98,14 +101,14 @@ def _nodes_below(directory: Path) -> Iterator[tuple[Path, Node]]:
                 yield path, node
 
 
-def _node(path: Path, target: str) -> Node | None:
+def _node(path: Path, target: str) -> DevicePlan | None:
     try:
         status = path.lstat()
     except OSError:
         return None
     if stat.S_IFMT(status.st_mode) not in _KINDS:
         return None
-    return Node(
+    return DevicePlan(
         target,
         os.major(status.st_rdev),
         os.minor(status.st_rdev),

@@ -12,10 +12,9 @@ import stat
 from collections.abc import Mapping, Sequence
 
 from sandbox.errors import InvalidSpec
-from sandbox.guest import guest_pb2 as pb
 from sandbox.plan import mounts
-from sandbox.plan.devices import Node
 from sandbox.plan.oci_terms import PROPAGATIONS, VERSION, Json, capability_sets, device_type, mount_options
+from sandbox.plan.values import ContainerPlan, DevicePlan, MountPlan, ProcessPlan, Rlimit
 from sandbox.spec import Value
 
 _RLIMITS = {7: "RLIMIT_NOFILE"}  # asm-generic/resource.h
@@ -38,17 +37,17 @@ class RuntimeEnv(Value, frozen=True, kw_only=True):
     namespaces: Mapping[str, str]  # by type, the file of one to join, or "" for one of its own
     files: Sequence[str]  # where each of the plan's files is
     limits: NodeLimits
-    devices: Sequence[Node] = ()  # of a privileged container: all of the host
+    devices: Sequence[DevicePlan] = ()  # of a privileged container: all of the host
 
 
-def compile_config(plan: pb.Start, around: RuntimeEnv) -> Json:
+def compile_config(plan: ContainerPlan, around: RuntimeEnv) -> Json:
     """Raises InvalidSpec for what a configuration cannot say."""
     linux: Json = {
         "namespaces": [
             {"type": kind, "path": path} if path else {"type": kind}
             for kind, path in around.namespaces.items()
         ],
-        "devices": [_device(each) for each in plan.devices] + [_node(node) for node in around.devices],
+        "devices": [_device(each) for each in (*plan.devices, *around.devices)],
         "maskedPaths": list(plan.masked_paths),
         "readonlyPaths": list(plan.readonly_paths),
         "rootfsPropagation": _rootfs_propagation(plan),
@@ -70,7 +69,7 @@ def compile_config(plan: pb.Start, around: RuntimeEnv) -> Json:
     }
 
 
-def compile_process(process: pb.Process, limits: NodeLimits) -> Json:
+def compile_process(process: ProcessPlan, limits: NodeLimits) -> Json:
     """Also what `crun exec` takes. Raises InvalidSpec."""
     found: Json = {
         "terminal": process.tty,
@@ -101,32 +100,24 @@ def _variable(entry: bytes) -> str:
         raise InvalidSpec("config.envs", f"{name}: the value is not UTF-8", "UTF-8") from error
 
 
-def _rlimit(limit: pb.Rlimit, most: int) -> Json:
+def _rlimit(limit: Rlimit, most: int) -> Json:
     soft, hard = min(limit.soft, most), min(limit.hard, most)
     return {"type": _RLIMITS[limit.resource], "soft": soft, "hard": hard}
 
 
-def _device(device: pb.Device) -> Json:
-    return _node(
-        Node(device.path, device.major, device.minor, mode=device.mode, type=device.type),
-        uid=device.uid,
-        gid=device.gid,
-    )
-
-
-def _node(node: Node, *, uid: int = 0, gid: int = 0) -> Json:
+def _device(device: DevicePlan) -> Json:
     return {
-        "path": node.path,
-        "type": device_type(node.type),
-        "major": node.major,
-        "minor": node.minor,
-        "fileMode": stat.S_IMODE(node.mode),
-        "uid": uid,
-        "gid": gid,
+        "path": device.path,
+        "type": device_type(device.type),
+        "major": device.major,
+        "minor": device.minor,
+        "fileMode": stat.S_IMODE(device.mode),
+        "uid": device.uid,
+        "gid": device.gid,
     }
 
 
-def _mount(mount: pb.Mount, around: RuntimeEnv) -> Json:
+def _mount(mount: MountPlan, around: RuntimeEnv) -> Json:
     options = mount_options(mount.flags)
     if mount.recursive_readonly and mount.flags & mounts.MS_RDONLY:
         options.append("rro")
@@ -151,14 +142,14 @@ def _propagation(flags: int) -> str:
     return f"r{name}" if name and flags & mounts.MS_REC else name
 
 
-def _rootfs_propagation(plan: pb.Start) -> str:
+def _rootfs_propagation(plan: ContainerPlan) -> str:
     """A mount shares with the host what the tree shares that it is copied out of."""
     if any(mount.propagation & mounts.MS_SHARED for mount in plan.mounts):
         return "rshared"
     return _propagation(plan.rootfs_propagation) or "rprivate"
 
 
-def _files(plan: pb.Start, around: RuntimeEnv) -> list[Json]:
+def _files(plan: ContainerPlan, around: RuntimeEnv) -> list[Json]:
     return [
         {
             "destination": file.path,

@@ -38,7 +38,6 @@ from sandbox.errors import (
     SandboxError,
     StreamReset,
 )
-from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.guest.sessions import PATIENCE_MS, Lagged
 from sandbox.host import process
@@ -49,6 +48,7 @@ from sandbox.host_pods.conmon import Bundle
 from sandbox.host_pods.host_files import node_limits
 from sandbox.host_pods.oci import compile_process
 from sandbox.host_pods.streams import FdReader, FdWriter
+from sandbox.plan.values import ProcessPlan
 
 START_TIMEOUT_S = 60.0
 _SIZE_MAX = 0xFFFF  # struct winsize
@@ -82,7 +82,7 @@ class ExecSession:
 
     @classmethod
     async def start(
-        cls, place: Place, wanted: pb.Process, *, stdin: bool, stdout: bool, stderr: bool
+        cls, place: Place, wanted: ProcessPlan, *, stdin: bool, stdout: bool, stderr: bool
     ) -> ExecSession:
         """Raises GuestError, InvalidSpec; that the program cannot be run `wait` tells, too."""
         text = json.dumps(compile_process(wanted, node_limits()), ensure_ascii=False)
@@ -282,7 +282,7 @@ async def _receive_terminal(listener: socket.socket) -> int:
     return fds[0]
 
 
-async def exec_sync(place: Place, wanted: pb.Process, timeout_s: float | None, limit: int) -> ExecResult:
+async def exec_sync(place: Place, wanted: ProcessPlan, timeout_s: float | None, limit: int) -> ExecResult:
     """Raises GuestError, and DeadlineExceeded once all that it started is dead."""
     session = await ExecSession.start(place, wanted, stdin=False, stdout=True, stderr=not wanted.tty)
     kept = [bytearray(), bytearray()]

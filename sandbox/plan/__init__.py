@@ -19,7 +19,7 @@ from sandbox.plan.process import compile_exec
 from sandbox.plan.resources import compile_resources
 from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.plan.size import HUGE_PAGE_MIB, grown_size, huge_mib, vm_size
-from sandbox.plan.start import compile_start
+from sandbox.plan.start import compile_start, limited
 from sandbox.seccomp import seccomp_for
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "device_filter_for",
     "grown_size",
     "huge_mib",
+    "limited",
     "resolve_stop_signal",
     "seccomp_for",
     "signal_number",

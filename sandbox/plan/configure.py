@@ -6,8 +6,8 @@ import re
 
 from network.attach import Attachment
 from sandbox.errors import InvalidSpec
-from sandbox.guest import guest_pb2 as pb
 from sandbox.plan.paths import checked
+from sandbox.plan.values import IdentityPlan, InterfacePlan, NetworkPlan, RoutePlan, Sysctl
 from sandbox.spec import PodSpec
 
 MAX_HOSTNAME = 64  # HOST_NAME_MAX
@@ -23,9 +23,9 @@ _DEFAULT_SYSCTLS = {
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*", re.ASCII)
 
 
-def compile_identity(pod: PodSpec, *, entropy: bytes, machine_id: str, wall_ns: int) -> pb.Configure:
+def compile_identity(pod: PodSpec, *, entropy: bytes, machine_id: str, wall_ns: int) -> IdentityPlan:
     """What tells the VM from every other. Raises InvalidSpec with the field."""
-    return pb.Configure(
+    return IdentityPlan(
         # a pod that names none is called as /etc/hostname calls it (see `environment`)
         hostname=_hostname(pod.hostname) or machine_id[:12],
         entropy=entropy,
@@ -34,7 +34,7 @@ def compile_identity(pod: PodSpec, *, entropy: bytes, machine_id: str, wall_ns: 
     )
 
 
-def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str) -> pb.Configure:
+def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str) -> NetworkPlan:
     """Without a network the pod has only its loopback. `first_mac` is what the VM was started with, for
     whichever interface is the first. Sysctls come with it, as some belong to an interface.
     Raises InvalidSpec with the field.
@@ -44,20 +44,21 @@ def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str)
     """
     interfaces = network.interfaces if network else ()
     routes = network.routes if network else ()
-    return pb.Configure(
-        sysctls=[pb.Sysctl(name=name, value=value) for name, value in compile_sysctls(pod.sysctls).items()],
-        interfaces=[
-            pb.Interface(
+    sysctls = compile_sysctls(pod.sysctls)
+    return NetworkPlan(
+        sysctls=tuple(Sysctl(name=name, value=value) for name, value in sysctls.items()),
+        interfaces=tuple(
+            InterfacePlan(
                 mac=nic.mac,
                 name=nic.name,
                 mtu=nic.mtu,
-                addresses=nic.addresses,
+                addresses=tuple(nic.addresses),
                 found_mac="" if number else first_mac,
             )
             for number, nic in enumerate(interfaces)
-        ],
-        routes=[
-            pb.Route(
+        ),
+        routes=tuple(
+            RoutePlan(
                 destination=route.destination,
                 gateway=route.gateway,
                 interface=route.interface,
@@ -66,7 +67,7 @@ def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str)
                 on_link=route.on_link,
             )
             for route in routes
-        ],
+        ),
     )
 
 

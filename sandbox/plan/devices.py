@@ -6,39 +6,27 @@ under the same fixed numbers (Documentation/admin-guide/devices.txt). Everything
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sandbox.errors import InvalidSpec
 from sandbox.plan.paths import container_path
+from sandbox.plan.values import DevicePlan
 from sandbox.spec import ContainerSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A character device."""
-
-    path: str
-    major: int
-    minor: int
-    mode: int = 0o666
-    type: int = stat.S_IFCHR
-
 
 # OCI runtime-spec, config-linux.md, "Default Devices"; ptmx and console are not nodes of their own
 STANDARD = (
-    Node("/dev/null", 1, 3),
-    Node("/dev/zero", 1, 5),
-    Node("/dev/full", 1, 7),
-    Node("/dev/random", 1, 8),
-    Node("/dev/urandom", 1, 9),
-    Node("/dev/tty", 5, 0),
+    DevicePlan("/dev/null", 1, 3),
+    DevicePlan("/dev/zero", 1, 5),
+    DevicePlan("/dev/full", 1, 7),
+    DevicePlan("/dev/random", 1, 8),
+    DevicePlan("/dev/urandom", 1, 9),
+    DevicePlan("/dev/tty", 5, 0),
 )
 # every guest has it: its root filesystems come by virtio-fs, which is FUSE
-FUSE = Node("/dev/fuse", 10, 229)
+FUSE = DevicePlan("/dev/fuse", 10, 229)
 # its driver is a module that the guest's kernel loads when the node is opened
-TUN = Node("/dev/net/tun", 10, 200)
+TUN = DevicePlan("/dev/net/tun", 10, 200)
 
 GUEST_DEVICES = {node.path: node for node in (*STANDARD, FUSE, TUN)}
 
@@ -47,7 +35,7 @@ GUEST_DEVICES = {node.path: node for node in (*STANDARD, FUSE, TUN)}
 class Wanted:
     """A device that the specification asks for, as a node of the guest."""
 
-    node: Node
+    node: DevicePlan
     permissions: str
 
 
@@ -67,5 +55,5 @@ def wanted_devices(container: ContainerSpec) -> Sequence[Wanted]:
         if not set(permissions) <= set("rwm"):
             raise InvalidSpec(f"{field}.permissions", f"{permissions!r} is malformed", "letters of rwm")
         path = container_path(device.container_path or device.host_path, f"{field}.container_path")
-        wanted.append(Wanted(Node(path, node.major, node.minor), permissions))
+        wanted.append(Wanted(DevicePlan(path, node.major, node.minor), permissions))
     return wanted

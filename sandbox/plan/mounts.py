@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sandbox.errors import InvalidSpec
-from sandbox.guest import guest_pb2 as pb
 from sandbox.plan.paths import container_path, covers, depth
+from sandbox.plan.values import Make, MountPlan
 from sandbox.spec import (
     ContainerSpec,
     IdRange,
@@ -77,7 +77,7 @@ def mount_targets(container: ContainerSpec) -> list[str]:
 
 def compile_mounts(
     container: ContainerSpec, defaults: ImageDefaults, sources: Sequence[MountSource]
-) -> list[pb.Mount]:
+) -> tuple[MountPlan, ...]:
     """In the order of mounting. Raises InvalidSpec."""
     targets = mount_targets(container)
     asked = [
@@ -86,7 +86,7 @@ def compile_mounts(
     ]
     ours = [*_standard(container.security), *_volumes(container, defaults)]
     kept = [mount for mount in ours if not any(covers(target, mount.target) for target in targets)]
-    return sorted([*kept, *asked], key=lambda mount: depth(mount.target))  # stable
+    return tuple(sorted([*kept, *asked], key=lambda mount: depth(mount.target)))  # stable
 
 
 def rootfs_propagation(container: ContainerSpec) -> int:
@@ -97,18 +97,18 @@ def rootfs_propagation(container: ContainerSpec) -> int:
     return MS_SLAVE | MS_REC
 
 
-def _bind(number: int, mount: MountSpec, target: str, source: MountSource) -> pb.Mount:
+def _bind(number: int, mount: MountSpec, target: str, source: MountSource) -> MountPlan:
     field = f"config.mounts[{number}].recursive_read_only"
     if mount.recursive_readonly and not mount.readonly:
         raise InvalidSpec(field, "the mount is not read-only", "readonly beside it")
     if mount.recursive_readonly and mount.propagation is not Propagation.PRIVATE:
         raise InvalidSpec(field, f"propagation is {mount.propagation.value}", "PROPAGATION_PRIVATE")
-    return pb.Mount(
+    return MountPlan(
         source=source.path,
         target=target,
         flags=MS_BIND | MS_REC | (MS_RDONLY if mount.readonly else 0) | _option_flags(mount),
         propagation=_PROPAGATION[mount.propagation],
-        make=pb.Mount.DIRECTORY if source.is_directory else pb.Mount.FILE,
+        make=Make.DIRECTORY if source.is_directory else Make.FILE,
         recursive_readonly=mount.recursive_readonly or bool(mount.image),
         submounts=source.submounts,
     )
@@ -118,7 +118,7 @@ def _option_flags(mount: MountSpec) -> int:
     return sum({_OPTIONS[option] for option in mount.options})
 
 
-def _standard(security: SecuritySpec) -> list[pb.Mount]:
+def _standard(security: SecuritySpec) -> list[MountPlan]:
     privileged = security.privileged
     kernel_tree = _INERT if privileged else _INERT | MS_RDONLY
     space = security.user_namespace
@@ -135,12 +135,12 @@ def _standard(security: SecuritySpec) -> list[pb.Mount]:
             f"newinstance,ptmxmode=0666,mode=0620,gid={tty}",
         ),
         _file_system("mqueue", "/dev/mqueue", _INERT),
-        pb.Mount(source=POD_SHM, target="/dev/shm", flags=MS_BIND | _INERT, make=pb.Mount.DIRECTORY),
-        _file_system("cgroup2", "/sys/fs/cgroup", kernel_tree, make=pb.Mount.NOTHING),
+        MountPlan(source=POD_SHM, target="/dev/shm", flags=MS_BIND | _INERT, make=Make.DIRECTORY),
+        _file_system("cgroup2", "/sys/fs/cgroup", kernel_tree, make=Make.NOTHING),
     ]
 
 
-def _devices_of_container(space: UserNamespace | None) -> pb.Mount:
+def _devices_of_container(space: UserNamespace | None) -> MountPlan:
     owner = f",uid={_outside(space.uids, 0)},gid={_outside(space.gids, 0)}" if space else ""
     return _file_system("tmpfs", "/dev", MS_NOSUID | MS_STRICTATIME, f"mode=0755,size=65536k{owner}")
 
@@ -153,18 +153,18 @@ def _outside(ranges: Sequence[IdRange], id: int) -> int:
     return id
 
 
-def _devices_of_guest() -> pb.Mount:
+def _devices_of_guest() -> MountPlan:
     """For a privileged container: "all devices of the host" are the guest's, also later ones."""
     return _file_system("devtmpfs", "/dev", MS_NOSUID | MS_NOEXEC)
 
 
 def _file_system(
-    type: str, target: str, flags: int, data: str = "", *, make: pb.Mount.Make.ValueType = pb.Mount.DIRECTORY
-) -> pb.Mount:
-    return pb.Mount(source=type, target=target, type=type, flags=flags, data=data, make=make)
+    type: str, target: str, flags: int, data: str = "", *, make: Make = Make.DIRECTORY
+) -> MountPlan:
+    return MountPlan(source=type, target=target, type=type, flags=flags, data=data, make=make)
 
 
-def _volumes(container: ContainerSpec, defaults: ImageDefaults) -> list[pb.Mount]:
+def _volumes(container: ContainerSpec, defaults: ImageDefaults) -> list[MountPlan]:
     if not container.security.readonly_rootfs:
         return []
     targets = (container_path(path, "the image's Volumes") for path in defaults.volumes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import stat
 
 from sandbox.capabilities import ALL, NAMES
-from sandbox.guest import guest_pb2 as pb
 from sandbox.plan import mounts
+from sandbox.plan.values import ProcessPlan
 
 Json = dict[str, object]
 
@@ -29,7 +29,7 @@ def device_type(mode: int) -> str:
     return "b" if stat.S_ISBLK(mode) else "c"
 
 
-def capability_sets(process: pb.Process, within: int = ALL) -> dict[str, list[str]]:
+def capability_sets(process: ProcessPlan, within: int = ALL) -> dict[str, list[str]]:
     sets = {
         "bounding": process.cap_bounding,
         "permitted": process.cap_permitted,

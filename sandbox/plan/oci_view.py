@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-from sandbox.guest import guest_pb2 as pb
 from sandbox.plan import mounts
 from sandbox.plan.oci_terms import PROPAGATIONS, VERSION, Json, capability_sets, device_type, mount_options
+from sandbox.plan.values import ContainerPlan, DevicePlan, MountPlan, ProcessPlan
 
 
-def runtime_spec(plan: pb.Start) -> Json:
+def runtime_spec(plan: ContainerPlan) -> Json:
     return {
         "ociVersion": VERSION,
         "process": _process(plan.process),
@@ -24,7 +24,7 @@ def runtime_spec(plan: pb.Start) -> Json:
     }
 
 
-def _process(process: pb.Process) -> Json:
+def _process(process: ProcessPlan) -> Json:
     return {
         "terminal": process.tty,
         "user": {"uid": process.uid, "gid": process.gid, "additionalGids": list(process.groups)},
@@ -37,7 +37,7 @@ def _process(process: pb.Process) -> Json:
     }
 
 
-def _mount(mount: pb.Mount) -> Json:
+def _mount(mount: MountPlan) -> Json:
     recursive = "r" if mount.flags & mounts.MS_REC else ""
     bind = bool(mount.flags & mounts.MS_BIND)
     options = [f"{recursive}bind"] if bind else [option for option in mount.data.split(",") if option]
@@ -48,12 +48,12 @@ def _mount(mount: pb.Mount) -> Json:
     return {"destination": mount.target, "type": kind, "source": mount.source, "options": options}
 
 
-def _device(device: pb.Device) -> Json:
+def _device(device: DevicePlan) -> Json:
     kind = device_type(device.type)
     return {"path": device.path, "type": kind, "major": device.major, "minor": device.minor}
 
 
-def _files(plan: pb.Start) -> dict[str, str]:
+def _files(plan: ContainerPlan) -> dict[str, str]:
     """A file that is written line by line has them all."""
     files: dict[str, str] = {}
     for file in plan.cgroup:

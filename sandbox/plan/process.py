@@ -5,14 +5,16 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from sandbox.apparmor.profile import Policy
 from sandbox.capabilities import capability_sets
 from sandbox.errors import InvalidSpec
-from sandbox.guest import guest_pb2 as pb
 from sandbox.plan.paths import checked, container_path
 from sandbox.plan.users import ResolvedUser
+from sandbox.plan.values import ContainerPlan, ProcessPlan, Rlimit
 from sandbox.seccomp.profile import Filter
-from sandbox.spec import ContainerSpec, IdRange, ImageDefaults
+from sandbox.spec import ContainerSpec, ImageDefaults
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TERM = b"xterm"
@@ -32,11 +34,11 @@ def compile_process(
     hostname: str,
     seccomp: Filter,
     apparmor: Policy,
-) -> pb.Process:
+) -> ProcessPlan:
     """The container's first process. Raises InvalidSpec."""
     caps = capability_sets(container.security)
     space = container.security.user_namespace
-    return pb.Process(
+    return ProcessPlan(
         argv=_argv(container, defaults),
         env=_environment(container, defaults, user, hostname),
         cwd=_cwd(container, defaults),
@@ -48,7 +50,7 @@ def compile_process(
         cap_effective=caps.effective,
         cap_inheritable=caps.inheritable,
         cap_ambient=caps.ambient,
-        rlimits=[pb.Rlimit(resource=_RLIMIT_NOFILE, soft=_NOFILE[0], hard=_NOFILE[1])],
+        rlimits=(Rlimit(resource=_RLIMIT_NOFILE, soft=_NOFILE[0], hard=_NOFILE[1]),),
         no_new_privs=container.security.no_new_privs,
         seccomp=seccomp.bpf,
         seccomp_flags=seccomp.flags,
@@ -56,36 +58,34 @@ def compile_process(
         tty=container.tty,
         umask=UMASK,
         make_cwd=True,
-        uid_ranges=_ranges(space.uids) if space else (),
-        gid_ranges=_ranges(space.gids) if space else (),
+        uid_ranges=space.uids if space else (),
+        gid_ranges=space.gids if space else (),
         apparmor=apparmor.profile,
     )
 
 
-def _ranges(ranges: Sequence[IdRange]) -> list[pb.IdRange]:
-    return [pb.IdRange(inside=each.inside, outside=each.outside, length=each.length) for each in ranges]
-
-
 def compile_exec(
-    start: pb.Start, argv: Sequence[str], *, tty: bool = False, rows: int = 0, columns: int = 0
-) -> pb.Process:
+    plan: ContainerPlan, argv: Sequence[str], *, tty: bool = False, rows: int = 0, columns: int = 0
+) -> ProcessPlan:
     """One more process in a container, with the user, capabilities, filter, profile, environment and working
     directory that its first one was given. Raises InvalidSpec."""
     if not argv:
         raise InvalidSpec("cmd", "is empty", "a program and its arguments")
-    process = pb.Process()
-    process.CopyFrom(start.process)
-    del process.argv[:]
-    process.argv.extend(checked(word, f"cmd[{number}]") for number, word in enumerate(argv))
-    process.tty = tty
-    process.rows, process.columns = rows, columns
-    process.make_cwd = False
-    if tty and not any(entry.startswith(b"TERM=") for entry in process.env):
-        process.env.append(b"TERM=" + TERM)
-    return process
+    env = plan.process.env
+    if tty and not any(entry.startswith(b"TERM=") for entry in env):
+        env = (*env, b"TERM=" + TERM)
+    return replace(
+        plan.process,
+        argv=tuple(checked(word, f"cmd[{number}]") for number, word in enumerate(argv)),
+        env=env,
+        tty=tty,
+        rows=rows,
+        columns=columns,
+        make_cwd=False,
+    )
 
 
-def _argv(container: ContainerSpec, defaults: ImageDefaults) -> list[str]:
+def _argv(container: ContainerSpec, defaults: ImageDefaults) -> tuple[str, ...]:
     """`command` replaces ENTRYPOINT and, given alone, drops CMD; `args` replaces CMD (CRI,
     ContainerConfig; the table in Kubernetes' "Define a Command and Arguments")."""
     if container.command:
@@ -96,12 +96,12 @@ def _argv(container: ContainerSpec, defaults: ImageDefaults) -> list[str]:
         raise InvalidSpec(
             "config.command", "no program: neither command, args nor the image name one", "a program to run"
         )
-    return [checked(word, "config.command or config.args") for word in argv]
+    return tuple(checked(word, "config.command or config.args") for word in argv)
 
 
 def _environment(
     container: ContainerSpec, defaults: ImageDefaults, user: ResolvedUser, hostname: str
-) -> list[bytes]:
+) -> tuple[bytes, ...]:
     """Defaults, then the image's, then the client's: of one name the last counts. HOME is the user's
     unless somebody said otherwise, as the OCI runtimes do it."""
     merged = {b"PATH": PATH.encode(), b"HOSTNAME": hostname.encode()}
@@ -114,7 +114,7 @@ def _environment(
     for number, (name_text, value) in enumerate(container.envs):
         merged[_env_name(name_text, value, f"config.envs[{number}]")] = value
     merged.setdefault(b"HOME", user.home.encode())
-    return [name + b"=" + value for name, value in merged.items()]
+    return tuple(name + b"=" + value for name, value in merged.items())
 
 
 def _env_name(name: str, value: bytes, field: str) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from sandbox.errors import InvalidSpec
-from sandbox.guest import guest_pb2 as pb
+from sandbox.plan.values import CgroupFile
 from sandbox.spec import Resources
 
 DEFAULT_PERIOD_US = 100_000
@@ -28,7 +28,7 @@ _LIST = re.compile(r"[0-9]{1,5}(?:-[0-9]{1,5})?(?:,[0-9]{1,5}(?:-[0-9]{1,5})?)*"
 _MAX_VALUE_BYTES = 4096
 
 
-def compile_resources(resources: Resources, *, vcpus: int = 0) -> tuple[pb.CgroupFile, ...]:
+def compile_resources(resources: Resources, *, vcpus: int = 0) -> tuple[CgroupFile, ...]:
     """Files in the order in which they are to be written. Raises InvalidSpec with the field.
 
     A cpuset counts the host's CPUs, which is where the CPU manager of a kubelet deals them out. With
@@ -47,14 +47,14 @@ def compile_resources(resources: Resources, *, vcpus: int = 0) -> tuple[pb.Cgrou
         files.pop(name, None)
         files[name] = value
     return tuple(
-        pb.CgroupFile(name=name, value=line)
+        CgroupFile(name=name, value=line)
         for name, value in files.items()
         for line in value.split("\n")  # io.max and its like take one line a write
         if line.strip()
     )
 
 
-def compile_pod_resources(resources: Resources, *, vcpus: int = 0) -> tuple[pb.CgroupFile, ...]:
+def compile_pod_resources(resources: Resources, *, vcpus: int = 0) -> tuple[CgroupFile, ...]:
     """The same for the cgroup that holds all containers. When that is full, one of them is killed, as
     on a host whose kubelet limits the pod; not all of them."""
     return tuple(

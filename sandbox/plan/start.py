@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.errors import InvalidSpec
-from sandbox.guest import guest_pb2 as pb
-from sandbox.plan.devices import STANDARD, Node, Wanted
+from sandbox.plan.devices import STANDARD, Wanted
 from sandbox.plan.mounts import MountSource, compile_mounts, mount_targets, rootfs_propagation
 from sandbox.plan.paths import container_path, covers
 from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.process import compile_process
 from sandbox.plan.resources import compile_resources
 from sandbox.plan.users import ResolvedUser
+from sandbox.plan.values import ContainerPlan, DevicePlan, FilePlan, LinkPlan
 from sandbox.seccomp.profile import Filter
-from sandbox.spec import ContainerSpec, ImageDefaults, PidMode, PodSpec, SecuritySpec
+from sandbox.spec import ContainerSpec, ImageDefaults, PidMode, PodSpec, Resources, SecuritySpec
 
 # OCI runtime-spec, runtime-linux.md, "Dev symbolic links", and devpts(5) for a private instance
 _LINKS = (
@@ -25,12 +27,6 @@ _LINKS = (
     ("/dev/stdout", "/proc/self/fd/1"),
     ("/dev/stderr", "/proc/self/fd/2"),
 )
-_PID_NAMESPACES = {
-    PidMode.CONTAINER: pb.PidNamespace.OWN,
-    PidMode.POD: pb.PidNamespace.POD,
-    PidMode.TARGET: pb.PidNamespace.TARGET,
-    PidMode.NODE: pb.PidNamespace.NODE,
-}
 
 
 def compile_start(
@@ -48,7 +44,7 @@ def compile_start(
     apparmor: Policy = UNCONFINED,
     vcpus: int = 0,
     devices: Sequence[Wanted],
-) -> pb.Start:
+) -> ContainerPlan:
     """Everything but the log stream, which the caller opens. Raises InvalidSpec with the field.
 
     A privileged container gets the guest's own devices, a writable /sys and cgroup tree, and none
@@ -62,11 +58,11 @@ def compile_start(
         raise InvalidSpec(field, "differs from the sandbox's", "what the sandbox has")
     targets = mount_targets(container)
     own_dev = not any(covers(target, "/dev") for target in targets)
-    return pb.Start(
+    return ContainerPlan(
         id=container_id,
         rootfs=rootfs,
         process=compile_process(container, defaults, user, _hostname(pod, files), seccomp, apparmor),
-        pid_namespace=_PID_NAMESPACES[security.pid_mode],
+        pid_namespace=security.pid_mode,
         pid_target=_pid_target(container),
         mounts=compile_mounts(container, defaults, mount_sources),
         devices=_devices(container, devices, own_dev),
@@ -80,6 +76,15 @@ def compile_start(
         rootfs_propagation=rootfs_propagation(container),
         stdin=container.stdin,
         apparmor_policy=apparmor.binary,
+    )
+
+
+def limited(plan: ContainerPlan, resources: Resources, *, vcpus: int = 0) -> ContainerPlan:
+    """Return the plan with other limits, for its execs and for a start still to come. Raises InvalidSpec."""
+    return replace(
+        plan,
+        process=replace(plan.process, oom_score_adj=resources.oom_score_adj),
+        cgroup=compile_resources(resources, vcpus=vcpus),
     )
 
 
@@ -110,41 +115,37 @@ def _pid_target(container: ContainerSpec) -> str:
     return security.pid_target
 
 
-def _devices(container: ContainerSpec, wanted: Sequence[Wanted], own_dev: bool) -> list[pb.Device]:
+def _devices(container: ContainerSpec, wanted: Sequence[Wanted], own_dev: bool) -> tuple[DevicePlan, ...]:
     """The standard nodes where /dev is ours to fill (a privileged one comes filled), then the asked."""
     standard = STANDARD if own_dev and not container.security.privileged else ()
     nodes = {node.path: node for node in standard}
     nodes |= {each.node.path: each.node for each in wanted}
-    return [_device(node) for node in nodes.values()]
+    return tuple(nodes.values())
 
 
-def _device(node: Node) -> pb.Device:
-    return pb.Device(path=node.path, type=node.type, major=node.major, minor=node.minor, mode=node.mode)
-
-
-def _links(container: ContainerSpec, own_dev: bool) -> list[pb.Link]:
+def _links(container: ContainerSpec, own_dev: bool) -> tuple[LinkPlan, ...]:
     if not own_dev:
-        return []
+        return ()
     # the guest's own /dev has a ptmx, which finds the pts beside it
     links = _LINKS[1:] if container.security.privileged else _LINKS
-    return [pb.Link(path=path, target=target) for path, target in links]
+    return tuple(LinkPlan(path=path, target=target) for path, target in links)
 
 
-def _files(container: ContainerSpec, files: PodFiles, targets: Sequence[str]) -> list[pb.File]:
+def _files(container: ContainerSpec, files: PodFiles, targets: Sequence[str]) -> tuple[FilePlan, ...]:
     """A mount of the client's over the same path stands (the kubelet brings its own hosts file)."""
     ours = {
         "/etc/hostname": files.hostname,
         "/etc/hosts": files.hosts,
         "/etc/resolv.conf": files.resolv_conf,
     }
-    return [
-        pb.File(path=path, content=content, mode=0o644, readonly=container.security.readonly_rootfs)
+    return tuple(
+        FilePlan(path=path, content=content, mode=0o644, readonly=container.security.readonly_rootfs)
         for path, content in ours.items()
         if path not in targets
-    ]
+    )
 
 
-def _hidden(container: ContainerSpec, paths: Sequence[str], name: str) -> list[str]:
+def _hidden(container: ContainerSpec, paths: Sequence[str], name: str) -> tuple[str, ...]:
     """As given, in one spelling; clients send the usual ones, none is assumed (CRI, masked_paths)."""
     field = f"config.linux.security_context.{name}"
     checked = [container_path(path, f"{field}[{number}]") for number, path in enumerate(paths)]
@@ -152,4 +153,4 @@ def _hidden(container: ContainerSpec, paths: Sequence[str], name: str) -> list[s
         raise InvalidSpec(
             field, "the root itself is listed", "paths beneath it; readonly_rootfs for the root"
         )
-    return [] if container.security.privileged else list(dict.fromkeys(checked))
+    return () if container.security.privileged else tuple(dict.fromkeys(checked))

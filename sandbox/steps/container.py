@@ -15,13 +15,13 @@ from pathlib import Path
 from image.stores import RootfsStore
 from sandbox.apparmor import Policy, policy_for
 from sandbox.container import Container
-from sandbox.guest import guest_pb2 as pb
 from sandbox.host.openat import make_beneath, read_beneath
 from sandbox.plan import MountSource, compile_start, device_filter_for, seccomp_for
 from sandbox.plan.devices import Wanted, wanted_devices
 from sandbox.plan.paths import covers
 from sandbox.plan.pod_files import pod_files
 from sandbox.plan.users import resolve_user
+from sandbox.plan.values import ContainerPlan, Make
 from sandbox.records import User
 from sandbox.spec import AppArmor, ContainerSpec
 from sandbox.steps.volumes import find_sources, id_map
@@ -104,15 +104,15 @@ def plan_for_guest(default_profile: Path) -> Plan:
     )
 
 
-def make_mount_points(rootfs: Path, plan: pb.Start) -> None:
+def make_mount_points(rootfs: Path, plan: ContainerPlan) -> None:
     """What the agent would have to create in the root filesystem before it can mount there.
 
     Only a matter of speed: the guest needs several requests over virtio-fs for what is one call here.
     """
     tops = [mount.target for mount in plan.mounts]
     for mount in plan.mounts:
-        if mount.make in (pb.Mount.DIRECTORY, pb.Mount.FILE) and not _beneath(mount.target, tops):
-            make_beneath(rootfs, mount.target, directory=mount.make == pb.Mount.DIRECTORY)
+        if mount.make in (Make.DIRECTORY, Make.FILE) and not _beneath(mount.target, tops):
+            make_beneath(rootfs, mount.target, directory=mount.make == Make.DIRECTORY)
     for file in plan.files:
         if not _beneath(file.path, tops):
             make_beneath(rootfs, file.path, directory=False)

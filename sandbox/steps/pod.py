@@ -36,6 +36,7 @@ from sandbox.host.cgroup import Cgroups
 from sandbox.host.limiter import Limiter
 from sandbox.lifecycle import Parallel, Steps
 from sandbox.plan import compile_identity, compile_network
+from sandbox.plan.encode import encode_configuration
 from sandbox.plan.vm import FIRST_MAC, NIC_PORTS
 from sandbox.pod import Pod
 from sandbox.records import PodState, Source
@@ -153,13 +154,13 @@ class Identity:
     name = "identity"
 
     async def up(self, pod: Pod) -> None:
-        configure = compile_identity(
+        identity = compile_identity(
             pod.record.spec,
             entropy=secrets.token_bytes(64),
             machine_id=pod.id[:32],
             wall_ns=time.time_ns(),
         )
-        await pod.call(pb.Request(configure=configure))
+        await pod.call(pb.Request(configure=encode_configuration(identity)))
 
     async def down(self, pod: Pod) -> None:
         """It ends with the VM."""
@@ -174,8 +175,8 @@ class Guest:
         network = pod.record.network
         assert network is not None
         await self._plug_nics(pod, network)
-        configure = compile_network(pod.record.spec, network, first_mac=FIRST_MAC)
-        await pod.call(pb.Request(configure=configure))
+        configuration = compile_network(pod.record.spec, network, first_mac=FIRST_MAC)
+        await pod.call(pb.Request(configure=encode_configuration(configuration)))
         if pod.record.source is Source.BOOT:  # another guest is as old as its template
             pod.record_guest_phases()
 

@@ -29,10 +29,10 @@ from image.idmap import IdMap
 from image.stores import RootfsStore
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
-from sandbox.guest import guest_pb2 as pb
 from sandbox.host import mounts, process
 from sandbox.host.openat import open_beneath
 from sandbox.plan import MountSource, huge_mib
+from sandbox.plan.values import HugeDirectory
 from sandbox.spec import MountSpec, Propagation, UserNamespace
 from sandbox.steps.pod import remove_tree
 from sandbox.vm_pods.hugepages import find_directory, guest_path
@@ -57,7 +57,7 @@ class Volumes:
                 limits = {container.id: container.record.resources}
                 await self.room.make(pod, pod.record.resources, pod.record.overhead, limits, directories)
 
-    async def _attach(self, container: Container) -> Sequence[pb.HugeDirectory]:
+    async def _attach(self, container: Container) -> Sequence[HugeDirectory]:
         """What lies on huge pages is attached to nothing, and given back."""
         await mount_images(self.store, container)
         return await asyncio.to_thread(_attach_all, container)
@@ -142,7 +142,7 @@ def _submounts(mount: MountSpec) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------ attaching
 
 
-def _attach_all(container: Container) -> Sequence[pb.HugeDirectory]:
+def _attach_all(container: Container) -> Sequence[HugeDirectory]:
     back = _back(container)
     back.mkdir(mode=0o755, exist_ok=True)
     with contextlib.ExitStack() as held:

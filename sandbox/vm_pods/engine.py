@@ -27,7 +27,9 @@ from sandbox.lifecycle import Step, Steps
 from sandbox.logs.file import usable_path
 from sandbox.logs.relay import WINDOW, LogRelay
 from sandbox.plan import vm_size
+from sandbox.plan.encode import encode_cgroup_files, encode_container, encode_process
 from sandbox.plan.resources import compile_pod_resources, compile_resources
+from sandbox.plan.values import ProcessPlan
 from sandbox.pod import GUEST_CALL_TIMEOUT_S, Pod
 from sandbox.records import ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
@@ -219,7 +221,7 @@ class VmEngine:
         """
         files = compile_pod_resources(resources, vcpus=pod.vcpus)
         await self._host.room.make(pod, resources, overhead)
-        write = pb.WriteCgroup(container_id=parse.POD_CGROUP, files=files)
+        write = pb.WriteCgroup(container_id=parse.POD_CGROUP, files=encode_cgroup_files(files))
         await pod.call(pb.Request(write_cgroup=write))
 
     async def dial(self, pod: Pod, port: int) -> Forwarded:
@@ -239,7 +241,7 @@ class VmEngine:
 
     async def start(self, container: Container) -> None:
         client = await container.pod.guest()
-        request = pb.Request(start=container.plan)
+        request = pb.Request(start=encode_container(container.plan))
         relay = await self._open_log(container)
         request.start.log_stream = await relay.attach(client)
         request.start.log_window = WINDOW
@@ -340,20 +342,20 @@ class VmEngine:
         await self._mirror.release(container)
 
     async def exec_sync(
-        self, container: Container, process: pb.Process, timeout_s: float | None, limit: int
+        self, container: Container, process: ProcessPlan, timeout_s: float | None, limit: int
     ) -> ExecResult:
         client = await container.pod.guest()
-        result = await client.exec_sync(container.id, process, timeout_s, limit)
+        result = await client.exec_sync(container.id, encode_process(process), timeout_s, limit)
         # whoever called it to mount something looks at the host next
         await self._mirror.look(container)
         return result
 
     async def exec(
-        self, container: Container, process: pb.Process, *, stdin: bool, stdout: bool, stderr: bool
+        self, container: Container, process: ProcessPlan, *, stdin: bool, stdout: bool, stderr: bool
     ) -> ExecSession:
         client = await container.pod.guest()
         return await ExecSession.start(
-            client, container.id, process, stdin=stdin, stdout=stdout, stderr=stderr
+            client, container.id, encode_process(process), stdin=stdin, stdout=stdout, stderr=stderr
         )
 
     async def attach(self, container: Container, *, stdin: bool, stdout: bool, stderr: bool) -> AttachSession:
@@ -385,7 +387,7 @@ class VmEngine:
 
 
 def _limits(container: Container, resources: Resources) -> pb.Request:
-    files = compile_resources(resources, vcpus=container.pod.vcpus)
+    files = encode_cgroup_files(compile_resources(resources, vcpus=container.pod.vcpus))
     score = pb.OomScore(adj=resources.oom_score_adj)
     return pb.Request(write_cgroup=pb.WriteCgroup(container_id=container.id, files=files, oom_score=score))
 

@@ -13,8 +13,8 @@ import os
 import stat
 
 from sandbox.errors import InvalidSpec
-from sandbox.guest import guest_pb2 as pb
 from sandbox.plan import HUGE_PAGE_MIB
+from sandbox.plan.values import HugeDirectory
 from sandbox.spec import MountSpec
 
 GUEST_HUGE = "/run/husk/huge"
@@ -23,7 +23,7 @@ _STATFS_BYTES = 256  # more than any kernel's struct statfs
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def find_directory(source: int, number: int, mount: MountSpec) -> pb.HugeDirectory | None:
+def find_directory(source: int, number: int, mount: MountSpec) -> HugeDirectory | None:
     """Of a mount's open source: the guest's directory in its place, or None where it is on no huge pages.
     Raises InvalidSpec for what cannot be had."""
     if mount.image or _filesystem_type(source) != HUGETLBFS_MAGIC:
@@ -40,10 +40,10 @@ def find_directory(source: int, number: int, mount: MountSpec) -> pb.HugeDirecto
     if mount.ids:
         raise InvalidSpec(f"{at}.uidMappings", "huge pages of a guest are not shifted", "an empty list")
     name = hashlib.sha256(os.path.realpath(mount.host_path).encode()).hexdigest()[:32]
-    return pb.HugeDirectory(name=name, mode=stat.S_IMODE(info.st_mode), uid=info.st_uid, gid=info.st_gid)
+    return HugeDirectory(name=name, mode=stat.S_IMODE(info.st_mode), uid=info.st_uid, gid=info.st_gid)
 
 
-def guest_path(directory: pb.HugeDirectory) -> str:
+def guest_path(directory: HugeDirectory) -> str:
     return f"{GUEST_HUGE}/{directory.name}"
 
 

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from sandbox.guest import guest_pb2 as pb
 from sandbox.plan import HUGE_PAGE_MIB, grown_size
+from sandbox.plan.encode import encode_huge_directories
+from sandbox.plan.values import HugeDirectory
 from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.registry import Registry
@@ -31,7 +33,7 @@ class Resizer:
         resources: Resources,
         overhead: Resources,
         changes: Mapping[ContainerId, Resources] | None = None,
-        directories: Sequence[pb.HugeDirectory] = (),
+        directories: Sequence[HugeDirectory] = (),
     ) -> None:
         """For these limits of the pod, and of its containers as they are or are about to be (`changes`);
         and `directories` on huge pages. Raises VmmError when the VM cannot grow so far; nothing has
@@ -48,5 +50,7 @@ class Resizer:
         if size != current:
             await self._grow(pod, size)
         if size.huge_mib or directories:
-            wish = pb.HugePages(count=size.huge_mib // HUGE_PAGE_MIB, directories=directories)
+            wish = pb.HugePages(
+                count=size.huge_mib // HUGE_PAGE_MIB, directories=encode_huge_directories(directories)
+            )
             await pod.call(pb.Request(huge_pages=wish))

@@ -17,14 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from network.spec import Attachment, Interface, Route
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.host import mounts
 from sandbox.plan import compile_exec, compile_identity, compile_network, compile_start, seccomp_for
 from sandbox.plan.device_filter import device_filter_for
+from sandbox.plan.encode import encode_configuration, encode_container, encode_process
 from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.users import ResolvedUser
+from sandbox.plan.values import ContainerPlan, Make, MountPlan
 from sandbox.plan.vm import FIRST_MAC
 from sandbox.spec import ContainerSpec, ImageDefaults, PodSpec, Seccomp, SeccompKind, SecuritySpec
 from sandbox.steps.container import make_mount_points
@@ -67,8 +71,10 @@ class WarmupCommand:
 async def warm_network(client: GuestClient) -> None:
     """Set up what a pod's first interface is like, and take it back. Raises as `warm_up` does."""
     spec = PodSpec(name="", namespace="", uid="", hostname=NAME)
-    configure = compile_network(spec, NETWORK, first_mac=FIRST_MAC)
-    configure.MergeFrom(compile_identity(spec, entropy=b"", machine_id="", wall_ns=0))
+    configure = encode_configuration(
+        compile_identity(spec, entropy=b"", machine_id="", wall_ns=0),
+        compile_network(spec, NETWORK, first_mac=FIRST_MAC),
+    )
     configure.rehearsal = True
     await client.call(pb.Request(configure=configure), TIMEOUT_S)
 
@@ -83,21 +89,21 @@ async def warm_up(
     errand = errand or WarmupCommand()
     plan = await asyncio.to_thread(_prepare, root, guest_root, errand)
     try:
-        await client.call(pb.Request(start=plan), TIMEOUT_S)
-        await client.exec_sync(NAME, compile_exec(plan, errand.ends), TIMEOUT_S, OUTPUT_LIMIT)
+        await client.call(pb.Request(start=encode_container(plan)), TIMEOUT_S)
+        await client.exec_sync(NAME, encode_process(compile_exec(plan, errand.ends)), TIMEOUT_S, OUTPUT_LIMIT)
     finally:
         await client.call(pb.Request(remove=pb.Remove(container_id=NAME)), TIMEOUT_S)
         await asyncio.to_thread(remove_tree, root)
 
 
-def _prepare(root: Path, guest_root: str, errand: WarmupCommand) -> pb.Start:
+def _prepare(root: Path, guest_root: str, errand: WarmupCommand) -> ContainerPlan:
     root.mkdir(mode=0o755)
     plan = compile_plan(guest_root, errand)
     make_mount_points(root, plan)
     return plan
 
 
-def compile_plan(guest_root: str, errand: WarmupCommand) -> pb.Start:
+def compile_plan(guest_root: str, errand: WarmupCommand) -> ContainerPlan:
     """That of a container without wishes, run by nobody under the default filters."""
     spec = ContainerSpec(
         name=NAME,
@@ -119,18 +125,9 @@ def compile_plan(guest_root: str, errand: WarmupCommand) -> pb.Start:
         devices=(),
     )
     # the pod's shared memory is made when there is a pod
-    kept = [mount for mount in plan.mounts if mount.target != "/dev/shm"]
-    del plan.mounts[:]
-    plan.mounts.extend(
-        [
-            *kept,
-            pb.Mount(
-                source=errand.source,
-                target=PROGRAM,
-                flags=mounts.MS_BIND | mounts.MS_RDONLY,
-                make=pb.Mount.FILE,
-            ),
-            pb.Mount(source="tmpfs", target="/tmp", type="tmpfs", data="mode=1777", make=pb.Mount.DIRECTORY),
-        ]
+    kept = (mount for mount in plan.mounts if mount.target != "/dev/shm")
+    program = MountPlan(
+        source=errand.source, target=PROGRAM, flags=mounts.MS_BIND | mounts.MS_RDONLY, make=Make.FILE
     )
-    return plan
+    scratch = MountPlan(source="tmpfs", target="/tmp", type="tmpfs", data="mode=1777", make=Make.DIRECTORY)
+    return replace(plan, mounts=(*kept, program, scratch))

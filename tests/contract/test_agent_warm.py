@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from sandbox.errors import GuestError
-from sandbox.guest import guest_pb2 as pb
+from sandbox.plan.encode import encode_container
+from sandbox.plan.values import ContainerPlan
 from sandbox.vm_pods import warmup
 from sandbox.vm_pods.warmup import WarmupCommand, warm_up
 from tests.kit.agent import Guest, build
@@ -23,10 +25,9 @@ def _limits_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest's root may raise its limits; the machine of the tests may not let even root do that."""
     whole = warmup.compile_plan
 
-    def plan(guest_root: str, errand: WarmupCommand) -> pb.Start:
+    def plan(guest_root: str, errand: WarmupCommand) -> ContainerPlan:
         made = whole(guest_root, errand)
-        del made.process.rlimits[:]
-        return made
+        return replace(made, process=replace(made.process, rlimits=()))
 
     monkeypatch.setattr(warmup, "compile_plan", plan)
 
@@ -51,7 +52,7 @@ async def test_what_it_runs_stays_until_it_is_removed(
     root = tmp_path / "warm"
     root.mkdir()
     plan = warmup.compile_plan(str(root), errand)
-    await guest.call(start=plan)
+    await guest.call(start=encode_container(plan))
     code, _, said = await guest.exec(warmup.NAME, errand.ends)
     assert (code, said.split(":")[0]) == (2, "usage"), "the program ran, and ended at once"
     await guest.remove(warmup.NAME)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from sandbox.errors import GuestError, InvalidSpec, StreamReset
-from sandbox.guest import guest_pb2 as pb
 from sandbox.host.cgroup import Layout, Mode
 from sandbox.host_pods import conmon, control
 from sandbox.host_pods.conmon import Bundle, ConmonOptions
@@ -19,8 +18,9 @@ from sandbox.host_pods.host_files import find_devices
 from sandbox.host_pods.streams import FdReader, FdWriter
 from sandbox.host_pods.sysctls import pod_sysctls
 from sandbox.plan.device_filter import DEFAULT_RULES
-from sandbox.plan.devices import Node, Wanted
+from sandbox.plan.devices import Wanted
 from sandbox.plan.resources import compile_resources
+from sandbox.plan.values import CgroupFile, DevicePlan
 from sandbox.pods import isolation_of
 from sandbox.spec import ContainerSpec, DeviceSpec, Handler, Isolation, PidMode, PodSpec, Resources
 from sandbox.stats.parse import FILES
@@ -88,7 +88,7 @@ def test_devices_are_those_of_the_host(tmp_path: Path) -> None:
         return list(find_devices(ContainerSpec(name="c", image="i", devices=(device,))))
 
     mode = Path("/dev/null").stat().st_mode & 0o7777
-    assert wanted("/dev/null", "r") == [Wanted(Node("/dev/mine", 1, 3, mode=mode), "r")]
+    assert wanted("/dev/null", "r") == [Wanted(DevicePlan("/dev/mine", 1, 3, mode=mode), "r")]
     with pytest.raises(InvalidSpec, match="is no device") as caught:
         wanted(str(tmp_path))
     assert caught.value.field == "config.devices[0].host_path"
@@ -176,7 +176,7 @@ def test_limits_that_v1_does_not_have(tmp_path: Path) -> None:
 def test_limits_and_readings_of_v2(tmp_path: Path) -> None:
     v2 = Layout(mode=Mode.V2, hierarchies=(), unified=str(tmp_path))
     write_all(tmp_path / "c", {"memory.max": "", "cpu.stat": "usage_usec 1\n"})
-    files = [pb.CgroupFile(name=name, value="5") for name in ("memory.max", "memory.swap.max")]
+    files = [CgroupFile(name=name, value="5") for name in ("memory.max", "memory.swap.max")]
     control.write_limits(v2, "/c", files, Resources())
     assert not (tmp_path / "c/memory.swap.max").exists(), "a kernel without swap has nothing to limit"
     assert (tmp_path / "c/memory.max").read_text() == "5"

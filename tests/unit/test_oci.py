@@ -16,9 +16,8 @@ import pytest
 
 from sandbox.capabilities import ALL
 from sandbox.errors import InvalidSpec
-from sandbox.guest import guest_pb2 as pb
 from sandbox.host_pods.oci import NodeLimits, RuntimeEnv, compile_config, compile_process
-from sandbox.plan.devices import Node
+from sandbox.plan.values import ContainerPlan, DevicePlan, ProcessPlan
 from sandbox.spec import ContainerSpec, MountSpec, Propagation
 from tests.unit import test_plan_golden as plans
 
@@ -26,10 +25,10 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "oci"
 LIMITS = NodeLimits(open_files=1 << 20, capabilities=ALL)
 HOST_NETWORK = {"mount": "", "cgroup": "", "uts": "/proc/7/ns/uts", "ipc": "/proc/7/ns/ipc", "pid": ""}
 HOST_PID = {"mount": "", "cgroup": "", "uts": "/proc/7/ns/uts", "network": "/netns/p"}
-DISK = Node("/dev/vda", 254, 0, mode=0o660, type=stat.S_IFBLK)
+DISK = DevicePlan("/dev/vda", 254, 0, mode=0o660, type=stat.S_IFBLK)
 
 
-def config(plan: pb.Start, namespaces: dict[str, str] | None = None, *devices: Node) -> Any:
+def config(plan: ContainerPlan, namespaces: dict[str, str] | None = None, *devices: DevicePlan) -> Any:
     around = RuntimeEnv(
         rootfs="/run/rootfs/c1",
         shm="/run/shm",
@@ -42,24 +41,18 @@ def config(plan: pb.Start, namespaces: dict[str, str] | None = None, *devices: N
 
 
 def on_host_pid() -> Any:
-    return config(as_plan(plans.confined), HOST_PID)
+    return config(plans.confined(), HOST_PID)
 
 
 def of_privileged() -> Any:
-    return config(as_plan(plans.privileged), HOST_NETWORK, DISK)
-
-
-def as_plan(make: Callable[[], object]) -> pb.Start:
-    plan = make()
-    assert isinstance(plan, pb.Start)
-    return plan
+    return config(plans.privileged(), HOST_NETWORK, DISK)
 
 
 MADE: dict[str, Callable[[], Any]] = {
-    "usual": lambda: config(as_plan(plans.usual)),
+    "usual": lambda: config(plans.usual()),
     "confined": on_host_pid,
     "privileged": of_privileged,
-    "mounts": lambda: config(as_plan(plans.mounts)),
+    "mounts": lambda: config(plans.mounts()),
 }
 
 
@@ -78,18 +71,18 @@ def test_every_golden_file_has_its_plan() -> None:
 
 
 def test_a_terminal_has_a_size() -> None:
-    process = pb.Process(argv=["sh"], tty=True, rows=50)
+    process = ProcessPlan(argv=("sh",), tty=True, rows=50)
     assert compile_process(process, LIMITS)["consoleSize"] == {"height": 50, "width": 80}
 
 
 def test_text_that_json_cannot_say_is_refused_by_name() -> None:
     with pytest.raises(InvalidSpec, match="RAW: the value is not UTF-8"):
-        compile_process(pb.Process(env=[b"RAW=\xff"]), LIMITS)
+        compile_process(ProcessPlan(env=(b"RAW=\xff",)), LIMITS)
 
 
 def test_nobody_gets_more_than_the_daemon_has() -> None:
     limits = NodeLimits(open_files=1024, capabilities=0b11)
-    process = as_plan(plans.privileged).process
+    process = plans.privileged().process
     found: Any = compile_process(process, limits)
     assert found["capabilities"]["effective"] == ["CAP_CHOWN", "CAP_DAC_OVERRIDE"]
     assert found["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 1024}]

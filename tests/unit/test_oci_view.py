@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import json
 
-from sandbox.guest import guest_pb2 as pb
 from sandbox.plan import mounts
 from sandbox.plan.oci_view import runtime_spec
+from sandbox.plan.values import CgroupFile, ContainerPlan, DevicePlan, MountPlan, ProcessPlan
 
 
 def test_a_plan() -> None:
-    process = pb.Process(
-        argv=["sh", "-c", "true"],
-        env=[b"A=b", b"B=\xff"],
+    process = ProcessPlan(
+        argv=("sh", "-c", "true"),
+        env=(b"A=b", b"B=\xff"),
         cwd="/srv",
         uid=7,
         gid=8,
-        groups=[9],
+        groups=(9,),
         cap_effective=1 << 5,
         oom_score_adj=-3,
         no_new_privs=True,
     )
     bind = mounts.MS_BIND | mounts.MS_REC | mounts.MS_RDONLY
-    plan = pb.Start(
+    plan = ContainerPlan(
+        id="c",
         rootfs="/run/husk/rootfs/c",
         process=process,
         readonly_rootfs=True,
-        masked_paths=["/proc/kcore"],
-        devices=[pb.Device(path="/dev/fuse", type=0o020000, major=10, minor=229)],
-        mounts=[
-            pb.Mount(source="proc", target="/proc", type="proc", flags=mounts.MS_NOSUID, data="hidepid=2"),
-            pb.Mount(
+        masked_paths=("/proc/kcore",),
+        devices=(DevicePlan("/dev/fuse", 10, 229),),
+        mounts=(
+            MountPlan(source="proc", target="/proc", type="proc", flags=mounts.MS_NOSUID, data="hidepid=2"),
+            MountPlan(
                 source="/v/1", target="/v", flags=bind, recursive_readonly=True, propagation=mounts.MS_SLAVE
             ),
-        ],
-        cgroup=[
-            pb.CgroupFile(name="io.max", value="8:0 rbps=1"),
-            pb.CgroupFile(name="io.max", value="8:16 rbps=2"),
-            pb.CgroupFile(name="memory.max", value="5"),
-        ],
+        ),
+        cgroup=(
+            CgroupFile(name="io.max", value="8:0 rbps=1"),
+            CgroupFile(name="io.max", value="8:16 rbps=2"),
+            CgroupFile(name="memory.max", value="5"),
+        ),
     )
     spec = json.loads(json.dumps(runtime_spec(plan)))
     assert spec["root"] == {"path": "/run/husk/rootfs/c", "readonly": True}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.guest import guest_pb2 as pb
 from sandbox.host.openat import make_beneath
+from sandbox.plan.values import ContainerPlan, FilePlan, Make, MountPlan, ProcessPlan
 from sandbox.steps.container import make_mount_points
 
 
@@ -73,14 +73,18 @@ def test_a_file_on_the_way_is_left_for_the_guest_to_tell(root: Path) -> None:
 
 
 def test_what_another_mount_covers_is_not_made(root: Path) -> None:
-    plan = pb.Start(
-        mounts=[
-            pb.Mount(target="/dev", make=pb.Mount.DIRECTORY),
-            pb.Mount(target="/dev/shm", make=pb.Mount.DIRECTORY),
-            pb.Mount(target="/sys/fs/cgroup", make=pb.Mount.NOTHING),
-            pb.Mount(target="/data/one", make=pb.Mount.FILE),
-        ],
-        files=[pb.File(path="/etc/hostname"), pb.File(path="/dev/note")],
+    made_at = {
+        "/dev": Make.DIRECTORY,
+        "/dev/shm": Make.DIRECTORY,
+        "/sys/fs/cgroup": Make.NOTHING,
+        "/data/one": Make.FILE,
+    }
+    plan = ContainerPlan(
+        id="c",
+        rootfs="/",
+        process=ProcessPlan(),
+        mounts=tuple(MountPlan(source="", target=target, make=make) for target, make in made_at.items()),
+        files=tuple(FilePlan(path=path, content=b"", mode=0o644) for path in ("/etc/hostname", "/dev/note")),
     )
     make_mount_points(root, plan)
     made = {str(path.relative_to(root)) for path in root.rglob("*")}

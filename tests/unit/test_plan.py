@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
-from sandbox.guest import guest_pb2 as pb
 from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start, vm_size
 from sandbox.plan.devices import wanted_devices
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, compile_mounts
@@ -16,6 +15,7 @@ from sandbox.plan.paths import container_path, covers, depth
 from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.size import BOOT_FLOOR_MIB
 from sandbox.plan.users import ResolvedUser
+from sandbox.plan.values import ContainerPlan, IdentityPlan, Make, MountPlan, NetworkPlan
 from sandbox.seccomp import Filter
 from sandbox.spec import (
     ContainerSpec,
@@ -39,7 +39,7 @@ FILES = PodFiles(hosts=b"", hostname=b"fallback\n", resolv_conf=b"")
 
 def start(
     image: ImageDefaults | None = None, *, pod: PodSpec = POD, is_directory: bool = True, **spec: object
-) -> pb.Start:
+) -> ContainerPlan:
     spec = {"command": ("/bin/true",), **spec} if image is None else spec
     container = ContainerSpec(name="c", image="i", **spec)  # type: ignore[arg-type]
     return compile_start(
@@ -57,7 +57,7 @@ def start(
     )
 
 
-def environment(plan: pb.Start) -> dict[bytes, bytes]:
+def environment(plan: ContainerPlan) -> dict[bytes, bytes]:
     found: dict[bytes, bytes] = {}
     for entry in plan.process.env:
         name, _, value = entry.partition(b"=")
@@ -81,7 +81,7 @@ def test_a_user_namespace_in_a_plan() -> None:
         start(pod=pod)
 
 
-def bind(wish: MountSpec, source: MountSource) -> pb.Mount:
+def bind(wish: MountSpec, source: MountSource) -> MountPlan:
     mounts = compile_mounts(ContainerSpec(name="c", image="i", mounts=(wish,)), ImageDefaults(), [source])
     return next(mount for mount in mounts if mount.target == wish.container_path)
 
@@ -153,7 +153,7 @@ def test_terminal() -> None:
     assert environment(start(tty=True, envs=(("TERM", b"vt100"),)))[b"TERM"] == b"vt100"
 
 
-def targets(plan: pb.Start) -> list[str]:
+def targets(plan: ContainerPlan) -> list[str]:
     return [mount.target for mount in plan.mounts]
 
 
@@ -171,11 +171,11 @@ def test_a_clients_mount_takes_the_place_of_ours() -> None:
 def test_a_clients_hosts_file_stands() -> None:
     plan = start(mounts=(mount("/etc//hosts"),), is_directory=False)
     assert [file.path for file in plan.files] == ["/etc/hostname", "/etc/resolv.conf"]
-    assert next(each for each in plan.mounts if each.target == "/etc/hosts").make == pb.Mount.FILE
+    assert next(each for each in plan.mounts if each.target == "/etc/hosts").make == Make.FILE
 
 
 def test_privileged_writes_to_sysfs_and_has_the_guests_devices() -> None:
-    def flags(plan: pb.Start, target: str) -> int:
+    def flags(plan: ContainerPlan, target: str) -> int:
         return next(each.flags for each in plan.mounts if each.target == target)
 
     privileged = start(security=SecuritySpec(privileged=True, masked_paths=("/proc/kcore",)))
@@ -209,16 +209,11 @@ def test_propagation_wants_a_root_that_receives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "target", "namespace"),
-    [
-        (PidMode.CONTAINER, "", pb.PidNamespace.OWN),
-        (PidMode.POD, "", pb.PidNamespace.POD),
-        (PidMode.TARGET, "c0", pb.PidNamespace.TARGET),
-    ],
+    ("mode", "target"), [(PidMode.CONTAINER, ""), (PidMode.POD, ""), (PidMode.TARGET, "c0")]
 )
-def test_pid_namespaces(mode: PidMode, target: str, namespace: int) -> None:
+def test_pid_namespace_of_each_mode_is_planned(mode: PidMode, target: str) -> None:
     plan = start(security=SecuritySpec(pid_mode=mode, pid_target=target))
-    assert (plan.pid_namespace, plan.pid_target) == (namespace, target)
+    assert (plan.pid_namespace, plan.pid_target) == (mode, target)
 
 
 @pytest.mark.parametrize(
@@ -283,12 +278,7 @@ def test_what_cannot_be_honoured_is_refused_with_its_field(spec: dict[str, objec
 def test_exec_is_the_containers_process_with_other_words() -> None:
     plan = start(working_dir="/srv", security=SecuritySpec(no_new_privs=True, add_capabilities=("BPF",)))
     process = compile_exec(plan, ["ls", "-l"])
-    expected = pb.Process()
-    expected.CopyFrom(plan.process)
-    del expected.argv[:]
-    expected.argv.extend(["ls", "-l"])
-    expected.make_cwd = False
-    assert process == expected
+    assert process == msgspec.structs.replace(plan.process, argv=("ls", "-l"), make_cwd=False)
     assert list(plan.process.argv) == ["/bin/true"]  # untouched
 
 
@@ -316,22 +306,26 @@ def test_a_container_path_has_one_spelling(text: str) -> None:
 # ---------------------------------------------------------------------------------- configure
 
 
-def configure(**pod: object) -> pb.Configure:
-    spec = PodSpec(name="web", namespace="default", uid="u1", **pod)  # type: ignore[arg-type]
-    configured = compile_identity(spec, entropy=b"", machine_id="0123456789abcdef" * 2, wall_ns=0)
-    configured.MergeFrom(compile_network(spec, None, first_mac=""))
-    return configured
+def pod(**fields: object) -> PodSpec:
+    return PodSpec(name="web", namespace="default", uid="u1", **fields)  # type: ignore[arg-type]
 
 
-def test_a_pod_without_a_network_has_no_interfaces() -> None:
-    configured = configure()
-    assert not configured.interfaces
-    assert configured.hostname == "0123456789ab"
+def identity(**fields: object) -> IdentityPlan:
+    return compile_identity(pod(**fields), entropy=b"", machine_id="0123456789abcdef" * 2, wall_ns=0)
+
+
+def network(**fields: object) -> NetworkPlan:
+    return compile_network(pod(**fields), None, first_mac="")
+
+
+def test_pod_without_network_and_hostname_has_no_interfaces_and_is_named_by_its_id() -> None:
+    assert not network().interfaces
+    assert identity().hostname == "0123456789ab"
 
 
 def test_a_pods_own_value_replaces_a_default_under_either_spelling() -> None:
     for name in ("net.ipv4.ip_unprivileged_port_start", "net/ipv4/ip_unprivileged_port_start"):
-        sysctls = configure(sysctls={name: "80"}).sysctls
+        sysctls = network(sysctls={name: "80"}).sysctls
         found = [each.value for each in sysctls if each.name.endswith("port_start")]
         assert found == ["80"]
 
@@ -340,7 +334,7 @@ def test_a_pods_own_value_replaces_a_default_under_either_spelling() -> None:
     "name", ["kernel.msgmax", "net/ipv4/conf/eth0.100/forwarding", "net.ipv4.conf.eth0/1.forwarding"]
 )
 def test_sysctls_of_any_kind_are_the_pods_own(name: str) -> None:
-    assert name in [each.name for each in configure(sysctls={name: "1"}).sysctls]
+    assert name in [each.name for each in network(sysctls={name: "1"}).sysctls]
 
 
 @pytest.mark.parametrize(
@@ -360,20 +354,20 @@ def test_sysctls_of_any_kind_are_the_pods_own(name: str) -> None:
 )
 def test_a_name_that_is_no_sysctl_is_refused(name: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
-        configure(sysctls={name: "1"})
+        network(sysctls={name: "1"})
     assert caught.value.field == f"config.linux.sysctls[{name!r}]"
 
 
 @pytest.mark.parametrize("value", ["1\n2", "1\0", "9" * 5000])
 def test_a_value_that_no_sysctl_takes_is_refused(value: str) -> None:
     with pytest.raises(InvalidSpec):
-        configure(sysctls={"kernel.msgmax": value})
+        network(sysctls={"kernel.msgmax": value})
 
 
 @pytest.mark.parametrize("hostname", ["a" * 65, "a b", "a\n", "a/b", "a\0"])
 def test_a_hostname_that_no_kernel_or_file_takes_is_refused(hostname: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
-        configure(hostname=hostname)
+        identity(hostname=hostname)
     assert caught.value.field == "config.hostname"
 
 
