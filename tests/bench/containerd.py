@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import grpc
 
 from tests.kit.cri import Cri
+from tests.kit.eventually import eventually_sync
 from tests.kit.leaks import remove_cgroups
 from tests.kit.namespace import Namespace
 from tests.kit.registry import HOST
@@ -37,7 +37,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 
 
 class Containerd:
-    """Same interface as `kit.daemon.Daemon`, as far as the benchmark needs it."""
+    """Start and end containerd, with the part of `kit.daemon.Daemon`'s interface that the benchmark uses."""
 
     name = "containerd"
 
@@ -70,18 +70,19 @@ class Containerd:
         answer = self.cri.call("Version")
         return f"{answer.runtime_name} {answer.runtime_version}"
 
-    def _await_ready(self, deadline_s: float = 30) -> None:
-        end = time.monotonic() + deadline_s
-        while True:
-            try:
-                self.cri.call("Version", timeout_s=2)
-                return
-            except grpc.RpcError:
-                if self._process.poll() is not None or time.monotonic() > end:
-                    log = (self.directory / "log").read_text()
-                    self.close()
-                    raise RuntimeError(f"containerd did not start:\n{log[-4000:]}") from None
-                time.sleep(0.05)
+    def _await_ready(self, timeout_s: float = 30) -> None:
+        def answers() -> bool:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"containerd has exited with status {self._process.returncode}")
+            self.cri.call("Version", timeout_s=2)
+            return True
+
+        try:
+            eventually_sync(answers, timeout_s=timeout_s, retry_on=(grpc.RpcError,))
+        except (AssertionError, RuntimeError) as error:
+            log = (self.directory / "log").read_text()
+            self.close()
+            raise RuntimeError(f"containerd did not start: {error}\n{log[-4000:]}") from error
 
     def close(self) -> None:
         """Remove every pod, then end the daemon and what it has mounted. Idempotent."""
@@ -90,7 +91,7 @@ class Containerd:
                 self.cri.stop_pod(pod.id)
                 self.cri.remove_pod(pod.id)
         except grpc.RpcError:
-            pass  # it is gone or broken: its mounts are still ours to release
+            pass  # it has exited or is broken; what it mounted is still released below
         self.cri.close()
         self._process.terminate()
         try:

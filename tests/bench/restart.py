@@ -47,18 +47,21 @@ def restarts(site: Site, figures: Figures, rounds: int, records: int, running: i
     daemon.remove_all()
 
 
+def accepts(path: Path) -> bool:
+    """Return whether a server accepts connections on this unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 def timed_start(daemon: Daemon) -> float:
-    """Seconds from exec to the answer of the first call, on a connection of its own."""
+    """Return the seconds from exec to the answer of the first call, on a new connection."""
     begin = time.monotonic()
     daemon.launch()
-    while True:
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(daemon.socket))
-                break
-            except OSError:
-                if not daemon.alive or time.monotonic() > begin + 60:
-                    raise RuntimeError(f"husk serve did not start:\n{daemon.log_text()[-4000:]}") from None
+    # the pauses of `eventually_sync` grow to 50 ms, too coarse for a figure
+    while not accepts(daemon.socket):
+        daemon.require_alive()
+        if time.monotonic() > begin + 60:
+            raise RuntimeError(f"husk serve did not start:\n{daemon.log_text()[-4000:]}")
         time.sleep(0.002)
     fresh = Cri(daemon.socket, daemon.directory / "logs")
     fresh.call("Version")
@@ -68,7 +71,7 @@ def timed_start(daemon: Daemon) -> float:
 
 
 def copy_records(root: Path, pod_id: str, count: int) -> list[Path]:
-    """So many more pods like this stopped one, each with its containers; returns the files."""
+    """Write `count` copies of a stopped pod's record and of its containers' records; returns the files."""
     pod = json.loads((root / "pods" / f"{pod_id}.json").read_bytes())
     containers = [json.loads(path.read_bytes()) for path in (root / "containers").glob("*.json")]
     containers = [each for each in containers if each["pod_id"] == pod_id]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import time
 from pathlib import Path
 
 from tests.bench.figures import Figures
 from tests.bench.subjects import IMAGE, SLEEP, Site, Subject, settle, settle_disk
 from tests.kit import images
+from tests.kit.eventually import eventually_sync
 from tests.kit.images import Image, Layer
 from tests.kit.registry import HOST
 
@@ -133,15 +133,16 @@ def log(subject: Subject, name: str, mebibytes: int, figures: Figures) -> None:
     path.unlink()
 
 
-def _await_last_line(path: Path, deadline_s: float = 300) -> None:
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        try:
-            with path.open("rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 2 * LINE_BYTES))
-                if file.read().endswith(LAST_LINE):
-                    return
-        except FileNotFoundError:
-            pass
-        time.sleep(0.01)
-    raise TimeoutError(f"{path} does not end as it should within {deadline_s:g} s")
+def _await_last_line(path: Path, timeout_s: float = 300) -> None:
+    def tail() -> bytes:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2 * LINE_BYTES))
+            return file.read()
+
+    eventually_sync(
+        tail,
+        until=lambda read: read.endswith(LAST_LINE),
+        timeout_s=timeout_s,
+        describe=f"the last line in {path}",
+        retry_on=(FileNotFoundError,),
+    )

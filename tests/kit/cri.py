@@ -10,18 +10,20 @@ import os
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import Message
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.kit.eventually import eventually_sync
+
+T = TypeVar("T")
 
 MESSAGE_LIMIT = 16 << 20
 OPTIONS = (
@@ -185,12 +187,12 @@ class Cri:
     def status(self, container: str) -> Any:
         return self.call("ContainerStatus", container_id=container).status
 
-    def wait_exited(self, container: str, deadline_s: float = 60) -> Any:
-        """Its status once it has exited; raises TimeoutError."""
+    def wait_exited(self, container: str, timeout_s: float = 60) -> Any:
+        """Return a container's status once it has exited; raises AssertionError with the last status."""
         return self.wait_for(
             lambda: self.status(container),
             lambda status: status.state == api.CONTAINER_EXITED,
-            deadline_s,
+            timeout_s,
         )
 
     def exec(self, container: str, *command: str, timeout: int = 0) -> ExecResult:
@@ -205,14 +207,9 @@ class Cri:
     # ------------------------------------------------------------------------------ waiting
 
     @staticmethod
-    def wait_for(look: Callable[[], Any], good: Callable[[Any], bool], deadline_s: float = 30) -> Any:
-        """What `look` returns, once it is good; raises TimeoutError with the last thing seen."""
-        end = time.monotonic() + deadline_s
-        while not good(seen := look()):
-            if time.monotonic() > end:
-                raise TimeoutError(f"not within {deadline_s:g} s; last seen: {seen}")
-            time.sleep(0.05)
-        return seen
+    def wait_for(probe: Callable[[], T], until: Callable[[T], object], timeout_s: float = 30) -> T:
+        """Poll as `eventually_sync` does, with its positional arguments first and 30 s by default."""
+        return eventually_sync(probe, until=until, timeout_s=timeout_s)
 
 
 def _id(pod: Pod | str) -> str:

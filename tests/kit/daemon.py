@@ -1,4 +1,4 @@
-"""`husk serve` as a real process in a test namespace, with state, socket and configuration of its own."""
+"""`husk serve` as a real process in a test namespace, with its own state, socket and configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import grpc
 
 from tests.kit.cni import PLUGINS
 from tests.kit.cri import Cri
-from tests.kit.leaks import Census, processes_naming, remove_cgroups, take_census
+from tests.kit.eventually import eventually_sync
+from tests.kit.leaks import Census, processes_naming, remove_cgroups, take_census, wait_for_leaks
 from tests.kit.namespace import Namespace
 from tests.kit.scratch import scratch_dir, scratch_root
 
@@ -24,7 +24,7 @@ GUEST_VARIABLE = "HUSK_TEST_GUEST"  # a directory with vmlinux and initramfs, as
 
 
 class Daemon:
-    """Starts, kills and restarts one daemon; its pods live on in the namespace until `close`."""
+    """Start, kill and restart one daemon. Its pods keep running in the namespace until `close`."""
 
     name = "husk"
 
@@ -52,24 +52,24 @@ class Daemon:
         self.cri = Cri(self.socket, self.directory / "logs")
 
     def _write_config(self, cni: Path, mirrors: Path, settings: Mapping[str, Mapping[str, object]]) -> None:
-        wished: dict[str, dict[str, object]] = {
+        sections: dict[str, dict[str, object]] = {
             "": {
                 "run": str(self.run_directory),
                 "cgroup_root": self.cgroup,
                 "default_handler": "std",
             },
-            # VMs that wait for a pod would be in every census; tests of the pool ask for it
+            # pooled VMs would appear in every census; tests of the pool configure one
             "handlers.std": {"source": "template"},
             "cni": {"conf_dir": str(cni), "bin_dirs": [str(PLUGINS)]},
             "registry": {"config_path": str(mirrors)},
             "cdi": {"spec_dirs": [str(directory) for directory in self.cdi_dirs]},
         }
         for section, values in settings.items():
-            wished[section] = wished.get(section, {}) | dict(values)
+            sections[section] = sections.get(section, {}) | dict(values)
         text = ""
-        for section, values in wished.items():
+        for section, values in sections.items():
             text += f"[{section}]\n" if section else ""
-            # a JSON string, number, boolean or list of them is the same in TOML
+            # JSON strings, numbers, booleans and lists of them are valid TOML values
             text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + "\n"
         self.config.write_text(text)
 
@@ -95,12 +95,12 @@ class Daemon:
         return self._process is not None and self._process.poll() is None
 
     def command(self, *arguments: str) -> list[str]:
-        """`husk` with this daemon's options, run inside the namespace."""
+        """Return the argv of `husk` with this daemon's options, run inside the namespace."""
         options = ["--root", str(self.root), "--socket", str(self.socket), "--config", str(self.config)]
         return self.namespace.command([sys.executable, "-m", "cri", *arguments, *options])
 
     def launch(self) -> None:
-        """Start the process, and wait for nothing."""
+        """Start the process without waiting for its socket."""
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command("serve"),
@@ -111,34 +111,40 @@ class Daemon:
                 start_new_session=True,
             )
 
-    def start(self, deadline_s: float = 30) -> None:
-        """Returns once Version answers; raises RuntimeError with the daemon's log."""
-        self.launch()
-        end = time.monotonic() + deadline_s
-        while True:
-            try:
-                self.cri.call("Version", timeout_s=2)
-                return
-            except grpc.RpcError:
-                if not self.alive or time.monotonic() > end:
-                    raise RuntimeError(f"husk serve did not start:\n{self.log_text()[-6000:]}") from None
-                time.sleep(0.05)
+    def start(self, timeout_s: float = 30) -> None:
+        """Start the process and return when it answers Version.
 
-    def terminate(self, deadline_s: float = 30) -> int:
-        """SIGTERM, and the exit status."""
-        return self._end(signal.SIGTERM, deadline_s)
+        Raises RuntimeError when it exits, and AssertionError after the timeout, with the daemon's log.
+        """
+        self.launch()
+        eventually_sync(
+            lambda: self.cri.call("Version", timeout_s=2) if self.require_alive() else None,
+            timeout_s=timeout_s,
+            describe=lambda: f"husk serve answers; its log:\n{self.log_text()[-6000:]}\n",
+            retry_on=(grpc.RpcError,),
+        )
+
+    def require_alive(self) -> bool:
+        """Return True while the process runs; raise RuntimeError with its log when it has exited."""
+        if not self.alive:
+            raise RuntimeError(f"husk serve has exited:\n{self.log_text()[-6000:]}")
+        return True
+
+    def terminate(self, timeout_s: float = 30) -> int:
+        """Send SIGTERM and return the exit status. Raises subprocess.TimeoutExpired."""
+        return self._end(signal.SIGTERM, timeout_s)
 
     def kill(self) -> int:
-        """SIGKILL, and the exit status."""
+        """Send SIGKILL and return the exit status."""
         return self._end(signal.SIGKILL, 10)
 
-    def _end(self, number: signal.Signals, deadline_s: float) -> int:
+    def _end(self, number: signal.Signals, timeout_s: float) -> int:
         assert self._process is not None, "the daemon was not started"
         self._process.send_signal(number)
-        return self._process.wait(deadline_s)
+        return self._process.wait(timeout_s)
 
     def close(self) -> None:
-        """Remove all pods through a living daemon, then end it. Idempotent."""
+        """Remove all pods if the daemon runs, then end it. Idempotent."""
         if self._process is None:
             return
         if self.alive:
@@ -155,6 +161,7 @@ class Daemon:
         remove_cgroups(scratch_root().name)
 
     def remove_all(self) -> None:
+        """Stop and remove every pod."""
         for pod in self.cri.call("ListPodSandbox").items:
             self.cri.stop_pod(pod.id)
             self.cri.remove_pod(pod.id)
@@ -162,11 +169,12 @@ class Daemon:
     # -------------------------------------------------------------------------------- VMs
 
     def vmm_pids(self, pod_id: str) -> list[int]:
-        """The hypervisor processes of a pod, known by the name they were given."""
+        """Return the pids of a pod's hypervisor processes, found by the VM's name in their arguments."""
         found = (each.split(" ", 2) for each in processes_naming(f"husk-{pod_id}"))
         return [int(pid) for pid, program, *_ in found if "qemu-system" in program]
 
     def kill_vmm(self, pod_id: str) -> None:
+        """Send SIGKILL to a pod's hypervisor; fails when none runs."""
         pids = self.vmm_pids(pod_id)
         assert pids, f"no VM runs for pod {pod_id}"
         for pid in pids:
@@ -175,6 +183,7 @@ class Daemon:
     # ----------------------------------------------------------------------------- evidence
 
     def version(self) -> str:
+        """Return name and version of the runtime, as the Version call answers them."""
         answer = self.cri.call("Version")
         return f"{answer.runtime_name} {answer.runtime_version}"
 
@@ -182,7 +191,7 @@ class Daemon:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def evidence(self) -> str:
-        """What helps to understand a failure: the daemon's last lines and each guest's console."""
+        """Return the daemon's last log lines and each guest's console, for the report of a failed test."""
         parts = [f"--- last lines of {self.log_path}", self.log_text()[-8000:]]
         for console in sorted(self.run_directory.glob("pods/*/console*.log")):
             parts += [f"--- {console}", console.read_text(errors="replace")[-4000:]]
@@ -192,10 +201,10 @@ class Daemon:
         own = frozenset({self.pid}) if self._process is not None else frozenset()
         return take_census(self.namespace, self.root, self.run_directory, self.leases, self.cgroup, own)
 
-    def leaks_since(self, before: Census, patience_s: float = 30) -> list[str]:
-        """What is left since `before`; looks again for a while, as ended processes take a moment
-        and a template that is being made has parts of a VM."""
-        end = time.monotonic() + patience_s
-        while (found := self.census().since(before)) and time.monotonic() < end:
-            time.sleep(0.1)
-        return found
+    def leaks_since(self, before: Census, timeout_s: float = 30) -> list[str]:
+        """Return what is left since `before`, empty if nothing is.
+
+        Polls for up to `timeout_s`: killed processes take a moment to end, and a template that is being built
+        holds parts of a VM.
+        """
+        return wait_for_leaks(lambda: self.census().since(before), timeout_s)

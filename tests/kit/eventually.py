@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 Describe = str | Callable[[], object]
@@ -21,6 +21,24 @@ LONGEST_PAUSE_S = 0.05
 SHORTEST_POLL_S = 1.0  # what a coroutine gets even where the timeout has nearly or just passed
 
 
+@overload
+async def eventually(
+    probe: Callable[[], Awaitable[T]],
+    *,
+    until: Callable[[T], object],
+    timeout_s: float = ...,
+    describe: Describe = ...,
+    retry_on: ExceptionTypes = ...,
+) -> T: ...
+@overload
+async def eventually(
+    probe: Callable[[], T],
+    *,
+    until: Callable[[T], object],
+    timeout_s: float = ...,
+    describe: Describe = ...,
+    retry_on: ExceptionTypes = ...,
+) -> T: ...
 @overload
 async def eventually(
     probe: Callable[[], Awaitable[T | None]],
@@ -40,16 +58,18 @@ async def eventually(
 async def eventually(
     probe: Callable[[], object],
     *,
+    until: Callable[[Any], object] = bool,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     describe: Describe = "",
     retry_on: ExceptionTypes = (),
 ) -> object:
     """Poll `probe`, a function or a coroutine function, until its result is true, and return that result.
 
-    A probe that raises AssertionError or one of `retry_on` counts as false; any other exception ends the wait
-    and propagates. The first poll is immediate, and one follows after the timeout, so that a slow machine
-    does not fail a condition that holds. `describe` names the condition; a function is called on timeout and may
-    return the state that matters, where the probe's result says too little.
+    With `until`, a predicate of the result decides instead of its truth. A probe that raises AssertionError
+    or one of `retry_on` counts as false; any other exception ends the wait and propagates. The first poll is
+    immediate, and one follows after the timeout, so that a slow machine does not fail a condition that holds.
+    `describe` names the condition; a function is called on timeout and may return the state that matters,
+    where the probe's result says too little.
 
     Raises AssertionError with the last result or exception after `timeout_s` seconds, also when a coroutine
     of the probe is still running then.
@@ -63,23 +83,40 @@ async def eventually(
                 result = await _bounded(result, wait.remaining_s)
         except Exception as error:
             wait.record_exception(error)
-            result = None
         else:
             wait.last = repr(result)
-        if result:
-            return result
+            if until(result):
+                return result
         if expired:
             raise AssertionError(wait.message())
         await asyncio.sleep(wait.next_pause_s())
 
 
+@overload
+def eventually_sync(
+    probe: Callable[[], T],
+    *,
+    until: Callable[[T], object],
+    timeout_s: float = ...,
+    describe: Describe = ...,
+    retry_on: ExceptionTypes = ...,
+) -> T: ...
+@overload
 def eventually_sync(
     probe: Callable[[], T | None],
     *,
+    timeout_s: float = ...,
+    describe: Describe = ...,
+    retry_on: ExceptionTypes = ...,
+) -> T: ...
+def eventually_sync(
+    probe: Callable[[], object],
+    *,
+    until: Callable[[Any], object] = bool,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     describe: Describe = "",
     retry_on: ExceptionTypes = (),
-) -> T:
+) -> object:
     """Poll as `eventually` does, with a plain function and without an event loop."""
     wait = _Wait(timeout_s, describe, retry_on)
     while True:
@@ -88,11 +125,10 @@ def eventually_sync(
             result = probe()
         except Exception as error:
             wait.record_exception(error)
-            result = None
         else:
             wait.last = repr(result)
-        if result:
-            return result
+            if until(result):
+                return result
         if expired:
             raise AssertionError(wait.message())
         time.sleep(wait.next_pause_s())

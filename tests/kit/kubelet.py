@@ -1,8 +1,8 @@
 """A real kubelet, standalone: static pods from a directory, no API server, Husk as its only runtime.
 
-It runs in the test's namespaces. What it would write outside its own directories goes into file systems that
-live there (/var/log/containers, its device plug-ins), and the kernel settings that it insists on are shown to
-it by files mounted over them, as they are the machine's.
+It runs in the test's namespaces. What it would write outside its own directories (/var/log/containers, its
+device plug-ins) goes to tmpfs mounts of the namespace. The kernel settings that it requires are the
+machine's, so files with the required values are mounted over them in the namespace.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.kit.eventually import eventually_sync
 from tests.kit.leaks import remove_cgroups
 from tests.kit.namespace import Namespace
 from tests.kit.scratch import scratch_dir, scratch_root
@@ -29,7 +29,7 @@ from tests.kit.scratch import scratch_dir, scratch_root
 PORT = 10250
 NODE = "node.test"
 ADDRESS = "10.99.0.1"  # the node's own; pods have theirs from the bridge
-# what the kubelet wants of the kernel (pkg/util/sysctl of Kubernetes)
+# kernel settings that the kubelet requires (pkg/util/sysctl of Kubernetes)
 SETTINGS = {
     "vm/overcommit_memory": "1",
     "vm/panic_on_oom": "0",
@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 def prepare_node(namespace: Namespace, directory: Path) -> None:
-    """Make the namespaces look like a node: an address, settings, places for what the kubelet writes."""
+    """Give the namespaces what a node has: an address, kernel settings, directories for the kubelet."""
     script = [
         "set -e",
         f"ip link add node0 type bridge && ip addr add {ADDRESS}/24 dev node0 && ip link set node0 up",
@@ -57,8 +57,14 @@ def prepare_node(namespace: Namespace, directory: Path) -> None:
     namespace.run("sh", "-c", "\n".join(script))
 
 
+class KubeletExited(Exception):
+    """The process ended by itself; the text is the end of its log."""
+
+
 @dataclass
 class Kubelet:
+    """A kubelet in a test namespace, started and stopped by the test."""
+
     namespace: Namespace
     program: Path
     runtime: Path  # its socket
@@ -103,7 +109,7 @@ class Kubelet:
             "syncFrequency": "5s",
             "volumeStatsAggPeriod": "5s",
             "imageMinimumGCAge": "1s",
-            # what pods use comes from the runtime, not from cgroups that the kubelet can see
+            # usage of pods comes from the runtime, not from cgroups on the host
             "featureGates": {"PodAndContainerStatsFromCRI": True},
             "containerLogMaxSize": "20Ki",
             "containerLogMaxFiles": 10,
@@ -113,7 +119,10 @@ class Kubelet:
         return configuration | dict(self.settings)
 
     def start(self) -> None:
-        """Returns once it answers; raises RuntimeError with the end of its log."""
+        """Start the process and return when it serves /pods.
+
+        Raises KubeletExited when it exits, AssertionError after 60 s, both with the end of its log.
+        """
         for each in (self.manifests, self.root, self.logs, self.directory / "certificates"):
             each.mkdir(exist_ok=True)
         for hierarchy in _hierarchies():
@@ -137,15 +146,18 @@ class Kubelet:
                 stderr=log,
                 start_new_session=True,
             )
-        end = time.monotonic() + 60
-        while True:
-            try:
-                self.get("/pods")
-                return
-            except (OSError, http.client.HTTPException, RuntimeError):
-                if self._process.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"the kubelet did not start:\n{self.log_text()[-6000:]}") from None
-                time.sleep(0.2)
+        eventually_sync(
+            self._answers,
+            timeout_s=60,
+            describe=lambda: f"the kubelet answers; its log:\n{self.log_text()[-6000:]}\n",
+            retry_on=(OSError, http.client.HTTPException, RuntimeError),
+        )
+
+    def _answers(self) -> bool:
+        if self._process is None or self._process.poll() is not None:
+            raise KubeletExited(self.log_text()[-6000:])
+        self.get("/pods")
+        return True
 
     @property
     def log_path(self) -> Path:
@@ -228,16 +240,19 @@ class Kubelet:
         return found[0] if found else None
 
     def wait_for(self, name: str, ready: Callable[[Any], bool], timeout_s: float = 60) -> Any:
-        """The pod once `ready` says so of it; raises TimeoutError with what it is instead."""
-        end = time.monotonic() + timeout_s
-        while True:
+        """Return the pod when `ready` is true of it; raises AssertionError with its status and the log."""
+
+        def state() -> str:
             pod = self.pod(name)
-            if pod is not None and ready(pod):
-                return pod
-            if time.monotonic() > end:
-                told = json.dumps(pod["status"] if pod else None, indent=1)
-                raise TimeoutError(f"pod {name}: {told}\n{self.log_text()[-3000:]}")
-            time.sleep(0.25)
+            status = json.dumps(pod["status"] if pod else None, indent=1)
+            return f"pod {name}; its status: {status}\n{self.log_text()[-3000:]}\n"
+
+        return eventually_sync(
+            lambda: self.pod(name),
+            until=lambda pod: pod is not None and ready(pod),
+            timeout_s=timeout_s,
+            describe=state,
+        )
 
 
 def _carry(tls: ssl.SSLSocket, plain: socket.socket) -> None:

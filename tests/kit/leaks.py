@@ -1,8 +1,8 @@
-"""What a test run has left behind: processes, mounts, cgroups, directories, leases, network devices.
+"""Find what a test run has left: processes, mounts, cgroups, directories, leases, network devices.
 
-Only ours: what names the run's scratch directory, or lives in the run's own namespace or cgroup. `Census`
-is taken before and after a test and compared; `python -m tests.kit.leaks DIRECTORY` looks once for
-anything at all that still names it, for the end of a run; with `--end` first it also ends and releases that.
+Only its own: what names the run's scratch directory, or is in the run's namespace or cgroup. A `Census` is
+taken before and after a test and compared. `python -m tests.kit.leaks DIRECTORY` is for the end of a run and
+reports anything that still names the directory; `--end DIRECTORY` kills and releases it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tests.kit.cni import BRIDGE, leases_in
+from tests.kit.eventually import eventually_sync
 from tests.kit.namespace import Namespace
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -24,6 +25,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Census:
+    """What exists at one moment, as text by kind."""
+
     processes: frozenset[str] = frozenset()
     mounts: frozenset[str] = frozenset()
     cgroups: frozenset[str] = frozenset()
@@ -32,7 +35,7 @@ class Census:
     links: frozenset[str] = frozenset()
 
     def since(self, before: Census) -> list[str]:
-        """What is here that was not there before, a line each."""
+        """Return what exists now and did not in `before`, one line each."""
         return [
             f"{field.name}: {each}"
             for field in fields(self)
@@ -41,9 +44,9 @@ class Census:
 
 
 def processes_naming(mark: str) -> frozenset[str]:
-    """Processes other than ourselves (and our parents) with `mark` in their command line or cgroup.
+    """Return processes, except this one and its parent, with `mark` in their command line or cgroup.
 
-    A VMM opens nothing by name, so its command line has no path; its cgroup tells whose it is.
+    A VMM opens nothing by name, so its command line has no path of the run; its cgroup has.
     """
     spared = {os.getpid(), os.getppid()}
     found = set()
@@ -55,35 +58,36 @@ def processes_naming(mark: str) -> frozenset[str]:
             if mark in line or mark in (entry / "cgroup").read_text():
                 found.add(f"{entry.name} {line[:200]}")
         except OSError:
-            continue  # it ended meanwhile
+            continue  # it has exited
     return frozenset(found)
 
 
 def mounts_naming(mark: str, pid: int | str = "self") -> frozenset[str]:
-    """Mount points (field 5 of /proc/PID/mountinfo, proc(5)) with `mark` in them, as that process sees."""
+    """Return mount points (field 5 of /proc/PID/mountinfo, proc(5)) of a process with `mark` in them."""
     lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
     return frozenset(point for point in (line.split()[4] for line in lines) if mark in point)
 
 
 def cgroups_naming(mark: str) -> frozenset[str]:
-    """Directories of any cgroup hierarchy with `mark` in their path."""
+    """Return directories of all cgroup hierarchies with `mark` in their path."""
     paths = (f"{folder}/{name}" for folder, names, _ in os.walk(CGROUPS) for name in names)
     return frozenset(path for path in paths if mark in path)
 
 
 def remove_cgroups(name: str) -> None:
-    """Take away empty cgroups of this name in every hierarchy; one in use is left and will be reported."""
+    """Remove empty cgroups of this name in every hierarchy. One in use stays; the leak check reports it."""
     for path in sorted(cgroups_naming(name), reverse=True):
         with contextlib.suppress(OSError):
             Path(path).rmdir()
 
 
 def entries(*folders: Path) -> frozenset[str]:
+    """Return the paths of all entries of these directories; a missing directory has none."""
     return frozenset(str(path) for folder in folders if folder.is_dir() for path in folder.iterdir())
 
 
 def links_of(namespace: Namespace) -> frozenset[str]:
-    """Network devices inside but for the bridge, which belongs to the network and stays."""
+    """Return the namespace's network devices except the bridge, which belongs to the network and stays."""
     lines = namespace.run("ip", "-o", "link").splitlines()
     return frozenset(line.split(": ")[1].split("@")[0] for line in lines) - {BRIDGE}
 
@@ -96,7 +100,7 @@ def take_census(
     cgroup: str,
     ignore: frozenset[int] = frozenset(),
 ) -> Census:
-    """Everything that a daemon with this state and run directory holds; `ignore` are pids that may live."""
+    """Return everything that a daemon with these directories holds; `ignore` are pids that may run."""
     mark = str(root.parent)
     processes = processes_naming(mark) | processes_naming(f"{cgroup}/")
     return Census(
@@ -114,37 +118,49 @@ def take_census(
 
 
 def processes_of_run(directory: str) -> frozenset[str]:
-    """As `processes_naming`; a run's cgroup is called as its directory is, without what is before it."""
+    """Return processes that name a run's directory, or whose cgroup has the directory's last part."""
     return processes_naming(directory) | processes_naming(f"/{Path(directory).name}/")
 
 
 def left_over(mark: str) -> list[str]:
-    """Anything on the machine that still names `mark`, a run's directory."""
+    """Return anything on the machine that names `mark`, a run's directory."""
     return Census(
         processes=processes_of_run(mark), mounts=mounts_naming(mark), cgroups=cgroups_naming(Path(mark).name)
     ).since(Census())
 
 
 def end_all(mark: str) -> None:
-    """Kill what is left of a run that was broken off, and release its mounts and cgroups."""
+    """Kill what is left of an interrupted run, and release its mounts and cgroups."""
     for each in processes_of_run(mark):
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(each.split()[0]), signal.SIGKILL)
     for point in sorted(mounts_naming(mark), reverse=True):
         subprocess.run(["umount", "--lazy", point], check=False)
-    end = time.monotonic() + 5
-    while processes_of_run(mark) and time.monotonic() < end:
-        time.sleep(0.1)
+    wait_for_leaks(lambda: sorted(processes_of_run(mark)), 5)
     remove_cgroups(Path(mark).name)
 
 
-def main(mark: str, patience_s: float = 10) -> int:
-    """0 when nothing is left. Waits a little: the kernel takes a moment to end what was killed."""
-    end = time.monotonic() + patience_s
-    while (found := left_over(mark)) and time.monotonic() < end:
-        time.sleep(0.2)
+def wait_for_leaks(find: Callable[[], list[str]], timeout_s: float) -> list[str]:
+    """Poll `find` until it finds nothing, and return what it found last.
+
+    Waits because the kernel takes a moment to end what was killed.
+    """
+    found: list[str] = []
+
+    def none_left() -> bool:
+        found[:] = find()
+        return not found
+
+    with contextlib.suppress(AssertionError):  # the caller reports what is left
+        eventually_sync(none_left, timeout_s=timeout_s)
+    return found
+
+
+def main(mark: str, timeout_s: float = 10) -> int:
+    """Print what is left of a run and return the exit status: 0 if nothing is."""
+    found = wait_for_leaks(lambda: left_over(mark), timeout_s)
     for each in found:
-        print(f"left behind: {each}")
+        print(f"left over: {each}")
     return 1 if found else 0
 
 

@@ -25,6 +25,7 @@ from wsproto.events import (
 )
 
 from cri.streaming.spdy import Broken, Ended, Event, GoneAway, Received, Spdy
+from tests.kit.eventually import eventually
 
 READ_BYTES = 1 << 16
 
@@ -217,10 +218,7 @@ class SpdyClient:
         await self.flush()
 
     async def until(self, id: int, enough: Callable[[bytes], bool], timeout_s: float = 20) -> bytes:
-        async with asyncio.timeout(timeout_s):
-            while not enough(bytes(self.streams[id].seen)):
-                await asyncio.sleep(0.002)
-        return bytes(self.streams[id].seen)
+        return await eventually(lambda: bytes(self.streams[id].seen), until=enough, timeout_s=timeout_s)
 
     async def all(self, id: int, timeout_s: float = 20) -> bytes:
         await asyncio.wait_for(self.streams[id].ended.wait(), timeout_s)

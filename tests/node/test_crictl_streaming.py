@@ -131,7 +131,8 @@ def test_attach_to_a_terminal(crictl: Crictl, pod: Running, transport: str) -> N
     container = crictl.say("create", pod.pod, file, pod.pod_file)
     crictl.run("start", container)
     with terminal(crictl, "attach", "-it", "--transport", transport, container) as shell:
-        time.sleep(0.5)
+        shell.type("\n")
+        shell.until("#")  # the shell's answer: it is attached
         shell.type("echo $((6 * 7))\n")
         shell.until("42")
         shell.type("exit\n")

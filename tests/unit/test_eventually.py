@@ -53,6 +53,14 @@ def test_eventually_sync_timeout_reports_the_condition_and_the_last_result() -> 
         eventually_sync(lambda: False, timeout_s=0.01, describe=lambda: f"the state was {2 + 3}")
 
 
+async def test_eventually_predicate_decides_and_its_last_value_is_reported() -> None:
+    counter = iter(range(100))
+    assert await eventually(lambda: next(counter), until=lambda count: count == 3) == 3
+    assert eventually_sync(lambda: 0, until=lambda count: count == 0) == 0
+    with pytest.raises(AssertionError, match=r"last seen: 7$"):
+        eventually_sync(lambda: 7, until=lambda count: count > 7, timeout_s=0.01)
+
+
 async def test_eventually_failed_assertion_of_the_probe_is_retried() -> None:
     assert await eventually(Counter(AssertionError("not yet"), 1)) == 1
     with pytest.raises(AssertionError, match="last seen: AssertionError: not yet"):

@@ -169,7 +169,7 @@ def test_exec_timeout_kills_the_whole_tree(cri: Cri, box: str) -> None:
         cri.exec(box, "sh", "-c", "sleep 4321 & sleep 4321", timeout=1)
     assert fault.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     cri.wait_for(
-        lambda: cri.exec(box, "ps").stdout, lambda processes: "sleep 4321" not in processes, deadline_s=10
+        lambda: cri.exec(box, "ps").stdout, lambda processes: "sleep 4321" not in processes, timeout_s=10
     )
 
 
