@@ -113,12 +113,23 @@ class ProtocolError(GuestUnreachable):
 
 
 class VersionMismatch(GuestUnreachable):
-    """The agent speaks another version of the protocol: its guest image is not this Husk's."""
+    """The agent and Husk have no protocol version in common: the VM runs another release's guest image.
 
-    def __init__(self, agent: int, husk: int) -> None:
-        super().__init__(f"the agent speaks protocol version {agent}, Husk speaks {husk}")
+    Both are ranges, lowest and highest version.
+    """
+
+    def __init__(self, agent: tuple[int, int], husk: tuple[int, int]) -> None:
+        super().__init__(
+            f"the agent speaks protocol {_versions(agent)}, Husk speaks {_versions(husk)}; "
+            f"the pod can only be stopped and removed"
+        )
         self.agent = agent
         self.husk = husk
+
+
+def _versions(spoken: tuple[int, int]) -> str:
+    lowest, highest = spoken
+    return f"version {lowest}" if lowest == highest else f"versions {lowest} to {highest}"
 
 
 class FellBehind(SandboxError):

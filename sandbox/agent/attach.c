@@ -123,7 +123,7 @@ static void finish(struct attachment *attachment) {
     Detached detached = HUSK__GUEST__V1__DETACHED__INIT;
     detached.container_id = attachment->container_id;
     detached.attach_id = attachment->id;
-    detached.late = attachment->late;
+    detached.stalled = attachment->late;
     event.body_case = HUSK__GUEST__V1__EVENT__BODY_DETACHED;
     event.detached = &detached;
     send_event(attachment->agent, &event);
@@ -165,7 +165,7 @@ static struct attachment *make(struct agent *agent, struct container *container,
                  {.stream = message->stderr_stream, .credit = message->window}},
         .inlet = inlet_make(message->stdin_stream),
         .stdin_once = message->stdin_once,
-        .patience_ms = message->patience_ms,
+        .stall_timeout_ms = message->stall_timeout_ms,
     };
     snprintf(attachment->container_id, sizeof attachment->container_id, "%s", message->container_id);
     snprintf(attachment->id, sizeof attachment->id, "%s", message->attach_id);
@@ -232,7 +232,7 @@ static void look_at_patience(struct attachment *attachment) {
         attachment->stuck_since_ms = 0;
     else if (!attachment->stuck_since_ms)
         attachment->stuck_since_ms = now_ms();
-    else if (now_ms() - attachment->stuck_since_ms >= attachment->patience_ms)
+    else if (now_ms() - attachment->stuck_since_ms >= attachment->stall_timeout_ms)
         cut_off(attachment);
 }
 
@@ -265,7 +265,7 @@ int attach_timeout_ms(const struct agent *agent) {
     for (const struct attachment *each = agent->attachments; each; each = each->next) {
         if (!each->stuck_since_ms)
             continue;
-        uint64_t end = each->stuck_since_ms + each->patience_ms;
+        uint64_t end = each->stuck_since_ms + each->stall_timeout_ms;
         uint64_t left = end > now ? end - now : 0;
         least = left < least ? left : least;
         any = true;

@@ -3,7 +3,7 @@
 //
 // Nothing of it is lost for a reader that is slow: each output of an attachment keeps ATTACH_BOUND bytes,
 // and when they are full the container's writer waits. But not for a reader that has stopped: one that
-// lets nothing through for `patience_ms` is cut off, and container, log and the others go on.
+// lets nothing through for `stall_timeout_ms` is cut off, and container, log and the others go on.
 #pragma once
 
 #include "container.h"
@@ -27,7 +27,7 @@ struct attachment {
     struct ear ears[2];
     struct inlet inlet;
     bool stdin_once;
-    uint32_t patience_ms;
+    uint32_t stall_timeout_ms;
     uint64_t stuck_since_ms; // an ear is full and does not get emptier; 0: none is
     bool late;
 };

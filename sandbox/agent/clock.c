@@ -32,7 +32,7 @@ void clock_set(const struct agent *agent, int64_t wanted_ns, int64_t slack_ns) {
         say("clock: %s", strerror(errno));
 }
 
-int clock_adjust(const struct agent *agent, const Adjustment *adjustment, struct error *error) {
+int clock_adjust(const struct agent *agent, const ClockAdjustment *adjustment, struct error *error) {
     int64_t rate = adjustment->rate_ppb, step = adjustment->step_ns;
     if (rate > 100000000 || rate < -100000000)
         return fail_about(error, EINVAL, "clock", "more than a tenth");

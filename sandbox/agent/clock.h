@@ -15,5 +15,5 @@ uint64_t monotonic_ns(void);
 // Steps the wall clock when it is off by more than the slack.
 void clock_set(const struct agent *agent, int64_t wall_ns, int64_t slack_ns);
 
-int clock_adjust(const struct agent *agent, const Adjustment *adjustment, struct error *error);
+int clock_adjust(const struct agent *agent, const ClockAdjustment *adjustment, struct error *error);
 void clock_tell(Clocks *clocks);

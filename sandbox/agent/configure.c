@@ -87,33 +87,24 @@ static int mount_shm(uint64_t bytes, struct error *error) {
     return 0;
 }
 
-// sysctl(8): dots part the name, unless a slash comes first.
-static void sysctl_path(const char *name, char path[PATH_MAX]) {
-    bool slashes = strcspn(name, "/") < strcspn(name, ".");
-    size_t start = (size_t)snprintf(path, PATH_MAX, "/proc/sys/%s", name) - strlen(name);
-    for (char *at = path + start; !slashes && *at; at++)
-        *at = *at == '.' ? '/' : *at == '/' ? '.' : *at;
-}
-
-// On a developer's machine only what belongs to the namespaces of the test.
+// On a developer's machine, whether the sysctl belongs to the namespaces of the test.
 static bool is_namespaced(const char *path) {
     static const char *const prefixes[] = {"net/", "kernel/shm", "kernel/msg", "kernel/sem", "fs/mqueue/"};
     for (size_t i = 0; i < sizeof prefixes / sizeof prefixes[0]; i++)
-        if (!strncmp(path + strlen("/proc/sys/"), prefixes[i], strlen(prefixes[i])))
+        if (!strncmp(path, prefixes[i], strlen(prefixes[i])))
             return true;
     return false;
 }
 
-static int set_sysctl(const struct agent *agent, const char *name, const char *value, struct error *error) {
-    char path[PATH_MAX];
-    if (strlen(name) > NAME_MAX || strstr(name, ".."))
-        return fail(error, EINVAL, "sysctl %s", name);
-    sysctl_path(name, path);
+static int set_sysctl(const struct agent *agent, const char *path, const char *value, struct error *error) {
+    char full[PATH_MAX];
+    if (strstr(path, "..") || snprintf(full, sizeof full, "/proc/sys/%s", path) >= (int)sizeof full)
+        return fail(error, EINVAL, "sysctl %s", path);
     if (agent->test && !is_namespaced(path))
-        return fail(error, EPERM, "sysctl %s", name);
-    autoclose int file = open(path, O_WRONLY | O_CLOEXEC);
+        return fail(error, EPERM, "sysctl %s", path);
+    autoclose int file = open(full, O_WRONLY | O_CLOEXEC);
     if (file < 0 || write(file, value, strlen(value)) < 0)
-        return fail(error, errno, "sysctl %s", name);
+        return fail(error, errno, "sysctl %s", path);
     return 0;
 }
 
@@ -178,9 +169,9 @@ int configure_pod(struct agent *agent, const Configure *configure, struct error 
         return -1;
     // behind the network: some belong to an interface
     for (size_t i = 0; i < configure->n_sysctls; i++)
-        if (set_sysctl(agent, configure->sysctls[i]->name, configure->sysctls[i]->value, error) < 0)
+        if (set_sysctl(agent, configure->sysctls[i]->path, configure->sysctls[i]->value, error) < 0)
             return -1;
-    if (configure->rehearsal)
+    if (configure->dry_run)
         return net_take_back(configure->interfaces, configure->n_interfaces, error);
     agent->configured = true;
     return 0;

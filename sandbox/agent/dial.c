@@ -111,7 +111,8 @@ static void decide(struct dial *dial) {
 
 void dial_start(struct agent *agent, uint32_t request, const Dial *message) {
     struct error error = {0};
-    bool sane = message->port && message->port <= UINT16_MAX && message->to_port && message->from_port;
+    bool sane =
+        message->port && message->port <= UINT16_MAX && message->to_port_stream && message->from_port_stream;
     if (!sane || agent->dial_count >= DIALS_MAX) {
         fail_about(&error, sane ? EMFILE : EINVAL, "dial", sane ? "connections" : "port or streams");
         reply_failure(agent, request, &error);
@@ -124,8 +125,8 @@ void dial_start(struct agent *agent, uint32_t request, const Dial *message) {
         .request = request,
         .port = (uint16_t)message->port,
         .connecting = {.fd = -1, .ready = connecting_ready},
-        .inlet = inlet_make(message->to_port),
-        .outlet = outlet_make(message->from_port, message->window),
+        .inlet = inlet_make(message->to_port_stream),
+        .outlet = outlet_make(message->from_port_stream, message->window),
     };
     dial->inlet.socket = true;
     agent->dials = dial;

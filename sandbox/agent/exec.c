@@ -216,7 +216,7 @@ static struct exec *make(struct agent *agent, uint32_t request, const Exec *mess
                     .request = request,
                     .status = {.fd = -1, .ready = status_ready}},
         .terminal = message->process->tty,
-        .told_at_end = message->told_at_end && !message->process->tty && !message->stdin_stream,
+        .reply_on_exit = message->reply_on_exit && !message->process->tty && !message->stdin_stream,
         .inlet = inlet_make(message->stdin_stream),
         .outlets = {outlet_make(message->stdout_stream, message->window),
                     outlet_make(message->stderr_stream, message->window)},
@@ -290,7 +290,7 @@ static int launch(struct exec *exec, struct container *container, const Exec *me
     if (pid < 0)
         return -1;
     exec->process.pid = pid;
-    if (!exec->told_at_end) // else its end tells whether it began
+    if (!exec->reply_on_exit) // else its end tells whether it began
         loop_add(&agent->loop, &exec->process.status, EPOLLIN);
     return 0;
 }
@@ -336,7 +336,7 @@ void exec_start(struct agent *agent, uint32_t request, const Exec *message) {
 
 // Usually the reply comes first.
 static bool may_speak(const struct exec *exec) {
-    return exec->process.state != PROCESS_STARTING || exec->told_at_end;
+    return exec->process.state != PROCESS_STARTING || exec->reply_on_exit;
 }
 
 void exec_pump(struct exec *exec) {
@@ -344,7 +344,7 @@ void exec_pump(struct exec *exec) {
     if (exec->inlet.source.fd >= 0 && exec->process.state == PROCESS_RUNNING)
         inlet_pump(&exec->inlet, exec->agent);
     for (int i = 0; i < 2 && may_speak(exec); i++)
-        outlet_pump(&exec->outlets[i], exec->agent, ended, exec->told_at_end && !ended);
+        outlet_pump(&exec->outlets[i], exec->agent, ended, exec->reply_on_exit && !ended);
     bool dying = exec->population.fd >= 0 && cgroup_value(exec->population.fd, "populated") > 0;
     if (ended && exec->outlets[0].source.fd < 0 && exec->outlets[1].source.fd < 0 && !dying)
         finish(exec);

@@ -15,7 +15,7 @@ struct exec {
     struct source population; // cgroup.events, once all of it was killed; -1: it was not
     struct process process;
     bool terminal;
-    bool told_at_end;
+    bool reply_on_exit;
     struct outlet outlets[2];
     struct inlet inlet;
 };

@@ -8,7 +8,7 @@
 #include "scope.h"
 
 struct count {
-    Population *population;
+    ProcessCount *population;
     bool files;
     uint32_t *files_left;
 };
@@ -39,7 +39,7 @@ static void count_one(pid_t pid, void *context) {
         count_files(pid, count);
 }
 
-void population_count(int cgroup, Population *population, bool files, uint32_t *files_left) {
+void population_count(int cgroup, ProcessCount *population, bool files, uint32_t *files_left) {
     cgroup_each_process(cgroup, count_one, &(struct count){population, files, files_left});
 }
 

@@ -10,7 +10,7 @@
 enum { FILES_LOOKED_AT_MAX = 8192 };
 
 // Fills `population`. With `files`, descriptors are counted too, as long as `*files_left` allows.
-void population_count(int cgroup, Population *population, bool files, uint32_t *files_left);
+void population_count(int cgroup, ProcessCount *population, bool files, uint32_t *files_left);
 
 // Gives every process the score; what is forked meanwhile is caught by a second look.
 void population_set_oom_score(int cgroup, int score);

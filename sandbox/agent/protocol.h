@@ -11,11 +11,12 @@
 
 #include "error.h"
 
-enum { PROTOCOL_VERSION = 1 };
+// The range of protocol versions that this agent speaks.
+enum { PROTOCOL_MIN = 2, PROTOCOL_MAX = 2 };
 
 typedef Husk__Guest__V1__Hello Hello;
 typedef Husk__Guest__V1__Welcome Welcome;
-typedef Husk__Guest__V1__Phase Phase;
+typedef Husk__Guest__V1__BootPhase BootPhase;
 typedef Husk__Guest__V1__ContainerState ContainerState;
 typedef Husk__Guest__V1__Request Request;
 typedef Husk__Guest__V1__Reply Reply;
@@ -38,14 +39,14 @@ typedef Husk__Guest__V1__Resize Resize;
 typedef Husk__Guest__V1__Attach Attach;
 typedef Husk__Guest__V1__Detached Detached;
 typedef Husk__Guest__V1__Dial Dial;
-typedef Husk__Guest__V1__Adjustment Adjustment;
+typedef Husk__Guest__V1__ClockAdjustment ClockAdjustment;
 typedef Husk__Guest__V1__Clocks Clocks;
-typedef Husk__Guest__V1__TellClocks TellClocks;
+typedef Husk__Guest__V1__ReadClocks ReadClocks;
 typedef Husk__Guest__V1__HugePages HugePages;
 typedef Husk__Guest__V1__HugeDirectory HugeDirectory;
 typedef Husk__Guest__V1__WriteCgroup WriteCgroup;
 typedef Husk__Guest__V1__ReadCgroup ReadCgroup;
-typedef Husk__Guest__V1__Population Population;
+typedef Husk__Guest__V1__ProcessCount ProcessCount;
 typedef Husk__Guest__V1__OpenLog OpenLog;
 typedef Husk__Guest__V1__Event Event;
 typedef Husk__Guest__V1__Exited Exited;

@@ -70,22 +70,24 @@ static void read_boot_id(char id[BOOT_ID_SIZE + 1]) {
         id[0] = '\0';
 }
 
-static void send_welcome(struct agent *agent, uint64_t epoch) {
+static void send_welcome(struct agent *agent, uint32_t version, uint64_t epoch) {
     Welcome welcome = HUSK__GUEST__V1__WELCOME__INIT;
     struct utsname kernel;
     char boot_id[BOOT_ID_SIZE + 1] = "";
-    Phase phases[PHASES_MAX], *list[PHASES_MAX];
+    BootPhase phases[PHASES_MAX], *list[PHASES_MAX];
     if (agent->configured || agent->test)
         read_boot_id(boot_id);
     uname(&kernel);
-    welcome.version = PROTOCOL_VERSION;
+    welcome.version = version;
+    welcome.min_version = PROTOCOL_MIN;
+    welcome.max_version = PROTOCOL_MAX;
     welcome.epoch = epoch;
     welcome.agent = HUSK_BUILD_ID;
     welcome.kernel = kernel.release;
     welcome.boot_id = boot_id;
     welcome.configured = agent->configured;
     for (int i = 0; i < agent->phase_count; i++) {
-        husk__guest__v1__phase__init(&phases[i]);
+        husk__guest__v1__boot_phase__init(&phases[i]);
         phases[i].name = (char *)agent->phases[i].name;
         phases[i].at_ns = agent->phases[i].at_ns;
         list[i] = &phases[i];
@@ -102,19 +104,26 @@ static void send_welcome(struct agent *agent, uint64_t epoch) {
     free(welcome.containers);
 }
 
-// With another version nothing more is said: everything up to the next token is skipped. A template is
-// told nothing more either: what comes next is for a copy of it.
+// The highest version that both sides speak; 0: there is none.
+static uint32_t choose_version(const Hello *hello) {
+    uint32_t version = hello->version < PROTOCOL_MAX ? hello->version : PROTOCOL_MAX;
+    return version >= PROTOCOL_MIN && version >= hello->min_version ? version : 0;
+}
+
+// Without a common version everything up to the next token is skipped. So it is in a VM that is about to be
+// snapshotted: what comes next is meant for a clone of it.
 static int greet(struct agent *agent, const struct frame *frame) {
     Hello *hello = husk__guest__v1__hello__unpack(NULL, frame->length, frame->payload);
     if (!hello)
-        return -1;
-    bool same = hello->version == PROTOCOL_VERSION, last = same && hello->saved;
-    if (same)
+        return FRAME_SENSELESS;
+    uint32_t version = choose_version(hello);
+    bool last = version && hello->snapshot;
+    if (version)
         clock_set(agent, hello->wall_ns, CLOCK_SLACK_NS);
-    send_welcome(agent, hello->epoch);
+    send_welcome(agent, version, hello->epoch);
     husk__guest__v1__hello__free_unpacked(hello, NULL);
-    agent->channel.greeted = same && !last;
-    return !same ? FRAME_SENSELESS : last ? FRAME_LAST : FRAME_TAKEN;
+    agent->channel.greeted = version && !last;
+    return !version ? FRAME_SENSELESS : last ? FRAME_LAST : FRAME_TAKEN;
 }
 
 void send_message(struct agent *agent, enum frame_kind kind, uint32_t stream,
@@ -233,14 +242,14 @@ static void gather_all(struct agent *agent, const ReadCgroup *read, struct gathe
         gather(gathered, AT_FDCWD, read->paths[i]);
 }
 
-static void count_all(struct agent *agent, const ReadCgroup *read, Population *populations) {
+static void count_all(struct agent *agent, const ReadCgroup *read, ProcessCount *counts) {
     bool files = read->count == HUSK__GUEST__V1__READ_CGROUP__COUNT__FILES;
     uint32_t files_left = FILES_LOOKED_AT_MAX;
     for (size_t i = 0; i < read->n_container_ids; i++) {
-        husk__guest__v1__population__init(&populations[i]);
+        husk__guest__v1__process_count__init(&counts[i]);
         struct container *container = container_find(agent, read->container_ids[i]);
         if (container)
-            population_count(container->cgroup, &populations[i], files, &files_left);
+            population_count(container->cgroup, &counts[i], files, &files_left);
     }
 }
 
@@ -248,8 +257,8 @@ static void read_cgroup(struct agent *agent, uint32_t request, const ReadCgroup 
     size_t ids = read->n_container_ids, count = ids * read->n_names + read->n_paths, start = 0;
     struct gathered gathered = {.ends = memory_get(count * sizeof(size_t))};
     autofree ProtobufCBinaryData *values = memory_get(count * sizeof *values);
-    autofree Population *populations = memory_get(ids * sizeof *populations);
-    autofree Population **list = memory_get(ids * sizeof *list);
+    autofree ProcessCount *counts = memory_get(ids * sizeof *counts);
+    autofree ProcessCount **list = memory_get(ids * sizeof *list);
     gather_all(agent, read, &gathered);
     for (size_t i = 0; i < count; start = gathered.ends[i++])
         values[i] = (ProtobufCBinaryData){.len = gathered.ends[i] - start, .data = gathered.all.data + start};
@@ -259,11 +268,11 @@ static void read_cgroup(struct agent *agent, uint32_t request, const ReadCgroup 
     body.values = values;
     body.wall_ns = wall_ns();
     if (read->count != HUSK__GUEST__V1__READ_CGROUP__COUNT__NOTHING) {
-        count_all(agent, read, populations);
+        count_all(agent, read, counts);
         for (size_t i = 0; i < ids; i++)
-            list[i] = &populations[i];
-        body.n_populations = ids;
-        body.populations = list;
+            list[i] = &counts[i];
+        body.n_counts = ids;
+        body.counts = list;
     }
     reply.body_case = HUSK__GUEST__V1__REPLY__BODY_VALUES;
     reply.values = &body;
@@ -288,7 +297,7 @@ static void open_log(struct agent *agent, uint32_t request, const OpenLog *open)
     reply_send(agent, request, &reply);
 }
 
-static void tell_clocks(struct agent *agent, uint32_t request, const TellClocks *tell) {
+static void read_clocks(struct agent *agent, uint32_t request, const ReadClocks *tell) {
     struct error error = {0};
     if (tell->adjustment && clock_adjust(agent, tell->adjustment, &error) < 0) {
         reply_failure(agent, request, &error);
@@ -352,8 +361,8 @@ static int answer(struct agent *agent, uint32_t id, const Request *request) {
     case HUSK__GUEST__V1__REQUEST__BODY_DIAL:
         dial_start(agent, id, request->dial);
         return 0;
-    case HUSK__GUEST__V1__REQUEST__BODY_TELL_CLOCKS:
-        tell_clocks(agent, id, request->tell_clocks);
+    case HUSK__GUEST__V1__REQUEST__BODY_READ_CLOCKS:
+        read_clocks(agent, id, request->read_clocks);
         return 0;
     case HUSK__GUEST__V1__REQUEST__BODY_PING:
         reply_done(agent, id);

@@ -32,7 +32,7 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.guest import transports
 from sandbox.guest.connection import Connection
 from sandbox.guest.execs import ExecResult, run_exec
-from sandbox.guest.frames import NONCE_BYTES, VERSION, Frame, Kind, preamble
+from sandbox.guest.frames import MIN_VERSION, NONCE_BYTES, VERSION, Frame, Kind, preamble
 from sandbox.guest.streams import Inputs, OutputStream, StreamSink
 
 RequestId = NewType("RequestId", int)
@@ -77,9 +77,9 @@ class GuestClient:
         epoch: int,
         on_event: Callable[[pb.Event], None],
         timeout_s: float,
-        saved: bool = False,
+        snapshot: bool = False,
     ) -> GuestClient:
-        """Connect and greet; `on_event` may be called before this returns. With `saved` the VM is about
+        """Connect and greet; `on_event` may be called before this returns. With `snapshot` the VM is about
         to become a template: its agent greets, and then waits for whoever meets a copy of it.
 
         Raises GuestUnreachable (ProtocolError, VersionMismatch), or DeadlineExceeded when the
@@ -89,7 +89,7 @@ class GuestClient:
         client = cls(on_event, epoch, nonce)
         try:
             async with asyncio.timeout(timeout_s):
-                await client._greet(address, preamble(token, nonce), timeout_s, saved)
+                await client._greet(address, preamble(token, nonce), timeout_s, snapshot)
         except TimeoutError as cause:
             client._connection.fail(GuestUnreachable(f"no answer of the agent at {address}"))
             raise DeadlineExceeded(f"greeting the agent at {address}", timeout_s) from cause
@@ -98,7 +98,7 @@ class GuestClient:
             raise
         return client
 
-    async def _greet(self, address: str, opening: bytes, timeout_s: float, saved: bool) -> None:
+    async def _greet(self, address: str, opening: bytes, timeout_s: float, snapshot: bool) -> None:
         sock = await transports.connect(address, timeout_s)
         try:
             loop = asyncio.get_running_loop()
@@ -109,7 +109,13 @@ class GuestClient:
         self._connection.write(opening)
         await self._connection.ready
         # Only now: a HELLO that waited in a queue while the guest booted would set its clock back.
-        hello = pb.Hello(version=VERSION, epoch=self._epoch, wall_ns=time.time_ns(), saved=saved)
+        hello = pb.Hello(
+            version=VERSION,
+            min_version=MIN_VERSION,
+            epoch=self._epoch,
+            wall_ns=time.time_ns(),
+            snapshot=snapshot,
+        )
         self._connection.send(Kind.HELLO, 0, hello.SerializeToString())
         await self._welcome
 
@@ -118,6 +124,11 @@ class GuestClient:
     @property
     def welcome(self) -> pb.Welcome:
         return self._welcome.result()
+
+    @property
+    def version(self) -> int:
+        """The protocol version of this connection: the highest that both sides speak."""
+        return self.welcome.version
 
     @property
     def epoch(self) -> int:
@@ -292,8 +303,9 @@ class GuestClient:
         if kind is not Kind.WELCOME:
             raise ProtocolError(f"the guest sent {kind.name} in front of its WELCOME")
         welcome = _decode(pb.Welcome, payload)
-        if welcome.version != VERSION:
-            self._connection.fail(VersionMismatch(welcome.version, VERSION))
+        if not MIN_VERSION <= welcome.version <= VERSION:
+            spoken = (welcome.min_version or welcome.version, welcome.max_version or welcome.version)
+            self._connection.fail(VersionMismatch(spoken, (MIN_VERSION, VERSION)))
         elif welcome.epoch != self._epoch:
             raise ProtocolError(f"the guest welcomed epoch {welcome.epoch}, not {self._epoch}")
         else:

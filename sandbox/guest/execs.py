@@ -70,7 +70,7 @@ class _Run:
             stdout_stream=self.outputs[0].stream,
             stderr_stream=0 if process.tty else self.outputs[1].stream,
             window=WINDOW,
-            told_at_end=not process.tty,
+            reply_on_exit=not process.tty,
         )
 
     async def finish(self) -> ExecResult:

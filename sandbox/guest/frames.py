@@ -39,7 +39,8 @@ from typing import NamedTuple
 
 from sandbox.errors import ProtocolError
 
-VERSION = 1
+VERSION = 2  # of the protocol: the highest that this daemon speaks
+MIN_VERSION = 2  # and the lowest
 TOKEN_BYTES = 16
 NONCE_BYTES = 16
 MAX_PAYLOAD = 4 << 20

@@ -26,7 +26,7 @@ WINDOW = 256 << 10
 START_TIMEOUT_S = 60.0
 RESIZE_TIMEOUT_S = 10.0
 # Longer than a network's hiccup, far shorter than a container may be held up by a forgotten terminal.
-PATIENCE_MS = 10_000
+STALL_TIMEOUT_MS = 10_000
 _SIZE_MAX = 0xFFFF  # struct winsize
 
 
@@ -34,7 +34,7 @@ class Lagged(SandboxError):
     """An attachment was cut off: its reader stopped, and the container was not to wait any longer."""
 
     def __init__(self) -> None:
-        super().__init__(f"cut off: no output was taken for {PATIENCE_MS / 1000:g} s")
+        super().__init__(f"cut off: no output was taken for {STALL_TIMEOUT_MS / 1000:g} s")
 
 
 class Reader:
@@ -205,7 +205,7 @@ class AttachSession:
         stdout: bool,
         stderr: bool,
         stdin_once: bool = False,
-        patience_ms: int = PATIENCE_MS,
+        stall_timeout_ms: int = STALL_TIMEOUT_MS,
     ) -> AttachSession:
         """Raises GuestError when the container does not run, GuestUnreachable, DeadlineExceeded."""
         session = cls(client, container_id, Streams.open(client, stdin=stdin, stdout=stdout, stderr=stderr))
@@ -216,7 +216,7 @@ class AttachSession:
             stdout_stream=session.stdout.stream if session.stdout else 0,
             stderr_stream=session.stderr.stream if session.stderr else 0,
             window=WINDOW,
-            patience_ms=patience_ms,
+            stall_timeout_ms=stall_timeout_ms,
             stdin_once=stdin_once,
         )
         try:
@@ -232,7 +232,7 @@ class AttachSession:
 
     async def wait(self) -> int:
         """0 once the container has ended and all its output was read. Raises Lagged, GuestUnreachable."""
-        if (await asyncio.shield(self._detached)).late:
+        if (await asyncio.shield(self._detached)).stalled:
             raise Lagged
         return 0
 
@@ -263,7 +263,10 @@ class Forwarded:
         """Raises GuestError when nothing listens there, GuestUnreachable, DeadlineExceeded."""
         connection = cls(client.open_output(), Reader(client))
         dial = pb.Dial(
-            port=port, to_port=connection.writer.id, from_port=connection.reader.stream, window=WINDOW
+            port=port,
+            to_port_stream=connection.writer.id,
+            from_port_stream=connection.reader.stream,
+            window=WINDOW,
         )
         try:
             await client.call(pb.Request(dial=dial), timeout_s)

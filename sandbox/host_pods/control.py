@@ -247,13 +247,13 @@ def oom_kills(layout: Layout, path: str) -> int:
     return _keyed(read(layout, path, "memory.events")).get("oom_kill", 0)
 
 
-def population(layout: Layout, path: str, *, files: bool) -> pb.Population:
+def process_count(layout: Layout, path: str, *, files: bool) -> pb.ProcessCount:
     all = pids(layout, path)
     if not files:
-        return pb.Population(processes=len(all))
+        return pb.ProcessCount(processes=len(all))
     links = [link for pid in all for link in _descriptors(pid)]
     sockets = sum(link.startswith("socket:") for link in links)
-    return pb.Population(processes=len(all), files=len(links), sockets=sockets)
+    return pb.ProcessCount(processes=len(all), files=len(links), sockets=sockets)
 
 
 def _descriptors(pid: int) -> Iterator[str]:

@@ -199,7 +199,7 @@ class ProcessEngine:
         return pb.CgroupValues(
             values=[*values, devices, Path("/proc/meminfo").read_bytes()],
             wall_ns=time.time_ns(),
-            populations=[control.population(self._layout, path, files=files) for path in paths],
+            counts=[control.process_count(self._layout, path, files=files) for path in paths],
         )
 
     def cost(self, pod: Pod) -> tuple[float, int]:

@@ -39,7 +39,7 @@ from sandbox.errors import (
     StreamReset,
 )
 from sandbox.guest.execs import ExecResult
-from sandbox.guest.sessions import PATIENCE_MS, Lagged
+from sandbox.guest.sessions import STALL_TIMEOUT_MS, Lagged
 from sandbox.host import process
 from sandbox.host.process import ProcessIdentity
 from sandbox.host.tasks import end
@@ -420,7 +420,7 @@ class AttachSession:
 async def _make_room(queue: _Queue) -> None:
     """Raises Lagged."""
     try:
-        async with asyncio.timeout(PATIENCE_MS / 1000):
+        async with asyncio.timeout(STALL_TIMEOUT_MS / 1000):
             while queue.size >= _WINDOW:
                 queue.taken.clear()
                 await queue.taken.wait()

@@ -46,7 +46,7 @@ def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str)
     routes = network.routes if network else ()
     sysctls = compile_sysctls(pod.sysctls)
     return NetworkPlan(
-        sysctls=tuple(Sysctl(name=name, value=value) for name, value in sysctls.items()),
+        sysctls=tuple(Sysctl(path=sysctl_path(name), value=value) for name, value in sysctls.items()),
         interfaces=tuple(
             InterfacePlan(
                 mac=nic.mac,

@@ -147,7 +147,7 @@ class IdentityPlan(Value, frozen=True, kw_only=True):
 class Sysctl(Value, frozen=True, kw_only=True):
     """A kernel setting of the pod."""
 
-    name: str
+    path: str  # beneath /proc/sys
     value: str
 
 

@@ -143,18 +143,18 @@ def parse(
     pod, *each = (_cgroup(values.values, index * len(FILES), ceiling) for index in range(len(ids)))
     if pod.memory.limit:
         each = [_beneath(one, pod.memory.limit) for one in each]
-    populations = [*values.populations[1 : len(ids)]]
-    populations += [pb.Population()] * (len(container_ids) - len(populations))
+    counts = [*values.counts[1 : len(ids)]]
+    counts += [pb.ProcessCount()] * (len(container_ids) - len(counts))
     containers = [
         ContainerStats(
             container_id=id,
             at_ns=at_ns,
             usage=usage,
-            processes=population.processes,
-            files=population.files,
-            sockets=population.sockets,
+            processes=count.processes,
+            files=count.files,
+            sockets=count.sockets,
         )
-        for id, usage, population in zip(container_ids, each, populations, strict=True)
+        for id, usage, count in zip(container_ids, each, counts, strict=True)
     ]
     return PodStats(
         pod_id=pod_id,

@@ -67,7 +67,7 @@ class Discipline:
         self._readings: deque[Reading] = deque(maxlen=READINGS)
         self._told_ppb: int | None = None
 
-    def correct(self, reading: Reading, until_next_s: float) -> pb.Adjustment | None:
+    def correct(self, reading: Reading, until_next_s: float) -> pb.ClockAdjustment | None:
         """How its clocks have to run until the next reading; None: as they do."""
         self._readings.append(reading)
         off_ns = -reading.ahead_ns if abs(reading.ahead_ns) > reading.unsure_ns else 0
@@ -79,7 +79,7 @@ class Discipline:
         if not step_ns and rate_ppb == self._told_ppb:
             return None
         self._told_ppb = rate_ppb
-        return pb.Adjustment(step_ns=bounded(step_ns, STEP_LIMIT_NS), rate_ppb=rate_ppb)
+        return pb.ClockAdjustment(step_ns=bounded(step_ns, STEP_LIMIT_NS), rate_ppb=rate_ppb)
 
     def forget(self) -> None:
         """An adjustment that may have been lost is to be told again."""
@@ -99,10 +99,10 @@ def bounded(value: int, limit: int) -> int:
     return max(-limit, min(value, limit))
 
 
-async def read_clock(client: GuestClient, adjustment: pb.Adjustment | None = None) -> Reading:
+async def read_clock(client: GuestClient, adjustment: pb.ClockAdjustment | None = None) -> Reading:
     """Raises GuestError, GuestUnreachable, DeadlineExceeded."""
     wall_ns, begin_ns = time.time_ns(), time.monotonic_ns()
-    reply = await client.call(pb.Request(tell_clocks=pb.TellClocks(adjustment=adjustment)), TIMEOUT_S)
+    reply = await client.call(pb.Request(read_clocks=pb.ReadClocks(adjustment=adjustment)), TIMEOUT_S)
     half_ns = (time.monotonic_ns() - begin_ns) // 2
     return Reading(
         host_ns=begin_ns + half_ns,

@@ -115,7 +115,7 @@ class Templates:
                 epoch=1,
                 on_event=lambda event: None,
                 timeout_s=BOOT_TIMEOUT_S,
-                saved=True,
+                snapshot=True,
             )
             await client.close()
             check_clock(client, machine.handle.vmm)

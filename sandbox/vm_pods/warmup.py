@@ -75,7 +75,7 @@ async def warm_network(client: GuestClient) -> None:
         compile_identity(spec, entropy=b"", machine_id="", wall_ns=0),
         compile_network(spec, NETWORK, first_mac=FIRST_MAC),
     )
-    configure.rehearsal = True
+    configure.dry_run = True
     await client.call(pb.Request(configure=configure), TIMEOUT_S)
 
 

@@ -254,7 +254,7 @@ async def test_nobody_there(guest: Guest) -> None:
 async def test_a_slow_reader_loses_nothing(guest: Guest) -> None:
     """The container waits for it."""
     id, log = await logged(guest, "read x; seq 1 150000")
-    session = await attach(guest, id, patience_ms=60000)
+    session = await attach(guest, id, stall_timeout_ms=60000)
     assert session.stdin is not None
     assert session.stdout is not None
     await session.stdin.write(b"\n")
@@ -267,7 +267,7 @@ async def test_a_slow_reader_loses_nothing(guest: Guest) -> None:
 async def test_a_stopped_reader_is_cut_off(guest: Guest) -> None:
     """Then container, log and the others go on."""
     id, log = await logged(guest, FLOOD)
-    stopped = await attach(guest, id, patience_ms=300)
+    stopped = await attach(guest, id, stall_timeout_ms=300)
     other = await attach(guest, id, stdin=False)
     heard = Heard(other.stdout)
     assert stopped.stdin is not None
@@ -288,7 +288,7 @@ async def test_a_stopped_reader_is_cut_off(guest: Guest) -> None:
 async def test_a_stopped_reader_whose_host_is_gone(agent: Agent, guest: Guest) -> None:
     """Nobody comes back, and the container still goes on once patience has ended."""
     id = await guest.start(["sh", "-c", f"{FLOOD} & sleep 1; exec sleep 1000"], stdin=True)
-    await attach(guest, id, patience_ms=100)
+    await attach(guest, id, stall_timeout_ms=100)
     await guest.client.close()
     await asyncio.sleep(0.2)
     await guest.connect()

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from sandbox.guest import guest_pb2 as pb
+from sandbox.guest.frames import MIN_VERSION, VERSION
 from tests.kit.agent import TOKEN, Agent, Guest, RawHost, build, frame, start, wait_for
 from tests.kit.scratch import scratch_dir
 
 PING = frame(3, 77, pb.Request(ping=pb.Ping()).SerializeToString())
-HELLO = frame(1, 0, pb.Hello(version=1, epoch=3).SerializeToString())
+HELLO = frame(1, 0, pb.Hello(version=VERSION, epoch=3).SerializeToString())
 
 
 @pytest.fixture
@@ -33,7 +34,8 @@ def resync(host: RawHost) -> pb.Welcome:
 def test_welcome(agent: Agent) -> None:
     host = RawHost(agent.socket)
     welcome = host.greet()
-    assert (welcome.version, welcome.epoch) == (1, 7)
+    assert (welcome.version, welcome.epoch) == (VERSION, 7)
+    assert (welcome.min_version, welcome.max_version) == (MIN_VERSION, VERSION)
     assert welcome.kernel == os.uname().release
     assert welcome.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert len(welcome.agent) == 16
@@ -42,12 +44,39 @@ def test_welcome(agent: Agent) -> None:
     host.close()
 
 
-def test_wrong_version(agent: Agent) -> None:
+@pytest.mark.parametrize(
+    ("lowest", "highest"), [(0, VERSION), (1, VERSION), (VERSION, VERSION), (VERSION, 99), (1, 99)]
+)
+def test_hello_with_overlapping_versions_gets_the_highest_common_one(
+    agent: Agent, lowest: int, highest: int
+) -> None:
     host = RawHost(agent.socket)
-    assert host.greet(version=9).version == 1
+    assert host.greet(versions=(lowest, highest)).version == VERSION
+    assert not host.call(1, pb.Request(ping=pb.Ping())).HasField("failure")
+    host.close()
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(VERSION + 1, 99), (1, MIN_VERSION - 1), (5, 2)])
+def test_hello_without_a_common_version_gets_the_agents_range_and_nothing_else(
+    agent: Agent, lowest: int, highest: int
+) -> None:
+    host = RawHost(agent.socket)
+    welcome = host.greet(versions=(lowest, highest))
+    assert (welcome.version, welcome.epoch) == (0, 7)
+    assert (welcome.min_version, welcome.max_version) == (MIN_VERSION, VERSION)
     host.send(PING)
-    assert host.is_silent(), "nothing else is done"
-    assert resync(host).version == 1
+    assert host.is_silent(), "no request is executed"
+    assert resync(host).version == VERSION
+    host.close()
+
+
+def test_hello_of_protocol_1_is_refused(agent: Agent) -> None:
+    """Version 1 sent its wall clock in field 3, where later versions have their lowest version."""
+    host, nonce = RawHost(agent.socket), os.urandom(16)
+    host.send(TOKEN + nonce + frame(1, 0, b"\x08\x01\x10\x07\x18\x80\x80\x80\x80\x80\x80\x80\x80\x10"))
+    host.skip_to(nonce)
+    kind, _, payload = host.frame()
+    assert (kind, pb.Welcome.FromString(payload).version) == (2, 0)
     host.close()
 
 
@@ -55,7 +84,7 @@ def test_unknown_token(agent: Agent, host: RawHost) -> None:
     other = RawHost(agent.socket)
     other.send(b"not the token..." + bytes(16) + HELLO)
     assert other.is_silent()
-    assert resync(other).version == 1, "once the token comes, all is well"
+    assert resync(other).version == VERSION, "once the token comes, all is well"
     other.close()
 
 
@@ -66,7 +95,7 @@ def test_the_first_token_is_adopted() -> None:
         host.send(b"another ")
         host.close()  # half a token of a daemon that died
         host = RawHost(agent.socket)
-        assert host.greet(token=b"0123456789abcdef").version == 1
+        assert host.greet(token=b"0123456789abcdef").version == VERSION
         host.close()
         host = RawHost(agent.socket)
         host.send(TOKEN + bytes(16) + HELLO)
@@ -121,7 +150,7 @@ def test_the_last_of_two_preambles_counts(host: RawHost) -> None:
         frame(7, 1, b"abc"),
         frame(8, 1, b"x"),
         frame(9, 1, b"x"),
-        frame(1, 0, pb.Hello(version=1).SerializeToString()),  # a second greeting
+        frame(1, 0, pb.Hello(version=VERSION).SerializeToString()),  # a second greeting
         b"\0\0\0\0\3\1\0\0\1\0\0\0",
     ],
 )

@@ -13,7 +13,7 @@ from tests.kit.agent import Guest
 
 async def test_they_are_told(guest: Guest) -> None:
     wall, raw = time.time_ns(), time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
-    clocks = (await guest.call(tell_clocks=pb.TellClocks())).clocks
+    clocks = (await guest.call(read_clocks=pb.ReadClocks())).clocks
     assert wall <= clocks.wall_ns <= time.time_ns()
     assert raw <= clocks.raw_ns <= time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
 
@@ -21,12 +21,12 @@ async def test_they_are_told(guest: Guest) -> None:
 @pytest.mark.parametrize("rate_ppb", [100_000_001, -100_000_001, (1 << 63) - 1, -(1 << 63)])
 async def test_a_rate_beyond_what_a_kernel_takes_is_refused(guest: Guest, rate_ppb: int) -> None:
     with pytest.raises(GuestError) as caught:
-        await guest.call(tell_clocks=pb.TellClocks(adjustment=pb.Adjustment(rate_ppb=rate_ppb)))
+        await guest.call(read_clocks=pb.ReadClocks(adjustment=pb.ClockAdjustment(rate_ppb=rate_ppb)))
     assert (caught.value.step, caught.value.errno) == ("clock", 22)
 
 
 async def test_the_machines_own_are_left_alone(guest: Guest) -> None:
     wall = time.time_ns()
-    adjustment = pb.Adjustment(step_ns=3600 * 10**9, rate_ppb=1_000_000)
-    clocks = (await guest.call(tell_clocks=pb.TellClocks(adjustment=adjustment))).clocks
+    adjustment = pb.ClockAdjustment(step_ns=3600 * 10**9, rate_ppb=1_000_000)
+    clocks = (await guest.call(read_clocks=pb.ReadClocks(adjustment=adjustment))).clocks
     assert wall <= clocks.wall_ns <= time.time_ns()

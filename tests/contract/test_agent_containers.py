@@ -348,23 +348,25 @@ async def test_cgroup_of_all_containers(agent: Agent, guest: Guest) -> None:
         await guest.call(write_cgroup=pb.WriteCgroup(container_id="", files=files))
 
 
-async def populations(guest: Guest, ids: list[str], count: pb.ReadCgroup.Count.ValueType) -> list[Any]:
+async def count_processes(guest: Guest, ids: list[str], count: pb.ReadCgroup.Count.ValueType) -> list[Any]:
     reply = await guest.call(read_cgroup=pb.ReadCgroup(container_ids=ids, count=count))
-    return list(reply.values.populations)
+    return list(reply.values.counts)
 
 
 async def test_processes_and_files_are_counted(guest: Guest) -> None:
     script = "sleep 1000 & exec 5</etc/secret 6</etc/secret; exec sleep 1000"
     id = await guest.start(["sh", "-c", script])
     async with asyncio.timeout(20):
-        while (found := await populations(guest, [id, ".", "gone"], pb.ReadCgroup.FILES))[0].processes != 2:
+        while (found := await count_processes(guest, [id, ".", "gone"], pb.ReadCgroup.FILES))[
+            0
+        ].processes != 2:
             await asyncio.sleep(0.01)
     whole, all_of_them, gone = found
     # stdin, stdout and stderr of both, and what the first has opened
     assert (whole.processes, whole.files, whole.sockets) == (2, 8, 0)
-    assert all_of_them == gone == pb.Population()
-    assert (await populations(guest, [id], pb.ReadCgroup.PROCESSES)) == [pb.Population(processes=2)]
-    assert (await populations(guest, [id], pb.ReadCgroup.NOTHING)) == []
+    assert all_of_them == gone == pb.ProcessCount()
+    assert (await count_processes(guest, [id], pb.ReadCgroup.PROCESSES)) == [pb.ProcessCount(processes=2)]
+    assert (await count_processes(guest, [id], pb.ReadCgroup.NOTHING)) == []
 
 
 async def test_oom_score_of_what_runs(guest: Guest) -> None:

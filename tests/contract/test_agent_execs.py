@@ -28,8 +28,8 @@ class Running:
     ) -> None:
         hold = bool(more.pop("hold", False))
         self.guest = guest
-        told_at_end = bool(more.pop("told_at_end", False))
-        self.stdin = guest.client.open_output()  # not used with `told_at_end`
+        reply_on_exit = bool(more.pop("reply_on_exit", False))
+        self.stdin = guest.client.open_output()  # not used with `reply_on_exit`
         self.stdout = Sink(guest.client, window, hold=hold)
         tty = bool(more.get("tty"))
         self.stderr = self.stdout if tty else Sink(guest.client, window, hold=hold)
@@ -41,11 +41,11 @@ class Running:
                     container_id=box,
                     exec_id=self.id,
                     process=process(argv, **more),
-                    stdin_stream=0 if told_at_end else self.stdin.id,
+                    stdin_stream=0 if reply_on_exit else self.stdin.id,
                     stdout_stream=self.stdout.stream,
                     stderr_stream=0 if tty else self.stderr.stream,
                     window=window,
-                    told_at_end=told_at_end,
+                    reply_on_exit=reply_on_exit,
                 )
             )
         )
@@ -65,14 +65,14 @@ async def test_output_and_exit_code(guest: Guest, box: str) -> None:
 
 async def test_start_and_exit_are_told_together(guest: Guest, box: str) -> None:
     """For whoever waits for both; what it prints comes when it is printed."""
-    running = Running(guest, box, ["sh", "-c", "echo on; sleep 0.3; exit 4"], told_at_end=True)
+    running = Running(guest, box, ["sh", "-c", "echo on; sleep 0.3; exit 4"], reply_on_exit=True)
     await running.stdout.read(lambda seen: seen == b"on\n")
     assert not running.started.done() and not running.stdout.ended.is_set()
     assert (await running.exited).exit_code == 4
     assert running.started.done() and running.stdout.ended.is_set() and running.stderr.ended.is_set()
     with pytest.raises(GuestError, match="no-such"):
-        await Running(guest, box, ["no-such"], told_at_end=True).started
-    running = Running(guest, box, ["sh", "-c", "head -c 3000000 /dev/zero; exit 5"], told_at_end=True)
+        await Running(guest, box, ["no-such"], reply_on_exit=True).started
+    running = Running(guest, box, ["sh", "-c", "head -c 3000000 /dev/zero; exit 5"], reply_on_exit=True)
     assert (await running.exited).exit_code == 5
     assert len(running.stdout.seen) == 3_000_000
 

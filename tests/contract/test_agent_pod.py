@@ -92,7 +92,7 @@ async def test_interfaces_and_routes(agent: Agent, guest: Guest) -> None:
             pb.Route(destination="10.6.0.0/16", gateway="169.254.1.1", interface="eth0", on_link=True),
             pb.Route(destination="::/0", gateway="fd00:9::1", interface="eth1"),
         ],
-        sysctls=[pb.Sysctl(name="net.ipv4.conf.eth1.forwarding", value="1")],
+        sysctls=[pb.Sysctl(path="net/ipv4/conf/eth1/forwarding", value="1")],
     )
     for _ in range(2):  # a second time, as after a failure half-way
         await guest.call(configure=wish)
@@ -129,9 +129,9 @@ async def test_interfaces_and_routes(agent: Agent, guest: Guest) -> None:
             {"routes": [pb.Route(destination="10.0.0.0/8", gateway="fd00::1", interface="lo")]},
             "route 10.0.0.0/8",
         ),
-        ({"sysctls": [pb.Sysctl(name="net.no.such", value="1")]}, "sysctl net.no.such"),
-        ({"sysctls": [pb.Sysctl(name="vm.swappiness", value="60")]}, "sysctl vm.swappiness"),
-        ({"sysctls": [pb.Sysctl(name="net/../vm/swappiness", value="60")]}, "sysctl net/../vm/swappiness"),
+        ({"sysctls": [pb.Sysctl(path="net/no/such", value="1")]}, "sysctl net/no/such"),
+        ({"sysctls": [pb.Sysctl(path="vm/swappiness", value="60")]}, "sysctl vm/swappiness"),
+        ({"sysctls": [pb.Sysctl(path="net/../vm/swappiness", value="60")]}, "sysctl net/../vm/swappiness"),
         ({"hostname": "x" * 100}, "hostname"),
     ],
 )
@@ -155,8 +155,8 @@ async def test_the_machine_stays_as_it_is(agent: Agent, guest: Guest) -> None:
 
 async def test_namespaced_sysctls(agent: Agent, guest: Guest) -> None:
     sysctls = [
-        pb.Sysctl(name="kernel.shm_rmid_forced", value="1"),
-        pb.Sysctl(name="net/ipv4/ip_forward", value="1"),
+        pb.Sysctl(path="kernel/shm_rmid_forced", value="1"),
+        pb.Sysctl(path="net/ipv4/ip_forward", value="1"),
     ]
     await guest.call(configure=configure(sysctls=sysctls))
     assert agent.run_inside("cat", "/proc/sys/net/ipv4/ip_forward") == "1\n"
@@ -187,12 +187,12 @@ async def test_a_template_forgets_whom_it_met(agent: Agent) -> None:
     """The first to meet a copy of it has a token of its own, and the one of the template is nobody's."""
     address, first = f"unix:{agent.socket}", bytes(range(16))
 
-    async def connect(token: bytes, epoch: int, *, saved: bool = False) -> GuestClient:
+    async def connect(token: bytes, epoch: int, *, snapshot: bool = False) -> GuestClient:
         return await GuestClient.connect(
-            address, token=token, epoch=epoch, on_event=lambda event: None, timeout_s=5, saved=saved
+            address, token=token, epoch=epoch, on_event=lambda event: None, timeout_s=5, snapshot=snapshot
         )
 
-    template = await connect(TOKEN, 50, saved=True)
+    template = await connect(TOKEN, 50, snapshot=True)
     await template.close()
     copy = await connect(first, 1)
     await copy.call(pb.Request(ping=pb.Ping()), 5)

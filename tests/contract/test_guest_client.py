@@ -23,7 +23,7 @@ from sandbox.guest import client as client_module
 from sandbox.guest import connection, execs
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
-from sandbox.guest.frames import Kind, encode
+from sandbox.guest.frames import MIN_VERSION, VERSION, Kind, encode
 from tests.fakes.guest import FakeAgent, FakeProgram
 
 TOKEN = b"token of the vm."
@@ -102,7 +102,7 @@ async def test_greeting(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     assert client.welcome.agent == "fake"
     assert [(state.id, state.log_end) for state in client.welcome.containers] == [("c1", 5)]
-    assert (agent.hellos[0].epoch, agent.hellos[0].version) == (1, 1)
+    assert (agent.hellos[0].epoch, agent.hellos[0].version) == (1, 2)
     assert abs(agent.hellos[0].wall_ns - time.time_ns()) < 5e9
 
 
@@ -145,11 +145,51 @@ async def test_half_a_frame_of_a_dead_daemon_does_no_harm(agent: FakeAgent, host
     await second.call(PING, 5)
 
 
-async def test_another_version_is_refused_with_both_numbers(agent: FakeAgent, host: Host) -> None:
-    agent.version = 9
-    with pytest.raises(VersionMismatch, match="version 9, Husk speaks 1") as caught:
+@pytest.mark.parametrize("versions", [(1, VERSION), (MIN_VERSION, 9), (1, 9)])
+async def test_connect_to_an_agent_with_a_common_version_works(
+    agent: FakeAgent, host: Host, versions: tuple[int, int]
+) -> None:
+    agent.versions = versions
+    client = await host.connect()
+    assert client.version == VERSION
+    await client.call(PING, 5)
+
+
+@pytest.mark.parametrize(
+    ("versions", "text"),
+    [((9, 12), "agent speaks protocol versions 9 to 12"), ((1, 1), "agent speaks protocol version 1,")],
+)
+async def test_connect_without_a_common_version_is_refused_with_both_ranges(
+    agent: FakeAgent, host: Host, versions: tuple[int, int], text: str
+) -> None:
+    agent.versions = versions
+    with pytest.raises(VersionMismatch, match=f"{text}.*Husk speaks version {VERSION};") as caught:
         await host.connect()
-    assert (caught.value.agent, caught.value.husk) == (9, 1)
+    assert (caught.value.agent, caught.value.husk) == (versions, (MIN_VERSION, VERSION))
+
+
+async def test_connect_to_an_agent_of_protocol_1_is_refused(agent: FakeAgent, host: Host) -> None:
+    """The bytes are such an agent's: its fields 1 to 6 still parse, and it names no range."""
+    phase = b"\x0a\x05agent\x10\x80\xb4\xc4\xc3\x21"
+    welcome = (
+        b"\x08\x01\x10\x01\x1a\x020b\x22\x046.18\x32"
+        + bytes([len(phase)])
+        + phase
+        + b"\xe0\x03\x80\xe8\x92\x26"
+    )
+    agent.welcome = welcome
+    with pytest.raises(VersionMismatch, match="the agent speaks protocol version 1, Husk") as caught:
+        await host.connect()
+    assert caught.value.agent == (1, 1)
+
+
+@pytest.mark.parametrize("version", [MIN_VERSION - 1, VERSION + 1, (1 << 32) - 1])
+async def test_connect_to_an_agent_that_chooses_a_version_out_of_range_is_refused(
+    agent: FakeAgent, host: Host, version: int
+) -> None:
+    agent.welcome = pb.Welcome(version=version, epoch=1, min_version=1, max_version=9).SerializeToString()
+    with pytest.raises(VersionMismatch):
+        await host.connect()
 
 
 async def test_another_epoch_is_refused(agent: FakeAgent, host: Host) -> None:

@@ -16,6 +16,7 @@ from typing import cast
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.frames import (
     MAX_DATA,
+    MIN_VERSION,
     VERSION,
     Frame,
     FrameParser,
@@ -76,7 +77,8 @@ class FakeAgent:
         self.signals: list[pb.Signal] = []
         self.stdin = bytearray()
         # ---- what may go wrong
-        self.version = VERSION
+        self.versions = (MIN_VERSION, VERSION)  # that it speaks, lowest and highest
+        self.welcome = b""  # sent in place of its own
         self.now_ns = 0  # what its clock says when it greets; 0: it does not tell
         self.wrong_epoch = False
         self.silent = False  # reads, and never answers the preamble
@@ -212,15 +214,22 @@ class FakeAgent:
             for id, c in self.containers.items()
         ]
         welcome = pb.Welcome(
-            version=self.version,
+            version=self._choose(hello),
+            min_version=self.versions[0],
+            max_version=self.versions[1],
             epoch=hello.epoch + self.wrong_epoch,
             agent="fake",
             kernel="0.0-fake",
             containers=states,
             now_ns=self.now_ns,
         )
-        self.send(Kind.WELCOME, 0, welcome.SerializeToString())
+        self.send(Kind.WELCOME, 0, self.welcome or welcome.SerializeToString())
         self.connected.set()
+
+    def _choose(self, hello: pb.Hello) -> int:
+        """The highest common version; 0: there is none."""
+        version = min(hello.version, self.versions[1])
+        return version if version >= max(hello.min_version, self.versions[0]) else 0
 
     def _window(self, stream: int, credit: int) -> None:
         output = self._outputs.get(stream)

@@ -82,8 +82,8 @@ class Guest:
     def values(self, read: pb.ReadCgroup) -> pb.Reply:
         one = [f"usage_usec {self.cpu_usec}\n".encode(), *[b""] * (len(FILES) - 1)]
         files = [] if self.rubbish else [*one * len(read.container_ids), *[b""] * len(PATHS)]
-        populations = [pb.Population(processes=1) for _ in read.container_ids]
-        values = pb.CgroupValues(values=files, wall_ns=self.wall_ns, populations=populations)
+        counts = [pb.ProcessCount(processes=1) for _ in read.container_ids]
+        values = pb.CgroupValues(values=files, wall_ns=self.wall_ns, counts=counts)
         return pb.Reply(values=values)
 
 

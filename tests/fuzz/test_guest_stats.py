@@ -58,7 +58,7 @@ DISK = Filesystem(device="8:1", total_bytes=1, total_inodes=1, free_inodes=1)
 )
 def test_any_files(files: list[bytes], wall_ns: int, counts: list[int]) -> None:
     answer = pb.CgroupValues(values=files, wall_ns=wall_ns)
-    answer.populations.extend(pb.Population(processes=n, files=n, sockets=n) for n in counts)
+    answer.counts.extend(pb.ProcessCount(processes=n, files=n, sockets=n) for n in counts)
     found = parse.parse(POD.id, [CONTAINER.id], ["eth0"], answer, 9)
     assert found is not None
     (container,) = found.containers

@@ -20,8 +20,10 @@ from typing import Any
 
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
+from sandbox.guest.frames import MIN_VERSION, VERSION
 
 TREE = Path(__file__).parents[2]
+VERSIONS = (MIN_VERSION, VERSION)
 TOKEN = b"token of the vm."
 ALL_CAPS = (1 << 41) - 1
 APPLETS = """
@@ -313,9 +315,12 @@ class RawHost:
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
 
-    def greet(self, token: bytes = TOKEN, nonce: bytes | None = None, version: int = 1) -> pb.Welcome:
+    def greet(
+        self, token: bytes = TOKEN, nonce: bytes | None = None, versions: tuple[int, int] = VERSIONS
+    ) -> pb.Welcome:
         nonce = nonce or os.urandom(16)
-        self.send(token + nonce + frame(1, 0, pb.Hello(version=version, epoch=7).SerializeToString()))
+        hello = pb.Hello(min_version=versions[0], version=versions[1], epoch=7)
+        self.send(token + nonce + frame(1, 0, hello.SerializeToString()))
         self.skip_to(nonce)
         kind, _, payload = self.frame()
         assert kind == 2

@@ -13,7 +13,7 @@ BEGAN_S = 1000.0
 
 def told(*moments: tuple[str, int], now_ms: int = 900, received_s: float = 2.0) -> Sequence[Phase]:
     """What comes of a Welcome that was received so long after the pod was asked for."""
-    phases = [pb.Phase(name=name, at_ns=at_ms * 1_000_000) for name, at_ms in moments]
+    phases = [pb.BootPhase(name=name, at_ns=at_ms * 1_000_000) for name, at_ms in moments]
     welcome = pb.Welcome(phases=phases, now_ns=now_ms * 1_000_000)
     return tuple(
         guest_phases(welcome, received_s=BEGAN_S + received_s, began_s=BEGAN_S, vmm_started_s=BEGAN_S + 0.5)

@@ -24,7 +24,7 @@ class Guest:
     raw_ns: int = 7 * S
     ahead_ns: float = 0
     rate_ppb: int = 0
-    told: list[pb.Adjustment] = field(default_factory=list)
+    told: list[pb.ClockAdjustment] = field(default_factory=list)
     chance: random.Random = field(default_factory=lambda: random.Random(1))
 
     def live(self, seconds: float) -> None:

@@ -79,7 +79,7 @@ def test_container_plan_survives_its_file_and_its_message() -> None:
 
 def test_parts_of_a_configuration_make_one_message() -> None:
     identity = values.IdentityPlan(hostname="web", entropy=b"e", machine_id="0" * 32, wall_ns=5)
-    network = values.NetworkPlan(sysctls=(values.Sysctl(name="a.b", value="1"),))
+    network = values.NetworkPlan(sysctls=(values.Sysctl(path="a/b", value="1"),))
     message = encode_configuration(identity, network)
     assert (message.hostname, message.wall_ns, message.sysctls[0].value) == ("web", 5, "1")
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
 from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start, vm_size
+from sandbox.plan.configure import sysctl_path
 from sandbox.plan.devices import wanted_devices
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, compile_mounts
 from sandbox.plan.paths import container_path, covers, depth
@@ -326,7 +327,7 @@ def test_pod_without_network_and_hostname_has_no_interfaces_and_is_named_by_its_
 def test_a_pods_own_value_replaces_a_default_under_either_spelling() -> None:
     for name in ("net.ipv4.ip_unprivileged_port_start", "net/ipv4/ip_unprivileged_port_start"):
         sysctls = network(sysctls={name: "80"}).sysctls
-        found = [each.value for each in sysctls if each.name.endswith("port_start")]
+        found = [each.value for each in sysctls if each.path.endswith("port_start")]
         assert found == ["80"]
 
 
@@ -334,7 +335,7 @@ def test_a_pods_own_value_replaces_a_default_under_either_spelling() -> None:
     "name", ["kernel.msgmax", "net/ipv4/conf/eth0.100/forwarding", "net.ipv4.conf.eth0/1.forwarding"]
 )
 def test_sysctls_of_any_kind_are_the_pods_own(name: str) -> None:
-    assert name in [each.name for each in network(sysctls={name: "1"}).sysctls]
+    assert sysctl_path(name) in [each.path for each in network(sysctls={name: "1"}).sysctls]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_what_is_asked_for_is_one_message() -> None:
 
 def test_a_container() -> None:
     answer = values({}, CONTAINER)
-    answer.populations.extend([pb.Population(), pb.Population(processes=2, files=30, sockets=4)])
+    answer.counts.extend([pb.ProcessCount(), pb.ProcessCount(processes=2, files=30, sockets=4)])
     (container,) = parsed(answer).containers
     assert (container.container_id, container.at_ns) == ("c", 9)
     assert (container.processes, container.files, container.sockets) == (2, 30, 4)
@@ -127,7 +127,7 @@ def test_available_is_what_the_lowest_limit_above_leaves() -> None:
 
 def test_a_pod_is_the_cgroup_that_holds_its_containers() -> None:
     answer = values({"cpu.stat": b"usage_usec 7\n"}, CONTAINER, CONTAINER)
-    answer.populations.extend([pb.Population(), pb.Population(processes=2), pb.Population(processes=3)])
+    answer.counts.extend([pb.ProcessCount(), pb.ProcessCount(processes=2), pb.ProcessCount(processes=3)])
     found = parsed(answer, ("a", "b"), ("eth0", "eth1", "eth2"))
     assert (found.usage.cpu.usage_ns, found.processes) == (7000, 5)
     assert [one.container_id for one in found.containers] == ["a", "b"]
@@ -157,7 +157,7 @@ def test_an_agent_that_answers_something_else() -> None:
 def test_an_agent_that_counts_nothing_or_too_much() -> None:
     answer = values({}, CONTAINER)
     assert parsed(answer).containers[0].processes == 0
-    answer.populations.extend([pb.Population(processes=1)] * 50)
+    answer.counts.extend([pb.ProcessCount(processes=1)] * 50)
     assert [one.processes for one in parsed(answer).containers] == [1]
 
 
