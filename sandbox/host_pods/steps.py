@@ -111,7 +111,8 @@ class Processes:
     async def _start(self, pod: Pod) -> ProcessIdentity:
         """Returns once it has written all. Raises GuestError with the sysctl that it could not write."""
         spec = pod.record.spec
-        settings = {"kernel/hostname": pod_hostname(pod.record), **pod_sysctls(spec)}
+        hostname = pod_hostname(spec, pod.id, os.uname().nodename)
+        settings = {"kernel/hostname": hostname, **pod_sysctls(spec)}
         words = [word for pair in settings.items() for word in pair]
         argv = ["unshare", "--uts", *([] if spec.host_ipc else ["--ipc"])]
         if spec.pid_mode is not PidMode.NODE:

@@ -8,8 +8,8 @@
 
 Pure: no clock, files or loop, so a plan is a function of its arguments and the golden tests pin it
 (tests/golden/plan). Whatever is wrong with a request is found here, as InvalidSpec with the field,
-before the guest hears of it. `seccomp_for`, which reads Localhost profiles, is not of this package
-and is only named here beside `device_filter_for`, as both give `compile_start` its bytes.
+before anything is made. What a plan needs of the node (files of images, devices, CDI specifications, the
+seccomp profile) is read by `steps` and passed in.
 """
 
 from sandbox.plan.configure import compile_identity, compile_network
@@ -20,7 +20,6 @@ from sandbox.plan.resources import compile_resources
 from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.plan.size import HUGE_PAGE_MIB, grown_size, huge_mib, vm_size
 from sandbox.plan.start import compile_start, limited
-from sandbox.seccomp import seccomp_for
 
 __all__ = [
     "HUGE_PAGE_MIB",
@@ -35,7 +34,6 @@ __all__ = [
     "huge_mib",
     "limited",
     "resolve_stop_signal",
-    "seccomp_for",
     "signal_number",
     "vm_size",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from network.attach import Attachment
+from network.spec import Attachment
 from sandbox.errors import InvalidSpec
 from sandbox.plan.paths import checked
 from sandbox.plan.values import IdentityPlan, InterfacePlan, NetworkPlan, RoutePlan, Sysctl

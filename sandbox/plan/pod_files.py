@@ -1,51 +1,65 @@
-"""The files that make a container a member of its pod: hosts, hostname, resolv.conf."""
+"""The files that make a container a member of its pod: hosts, hostname, resolv.conf. Pure."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Sequence
 
 from sandbox.errors import InvalidSpec
-from sandbox.records import PodRecord
-from sandbox.spec import Dns, Value
+from sandbox.spec import Dns, PodSpec, Value
 
-HOST_RESOLV_CONF = Path("/etc/resolv.conf")
-HOST_HOSTS = Path("/etc/hosts")
+SHORT_ID = 12  # characters; what a pod without a hostname is called
+
+
+class NodeFiles(Value, frozen=True, kw_only=True):
+    """What pods may be given of the node (see `steps.node_files`)."""
+
+    nodename: str  # uname(2)
+    hosts: bytes | None  # of /etc/hosts; None: there is none
+    resolv_conf: bytes  # of /etc/resolv.conf; empty: there is none
 
 
 class PodFiles(Value, frozen=True, kw_only=True):
+    """Contents of /etc/hosts, /etc/hostname and /etc/resolv.conf."""
+
     hosts: bytes
     hostname: bytes
     resolv_conf: bytes
 
 
-def pod_files(record: PodRecord) -> PodFiles:
-    """As every container of the pod sees them, unless a mount covers the path."""
-    hostname = pod_hostname(record)
-    ips = record.network.ips if record.network else ()
-    shared = record.spec.host_network and HOST_HOSTS.exists()
+def pod_files(spec: PodSpec, node: NodeFiles, *, pod_id: str, ips: Sequence[str]) -> PodFiles:
+    """Return the files as every container of the pod sees them, unless a mount covers the path.
+
+    With the node's network the pod has the node's /etc/hosts. Raises InvalidSpec with the field.
+    """
+    hostname = pod_hostname(spec, pod_id, node.nodename)
+    own = node.hosts if spec.host_network else None
     return PodFiles(
-        hosts=HOST_HOSTS.read_bytes() if shared else hosts(hostname, ips),
+        hosts=hosts(hostname, ips) if own is None else own,
         hostname=f"{hostname}\n".encode(),
-        resolv_conf=resolv_conf(record.spec.dns),
+        resolv_conf=resolv_conf(spec.dns, node.resolv_conf),
     )
 
 
-def pod_hostname(record: PodRecord) -> str:
-    # hostname(7): 64 bytes; a client that names none gets one that can be found again
-    return record.spec.hostname or (os.uname().nodename if record.spec.host_network else record.id[:12])
+def pod_hostname(spec: PodSpec, pod_id: str, nodename: str) -> str:
+    """Return the hostname that was asked for, else the node's with its network, else the short id."""
+    return spec.hostname or (nodename if spec.host_network else pod_id[:SHORT_ID])
 
 
-def hosts(hostname: str, ips: tuple[str, ...]) -> bytes:
+def hosts(hostname: str, ips: Sequence[str]) -> bytes:
+    """Return a hosts(5) file for the loopback addresses and for the pod's own."""
     lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback"]
     lines += [f"{ip}\t{hostname}" for ip in ips]
     return ("\n".join(lines) + "\n").encode()
 
 
-def resolv_conf(dns: Dns) -> bytes:
-    """An empty DNS configuration means the host's own file (CRI, PodSandboxConfig.dns_config)."""
+def resolv_conf(dns: Dns, of_node: bytes) -> bytes:
+    """Return a resolv.conf(5) file.
+
+    An empty DNS configuration means the node's own file (CRI, PodSandboxConfig.dns_config).
+    Raises InvalidSpec for an entry that is not one printable word.
+    """
     if not (dns.servers or dns.searches or dns.options):
-        return HOST_RESOLV_CONF.read_bytes() if HOST_RESOLV_CONF.exists() else b""
+        return of_node
     for field in ("servers", "searches", "options"):
         for value in getattr(dns, field):
             if not value or any(each.isspace() or not each.isprintable() for each in value):

@@ -16,14 +16,16 @@ from image.stores import RootfsStore
 from sandbox.apparmor import Policy, policy_for
 from sandbox.container import Container
 from sandbox.host.openat import make_beneath, read_beneath
-from sandbox.plan import MountSource, compile_start, device_filter_for, seccomp_for
+from sandbox.plan import MountSource, compile_start, device_filter_for
 from sandbox.plan.devices import Wanted, wanted_devices
 from sandbox.plan.paths import covers
-from sandbox.plan.pod_files import pod_files
+from sandbox.plan.pod_files import PodFiles, pod_files
 from sandbox.plan.users import resolve_user
 from sandbox.plan.values import ContainerPlan, Make
-from sandbox.records import User
+from sandbox.records import PodRecord, User
+from sandbox.seccomp import seccomp_for
 from sandbox.spec import AppArmor, ContainerSpec
+from sandbox.steps.node_files import read_node_files
 from sandbox.steps.volumes import find_sources, id_map
 from sandbox.vm_pods.steps import GUEST_ROOTFS
 
@@ -82,7 +84,7 @@ class Plan:
             rootfs=self.rootfs(container),
             mount_sources=self.sources(container),
             user=user,
-            files=pod_files(pod),
+            files=_files(pod),
             seccomp=seccomp_for(record.spec.security),
             device_filter=device_filter_for(record.spec, devices),
             apparmor=self.policy(record.spec.security.apparmor),
@@ -92,6 +94,11 @@ class Plan:
         make_mount_points(container.rootfs, plan)
         container.save_plan(plan)
         container.update(user=User(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))
+
+
+def _files(pod: PodRecord) -> PodFiles:
+    ips = pod.network.ips if pod.network else ()
+    return pod_files(pod.spec, read_node_files(), pod_id=pod.id, ips=ips)
 
 
 def plan_for_guest(default_profile: Path) -> Plan:

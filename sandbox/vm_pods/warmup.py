@@ -23,13 +23,14 @@ from network.spec import Attachment, Interface, Route
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.host import mounts
-from sandbox.plan import compile_exec, compile_identity, compile_network, compile_start, seccomp_for
+from sandbox.plan import compile_exec, compile_identity, compile_network, compile_start
 from sandbox.plan.device_filter import device_filter_for
 from sandbox.plan.encode import encode_configuration, encode_container, encode_process
 from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.users import ResolvedUser
 from sandbox.plan.values import ContainerPlan, Make, MountPlan
 from sandbox.plan.vm import FIRST_MAC
+from sandbox.seccomp import seccomp_for
 from sandbox.spec import ContainerSpec, ImageDefaults, PodSpec, Seccomp, SeccompKind, SecuritySpec
 from sandbox.steps.container import make_mount_points
 from sandbox.steps.pod import remove_tree
