@@ -94,7 +94,8 @@ def _serve(args: argparse.Namespace) -> int:
 
     from cri import daemon
     from cri.lock import DirectoryTaken, hold
-    from cri.observe import MetricsNotServed, setup_logging
+    from cri.log_format import setup_logging
+    from cri.metrics_server import MetricsNotServed
     from cri.server import SocketTaken
     from cri.streaming.server import StreamingNotServed
 

@@ -1,10 +1,13 @@
-"""`husk serve`: the one place that reads the configuration and builds the long-lived objects.
+"""`husk serve`: reads the configuration and builds the long-lived objects; nothing else does either.
 
-Start: the ports of metrics and streaming are taken and the socket's place looked at, as whoever cannot
-have them shall touch nothing. Then records are read, the pods that an earlier daemon left are taken up or
-undone, what has no owner is swept; only then is the socket opened. End: calls under way get a few
-seconds, streaming sessions are hung up, everything is let go of, and no pod is touched; only VMs that
-waited for one are ended.
+`build` is the composition root of the daemon and of the tests that run it against fakes: a test passes
+`Overrides` and gets the same objects, wired in the same way.
+
+Start: the daemon binds the ports of metrics and streaming and checks that its socket is free, so that a
+daemon that cannot serve changes nothing. Then it reads the records, recovers or undoes the pods that the
+previous daemon left, and releases resources without a record; only then does it open the socket. Stop:
+running calls get SHUTDOWN_GRACE_S, streaming sessions are closed, and every pod keeps running; only the
+pooled VMs are destroyed.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cri.config import Config
 from cri.interceptor import Interceptor
+from cri.metric_sources import MetricSources, record_start
+from cri.metrics import Metrics
+from cri.metrics_server import MetricsServer
 from cri.node import HuskNode
-from cri.observe import Metrics, MetricsServer, SandboxUsage, Sources
 from cri.ports import Features
 from cri.server import Server, Service
 from cri.services.image_service import image_service, transfer_service
@@ -28,7 +33,9 @@ from cri.services.sessions import SandboxBackend
 from cri.streaming.server import Settings, StreamingServer
 from cri.version import version
 from image.image_store import ImageStore
+from image.index import Image
 from image.settings import Settings as ImageSettings
+from image.stores import RootfsStore
 from network.attach import Networks
 from network.errors import NetworkError
 from sandbox.containers import ContainerDeps, Containers
@@ -43,30 +50,141 @@ from sandbox.host_pods.engine import ProcessDeps, ProcessEngine
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.pods import PodDeps, Pods
-from sandbox.records import ContainerRecord, PodRecord, Side
+from sandbox.records import ContainerRecord, PodRecord
 from sandbox.registry import Registry
-from sandbox.spec import Isolation
+from sandbox.spec import Handler, Isolation, VmSize
 from sandbox.stats.collector import StatsCollector
 from sandbox.stats.host_usage import HostUsage, host_usage
 from sandbox.stats.layer_usage import LayerUsage
-from sandbox.steps.pod import PodSteps, pod_steps
+from sandbox.steps.pod import pod_steps
 from sandbox.store import Store
+from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.engine import VmDeps, VmEngine
 from sandbox.vm_pods.pool import PoolDeps, VmPool
 from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.steps import Vm, grow
 from sandbox.vm_pods.templates import Templates
-from sandbox.vmm import find_hypervisor
+from sandbox.vmm import Hypervisor, find_hypervisor
 
 log = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S = 5.0
-GUEST_PHASES = frozenset({"firmware", "kernel", "mounts", "modules", "channel"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """What `build` uses in place of the objects that it would make from the configuration.
+
+    None means the real one. An object that is passed in stays the caller's: `Daemon.stop` closes `images`
+    as it closes its own, which is idempotent.
+    """
+
+    hypervisor: Hypervisor | None = None
+    choose_accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]] | None = None
+    find_handler: Callable[[str], Handler] | None = None  # raises InvalidSpec, MissingProgram
+    networks: Networks | None = None
+    images: ImageStore | None = None
+    find_image: Callable[[str], Image] | None = None  # for containers; raises ImageNotFound
+    rootfs: RootfsStore | None = None
+    vm_cgroups: cgroup.Cgroups | None = None
+    process_cgroups: cgroup.Cgroups | None = None
+    host_size: HostSize | None = None
+    grow_vm: Callable[[Pod, VmSize], Awaitable[None]] | None = None
+    vm_usage: Callable[[Pod], HostUsage] | None = None
+
+
+@dataclass(kw_only=True)
+class Daemon:
+    """Every long-lived object of the daemon, and the order in which they start and stop."""
+
+    config: Config
+    tasks: Tasks
+    flights: Flights
+    metrics: Metrics
+    metrics_server: MetricsServer | None = None
+    registry: Registry
+    pod_store: Store[PodRecord]
+    container_store: Store[ContainerRecord]
+    hypervisor: Hypervisor
+    networks: Networks
+    images: ImageStore
+    node: HuskNode
+    events: Events
+    stats: StatsCollector
+    containers: Containers
+    pods: Pods
+    pool: VmPool
+    vm_engine: VmEngine
+    process_engine: ProcessEngine
+    metric_sources: MetricSources
+    streaming: StreamingServer
+    server: Server
+
+    async def start(self) -> None:
+        """Recover what the previous daemon left, then serve.
+
+        Raises MetricsNotServed, StreamingNotServed, SocketTaken, OSError.
+        """
+        self._bind_metrics()
+        self.server.check()
+        await self.streaming.start()
+        self.load()
+        await asyncio.to_thread(self.images.load)
+        obstacle = await asyncio.to_thread(self.images.find_idmap_obstacle)
+        self.node.features = Features(user_namespaces=not obstacle, user_namespace_obstacle=obstacle)
+        await self.recover()
+        await self._release_orphans()
+        self.metrics.watch(self.metric_sources.sources())
+        if self.metrics_server is not None:
+            self.metrics_server.start()
+        self.node.check()
+        await self.server.start()
+        self.tasks.spawn(self.node.warm_up(), "choice of the accelerator")
+        await self.pool.start()
+
+    def load(self) -> None:
+        """Read the records of pods and containers. Blocking; once, before anything uses them."""
+        self.pod_store.load()
+        self.container_store.load()
+
+    async def recover(self) -> None:
+        """Reattach to the pods whose records were loaded, or undo those that were half made."""
+        await self.pods.adopt_all(list(self.container_store))
+
+    async def stop(self) -> None:
+        """Stop serving and close everything. Pods run on; pooled VMs are destroyed."""
+        self.events.close()
+        await self.server.stop(SHUTDOWN_GRACE_S)
+        await self.streaming.stop()
+        await self.flights.close(SHUTDOWN_GRACE_S)
+        await self.pool.close()
+        await self.tasks.close()
+        await self.stats.close()
+        await self.pods.close()
+        await self.images.close()
+        if self.metrics_server is not None:
+            self.metrics_server.close()
+
+    def _bind_metrics(self) -> None:
+        address, port = self.config.metrics.address, self.config.metrics.port
+        if port:
+            self.metrics_server = MetricsServer(self.metrics, address, port)
+
+    async def _release_orphans(self) -> None:
+        """Release what belongs to no record, which only a lost or unreadable record can leave behind."""
+        known = {record.id for record in self.pod_store}
+        try:
+            await self.networks.gc(known)
+        except NetworkError as error:
+            log.error("could not release all networks that have no pod: %s", error)
+        await self.pods.sweep(known)
+        await self.containers.sweep()
+        await self.images.collect()
 
 
 async def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises MetricsNotServed, SocketTaken, OSError."""
-    daemon = Daemon(config)
+    """Serve until SIGTERM or SIGINT. Raises MetricsNotServed, StreamingNotServed, SocketTaken, OSError."""
+    daemon = build(config)
     await daemon.start()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -74,146 +192,212 @@ async def run(config: Config) -> None:
         loop.add_signal_handler(number, stop.set)
     log.info("serving on %s", config.socket)
     await stop.wait()
-    log.info("ending; pods are left as they are")
+    log.info("stopping; pods keep running")
     await daemon.stop()
 
 
-class Daemon:
-    """Every long-lived object, made here and nowhere else."""
+def build(config: Config, overrides: Overrides | None = None) -> Daemon:
+    """Make every object of a daemon and start none. Reads /proc and creates the directories of the records.
 
-    def __init__(self, config: Config) -> None:
+    Must be called with an event loop running, on which `Daemon.start` is then awaited.
+    """
+    return _Builder(config, overrides or Overrides()).daemon()
+
+
+class _Builder:
+    """Makes the objects in the order of their dependencies.
+
+    `make_pod` closes the one cycle: engines and the pool make pods through `Pods`, which holds the engines.
+    """
+
+    def __init__(self, config: Config, overrides: Overrides) -> None:
         self.config = config
-        root, run_dir = Path(config.root), Path(config.run)
+        self.overrides = overrides
+        root, run = Path(config.root), Path(config.run)
         self.tasks = Tasks()
         self.flights = Flights()
         self.metrics = Metrics(version())
-        self.metrics_server: MetricsServer | None = None
         self.registry = Registry()
+        self.events = Events(self.registry)
         self.pod_store = Store(root / "pods", PodRecord)
         self.container_store = Store(root / "containers", ContainerRecord)
-        self.hypervisor = find_hypervisor("qemu")
-        self.networks = Networks(
-            conf_dir=Path(config.cni.conf_dir),
-            bin_dirs=[Path(directory) for directory in config.cni.bin_dirs],
-            cache_dir=root / "cni",
-            netns_dir=run_dir / "netns",
+        self.hypervisor = overrides.hypervisor or find_hypervisor("qemu")
+        self.networks = overrides.networks or _networks(config)
+        self.images = overrides.images or self._images()
+        self.rootfs = overrides.rootfs or self.images.rootfs
+        self.vm_cgroups = overrides.vm_cgroups or cgroup.Cgroups(
+            layout=cgroup.find_layout(), root=config.cgroup_root
         )
-        self.images = ImageStore(
-            root,
-            ImageSettings(
-                config_path=Path(config.registry.config_path),
-                max_downloads=config.registry.max_concurrent_downloads,
+        self.node = HuskNode(
+            config, self.hypervisor, self.vm_cgroups.layout, choose_accelerator=overrides.choose_accelerator
+        )
+        self.find_handler = overrides.find_handler or self.node.handler
+        size = overrides.host_size or HostSize(memory_mib=memory_mib(), cpus=usable_cpus())
+        # a VM keeps a CPU busy while it starts; a CNI plug-in mostly waits
+        self.vm_starts = Limiter("vm", max(2, size.cpus))
+        self.network_setups = Limiter("network", max(4, 2 * size.cpus))
+        templates = Templates(run / "templates", self.hypervisor, self.networks, self.vm_cgroups)
+        self.vm_step = Vm(self.hypervisor, self.networks, self.vm_cgroups, templates, self.vm_starts, size)
+        self.pod_steps = pod_steps(self.vm_step, self.network_setups)
+        self.containers = self._containers(root)
+        self.pool = self._pool(templates)
+        self.vm_engine = self._vm_engine(root)
+        self.process_engine = self._process_engine()
+        self.pods = self._pods(run)
+
+    def daemon(self) -> Daemon:
+        stats = StatsCollector(self.registry, LayerUsage(self.rootfs))
+        streaming = StreamingServer(
+            SandboxBackend(self.pods, self.containers),
+            Settings(
+                address=self.config.streaming.address,
+                port=self.config.streaming.port,
+                idle_timeout_s=self.config.streaming.idle_timeout_s,
+                tls_cert=self.config.streaming.tls_cert,
+                tls_key=self.config.streaming.tls_key,
             ),
-            self._layers_in_use,
         )
-        layout = cgroup.find_layout()
-        self.node = HuskNode(config, self.hypervisor, layout)
-        self.events = Events(self.registry)
-        self.meter = StatsCollector(self.registry, LayerUsage(self.images.rootfs))
-        self.containers = Containers(
+        services = self._services(stats, streaming)
+        return Daemon(
+            config=self.config,
+            tasks=self.tasks,
+            flights=self.flights,
+            metrics=self.metrics,
+            registry=self.registry,
+            pod_store=self.pod_store,
+            container_store=self.container_store,
+            hypervisor=self.hypervisor,
+            networks=self.networks,
+            images=self.images,
+            node=self.node,
+            events=self.events,
+            stats=stats,
+            containers=self.containers,
+            pods=self.pods,
+            pool=self.pool,
+            vm_engine=self.vm_engine,
+            process_engine=self.process_engine,
+            metric_sources=MetricSources(
+                registry=self.registry,
+                pods=self.pod_store,
+                containers=self.container_store,
+                vm_usage=self._vm_usage,
+                process_usage=self.process_engine.cost,
+                limiters=lambda: (self.vm_starts, self.network_setups, *self.images.stages()),
+            ),
+            streaming=streaming,
+            server=Server(Path(self.config.socket), services, Interceptor(self.metrics)),
+        )
+
+    def make_pod(self, record: PodRecord) -> Pod:
+        return self.pods.make(record)
+
+    def _images(self) -> ImageStore:
+        settings = ImageSettings(
+            config_path=Path(self.config.registry.config_path),
+            max_downloads=self.config.registry.max_concurrent_downloads,
+        )
+        return ImageStore(Path(self.config.root), settings, self._layers_in_use)
+
+    def _layers_in_use(self) -> frozenset[str]:
+        return frozenset(chain for record in self.container_store for chain in record.layers)
+
+    def _containers(self, root: Path) -> Containers:
+        return Containers(
             self.registry,
             ContainerDeps(
                 store=self.container_store,
                 plans=root / "containers",
-                images=self.images,
-                rootfs=self.images.rootfs,
+                find_image=self.overrides.find_image or self.images.find,
+                rootfs=self.rootfs,
                 events=self.events,
-                cdi_dirs=[Path(directory) for directory in config.cdi.spec_dirs],
+                cdi_dirs=[Path(directory) for directory in self.config.cdi.spec_dirs],
                 on_phase=self.metrics.phase,
             ),
         )
-        self.cgroups = cgroup.Cgroups(layout=layout, root=config.cgroup_root)
-        host = HostSize(memory_mib=memory_mib(), cpus=usable_cpus())
-        # a VM keeps a CPU busy while it starts; of a plug-in's time the better part is waiting
-        self.stages = (Limiter("vm", max(2, host.cpus)), Limiter("network", max(4, 2 * host.cpus)))
-        vm = self._vm_step(host)
-        steps = pod_steps(vm, self.stages[1])
-        self.factory = VmPool(
+
+    def _pool(self, templates: Templates) -> VmPool:
+        return VmPool(
             PoolDeps(
-                templates=vm.templates,
-                vm=vm,
-                steps=steps,
+                templates=templates,
+                vm=self.vm_step,
+                steps=self.pod_steps,
                 handlers=self.node.handlers,
-                handler=self.node.handler,
-                accelerator=self.node.verdict,
-                make_pod=lambda record: self.pods.make(record),
+                handler=self.find_handler,
+                accelerator=self.node.accelerator,
+                make_pod=self.make_pod,
                 tasks=self.tasks,
             )
         )
-        self.processes = self._process_engine()
-        self.pods = Pods(
-            self.registry,
-            self.containers,
-            PodDeps(
-                store=self.pod_store,
-                run=run_dir,
-                engines={Isolation.VM: self._vm_engine(steps), Isolation.PROCESS: self.processes},
-                handler=self.node.handler,
-                on_started=self._note_start,
-                events=self.events,
-            ),
-        )
-        self.streaming = StreamingServer(
-            SandboxBackend(self.pods, self.containers),
-            Settings(
-                address=config.streaming.address,
-                port=config.streaming.port,
-                idle_timeout_s=config.streaming.idle_timeout_s,
-                tls_cert=config.streaming.tls_cert,
-                tls_key=config.streaming.tls_key,
-            ),
-        )
-        self.server = Server(Path(config.socket), self._services(), Interceptor(self.metrics))
 
-    def _vm_step(self, host: HostSize) -> Vm:
-        templates = Templates(
-            Path(self.config.run) / "templates", self.hypervisor, self.networks, self.cgroups
-        )
-        return Vm(self.hypervisor, self.networks, self.cgroups, templates, self.stages[0], host)
-
-    def _vm_engine(self, steps: PodSteps) -> VmEngine:
+    def _vm_engine(self, root: Path) -> VmEngine:
         return VmEngine(
             self.registry,
             self.containers,
             VmDeps(
                 hypervisor=self.hypervisor,
-                steps=steps,
-                factory=self.factory,
-                accelerator=self.node.verdict,
-                make_pod=lambda record: self.pods.make(record),
-                rootfs=self.images.rootfs,
+                steps=self.pod_steps,
+                factory=self.pool,
+                accelerator=self.node.accelerator,
+                make_pod=self.make_pod,
+                rootfs=self.rootfs,
                 tasks=self.tasks,
-                room=Resizer(self.registry, grow),
-                default_profile=default_profile(Path(self.config.root)),
-                usage=self._usage_of,
+                room=Resizer(self.registry, self.overrides.grow_vm or grow),
+                default_profile=default_profile(root),
+                usage=self._vm_usage,
             ),
         )
 
+    def _vm_usage(self, pod: Pod) -> HostUsage:
+        """Read from files of the host alone, so any thread may call it."""
+        if self.overrides.vm_usage is not None:
+            return self.overrides.vm_usage(pod)
+        assert pod.record.vm is not None
+        directories = self.vm_cgroups.directories(pod.id, pod.record.spec.cgroup_parent)
+        return host_usage(pod.record.vm, directories)
+
     def _process_engine(self) -> ProcessEngine:
+        cgroups = self.overrides.process_cgroups or cgroup.Cgroups(
+            layout=cgroup.find_layout(whole=True), root=self.config.cgroup_root
+        )
         return ProcessEngine(
             self.registry,
             self.containers,
             ProcessDeps(
-                cgroups=cgroup.Cgroups(layout=cgroup.find_layout(whole=True), root=self.config.cgroup_root),
+                cgroups=cgroups,
                 networks=self.networks,
-                stage=self.stages[1],
-                rootfs=self.images.rootfs,
-                make_pod=lambda record: self.pods.make(record),
+                stage=self.network_setups,
+                rootfs=self.rootfs,
+                make_pod=self.make_pod,
                 tasks=self.tasks,
             ),
         )
 
-    def _services(self) -> Sequence[Service]:
+    def _pods(self, run: Path) -> Pods:
+        return Pods(
+            self.registry,
+            self.containers,
+            PodDeps(
+                store=self.pod_store,
+                run=run,
+                engines={Isolation.VM: self.vm_engine, Isolation.PROCESS: self.process_engine},
+                handler=self.find_handler,
+                on_started=lambda record: record_start(self.metrics, record),
+                events=self.events,
+            ),
+        )
+
+    def _services(self, stats: StatsCollector, streaming: StreamingServer) -> Sequence[Service]:
         return (
             runtime_service(
                 pods=self.pods,
                 containers=self.containers,
-                meter=self.meter,
+                meter=stats,
                 events=self.events,
                 networks=self.networks,
                 node=self.node,
                 flights=self.flights,
-                streaming=self.streaming,
+                streaming=streaming,
                 version=version(),
                 layers_mountpoint=self.config.root,
             ),
@@ -226,118 +410,11 @@ class Daemon:
             transfer_service(images=self.images, metrics=self.metrics),
         )
 
-    # ----------------------------------------------------------------------------- start, stop
 
-    async def start(self) -> None:
-        self._take_metrics_port()
-        self.server.check()
-        await self.streaming.start()
-        self.pod_store.load()
-        self.container_store.load()
-        await asyncio.to_thread(self.images.load)
-        obstacle = await asyncio.to_thread(self.images.find_idmap_obstacle)
-        self.node.features = Features(user_namespaces=not obstacle, user_namespace_obstacle=obstacle)
-        await self.pods.adopt_all(list(self.container_store))
-        await self._sweep()
-        self.metrics.watch(
-            Sources(
-                sandboxes=self._pods_by_state,
-                isolation=self._ready_by_isolation,
-                containers=self._containers_by_state,
-                usage=self._usage,
-                stages=lambda: (*self.stages, *self.images.stages()),
-            )
-        )
-        if self.metrics_server is not None:
-            self.metrics_server.start()
-        self.node.check()
-        await self.server.start()
-        self.tasks.spawn(self.node.warm_up(), "choice of the accelerator")
-        await self.factory.start()
-
-    def _take_metrics_port(self) -> None:
-        wish = self.config.metrics
-        if wish.port:
-            self.metrics_server = MetricsServer(self.metrics, wish.address, wish.port)
-
-    async def stop(self) -> None:
-        self.events.close()
-        await self.server.stop(SHUTDOWN_GRACE_S)
-        await self.streaming.stop()
-        await self.flights.close(SHUTDOWN_GRACE_S)
-        await self.factory.close()
-        await self.tasks.close()
-        await self.meter.close()
-        await self.pods.close()
-        await self.images.close()
-        if self.metrics_server is not None:
-            self.metrics_server.close()
-
-    async def _sweep(self) -> None:
-        """Release what belongs to no record: only a lost or broken record leads to that."""
-        known = {record.id for record in self.pod_store}
-        try:
-            await self.networks.gc(known)
-        except NetworkError as error:
-            log.error("networks without a pod could not all be released: %s", error)
-        await self.pods.sweep(known)
-        await self.containers.sweep()
-        await self.images.collect()
-
-    # -------------------------------------------------------------------------------- sources
-
-    def _layers_in_use(self) -> frozenset[str]:
-        return frozenset(chain for record in self.container_store for chain in record.layers)
-
-    def _note_start(self, record: PodRecord) -> None:
-        for phase in record.phases:
-            # what a guest calls its phases must not make new series without end
-            if phase.side is Side.HOST or phase.name in GUEST_PHASES:
-                name = phase.name if phase.side is Side.HOST else f"guest-{phase.name}"
-                self.metrics.phase(name, phase.end_s - phase.begin_s)
-
-    def _pods_by_state(self) -> Mapping[str, int]:
-        return Counter(str(record.state) for record in self.pod_store)
-
-    def _ready_by_isolation(self) -> Mapping[str, int]:
-        ready = Counter(str(record.isolation) for record in self.pod_store if record.ready)
-        return {str(kind): ready[str(kind)] for kind in Isolation}
-
-    def _containers_by_state(self) -> Mapping[str, int]:
-        return Counter(str(record.state) for record in self.container_store)
-
-    def _usage_of(self, pod: Pod) -> HostUsage:
-        """Files of the host alone, so any thread may ask."""
-        assert pod.record.vm is not None
-        return host_usage(pod.record.vm, self.cgroups.directories(pod.id, pod.record.spec.cgroup_parent))
-
-    def _usage(self) -> Sequence[SandboxUsage]:
-        ready = [pod for pod in list(self.registry.pods.values()) if pod.record.ready]
-        return [
-            _sandbox_usage(pod.record, self._usage_of(pod))
-            if pod.record.vm
-            else _processes_usage(pod.record, *self.processes.cost(pod))
-            for pod in ready
-        ]
-
-
-def _processes_usage(record: PodRecord, cpu_seconds: float, memory_bytes: int) -> SandboxUsage:
-    return SandboxUsage(
-        namespace=record.spec.namespace,
-        pod=record.spec.name,
-        cpu_seconds={"processes": cpu_seconds},
-        memory_bytes={"processes": memory_bytes},
-    )
-
-
-def _sandbox_usage(record: PodRecord, usage: HostUsage) -> SandboxUsage:
-    return SandboxUsage(
-        namespace=record.spec.namespace,
-        pod=record.spec.name,
-        cpu_seconds={"vmm": usage.vmm.cpu_seconds, "virtiofsd": usage.helpers.cpu_seconds},
-        memory_bytes={
-            "guest": usage.guest_memory_bytes,
-            "vmm": usage.vmm.own_bytes,
-            "virtiofsd": usage.helpers.own_bytes,
-        },
+def _networks(config: Config) -> Networks:
+    return Networks(
+        conf_dir=Path(config.cni.conf_dir),
+        bin_dirs=[Path(directory) for directory in config.cni.bin_dirs],
+        cache_dir=Path(config.root) / "cni",
+        netns_dir=Path(config.run) / "netns",
     )

@@ -16,7 +16,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cri.errors import CLIENT_CODES, Failure, failure_of
-from cri.observe import Metrics, note_pod
+from cri.log_format import set_pod_context
+from cri.metrics import Metrics
 from sandbox.errors import InvalidSpec
 
 log = logging.getLogger("cri")
@@ -121,7 +122,7 @@ def _request(read: Read, data: bytes) -> Request:
         request = read(data)
     except DecodeError as error:
         raise InvalidSpec("request", f"is no such message: {error}", "a message of the CRI v1") from error
-    note_pod(_pod_of(request))
+    set_pod_context(_pod_of(request))
     return request
 
 

@@ -1,13 +1,13 @@
 """The runtime as a whole, as `Status` shows it: handlers, accelerator, versions, readiness.
 
-A handler of the configuration names a kernel or leaves it to the image that `husk guest build` made;
-which one that is, is looked up at each start of a pod, so a new image is used without a restart.
+A handler of the configuration names a kernel, or uses the image that `husk guest build` made. That image
+is looked up at each start of a pod, so a new one is used without a restart.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,21 +27,37 @@ HOW_TO_BUILD = "husk guest build"
 
 
 class HuskNode:
-    features = Features()  # set anew once the disk was tried
+    """Handlers, accelerators and readiness of this node.
 
-    def __init__(self, config: Config, hypervisor: Hypervisor, layout: Layout) -> None:
+    `choose_accelerator` replaces the probe of `sandbox.vm_pods.accelerator`.
+    """
+
+    features = Features()  # replaced at start, after the filesystem was examined
+
+    def __init__(
+        self,
+        config: Config,
+        hypervisor: Hypervisor,
+        layout: Layout,
+        *,
+        choose_accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]] | None = None,
+    ) -> None:
         self._config = config
+        self._choose = choose_accelerator
         self.cgroup_driver = find_driver(layout)
         self._hypervisor = hypervisor
         self._handlers = config.runtime_handlers()
-        self._verdicts: dict[tuple[str, str], AcceleratorChoice] = {}
+        self._choices: dict[tuple[str, str], AcceleratorChoice] = {}
         self._probing = asyncio.Lock()
         self._problem: str | None = None
 
     # ------------------------------------------------------------------------------ for pods
 
     def handler(self, name: str) -> Handler:
-        """With its kernel filled in. Raises InvalidSpec, MissingProgram."""
+        """Return the handler of this name with kernel and initramfs filled in.
+
+        Raises InvalidSpec for an unknown name, MissingProgram when no guest image was built.
+        """
         handler = find_handler(self._handlers, name)
         if handler.kernel and handler.initramfs:
             return handler
@@ -52,16 +68,21 @@ class HuskNode:
             initramfs=handler.initramfs or str(image.initramfs),
         )
 
-    async def verdict(self, handler: Handler) -> AcceleratorChoice:
-        """KVM or TCG for this handler's VMs; probed once. Raises MissingProgram."""
+    async def accelerator(self, handler: Handler) -> AcceleratorChoice:
+        """Choose KVM or TCG for this handler's VMs, once per accelerator setting and guest image.
+
+        Raises MissingProgram.
+        """
+        if self._choose is not None:
+            return await self._choose(handler)
         image = self._image_of(handler)
         key = (handler.accelerator, image.hash)
         async with self._probing:
-            if key not in self._verdicts:
-                self._verdicts[key] = await choose(
+            if key not in self._choices:
+                self._choices[key] = await choose(
                     handler.accelerator, image, self._hypervisor, Path(self._config.run)
                 )
-        return self._verdicts[key]
+        return self._choices[key]
 
     def _image(self) -> GuestImage:
         image = find_image(Path(self._config.root))
@@ -70,7 +91,7 @@ class HuskNode:
         return image
 
     def _image_of(self, handler: Handler) -> GuestImage:
-        """What a probe would boot."""
+        """Return the image that a probe of KVM boots for this handler."""
         configured = handler.kernel + handler.initramfs
         made = find_image(Path(self._config.root))
         if made is not None and (not configured or handler.kernel == str(made.kernel)):
@@ -85,32 +106,35 @@ class HuskNode:
     # ---------------------------------------------------------------------------- for Status
 
     def check(self) -> None:
-        """Whether the default handler has a kernel to boot; quick, before the first client asks."""
+        """Record whether the default handler has a kernel to boot. Reads files only; before serving."""
         try:
             self.handler("")
         except SandboxError as error:
             self._problem = str(error)
 
     async def warm_up(self) -> None:
-        """Choose the default handler's accelerator before a client has to wait for it."""
+        """Choose the default handler's accelerator in advance, and record what prevents it."""
         try:
-            await self.verdict(self.handler(""))
+            await self.accelerator(self.handler(""))
         except SandboxError as error:
             self._problem = str(error)
         else:
             self._problem = None
 
     def handlers(self) -> Sequence[str]:
+        """Return the names of the configured handlers, "" (the default) first."""
         return list(self._handlers)
 
     def condition(self) -> Condition:
+        """Return RuntimeReady: false with the reason when no VM can be started."""
         if self._problem is None:
             return Condition(ready=True)
         return Condition(ready=False, reason="CannotStartSandboxes", message=self._problem)
 
     async def describe(self) -> Mapping[str, object]:
+        """Return versions, accelerator, guest image and the configuration in force."""
         await self.warm_up()
-        default = next(iter(self._verdicts.values()), None)
+        default = next(iter(self._choices.values()), None)
         image = find_image(Path(self._config.root))
         return {
             "version": version(),

@@ -45,15 +45,10 @@ class Service:
 
 
 class Server:
-    def __init__(self, path: Path, services: Sequence[Service], edge: Interceptor) -> None:
+    def __init__(self, path: Path, services: Sequence[Service], interceptor: Interceptor) -> None:
         self._path = path
-        self._server = grpc.aio.server(
-            options=(
-                ("grpc.max_receive_message_length", MESSAGE_MAX),
-                ("grpc.max_send_message_length", MESSAGE_MAX),
-            )
-        )
-        self._server.add_generic_rpc_handlers([_handlers(service, edge) for service in services])
+        self._handlers = [_handlers(service, interceptor) for service in services]
+        self._server: grpc.aio.Server | None = None
 
     def check(self) -> None:
         """Make room for the socket. Raises SocketTaken, OSError."""
@@ -63,17 +58,24 @@ class Server:
     async def start(self) -> None:
         """Serve. Raises SocketTaken, OSError."""
         self.check()
-        with _umask(0o177):  # the socket is made with its final mode: no moment open to others
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", MESSAGE_MAX),
+                ("grpc.max_send_message_length", MESSAGE_MAX),
+            )
+        )
+        self._server.add_generic_rpc_handlers(self._handlers)
+        with _umask(0o177):  # created with its final mode, so it is never open to other users
             self._server.add_insecure_port(f"unix:{self._path}")
         await self._server.start()
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more calls, let running ones end for `grace_s`, then cut them off."""
+        """Refuse new calls, give running ones `grace_s` seconds, then cancel them. Idempotent."""
+        if self._server is None:
+            return
         await self._server.stop(grace_s)
+        self._server = None
         self._path.unlink(missing_ok=True)
-
-    async def wait(self) -> None:
-        await self._server.wait_for_termination()
 
 
 def remove_stale(path: Path) -> None:
@@ -108,13 +110,15 @@ def _umask(mask: int) -> Iterator[None]:
 # ------------------------------------------------------------------------------------ handlers
 
 
-def _handlers(service: Service, edge: Interceptor) -> grpc.GenericRpcHandler:
-    methods = {method.name: _handler(method, service.parts, edge) for method in service.descriptor.methods}
+def _handlers(service: Service, interceptor: Interceptor) -> grpc.GenericRpcHandler:
+    methods = {
+        method.name: _handler(method, service.parts, interceptor) for method in service.descriptor.methods
+    }
     return grpc.method_handlers_generic_handler(service.descriptor.full_name, methods)
 
 
 def _handler(
-    method: MethodDescriptor, parts: Sequence[object], edge: Interceptor
+    method: MethodDescriptor, parts: Sequence[object], interceptor: Interceptor
 ) -> grpc.RpcMethodHandler[Any, Any]:
     name = method.name
     call = next((getattr(part, name) for part in parts if hasattr(part, name)), None)
@@ -122,10 +126,10 @@ def _handler(
     behaviour: Callable[[bytes, Context], Any]
     read = GetMessageClass(method.input_type).FromString
     if method.server_streaming:
-        behaviour = edge.stream(name, read, call or _not_offered_stream(name))
+        behaviour = interceptor.stream(name, read, call or _not_offered_stream(name))
         make = grpc.unary_stream_rpc_method_handler
     else:
-        behaviour = edge.unary(name, read, call or _not_offered(name))
+        behaviour = interceptor.unary(name, read, call or _not_offered(name))
         make = grpc.unary_unary_rpc_method_handler
     return make(behaviour, response_serializer=_serialize)
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
+from image.index import Image
 from image.stores import RootfsStore
 from sandbox.apparmor import profile_name
 from sandbox.container import Container
@@ -44,9 +44,6 @@ from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Isolation, R
 from sandbox.steps.cdi_files import with_devices
 from sandbox.store import Store
 
-if TYPE_CHECKING:
-    from image.image_store import ImageStore
-
 log = logging.getLogger(__name__)
 
 KILL_TIMEOUT_S = 30.0
@@ -63,7 +60,7 @@ class ContainerDeps:
 
     store: Store[ContainerRecord]
     plans: Path
-    images: ImageStore
+    find_image: Callable[[str], Image]  # raises ImageNotFound
     rootfs: RootfsStore
     events: Events
     cdi_dirs: Sequence[Path] = ()
@@ -113,7 +110,7 @@ class Containers:
             spec = await asyncio.to_thread(with_devices, spec, self._host.cdi_dirs, in_vm=in_vm)
         pod = self._registry.pod(pod_id)
         pod.require_ready()
-        image = self._host.images.index.find(spec.image)
+        image = self._host.find_image(spec.image)
         self._registry.check_container_name(pod, spec)
         defaults = ImageDefaults(
             entrypoint=tuple(image.config.entrypoint),
@@ -169,7 +166,7 @@ class Containers:
         """Raises ImageNotFound: a kubelet has pulled them by now."""
         for number, mount in enumerate(spec.mounts):
             if mount.image:
-                image = self._host.images.index.find(mount.image)
+                image = self._host.find_image(mount.image)
                 yield ImageVolume(mount=number, image_id=image.id, chain_ids=tuple(image.chain_ids))
 
     def _adopted(self, record: ContainerRecord, pod: Pod) -> Container:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from cri.fields import renamed
-from cri.observe import as_json, note_pod
+from cri.log_format import set_pod_context
 from cri.ports import Containers
 from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects
+from cri.responses.info import info_json
 from cri.responses.list_cache import ListCache
 from cri.translate import container_spec, update_resources
 from sandbox.errors import InvalidSpec, NotFound
@@ -69,7 +70,7 @@ class ContainerCalls:
         record = self._found(request.container_id)
         response = pb.ContainerStatusResponse(status=objects.container_status(record))
         if request.verbose:
-            response.info["info"] = as_json(await self._containers.describe(record))
+            response.info["info"] = info_json(await self._containers.describe(record))
         return response
 
     # -------------------------------------------------------------------------------- the rest
@@ -104,7 +105,7 @@ class ContainerCalls:
     def _found(self, id: str) -> ContainerRecord:
         """Raises NotFound."""
         record = self._containers.find(id)
-        note_pod(record.pod_id[:13])
+        set_pod_context(record.pod_id[:13])
         return record
 
     def _noted(self, id: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cri.observe import Metrics
+from cri.metrics import Metrics
 from cri.ports import Images
 from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from cri.observe import Metrics, as_json
+from cri.metrics import Metrics
 from cri.ports import Images
 from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects
+from cri.responses.info import info_json
 from cri.responses.list_cache import ListCache
 from image.auth import Auth
 from image.blobs import Progress
@@ -55,7 +56,7 @@ class ImageCalls:
         response = pb.ImageStatusResponse(image=objects.image(image))
         if request.verbose:
             facts = {"chainIds": image.chain_ids, "created": image.created, "config": image.config}
-            response.info["info"] = as_json(facts)
+            response.info["info"] = info_json(facts)
         return response
 
     async def PullImage(self, request: pb.PullImageRequest) -> pb.PullImageResponse:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cri.observe import as_json
 from cri.ports import Networks, Node
 from cri.proto import runtime_v1_pb2 as pb
+from cri.responses.info import info_json
 from sandbox.host.cgroup import Driver
 
 RUNTIME_NAME = "husk"
@@ -40,7 +40,7 @@ class NodeCalls:
         )
         if request.verbose:
             facts = await self._node.describe()
-            response.info.update({key: as_json(value) for key, value in facts.items()})
+            response.info.update({key: info_json(value) for key, value in facts.items()})
         return response
 
     def _runtime_condition(self) -> pb.RuntimeCondition:

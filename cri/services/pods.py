@@ -6,10 +6,10 @@ import time
 from collections.abc import AsyncIterator
 
 from cri.fields import renamed
-from cri.observe import as_json
 from cri.ports import Node, Pods
 from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects
+from cri.responses.info import info_json
 from cri.responses.list_cache import ListCache
 from cri.translate import pod_spec, resources
 from sandbox.errors import InvalidSpec, NotFound
@@ -51,7 +51,7 @@ class PodCalls:
             timestamp=time.time_ns(),
         )
         if request.verbose:
-            response.info["info"] = as_json(await self._pods.describe(record))
+            response.info["info"] = info_json(await self._pods.describe(record))
         return response
 
     def _whole(self, id: str) -> str:

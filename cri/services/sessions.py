@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cri.observe import note_pod
+from cri.log_format import set_pod_context
 from cri.ports import Containers, Pods, Streaming
 from cri.proto import runtime_v1_pb2 as pb
 from cri.streaming.session import AttachOptions, ExecOptions, PortForwardOptions
@@ -49,7 +49,7 @@ class StreamCalls:
     async def PortForward(self, request: pb.PortForwardRequest) -> pb.PortForwardResponse:
         _check_ports(request.port)
         record = self._pods.find(request.pod_sandbox_id)
-        note_pod(record.id[:13])
+        set_pod_context(record.id[:13])
         if not record.ready:
             raise WrongState("sandbox", record.id, record.state, "ready")
         wish = PortForwardOptions(pod_id=record.id, ports=tuple(request.port))
@@ -58,7 +58,7 @@ class StreamCalls:
     def _running(self, id: str) -> ContainerRecord:
         """Raises NotFound, WrongState."""
         record = self._containers.find(id)
-        note_pod(record.pod_id[:13])
+        set_pod_context(record.pod_id[:13])
         if record.state is not ContainerState.RUNNING:
             raise WrongState("container", record.id, record.state, ContainerState.RUNNING)
         return record

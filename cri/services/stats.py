@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from cri.observe import note_pod
+from cri.log_format import set_pod_context
 from cri.ports import Containers, Pods, StatsCollector
 from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects, pod_metrics, usage
@@ -39,7 +39,7 @@ class StatsCalls:
 
     async def ContainerStats(self, request: pb.ContainerStatsRequest) -> pb.ContainerStatsResponse:
         record = self._containers.find(request.container_id)
-        note_pod(record.pod_id[:13])
+        set_pod_context(record.pod_id[:13])
         found = None
         if record.state is ContainerState.RUNNING:
             pod = await self._one(record.pod_id)

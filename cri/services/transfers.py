@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
-from cri.observe import Metrics
+from cri.metrics import Metrics
 from cri.ports import Images
 from cri.proto import husk_v1_pb2 as pb
 from cri.services.images import Downloads

@@ -22,7 +22,7 @@ import pytest
 from google.protobuf.message_factory import GetMessageClass
 
 from cri.interceptor import Interceptor, is_quiet
-from cri.observe import Metrics
+from cri.metrics import Metrics
 from cri.ports import Condition, Features
 from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from network.attach import Attachment, Interface, NetworkRequest
 from sandbox.errors import VmmError, VmmGone
 from sandbox.host.process import ProcessIdentity
 from sandbox.vmm import Machine, NicSpec, VmHandle, VmSpec
+from tests.fakes import cri
 from tests.fakes.guest import FakeAgent
 
 
@@ -45,9 +46,15 @@ class Ledger:
         self.held.discard(thing)
 
 
-@dataclass
-class FakeNetworks:
-    ledger: Ledger
+class FakeNetworks(cri.FakeNetworks):
+    """Networks of pods in a ledger; status and pod CIDR as in the fake of the CRI's services."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+
+    async def gc(self, valid: Iterable[str]) -> None:
+        """Nothing of a lost record is kept here."""
 
     async def prepare(self, pod_id: str) -> int:
         self.ledger.take("network.prepare", f"netns {pod_id}")
@@ -186,6 +193,9 @@ class FakeRootfs:
 
     def usage(self, key: str) -> Usage:
         return Usage(bytes=4096, inodes=3)
+
+    def keys(self) -> Collection[str]:
+        return [thing.partition(" ")[2] for thing in self.ledger.held if thing.startswith("rootfs ")]
 
 
 def identity(pid: int) -> ProcessIdentity:

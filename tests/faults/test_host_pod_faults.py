@@ -99,7 +99,7 @@ class Daemon:
             ContainerDeps(
                 store=self.container_store,
                 plans=self.root / "containers",
-                images=cast(Any, FakeLibrary()),
+                find_image=FakeLibrary.index.find,
                 rootfs=rootfs,
                 events=events,
             ),

@@ -108,7 +108,7 @@ class Daemon:
         host = ContainerDeps(
             store=self.container_store,
             plans=self.root / "containers",
-            images=cast(Any, FakeLibrary()),
+            find_image=FakeLibrary.index.find,
             rootfs=cast(Any, FakeRootfs(self.ledger)),
             events=self.events,
         )

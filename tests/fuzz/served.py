@@ -12,33 +12,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
-from cri.interceptor import Interceptor
-from cri.observe import Metrics
 from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb
-from cri.server import Server
-from cri.services.image_service import image_service, transfer_service
-from cri.services.runtime_service import runtime_service
-from cri.services.sessions import SandboxBackend
-from cri.streaming.server import Settings, StreamingServer
 from image.auth import Auth
 from image.image_store import ImageStore
 from image.registry import Timing
 from image.settings import Settings as ImageSettings
 from sandbox.guest import guest_pb2
-from sandbox.host.flights import Flights
 from sandbox.host.mounts import mounts_below
-from sandbox.stats.collector import StatsCollector
-from sandbox.stats.layer_usage import LayerUsage
-from tests.fakes.cri import FakeNetworks, FakeNode
+from tests.fakes.daemon import FakeHost, kill
 from tests.fakes.guest import FakeAgent, FakeProgram
 from tests.fakes.registry import FakeRegistry, make_layer
-from tests.faults.test_pod_faults import Daemon
 from tests.faults.test_usage_faults import Guest
 from tests.kit.messages import message_class
 
@@ -98,44 +87,17 @@ class Served:
         self.registry.sign_in = "bearer"
         await self.images.pull(IMAGE, AUTH)
         await self.images.close()
-        self.daemon = Daemon(self.root / "d")
-        self.daemon.containers._host.images.index = self.images.index
-        self.daemon.hypervisor.make_agent = self._agent
-        self.flights, self.metrics = Flights(), Metrics("1")
-        self.meter = StatsCollector(self.daemon.registry, LayerUsage(self.images.rootfs))
-        backend = SandboxBackend(self.daemon.pods, self.daemon.containers)
-        self.streaming = StreamingServer(backend, Settings(address="127.0.0.1", port=0, idle_timeout_s=60))
-        await self.streaming.start()
-        self.socket = self.root / "cri.sock"
-        self.server = Server(self.socket, self._services(), Interceptor(self.metrics))
-        await self.server.start()
+        self.host = FakeHost(self.root / "d")
+        self.host.hypervisor.make_agent = self._agent
+        self.daemon = self.host.build(self.images)
+        await self.daemon.start()
+        self.socket = Path(self.daemon.config.socket)
         options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", -1)]
         self.channel = grpc.aio.insecure_channel(f"unix:{self.socket}", options)
         await self.channel.channel_ready()
         await self.prepare()
         await self.clear()
         self.empty = self.census()
-
-    def _services(self) -> Any:
-        node = cast(Any, FakeNode(names=("",)))
-        return (
-            runtime_service(
-                pods=self.daemon.pods,
-                containers=self.daemon.containers,
-                meter=self.meter,
-                events=self.daemon.events,
-                networks=cast(Any, FakeNetworks()),
-                node=node,
-                flights=self.flights,
-                streaming=self.streaming,
-                version="9.9",
-                layers_mountpoint=str(self.root),
-            ),
-            image_service(
-                images=self.images, flights=self.flights, metrics=self.metrics, handlers=node.handlers
-            ),
-            transfer_service(images=self.images, metrics=self.metrics),
-        )
 
     def _agent(self) -> FakeAgent:
         guest = Guest(FakeAgent())
@@ -151,12 +113,8 @@ class Served:
     async def stop(self) -> None:
         await self.clear()
         await self.channel.close()
-        await self.server.stop(0)
-        await self.streaming.stop()
-        await self.flights.close(0)
-        await self.daemon.kill()
-        await self.meter.close()
-        await self.images.close()
+        await self.daemon.stop()
+        await kill(self.daemon)
 
     # --------------------------------------------------------------------------------- calls
 
@@ -248,7 +206,7 @@ class Served:
         while True:
             await self.images.close()
             now = self.census()
-            quiet = not self.flights and not any(now[f"task {name}"] for name in HANDLERS)
+            quiet = not self.daemon.flights and not any(now[f"task {name}"] for name in HANDLERS)
             if quiet and (wanted is None or now == wanted):
                 return now
             if asyncio.get_running_loop().time() > until:
@@ -263,7 +221,7 @@ class Served:
         found.update(f"pod {pod.id}" for pod in daemon.registry.pods.values())
         found.update(f"container {container.id}" for container in daemon.registry.containers.values())
         found.update(f"name {name}" for name in daemon.registry.starting)
-        found.update(daemon.ledger.held)
+        found.update(self.host.ledger.held)
         found.update(f"mount {path}" for path in mounts_below(self.root))
         for directory in ("pods", "containers", "run"):
             for at, _, files in os.walk(self.root / "d" / directory):  # while a pod is being removed, too

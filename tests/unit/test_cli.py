@@ -18,7 +18,7 @@ from cri import __main__ as cli
 from cri import config
 from cri.cli.progress import Bars, Lines
 from cri.interceptor import Interceptor
-from cri.observe import Metrics
+from cri.metrics import Metrics
 from cri.proto import husk_v1_pb2 as pb
 from cri.server import Server
 from cri.services.image_service import image_service, transfer_service

@@ -14,15 +14,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from cri.observe import (
-    Metrics,
-    MetricsNotServed,
-    MetricsServer,
-    SandboxUsage,
-    Sources,
-    note_pod,
-    setup_logging,
-)
+from cri.log_format import set_pod_context, setup_logging
+from cri.metrics import Metrics, SandboxUsage, Sources
+from cri.metrics_server import MetricsNotServed, MetricsServer
 from sandbox.host.limiter import Limiter
 
 
@@ -78,7 +72,7 @@ async def test_the_pod_follows_the_task_and_its_children() -> None:
     log = logging.getLogger("x")
 
     async def call(pod: str) -> None:
-        note_pod(pod)
+        set_pod_context(pod)
         await asyncio.sleep(0)
         await asyncio.create_task(below())
 
@@ -147,7 +141,7 @@ def test_sources_are_asked_at_each_scrape() -> None:
 
 async def test_stages_show_who_is_in_and_who_waits() -> None:
     metrics, stage, places = Metrics("1"), Limiter("vm", 1), Limiter("unpack", 2)
-    metrics.watch(Sources(stages=lambda: (stage, places)))
+    metrics.watch(Sources(limiters=lambda: (stage, places)))
     async with stage.slot(), places.slot():
         second = asyncio.create_task(enter(stage))
         await asyncio.sleep(0)
