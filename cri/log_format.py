@@ -76,5 +76,5 @@ def setup_logging(level: str, format: str, stream: IO[str] | None = None) -> Non
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in ("asyncio", "httpx", "httpcore", "qemu", "pyroute2", "grpc"):
+    for name in ("asyncio", "httpx2", "httpcore2", "qemu", "pyroute2", "grpc"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))

@@ -117,7 +117,7 @@ class Archive:
         return data
 
     async def blob(self, descriptor: Descriptor, into: BlobWriter) -> None:
-        await into.take(self._chunks(self._member(descriptor.digest)))
+        await into.append(self._chunks(self._member(descriptor.digest)))
         await into.finish()
 
     async def _chunks(self, name: str) -> AsyncIterator[bytes]:

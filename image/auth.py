@@ -7,7 +7,6 @@ the distribution project ("Token Authentication Specification").
 from __future__ import annotations
 
 import base64
-import re
 
 import msgspec
 
@@ -52,7 +51,7 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True):
 ANONYMOUS = Credential()
 
 
-def credential(auth: Auth | None, *, hosts: tuple[str, ...]) -> Credential:
+def find_credential(auth: Auth | None, *, hosts: tuple[str, ...]) -> Credential:
     """What `auth` has for a registry known by these names ("host" or "host:port").
 
     Nothing when `server_address` names another host. The order of the forms is containerd's.
@@ -82,38 +81,3 @@ def _decoded(text: str) -> Credential:
     except ValueError:  # not base64, or of something that is no text
         return ANONYMOUS
     return Credential(username=username, password=password.rstrip("\0"))
-
-
-class Challenge(msgspec.Struct, frozen=True, kw_only=True):
-    scheme: str  # lower case
-    realm: str = ""
-    service: str = ""
-    scope: str = ""
-
-
-_SCHEME = re.compile(r"\s*,?\s*([A-Za-z][A-Za-z0-9-]*)(?:\s+|$)(?!=)")
-_PARAMETER = re.compile(r'\s*,?\s*([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))')
-_LENGTH_LIMIT = 4096
-
-
-def challenges(header: str) -> tuple[Challenge, ...]:
-    """All challenges of a WWW-Authenticate header; what cannot be read is left out."""
-    found: list[Challenge] = []
-    at = 0
-    header = header[:_LENGTH_LIMIT]
-    while match := _SCHEME.match(header, at):
-        at = match.end()
-        parameters: dict[str, str] = {}
-        while parameter := _PARAMETER.match(header, at):
-            at = parameter.end()
-            quoted, bare = parameter.group(2), parameter.group(3)
-            parameters[parameter.group(1).lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted else bare or ""
-        found.append(
-            Challenge(
-                scheme=match.group(1).lower(),
-                realm=parameters.get("realm", ""),
-                service=parameters.get("service", ""),
-                scope=parameters.get("scope", ""),
-            )
-        )
-    return tuple(found)

@@ -83,7 +83,7 @@ class BlobWriter:
     def what(self) -> str:
         return f"blob {self.descriptor.digest}"
 
-    async def take(self, chunks: AsyncIterator[bytes]) -> None:
+    async def append(self, chunks: AsyncIterator[bytes]) -> None:
         """Append all of a stream. What came before an error stays and counts."""
         try:
             async for chunk in chunks:

@@ -86,6 +86,9 @@ class FakeRegistry:
     identity_token: str = "identity-secret"
     token: str = "token-secret"
     realm: str = ""  # empty: this server's own /token
+    # other challenges: header lines before the registry's own one
+    challenges_before: Sequence[str] = ()
+    challenges_in_one_line: bool = False
     tls: ssl.SSLContext | None = None
     blobs: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[tuple[str, str], tuple[bytes, str]] = field(default_factory=dict)
@@ -293,9 +296,15 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, blob, {}, fault)
 
-    def _send(self, code: int, body: bytes, headers: Mapping[str, str], fault: Fault | None = None) -> None:
+    def _send(
+        self,
+        code: int,
+        body: bytes,
+        headers: Mapping[str, str] | Sequence[tuple[str, str]],
+        fault: Fault | None = None,
+    ) -> None:
         self.send_response(code)
-        for name, value in headers.items():
+        for name, value in headers.items() if isinstance(headers, Mapping) else headers:
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -339,7 +348,11 @@ class _Handler(BaseHTTPRequestHandler):
             value = f'Bearer realm="{realm}",service="test.service",scope="repository:some/thing:pull"'
         # a careless server that says what it was shown
         shown = self.headers.get("authorization", "").partition(" ")[2]
-        self._error(401, "UNAUTHORIZED", f"you sent {shown}", {"WWW-Authenticate": value})
+        lines = [*self.registry.challenges_before, value]
+        if self.registry.challenges_in_one_line:
+            lines = [", ".join(lines)]
+        body = json.dumps({"errors": [{"code": "UNAUTHORIZED", "message": f"you sent {shown}"}]}).encode()
+        self._send(401, body, [("WWW-Authenticate", line) for line in lines])
 
     def _token(self, query: Mapping[str, list[str]], body: bytes) -> None:
         form = parse_qs(body.decode())

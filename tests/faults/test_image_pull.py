@@ -476,6 +476,20 @@ async def test_signing_in(registry: FakeRegistry, library: ImageStore, scheme: s
     await library.close()
 
 
+@pytest.mark.parametrize("in_one_line", [False, True])
+@pytest.mark.parametrize(
+    "others", [("Negotiate",), ("Negotiate YII=", "NTLM", 'Digest realm="x", nonce="y"')]
+)
+async def test_pull_with_other_challenges_before_basic_succeeds(
+    registry: FakeRegistry, library: ImageStore, others: tuple[str, ...], in_one_line: bool
+) -> None:
+    registry.sign_in = "basic"
+    registry.challenges_before, registry.challenges_in_one_line = others, in_one_line
+    registry.put_image("a", "1", [BASE])
+    assert (await library.pull(f"{registry.address}/a:1", credentials(registry, "password"))).size > 0
+    await library.close()
+
+
 @pytest.mark.parametrize("scheme", ["basic", "bearer"])
 @pytest.mark.parametrize("form", ["none", "wrong"])
 async def test_refused_access_says_nothing_secret(

@@ -170,7 +170,7 @@ async def test_a_blob_writer_counts(tmp_path: Path, length: int) -> None:
     writer = BlobWriter(tmp_path / "blob", Descriptor(digest=digest, size=512))
     try:
         with pytest.raises(ImageError):
-            await writer.take(chunks())  # type: ignore[arg-type]
+            await writer.append(chunks())  # type: ignore[arg-type]
             await writer.finish()
         assert writer.written <= 512
     finally:

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from image.auth import ANONYMOUS, Auth, Challenge, Credential, challenges, credential
+from image.auth import ANONYMOUS, Auth, Credential, find_credential
 
 PAIR = base64.b64encode(b"user:pa:ss").decode()
 
@@ -24,7 +24,7 @@ PAIR = base64.b64encode(b"user:pa:ss").decode()
     ],
 )
 def test_forms(auth: Auth | None, expected: Credential) -> None:
-    assert credential(auth, hosts=("host",)) == expected
+    assert find_credential(auth, hosts=("host",)) == expected
 
 
 @pytest.mark.parametrize(
@@ -41,37 +41,11 @@ def test_forms(auth: Auth | None, expected: Credential) -> None:
     ],
 )
 def test_server_address(address: str, hosts: tuple[str, ...], fits: bool) -> None:
-    found = credential(Auth(username="u", password="p", server_address=address), hosts=hosts)
+    found = find_credential(Auth(username="u", password="p", server_address=address), hosts=hosts)
     assert (found != ANONYMOUS) is fits
 
 
 def test_secrets_are_not_shown() -> None:
     auth = Auth(username="u", password="secret", registry_token="secret", identity_token="secret")
-    shown = f"{auth} {auth!r} {credential(auth, hosts=())!r} {[auth]}"
+    shown = f"{auth} {auth!r} {find_credential(auth, hosts=())!r} {[auth]}"
     assert "secret" not in shown
-
-
-@pytest.mark.parametrize(
-    ("header", "expected"),
-    [
-        ("", ()),
-        ("Basic realm=x", (Challenge(scheme="basic", realm="x"),)),
-        ("BASIC", (Challenge(scheme="basic"),)),
-        (
-            'Bearer realm="https://a/t",service="s",scope="repository:a/b:pull,push"',
-            (Challenge(scheme="bearer", realm="https://a/t", service="s", scope="repository:a/b:pull,push"),),
-        ),
-        (
-            'Basic realm="a \\" b", Bearer realm="r" , service=s',
-            (Challenge(scheme="basic", realm='a " b'), Challenge(scheme="bearer", realm="r", service="s")),
-        ),
-        ("===", ()),
-        ('Bearer realm="unended', (Challenge(scheme="bearer"), )),
-    ],
-)  # fmt: skip
-def test_challenges(header: str, expected: tuple[Challenge, ...]) -> None:
-    assert challenges(header)[: len(expected)] == expected
-
-
-def test_a_long_header_is_cut() -> None:
-    assert len(challenges("Basic a=b, " * 100_000)) < 1000

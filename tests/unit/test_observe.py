@@ -89,7 +89,7 @@ async def test_the_pod_follows_the_task_and_its_children() -> None:
 def test_levels() -> None:
     stream = written("text", "warning")
     logging.getLogger("cri").info("quiet")
-    logging.getLogger("httpx").info("library")
+    logging.getLogger("httpx2").info("library")
     assert stream.getvalue() == ""
 
 

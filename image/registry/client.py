@@ -1,0 +1,112 @@
+"""Pull one repository's content from the hosts that are configured for it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from image import manifest
+from image.auth import Auth
+from image.blobs import BlobWriter, Fetched
+from image.errors import (
+    DigestMismatch,
+    ImageError,
+    ManifestInvalid,
+    ManifestNotFound,
+    RegistryUnavailable,
+    Unauthorized,
+)
+from image.hosts import Host
+from image.manifest import Descriptor
+from image.reference import Reference, is_digest
+from image.registry.endpoint import Endpoint
+from image.registry.timing import Timing
+
+T = TypeVar("T")
+
+
+class Registry:
+    """The `Source` of one pull from a registry. Close it.
+
+    Asks `hosts` in order: mirrors first, the registry itself last. Each method raises ManifestNotFound,
+    Unauthorized, RegistryUnavailable or DigestMismatch: the last host's error, with the mirrors' as notes.
+    """
+
+    def __init__(
+        self, reference: Reference, hosts: tuple[Host, ...], auth: Auth | None, timing: Timing | None = None
+    ) -> None:
+        self._reference = reference
+        self._endpoints = [Endpoint(host, reference, auth, timing or Timing()) for host in hosts]
+
+    async def close(self) -> None:
+        """Close all connections. Idempotent."""
+        for endpoint in self._endpoints:
+            await endpoint.close()
+
+    async def manifest(self, target: str, size: int | None = None) -> Fetched:
+        """Fetch the manifest or index of a tag or digest (distribution-spec, "Pulling manifests").
+
+        Checked against the digest in `target`, else against Docker-Content-Digest where the registry sends
+        it, and against `size` in bytes if it is known.
+        """
+
+        async def fetch(endpoint: Endpoint) -> Fetched:
+            data, headers = await endpoint.read(f"manifests/{target}", manifest.MANIFEST_LIMIT)
+            announced = headers.get("docker-content-digest", "")
+            expected = target if is_digest(target) else announced if is_digest(announced) else ""
+            if expected:
+                manifest.check(f"manifest {self._reference.name} {target}", data, expected, size)
+            return Fetched(
+                data=data,
+                digest=expected or manifest.digest_of(data),
+                media_type=headers.get("content-type", ""),
+            )
+
+        return await self._first("pull" if is_digest(target) else "resolve", fetch)
+
+    async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
+        """Fetch a blob into memory and check it. Raises ManifestInvalid above `limit` bytes."""
+        if descriptor.size > limit:
+            raise ManifestInvalid(
+                f"blob {descriptor.digest}", f"{descriptor.size} bytes, the limit is {limit}"
+            )
+
+        async def fetch(endpoint: Endpoint) -> bytes:
+            data, _ = await endpoint.read(f"blobs/{descriptor.digest}", descriptor.size)
+            manifest.check(f"blob {descriptor.digest}", data, descriptor.digest, descriptor.size)
+            return data
+
+        return await self._first("pull", fetch)
+
+    async def blob(self, descriptor: Descriptor, into: BlobWriter) -> None:
+        """Append to `into` what it still lacks, from wherever it continues, and check the whole.
+
+        The next host continues what the last one sent, unless that had the wrong digest.
+        """
+
+        async def fetch(endpoint: Endpoint) -> None:
+            try:
+                await endpoint.download(f"blobs/{descriptor.digest}", into)
+                await into.finish()
+            except DigestMismatch:
+                into.restart()
+                raise
+
+        await self._first("pull", fetch)
+
+    async def _first(self, capability: str, fetch: Callable[[Endpoint], Awaitable[T]]) -> T:
+        """Return the first host's success. `capability` is hosts.toml's: "pull" or "resolve"."""
+        able = [e for e in self._endpoints if capability in e.host.capabilities]
+        if not able:
+            problem = f"no configured host has the capability {capability!r}"
+            raise RegistryUnavailable(self._reference.domain, capability, problem)
+        failures: list[ImageError] = []
+        for endpoint in able:
+            try:
+                return await fetch(endpoint)
+            except (ManifestNotFound, Unauthorized, RegistryUnavailable, DigestMismatch) as error:
+                failures.append(error)
+        last = failures[-1]
+        for mirror in failures[:-1]:
+            last.add_note(f"a mirror failed before: {mirror}")
+        raise last

@@ -1,0 +1,121 @@
+"""One host that serves a repository: the requests for manifests and blobs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+
+from image import manifest
+from image.auth import Auth, find_credential
+from image.blobs import BlobWriter
+from image.errors import RegistryUnavailable
+from image.hosts import HUB_SERVER, Host
+from image.reference import DEFAULT_DOMAIN, Reference
+from image.registry.errors import TemporaryFailure, check_status, read_bounded
+from image.registry.resume import download_rest
+from image.registry.retry import Retrier
+from image.registry.timing import Timing
+from image.registry.token import Authorizer
+from image.registry.transport import REDIRECT_LIMIT, Response, Transport, origin, redirect_target
+
+ACCEPT = ", ".join((*manifest.INDEXES, *manifest.MANIFESTS, "application/json;q=0.5"))
+_MIRROR_ATTEMPTS = 2  # the registry itself can still be asked after a mirror
+
+
+class Endpoint:
+    """Reads one repository from one host, with that host's credential, token and retries. Close it.
+
+    Its methods raise ManifestNotFound, Unauthorized, RegistryUnavailable, DigestMismatch.
+    """
+
+    def __init__(self, host: Host, reference: Reference, auth: Auth | None, timing: Timing) -> None:
+        self._reference = reference
+        self._timing = timing
+        self._transport = Transport(host, timing)
+        # credentials for the registry itself must not reach its mirrors
+        names = (host.address,) if host.mirror else (host.address, reference.domain)
+        credential = find_credential(auth, hosts=names)
+        self._authorizer = Authorizer(reference, credential, self._transport, timing)
+        attempts = min(_MIRROR_ATTEMPTS, timing.attempts) if host.mirror else timing.attempts
+        self._retrier = Retrier(host.address, timing, attempts)
+
+    @property
+    def host(self) -> Host:
+        """The host's configuration, with the scheme that it turned out to speak."""
+        return self._transport.host
+
+    async def close(self) -> None:
+        """Close its connections. Idempotent."""
+        await self._transport.close()
+
+    async def read(self, path: str, limit: int) -> tuple[bytes, Mapping[str, str]]:
+        """Return a whole body of at most `limit` bytes, and the response's headers."""
+
+        async def attempt() -> tuple[bytes, Mapping[str, str]]:
+            try:
+                async with asyncio.timeout(self._timing.answer_s), self._get(path, {}) as response:
+                    return await read_bounded(response, limit), response.headers
+            except TimeoutError as error:
+                raise TemporaryFailure(f"no whole answer within {self._timing.answer_s:g} s") from error
+
+        return await self._retrier.run(path, attempt)
+
+    async def download(self, path: str, into: BlobWriter) -> None:
+        """Append to `into` what it still lacks of this blob. Its digest is not checked here."""
+
+        async def attempt() -> None:
+            await download_rest(lambda headers: self._get(path, headers), into, self._timing)
+
+        await self._retrier.run(path, attempt, lambda: into.written)
+
+    # ----------------------------------------------------------------------------- requests
+
+    @contextlib.asynccontextmanager
+    async def _get(self, path: str, headers: Mapping[str, str]) -> AsyncIterator[Response]:
+        """Yield a 200 or 206 response, authenticated and redirected as needed; raise for any other."""
+        response = await self._request(path, headers)
+        try:
+            if response.status_code == 401:
+                await response.aclose()
+                await self._authorizer.answer(response)
+                response = await self._request(path, headers)  # a second 401 is final
+            for _ in range(REDIRECT_LIMIT):
+                if (target := self._redirect_target(response)) is None:
+                    break
+                await response.aclose()
+                response = await self._follow(response, target, headers)
+            await check_status(
+                response, host=self.host.address, name=self._reference.name, path=path,
+                timeout_s=self._timing.connect_s, redact=self._authorizer.redact,
+            )  # fmt: skip
+            yield response
+        finally:
+            await response.aclose()
+
+    async def _request(self, path: str, headers: Mapping[str, str]) -> Response:
+        return await self._transport.get(self._url(path), self._headers(headers))
+
+    def _url(self, path: str) -> str:
+        url = f"{self.host.url}/{self._reference.path}/{path}"
+        registry = HUB_SERVER if self._reference.domain == DEFAULT_DOMAIN else self._reference.domain
+        # containerd's convention: a mirror of several registries learns from `ns` which one is meant
+        return f"{url}?ns={self._reference.domain}" if self.host.address != registry else url
+
+    def _headers(self, extra: Mapping[str, str]) -> dict[str, str]:
+        headers = {"Accept": ACCEPT, "Accept-Encoding": "identity", **dict(self.host.headers), **extra}
+        if self._authorizer.header:
+            headers["Authorization"] = self._authorizer.header
+        return headers
+
+    def _redirect_target(self, response: Response) -> str | None:
+        try:
+            return redirect_target(response)
+        except ValueError as error:
+            raise RegistryUnavailable(self.host.address, "redirect", str(error)) from error
+
+    async def _follow(self, response: Response, target: str, headers: Mapping[str, str]) -> Response:
+        """Request a redirect's target. Credentials and configured headers are for the registry alone."""
+        if origin(str(response.request.url)) == origin(target):
+            return await self._transport.get(target, self._headers(headers))
+        return await self._transport.get(target, {"Accept-Encoding": "identity", **headers})

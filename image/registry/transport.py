@@ -1,0 +1,141 @@
+"""HTTP connections to one registry host: TLS settings, timeouts, the fallback to plain HTTP.
+
+The only module that imports the HTTP library; others use `Response` and `TransportError`. Redirects are not
+followed here: `endpoint` and `token` decide what may be sent to another host.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from urllib.parse import urljoin, urlsplit
+
+import httpx2
+import msgspec
+
+from image.errors import MirrorConfigInvalid
+from image.hosts import Host
+from image.registry.timing import Timing
+
+Response = httpx2.Response
+TransportError = httpx2.TransportError
+
+REDIRECT_LIMIT = 10
+CONNECTION_LIMIT = 16  # per host and pull
+_REDIRECT_STATUS = frozenset((301, 302, 303, 307, 308))
+
+
+class Transport:
+    """Connections to the host that `host` describes, and to where it redirects. Close it.
+
+    `host` changes once at most: to http, when a registry on loopback does not speak TLS.
+    """
+
+    def __init__(self, host: Host, timing: Timing) -> None:
+        self.host = host
+        self._timing = timing
+        self._client: httpx2.AsyncClient | None = None
+
+    async def close(self) -> None:
+        """Close all connections. Idempotent."""
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    async def get(self, url: str, headers: Mapping[str, str]) -> Response:
+        """Send a GET request. The caller reads and closes the response. Raises TransportError."""
+        client = self._open()
+        try:
+            return await client.send(client.build_request("GET", url, headers=dict(headers)), stream=True)
+        except httpx2.ConnectError:
+            if not self._fall_back_to_http(url):
+                raise
+            return await self.get(url.replace("https://", "http://", 1), headers)
+
+    async def post(self, url: str, form: Mapping[str, str]) -> Response:
+        """Send a form. The caller reads and closes the response. Raises TransportError."""
+        client = self._open()
+        return await client.send(client.build_request("POST", url, data=dict(form)), stream=True)
+
+    def _fall_back_to_http(self, url: str) -> bool:
+        """Use http from now on, if the host is on loopback and no scheme is configured for it.
+
+        Registries on loopback rarely have certificates, and loopback traffic cannot be intercepted.
+        """
+        if not self.host.plain_fallback or origin(url) != origin(self.host.url):
+            return False
+        if self.host.scheme == "http":
+            return False
+        self.host = msgspec.structs.replace(self.host, scheme="http")
+        return True
+
+    def _open(self) -> httpx2.AsyncClient:
+        if self._client is None:
+            timing = self._timing
+            self._client = httpx2.AsyncClient(
+                verify=_tls_context(self.host),
+                follow_redirects=False,
+                timeout=httpx2.Timeout(timing.stall_s, connect=timing.connect_s, pool=None),
+                limits=httpx2.Limits(max_connections=CONNECTION_LIMIT),
+                headers={"User-Agent": "husk"},
+            )
+        return self._client
+
+
+def redirect_target(response: Response) -> str | None:
+    """Return the absolute URL that a redirect points to; None if the response is not a redirect.
+
+    Raises ValueError for a target that is not http or https.
+    """
+    if response.status_code not in _REDIRECT_STATUS:
+        return None
+    target = urljoin(str(response.request.url), response.headers.get("location", ""))
+    parts = urlsplit(target)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError("the target is not an http or https URL")
+    return target
+
+
+def origin(url: str) -> tuple[str, str, int | None]:
+    """Return scheme, host and port: where credentials for `url` may be sent (RFC 6454, section 4)."""
+    parts = httpx2.URL(url)
+    return parts.scheme, parts.host, parts.port
+
+
+def with_query(url: str, parameters: Mapping[str, str]) -> str:
+    """Return `url` with these parameters added to the query that it already has; empty ones are left out."""
+    return str(httpx2.URL(url).copy_merge_params({k: v for k, v in parameters.items() if v}))
+
+
+def describe(error: TransportError) -> str:
+    """Return what failed, for an error message."""
+    match error:
+        case httpx2.ConnectTimeout():
+            return "no connection in time"
+        case httpx2.ReadTimeout():
+            return "no data in time"
+    return str(error) or type(error).__name__
+
+
+def is_certificate_error(error: TransportError) -> bool:
+    """Return whether the server's certificate was not accepted, which no retry changes."""
+    return "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def _tls_context(host: Host) -> ssl.SSLContext | bool:
+    """Raises MirrorConfigInvalid where a certificate or key of hosts.toml cannot be loaded."""
+    if host.scheme == "http":
+        return False
+    context = ssl.create_default_context()
+    try:
+        for authority in host.ca:
+            context.load_verify_locations(authority)
+        for certificate, key in host.client:
+            context.load_cert_chain(certificate, key or None)
+    except (OSError, ssl.SSLError) as error:
+        files = ", ".join((*host.ca, *(c for c, _ in host.client)))
+        raise MirrorConfigInvalid(files, f"cannot be loaded: {error}") from error
+    if host.skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
