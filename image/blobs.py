@@ -6,7 +6,6 @@ deletes it. A blob that exceeds its announced size is refused at once, not at it
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import hashlib
 import os
@@ -18,6 +17,7 @@ import msgspec
 
 from image.errors import DigestMismatch, DiskFull, StorageFailed
 from image.manifest import Descriptor
+from sandbox.host import threads
 
 BATCH = 1 << 20
 
@@ -117,13 +117,7 @@ class BlobWriter:
         if not self._buffer:
             return
         data, self._buffer = self._buffer, bytearray()
-        work = asyncio.ensure_future(asyncio.to_thread(self._write, data))
-        try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            await asyncio.wait((work,))
-            work.exception()  # seen: whoever cancelled is not told of a full disk
-            raise
+        await threads.run(lambda: self._write(data), "husk-download", pooled=True)
         self.written += len(data)
         if self._on_progress is not None:
             self._on_progress(self.written)

@@ -10,27 +10,14 @@ left on the host, which matters, as whoever removes a directory with a layer mou
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
-T = TypeVar("T")
-
-_AT_EMPTY_PATH = 0x1000
-_MOUNT_ATTR_IDMAP = 0x00100000
-_OPEN_TREE_CLONE = 1
-_F_EMPTY_PATH, _T_EMPTY_PATH = 0x04, 0x40
-_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
-_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
-_MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
-_libc = ctypes.CDLL(None, use_errno=True)
+from sandbox.host import syscalls, threads
 
 # Ends when its standard input does.
 _HOLDER = ["unshare", "--user", "sh", "-c", "echo ready; read line"]
@@ -62,10 +49,6 @@ def outside(ranges: Sequence[IdRange], id: int) -> int:
     return -1
 
 
-class _MountAttr(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd"))
-
-
 @contextlib.contextmanager
 def user_namespace(ids: IdMap) -> Iterator[int]:
     """A descriptor of a new one with these ids. Blocks a little. Raises OSError."""
@@ -89,48 +72,31 @@ def user_namespace(ids: IdMap) -> Iterator[int]:
 
 def clone(source: Path, namespace: int | None = None) -> int:
     """A copy of the mount at `source`, attached nowhere, with shifted ids if a namespace is given."""
-    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
-    tree = _libc.syscall(
-        ctypes.c_long(_SYS_OPEN_TREE), ctypes.c_int(-100), os.fsencode(source), ctypes.c_uint(flags)
-    )
-    _check(min(tree, 0), source)
+    flags = syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC
+    tree = syscalls.open_tree(syscalls.AT_FDCWD, source, flags)
     try:
         if namespace is not None:
             shift(tree, namespace, source)
     except OSError:
         os.close(tree)
         raise
-    return int(tree)
+    return tree
 
 
 def shift(tree: int, namespace: int, what: Path) -> None:
     """Raises OSError (EINVAL: the file system cannot map ids)."""
-    attr = _MountAttr(_MOUNT_ATTR_IDMAP, 0, 0, namespace)
-    _check(
-        _libc.syscall(
-            ctypes.c_long(_SYS_MOUNT_SETATTR),
-            ctypes.c_int(tree),
-            b"",
-            ctypes.c_uint(_AT_EMPTY_PATH),
-            ctypes.byref(attr),
-            ctypes.c_size_t(ctypes.sizeof(attr)),
-        ),
-        what,
+    syscalls.mount_setattr(
+        tree,
+        "",
+        syscalls.AT_EMPTY_PATH,
+        set=syscalls.MOUNT_ATTR_IDMAP,
+        user_namespace=namespace,
+        what=what,
     )
 
 
 def attach(tree: int, target: Path) -> None:
-    _check(
-        _libc.syscall(
-            ctypes.c_long(_SYS_MOVE_MOUNT),
-            ctypes.c_int(tree),
-            b"",
-            ctypes.c_int(-100),
-            os.fsencode(target),
-            ctypes.c_uint(_F_EMPTY_PATH),
-        ),
-        target,
-    )
+    syscalls.move_mount(tree, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
 
 
 def mounted_shifted(
@@ -146,7 +112,8 @@ def mounted_shifted(
         point.mkdir()
 
     def work() -> int:
-        _check(_libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), scratch)
+        syscalls.unshare(syscalls.CLONE_FS | syscalls.CLONE_NEWNS)
+        syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
         for layer, point in zip(layers, points, strict=True):
             tree = clone(layer, namespace)
             try:
@@ -157,22 +124,7 @@ def mounted_shifted(
         return clone(merged)
 
     with user_namespace(ids) as namespace:
-        return _in_own_mounts(work)
-
-
-def _in_own_mounts(work: Callable[[], T]) -> T:
-    """Run it in a thread with a mount namespace that ends with it."""
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            _check(_libc.unshare(ctypes.c_int(_CLONE_FS | _CLONE_NEWNS)), Path("/"))
-            result.set_result(work())
-        except BaseException as error:  # the thread's edge: handed to who waits
-            result.set_exception(error)
-
-    threading.Thread(target=run, name="husk-idmap", daemon=True).start()
-    return result.result()
+        return threads.call(work, "husk-idmap")
 
 
 def find_obstacle(scratch: Path) -> str:
@@ -183,17 +135,10 @@ def find_obstacle(scratch: Path) -> str:
 
     def mount(lowers: Sequence[Path], target: Path) -> None:
         data = f"lowerdir={lowers[0]},upperdir={scratch}/upper,workdir={scratch}/work"
-        failed = _libc.mount(b"husk", os.fsencode(target), b"overlay", ctypes.c_ulong(0), data.encode())
-        _check(failed, target)
+        syscalls.mount("husk", target, "overlay", 0, data)
 
     try:
         os.close(mounted_shifted([scratch / "layer"], ids, scratch / "points", mount))
     except OSError as error:
         return f"the file system of {scratch.parent} cannot map ids: {error.strerror or error}"
     return ""
-
-
-def _check(result: int, what: Path) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(what))

@@ -21,6 +21,7 @@ from image.blobs import storage_error
 from image.errors import ImageNotFound, InvalidReference
 from image.manifest import RunConfig
 from image.reference import is_digest, parse
+from sandbox.host.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -184,12 +185,9 @@ class Index:
 
     def _write(self, image: Image) -> None:
         file = self._file(image.id)
-        new = file.with_suffix(".new")
         try:
-            new.write_bytes(msgspec.json.encode(image))
-            new.replace(file)
+            write_json(file, image)
         except OSError as error:
-            new.unlink(missing_ok=True)
             raise storage_error(error, file, "writing the image index") from error
 
 

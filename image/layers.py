@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import secrets
@@ -25,7 +24,7 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,9 +33,12 @@ import msgspec
 from image import layer
 from image.blobs import storage_error
 from image.compression import Inflated
-from image.errors import DigestMismatch, ImageError
+from image.errors import DigestMismatch
 from image.inode_spreading import scatter
 from image.layer import Limits, Usage
+from sandbox.host import threads
+from sandbox.host.proc import boot_id
+from sandbox.host.syscalls import syncfs
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ class LayerStore:
         if self._home(found.chain_id) != home or not (home / "fs").is_dir():
             raise ValueError("does not fit its name")
         unsynced = home / "unsynced"
-        if unsynced.exists() and unsynced.read_text(encoding="ascii") != _boot_id():
+        if unsynced.exists() and unsynced.read_text(encoding="ascii") != boot_id():
             raise ValueError("the machine went down before it was written out")
         return found
 
@@ -161,7 +163,13 @@ class LayerStore:
         """
         lowers = [str(self.path(under)) for under in reversed(below)]
         with self.staging() as stage:
-            found = await _in_thread(lambda stop: self._unpack(stage, chain_id, diff_id, lowers, blob, stop))
+            stop = threading.Event()
+            found = await threads.run(
+                lambda: self._unpack(stage, chain_id, diff_id, lowers, blob, stop),
+                "husk-unpack",
+                on_cancel=stop.set,
+                linger_s=STOP_LIMIT_S,
+            )
             try:
                 stage.rename(self._home(chain_id))
             except OSError as error:
@@ -181,7 +189,7 @@ class LayerStore:
         target = stage / "fs"
         try:
             target.mkdir()
-            (stage / "unsynced").write_text(_boot_id(), encoding="ascii")
+            (stage / "unsynced").write_text(boot_id(), encoding="ascii")
             with blob.open("rb") as file, contextlib.closing(Inflated(file)) as plain:
                 usage = layer.unpack(iter(plain), str(target), lowers=lowers, limits=self._limits, stop=stop)
                 actual = plain.digest
@@ -229,8 +237,8 @@ class LayerStore:
 
     def empty_trash(self) -> None:
         """Blocking; again after a crash. A few at a time: deleting is mostly waiting for the disk."""
-        with ThreadPoolExecutor(DELETIONS, "husk-trash") as threads:
-            list(threads.map(_delete, self.trash.iterdir()))
+        with ThreadPoolExecutor(DELETIONS, "husk-trash") as pool:
+            list(pool.map(_delete, self.trash.iterdir()))
 
 
 def _delete(path: Path) -> None:
@@ -242,29 +250,10 @@ def _delete(path: Path) -> None:
         log.warning("cannot delete %s yet: %s", path, error)
 
 
-async def _in_thread(work: Callable[[threading.Event], Layer]) -> Layer:
-    stop = threading.Event()
-    task = asyncio.ensure_future(asyncio.to_thread(work, stop))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait((task,), timeout=STOP_LIMIT_S)
-        if task.done() and not task.cancelled() and isinstance(task.exception(), ImageError):
-            log.debug("an unpacking that was called off had failed: %s", task.exception())
-        raise
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
 def _syncfs(path: Path) -> None:
     """syncfs(2): one filesystem, not the whole machine as os.sync."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(path))
+        syncfs(fd, what=path)
     finally:
         os.close(fd)

@@ -35,7 +35,7 @@ from network.readiness import Readiness
 from network.result import Result
 from network.spec import Attachment, Dns, Interface, NetworkRequest, NetworkStatus, PortMapping, Route
 from network.tap import FIRST_TAP, join, open_tap, open_taps
-from network.threads import in_thread
+from sandbox.host import threads
 from sandbox.host.keyed_lock import KeyedLock
 
 __all__ = [
@@ -84,8 +84,10 @@ class Networks:
         On failure, or when cancelled, nothing is left. Raises NetnsError, TapError, Unsatisfiable.
         """
         async with self._turns.of(pod_id):
-            return await in_thread(
-                lambda: self._prepare(pod_id), discard=lambda tap: self._unprepare(pod_id, tap)
+            return await threads.run(
+                lambda: self._prepare(pod_id),
+                "husk-network",
+                discard=lambda tap: self._unprepare(pod_id, tap),
             )
 
     def netns_of(self, pod_id: str) -> Path:
@@ -98,8 +100,9 @@ class Networks:
         """
         cancelled = Event()
         async with self._turns.of(wish.pod_id):
-            return await in_thread(
+            return await threads.run(
                 lambda: self._up(wish, cancelled.is_set),
+                "husk-network",
                 on_cancel=cancelled.set,
                 discard=lambda _: self._down(wish.pod_id),
             )
@@ -111,13 +114,17 @@ class Networks:
         """
         cancelled = Event()
         async with self._turns.of(pod_id):
-            await in_thread(lambda: self._down(pod_id, cancelled.is_set), on_cancel=cancelled.set)
+            await threads.run(
+                lambda: self._down(pod_id, cancelled.is_set), "husk-network", on_cancel=cancelled.set
+            )
 
     async def detach(self, pod_id: str) -> None:
         """Undo `up`, and leave the namespace; idempotent. Raises TeardownFailed as `down` does."""
         cancelled = Event()
         async with self._turns.of(pod_id):
-            await in_thread(lambda: self._detach(pod_id, cancelled.is_set), on_cancel=cancelled.set)
+            await threads.run(
+                lambda: self._detach(pod_id, cancelled.is_set), "husk-network", on_cancel=cancelled.set
+            )
 
     async def open_taps(self, pod_id: str, *, begin: int = 0) -> tuple[int, ...]:
         """Make the taps of interface number `begin` and those behind it, and join them; the caller owns
@@ -126,12 +133,12 @@ class Networks:
         In the order of Attachment.interfaces. Raises TapError, NetnsError.
         """
         async with self._turns.of(pod_id):
-            return await in_thread(lambda: self._open_taps(pod_id, begin), discard=_close)
+            return await threads.run(lambda: self._open_taps(pod_id, begin), "husk-network", discard=_close)
 
     async def check(self, pod_id: str) -> None:
         """Ask the plug-ins whether the attachment is as they left it. Raises CniError, TapError."""
         async with self._turns.of(pod_id):
-            await in_thread(lambda: self._cni.check(self._attached(pod_id)))
+            await threads.run(lambda: self._cni.check(self._attached(pod_id)), "husk-network")
 
     async def gc(self, valid: Iterable[str], *, ask_plugins: bool = True) -> None:
         """Release what belongs to no valid pod, ours and then the plug-ins'. Raises TeardownFailed.
@@ -150,7 +157,7 @@ class Networks:
                     problems += error.problems
         if ask_plugins:
             async with self._turns.alone():
-                problems += await in_thread(lambda: self._collect(keep))
+                problems += await threads.run(lambda: self._collect(keep), "husk-network")
         if problems:
             raise TeardownFailed("(none)", problems)
 

@@ -13,7 +13,6 @@ so must the means to give them back.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from network.conf import NetworkConf
 from network.errors import NetworkError
 from network.result import Result
 from network.spec import Attachment
+from sandbox.host import files
 
 _ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")  # CNI SPEC, CNI_CONTAINERID
 
@@ -64,28 +64,12 @@ class AttachmentCache:
     def save(self, held: CachedAttachment, *, durable: bool = False) -> None:
         """Readers see the old content or the new. Raises OSError."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._path(held.pod_id)
-        temporary = path.with_suffix(".json.tmp")
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.encode(held))
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        temporary.rename(path)
-        if durable:
-            self._sync_directory()
-
-    def _sync_directory(self) -> None:
-        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        files.write_json(self._path(held.pod_id), held, durable=durable)
 
     def forget(self, pod_id: str) -> None:
         path = self._path(pod_id)
         path.unlink(missing_ok=True)
-        path.with_suffix(".json.tmp").unlink(missing_ok=True)
+        files.temporary_of(path).unlink(missing_ok=True)
 
     def pod_ids(self) -> frozenset[str]:
         try:

@@ -14,8 +14,6 @@ namespace of its own.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import os
 import socket
@@ -24,15 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from network import threads
 from network.errors import NetnsError
+from sandbox.host import syscalls, threads
 
 T = TypeVar("T")
 
 OWN = Path("/proc/thread-self/ns/net")
-_CLONE_NEWNET = 0x40000000  # sched.h
-_MS_BIND = 4096  # mount(2)
-_MNT_DETACH = 2  # umount2(2)
 _SIOCGIFFLAGS = 0x8913  # netdevice(7)
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
@@ -57,19 +52,19 @@ def make(path: Path) -> None:
     except OSError as error:
         raise NetnsError(str(path), "make", str(error)) from error
     try:
-        threads.start(lambda: _unshare_and_pin(path), "husk-netns").result()
+        threads.call(lambda: _unshare_and_pin(path), "husk-netns")
     except OSError as error:
         remove(path)
         raise NetnsError(str(path), "make", str(error)) from error
 
 
 def _unshare_and_pin(path: Path) -> None:
-    _call("unshare", _CLONE_NEWNET)
+    syscalls.unshare(syscalls.CLONE_NEWNET)
     _bring_up_loopback()
     for name, value in SYSCTLS:
         with contextlib.suppress(OSError):  # no IPv6, or a read-only /proc/sys: slower, no worse
             Path("/proc/sys", name).write_text(value)
-    _call("mount", os.fsencode(OWN), os.fsencode(path), None, ctypes.c_ulong(_MS_BIND), None)
+    syscalls.mount(OWN, path, flags=syscalls.MS_BIND)
 
 
 def remove(path: Path) -> None:
@@ -77,7 +72,7 @@ def remove(path: Path) -> None:
     try:
         while is_namespace(path):
             # detached, as a plug-in may be looking at it right now
-            _call("umount2", os.fsencode(path), _MNT_DETACH)
+            syscalls.umount2(path, syscalls.MNT_DETACH)
         # also detaches copies of the mount in other mount namespaces
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -99,21 +94,13 @@ def run_in(path: Path, function: Callable[[], T]) -> T:
     """
 
     def work() -> T:
-        _enter(path)
+        try:
+            threads.enter_namespace(path, syscalls.CLONE_NEWNET)
+        except OSError as error:
+            raise NetnsError(str(path), "enter", str(error)) from error
         return function()
 
-    return threads.start(work, "husk-in-netns").result()
-
-
-def _enter(path: Path) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _call("setns", fd, _CLONE_NEWNET)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise NetnsError(str(path), "enter", str(error)) from error
+    return threads.call(work, "husk-in-netns")
 
 
 def _bring_up_loopback() -> None:
@@ -122,10 +109,3 @@ def _bring_up_loopback() -> None:
         request = struct.pack("16sH22x", b"lo", 0)
         _, flags = struct.unpack("16sH22x", fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request))
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", flags | _IFF_UP))
-
-
-def _call(name: str, *arguments: object) -> None:
-    """A system call of libc that answers 0 or sets errno. Raises OSError."""
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) != 0:
-        code = ctypes.get_errno() or errno.EIO
-        raise OSError(code, f"{name}: {os.strerror(code)}")

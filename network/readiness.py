@@ -11,11 +11,11 @@ import threading
 import time
 from pathlib import Path
 
-from network import threads
 from network.cni import Cni
 from network.conf import NetworkConf, find_conf, list_files
 from network.errors import CniError, NetworkError, NetworkNotReady
 from network.spec import NetworkStatus
+from sandbox.host import threads
 
 ASK_AGAIN_S = 5.0
 

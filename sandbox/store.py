@@ -17,6 +17,8 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
+from sandbox.host.files import write_json
+
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +41,6 @@ class Store(Generic[R]):
     def __init__(self, directory: Path, kind: type[R]) -> None:
         self._directory = directory
         self._decoder = msgspec.json.Decoder(kind)
-        self._encoder = msgspec.json.Encoder()
         self._records: dict[str, R] = {}
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -58,10 +59,7 @@ class Store(Generic[R]):
 
     def put(self, record: R) -> None:
         """Write `record`, then make it the one that readers see."""
-        path = self._path(record.id)
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_bytes(self._encoder.encode(record))
-        temporary.rename(path)
+        write_json(self._path(record.id), record)
         self._records[record.id] = record
 
     def drop(self, id: str) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -29,9 +28,9 @@ from image.errors import ImageNotFound
 from image.idmap import IdMap, outside
 from image.layer import Usage
 from image.layers import LayerStore
+from sandbox.host import syscalls, threads
+from sandbox.host.mounts import unmount_all
 
-MS_NOSUID, MS_NODEV = 2, 4
-MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _PATH_ONLY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME_LIMIT = 128
 
@@ -46,15 +45,11 @@ class OverlayStore:
             if self._layers.find(chain_id) is None:
                 raise ImageNotFound(chain_id, "this layer of the image is not here any more")
         with self._layers.pinned(chain_ids):
-            work = asyncio.ensure_future(asyncio.to_thread(self._up, key, chain_ids, target, ids))
-            try:
-                await asyncio.shield(work)
-            except asyncio.CancelledError:
-                # the thread cannot be stopped; a mount made after our undo would be nobody's
-                await asyncio.wait((work,))
-                if not work.exception():
-                    await asyncio.to_thread(self._down, key, target)
-                raise
+            await threads.run(
+                lambda: self._up(key, chain_ids, target, ids),
+                "husk-rootfs",
+                discard=lambda _: self._down(key, target),
+            )
 
     async def down(self, key: str, target: Path) -> None:
         await asyncio.to_thread(self._down, key, target)
@@ -95,7 +90,7 @@ class OverlayStore:
     def _down(self, key: str, target: Path) -> None:
         home = self._home(key)
         try:
-            _unmount_all(target)
+            unmount_all(target)  # a killed `up` may have been repeated
             tree_ops.remove(home)
         except OSError as error:
             raise storage_error(error, home, "removing a root filesystem") from error
@@ -149,22 +144,6 @@ def _mount_overlay(lowers: Sequence[Path], upper: Path, work: Path, target: Path
 
 
 def _mount_at(target: Path, options: str) -> None:
-    data = options.encode()
-    if len(data) >= os.sysconf("SC_PAGE_SIZE"):
+    if len(options) >= os.sysconf("SC_PAGE_SIZE"):
         raise OSError(errno.E2BIG, "too many layers for one mount", str(target))
-    if _libc().mount(b"husk", os.fsencode(target), b"overlay", MS_NOSUID | MS_NODEV, data) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(target))
-
-
-def _unmount_all(target: Path) -> None:
-    """As often as something is mounted there: a killed `up` may have been repeated."""
-    while _libc().umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW) == 0:
-        pass
-    number = ctypes.get_errno()
-    if number not in (errno.EINVAL, errno.ENOENT):
-        raise OSError(number, os.strerror(number), str(target))
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+    syscalls.mount("husk", target, "overlay", syscalls.MS_NOSUID | syscalls.MS_NODEV, options)

@@ -6,13 +6,13 @@ to wait for: the dial is tried again until the deadline.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import socket
 import time
 
 from sandbox.errors import GuestUnreachable
 from sandbox.guest import Transport
+from sandbox.host import threads
 
 _RETRY_S = 0.02
 # What a VM answers that is not up yet; anything else will not get better by waiting.
@@ -62,17 +62,12 @@ class VsockTransport:
     async def connect(self, address: str, timeout_s: float) -> socket.socket:
         cid, port = parse_address(address)
         # connect(2) on vsock blocks in the kernel even where epoll is used, hence the thread.
-        dialling = asyncio.ensure_future(asyncio.to_thread(dial, cid, port, timeout_s))
-        try:
-            return rewrap(await asyncio.shield(dialling))
-        except asyncio.CancelledError:
-            dialling.add_done_callback(_close_late)  # the thread goes on until its own deadline
-            raise
-
-
-def _close_late(dialling: asyncio.Future[socket.socket]) -> None:
-    if not dialling.cancelled() and dialling.exception() is None:
-        dialling.result().close()
+        # A cancelled caller does not wait: the thread ends at its own deadline, and then closes the socket.
+        return rewrap(
+            await threads.run(
+                lambda: dial(cid, port, timeout_s), "husk-vsock", discard=socket.socket.close, linger_s=0
+            )
+        )
 
 
 transport: Transport = VsockTransport()

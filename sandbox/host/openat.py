@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 from contextlib import suppress
 from pathlib import Path
 
 from sandbox.errors import InvalidSpec
-
-_SYS_OPENAT2 = 437
-_RESOLVE_IN_ROOT = 0x10
-_RESOLVE_NO_MAGICLINKS = 0x02
-_RESOLVE_NO_SYMLINKS = 0x04
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+from sandbox.host import syscalls
 
 
 def open_beneath(root: Path, name: str, flags: int, *, links: bool = True) -> int:
-    """A descriptor of `name` as a process finds it whose root is `root` (openat2(2), RESOLVE_IN_ROOT).
-    Raises OSError, without `links` also where one is on the way."""
+    """Open `name` as a process does whose root directory is `root` (openat2(2), RESOLVE_IN_ROOT).
+
+    Returns a descriptor that the caller owns. Raises OSError; without `links` also (ELOOP) where a component
+    of the path is a symbolic link.
+    """
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        resolve = _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS | (0 if links else _RESOLVE_NO_SYMLINKS)
-        how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
-        file = _libc.syscall(
-            ctypes.c_long(_SYS_OPENAT2),
-            ctypes.c_int(directory),
-            os.fsencode(name),
-            ctypes.byref(how),
-            ctypes.c_size_t(ctypes.sizeof(how)),
-        )
+        resolve = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+        if not links:
+            resolve |= syscalls.RESOLVE_NO_SYMLINKS
+        return syscalls.openat2(directory, name, flags | os.O_CLOEXEC, resolve=resolve)
     finally:
         os.close(directory)
-    if file < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), name)
-    return int(file)
 
 
 def make_beneath(root: Path, path: str, *, directory: bool) -> None:

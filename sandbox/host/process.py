@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import functools
 import os
@@ -29,19 +28,17 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 from sandbox.errors import DeadlineExceeded
-
-T = TypeVar("T")
+from sandbox.host import syscalls, threads
+from sandbox.host.proc import boot_id, read_stat
 
 MARK = "HUSK_PROCESS"
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C"}
-_CLONE_NEWNET = 0x40000000
+_KILL_TIMEOUT_S = 5.0
 _LOOKS = 10
 _LOOK_AGAIN_S = 0.003
 
@@ -96,28 +93,12 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True):
 # ------------------------------------------------------------------------------------- identity
 
 
-@functools.cache
-def boot_id() -> str:
-    """The kernel's name for this boot: random.4, /proc/sys/kernel/random/boot_id."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State letter and start time. The name in between may hold blanks and parentheses."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(b")") + 1 :].split()
-    return fields[0].decode(), int(fields[19])
-
-
 def identify(pid: int) -> ProcessIdentity | None:
     """Who has this pid now; None when nobody does, or only a zombie."""
-    stat = _stat(pid)
-    if stat is None or stat[0] in "ZX":
+    stat = read_stat(pid)
+    if stat is None or stat.state in "ZX":
         return None
-    return ProcessIdentity(pid=pid, start_time=stat[1], boot_id=boot_id())
+    return ProcessIdentity(pid=pid, start_time=stat.start_time, boot_id=boot_id())
 
 
 def alive(identity: ProcessIdentity) -> bool:
@@ -133,8 +114,8 @@ def _pidfd(identity: ProcessIdentity) -> int | None:
         if error.errno not in (errno.ESRCH, errno.EINVAL):
             raise
         return None
-    stat = _stat(identity.pid)  # after pidfd_open: from here on the pid cannot change hands unnoticed
-    if stat is None or stat[1] != identity.start_time or boot_id() != identity.boot_id:
+    stat = read_stat(identity.pid)  # after pidfd_open: from here on the pid cannot change hands unnoticed
+    if stat is None or stat.start_time != identity.start_time or boot_id() != identity.boot_id:
         os.close(fd)
         return None
     return fd
@@ -170,7 +151,7 @@ async def wait_exit(identity: ProcessIdentity) -> int | None:
         os.close(fd)
 
 
-async def kill(identity: ProcessIdentity, timeout_s: float = 5.0) -> None:
+async def kill(identity: ProcessIdentity, timeout_s: float = _KILL_TIMEOUT_S) -> None:
     """End it with SIGKILL and wait. Idempotent. Raises DeadlineExceeded when it will not go."""
     fd = _pidfd(identity)
     if fd is None:
@@ -185,6 +166,21 @@ async def kill(identity: ProcessIdentity, timeout_s: float = 5.0) -> None:
             await wait_exit(identity)
     except TimeoutError as error:
         raise DeadlineExceeded(f"ending process {identity.pid}", timeout_s) from error
+
+
+def _kill_and_reap(identity: ProcessIdentity) -> None:
+    """The blocking form of `kill`, for a child. Raises DeadlineExceeded."""
+    fd = _pidfd(identity)
+    if fd is None:
+        return
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        if not readable_within(fd, _KILL_TIMEOUT_S):
+            raise DeadlineExceeded(f"ending process {identity.pid}", _KILL_TIMEOUT_S)
+        _reap(fd)
+    finally:
+        os.close(fd)
 
 
 # ----------------------------------------------------------------------------------- recovery
@@ -286,7 +282,7 @@ async def start(
 
     def spawn() -> ProcessIdentity:
         if netns:
-            _enter_network(netns)
+            threads.enter_namespace(Path(netns), syscalls.CLONE_NEWNET)
         child = subprocess.Popen(
             command,
             stdin=stdin,
@@ -297,20 +293,13 @@ async def start(
             cwd="/",
             start_new_session=True,
         )
-        stat = _stat(child.pid)
-        assert stat is not None, "a child that nobody waited for cannot vanish"
+        stat = read_stat(child.pid)
+        assert stat is not None, "a child that was not waited for cannot vanish"
         # From here on it is known by its identity: Popen shall neither reap it nor complain.
         child.returncode = 0
-        return ProcessIdentity(pid=child.pid, start_time=stat[1], boot_id=boot_id())
+        return ProcessIdentity(pid=child.pid, start_time=stat.start_time, boot_id=boot_id())
 
-    pending = _in_own_thread(spawn)
-    try:
-        return await asyncio.shield(pending)
-    except asyncio.CancelledError:
-        # The thread cannot be stopped; what it makes would belong to nobody.
-        with contextlib.suppress(OSError):
-            await kill(await pending)
-        raise
+    return await threads.run(spawn, "husk-start", discard=_kill_and_reap)
 
 
 def _wrapped(
@@ -338,31 +327,6 @@ def _wrapped(
     return [*prelude, *drop, "--", *argv]
 
 
-def _enter_network(path: str) -> None:
-    """Move the calling thread into a network namespace, for the rest of its life (setns(2))."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET) != 0:
-            error = ctypes.get_errno()
-            raise OSError(error, f"setns: {os.strerror(error)}", path)
-    finally:
-        os.close(fd)
-
-
-def _in_own_thread(function: Callable[[], T]) -> asyncio.Future[T]:
-    """Like asyncio.to_thread, with a thread that ends with the work instead of being reused."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # the thread's edge: handed to who waits
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="husk-start", daemon=True).start()
-    return asyncio.wrap_future(future)
-
-
 # --------------------------------------------------------------------------- short-lived programs
 
 
@@ -385,7 +349,7 @@ async def run(
 
     def work() -> Completed:
         if netns:
-            _enter_network(netns)
+            threads.enter_namespace(Path(netns), syscalls.CLONE_NEWNET)
         child = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -400,14 +364,7 @@ async def run(
         )
         return _collect(child, argv[0], timeout_s, max_output, cancelled.is_set)
 
-    pending = _in_own_thread(work)
-    try:
-        return await asyncio.shield(pending)
-    except asyncio.CancelledError:
-        cancelled.set()
-        # it ends by failing, and there is nobody to be told
-        pending.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        raise
+    return await threads.run(work, "husk-run", on_cancel=cancelled.set, linger_s=0)
 
 
 def _collect(

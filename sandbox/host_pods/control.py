@@ -20,6 +20,7 @@ from sandbox.errors import DeadlineExceeded, GuestError, InvalidContainerConfig,
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host import cgroup
 from sandbox.host.cgroup import Layout
+from sandbox.host.proc import read_stat
 from sandbox.host.process import identify
 from sandbox.plan.device_filter import MKNOD, READ, WRITE, Rule, Type
 from sandbox.plan.values import CgroupFile
@@ -99,11 +100,8 @@ def started_by(*leaders: int) -> Callable[[list[int]], list[int]]:
 
 
 def _parent_and_session(pid: int) -> tuple[int, int] | None:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return int(fields[1]), int(fields[3])
+    stat = read_stat(pid)
+    return (stat.parent, stat.session) if stat else None
 
 
 # ----------------------------------------------------------------------------------------- devices

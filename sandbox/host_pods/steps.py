@@ -24,7 +24,7 @@ from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.capabilities import mask_named
 from sandbox.container import Container
 from sandbox.errors import DeadlineExceeded, GuestError, InvalidContainerConfig, InvalidSpec
-from sandbox.host import cgroup, mounts, process
+from sandbox.host import cgroup, mounts, process, syscalls
 from sandbox.host.cgroup import Cgroups
 from sandbox.host.limiter import Limiter
 from sandbox.host.process import ProcessIdentity
@@ -150,7 +150,7 @@ def _make_directories(pod: Pod) -> None:
         shm = Path(shm_of(pod))
         shm.mkdir()
         flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-        mounts.mount("shm", shm, "tmpfs", flags, f"mode=1777,size={SHM_BYTES}")
+        syscalls.mount("shm", shm, "tmpfs", flags, f"mode=1777,size={SHM_BYTES}")
 
 
 def _hear(fd: int) -> bytes:

@@ -22,7 +22,6 @@ import functools
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -31,6 +30,7 @@ import msgspec
 
 from sandbox.errors import ProtocolError
 from sandbox.guest.streams import StreamSink
+from sandbox.host import threads
 from sandbox.logs.file import LogFile, open_log
 from sandbox.records import LogPosition
 
@@ -67,13 +67,10 @@ class LogRelay:
     open -> (attach -> begin)* -> close: `attach` and `begin` once for each connection.
     """
 
-    def __init__(
-        self, file: LogFile | None, save: Save, on_problem: OnProblem, executor: Executor | None
-    ) -> None:
+    def __init__(self, file: LogFile | None, save: Save, on_problem: OnProblem) -> None:
         self._file = file  # None: discard
         self._save = save
         self._on_problem = on_problem
-        self._executor = executor
         self._unsaved = False  # the record on the disk may tell of another file than is written
         self._lock = asyncio.Lock()  # held while the file is touched
         self._client: InputClient | None = None
@@ -95,7 +92,6 @@ class LogRelay:
         save: Save,
         *,
         on_problem: OnProblem = _log_problem,
-        executor: Executor | None = None,
     ) -> LogRelay:
         """Open or create the file where `position` says, and save where that is now.
 
@@ -104,9 +100,9 @@ class LogRelay:
         raises.
         """
         if not str(path) or Path(path) == Path():
-            return cls(None, save, on_problem, executor)
-        relay = cls(None, save, on_problem, executor)
-        file = await relay._in_thread(open_log, Path(path), position)
+            return cls(None, save, on_problem)
+        relay = cls(None, save, on_problem)
+        file = await _in_thread(open_log, Path(path), position)
         try:
             if file.position != position:
                 await _saved(save, file.position)
@@ -153,7 +149,7 @@ class LogRelay:
         """
         if self._file is not None:
             if opened != self._file.written:
-                position = await self._in_thread(self._file.rebased, opened)
+                position = await _in_thread(self._file.rebased, opened)
                 await _saved(self._save, position)
                 self._file.position, self._file.written = position, opened
             self._stopping = False
@@ -263,7 +259,7 @@ class LogRelay:
                 self._unsaved = False
             lines, self._lines = self._lines, []
             data = lines[0] if len(lines) == 1 else b"".join(lines)
-            done, problem = await self._in_thread(self._file.append, data)
+            done, problem = await _in_thread(self._file.append, data)
             if done < len(data):
                 self._lines.insert(0, data[done:])
         self._grant(done)
@@ -294,7 +290,7 @@ class LogRelay:
         save = save or self._save
         async with self._lock:
             old = self._file
-            if old.fd < 0 or await self._in_thread(old.in_place):
+            if old.fd < 0 or await _in_thread(old.in_place):
                 return
             await _saved(save, msgspec.structs.replace(old.position, next_base=old.written))
             try:
@@ -311,26 +307,26 @@ class LogRelay:
                 self._release()
 
     async def _make_next(self, old: LogFile, save: Save) -> LogFile:
-        new = await self._in_thread(old.make_next)
+        new = await _in_thread(old.make_next)
         try:
             await _saved(save, new.position)
         except (Exception, asyncio.CancelledError):
-            await self._in_thread(new.discard)
+            await _in_thread(new.discard)
             raise
         return new
 
-    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
-        """A thread cannot be stopped, so a cancelled caller waits for it: nothing may touch the
-        file meanwhile."""
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._executor, functools.partial(function, *args))
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            await asyncio.wait({work})
-            if work.exception() is None and isinstance(made := work.result(), LogFile):
-                made.discard()
-            raise
+
+async def _in_thread(function: Callable[..., T], *args: object) -> T:
+    """A thread cannot be stopped, so a cancelled caller waits for it: nothing else may use the file
+    meanwhile. A new file that is opened after the cancellation is discarded."""
+    return await threads.run(
+        functools.partial(function, *args), "husk-log", discard=_discard_file, pooled=True
+    )
+
+
+def _discard_file(made: object) -> None:
+    if isinstance(made, LogFile):
+        made.discard()
 
 
 async def _saved(save: Save, position: LogPosition) -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sandbox.host.proc import read_stat
 from sandbox.host.process import find_by_cgroup
 from sandbox.spec import Value
 from sandbox.stats.kernel_files import meminfo
@@ -52,10 +53,11 @@ def process_usage(pids: Iterable[int]) -> ProcessUsage:
     ticks = own = shared = 0
     for pid in pids:
         with contextlib.suppress(OSError, IndexError, ValueError):
-            process = Path("/proc", str(pid))
-            fields = (process / "stat").read_bytes().rpartition(b")")[2].split()
-            sizes = meminfo((process / "status").read_bytes())
-            ticks += int(fields[11]) + int(fields[12])
+            stat = read_stat(pid)
+            if stat is None:
+                continue
+            sizes = meminfo(Path(f"/proc/{pid}/status").read_bytes())
+            ticks += stat.user_ticks + stat.system_ticks
             own += sizes.get(b"RssAnon", 0) + sizes.get(b"RssFile", 0)
             shared += sizes.get(b"RssShmem", 0)
     return ProcessUsage(cpu_seconds=ticks / os.sysconf("SC_CLK_TCK"), own_bytes=own, shared_bytes=shared)

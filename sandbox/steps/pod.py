@@ -31,7 +31,7 @@ from pathlib import Path
 from network.attach import Attachment, NetworkRequest, Networks, PortMapping
 from sandbox.errors import VmmError
 from sandbox.guest import guest_pb2 as pb
-from sandbox.host import mounts
+from sandbox.host import mounts, syscalls
 from sandbox.host.cgroup import Cgroups
 from sandbox.host.limiter import Limiter
 from sandbox.lifecycle import Parallel, Steps
@@ -142,8 +142,8 @@ class Shares:
             share.mkdir(mode=0o755, parents=True)
             mounts.bind(back, share, recursive=False)
             mounts.make_readonly(share)
-            mounts.set_propagation(share, mounts.MS_PRIVATE)
-            mounts.set_propagation(share, mounts.MS_SHARED)
+            mounts.set_propagation(share, syscalls.MS_PRIVATE)
+            mounts.set_propagation(share, syscalls.MS_SHARED)
 
     async def down(self, pod: Pod) -> None:
         await asyncio.to_thread(mounts.unmount_tree, pod.run_dir / "share")

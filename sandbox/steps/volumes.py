@@ -29,7 +29,7 @@ from image.idmap import IdMap
 from image.stores import RootfsStore
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
-from sandbox.host import mounts, process
+from sandbox.host import mounts, process, syscalls
 from sandbox.host.openat import open_beneath
 from sandbox.plan import MountSource, huge_mib
 from sandbox.plan.values import HugeDirectory
@@ -186,10 +186,10 @@ def _shift(number: int, tree: int, what: Path, mount: MountSpec) -> None:
 def _shape(tree: int, what: Path, mount: MountSpec) -> None:
     """A slave of the source's peer group, or out of it: what is mounted in here stays here."""
     private = mount.propagation is Propagation.PRIVATE
-    mounts.shape_tree(
+    mounts.set_tree_attributes(
         tree,
         what,
-        propagation=mounts.MS_PRIVATE if private else mounts.MS_SLAVE,
+        propagation=syscalls.MS_PRIVATE if private else syscalls.MS_SLAVE,
         readonly=mount.readonly,
         recursive=mount.recursive_readonly or bool(mount.image),
     )

@@ -25,7 +25,8 @@ import msgspec
 
 from sandbox.errors import SandboxError, VmmError
 from sandbox.guest_image.build import GuestImage
-from sandbox.host import process, unix_sockets
+from sandbox.host import files, unix_sockets
+from sandbox.host.proc import boot_id
 from sandbox.vmm import Hypervisor, Machine, VmSpec
 from sandbox.vmm.qemu.host import find_program, find_version
 
@@ -67,7 +68,7 @@ async def choose(
         return AcceleratorChoice(accelerator="tcg", reason=obstacle)
     version = await find_version(find_program())
     cache = cache_dir / "accelerator.json"
-    facts = (process.boot_id(), version, image.hash)
+    facts = (boot_id(), version, image.hash)
     # `husk doctor` may ask while the daemon does: one probe at a time, the other reads its answer.
     lock = await asyncio.to_thread(_lock, cache.with_suffix(".lock"))
     try:
@@ -76,7 +77,7 @@ async def choose(
             return known.verdict
         verdict = await probe(image, cache_dir / "probe", hypervisor)
         found = _Known(boot_id=facts[0], qemu=facts[1], image=facts[2], verdict=verdict)
-        await asyncio.to_thread(_write, cache, found)
+        await asyncio.to_thread(files.write_json, cache, found)
         return verdict
     finally:
         os.close(lock)
@@ -193,9 +194,3 @@ def _read(cache: Path) -> _Known | None:
         return msgspec.json.decode(cache.read_bytes(), type=_Known)
     except (OSError, msgspec.DecodeError):
         return None  # no answer yet, or none that can be read: ask again
-
-
-def _write(cache: Path, known: _Known) -> None:
-    draft = cache.with_suffix(".draft")
-    draft.write_bytes(msgspec.json.encode(known))
-    draft.rename(cache)

@@ -7,26 +7,24 @@ one for all containers of the pod that mount the same path. What the host has in
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import stat
 
 from sandbox.errors import InvalidSpec
+from sandbox.host import syscalls
 from sandbox.plan import HUGE_PAGE_MIB
 from sandbox.plan.values import HugeDirectory
 from sandbox.spec import MountSpec
 
 GUEST_HUGE = "/run/husk/huge"
 HUGETLBFS_MAGIC = 0x958458F6  # linux/magic.h
-_STATFS_BYTES = 256  # more than any kernel's struct statfs
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def find_directory(source: int, number: int, mount: MountSpec) -> HugeDirectory | None:
     """Of a mount's open source: the guest's directory in its place, or None where it is on no huge pages.
     Raises InvalidSpec for what cannot be had."""
-    if mount.image or _filesystem_type(source) != HUGETLBFS_MAGIC:
+    if mount.image or syscalls.filesystem_magic(source) != HUGETLBFS_MAGIC:
         return None
     at = f"config.mounts[{number}]"
     info, size = os.fstat(source), os.fstatvfs(source).f_bsize
@@ -45,12 +43,3 @@ def find_directory(source: int, number: int, mount: MountSpec) -> HugeDirectory 
 
 def guest_path(directory: HugeDirectory) -> str:
     return f"{GUEST_HUGE}/{directory.name}"
-
-
-def _filesystem_type(fd: int) -> int:
-    """fstatfs(2), which Python does not have. Raises OSError."""
-    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
-    if _libc.fstatfs(ctypes.c_int(fd), buffer) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return ctypes.c_long.from_buffer(buffer).value

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from network.spec import Attachment, Interface, Route
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
-from sandbox.host import mounts
+from sandbox.host import syscalls
 from sandbox.plan import compile_exec, compile_identity, compile_network, compile_start
 from sandbox.plan.device_filter import device_filter_for
 from sandbox.plan.encode import encode_configuration, encode_container, encode_process
@@ -128,7 +128,7 @@ def compile_plan(guest_root: str, errand: WarmupCommand) -> ContainerPlan:
     # the pod's shared memory is made when there is a pod
     kept = (mount for mount in plan.mounts if mount.target != "/dev/shm")
     program = MountPlan(
-        source=errand.source, target=PROGRAM, flags=mounts.MS_BIND | mounts.MS_RDONLY, make=Make.FILE
+        source=errand.source, target=PROGRAM, flags=syscalls.MS_BIND | syscalls.MS_RDONLY, make=Make.FILE
     )
     scratch = MountPlan(source="tmpfs", target="/tmp", type="tmpfs", data="mode=1777", make=Make.DIRECTORY)
     return replace(plan, mounts=(*kept, program, scratch))

@@ -16,7 +16,7 @@ import pytest
 
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
-from sandbox.host import mounts, process
+from sandbox.host import mounts, process, syscalls
 from sandbox.host.mounts import mounts_below
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ImageVolume, PodRecord
@@ -194,7 +194,7 @@ async def test_an_image_that_cannot_be_mounted_leaves_none(site: Site) -> None:
 def huge(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "huge"
     path.mkdir()
-    mounts.mount("huge", path, "hugetlbfs", 0, "pagesize=2M,mode=1750,uid=7,gid=8")
+    syscalls.mount("huge", path, "hugetlbfs", 0, "pagesize=2M,mode=1750,uid=7,gid=8")
     yield path
     mounts.unmount_tree(path)
 

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sandbox.guest_image.vmlinux import Kernel
-from sandbox.host import cgroup, mounts, process
+from sandbox.host import cgroup, mounts, process, syscalls
 from sandbox.vmm import Machine, ShareSpec, VmSpec, find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
 from tests.kit.scratch import scratch_dir, scratch_root
@@ -127,7 +127,7 @@ def leave_mounts() -> None:
     """A mount namespace of our own, so no clean-up of anybody ever meets the host's files below ours."""
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
-    mounts.set_propagation(Path("/"), mounts.MS_REC | mounts.MS_PRIVATE)
+    mounts.set_propagation(Path("/"), syscalls.MS_REC | syscalls.MS_PRIVATE)
 
 
 def bind_root(at: Path) -> Path:

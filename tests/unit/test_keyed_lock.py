@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 
 import pytest
 
-from network.threads import in_thread
 from sandbox.host.keyed_lock import KeyedLock
 
 
@@ -77,45 +75,3 @@ async def test_a_cancelled_waiter_blocks_nobody(waiting: str) -> None:
     beside.end.set()
     again.end.set()
     await asyncio.gather(running.task, waiter.task, beside.task, again.task, return_exceptions=True)
-
-
-async def test_cancelling_waits_for_the_thread_and_hands_its_result_back() -> None:
-    entered, go = threading.Event(), threading.Event()
-    discarded: list[str] = []
-
-    def work() -> str:
-        entered.set()
-        assert go.wait(10)
-        return "held"
-
-    task = asyncio.create_task(in_thread(work, on_cancel=go.set, discard=discarded.append))
-    await asyncio.to_thread(entered.wait, 10)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert discarded == ["held"]
-
-
-async def test_a_failure_after_cancelling_has_nothing_to_hand_back() -> None:
-    entered, go = threading.Event(), threading.Event()
-    discarded: list[None] = []
-
-    def work() -> None:
-        entered.set()
-        assert go.wait(10)
-        raise OSError("too late")
-
-    task = asyncio.create_task(in_thread(work, on_cancel=go.set, discard=discarded.append))
-    await asyncio.to_thread(entered.wait, 10)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert discarded == []
-
-
-async def test_a_threads_failure_is_the_callers() -> None:
-    def work() -> None:
-        raise OSError("no")
-
-    with pytest.raises(OSError, match="no"):
-        await in_thread(work)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ class Guest:
         return self.acknowledged == len(self.stream)
 
 
-class Inline(Executor):
-    """Runs at once: a test then knows at which call it is."""
+class Inline(ThreadPoolExecutor):
+    """Runs work at once, in the event loop's thread: a test then knows at which call it is."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -108,10 +108,10 @@ class Host:
     def save(self, position: LogPosition) -> None:
         self.position = position
 
-    async def open(self, guest: Guest, executor: Executor | None = None) -> LogRelay:
-        relay = await LogRelay.open(
-            self.path, self.position, self.save, on_problem=self.problems.append, executor=executor
-        )
+    async def open(self, guest: Guest, *, inline: bool = False) -> LogRelay:
+        if inline:
+            asyncio.get_running_loop().set_default_executor(Inline())
+        relay = await LogRelay.open(self.path, self.position, self.save, on_problem=self.problems.append)
         await relay.attach(guest)
         await relay.begin(guest.open_log(relay.offset))
         return relay
@@ -288,7 +288,7 @@ async def test_a_save_that_fails_at_open_leaves_no_file(host: Host) -> None:
 
 async def test_a_full_disk_loses_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     guest = Guest(lines(500), piece=5000)
-    relay = await host.open(guest, Inline())
+    relay = await host.open(guest, inline=True)
     real_write = os.write
     room = 10_000
 
@@ -567,7 +567,7 @@ async def life(host: Host, guest: Guest, rotation: int) -> bool:
     """One life of a daemon: adopt, write some, rotate, write some. False when it was killed."""
     relay = None
     try:
-        relay = await host.open(guest, Inline())
+        relay = await host.open(guest, inline=True)
         await write_some(relay, guest)
         if host.path.exists() and rotation:
             host.rotate(f"{rotation:03}")
@@ -634,7 +634,7 @@ async def test_killed_again_and_again(host: Host, monkeypatch: pytest.MonkeyPatc
             killer.arm(chance.randrange(1, 80) / 2)
             await life(host, guest, rotation if chance.random() < 0.7 else 0)
         killer.dead, killer.left = False, 0
-        relay = await host.open(guest, Inline())
+        relay = await host.open(guest, inline=True)
         await settle(guest)
         await finish(relay)
     assert host.joined() == guest.stream
@@ -711,7 +711,7 @@ async def test_a_truncated_file_goes_on(host: Host) -> None:
 
 async def test_a_new_connection_goes_on_where_the_file_ends(host: Host) -> None:
     guest = Guest(lines(1000), piece=3001)
-    relay = await host.open(guest, Inline())
+    relay = await host.open(guest, inline=True)
     while relay.offset < 20_000:
         guest.pump()
         await asyncio.sleep(0)

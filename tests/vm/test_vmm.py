@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.host import cgroup, mounts, process, unix_sockets
+from sandbox.host import cgroup, mounts, process, syscalls, unix_sockets
 from sandbox.vmm import Machine, ShareSpec, VmHandle, VmSpec, find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
 
@@ -71,8 +71,8 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
         share.mkdir(parents=True)
         mounts.bind(back, share, recursive=False)
         mounts.make_readonly(share)
-        mounts.set_propagation(share, mounts.MS_PRIVATE)
-        mounts.set_propagation(share, mounts.MS_SHARED)
+        mounts.set_propagation(share, syscalls.MS_PRIVATE)
+        mounts.set_propagation(share, syscalls.MS_SHARED)
         shares.append(ShareSpec(tag=tag, source=str(share), cache=cache))
     cgroups = cgroup.find_cgroups(f"/husk-{pod_id}")
     cgroups.create(pod_id, "")
@@ -126,7 +126,7 @@ async def test_mounts_made_later_appear(guest: Guest, tmp_path: Path) -> None:
     (lower / "etc").mkdir()
     (lower / "etc/name").write_text("lower\n")
     options = f"lowerdir={lower},upperdir={upper},workdir={work}"
-    mounts.mount("overlay", guest.share("rootfs", "c1"), "overlay", 0, options)
+    syscalls.mount("overlay", guest.share("rootfs", "c1"), "overlay", 0, options)
     volume, single = tmp_path / "volume", tmp_path / "single"
     volume.mkdir()
     (volume / "file").write_text("in a volume\n")
