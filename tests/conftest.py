@@ -27,7 +27,7 @@ for number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, signal.SIG_DFL)
 
 # `HUSK_TEST_RUNTIME=containerd` runs the same flows on containerd + runc: does a test ask too much?
-YARDSTICK = os.environ.get("HUSK_TEST_RUNTIME") == "containerd"
+BASELINE = os.environ.get("HUSK_TEST_RUNTIME") == "containerd"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def fill(registry: Registry) -> None:
     registry.push("husk/docker", "1", images.busybox("docker form", form=images.Form.DOCKER))
     platforms = [images.busybox("index", architecture=name) for name in ("arm64", "amd64")]
     registry.push_index("husk/index", "1", platforms)
-    if YARDSTICK:
+    if BASELINE:
         registry.push("pause", "1", images.pause())
 
 
@@ -71,12 +71,12 @@ def daemon(site: Site) -> Iterator[Any]:
     """A daemon for this module. Nothing of it may be left when its pods have been removed."""
     from tests.kit.daemon import Daemon
 
-    if YARDSTICK:
+    if BASELINE:
         from tests.bench.containerd import Containerd
 
-        yardstick = Containerd(site.namespace, site.cni, site.mirrors)
-        yield yardstick
-        yardstick.close()
+        baseline = Containerd(site.namespace, site.cni, site.mirrors)
+        yield baseline
+        baseline.close()
         return
     made = Daemon(site.namespace, site.cni, site.mirrors, leases=site.leases)
     made.start()
@@ -112,9 +112,9 @@ def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
     client = daemon.cri
     pods = {each.id for each in client.call("ListPodSandbox").items}
     containers = {each.id for each in client.call("ListContainers").containers}
-    before = None if YARDSTICK else daemon.census()
+    before = None if BASELINE else daemon.census()
     yield
-    if not YARDSTICK and not daemon.alive:
+    if not BASELINE and not daemon.alive:
         return  # the module's own look tells
     for container in client.call("ListContainers").containers:
         if container.id not in containers:

@@ -1,7 +1,7 @@
 """`tests/bench/run [--rounds N] [--json FILE] [--part NAME]... [--quick]`: measure, print, write JSON.
 
-Both runtimes stand side by side and take turns, round by round; registry, images, CNI configuration, disk
-and client are the same. A part is a group of figures that are measured together.
+Both runtimes run side by side and take turns, round by round, with the same registry, images, CNI
+configuration, disk and client. A part is a group of figures that are measured together.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from tests.bench import memory, pods, restart, things
-from tests.bench.figures import YARDSTICK, Figures, table
+from tests.bench.figures import BASELINE, Figures, Summary, TargetResult, table
 from tests.bench.subjects import HANDLERS, IMAGE, Site, site
 from tests.kit import images
 from tests.kit.registry import HOST
@@ -25,7 +25,7 @@ from tests.kit.registry import HOST
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured. What takes seconds each time gets fewer rounds."""
+    """How much is measured. Figures that take seconds get fewer rounds."""
 
     rounds: int = 20
     slow_rounds: int = 5
@@ -59,30 +59,41 @@ PARTS: dict[str, Callable[[Site, Figures, Scale], None]] = {
 }
 
 
+class Document(TypedDict):
+    """What `--json` writes."""
+
+    host: dict[str, object]
+    scale: dict[str, int]
+    figures: dict[str, Summary]
+    ratios: dict[str, float]
+    targets: list[TargetResult]
+
+
 def main() -> int:
-    wish = parse()
-    scale = QUICK if wish.quick else Scale()
-    if wish.rounds:
-        scale = replace(scale, rounds=wish.rounds, slow_rounds=max(1, wish.rounds // 4))
-    handlers = [each for each in HANDLERS if wish.handler in (None, each.name)]
+    """Run the bench and return the exit status: 130 when it was interrupted."""
+    options = parse()
+    scale = QUICK if options.quick else Scale()
+    if options.rounds:
+        scale = replace(scale, rounds=options.rounds, slow_rounds=max(1, options.rounds // 4))
+    handlers = [each for each in HANDLERS if options.handler in (None, each.name)]
     figures = Figures()
-    with site([wish.only] if wish.only else [YARDSTICK, "husk"], handlers) as here:
+    with site([options.only] if options.only else [BASELINE, "husk"], handlers) as here:
         here.registry.push("husk/busybox", "1", images.busybox())
         here.registry.push("pause", "1", images.pause())
         for subject in here.mains:
             subject.cri.pull(IMAGE)
             subject.cri.pull(f"{HOST}/pause:1")
         versions = here.versions()
-        whole = measure(here, wish.part or list(PARTS), figures, scale)
-    husk = [f"husk {each.name}" for each in handlers] if wish.only != YARDSTICK else []
+        whole = measure(here, options.part or list(PARTS), figures, scale)
+    husk = [f"husk {each.name}" for each in handlers] if options.only != BASELINE else []
     print(table(figures, husk))
-    if wish.json:
-        wish.json.write_text(json.dumps(document(figures, husk, versions, scale), indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(document(figures, husk, versions, scale), indent=1) + "\n")
     return 0 if whole else 130
 
 
 def measure(site: Site, parts: Sequence[str], figures: Figures, scale: Scale) -> bool:
-    """Whether it came to its end: what was measured before Ctrl-C counts all the same."""
+    """Measure the parts and return whether all were measured. Ctrl-C keeps the samples taken before it."""
     try:
         for part in parts:
             print(f"measuring: {part}", file=sys.stderr, flush=True)
@@ -93,31 +104,38 @@ def measure(site: Site, parts: Sequence[str], figures: Figures, scale: Scale) ->
     return True
 
 
-def document(figures: Figures, husk: list[str], versions: dict[str, str], scale: Scale) -> dict[str, Any]:
-    return {
-        "host": {
-            "kernel": platform.release(),
-            "cpus": os.cpu_count(),
-            "kvm": Path("/dev/kvm").exists(),
-            "runtimes": versions,
-        },
-        "scale": vars(scale),
-        "figures": figures.summary(),
-        "ratios": figures.ratios(husk),
-        "targets": figures.verdicts(husk),
+def document(figures: Figures, husk: list[str], versions: dict[str, str], scale: Scale) -> Document:
+    """Return everything measured, with the host and the scale, for JSON."""
+    host: dict[str, object] = {
+        "kernel": platform.release(),
+        "cpus": os.cpu_count(),
+        "kvm": Path("/dev/kvm").exists(),
+        "runtimes": versions,
     }
+    return Document(
+        host=host,
+        scale=vars(scale),
+        figures=figures.summary(),
+        ratios=figures.ratios(husk),
+        targets=figures.check_targets(husk),
+    )
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="tests/bench/run", description=__doc__)
     parser.add_argument(
-        "--rounds", type=int, help="of each call (20); a quarter of it for what takes seconds"
+        "--rounds", type=int, help="of each call (20); a quarter of it for figures that take seconds"
     )
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this one; may be repeated")
-    parser.add_argument("--handler", choices=[each.name for each in HANDLERS], help="only this one of Husk")
-    parser.add_argument("--only", choices=[YARDSTICK, "husk"], help="one runtime, not both")
-    parser.add_argument("--quick", action="store_true", help="little of everything: does it work?")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    parser.add_argument(
+        "--handler", choices=[each.name for each in HANDLERS], help="only this handler of Husk"
+    )
+    parser.add_argument("--only", choices=[BASELINE, "husk"], help="one runtime, not both")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few rounds of everything: does the bench work?"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     return parser.parse_args()
 
 

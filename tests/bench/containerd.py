@@ -1,4 +1,4 @@
-"""Debian's containerd with its CRI plug-in, as the yardstick, wholly inside a test namespace."""
+"""Debian's containerd with its CRI plug-in, as the baseline, wholly inside a test namespace."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.bench.containerd import Containerd
-from tests.bench.figures import YARDSTICK
+from tests.bench.figures import BASELINE
 from tests.kit import cni
 from tests.kit.cri import Cri
 from tests.kit.daemon import Daemon
@@ -111,10 +111,10 @@ def site(runtimes: Sequence[str], handlers: Sequence[Handler]) -> Iterator[Site]
         conf = cni.write_bridge(directory / "cni", directory / "leases")
         mirrors = registry.write_mirrors(directory / "mirrors")
         subjects: list[Subject] = []
-        if YARDSTICK in runtimes:
+        if BASELINE in runtimes:
             containerd = Containerd(namespace, conf, mirrors)
             held.callback(containerd.close)
-            subjects.append(Subject(YARDSTICK, containerd))
+            subjects.append(Subject(BASELINE, containerd))
         if "husk" in runtimes:
             settings = {f"handlers.{handler.name}": handler.settings for handler in handlers}
             daemon = Daemon(namespace, conf, mirrors, settings=settings)

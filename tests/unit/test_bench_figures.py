@@ -1,4 +1,4 @@
-"""What the benchmark makes of its samples: medians, ratios, targets, the table."""
+"""Medians, ratios, targets and the table that the bench computes from its samples."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ def measured() -> Figures:
     return found
 
 
-def test_percentiles_are_samples() -> None:
+def test_percentile_is_one_of_the_samples() -> None:
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile([float(n) for n in range(1, 21)], 0.95) == 19.0
     assert percentile([5.0], 0.95) == 5.0
 
 
-def test_ratios_are_of_medians_and_the_first_handler_is_meant(measured: Figures) -> None:
+def test_ratios_are_of_medians_and_unnamed_ones_of_the_first_handler(measured: Figures) -> None:
     assert measured.ratios(HUSK) == {"RunPodSandbox": 0.5, "RunPodSandbox (boot)": 20.0, "ExecSync": 0.5}
     assert Figures().ratios(HUSK) == {}
 
 
-def test_targets_are_met_missed_or_reported(measured: Figures) -> None:
-    verdicts = {each["figure"]: each["met"] for each in measured.verdicts(HUSK)}
-    assert verdicts == {
+def test_check_targets_result_is_met_missed_or_reported(measured: Figures) -> None:
+    results = {each["figure"]: each["met"] for each in measured.check_targets(HUSK)}
+    assert results == {
         "RunPodSandbox": True,
         "RunPodSandbox (boot)": None,
         "ExecSync": False,
         "daemon's memory with many records": True,
     }
-    assert measured.verdicts(()) == []
+    assert measured.check_targets(()) == []
 
 
-def test_a_single_handler_counts_for_its_own_target_too(measured: Figures) -> None:
-    verdicts = {each["figure"]: each["value"] for each in measured.verdicts(("husk boot",))}
-    assert (verdicts["RunPodSandbox"], verdicts["RunPodSandbox (boot)"]) == (20.0, 20.0)
+def test_check_targets_single_handler_has_its_own_target_too(measured: Figures) -> None:
+    results = {each["figure"]: each["value"] for each in measured.check_targets(("husk boot",))}
+    assert (results["RunPodSandbox"], results["RunPodSandbox (boot)"]) == (20.0, 20.0)
 
 
-def test_the_table_names_what_is_missed(measured: Figures) -> None:
+def test_table_with_missed_target_marks_it(measured: Figures) -> None:
     table = figures.table(measured, HUSK)
     assert "120.0 (100.0 to 900.0)" in table
     assert "MISSED" in next(
