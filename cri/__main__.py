@@ -1,5 +1,9 @@
-"""The command `husk`. Exit status: 0 done, 1 failed (the reason on standard error), 2 wrong usage
-or configuration."""
+"""The command `husk`: parses its arguments and runs one verb.
+
+Exit status: 0 success; 1 the command failed, or `husk doctor` found what must be fixed (the reason is on
+standard error); 2 wrong usage or configuration, an address of it that cannot be bound included; 130
+interrupted by SIGINT.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cri.config import DEFAULT_FILE, DEFAULT_ROOT, Config, ConfigError, load, to_toml
-from cri.version import version
+
+EXIT_STATUS = """\
+exit status:
+  0    success
+  1    the command failed, or `husk doctor` found something that must be fixed
+  2    wrong usage or configuration, or an address of the configuration that cannot be bound
+  130  interrupted
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (default: of the process) and return its exit status.
+
+    Raises SystemExit with status 2 for wrong usage and 0 for --help, as argparse does.
+    """
     args = _parser().parse_args(arguments)
     try:
         code: int = args.run(args)
@@ -24,49 +39,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; there is nobody to tell
+        sys.stderr.close()  # the reader of our output is gone; an error about that would reach no one
         return 1
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    group = common.add_argument_group("which daemon")
-    group.add_argument("--config", type=Path, metavar="FILE", help=f"configuration ({DEFAULT_FILE})")
-    group.add_argument("--root", default="", metavar="DIR", help=f"state ({DEFAULT_ROOT})")
-    group.add_argument("--socket", default="", metavar="PATH", help="CRI socket (RUN/husk.sock)")
+# -------------------------------------------------------------------------------------- arguments
 
-    parser = argparse.ArgumentParser(prog="husk", description="A CRI runtime: each pod is a micro-VM.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="husk",
+        description="A Kubernetes CRI runtime in which every pod sandbox is a micro-VM.",
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_daemon_options(parser, top=True)
+    common = argparse.ArgumentParser(add_help=False)
+    _add_daemon_options(common, top=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     serve = commands.add_parser("serve", parents=[common], help="run the daemon")
     serve.set_defaults(run=_serve)
-    doctor = commands.add_parser("doctor", parents=[common], help="examine this host")
-    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor = commands.add_parser("doctor", parents=[common], help="check what this host has and lacks")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     config = commands.add_parser("config", parents=[common], help="print the configuration in force")
     config.set_defaults(run=_config)
-    commands.add_parser("version", help="print the version").set_defaults(run=_version)
-    trace = commands.add_parser("trace", parents=[common], help="show where a pod's start spent its time")
-    trace.add_argument("pod", help="its name, id or the beginning of an id")
+    version = commands.add_parser("version", parents=[common], help="print versions and the commit")
+    version.add_argument("--json", action="store_true", help="print JSON")
+    version.set_defaults(run=_version)
+    trace = commands.add_parser(
+        "trace", parents=[common], help="show how long each phase of a pod's start took"
+    )
+    trace.add_argument("pod", help="its name, its id, or the first characters of its id")
     form = trace.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_const", dest="form", const="json", help="for programs")
-    form.add_argument("--html", action="store_const", dest="form", const="html", help="a page of one file")
+    form.add_argument("--json", action="store_const", dest="form", const="json", help="print JSON")
+    form.add_argument(
+        "--html", action="store_const", dest="form", const="html", help="print a self-contained HTML page"
+    )
     trace.set_defaults(run=_trace)
-    _add_guest(commands.add_parser("guest", help="what VMs boot"), common)
-    _add_image(commands.add_parser("image", help="the daemon's images"), common)
+    _add_guest(commands.add_parser("guest", parents=[common], help="build what VMs boot"), common)
+    _add_image(commands.add_parser("image", parents=[common], help="manage the daemon's images"), common)
     return parser
 
 
+def _add_daemon_options(parser: argparse.ArgumentParser, *, top: bool) -> None:
+    """Add the options that every verb takes, before and after it.
+
+    After the verb they have no default: argparse would write it over a value that came before.
+    """
+    group = parser.add_argument_group("configuration")
+    for option, metavar, kind, default, help in (
+        ("--config", "FILE", Path, None, f"configuration file (default: {DEFAULT_FILE}, if it exists)"),
+        ("--root", "DIR", str, "", f"directory of the daemon's state (default: {DEFAULT_ROOT})"),
+        ("--socket", "PATH", str, "", "CRI socket (default: husk.sock in the run directory)"),
+    ):
+        value = default if top else argparse.SUPPRESS
+        group.add_argument(option, metavar=metavar, type=kind, default=value, help=help)
+
+
 def _add_guest(guest: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
-    commands = guest.add_subparsers(metavar="COMMAND", required=True)
-    build = commands.add_parser("build", parents=[common], help="make the kernel and initramfs of VMs")
+    commands = guest.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    build = commands.add_parser("build", parents=[common], help="build the guest's kernel and initramfs")
     which = build.add_mutually_exclusive_group()
-    which.add_argument("--kernel", type=Path, help="a kernel image instead of the distribution's")
+    which.add_argument(
+        "--kernel", type=Path, metavar="FILE", help="use this kernel image, not the distribution's"
+    )
     which.add_argument(
         "--kernel-source", action="store_true", help="compile a small kernel from the distribution's source"
     )
-    build.add_argument("--modules", type=Path, help="its /lib/modules/VERSION")
+    build.add_argument(
+        "--modules", type=Path, metavar="DIR", help="the /lib/modules/VERSION that belongs to --kernel"
+    )
     build.set_defaults(run=_guest_build)
 
 
@@ -85,7 +130,7 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if path else ""
 
 
-# ------------------------------------------------------------------------------------ commands
+# ------------------------------------------------------------------------------------------ verbs
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -105,7 +150,7 @@ def _serve(args: argparse.Namespace) -> int:
             uvloop.run(daemon.run(config))
     except (MetricsNotServed, StreamingNotServed) as error:
         _failed(error)
-        return 2  # what the configuration says cannot be had
+        return 2  # an address or a certificate of the configuration cannot be used
     except (DirectoryTaken, SocketTaken, OSError) as error:
         return _failed(error)
     return 0
@@ -125,7 +170,10 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _version(args: argparse.Namespace) -> int:
-    print(f"husk {version()}")
+    from cri import version
+
+    facts = version.facts()
+    print(version.as_json(facts) if args.json else "\n".join(version.as_text(facts)))
     return 0
 
 
@@ -170,7 +218,7 @@ def _trace(args: argparse.Namespace) -> int:
 
     try:
         with Client(Path(_load(args).socket)) as client:
-            start = trace.ask(client, args.pod)
+            start = trace.fetch(client, args.pod)
     except (CallFailed, trace.NoSuchPod) as error:
         return _failed(error)
     match args.form:

@@ -1,4 +1,4 @@
-"""Calls from the command line to a running daemon, over its socket. Synchronous: one call, one answer."""
+"""Synchronous gRPC client of the command line, over the socket of a running daemon."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cri.server import MESSAGE_MAX
 
 
 class CallFailed(Exception):
-    """The daemon refused, or could not be reached."""
+    """The daemon returned an error, or could not be reached. `details` is meant for the user."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(details)
@@ -25,7 +25,10 @@ class CallFailed(Exception):
 
 
 class Client:
-    """Methods of a service by name; the stubs are made from the descriptors, as the server's are."""
+    """Calls methods of a service by name, with stubs made from the descriptors as the server's handlers are.
+
+    A context manager: leaving it closes the channel. Making one does not connect yet.
+    """
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
@@ -36,7 +39,7 @@ class Client:
         self._channel = grpc.insecure_channel(f"unix:{socket}", options)
 
     def call(self, service: ServiceDescriptor, method: str, request: Message, timeout_s: float = 60) -> Any:
-        """Raises CallFailed."""
+        """Call a unary method and return its response. Raises CallFailed, also after `timeout_s`."""
         stub = self._channel.unary_unary(*self._wire(service, method))
         try:
             return stub(request, timeout=timeout_s)
@@ -44,7 +47,7 @@ class Client:
             raise self._failed(error) from error
 
     def stream(self, service: ServiceDescriptor, method: str, request: Message) -> Iterator[Any]:
-        """Raises CallFailed while it is read."""
+        """Call a streaming method and yield its responses. Raises CallFailed while they are read."""
         stub = self._channel.unary_stream(*self._wire(service, method))
         try:
             yield from stub(request)
@@ -73,5 +76,5 @@ class Client:
 
 
 def _serialize(message: Message) -> bytes:
-    """Not the base class's method itself: each message type has its own."""
+    """Look the method up in the message's own class; `Message.SerializeToString` is the base's."""
     return message.SerializeToString()

@@ -1,4 +1,4 @@
-"""`husk image`: asks the running daemon, which alone writes the image store."""
+"""`husk image`: calls of the running daemon, which is the only writer of the image store."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ IMAGE_SERVICE = pb.DESCRIPTOR.services_by_name["ImageService"]
 
 
 def add_commands(image: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
-    commands = image.add_subparsers(metavar="COMMAND", required=True)
-    pull = commands.add_parser("pull", parents=[common], help="fetch an image from its registry")
-    pull.add_argument("image", help="its name, with a tag or a digest")
-    pull.add_argument("--username", default="", help="for the registry")
+    """Add the verbs of `husk image` to its parser. Each sets `run_with`, called as run_with(client, args)."""
+    commands = image.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    pull = commands.add_parser("pull", parents=[common], help="pull an image from its registry")
+    pull.add_argument("image", help="reference: name, and a tag or a digest")
+    pull.add_argument("--username", default="", help="user name for the registry")
     pull.add_argument(
         "--password-stdin",
         action="store_true",
-        help="read the password from standard input, else it is asked for",
+        help="read the password from standard input (default: prompt for it)",
     )
     pull.set_defaults(run_with=_pull)
-    load = commands.add_parser("import", parents=[common], help="store an image from a file")
-    load.add_argument("path", type=Path, help="an OCI layout (directory or tar) or a docker-archive tar")
-    load.add_argument("--name", default="", help="name to give it, instead of those in the file")
+    load = commands.add_parser("import", parents=[common], help="import an image from a file")
+    load.add_argument("path", type=Path, help="OCI layout (directory or tar) or docker-archive tar")
+    load.add_argument("--name", default="", help="name of the image, in place of those in the file")
     load.set_defaults(run_with=_import)
-    ls = commands.add_parser("ls", parents=[common], help="list the images")
-    ls.add_argument("--quiet", action="store_true", help="ids only")
+    ls = commands.add_parser("ls", parents=[common], help="list images")
+    ls.add_argument("--quiet", action="store_true", help="print ids only")
     ls.set_defaults(run_with=_list)
-    rm = commands.add_parser("rm", parents=[common], help="remove images, with all their names")
-    rm.add_argument("images", nargs="+", metavar="image", help="a name, a digest or an id")
+    rm = commands.add_parser("rm", parents=[common], help="remove images and all their names")
+    rm.add_argument("images", nargs="+", metavar="image", help="name, digest or id")
     rm.set_defaults(run_with=_remove)
 
 
@@ -90,7 +91,7 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _remove(client: Client, args: argparse.Namespace) -> int:
-    """Goes on after a name that is not here, and says so in the end by its exit status."""
+    """Remove every image that exists; return 1 when one of the names did not."""
     code = 0
     for name in args.images:
         spec = pb.ImageSpec(image=name)

@@ -1,4 +1,4 @@
-"""Progress of long work on the command line: bars on a terminal, plain lines elsewhere."""
+"""Progress of pulls and imports on the command line: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from cri.proto import husk_v1_pb2 as pb
 
 
 class Reporter(Protocol):
-    def report(self, progress: pb.Progress) -> None: ...
+    """Shows progress messages of the daemon."""
+
+    def report(self, progress: pb.Progress) -> None:
+        """Show one message: a blob, its step, and how many of its bytes are done."""
 
 
 class Bars:
-    """One bar for each blob and step."""
+    """A terminal: one progress bar for each blob and step."""
 
     def __init__(self, stream: TextIO) -> None:
         self._progress = Progress(
@@ -48,6 +51,7 @@ class Bars:
         self._progress.stop()
 
     def report(self, progress: pb.Progress) -> None:
+        """Move the bar of this blob and step, or add it."""
         key = (progress.item, progress.step)
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(_title(progress), total=None)
@@ -56,7 +60,7 @@ class Bars:
 
 
 class Lines:
-    """A line when a blob or step begins, and one when it is complete."""
+    """A file or pipe: one line when a blob's step begins, and one when it is complete."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -64,22 +68,23 @@ class Lines:
         self._ended: set[tuple[str, str]] = set()
 
     def report(self, progress: pb.Progress) -> None:
+        """Print a line for the first and the last message of this blob and step."""
         key = (progress.item, progress.step)
         if key not in self._begun:
             self._begun.add(key)
             size = f" ({_size(progress.total)})" if progress.total else ""
-            self._say(f"{_title(progress)}{size}")
+            self._print(f"{_title(progress)}{size}")
         if progress.total and progress.current >= progress.total and key not in self._ended:
             self._ended.add(key)
-            self._say(f"{_title(progress)}: done")
+            self._print(f"{_title(progress)}: done")
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
 
 @contextmanager
 def reporter(stream: TextIO | None = None) -> Iterator[Reporter]:
-    """On standard error, so that standard output holds nothing but the result."""
+    """Report to `stream` (default: standard error, so that standard output has only the result)."""
     stream = stream or sys.stderr
     if stream.isatty():
         with Bars(stream) as bars:

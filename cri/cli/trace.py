@@ -1,7 +1,7 @@
-"""`husk trace POD`: the waterfall of a pod's start, as text and for programs.
+"""`husk trace POD`: the waterfall of a pod's start, as text and as JSON.
 
-The daemon keeps the phases with the pod and gives them in its verbose status, so any phase that it
-comes to note is drawn here without this file knowing of it.
+The daemon keeps the phases in the pod's record and returns them in its verbose status. This file knows no
+phase by name, so a new one is drawn without a change here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TICKS = 4
 
 
 class Phase(msgspec.Struct, frozen=True, rename="camel"):
-    """Seconds since RunPodSandbox began; `side` is host or guest."""
+    """A phase of the start. Times are seconds since RunPodSandbox began; `side` is "host" or "guest"."""
 
     name: str
     begin_seconds: float
@@ -31,11 +31,12 @@ class Phase(msgspec.Struct, frozen=True, rename="camel"):
 
     @property
     def milliseconds(self) -> float:
+        """Duration."""
         return 1000 * (self.end_seconds - self.begin_seconds)
 
 
 class Start(msgspec.Struct, frozen=True, rename="camel"):
-    """How a pod came to be."""
+    """The start of one pod: what it is, and its phases in the order in which they began."""
 
     pod_id: str
     name: str
@@ -43,20 +44,22 @@ class Start(msgspec.Struct, frozen=True, rename="camel"):
     handler: str
     accelerator: str
     phases: tuple[Phase, ...]
-    source: str = ""  # where its VM came from
+    source: str = ""  # of its VM: pool, template or boot
 
     @property
     def end_seconds(self) -> float:
+        """End of the last phase; 0 without phases."""
         return max((phase.end_seconds for phase in self.phases), default=0.0)
 
     @property
     def title(self) -> str:
+        """NAMESPACE/NAME (handler, source, accelerator), and the beginning of the id."""
         how = ", ".join(word for word in (self.handler, self.source, self.accelerator) if word)
         return f"{self.namespace}/{self.name} ({how}), {self.pod_id[:13]}"
 
 
 class _Facts(msgspec.Struct, frozen=True, rename="camel"):
-    """What is read of the verbose status."""
+    """The part of the verbose status that is used here."""
 
     phases: tuple[Phase, ...] = ()
     accelerator: str = ""
@@ -64,13 +67,18 @@ class _Facts(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class NoSuchPod(Exception):
+    """No pod, or more than one, matches what the user named."""
+
     def __init__(self, wanted: str, found: Sequence[str]) -> None:
         text = f"{wanted!r} names {len(found)} pods: {', '.join(found)}" if found else f"no pod {wanted!r}"
         super().__init__(text)
 
 
-def ask(client: Client, wanted: str) -> Start:
-    """Raises CallFailed, NoSuchPod when there is none or it is not clear which one is meant."""
+def fetch(client: Client, wanted: str) -> Start:
+    """Ask the daemon for the start of the pod with this name, id or beginning of an id.
+
+    Raises CallFailed; NoSuchPod when no pod matches, or more than one does.
+    """
     pod = _find(client, wanted)
     request = pb.PodSandboxStatusRequest(pod_sandbox_id=pod.id, verbose=True)
     answer = client.call(RUNTIME_SERVICE, "PodSandboxStatus", request)
@@ -87,7 +95,8 @@ def ask(client: Client, wanted: str) -> Start:
 
 
 def _find(client: Client, wanted: str) -> pb.PodSandbox:
-    """By id or its beginning, else by name; a name's newest pod that is ready goes before older ones."""
+    """Match by id or its beginning, else by name. Of several pods of one name, take the ready one, else the
+    newest."""
     pods = client.call(RUNTIME_SERVICE, "ListPodSandbox", pb.ListPodSandboxRequest()).items
     found = [pod for pod in pods if wanted and pod.id.startswith(wanted)]
     if not found:
@@ -105,6 +114,7 @@ def _full_name(pod: pb.PodSandbox) -> str:
 
 
 def as_json(start: Start) -> str:
+    """Return the start as one JSON object, in camelCase like the CRI's."""
     return msgspec.json.format(msgspec.json.encode(start), indent=2).decode()
 
 
@@ -112,27 +122,28 @@ def as_json(start: Start) -> str:
 
 
 def as_text(start: Start, width: int) -> Iterator[str]:
-    """A line for each phase, bars on one scale; `width` is the terminal's."""
+    """Yield the title, a ruler, a line with a bar for each phase, and the key. `width` is in columns."""
     yield start.title
     if not start.phases:
-        yield "nothing is known of its start"
+        yield "the daemon has no record of its start"
         return
     names = max(len(phase.name) for phase in start.phases)
-    room = max(max(width, WIDTH_MIN) - names - 16, BAR_MIN)
+    columns = max(max(width, WIDTH_MIN) - names - 16, BAR_MIN)
     scale_s = nice_end(start.end_seconds)
-    yield f"{'':{names}}  {ruler(scale_s, room)}"
+    yield f"{'':{names}}  {ruler(scale_s, columns)}"
     for phase in start.phases:
-        yield f"{phase.name:{names}} |{bar(phase, scale_s, room):{room}}| {milliseconds(phase)}"
+        yield f"{phase.name:{names}} |{bar(phase, scale_s, columns):{columns}}| {milliseconds(phase)}"
     yield f"{BARS['host']} host   {BARS['guest']} guest"
 
 
 def milliseconds(phase: Phase) -> str:
+    """Return the phase's duration, with one decimal below 10 ms."""
     value = phase.milliseconds
     return f"{value:.1f} ms" if value < 10 else f"{value:.0f} ms"
 
 
 def nice_end(seconds: float) -> float:
-    """The end of a scale that begins at 0: a number that divides by TICKS without many digits."""
+    """Round up to the end of a scale from 0 whose TICKS parts are round numbers."""
     if seconds <= 0:
         return 0.001 * TICKS
     step = seconds / TICKS
@@ -145,19 +156,20 @@ def nice_end(seconds: float) -> float:
 
 
 def ticks(scale_s: float) -> list[tuple[float, str]]:
-    """(place between 0 and 1, what is written there)."""
+    """Return (position between 0 and 1, label) of each mark of the scale."""
     return [(n / TICKS, f"{1000 * scale_s * n / TICKS:.4g} ms") for n in range(TICKS + 1)]
 
 
-def ruler(scale_s: float, room: int) -> str:
+def ruler(scale_s: float, columns: int) -> str:
+    """Draw the labels of the scale over `columns` columns."""
     text = ""
     for place, label in ticks(scale_s):
-        text = f"{text:{round(place * room)}}{label}"
+        text = f"{text:{round(place * columns)}}{label}"
     return text
 
 
-def bar(phase: Phase, scale_s: float, room: int) -> str:
-    """At least one mark, however short it was."""
-    begin = min(int(room * max(phase.begin_seconds, 0.0) / scale_s), room - 1)
-    end = min(max(round(room * phase.end_seconds / scale_s), begin + 1), room)
+def bar(phase: Phase, scale_s: float, columns: int) -> str:
+    """Draw the phase on a scale of `columns` columns; at least one mark, however short it was."""
+    begin = min(int(columns * max(phase.begin_seconds, 0.0) / scale_s), columns - 1)
+    end = min(max(round(columns * phase.end_seconds / scale_s), begin + 1), columns)
     return " " * begin + BARS.get(phase.side, BARS["host"]) * (end - begin)

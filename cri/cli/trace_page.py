@@ -1,4 +1,4 @@
-"""The waterfall of a pod's start as a page of one file: no script, and nothing is fetched."""
+"""The waterfall of a pod's start as a self-contained HTML page: no script, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ td:nth-child(2) { width: 100%; padding: 0; } td:last-child { text-align: right; 
 
 
 def as_html(start: Start) -> str:
+    """Return the page. Every text of the pod is escaped."""
     scale_s = nice_end(start.end_seconds)
     title = escape(start.title)
     marks = "".join(

@@ -1,10 +1,11 @@
-"""The command line: exit codes, what is printed where, and `husk image` against a daemon's socket."""
+"""The command line: options, exit status, output, and `husk image` against a daemon's socket."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import json
+import platform
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cri import __main__ as cli
-from cri import config
+from cri import config, version
 from cri.cli.progress import Bars, Lines
 from cri.interceptor import Interceptor
 from cri.metrics import Metrics
@@ -23,17 +24,18 @@ from cri.proto import husk_v1_pb2 as pb
 from cri.server import Server
 from cri.services.image_service import image_service, transfer_service
 from image.errors import RegistryUnavailable
+from sandbox.guest import frames
 from sandbox.host.flights import Flights
 from tests.fakes.cri import IMAGE_ID, FakeImages
 
 
 @pytest.fixture(autouse=True)
-def _no_file_of_this_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_configuration_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(config, "DEFAULT_FILE", tmp_path / "absent.toml")
 
 
 class ImageDaemon:
-    """A daemon that knows images only, on a loop in a thread: the command line's client is synchronous."""
+    """A daemon that serves images only, on an event loop in a thread: the client is synchronous."""
 
     def __init__(self, socket: Path) -> None:
         self.socket = socket
@@ -71,12 +73,85 @@ def daemon(tmp_path: Path) -> Iterator[ImageDaemon]:
         yield daemon
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version"]) == 0
-    assert capsys.readouterr().out.startswith("husk ")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[0] for line in lines] == [
+        "husk",
+        "commit",
+        "python",
+        "guest protocol",
+        "cri",
+    ]
+    assert lines[2] == f"python {platform.python_version()}"
 
 
-def test_the_configuration_in_force(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_version_as_json_has_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["version", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts) == {"version", "commit", "python", "guest_protocol", "cri"}
+    assert facts["cri"] == "v1" and facts["guest_protocol"] == [frames.MIN_VERSION, frames.VERSION]
+
+
+def test_commit_of_a_package_comes_from_the_file_that_its_build_wrote(tmp_path: Path) -> None:
+    (tmp_path / "commit.txt").write_text("v0.1.0-3-gabcdef1\n")
+    assert version.commit(tmp_path) == "v0.1.0-3-gabcdef1"
+
+
+def test_commit_of_a_checkout_comes_from_git(tmp_path: Path) -> None:
+    (tmp_path / "cri").mkdir()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.test"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"], ["tag", "v9"]):
+        subprocess.run([*git, *words], check=True)
+    assert version.commit(tmp_path / "cri") == "v9"
+
+
+def test_commit_of_a_plain_directory_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "cri").mkdir()
+    assert version.commit(tmp_path / "cri") == "unknown"
+    (tmp_path / ".git").mkdir()  # a broken checkout: git fails
+    assert version.commit(tmp_path / "cri") == "unknown"
+
+
+@pytest.mark.parametrize("verb", [["config"], ["version"], ["doctor"], ["serve"], ["trace", "web"]])
+def test_options_before_and_after_the_verb_mean_the_same(verb: list[str]) -> None:
+    options = ["--config", "c.toml", "--root", "r", "--socket", "s"]
+    for words in ([*options, *verb], [*verb, *options], [*options[:2], *verb, *options[2:]]):
+        assert _daemon_options(words) == (Path("c.toml"), "r", "s")
+    assert _daemon_options(verb) == (None, "", "")
+    assert _daemon_options(["--root", "first", *verb, "--root", "second"]) == (None, "second", "")
+
+
+@pytest.mark.parametrize(
+    ("group", "verb"),
+    [
+        ("image", ["pull", "a:1"]),
+        ("image", ["import", "a.tar"]),
+        ("image", ["ls"]),
+        ("image", ["rm", "a:1"]),
+        ("guest", ["build"]),
+    ],
+)
+def test_options_of_a_nested_verb_work_in_every_place(group: str, verb: list[str]) -> None:
+    options = ["--config", "c.toml", "--root", "r", "--socket", "s"]
+    for words in ([*options, group, *verb], [group, *options, *verb], [group, *verb, *options]):
+        assert _daemon_options(words) == (Path("c.toml"), "r", "s")
+    assert _daemon_options([group, *verb]) == (None, "", "")
+
+
+def _daemon_options(words: list[str]) -> tuple[Path | None, str, str]:
+    args = cli._parser().parse_args(words)
+    return args.config, args.root, args.socket
+
+
+def test_help_documents_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    assert "exit status:\n  0    success\n  1 " in capsys.readouterr().out
+
+
+def test_config_prints_the_configuration_in_force(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text("[metrics]\nport = 0\n")
     assert cli.main(["config", "--config", str(file), "--root", str(tmp_path)]) == 0
@@ -86,7 +161,7 @@ def test_the_configuration_in_force(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 @pytest.mark.parametrize("command", [["serve"], ["doctor"], ["config"], ["guest", "build"], ["image", "ls"]])
-def test_a_broken_configuration_ends_with_2(
+def test_broken_configuration_exits_with_2(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]
 ) -> None:
     file = tmp_path / "config.toml"
@@ -95,7 +170,7 @@ def test_a_broken_configuration_ends_with_2(
     assert f"husk: {file}: log.levle: unknown key, perhaps 'level' is meant" in capsys.readouterr().err
 
 
-def test_wrong_usage_ends_with_2() -> None:
+def test_wrong_usage_exits_with_2() -> None:
     both = ["guest", "build", "--kernel", "k", "--kernel-source"]
     for words in ([], ["image"], ["serve", "--nonsense"], ["image", "rm"], both):
         with pytest.raises(SystemExit) as caught:
@@ -103,7 +178,7 @@ def test_wrong_usage_ends_with_2() -> None:
         assert caught.value.code == 2
 
 
-def test_a_relative_path_means_the_current_directory(
+def test_relative_paths_are_resolved_against_the_current_directory(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -113,14 +188,14 @@ def test_a_relative_path_means_the_current_directory(
     assert f'socket = "{tmp_path}/s.sock"' in out
 
 
-def test_without_a_daemon_it_says_how_to_start_one(
+def test_image_without_a_daemon_names_the_command_that_starts_one(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert cli.main(["image", "ls", "--socket", str(tmp_path / "none.sock")]) == 1
     assert "husk serve" in capsys.readouterr().err
 
 
-def test_images_from_pull_to_remove(
+def test_image_pull_import_ls_and_rm(
     daemon: ImageDaemon, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     where = ["--socket", str(daemon.socket)]
@@ -134,14 +209,14 @@ def test_images_from_pull_to_remove(
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["NAME", "IMAGE", "ID", "SIZE"]
     assert [line.split()[0] for line in table[1:]] == ["example.test/a:1", "b:2"]
-    assert cli.main(["image", "rm", "b:2", "nobody", *where]) == 1, "one of them was not there"
+    assert cli.main(["image", "rm", "b:2", "absent", *where]) == 1, "one of them does not exist"
     done = capsys.readouterr()
-    assert (done.out, done.err) == (f"{IMAGE_ID}\n", "nobody: no such image\n")
+    assert (done.out, done.err) == (f"{IMAGE_ID}\n", "absent: no such image\n")
     assert cli.main(["image", "ls", "--quiet", *where]) == 0
     assert capsys.readouterr().out == f"{IMAGE_ID}\n"
 
 
-def test_a_password_comes_from_standard_input(
+def test_pull_reads_the_password_from_standard_input(
     daemon: ImageDaemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("secret\n"))
@@ -152,13 +227,13 @@ def test_a_password_comes_from_standard_input(
     assert "secret" not in "".join(capsys.readouterr())
 
 
-def test_what_the_daemon_refuses_is_told(daemon: ImageDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_of_the_daemon_is_printed(daemon: ImageDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     daemon.images.failure = RegistryUnavailable("example.test", "GET manifest", "connection refused")
     assert cli.main(["image", "pull", "a:1", "--socket", str(daemon.socket)]) == 1
     assert "RegistryUnavailable: example.test" in capsys.readouterr().err
 
 
-def test_the_command_is_a_program(tmp_path: Path) -> None:
+def test_doctor_as_a_process_prints_json_and_matching_exit_status(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "cri", "doctor", "--json", "--root", str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     document = json.loads(done.stdout)
@@ -166,7 +241,9 @@ def test_the_command_is_a_program(tmp_path: Path) -> None:
     assert {check["verdict"] for check in document["checks"]} <= {"ok", "warn", "fail"}
 
 
-def test_a_second_daemon_on_the_same_socket_ends_with_1(daemon: ImageDaemon, tmp_path: Path) -> None:
+def test_serve_on_a_socket_in_use_exits_with_1_and_changes_nothing(
+    daemon: ImageDaemon, tmp_path: Path
+) -> None:
     file = tmp_path / "config.toml"
     file.write_text(f'[metrics]\nport = 0\n[cni]\nconf_dir = "{tmp_path}/net.d"\n')
     stray = tmp_path / "r/run/pods" / ("0" * 64)
@@ -179,8 +256,8 @@ def test_a_second_daemon_on_the_same_socket_ends_with_1(daemon: ImageDaemon, tmp
     assert stray.is_dir()
 
 
-def test_a_metrics_port_in_use_ends_with_2_before_anything_is_touched(tmp_path: Path) -> None:
-    stray = tmp_path / "r/run/pods" / ("0" * 64)  # the sweep would remove what has no record
+def test_serve_with_metrics_port_in_use_exits_with_2_and_changes_nothing(tmp_path: Path) -> None:
+    stray = tmp_path / "r/run/pods" / ("0" * 64)  # recovery would remove it, as it has no record
     stray.mkdir(parents=True)
     file = tmp_path / "config.toml"
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -202,7 +279,7 @@ STEPS = (
 )
 
 
-def test_progress_in_plain_lines() -> None:
+def test_progress_to_a_file_is_a_line_per_begin_and_end() -> None:
     stream = io.StringIO()
     lines = Lines(stream)
     for step in STEPS:
@@ -215,7 +292,7 @@ def test_progress_in_plain_lines() -> None:
     ]
 
 
-def test_progress_in_bars() -> None:
+def test_progress_on_a_terminal_is_bars() -> None:
     stream = io.StringIO()
     with Bars(stream) as bars:
         for step in STEPS:
