@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from google.protobuf.message import Message
 
 from sandbox.errors import InvalidSpec
-
-ID_MAX = 2**32 - 2  # the last one means "no id" to the kernel (chown(2))
+from sandbox.host.ids import ID_MAX
 
 
 class Enum(Protocol):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cri.fields import ID_MAX, absolute, absolutes, checked_ids, one_of, optional_id
+from cri.fields import absolute, absolutes, checked_ids, one_of, optional_id
 from cri.proto import runtime_v1_pb2 as pb
 from sandbox.errors import InvalidSpec
+from sandbox.host.ids import ID_MAX
 from sandbox.spec import (
     AppArmor,
     AppArmorKind,
@@ -108,18 +109,10 @@ def mount_ids(mount: pb.Mount, at: str) -> UserNamespace | None:
     )
 
 
-_PID_MODES = {
-    pb.NODE: PidMode.NODE,
-    pb.POD: PidMode.POD,
-    pb.CONTAINER: PidMode.CONTAINER,
-    pb.TARGET: PidMode.TARGET,
-}
-
-
 def pid_mode(options: pb.NamespaceOption, at: str) -> PidMode:
     if options.pid == pb.TARGET and not options.target_id:
         raise InvalidSpec(f"{at}.target_id", "is missing, with pid TARGET", "a container's id")
-    return _PID_MODES[options.pid]
+    return PidMode[pb.NamespaceMode.Name(options.pid)]
 
 
 def seccomp(security: pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityContext, at: str) -> Seccomp:

@@ -28,13 +28,13 @@ import msgspec
 from image import tar, tree
 from image.errors import DiskFull, LayerRejected, StorageFailed
 from image.tar import Entry
+from sandbox.host.ids import ID_MAX
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARKER = b".wh..wh..opq"
 AUFS_PREFIX = b".wh..wh."  # other notes that aufs made for itself
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_OWNER_LIMIT = (1 << 32) - 1  # (uid_t) -1 means "leave it"
 _TIME_LIMIT_NS = (1 << 33) * 1_000_000_000
 _PAGE = 4096
 
@@ -156,7 +156,7 @@ class _Unpacker:
             raise tar.TarError(f"more than {self._limits.max_entries} entries")
         if self._claimed > self._limits.max_bytes:
             raise tar.TarError(f"more than {self._limits.max_bytes} bytes when unpacked")
-        if not 0 <= entry.uid < _OWNER_LIMIT or not 0 <= entry.gid < _OWNER_LIMIT:
+        if not 0 <= entry.uid <= ID_MAX or not 0 <= entry.gid <= ID_MAX:
             raise tar.TarError(f"impossible owner {entry.uid}:{entry.gid}")
         entry.mtime_ns = max(-_TIME_LIMIT_NS, min(entry.mtime_ns, _TIME_LIMIT_NS))
         if entry.xattrs:

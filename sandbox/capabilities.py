@@ -36,6 +36,16 @@ def mask_of(names: Iterable[str]) -> int:
     return sum(_BITS[name] for name in set(names))
 
 
+def names_of(mask: int) -> list[str]:
+    """Return the names of a mask's bits as OCI and seccomp profiles have them: "CAP_KILL"."""
+    return [f"CAP_{name}" for number, name in enumerate(NAMES) if mask >> number & 1]
+
+
+def includes(mask: int, name: str) -> bool:
+    """Whether the mask holds the capability of this name; an unknown one it never does."""
+    return bool(mask & _BITS.get(_bare(name), 0))
+
+
 DEFAULT = mask_of(_USUAL.split())
 
 
@@ -87,6 +97,10 @@ def _masks(names: tuple[str, ...], field: str) -> tuple[int, ...]:
     return tuple(_mask(name, f"{field}[{number}]") for number, name in enumerate(names))
 
 
+def _bare(name: str) -> str:
+    return name.upper().removeprefix("CAP_")
+
+
 def mask_named(name: str) -> int:
     """One bit, or `ALL`, of a name that was checked."""
     return _mask(name, "")
@@ -94,7 +108,7 @@ def mask_named(name: str) -> int:
 
 def _mask(name: str, field: str) -> int:
     """One bit, or `ALL`. Case and a CAP_ prefix do not matter."""
-    bare = name.upper().removeprefix("CAP_")
+    bare = _bare(name)
     if bare == "ALL":
         return ALL
     if bare not in _BITS:

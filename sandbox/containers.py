@@ -33,14 +33,14 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.lifecycle import UndoFailed, bring_up, held_steps, take_down
 from sandbox.plan import compile_exec, limited
-from sandbox.plan.oci_view import runtime_spec
+from sandbox.plan.oci import runtime_spec
 from sandbox.plan.resources import merge_resources
 from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState, ImageVolume
 from sandbox.registry import Registry
 from sandbox.session import Session
-from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, Isolation, Resources
+from sandbox.spec import ContainerId, ContainerSpec, ExitCode, ImageDefaults, Isolation, Resources
 from sandbox.steps.cdi_files import with_devices
 from sandbox.store import Store
 
@@ -49,9 +49,6 @@ log = logging.getLogger(__name__)
 KILL_TIMEOUT_S = 30.0
 # Two of these and the frame around them must fit the 16 MiB that a CRI client receives.
 EXEC_OUTPUT_LIMIT = 7 << 20
-EXIT_CODE_START_ERROR = 128
-EXIT_CODE_KILLED = 137
-EXIT_CODE_UNKNOWN = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +195,7 @@ class Containers:
     def _start_failed(self, container: Container, error: GuestError) -> None:
         now = time.time_ns()
         container.update(started_at_ns=now)
-        container.take_exit(EXIT_CODE_START_ERROR, now, "StartError", str(error))
+        container.take_exit(ExitCode.START_ERROR, now, "StartError", str(error))
         container.pod.engine.let_go(container)
 
     # ------------------------------------------------------------------------------- exits
@@ -215,7 +212,7 @@ class Containers:
         """Every container that ran was killed with what it ran in."""
         for container in self._registry.containers_of(pod):
             if container.record.state in (ContainerState.RUNNING, ContainerState.UNKNOWN):
-                container.take_exit(EXIT_CODE_KILLED, time.time_ns(), "Error", reason)
+                container.take_exit(ExitCode.KILLED, time.time_ns(), "Error", reason)
             pod.engine.let_go(container)
 
     # ------------------------------------------------------------------------------- adoption
@@ -246,7 +243,7 @@ class Containers:
         except NotFound:
             return
         if container.record.state is ContainerState.UNKNOWN:
-            container.take_exit(EXIT_CODE_UNKNOWN, time.time_ns(), "Unknown")
+            container.take_exit(ExitCode.UNKNOWN, time.time_ns(), "Unknown")
         if not container.running:
             return
         if timeout_s > 0:

@@ -7,7 +7,7 @@ Pure: no clock, no files, no event loop.
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import NewType
 
 import msgspec
@@ -240,6 +240,17 @@ class ImageDefaults(Value, frozen=True, kw_only=True):
     user: str = ""
     stop_signal: str = ""
     volumes: tuple[str, ...] = ()
+
+
+class ExitCode(IntEnum):
+    """What a container's exit code is where its program gave none.
+
+    A program that a signal ends has 128 plus the signal's number (CRI, ContainerStatus.exit_code).
+    """
+
+    START_ERROR = 128  # it could not be run
+    KILLED = 137  # SIGKILL, with all that ran in the pod
+    UNKNOWN = 255  # it has ended, and its exit code is lost
 
 
 # ----------------------------------------------------------------------------------- machine

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cri.fields import ID_MAX
 from cri.proto import runtime_v1_pb2 as pb
 from image.index import Image
+from sandbox.plan.users import image_user
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, User
 from sandbox.spec import (
     IdRange,
     MountSpec,
-    PidMode,
     PodSpec,
     Propagation,
     Resources,
@@ -41,20 +40,12 @@ def pod_item(record: PodRecord) -> pb.PodSandbox:
     )
 
 
-_PID_MODES = {
-    PidMode.NODE: pb.NODE,
-    PidMode.POD: pb.POD,
-    PidMode.CONTAINER: pb.CONTAINER,
-    PidMode.TARGET: pb.TARGET,
-}
-
-
 def pod_status(record: PodRecord) -> pb.PodSandboxStatus:
     """A pod that has ended keeps its address: a kubelet reads it still."""
     ips = record.network.ips if record.network else ()
     options = pb.NamespaceOption(
         network=pb.NODE if record.spec.host_network else pb.POD,
-        pid=_PID_MODES[record.spec.pid_mode],
+        pid=pb.NamespaceMode.Value(record.spec.pid_mode.name),
         ipc=pb.NODE if record.spec.host_ipc else pb.POD,
         userns_options=_user_namespace(record.spec.user_namespace),
     )
@@ -225,14 +216,6 @@ def image(image: Image) -> pb.Image:
         username=username,
         pinned=image.pinned,
     )
-
-
-def image_user(user: str) -> tuple[int | None, str]:
-    """An image's USER as id or name; a group behind a colon belongs to neither. Empty: neither."""
-    name = user.partition(":")[0]
-    if name.isascii() and name.isdecimal() and int(name) <= ID_MAX:
-        return int(name), ""
-    return None, name
 
 
 def filesystem(mountpoint: str, at_ns: int, used_bytes: int, inodes: int) -> pb.FilesystemUsage:

@@ -46,7 +46,7 @@ from sandbox.plan.values import CgroupFile, ProcessPlan
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, HostProcess, PodRecord, PodState
 from sandbox.registry import Registry
-from sandbox.spec import ContainerId, Handler, Isolation, PidMode, PodId, PodSpec, Resources
+from sandbox.spec import ContainerId, ExitCode, Handler, Isolation, PidMode, PodId, PodSpec, Resources
 from sandbox.stats import parse
 from sandbox.stats.kernel_files import flat_keyed, number
 from sandbox.steps.pod import remove_tree
@@ -57,7 +57,6 @@ T = TypeVar("T")
 
 DIAL_TIMEOUT_S = 30.0
 SUPERVISOR_TIMEOUT_S = 2.0
-EXIT_CODE_KILLED = 137
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +329,7 @@ class ProcessEngine:
             await asyncio.to_thread(control.kill, self._layout, path)
         if found is None:
             log.error("container %s: conmon ended without an exit code; what it held is killed", container.id)
-        code, at_ns = found or (EXIT_CODE_KILLED, time.time_ns())
+        code, at_ns = found or (ExitCode.KILLED, time.time_ns())
         self._exits.exited(container, pb.Exited(exit_code=code, at_ns=at_ns, oom_kills=kills))
 
     async def signal(self, container: Container, number: int, *, all: bool) -> None:

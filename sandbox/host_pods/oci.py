@@ -1,23 +1,23 @@
-"""A container's plan as an OCI runtime configuration (runtime-spec, config.md and config-linux.md).
+"""A container's plan as the OCI configuration that crun runs on this host. Pure.
 
-The plan is what the agent of a VM would execute, decided and checked; here it only changes its form, so
-users, environment, mounts, capabilities and filters are the same wherever a container runs. What a VM
-has of its own (its devices, its shared memory) is given by `RuntimeEnv` instead. Pure.
+The plan is what the agent of a VM would execute, decided and checked. `fit` changes what a VM has and the
+host has not (devices, shared memory, unlimited rights) to what there is here, and `plan.oci` renders the
+result; so users, environment, mounts, capabilities and filters are the same wherever a container runs.
 """
 
 from __future__ import annotations
 
 import base64
-import stat
 from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
 
 from sandbox.errors import InvalidSpec
 from sandbox.plan import mounts
-from sandbox.plan.oci_terms import PROPAGATIONS, VERSION, Json, capability_sets, device_type, mount_options
+from sandbox.plan.oci import Json, linux_spec, process_spec, runtime_spec
 from sandbox.plan.values import ContainerPlan, DevicePlan, MountPlan, ProcessPlan, Rlimit
 from sandbox.spec import Value
 
-_RLIMITS = {7: "RLIMIT_NOFILE"}  # asm-generic/resource.h
 _SECCOMP_FLAGS = {2: "SECCOMP_FILTER_FLAG_LOG", 4: "SECCOMP_FILTER_FLAG_SPEC_ALLOW"}  # linux/seccomp.h
 _RAW_SECCOMP = "run.oci.seccomp_bpf_data"  # crun(1): the filter's own bytes, in base64
 
@@ -25,32 +25,29 @@ _RAW_SECCOMP = "run.oci.seccomp_bpf_data"  # crun(1): the filter's own bytes, in
 class NodeLimits(Value, frozen=True, kw_only=True):
     """What the daemon itself may have, and so give. Usually everything."""
 
-    open_files: int
-    capabilities: int
+    open_files: int  # hard RLIMIT_NOFILE
+    capabilities: int  # its bounding set, as a mask
 
 
 class RuntimeEnv(Value, frozen=True, kw_only=True):
-    """What the plan leaves to where the container runs."""
+    """Where the container runs: what its plan leaves open."""
 
     rootfs: str
-    shm: str
-    namespaces: Mapping[str, str]  # by type, the file of one to join, or "" for one of its own
-    files: Sequence[str]  # where each of the plan's files is
+    shm: str  # the pod's /dev/shm, on the host
+    namespaces: Mapping[str, str]  # by type, the file of one to join; "": a new one
+    files: Sequence[str]  # paths of the plan's files on the host, in their order
     limits: NodeLimits
     devices: Sequence[DevicePlan] = ()  # of a privileged container: all of the host
 
 
-def compile_config(plan: ContainerPlan, around: RuntimeEnv) -> Json:
-    """Raises InvalidSpec for what a configuration cannot say."""
+def compile_config(plan: ContainerPlan, env: RuntimeEnv) -> Json:
+    """Return config.json of a bundle. Raises InvalidSpec for what it cannot say."""
+    fitted = fit(plan, env)
     linux: Json = {
         "namespaces": [
-            {"type": kind, "path": path} if path else {"type": kind}
-            for kind, path in around.namespaces.items()
+            {"type": kind, "path": path} if path else {"type": kind} for kind, path in env.namespaces.items()
         ],
-        "devices": [_device(each) for each in (*plan.devices, *around.devices)],
-        "maskedPaths": list(plan.masked_paths),
-        "readonlyPaths": list(plan.readonly_paths),
-        "rootfsPropagation": _rootfs_propagation(plan),
+        **linux_spec(fitted),
     }
     annotations: dict[str, str] = {}
     if plan.process.seccomp:
@@ -59,103 +56,79 @@ def compile_config(plan: ContainerPlan, around: RuntimeEnv) -> Json:
             "defaultAction": "SCMP_ACT_ALLOW",  # crun reads the flags alone, where there is a raw filter
             "flags": [name for bit, name in _SECCOMP_FLAGS.items() if plan.process.seccomp_flags & bit],
         }
-    return {
-        "ociVersion": VERSION,
-        "process": compile_process(plan.process, around.limits),
-        "root": {"path": around.rootfs, "readonly": plan.readonly_rootfs},
-        "mounts": [_mount(each, around) for each in plan.mounts] + _files(plan, around),
-        "linux": linux,
-        "annotations": annotations,
-    }
+    return {**runtime_spec(fitted), "linux": linux, "annotations": annotations}
 
 
 def compile_process(process: ProcessPlan, limits: NodeLimits) -> Json:
-    """Also what `crun exec` takes. Raises InvalidSpec."""
-    found: Json = {
-        "terminal": process.tty,
-        "user": {
-            "uid": process.uid,
-            "gid": process.gid,
-            "additionalGids": list(process.groups),
-            "umask": process.umask,
-        },
-        "args": list(process.argv),
-        "env": [_variable(entry) for entry in process.env],
-        "cwd": process.cwd,
-        "capabilities": capability_sets(process, limits.capabilities),
-        "rlimits": [_rlimit(limit, limits.open_files) for limit in process.rlimits],
-        "noNewPrivileges": process.no_new_privs,
-        "oomScoreAdj": process.oom_score_adj,
-    }
-    if process.tty:
-        found["consoleSize"] = {"height": process.rows or 24, "width": process.columns or 80}
-    return found
+    """Return process.json for `crun exec`. Raises InvalidSpec."""
+    return process_spec(fit_process(process, limits))
 
 
-def _variable(entry: bytes) -> str:
+def fit(plan: ContainerPlan, env: RuntimeEnv) -> ContainerPlan:
+    """Return the plan as it can be carried out on this host. Raises InvalidSpec.
+
+    Limits of the cgroup are left out: `control` writes them, as crun is told to leave cgroups alone.
+    """
+    shared = any(mount.propagation & mounts.MS_SHARED for mount in plan.mounts)
+    return replace(
+        plan,
+        rootfs=env.rootfs,
+        process=fit_process(plan.process, env.limits),
+        mounts=(*(_fit_mount(mount, env) for mount in plan.mounts), *_files(plan, env)),
+        devices=(*plan.devices, *env.devices),
+        cgroup=(),
+        # a mount shares with the host what the tree shares that it is copied out of
+        rootfs_propagation=mounts.MS_SHARED | mounts.MS_REC if shared else plan.rootfs_propagation,
+    )
+
+
+def fit_process(process: ProcessPlan, limits: NodeLimits) -> ProcessPlan:
+    """Return the process with no more than the daemon can give. Raises InvalidSpec."""
+    for entry in process.env:
+        _check_text(entry)
+    most, mask = limits.open_files, limits.capabilities
+    return replace(
+        process,
+        cap_bounding=process.cap_bounding & mask,
+        cap_permitted=process.cap_permitted & mask,
+        cap_effective=process.cap_effective & mask,
+        cap_inheritable=process.cap_inheritable & mask,
+        cap_ambient=process.cap_ambient & mask,
+        rlimits=tuple(
+            Rlimit(resource=each.resource, soft=min(each.soft, most), hard=min(each.hard, most))
+            for each in process.rlimits
+        ),
+    )
+
+
+def _check_text(entry: bytes) -> None:
+    """JSON holds text alone, so an environment variable must be UTF-8. Raises InvalidSpec."""
     try:
-        return entry.decode()
+        entry.decode()
     except UnicodeDecodeError as error:
         name = entry.partition(b"=")[0].decode(errors="replace")
         raise InvalidSpec("config.envs", f"{name}: the value is not UTF-8", "UTF-8") from error
 
 
-def _rlimit(limit: Rlimit, most: int) -> Json:
-    soft, hard = min(limit.soft, most), min(limit.hard, most)
-    return {"type": _RLIMITS[limit.resource], "soft": soft, "hard": hard}
+def _fit_mount(mount: MountPlan, env: RuntimeEnv) -> MountPlan:
+    if mount.source == mounts.POD_SHM:
+        return replace(mount, source=env.shm)
+    if mount.type == "devtmpfs":
+        # it would be the node's, whose entries a container could remove and replace: a tmpfs, then
+        flags = mounts.MS_NOSUID | mounts.MS_NOEXEC | mounts.MS_STRICTATIME
+        return replace(mount, source="tmpfs", type="tmpfs", flags=flags, data="mode=755,size=65536k")
+    if mount.type == "cgroup2":
+        return replace(mount, source="cgroup", type="cgroup")  # whichever version the host has
+    return mount
 
 
-def _device(device: DevicePlan) -> Json:
-    return {
-        "path": device.path,
-        "type": device_type(device.type),
-        "major": device.major,
-        "minor": device.minor,
-        "fileMode": stat.S_IMODE(device.mode),
-        "uid": device.uid,
-        "gid": device.gid,
-    }
-
-
-def _mount(mount: MountPlan, around: RuntimeEnv) -> Json:
-    options = mount_options(mount.flags)
-    if mount.recursive_readonly and mount.flags & mounts.MS_RDONLY:
-        options.append("rro")
-    propagation = _propagation(mount.propagation)
-    options += [propagation] if propagation else []
-    if mount.flags & mounts.MS_BIND:
-        source = around.shm if mount.source == mounts.POD_SHM else mount.source
-        bind = "rbind" if mount.flags & mounts.MS_REC else "bind"
-        return {"destination": mount.target, "type": "bind", "source": source, "options": [bind, *options]}
-    options += [option for option in mount.data.split(",") if option]
-    kind = mount.type
-    if kind == "devtmpfs":
-        # the node's own, of which a container would remove and replace entries; so a directory of its own
-        kind, options = "tmpfs", ["nosuid", "noexec", "strictatime", "mode=755", "size=65536k"]
-    elif kind == "cgroup2":
-        kind = "cgroup"  # whichever the host has
-    return {"destination": mount.target, "type": kind, "source": kind, "options": options}
-
-
-def _propagation(flags: int) -> str:
-    name = PROPAGATIONS.get(flags & ~mounts.MS_REC, "")
-    return f"r{name}" if name and flags & mounts.MS_REC else name
-
-
-def _rootfs_propagation(plan: ContainerPlan) -> str:
-    """A mount shares with the host what the tree shares that it is copied out of."""
-    if any(mount.propagation & mounts.MS_SHARED for mount in plan.mounts):
-        return "rshared"
-    return _propagation(plan.rootfs_propagation) or "rprivate"
-
-
-def _files(plan: ContainerPlan, around: RuntimeEnv) -> list[Json]:
+def _files(plan: ContainerPlan, env: RuntimeEnv) -> list[MountPlan]:
     return [
-        {
-            "destination": file.path,
-            "type": "bind",
-            "source": source,
-            "options": ["bind", "rprivate", *(["ro"] if file.readonly else [])],
-        }
-        for file, source in zip(plan.files, around.files, strict=True)
+        MountPlan(
+            source=source,
+            target=file.path,
+            flags=mounts.MS_BIND | (mounts.MS_RDONLY if file.readonly else 0),
+            propagation=mounts.MS_PRIVATE | mounts.MS_REC,
+        )
+        for file, source in zip(plan.files, env.files, strict=True)
     ]

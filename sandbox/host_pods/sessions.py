@@ -48,6 +48,7 @@ from sandbox.host_pods.conmon import Bundle
 from sandbox.host_pods.host_files import node_limits
 from sandbox.host_pods.oci import compile_process
 from sandbox.host_pods.streams import FdReader, FdWriter
+from sandbox.plan.signals import exit_code_of
 from sandbox.plan.values import ProcessPlan
 
 START_TIMEOUT_S = 60.0
@@ -202,7 +203,7 @@ class ExecSession:
             raise InvalidContainerConfig("exec", 0, said or f"crun ended with {status}")
         if status is None:
             raise GuestUnreachable("the exit code of an exec is not known")
-        return status if status >= 0 else 128 - status
+        return status if status >= 0 else exit_code_of(-status)
 
     async def resize(self, rows: int, columns: int) -> None:
         if self._terminal < 0:

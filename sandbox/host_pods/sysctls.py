@@ -12,11 +12,9 @@ _OF_IPC = ("kernel/msg", "kernel/sem", "kernel/shm", "fs/mqueue/")
 
 
 def pod_sysctls(spec: PodSpec) -> dict[str, str]:
-    """By path beneath /proc/sys. Raises InvalidSpec for one that would change the node."""
-    found = {}
-    for name, value in compile_sysctls(spec.sysctls, defaults=not spec.host_network).items():
-        path = sysctl_path(name)
-        field = f"{_FIELD}[{name!r}]"
+    """Return values by path relative to /proc/sys. Raises InvalidSpec for one that would change the node."""
+    for name in spec.sysctls:
+        path, field = sysctl_path(name), f"{_FIELD}[{name!r}]"
         if path.startswith("net/"):
             if spec.host_network:
                 raise InvalidSpec(field, "the pod has the node's network", "no net.* sysctls")
@@ -26,5 +24,5 @@ def pod_sysctls(spec: PodSpec) -> dict[str, str]:
             )
         elif spec.host_ipc:
             raise InvalidSpec(field, "the pod has the node's IPC", "no sysctls of IPC")
-        found[path] = value
-    return found
+    sysctls = compile_sysctls(spec.sysctls, defaults=not spec.host_network)
+    return {sysctl.path: sysctl.value for sysctl in sysctls}

@@ -20,6 +20,7 @@ import yaml
 from msgspec.structs import replace
 
 from sandbox.errors import InvalidSpec
+from sandbox.host.ids import ID_MAX
 from sandbox.plan.devices import GUEST_DEVICES
 from sandbox.plan.mounts import MOUNT_OPTIONS
 from sandbox.spec import ContainerSpec, DeviceSpec, MountSpec, Propagation, Value
@@ -32,7 +33,6 @@ _KIND = re.compile(
     r"[A-Za-z](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?/[A-Za-z](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?", re.ASCII
 )
 _DEVICE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.:-]*[A-Za-z0-9])?", re.ASCII)
-ID_END = 2**32 - 1  # which means "no id" to the kernel
 # what a bind is in any case, or here
 _HEARD = ("bind", "rbind", "ro", "rw", "suid", "dev", "exec", "relatime")
 _MODES = {
@@ -214,7 +214,7 @@ def _edited(
     # 0 would be a way to more rights; the specification has it ignored
     gids = [gid for gid in (*edits.additional_gids, *edits.additional_gids_too) if gid]
     for gid in gids:
-        if not 0 < gid < ID_END:
+        if not 0 < gid <= ID_MAX:
             raise refuse(f"its group {gid} is not an id")
     groups = tuple(dict.fromkeys((*container.security.supplemental_groups, *gids)))
     mounts = [_mount(mount, container.security.privileged, refuse) for mount in edits.mounts]

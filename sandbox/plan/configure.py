@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from network.spec import Attachment
 from sandbox.errors import InvalidSpec
@@ -16,10 +17,10 @@ _FIELD = "config.linux.sysctls"
 
 # Since containers have no capabilities over their pod's network by default, these are what let an
 # ordinary user serve port 80 and ping; containerd and Docker set the same.
-_DEFAULT_SYSCTLS = {
-    "net.ipv4.ip_unprivileged_port_start": "0",
-    "net.ipv4.ping_group_range": "0 2147483647",
-}
+_DEFAULT_SYSCTLS = (
+    Sysctl(path="net/ipv4/ip_unprivileged_port_start", value="0"),
+    Sysctl(path="net/ipv4/ping_group_range", value="0 2147483647"),
+)
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*", re.ASCII)
 
 
@@ -44,9 +45,8 @@ def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str)
     """
     interfaces = network.interfaces if network else ()
     routes = network.routes if network else ()
-    sysctls = compile_sysctls(pod.sysctls)
     return NetworkPlan(
-        sysctls=tuple(Sysctl(path=sysctl_path(name), value=value) for name, value in sysctls.items()),
+        sysctls=compile_sysctls(pod.sysctls),
         interfaces=tuple(
             InterfacePlan(
                 mac=nic.mac,
@@ -78,21 +78,30 @@ def _hostname(name: str) -> str:
     return name
 
 
-def compile_sysctls(wanted: dict[str, str], *, defaults: bool = True) -> dict[str, str]:
-    """Checked, and without `defaults` those alone. Raises InvalidSpec."""
-    given = {sysctl_path(name) for name in wanted}
-    ours = _DEFAULT_SYSCTLS if defaults else {}
-    usual = {name: value for name, value in ours.items() if sysctl_path(name) not in given}
-    for name, value in wanted.items():
-        if "\0" in value or "\n" in value or len(value.encode("utf-8", "replace")) > _MAX_VALUE_BYTES:
-            raise InvalidSpec(f"{_FIELD}[{name!r}]", "the value is malformed", "one line of at most one page")
-        checked(value, f"{_FIELD}[{name!r}]")
-    return usual | wanted
+def compile_sysctls(requested: Mapping[str, str], *, defaults: bool = True) -> tuple[Sysctl, ...]:
+    """Return the sysctls to write, in order: with `defaults`, ours first that the request does not name.
+
+    Raises InvalidSpec for a name that is not a sysctl's, or a value that is not one line of a page.
+    """
+    given = tuple(
+        Sysctl(path=sysctl_path(name), value=_checked_value(name, value)) for name, value in requested.items()
+    )
+    named = {sysctl.path for sysctl in given}
+    return (*(each for each in _DEFAULT_SYSCTLS if defaults and each.path not in named), *given)
+
+
+def _checked_value(name: str, value: str) -> str:
+    if "\0" in value or "\n" in value or len(value.encode("utf-8", "replace")) > _MAX_VALUE_BYTES:
+        raise InvalidSpec(f"{_FIELD}[{name!r}]", "the value is malformed", "one line of at most one page")
+    return checked(value, f"{_FIELD}[{name!r}]")
 
 
 def sysctl_path(name: str) -> str:
-    """The file beneath /proc/sys. The first separator in a name is the separator, and the other
-    sign is then an ordinary one (sysctl(8): net.ipv4.conf.eth0/1.forwarding is interface eth0.1)."""
+    """Return the sysctl's file, relative to /proc/sys. Raises InvalidSpec.
+
+    The first separator in a name is the separator, and the other sign is then an ordinary one
+    (sysctl(8): net.ipv4.conf.eth0/1.forwarding is interface eth0.1).
+    """
     dot, slash = name.find("."), name.find("/")
     path = name if slash >= 0 and (dot < 0 or slash < dot) else name.translate(str.maketrans("./", "/."))
     parts = path.split("/")

@@ -20,7 +20,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TERM = b"xterm"
 UMASK = 0o022
 
-_RLIMIT_NOFILE = 7
+RLIMIT_NOFILE = 7  # asm-generic/resource.h
 # As systemd gives a service: enough for servers, and no million of descriptors for the programs
 # that close every possible one. PID 1 of a kernel has 1024 and 4096.
 _NOFILE = (1024, 524288)
@@ -50,7 +50,7 @@ def compile_process(
         cap_effective=caps.effective,
         cap_inheritable=caps.inheritable,
         cap_ambient=caps.ambient,
-        rlimits=(Rlimit(resource=_RLIMIT_NOFILE, soft=_NOFILE[0], hard=_NOFILE[1]),),
+        rlimits=(Rlimit(resource=RLIMIT_NOFILE, soft=_NOFILE[0], hard=_NOFILE[1]),),
         no_new_privs=container.security.no_new_privs,
         seccomp=seccomp.bpf,
         seccomp_flags=seccomp.flags,

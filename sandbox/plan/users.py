@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sandbox.errors import InvalidSpec
+from sandbox.host.ids import ID_MAX
 from sandbox.spec import GroupsPolicy, SecuritySpec
-
-MAX_ID = 0xFFFF_FFFE  # the one above means "no change" to setuid(2)
 
 _CONTEXT = "config.linux.security_context"
 _IMAGE = "the image's User"
@@ -70,10 +69,12 @@ def resolve_user(security: SecuritySpec, image_user: str, *, passwd: bytes, grou
 
 
 def image_user(user: str) -> tuple[int | None, str]:
-    """Image.uid and Image.username for an image's User: "1003:1003" is (1003, ""), "www-data:x"
-    is (None, "www-data"), "" is (None, "") (CRI, message Image)."""
+    """Split an image's User into Image.uid and Image.username (CRI, message Image).
+
+    "1003:1003" is (1003, ""), "www-data:x" is (None, "www-data"), "" is (None, "").
+    """
     name = user.partition(":")[0]
-    if _is_number(name) and int(name) <= MAX_ID:
+    if _is_number(name) and int(name) <= ID_MAX:
         return int(name), ""
     return None, name
 
@@ -150,7 +151,7 @@ def _lines(content: bytes) -> Iterator[list[bytes]]:
 
 def _number(field: bytes) -> int | None:
     # isdigit() of bytes is ASCII only; eleven digits cannot be an id
-    if field.isdigit() and len(field) <= 10 and int(field) <= MAX_ID:
+    if field.isdigit() and len(field) <= 10 and int(field) <= ID_MAX:
         return int(field)
     return None
 
@@ -160,8 +161,8 @@ def _is_number(text: str) -> bool:
 
 
 def _checked_id(number: int, field: str) -> int:
-    if not 0 <= number <= MAX_ID:
-        raise InvalidSpec(field, f"{number} is out of range", f"0 to {MAX_ID}")
+    if not 0 <= number <= ID_MAX:
+        raise InvalidSpec(field, f"{number} is out of range", f"0 to {ID_MAX}")
     return number
 
 

@@ -127,18 +127,13 @@ def _tokens(profile: Profile, architecture: str) -> tuple[int, ...]:
 def _applies(rule: Rule, granted: int, kernel: tuple[int, int], architecture: str) -> bool:
     wanted, unwanted = rule.includes or Circumstances(), rule.excludes or Circumstances()
     return (
-        all(_has(name, granted) for name in wanted.caps or ())
+        all(capabilities.includes(granted, name) for name in wanted.caps or ())
         and (not wanted.arches or architecture in wanted.arches)
         and (not wanted.min_kernel or kernel >= (kernel_version(wanted.min_kernel) or kernel))
-        and not any(_has(name, granted) for name in unwanted.caps or ())
+        and not any(capabilities.includes(granted, name) for name in unwanted.caps or ())
         and architecture not in (unwanted.arches or ())
         and not (unwanted.min_kernel and kernel >= (kernel_version(unwanted.min_kernel) or kernel))
     )
-
-
-def _has(name: str, granted: int) -> bool:
-    bare = name.upper().removeprefix("CAP_")
-    return bare in capabilities.NAMES and bool(capabilities.mask_of([bare]) & granted)
 
 
 def _add(context: libseccomp.Context, rule: Rule) -> None:

@@ -33,7 +33,7 @@ from sandbox.plan.values import ProcessPlan
 from sandbox.pod import GUEST_CALL_TIMEOUT_S, Pod
 from sandbox.records import ContainerState, PodRecord, PodState
 from sandbox.registry import Registry
-from sandbox.spec import ContainerId, Handler, PodId, PodSpec, Resources
+from sandbox.spec import ContainerId, ExitCode, Handler, PodId, PodSpec, Resources
 from sandbox.stats import parse
 from sandbox.stats.host_usage import HostUsage
 from sandbox.steps.container import Rootfs, plan_for_guest
@@ -53,7 +53,6 @@ ADOPT_TIMEOUT_S = 30.0
 RECONNECT_PAUSE_S = 0.5
 DIAL_TIMEOUT_S = 30.0
 LOG_END_TIMEOUT_S = 5.0  # longer than a busy disk takes; a full one must not hide the exit
-EXIT_CODE_UNKNOWN = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +289,7 @@ class VmEngine:
             elif container.running:
                 now = time.time_ns()
                 container.take_exit(
-                    EXIT_CODE_UNKNOWN, now, "Unknown", "the guest has forgotten this container"
+                    ExitCode.UNKNOWN, now, "Unknown", "the guest has forgotten this container"
                 )
 
     async def _sync_one(self, container: Container, state: pb.ContainerState) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from sandbox.plan import mounts
-from sandbox.plan.oci_view import runtime_spec
+from sandbox.plan.oci import runtime_spec
 from sandbox.plan.values import CgroupFile, ContainerPlan, DevicePlan, MountPlan, ProcessPlan
 
 
@@ -32,7 +32,11 @@ def test_a_plan() -> None:
         mounts=(
             MountPlan(source="proc", target="/proc", type="proc", flags=mounts.MS_NOSUID, data="hidepid=2"),
             MountPlan(
-                source="/v/1", target="/v", flags=bind, recursive_readonly=True, propagation=mounts.MS_SLAVE
+                source="/v/1",
+                target="/v",
+                flags=bind,
+                recursive_readonly=True,
+                propagation=mounts.MS_SLAVE | mounts.MS_REC,
             ),
         ),
         cgroup=(
@@ -46,11 +50,11 @@ def test_a_plan() -> None:
     told = spec["process"]
     assert (told["args"], told["cwd"], told["oomScoreAdj"]) == (["sh", "-c", "true"], "/srv", -3)
     assert told["env"] == ["A=b", "B=\ufffd"]
-    assert told["user"] == {"uid": 7, "gid": 8, "additionalGids": [9]}
+    assert told["user"] == {"uid": 7, "gid": 8, "additionalGids": [9], "umask": 0}
     assert told["capabilities"]["effective"] == ["CAP_KILL"]
     assert told["capabilities"]["ambient"] == []
     assert spec["mounts"] == [
-        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["hidepid=2", "nosuid"]},
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "hidepid=2"]},
         {
             "destination": "/v",
             "type": "bind",
@@ -59,6 +63,8 @@ def test_a_plan() -> None:
         },
     ]
     linux = spec["linux"]
-    assert linux["devices"] == [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]
+    assert linux["devices"] == [
+        {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o666, "uid": 0, "gid": 0}
+    ]
     assert linux["maskedPaths"] == ["/proc/kcore"]
     assert linux["resources"]["unified"] == {"io.max": "8:0 rbps=1\n8:16 rbps=2", "memory.max": "5"}

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
-from sandbox.plan.users import MAX_ID, ResolvedUser, image_user, resolve_user
+from sandbox.host.ids import ID_MAX
+from sandbox.plan.users import ResolvedUser, image_user, resolve_user
 from sandbox.spec import GroupsPolicy, SecuritySpec
 
 PASSWD = b"""root:x:0:0:root:/root:/bin/sh
@@ -86,7 +87,7 @@ def test_home_is_an_absolute_path_or_the_root(name: str, home: str) -> None:
         ("", {"run_as_username": "bad"}, "run_as_username"),
         ("", {"run_as_username": "huge"}, "run_as_username"),
         ("", {"run_as_user": -1}, "run_as_user"),
-        ("", {"run_as_user": MAX_ID + 1}, "run_as_user"),
+        ("", {"run_as_user": ID_MAX + 1}, "run_as_user"),
         ("", {"run_as_user": 1, "run_as_group": 1 << 40}, "run_as_group"),
         ("", {"supplemental_groups": (4, -4)}, "supplemental_groups[1]"),
         ("ghost", {}, "the image's User"),
@@ -118,7 +119,7 @@ def test_what_an_image_status_says_of_its_user(user: str, answer: tuple[int | No
     assert image_user(user) == answer
 
 
-@given(passwd=st.binary(), group=st.binary(), user=st.text(), uid=st.integers(0, MAX_ID))
+@given(passwd=st.binary(), group=st.binary(), user=st.text(), uid=st.integers(0, ID_MAX))
 def test_no_file_and_no_name_breaks_it(passwd: bytes, group: bytes, user: str, uid: int) -> None:
     found = resolve_user(SecuritySpec(run_as_user=uid), user, passwd=passwd, group=group)
     assert found.uid == uid
@@ -126,7 +127,7 @@ def test_no_file_and_no_name_breaks_it(passwd: bytes, group: bytes, user: str, u
         found = resolve_user(SecuritySpec(), user, passwd=passwd, group=group)
     except InvalidSpec:
         return
-    assert 0 <= found.uid <= MAX_ID
+    assert 0 <= found.uid <= ID_MAX
     assert found.groups[0] == found.gid
     image_user(user)
 
@@ -140,7 +141,7 @@ line = st.lists(
 def test_lines_that_look_right_yield_only_valid_ids(lines: list[bytes]) -> None:
     content = b"\n".join([*lines, b"app:x:5:6::/app:"])
     user = resolve_user(SecuritySpec(run_as_username="app"), "", passwd=content, group=content)
-    assert all(0 <= number <= MAX_ID for number in (user.uid, *user.groups))
+    assert all(0 <= number <= ID_MAX for number in (user.uid, *user.groups))
 
 
 def test_a_huge_file_is_read_in_no_time() -> None:
