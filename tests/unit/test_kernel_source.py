@@ -16,6 +16,7 @@ from sandbox.guest_image import vmlinux as vmlinux_module
 from sandbox.guest_image.build import MODULES
 from sandbox.guest_image.kernel_source import OptionsDropped
 from sandbox.guest_image.packages import BuildFailed
+from sandbox.host import process
 
 FRAGMENT = """\
 # a heading
@@ -215,13 +216,15 @@ async def test_a_failed_build_leaves_nothing_and_can_be_repeated(source: Path) -
 
 
 async def test_missing_tools_are_named_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for tool in ("make", "cc", "ld", "xz"):
+    """The compiler is a program that fails, so the header is missing on any machine."""
+    for tool, program in {"make": "true", "cc": "false", "ld": "true", "xz": "true"}.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / tool).symlink_to("/bin/true")
+        (tmp_path / "bin" / tool).symlink_to(f"/bin/{program}")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(MissingProgram, match="flex, bison, bc") as raised:
+    monkeypatch.setitem(process.ENVIRONMENT, "PATH", str(tmp_path / "bin"))  # of the programs it runs
+    with pytest.raises(MissingProgram, match=r"flex, bison, bc, gelf\.h") as raised:
         await kernel_source.check_tools(tmp_path)
-    assert raised.value.package == "apt-get install binutils flex bison bc"
+    assert raised.value.package == "apt-get install binutils flex bison bc libelf-dev"
 
 
 async def test_a_missing_header_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
