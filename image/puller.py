@@ -14,8 +14,9 @@ was whole by then stays and is found by the next attempt, or deleted by the next
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from image.manifest import Descriptor, ImageConfig, ImageIndex, Manifest, Platfo
 from image.reference import Reference, parse
 from image.registry import Registry
 from image.settings import Settings
+from sandbox.host.flights import Flights
 from sandbox.host.limiter import Limiter
 
 Report = Callable[[Progress], None]
@@ -45,19 +47,6 @@ class _Names(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     tags: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
-
-
-class _Flight:
-    """A pull under way, and who waits for it."""
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[Image] | None = None
-        self.waiters = 0
-        self.listeners: list[Report] = []
-
-    def report(self, progress: Progress) -> None:
-        for listener in self.listeners:
-            listener(progress)
 
 
 class Puller:
@@ -76,59 +65,47 @@ class Puller:
         self._unpacks = Limiter("unpack", settings.max_unpacks)
         self.stages = (self._downloads, self._unpacks)
         self._on_end = on_end  # called whenever a pull or import has ended, however it did
-        self._flights: dict[tuple[Reference, Auth | None], _Flight] = {}
-        self._tasks: set[asyncio.Task[Image]] = set()
+        self._flights = Flights(cancel_abandoned=True)
+        self._listeners: dict[tuple[Reference, Auth | None], list[Report]] = {}
 
     async def pull(self, ref: str, auth: Auth | None = None, *, on_progress: Report | None = None) -> Image:
-        """Fetch an image, or learn that it is here already; the registry is asked in any case.
+        """Fetch an image and return its entry of the index; what is here already is not downloaded again.
 
-        Raises any ImageError. Two callers share a pull only with equal credentials: nobody gets an
-        image by someone else's.
+        The registry is asked in any case: a tag may have moved. Callers with the same reference and equal
+        credentials share one pull (others do not: that would give an image to a caller who may not have
+        it), and it is cancelled when the last of them is. Raises any ImageError, and ShuttingDown.
         """
-        reference = parse(ref)
-        key = (reference, auth)
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = _Flight()
-            flight.task = asyncio.create_task(self._bounded(reference, auth, flight.report))
-            self._tasks.add(flight.task)
-            flight.task.add_done_callback(self._tasks.discard)
-            flight.task.add_done_callback(lambda task: self._ended(key, flight, task))
-        return await self._wait(key, flight, on_progress)
+        key = (parse(ref), auth)
+        with self._listening(key, on_progress):
+            return await self._flights.join(key, lambda: self._run(*key))
 
-    async def _wait(
-        self, key: tuple[Reference, Auth | None], flight: _Flight, on_progress: Report | None
-    ) -> Image:
-        assert flight.task is not None
-        flight.waiters += 1
-        if on_progress is not None:
-            flight.listeners.append(on_progress)
+    @contextlib.contextmanager
+    def _listening(self, key: tuple[Reference, Auth | None], on_progress: Report | None) -> Iterator[None]:
+        if on_progress is None:
+            yield
+            return
+        listeners = self._listeners.setdefault(key, [])
+        listeners.append(on_progress)
         try:
-            return await asyncio.shield(flight.task)
+            yield
         finally:
-            flight.waiters -= 1
-            if on_progress is not None:
-                flight.listeners.remove(on_progress)
-            if flight.waiters == 0 and not flight.task.done():
-                self._forget(key, flight)  # nobody shall join what is ending
-                flight.task.cancel()
+            listeners.remove(on_progress)
+            if not listeners:
+                del self._listeners[key]
 
-    def _forget(self, key: tuple[Reference, Auth | None], flight: _Flight) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+    async def _run(self, reference: Reference, auth: Auth | None) -> Image:
+        def report(progress: Progress) -> None:
+            for listener in self._listeners.get((reference, auth), ()):
+                listener(progress)
 
-    def _ended(self, key: tuple[Reference, Auth | None], flight: _Flight, task: asyncio.Task[Image]) -> None:
-        self._forget(key, flight)
-        if not task.cancelled():
-            task.exception()  # everyone who asked may have been cancelled meanwhile
-        self._on_end()
+        try:
+            return await self._bounded(reference, auth, report)
+        finally:
+            self._on_end()
 
     async def close(self) -> None:
-        """End all pulls and wait until they have cleaned up."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        """Cancel all pulls and wait until they have cleaned up; later ones raise ShuttingDown."""
+        await self._flights.close(grace_s=0)
 
     async def import_archive(
         self, path: Path, *, name: str = "", on_progress: Report | None = None

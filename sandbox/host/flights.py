@@ -32,8 +32,17 @@ class _Flight:
 
 
 class Flights:
-    def __init__(self) -> None:
+    """Tasks by key, each shared by the callers that join it. Belongs to one event loop.
+
+    With `cancel_abandoned`, work is cancelled when the last caller that waits for it is cancelled: a pull
+    that nobody waits for ends. A call with the same key that comes while such work is still ending starts
+    new work.
+    """
+
+    def __init__(self, *, cancel_abandoned: bool = False) -> None:
         self._flights: dict[Hashable, _Flight] = {}
+        self._ending: set[asyncio.Task[Any]] = set()  # abandoned, and not finished yet
+        self._cancel_abandoned = cancel_abandoned
         self._closed = False
 
     def __len__(self) -> int:
@@ -53,6 +62,8 @@ class Flights:
             await asyncio.wait({flight.task})
         finally:
             flight.waiting -= 1
+            if self._cancel_abandoned and not flight.waiting and not flight.task.done():
+                self._abandon(key, flight)
         if flight.task.cancelled():
             raise ShuttingDown
         result: T = flight.task.result()
@@ -65,11 +76,11 @@ class Flights:
     async def close(self, grace_s: float) -> None:
         """Begin nothing more; wait for what is under way, then interrupt it and await its undo."""
         self._closed = True
-        tasks = {flight.task for flight in self._flights.values()}
+        tasks = {flight.task for flight in self._flights.values()} | self._ending
         if not tasks:
             return
         _, late = await asyncio.wait(tasks, timeout=grace_s)
-        for task in late:
+        for task in late - self._ending:  # a second cancellation would interrupt their cleanup
             task.cancel()
         if late:
             await asyncio.wait(late)
@@ -79,6 +90,13 @@ class Flights:
         self._flights[key] = flight
         flight.task.add_done_callback(lambda task: self._ended(key, flight))
         return flight
+
+    def _abandon(self, key: Hashable, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        self._ending.add(flight.task)
+        flight.task.add_done_callback(self._ending.discard)
+        flight.task.cancel()
 
     def _ended(self, key: Hashable, flight: _Flight) -> None:
         if self._flights.get(key) is flight:

@@ -122,3 +122,39 @@ async def test_closing_lets_what_ends_in_time_end() -> None:
     work.gate.set()
     await closing
     assert await caller == "done"
+
+
+async def test_abandoned_work_is_cancelled_and_not_joined() -> None:
+    flights, work = Flights(cancel_abandoned=True), Work()
+    callers = [asyncio.create_task(flights.join("key", work)) for _ in range(2)]
+    await settle()
+    callers[0].cancel()
+    await asyncio.wait(callers[:1])
+    assert work.begun == 1 and not callers[1].done() and len(flights) == 1
+    callers[1].cancel()
+    await asyncio.wait(callers)
+    assert len(flights) == 0
+    # the same key starts new work, while the abandoned one may still be ending
+    again = Work()
+    again.gate.set()
+    assert await flights.join("key", again) == await flights.join("key", again)
+    await flights.close(0)
+
+
+async def test_close_waits_for_abandoned_work_to_clean_up() -> None:
+    flights, undone = Flights(cancel_abandoned=True), []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)
+            undone.append(True)
+
+    caller = asyncio.create_task(flights.join("key", work))
+    await settle()
+    caller.cancel()
+    await asyncio.wait({caller})
+    assert not undone
+    await flights.close(0)
+    assert undone
