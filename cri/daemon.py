@@ -39,30 +39,31 @@ from image.stores import RootfsStore
 from network.attach import Networks
 from network.errors import NetworkError
 from sandbox.containers import ContainerDeps, Containers
+from sandbox.engine import Engines
 from sandbox.events import Events
-from sandbox.guest_image.build import default_profile
+from sandbox.exits import Exits
 from sandbox.host import cgroup
 from sandbox.host.flights import Flights
 from sandbox.host.limiter import Limiter
 from sandbox.host.size import memory_mib, usable_cpus
 from sandbox.host.tasks import Tasks
 from sandbox.host_pods.engine import ProcessDeps, ProcessEngine
+from sandbox.inventory import Inventory
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.pods import PodDeps, Pods
 from sandbox.records import ContainerRecord, PodRecord
-from sandbox.registry import Registry
 from sandbox.spec import Handler, Isolation, VmSize
 from sandbox.stats.collector import StatsCollector
 from sandbox.stats.host_usage import HostUsage, host_usage
 from sandbox.stats.layer_usage import LayerUsage
-from sandbox.steps.pod import pod_steps
 from sandbox.store import Store
 from sandbox.vm_pods.accelerator import AcceleratorChoice
+from sandbox.vm_pods.boot_image import default_profile
 from sandbox.vm_pods.engine import VmDeps, VmEngine
 from sandbox.vm_pods.pool import PoolDeps, VmPool
 from sandbox.vm_pods.resize import Resizer
-from sandbox.vm_pods.steps import Vm, grow
+from sandbox.vm_pods.steps import Vm, grow, pod_steps
 from sandbox.vm_pods.templates import Templates
 from sandbox.vmm import Hypervisor, find_hypervisor
 
@@ -102,7 +103,7 @@ class Daemon:
     flights: Flights
     metrics: Metrics
     metrics_server: MetricsServer | None = None
-    registry: Registry
+    inventory: Inventory
     pod_store: Store[PodRecord]
     container_store: Store[ContainerRecord]
     hypervisor: Hypervisor
@@ -205,10 +206,7 @@ def build(config: Config, overrides: Overrides | None = None) -> Daemon:
 
 
 class _Builder:
-    """Makes the objects in the order of their dependencies.
-
-    `make_pod` closes the one cycle: engines and the pool make pods through `Pods`, which holds the engines.
-    """
+    """Makes the objects in the order of their dependencies, which have no cycle."""
 
     def __init__(self, config: Config, overrides: Overrides) -> None:
         self.config = config
@@ -217,10 +215,11 @@ class _Builder:
         self.tasks = Tasks()
         self.flights = Flights()
         self.metrics = Metrics(version())
-        self.registry = Registry()
-        self.events = Events(self.registry)
         self.pod_store = Store(root / "pods", PodRecord)
         self.container_store = Store(root / "containers", ContainerRecord)
+        self.inventory = Inventory(self.pod_store, self.container_store, run)
+        self.events = Events(self.inventory)
+        self.exits = Exits(self.inventory)
         self.hypervisor = overrides.hypervisor or find_hypervisor("qemu")
         self.networks = overrides.networks or _networks(config)
         self.images = overrides.images or self._images()
@@ -239,14 +238,33 @@ class _Builder:
         templates = Templates(run / "templates", self.hypervisor, self.networks, self.vm_cgroups)
         self.vm_step = Vm(self.hypervisor, self.networks, self.vm_cgroups, templates, self.vm_starts, size)
         self.pod_steps = pod_steps(self.vm_step, self.network_setups)
-        self.containers = self._containers(root)
         self.pool = self._pool(templates)
         self.vm_engine = self._vm_engine(root)
         self.process_engine = self._process_engine()
-        self.pods = self._pods(run)
+        self.engines = Engines({Isolation.VM: self.vm_engine, Isolation.PROCESS: self.process_engine})
+        self.containers = Containers(
+            self.inventory,
+            self.engines,
+            self.exits,
+            ContainerDeps(
+                find_image=overrides.find_image or self.images.find,
+                rootfs=self.rootfs,
+                cdi_dirs=[Path(directory) for directory in config.cdi.spec_dirs],
+                on_phase=self.metrics.phase,
+            ),
+        )
+        self.pods = Pods(
+            self.inventory,
+            self.engines,
+            self.containers,
+            PodDeps(
+                handler=self.find_handler,
+                on_started=lambda record: record_start(self.metrics, record),
+            ),
+        )
 
     def daemon(self) -> Daemon:
-        stats = StatsCollector(self.registry, LayerUsage(self.rootfs))
+        stats = StatsCollector(self.inventory, self.engines, LayerUsage(self.rootfs))
         streaming = StreamingServer(
             SandboxBackend(self.pods, self.containers),
             Settings(
@@ -263,7 +281,7 @@ class _Builder:
             tasks=self.tasks,
             flights=self.flights,
             metrics=self.metrics,
-            registry=self.registry,
+            inventory=self.inventory,
             pod_store=self.pod_store,
             container_store=self.container_store,
             hypervisor=self.hypervisor,
@@ -278,7 +296,7 @@ class _Builder:
             vm_engine=self.vm_engine,
             process_engine=self.process_engine,
             metric_sources=MetricSources(
-                registry=self.registry,
+                inventory=self.inventory,
                 pods=self.pod_store,
                 containers=self.container_store,
                 vm_usage=self._vm_usage,
@@ -288,9 +306,6 @@ class _Builder:
             streaming=streaming,
             server=Server(Path(self.config.socket), services, Interceptor(self.metrics)),
         )
-
-    def make_pod(self, record: PodRecord) -> Pod:
-        return self.pods.make(record)
 
     def _images(self) -> ImageStore:
         settings = ImageSettings(
@@ -302,20 +317,6 @@ class _Builder:
     def _layers_in_use(self) -> frozenset[str]:
         return frozenset(chain for record in self.container_store for chain in record.layers)
 
-    def _containers(self, root: Path) -> Containers:
-        return Containers(
-            self.registry,
-            ContainerDeps(
-                store=self.container_store,
-                plans=root / "containers",
-                find_image=self.overrides.find_image or self.images.find,
-                rootfs=self.rootfs,
-                events=self.events,
-                cdi_dirs=[Path(directory) for directory in self.config.cdi.spec_dirs],
-                on_phase=self.metrics.phase,
-            ),
-        )
-
     def _pool(self, templates: Templates) -> VmPool:
         return VmPool(
             PoolDeps(
@@ -325,24 +326,23 @@ class _Builder:
                 handlers=self.node.handlers,
                 handler=self.find_handler,
                 accelerator=self.node.accelerator,
-                make_pod=self.make_pod,
+                inventory=self.inventory,
                 tasks=self.tasks,
             )
         )
 
     def _vm_engine(self, root: Path) -> VmEngine:
         return VmEngine(
-            self.registry,
-            self.containers,
+            self.inventory,
+            self.exits,
             VmDeps(
                 hypervisor=self.hypervisor,
                 steps=self.pod_steps,
                 factory=self.pool,
                 accelerator=self.node.accelerator,
-                make_pod=self.make_pod,
                 rootfs=self.rootfs,
                 tasks=self.tasks,
-                room=Resizer(self.registry, self.overrides.grow_vm or grow),
+                room=Resizer(self.inventory, self.overrides.grow_vm or grow),
                 default_profile=default_profile(root),
                 usage=self._vm_usage,
             ),
@@ -361,29 +361,14 @@ class _Builder:
             layout=cgroup.find_layout(whole=True), root=self.config.cgroup_root
         )
         return ProcessEngine(
-            self.registry,
-            self.containers,
+            self.inventory,
+            self.exits,
             ProcessDeps(
                 cgroups=cgroups,
                 networks=self.networks,
                 stage=self.network_setups,
                 rootfs=self.rootfs,
-                make_pod=self.make_pod,
                 tasks=self.tasks,
-            ),
-        )
-
-    def _pods(self, run: Path) -> Pods:
-        return Pods(
-            self.registry,
-            self.containers,
-            PodDeps(
-                store=self.pod_store,
-                run=run,
-                engines={Isolation.VM: self.vm_engine, Isolation.PROCESS: self.process_engine},
-                handler=self.find_handler,
-                on_started=lambda record: record_start(self.metrics, record),
-                events=self.events,
             ),
         )
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cri.metrics import LimiterCount, Metrics, SandboxUsage, Sources
+from sandbox.inventory import Inventory
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, Side
-from sandbox.registry import Registry
 from sandbox.spec import Isolation
 from sandbox.stats.host_usage import HostUsage
 from sandbox.store import Store
@@ -27,7 +27,7 @@ GUEST_PHASES = frozenset({"firmware", "kernel", "mounts", "modules", "channel"})
 class MetricSources:
     """Reads the daemon's records and the host's files for `Metrics`."""
 
-    registry: Registry
+    inventory: Inventory
     pods: Store[PodRecord]
     containers: Store[ContainerRecord]
     vm_usage: Callable[[Pod], HostUsage]
@@ -55,7 +55,7 @@ class MetricSources:
         return Counter(str(record.state) for record in self.containers)
 
     def _usage(self) -> Sequence[SandboxUsage]:
-        ready = [pod for pod in list(self.registry.pods.values()) if pod.record.ready]
+        ready = [pod for pod in list(self.inventory.pods.values()) if pod.record.ready]
         return [self._usage_of(pod) for pod in ready]
 
     def _usage_of(self, pod: Pod) -> SandboxUsage:

@@ -16,11 +16,11 @@ from cri.config import Config
 from cri.ports import Condition, Features
 from cri.version import version
 from sandbox.errors import MissingProgram, SandboxError
-from sandbox.guest_image.build import GuestImage, find_image
 from sandbox.host.cgroup import Layout, find_driver
 from sandbox.pods import find_handler
 from sandbox.spec import Handler
 from sandbox.vm_pods.accelerator import AcceleratorChoice, choose
+from sandbox.vm_pods.boot_image import GuestImage, find_image
 from sandbox.vmm import Hypervisor
 
 HOW_TO_BUILD = "husk guest build"

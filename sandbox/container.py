@@ -5,30 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from sandbox.errors import WrongState
 from sandbox.guest import guest_pb2 as pb
+from sandbox.logs.relay import LogRelay
 from sandbox.plan.values import ContainerPlan
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState
 from sandbox.spec import ContainerId
 from sandbox.store import Recorded, Store
 
-if TYPE_CHECKING:
-    from sandbox.logs.relay import LogRelay
-
 
 class Container(Recorded[ContainerRecord]):
     """`exited` is set once the state is EXITED; `early_exit` holds an exit that the guest told
     before StartContainer had its answer."""
 
-    def __init__(self, record: ContainerRecord, store: Store[ContainerRecord], pod: Pod, plans: Path) -> None:
+    def __init__(self, record: ContainerRecord, store: Store[ContainerRecord], pod: Pod) -> None:
         super().__init__(record, store)
         self.pod = pod
-        self.plan_path = plans / f"{record.id}.plan"
+        self.plan_path = store.directory / f"{record.id}.plan"
         self.relay: LogRelay | None = None
         self.lock = asyncio.Lock()  # held by start, update and remove
         self.mirror = asyncio.Lock()  # held while its mounts are shown on the host
@@ -95,7 +92,7 @@ class Container(Recorded[ContainerRecord]):
         self.plan_path.write_bytes(msgspec.json.encode(plan))
         self._plan = plan
 
-    def take_exit(self, exit_code: int, at_ns: int, reason: str, message: str = "") -> None:
+    def record_exit(self, exit_code: int, at_ns: int, reason: str, message: str = "") -> None:
         self.update(
             state=ContainerState.EXITED,
             exit_code=exit_code,

@@ -21,6 +21,7 @@ from image.index import Image
 from image.stores import RootfsStore
 from sandbox.apparmor import profile_name
 from sandbox.container import Container
+from sandbox.engine import Engines
 from sandbox.errors import (
     GuestError,
     GuestUnreachable,
@@ -28,9 +29,9 @@ from sandbox.errors import (
     NotFound,
     WrongState,
 )
-from sandbox.events import Events
-from sandbox.guest import guest_pb2 as pb
+from sandbox.exits import Exits
 from sandbox.guest.execs import ExecResult
+from sandbox.inventory import Inventory
 from sandbox.lifecycle import UndoFailed, bring_up, held_steps, take_down
 from sandbox.plan import compile_exec, limited
 from sandbox.plan.oci import runtime_spec
@@ -38,11 +39,9 @@ from sandbox.plan.resources import merge_resources
 from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState, ImageVolume
-from sandbox.registry import Registry
 from sandbox.session import Session
 from sandbox.spec import ContainerId, ContainerSpec, ExitCode, ImageDefaults, Isolation, Resources
 from sandbox.steps.cdi_files import with_devices
-from sandbox.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -55,37 +54,36 @@ EXEC_OUTPUT_LIMIT = 7 << 20
 class ContainerDeps:
     """What containers need of the host."""
 
-    store: Store[ContainerRecord]
-    plans: Path
     find_image: Callable[[str], Image]  # raises ImageNotFound
     rootfs: RootfsStore
-    events: Events
     cdi_dirs: Sequence[Path] = ()
     on_phase: Callable[[str, float], None] = lambda name, seconds: None
 
 
 class Containers:
-    def __init__(self, registry: Registry, host: ContainerDeps) -> None:
-        self._registry = registry
+    def __init__(self, inventory: Inventory, engines: Engines, exits: Exits, host: ContainerDeps) -> None:
+        self._inventory = inventory
+        self._engines = engines
+        self._exits = exits
         self._host = host
 
     # ------------------------------------------------------------------------------- look-up
 
     def find(self, id: str) -> ContainerRecord:
-        return self._registry.container(id).record
+        return self._inventory.container(id).record
 
     def list(self) -> Sequence[ContainerRecord]:
-        containers = self._registry.containers.values()
+        containers = self._inventory.containers.values()
         return [each.record for each in containers if each.record.state is not ContainerState.CREATING]
 
     async def describe(self, record: ContainerRecord) -> Mapping[str, object]:
         """Facts for a person, beside what the status tells. `pid` is a process of this host; in a VM it is
         the VMM, and `guestPid` is the container's first process as the guest's kernel counts."""
-        container = self._registry.container(record.id)
+        container = self._inventory.container(record.id)
         planned = container.plan_path.exists()
         return {
             "sandboxID": container.pod.id,
-            **container.pod.engine.pids(container),
+            **self._engines.of(container.pod).pids(container),
             "privileged": record.spec.security.privileged,
             "rootfs": str(container.rootfs),
             "plan": str(container.plan_path),
@@ -103,12 +101,12 @@ class Containers:
         """Prepare everything on the host. Raises NotFound, WrongState, Reserved, InvalidSpec,
         ImageNotFound, PhaseFailed; after any of them nothing is left."""
         if spec.cdi_devices:
-            in_vm = self._registry.pod(pod_id).record.isolation is Isolation.VM
+            in_vm = self._inventory.pod(pod_id).record.isolation is Isolation.VM
             spec = await asyncio.to_thread(with_devices, spec, self._host.cdi_dirs, in_vm=in_vm)
-        pod = self._registry.pod(pod_id)
+        pod = self._inventory.pod(pod_id)
         pod.require_ready()
         image = self._host.find_image(spec.image)
-        self._registry.check_container_name(pod, spec)
+        self._inventory.check_container_name(pod, spec)
         defaults = ImageDefaults(
             entrypoint=tuple(image.config.entrypoint),
             cmd=tuple(image.config.cmd),
@@ -132,11 +130,11 @@ class Containers:
             stop_signal=resolve_stop_signal(spec.stop_signal, image.config.stop_signal),
             log_path=_log_path(pod.record.spec.log_directory, spec.log_path),
         )
-        container = self._adopted(record, pod)
-        self._host.store.put(record)
-        self._registry.containers[container.id] = container
+        container = self._made(record, pod)
+        container.update()
+        self._inventory.add_container(container)
         try:
-            await bring_up(pod.engine.container_steps, container)
+            await bring_up(self._engines.of(pod).container_steps, container)
             container.update(state=ContainerState.CREATED)
         except Exception as failure:
             await self._give_up(container, failure)
@@ -145,18 +143,18 @@ class Containers:
 
     async def _give_up(self, container: Container, failure: Exception) -> None:
         """Release what it holds still, and its name."""
-        held = held_steps(container.pod.engine.container_steps, container.record.steps)
+        held = held_steps(self._engines.of(container.pod).container_steps, container.record.steps)
         try:
             await take_down(held, container)
         except UndoFailed as undo:
             failure.add_note(f"not everything could be released: {undo}")
         else:
-            self._forget(container)
+            self._inventory.forget_container(container)
 
     def adopt(self, record: ContainerRecord, pod: Pod) -> Container:
         """Take up a container of an earlier daemon; its state is settled by `sync`."""
-        container = self._adopted(record, pod)
-        self._registry.containers[container.id] = container
+        container = self._made(record, pod)
+        self._inventory.add_container(container)
         return container
 
     def _image_volumes(self, spec: ContainerSpec) -> Iterator[ImageVolume]:
@@ -166,9 +164,8 @@ class Containers:
                 image = self._host.find_image(mount.image)
                 yield ImageVolume(mount=number, image_id=image.id, chain_ids=tuple(image.chain_ids))
 
-    def _adopted(self, record: ContainerRecord, pod: Pod) -> Container:
-        container = Container(record, self._host.store, pod, self._host.plans)
-        container.on_state = self._host.events.container_changed
+    def _made(self, record: ContainerRecord, pod: Pod) -> Container:
+        container = self._inventory.make_container(record, pod)
         container.on_phase = self._host.on_phase
         return container
 
@@ -177,12 +174,12 @@ class Containers:
     async def start(self, id: str) -> None:
         """Run the first process. Raises NotFound, WrongState, GuestError (the program cannot be
         run: the container is EXITED with code 128 and reason StartError)."""
-        container = self._registry.container(id)
+        container = self._inventory.container(id)
         async with container.lock:
             container.require(ContainerState.CREATED)
             container.pod.require_ready()
             began = time.monotonic()
-            engine = container.pod.engine
+            engine = self._engines.of(container.pod)
             try:
                 await engine.start(container)
             except GuestError as error:
@@ -195,43 +192,32 @@ class Containers:
     def _start_failed(self, container: Container, error: GuestError) -> None:
         now = time.time_ns()
         container.update(started_at_ns=now)
-        container.take_exit(ExitCode.START_ERROR, now, "StartError", str(error))
-        container.pod.engine.let_go(container)
-
-    # ------------------------------------------------------------------------------- exits
-
-    def exited(self, container: Container, exited: pb.Exited) -> None:
-        """EXITED is shown once the last line is in the file: clients read the log right then."""
-        if container.running:
-            now = time.time_ns()
-            # by the guest's clock, which need not be ours: not before the start, and not in the future
-            at_ns = min(max(exited.at_ns, container.record.started_at_ns), now) if exited.at_ns else now
-            container.take_exit(exited.exit_code, at_ns, exit_reason(exited))
+        container.record_exit(ExitCode.START_ERROR, now, "StartError", str(error))
+        self._engines.of(container.pod).let_go(container)
 
     def lost(self, pod: Pod, reason: str) -> None:
-        """Every container that ran was killed with what it ran in."""
-        for container in self._registry.containers_of(pod):
-            if container.record.state in (ContainerState.RUNNING, ContainerState.UNKNOWN):
-                container.take_exit(ExitCode.KILLED, time.time_ns(), "Error", reason)
-            pod.engine.let_go(container)
+        """Make every container EXITED that ran in the pod, which runs no more. Idempotent."""
+        self._exits.lost(pod, reason)
+        for container in self._inventory.containers_of(pod):
+            self._engines.of(pod).let_go(container)
 
     # ------------------------------------------------------------------------------- adoption
 
     async def settle(self, container: Container) -> None:
         """Undo a creation that the daemon's end cut short."""
         if container.record.state is ContainerState.CREATING:
-            await take_down(container.pod.engine.container_steps, container)
-            self._forget(container)
+            await take_down(self._engines.of(container.pod).container_steps, container)
+            self._inventory.forget_container(container)
 
     async def sweep(self) -> None:
         """Remove writable layers and plans that belong to no container."""
         written = self._host.rootfs.keys()
         for key in written:
-            if ContainerId(key.partition(".")[0]) not in self._registry.containers:
+            if ContainerId(key.partition(".")[0]) not in self._inventory.containers:
                 log.warning("container %s has no record; its writable layer is removed", key)
-                await self._host.rootfs.down(key, self._host.plans / "nowhere")
-        for plan in self._host.plans.glob("*.plan"):
-            if ContainerId(plan.stem) not in self._registry.containers:
+                await self._host.rootfs.down(key, self._inventory.container_store.directory / "nowhere")
+        for plan in self._inventory.container_store.directory.glob("*.plan"):
+            if ContainerId(plan.stem) not in self._inventory.containers:
                 plan.unlink()
 
     # ------------------------------------------------------------------------------- stop
@@ -239,11 +225,11 @@ class Containers:
     async def stop(self, id: str, timeout_s: float) -> None:
         """Ask with the stop signal, kill after `timeout_s`. Unknown ids and ended ones are fine."""
         try:
-            container = self._registry.container(id)
+            container = self._inventory.container(id)
         except NotFound:
             return
         if container.record.state is ContainerState.UNKNOWN:
-            container.take_exit(ExitCode.UNKNOWN, time.time_ns(), "Unknown")
+            container.record_exit(ExitCode.UNKNOWN, time.time_ns(), "Unknown")
         if not container.running:
             return
         if timeout_s > 0:
@@ -261,7 +247,7 @@ class Containers:
 
     async def _signal(self, container: Container, number: int, *, all: bool) -> None:
         try:
-            await container.pod.engine.signal(container, number, all=all)
+            await self._engines.of(container.pod).signal(container, number, all=all)
         except GuestError:
             if container.running:  # else it ended by itself meanwhile
                 raise
@@ -282,11 +268,11 @@ class Containers:
     async def remove(self, id: str) -> None:
         """Kill if running, release everything, forget. Unknown ids are fine."""
         try:
-            container = self._registry.container(id)
+            container = self._inventory.container(id)
         except NotFound:
             return
         async with container.lock:
-            if container.id not in self._registry.containers:
+            if container.id not in self._inventory.containers:
                 return
             if container.running and container.pod.record.ready:
                 await self._kill(container)
@@ -294,28 +280,25 @@ class Containers:
 
     async def release(self, container: Container) -> None:
         """Everything that a container holds, where it ran and of the host. Raises UndoFailed."""
-        engine = container.pod.engine
+        engine = self._engines.of(container.pod)
         await engine.remove(container)
         await take_down(engine.container_steps, container)
-        self._forget(container)
-
-    def _forget(self, container: Container) -> None:
-        container.forget()
-        self._registry.containers.pop(container.id, None)
-        self._host.events.container_deleted(container)
+        self._inventory.forget_container(container)
 
     # ------------------------------------------------------------------------------- the rest
 
     async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult:
         """Run `cmd` to its end. Raises NotFound, WrongState, GuestError (cannot be run),
         DeadlineExceeded (every process of it is dead by then)."""
-        container = self._registry.container(id)
+        container = self._inventory.container(id)
         container.require(ContainerState.RUNNING)
         if not cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
         process = compile_exec(container.plan, cmd, tty=False)
         began = time.monotonic()
-        result = await container.pod.engine.exec_sync(container, process, timeout_s, EXEC_OUTPUT_LIMIT)
+        result = await self._engines.of(container.pod).exec_sync(
+            container, process, timeout_s, EXEC_OUTPUT_LIMIT
+        )
         container.pod.record_first("first-exec", began, time.monotonic())
         return result
 
@@ -324,38 +307,38 @@ class Containers:
     ) -> Session:
         """Run `cmd` beside what runs there, with live streams. Close the session in the end.
         Raises NotFound, WrongState, InvalidSpec, GuestError (cannot be run), GuestUnreachable."""
-        container = self._registry.container(id)
+        container = self._inventory.container(id)
         container.require(ContainerState.RUNNING)
         if not cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
         process = compile_exec(container.plan, cmd, tty=tty)
-        return await container.pod.engine.exec(
+        return await self._engines.of(container.pod).exec(
             container, process, stdin=stdin, stdout=stdout or tty, stderr=stderr and not tty
         )
 
     async def attach(self, id: str, *, stdin: bool, stdout: bool, stderr: bool) -> Session:
         """Hear and speak to a running container from now on. Close the session in the end.
         Raises NotFound, WrongState, GuestError, GuestUnreachable."""
-        container = self._registry.container(id)
+        container = self._inventory.container(id)
         container.require(ContainerState.RUNNING)
         spec = container.record.spec
-        return await container.pod.engine.attach(
+        return await self._engines.of(container.pod).attach(
             container, stdin=stdin and spec.stdin, stdout=stdout, stderr=stderr and not spec.tty
         )
 
     async def reopen_log(self, id: str) -> None:
-        container = self._registry.container(id)
+        container = self._inventory.container(id)
         container.require(ContainerState.RUNNING)
-        await container.pod.engine.reopen_log(container)
+        await self._engines.of(container.pod).reopen_log(container)
 
     async def update(self, id: str, resources: Resources) -> None:
         """Change limits in place; fields that are 0 or empty stay as they are. What the record then
         says is in force. Raises NotFound, WrongState, InvalidSpec, GuestError, VmmError."""
-        container = self._registry.container(id)
+        container = self._inventory.container(id)
         async with container.lock:
             merged = merge_resources(container.record.resources, resources)
             if container.running:
-                await container.pod.engine.limit(container, merged)
+                await self._engines.of(container.pod).limit(container, merged)
             elif container.record.state is not ContainerState.CREATED:
                 raise WrongState("container", container.id, container.record.state, "created or running")
             container.save_plan(limited(container.plan, merged, vcpus=container.pod.vcpus))
@@ -363,15 +346,8 @@ class Containers:
 
     def open_files_limit(self, id: ContainerId) -> int:
         """Soft limit of the first process; 0: the agent's own. Raises NotFound."""
-        limits = self._registry.container(id).plan.process.rlimits
+        limits = self._inventory.container(id).plan.process.rlimits
         return next((limit.soft for limit in limits if limit.resource == resource.RLIMIT_NOFILE), 0)
-
-
-def exit_reason(exited: pb.Exited) -> str:
-    """A child's OOM kill counts too, whatever the first process made of it."""
-    if exited.oom_kills:
-        return "OOMKilled"
-    return "Completed" if exited.exit_code == 0 else "Error"
 
 
 def _log_path(directory: str, name: str) -> str:

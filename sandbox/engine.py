@@ -6,30 +6,18 @@ records, the states and the steps are the same; an engine keeps nothing that a r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from sandbox.container import Container
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.lifecycle import Step, Steps
 from sandbox.plan.values import ProcessPlan
+from sandbox.pod import Pod
 from sandbox.session import Connection, Session
-from sandbox.spec import ContainerId, Handler, PodSpec, Resources
-
-if TYPE_CHECKING:
-    from sandbox.container import Container
-    from sandbox.pod import Pod
-
-
-class Exits(Protocol):
-    """Whom an engine tells that something has ended."""
-
-    def exited(self, container: Container, exited: pb.Exited) -> None:
-        """Its last line is in its log."""
-
-    def lost(self, pod: Pod, reason: str) -> None:
-        """All that ran in the pod is gone."""
+from sandbox.spec import ContainerId, Handler, Isolation, PodSpec, Resources
 
 
 class Engine(Protocol):
@@ -101,3 +89,21 @@ class Engine(Protocol):
 
     async def limit(self, container: Container, resources: Resources) -> None:
         """Of a running container. After a failure what was in force is so still."""
+
+
+class Engines:
+    """The engines of this node, one for each kind of isolation that it offers."""
+
+    def __init__(self, by_isolation: Mapping[Isolation, Engine]) -> None:
+        self._by_isolation = by_isolation
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(self._by_isolation.values())
+
+    def of(self, pod: Pod) -> Engine:
+        """Return the engine that runs this pod, by its record."""
+        return self.for_isolation(pod.record.isolation)
+
+    def for_isolation(self, isolation: Isolation) -> Engine:
+        """Return the engine of a kind of isolation."""
+        return self._by_isolation[isolation]

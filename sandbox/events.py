@@ -17,9 +17,9 @@ from enum import StrEnum
 
 from sandbox.container import Container
 from sandbox.errors import FellBehind
+from sandbox.inventory import Inventory
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
-from sandbox.registry import Registry
 from sandbox.spec import Value
 
 QUEUE_MAX = 1000  # as many as a kubelet keeps on its side
@@ -87,13 +87,14 @@ class Subscription:
 
 
 class Events:
-    """Belongs to one event loop."""
+    """Observes the inventory and passes its changes on. Belongs to one event loop."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, inventory: Inventory) -> None:
+        self._inventory = inventory
         self._subscriptions: set[Subscription] = set()
         self._last_ns = 0
         self._closed = False
+        inventory.observe(self)
 
     @contextmanager
     def subscribe(self) -> Iterator[Subscription]:
@@ -128,7 +129,7 @@ class Events:
             self._tell(kind, container.id, container.pod)
 
     def container_deleted(self, container: Container) -> None:
-        """Told once it is out of the registry: its pod's containers are those that remain."""
+        """Told once it is out of the inventory: its pod's containers are those that remain."""
         if container.record.state is not ContainerState.CREATING:
             self._tell(EventKind.DELETED, container.id, container.pod)
 
@@ -136,7 +137,7 @@ class Events:
         if not self._subscriptions:
             return
         self._last_ns = max(time.time_ns(), self._last_ns + 1)
-        containers = (each.record for each in self._registry.containers_of(pod))
+        containers = (each.record for each in self._inventory.containers_of(pod))
         shown = sorted(
             (each for each in containers if each.state is not ContainerState.CREATING),
             key=lambda each: each.created_at_ns,

@@ -12,31 +12,23 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from sandbox.errors import GuestUnreachable, WrongState
 from sandbox.guest import guest_pb2 as pb
-from sandbox.host import process
+from sandbox.guest.client import GuestClient
+from sandbox.host.limiter import Limiter
 from sandbox.records import Phase, PodRecord, PodState
 from sandbox.spec import Handler, PodId, VmSize
 from sandbox.store import Recorded, Store
-from sandbox.vm_pods.boot_phases import guest_phases
-
-if TYPE_CHECKING:
-    from sandbox.engine import Engine
-    from sandbox.guest.client import GuestClient
-    from sandbox.host.limiter import Limiter
-    from sandbox.vmm import Machine
+from sandbox.vmm import Machine
 
 # Long enough for a loaded, emulated guest; short enough that a caller learns of a dead one.
 GUEST_CALL_TIMEOUT_S = 60.0
 
 
 class Pod(Recorded[PodRecord]):
-    engine: Engine  # that of its kind, given by `Pods.make`
-
     def __init__(self, record: PodRecord, store: Store[PodRecord], run_dir: Path) -> None:
         super().__init__(record, store)
         self.run_dir = run_dir
@@ -104,16 +96,6 @@ class Pod(Recorded[PodRecord]):
         """Record a phase unless the pod has one of this name: the first container, the first exec."""
         if self.record.vm is not None and not any(phase.name == name for phase in self.record.phases):
             self.record_phase(name, begin_s, end_s)
-
-    def record_guest_phases(self) -> None:
-        """Record the phases of its boot that the guest reported when the connection was made."""
-        if self.client is None or self.record.vm is None:
-            return
-        welcome, received_s = self.client.welcome, self.client.welcomed_s
-        started_s = process.started_s(self.record.vm.vmm)
-        self.record_phases(
-            *guest_phases(welcome, received_s=received_s, began_s=self.began, vmm_started_s=started_s)
-        )
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

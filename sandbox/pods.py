@@ -17,21 +17,18 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sandbox.containers import Containers
-from sandbox.engine import Engine
+from sandbox.engine import Engines
 from sandbox.errors import InvalidSpec, NotFound, SandboxError
-from sandbox.events import Events
+from sandbox.inventory import Inventory, pod_name
 from sandbox.lifecycle import Steps, UndoFailed, bring_up, held_steps, take_down
 from sandbox.plan.resources import merge_resources
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState
-from sandbox.registry import Registry, pod_name
 from sandbox.session import Connection
 from sandbox.spec import Handler, Isolation, PodId, PodSpec, Resources
 from sandbox.steps.pod import remove_tree
-from sandbox.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -42,38 +39,35 @@ STOP_GRACE_S = 5.0
 class PodDeps:
     """What pods need of the host."""
 
-    store: Store[PodRecord]
-    run: Path
-    engines: Mapping[Isolation, Engine]
     handler: Callable[[str], Handler]  # raises InvalidSpec for an unknown name
     on_started: Callable[[PodRecord], None]
-    events: Events
 
 
 class Pods:
-    def __init__(self, registry: Registry, containers: Containers, host: PodDeps) -> None:
-        self._registry = registry
+    def __init__(self, inventory: Inventory, engines: Engines, containers: Containers, host: PodDeps) -> None:
+        self._inventory = inventory
+        self._engines = engines
         self._containers = containers
         self._host = host
 
     # ------------------------------------------------------------------------------- look-up
 
     def find(self, id: str) -> PodRecord:
-        return self._registry.pod(id).record
+        return self._inventory.pod(id).record
 
     def list(self) -> Sequence[PodRecord]:
         # one that is starting is not shown: its client has not been told the id
         return [
-            pod.record for pod in self._registry.pods.values() if pod.record.state is not PodState.STARTING
+            pod.record for pod in self._inventory.pods.values() if pod.record.state is not PodState.STARTING
         ]
 
     def containers_of(self, pod_id: str) -> Sequence[ContainerRecord]:
-        pod = self._registry.pod(pod_id)
-        return [container.record for container in self._registry.containers_of(pod)]
+        pod = self._inventory.pod(pod_id)
+        return [container.record for container in self._inventory.containers_of(pod)]
 
     async def describe(self, record: PodRecord) -> Mapping[str, object]:
         """Facts for a person: where things are, what runs, how long each phase of the start took."""
-        pod = self._registry.pod(record.id)
+        pod = self._inventory.pod(record.id)
         return {
             "runDir": str(pod.run_dir),
             "handler": record.spec.handler,
@@ -93,7 +87,7 @@ class Pods:
                 for phase in record.phases
             ],
             "problem": record.problem,
-            **await pod.engine.describe(pod),
+            **await self._engines.of(pod).describe(pod),
         }
 
     # ------------------------------------------------------------------------------- run
@@ -101,14 +95,14 @@ class Pods:
     async def run(self, spec: PodSpec) -> PodId:
         """Start a pod. Raises Reserved, InvalidSpec, MissingProgram, PhaseFailed; after any of
         them nothing is left of it."""
-        self._registry.check_pod_name(spec)
+        self._inventory.check_pod_name(spec)
         handler = self._host.handler(spec.handler)
         name = pod_name(spec)
-        self._registry.starting.add(name)  # it is taken from here on
+        self._inventory.starting.add(name)  # it is taken from here on
         try:
             pod, steps = await self._begin(spec, handler)
         finally:
-            self._registry.starting.discard(name)
+            self._inventory.starting.discard(name)
         try:
             async with pod.lock:
                 await bring_up(steps, pod)
@@ -117,20 +111,20 @@ class Pods:
             await self._give_up(pod, failure)
             raise
         finally:
-            pod.engine.settled()
+            self._engines.of(pod).settled()
         pod.handler = None
-        pod.engine.watch(pod)
+        self._engines.of(pod).watch(pod)
         self._host.on_started(pod.record)
         return pod.id
 
     async def _begin(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
         """A pod that is STARTING, and the rest of its way. Raises InvalidSpec, MissingProgram."""
         began = time.monotonic()
-        engine = self._host.engines[isolation_of(spec, handler)]
+        engine = self._engines.for_isolation(isolation_of(spec, handler))
         pod, steps = await engine.take(spec, handler)
         pod.began = began
         pod.handler = handler
-        self._registry.pods[pod.id] = pod
+        self._inventory.add_pod(pod)
         try:
             pod.update(
                 spec=spec,
@@ -150,23 +144,11 @@ class Pods:
     async def _give_up(self, pod: Pod, failure: Exception) -> None:
         """Release all that a pod holds, also what was made ahead of it, and its name."""
         try:
-            await take_down(held_steps(pod.engine.pod_steps, pod.record.steps), pod)
+            await take_down(held_steps(self._engines.of(pod).pod_steps, pod.record.steps), pod)
         except UndoFailed as undo:
             failure.add_note(f"not everything could be released: {undo}")
         else:
-            self._forget(pod)
-
-    def make(self, record: PodRecord) -> Pod:
-        """The object of a record; not among the pods that are served yet."""
-        pod = Pod(record, self._host.store, self._host.run / "pods" / record.id)
-        pod.engine = self._host.engines[record.isolation]
-        pod.on_state = self._host.events.pod_changed
-        return pod
-
-    def _forget(self, pod: Pod) -> None:
-        pod.forget()
-        self._registry.pods.pop(pod.id, None)
-        self._host.events.pod_deleted(pod)
+            self._inventory.forget_pod(pod)
 
     # ------------------------------------------------------------------------------- ports
 
@@ -174,9 +156,9 @@ class Pods:
         """Connect to a TCP port inside the pod. Close the connection in the end.
         Raises NotFound, WrongState, GuestError (nothing listens there), GuestUnreachable,
         DeadlineExceeded."""
-        pod = self._registry.pod(id)
+        pod = self._inventory.pod(id)
         pod.require_ready()
-        return await pod.engine.dial(pod, port)
+        return await self._engines.of(pod).dial(pod, port)
 
     # ------------------------------------------------------------------------------- stop, remove
 
@@ -184,7 +166,7 @@ class Pods:
         """Kill what runs and release all that the pod holds. Unknown ids and stopped pods are fine.
         Raises UndoFailed; what is still held stays in the record, and another call tries again."""
         try:
-            pod = self._registry.pod(id)
+            pod = self._inventory.pod(id)
         except NotFound:
             return
         async with pod.lock:
@@ -199,11 +181,11 @@ class Pods:
         if pod.record.state is not PodState.NOT_READY:
             pod.update(state=PodState.NOT_READY)
         self._containers.lost(pod, "the sandbox was stopped")
-        await take_down(held_steps(pod.engine.pod_steps, pod.record.steps), pod)
+        await take_down(held_steps(self._engines.of(pod).pod_steps, pod.record.steps), pod)
 
     async def _kill_containers(self, pod: Pod) -> None:
         """First, so that exit codes and the last lines of logs arrive."""
-        running = [container for container in self._registry.containers_of(pod) if container.running]
+        running = [container for container in self._inventory.containers_of(pod) if container.running]
         stops = (self._containers.stop(container.id, 0) for container in running)
         with contextlib.suppress(TimeoutError, SandboxError):
             async with asyncio.timeout(STOP_GRACE_S):
@@ -212,28 +194,28 @@ class Pods:
     async def remove(self, id: str) -> None:
         """Stop, then forget the pod and its containers. Unknown ids are fine. Raises UndoFailed."""
         try:
-            pod = self._registry.pod(id)
+            pod = self._inventory.pod(id)
         except NotFound:
             return
         async with pod.lock:
-            if pod.id not in self._registry.pods:
+            if pod.id not in self._inventory.pods:
                 return
             await self._stop(pod)
-            for container in self._registry.containers_of(pod):
+            for container in self._inventory.containers_of(pod):
                 await self._containers.release(container)
-            self._forget(pod)
+            self._inventory.forget_pod(pod)
 
     # ------------------------------------------------------------------------------- update
 
     async def update(self, id: str, resources: Resources, overhead: Resources) -> None:
         """Limits of all containers together. Raises NotFound, WrongState, InvalidSpec, GuestError,
         VmmError."""
-        pod = self._registry.pod(id)
+        pod = self._inventory.pod(id)
         async with pod.lock:
             pod.require_ready()
             merged = merge_resources(pod.record.resources, resources)
             overhead = merge_resources(pod.record.overhead, overhead)
-            await pod.engine.limit_pod(pod, merged, overhead)
+            await self._engines.of(pod).limit_pod(pod, merged, overhead)
             pod.update(resources=merged, overhead=overhead)
 
     # ------------------------------------------------------------------------------- recovery
@@ -243,10 +225,10 @@ class Pods:
 
         Assumes that the stores are loaded and that no call is served yet.
         """
-        pods = [self.make(record) for record in self._host.store]
-        self._registry.pods.update((pod.id, pod) for pod in pods)
+        pods = [self._inventory.make_pod(record) for record in self._inventory.pod_store]
+        self._inventory.pods.update((pod.id, pod) for pod in pods)
         for record in containers:
-            owner = self._registry.pods.get(record.pod_id)
+            owner = self._inventory.pods.get(record.pod_id)
             if owner is None:
                 log.error("container %s belongs to no pod; its record is left for inspection", record.id)
                 continue
@@ -261,26 +243,26 @@ class Pods:
             log.debug("pod %s could not be taken up", pod.id, exc_info=True)
 
     async def _adopt(self, pod: Pod) -> None:
-        for container in list(self._registry.containers_of(pod)):
+        for container in list(self._inventory.containers_of(pod)):
             await self._containers.settle(container)
         match pod.record.state:
             case PodState.STARTING | PodState.WAITING as state:
-                await take_down(held_steps(pod.engine.pod_steps, pod.record.steps), pod)
-                self._forget(pod)
+                await take_down(held_steps(self._engines.of(pod).pod_steps, pod.record.steps), pod)
+                self._inventory.forget_pod(pod)
                 log.info("pod %s was %s when the daemon ended; it is undone", pod.id, state)
             case PodState.READY:
-                await pod.engine.adopt(pod)
+                await self._engines.of(pod).adopt(pod)
             case PodState.NOT_READY:
                 self._containers.lost(pod, "the sandbox was stopped")
 
     async def sweep(self, known: Collection[str]) -> None:
         """End what runs, and remove directories, that belong to no record."""
-        run = self._host.run / "pods"
+        run = self._inventory.run_dir / "pods"
         strays = [path for path in run.iterdir() if path.name not in known] if run.exists() else []
         for path in strays:
             log.warning("pod %s has no record; what is left of it is removed", path.name)
             try:
-                for engine in self._host.engines.values():
+                for engine in self._engines:
                     await engine.destroy(path.name, path)
                 await asyncio.to_thread(remove_tree, path)
             except (SandboxError, OSError) as error:
@@ -288,7 +270,7 @@ class Pods:
 
     async def close(self) -> None:
         """Let go of every pod, touching none."""
-        for pod in self._registry.pods.values():
+        for pod in self._inventory.pods.values():
             await pod.disconnect()
 
 

@@ -39,16 +39,16 @@ class Store(Generic[R]):
     """All records of one kind, in memory as in `directory`."""
 
     def __init__(self, directory: Path, kind: type[R]) -> None:
-        self._directory = directory
+        self.directory = directory
         self._decoder = msgspec.json.Decoder(kind)
         self._records: dict[str, R] = {}
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def load(self) -> None:
         """Read what is on disk; one broken file is set aside and never blocks the rest."""
-        for leftover in self._directory.glob("*.json.tmp"):
+        for leftover in self.directory.glob("*.json.tmp"):
             leftover.unlink()
-        for path in sorted(self._directory.glob("*.json")):
+        for path in sorted(self.directory.glob("*.json")):
             try:
                 record = self._decoder.decode(path.read_bytes())
             except (msgspec.DecodeError, OSError) as error:
@@ -76,7 +76,7 @@ class Store(Generic[R]):
         return len(self._records)
 
     def _path(self, id: str) -> Path:
-        return self._directory / f"{id}.json"
+        return self.directory / f"{id}.json"
 
 
 class Recorded(Generic[R]):

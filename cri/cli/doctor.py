@@ -25,10 +25,10 @@ from network.errors import CniError, NetworkNotReady
 from network.plugins import Plugins
 from sandbox.apparmor.loaded import HOST_POLICY
 from sandbox.errors import MissingProgram
-from sandbox.guest_image import build
 from sandbox.host import cgroup
 from sandbox.seccomp import seccomp_for
 from sandbox.spec import Seccomp, SeccompKind, SecuritySpec, Value
+from sandbox.vm_pods import boot_image
 from sandbox.vm_pods.accelerator import choose, find_obstacle
 from sandbox.vmm import find_hypervisor, virtiofsd
 from sandbox.vmm.qemu import host as host_tools
@@ -143,7 +143,7 @@ async def seccomp(host: Host) -> Finding:
 
 
 async def apparmor(host: Host) -> Finding:
-    if not build.default_profile(Path(host.config.root)).is_file():
+    if not boot_image.default_profile(Path(host.config.root)).is_file():
         fix = "husk guest build, where apt knows the package apparmor"
         return warn("apparmor", "RuntimeDefault is refused: the guest image has no profile for it", fix)
     if not (host.fs / HOST_POLICY.relative_to("/")).is_dir():
@@ -157,7 +157,7 @@ async def apparmor(host: Host) -> Finding:
 async def guest(host: Host) -> Finding:
     if missing := _missing_files(host.config):
         return fail("guest", f"{missing} does not exist", "correct the configuration")
-    image = build.find_image(Path(host.config.root))
+    image = boot_image.find_image(Path(host.config.root))
     if image is None:
         return fail("guest", f"no kernel and initramfs under {host.config.root}/guest", "husk guest build")
     return ok("guest", f"kernel {image.kernel_version}, image {image.hash[:16]}")
@@ -168,7 +168,7 @@ async def accelerator(host: Host) -> Finding:
     wanted = host.config.runtime_handlers()[""].accelerator
     if wanted == "auto" and (obstacle := find_obstacle(str(host.fs / "dev/kvm"))) is not None:
         return ok("accelerator", f"emulation (TCG): {obstacle}")
-    image = build.find_image(Path(host.config.root))
+    image = boot_image.find_image(Path(host.config.root))
     if image is None:
         return warn("accelerator", "cannot be tried without a guest image", "husk guest build")
     verdict = await choose(wanted, image, find_hypervisor("qemu"), Path(host.config.run))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import functools
 import os
 import re
 import shutil
@@ -54,6 +53,7 @@ from sandbox.guest_image.vmlinux import (
     load_orders,
     read_builtin,
 )
+from sandbox.vm_pods.boot_image import GuestImage, ImageFacts, find_image
 
 # Each module costs a cold start some milliseconds.
 MODULES = (
@@ -72,47 +72,6 @@ KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", 
 AGENT = Path(__file__).parents[1] / "agent"
 DIRECTORIES = ("dev", "modules", "modules/load", "proc", "run", "sbin", "sys", "tmp")
 MODPROBE = "sbin/modprobe"  # where a kernel looks for it (CONFIG_MODPROBE_PATH)
-
-
-class GuestImage(msgspec.Struct, frozen=True, kw_only=True):
-    kernel: Path
-    initramfs: Path
-    hash: str
-    kernel_version: str
-
-
-def find_image(root: Path) -> GuestImage | None:
-    """The image that new pods get; None before the first build."""
-    guest = f"{root}/guest"  # no Path: each start of a pod asks several times
-    try:
-        name = os.readlink(f"{guest}/current")  # noqa: PTH115
-        os.stat(f"{guest}/{name}/image.json")  # noqa: PTH116
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return _read_image(guest, name)
-
-
-@functools.lru_cache(maxsize=8)
-def _read_image(guest: str, name: str) -> GuestImage:
-    """One that is there; its name is the hash of what it is made of, so it never changes."""
-    directory = Path(guest, name).resolve()
-    facts = msgspec.json.decode((directory / "image.json").read_bytes(), type=_Facts)
-    return GuestImage(
-        kernel=directory / "vmlinux",
-        initramfs=directory / "initramfs",
-        hash=directory.name,
-        kernel_version=facts.kernel_version,
-    )
-
-
-def default_profile(root: Path) -> Path:
-    """Of the image that new pods get; compiled, where it is there."""
-    return root / "guest" / "current" / "apparmor"
-
-
-class _Facts(msgspec.Struct, frozen=True):
-    kernel_version: str
-    modules: tuple[str, ...]
 
 
 async def build(
@@ -250,7 +209,7 @@ def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes, profil
     offered = [name for name in ON_DEMAND if name in available]
     later = load_modules(available, [*builtin, *modules], offered, keep_signatures=keep)
     initramfs = make_initramfs(program, modules, later)
-    facts = msgspec.json.encode(_Facts(kernel.version, tuple(modules)))
+    facts = msgspec.json.encode(ImageFacts(kernel.version, tuple(modules)))
     files = {"vmlinux": vmlinux, "initramfs": initramfs, "image.json": facts}
     if profile:
         files["apparmor"] = profile

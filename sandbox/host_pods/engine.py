@@ -22,8 +22,8 @@ from image.stores import RootfsStore
 from network import netns
 from network.attach import Networks
 from sandbox.container import Container
-from sandbox.engine import Exits
 from sandbox.errors import DeadlineExceeded, GuestError, SandboxError
+from sandbox.exits import Exits
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.host import cgroup, process
@@ -38,6 +38,7 @@ from sandbox.host_pods.oci import RuntimeEnv, compile_config
 from sandbox.host_pods.sessions import AttachSession, ExecSession, Forwarded, Place
 from sandbox.host_pods.steps import Processes, container_steps, pod_path, pod_steps, shm_of
 from sandbox.host_pods.sysctls import pod_sysctls
+from sandbox.inventory import Inventory
 from sandbox.lifecycle import Steps
 from sandbox.logs.file import make_log, usable_path
 from sandbox.plan.device_filter import device_rules
@@ -45,7 +46,6 @@ from sandbox.plan.resources import compile_pod_resources, compile_resources
 from sandbox.plan.values import CgroupFile, ProcessPlan
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, HostProcess, PodRecord, PodState
-from sandbox.registry import Registry
 from sandbox.spec import ContainerId, ExitCode, Handler, Isolation, PidMode, PodId, PodSpec, Resources
 from sandbox.stats import parse
 from sandbox.stats.kernel_files import flat_keyed, number
@@ -67,13 +67,12 @@ class ProcessDeps:
     networks: Networks
     stage: Limiter  # of plug-ins
     rootfs: RootfsStore
-    make_pod: Callable[[PodRecord], Pod]
     tasks: Tasks
 
 
 class ProcessEngine:
-    def __init__(self, registry: Registry, exits: Exits, host: ProcessDeps) -> None:
-        self._registry = registry
+    def __init__(self, inventory: Inventory, exits: Exits, host: ProcessDeps) -> None:
+        self._inventory = inventory
         self._exits = exits
         self._host = host
         self._layout = host.cgroups.layout
@@ -86,7 +85,7 @@ class ProcessEngine:
         for program in (conmon.CONMON, conmon.CRUN):
             conmon.find_program(program)
         pod_sysctls(spec)  # what is wrong is found before anything is made
-        pod = self._host.make_pod(
+        pod = self._inventory.make_pod(
             PodRecord(
                 id=PodId(secrets.token_hex(32)),
                 spec=spec,
@@ -111,13 +110,13 @@ class ProcessEngine:
     async def _gone(self, pod: Pod, reason: str) -> None:
         log.error("pod %s: %s", pod.id, reason)
         pod.update(state=PodState.NOT_READY, problem=reason)
-        for container in self._registry.containers_of(pod):
+        for container in self._inventory.containers_of(pod):
             with contextlib.suppress(SandboxError):
                 await asyncio.to_thread(control.kill, self._layout, self._path_of(container))
         self._exits.lost(pod, reason)
 
     async def adopt(self, pod: Pod) -> None:
-        for container in self._registry.containers_of(pod):
+        for container in self._inventory.containers_of(pod):
             try:
                 await self._adopt_container(container)
             except SandboxError as error:
@@ -163,7 +162,7 @@ class ProcessEngine:
         record = pod.record
         containers = {
             container.id: pids["pid"]
-            for container in self._registry.containers_of(pod)
+            for container in self._inventory.containers_of(pod)
             if (pids := self.pids(container))
         }
         return {
@@ -262,7 +261,7 @@ class ProcessEngine:
         return found
 
     def _namespace_of_target(self, container: Container, id: str) -> str:
-        target = self._registry.container(id)
+        target = self._inventory.container(id)
         held = target.record.process
         if target.pod is not container.pod or not target.running or held is None or held.init is None:
             raise GuestError("namespace", 0, f"container {id} does not run in this pod")

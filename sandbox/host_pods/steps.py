@@ -35,12 +35,12 @@ from sandbox.host_pods.sysctls import pod_sysctls
 from sandbox.lifecycle import Step, Steps
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
 from sandbox.plan.pod_files import pod_hostname
+from sandbox.plan.shares import SHM_BYTES
 from sandbox.pod import Pod
 from sandbox.spec import AppArmor, AppArmorKind, PidMode
 from sandbox.steps.container import Plan, Rootfs
 from sandbox.steps.pod import Cgroup, Network, RunDir, Shares
 from sandbox.steps.volumes import mount_images, unmount_images
-from sandbox.vm_pods.steps import SHM_BYTES
 
 READY_TIMEOUT_S = 20.0
 # In the namespaces: write what was asked for, say so, then stay and collect orphans. As the first process

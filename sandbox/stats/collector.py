@@ -17,9 +17,10 @@ from weakref import WeakKeyDictionary, WeakSet
 from msgspec.structs import replace
 
 from sandbox.container import Container
+from sandbox.engine import Engines
 from sandbox.errors import ProtocolError, SandboxError
+from sandbox.inventory import Inventory
 from sandbox.pod import Pod
-from sandbox.registry import Registry
 from sandbox.spec import PodId
 from sandbox.stats import parse
 from sandbox.stats.layer_usage import LayerUsage
@@ -59,8 +60,9 @@ class Rate:
 class StatsCollector:
     """Belongs to one event loop; `close` in the end."""
 
-    def __init__(self, registry: Registry, layers: LayerUsage) -> None:
-        self._registry = registry
+    def __init__(self, inventory: Inventory, engines: Engines, layers: LayerUsage) -> None:
+        self._inventory = inventory
+        self._engines = engines
         self._layers = layers
         self._flights: dict[tuple[PodId, bool], _Flight] = {}
         self._rates: WeakKeyDictionary[Pod | Container, Rate] = WeakKeyDictionary()
@@ -71,7 +73,7 @@ class StatsCollector:
 
         `files`: count open descriptors too, which takes the guest longer.
         """
-        pods = [pod for id in pod_ids if (pod := self._registry.pods.get(id)) and pod.record.ready]
+        pods = [pod for id in pod_ids if (pod := self._inventory.pods.get(id)) and pod.record.ready]
         waits = [asyncio.create_task(self._await(pod, files)) for pod in pods]
         try:
             for wait in asyncio.as_completed(waits):
@@ -128,10 +130,10 @@ class StatsCollector:
 
     async def _read(self, pod: Pod, files: bool) -> PodStats:
         """Raises SandboxError."""
-        containers = [container for container in self._registry.containers_of(pod) if container.running]
+        containers = [container for container in self._inventory.containers_of(pod) if container.running]
         ids = [container.id for container in containers]
         sent_ns = time.time_ns()
-        values = await pod.engine.usage(pod, ids, files=files)
+        values = await self._engines.of(pod).usage(pod, ids, files=files)
         # who looked tells best when, as far as it can be true
         at_ns = min(max(values.wall_ns, sent_ns), time.time_ns())
         found = parse.parse(pod.id, ids, _interfaces(pod), values, at_ns)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image.stores import RootfsStore
-from sandbox.apparmor import Policy, policy_for
+from sandbox.apparmor import Policy
 from sandbox.container import Container
 from sandbox.host.openat import make_beneath, read_beneath
 from sandbox.plan import MountSource, compile_start, device_filter_for
-from sandbox.plan.devices import Wanted, wanted_devices
+from sandbox.plan.devices import Wanted
 from sandbox.plan.paths import covers
 from sandbox.plan.pod_files import PodFiles, pod_files
 from sandbox.plan.users import resolve_user
@@ -26,8 +26,7 @@ from sandbox.records import PodRecord, User
 from sandbox.seccomp import seccomp_for
 from sandbox.spec import AppArmor, ContainerSpec
 from sandbox.steps.node_files import read_node_files
-from sandbox.steps.volumes import find_sources, id_map
-from sandbox.vm_pods.steps import GUEST_ROOTFS
+from sandbox.steps.volumes import id_map
 
 # An image's passwd and group files; larger ones are refused rather than read.
 MAX_USER_FILE_BYTES = 4 << 20
@@ -99,16 +98,6 @@ class Plan:
 def _files(pod: PodRecord) -> PodFiles:
     ips = pod.network.ips if pod.network else ()
     return pod_files(pod.spec, read_node_files(), pod_id=pod.id, ips=ips)
-
-
-def plan_for_guest(default_profile: Path) -> Plan:
-    """`default_profile` is AppArmor's, compiled (see `apparmor`); it need not be there."""
-    return Plan(
-        lambda container: f"{GUEST_ROOTFS}/{container.id}",
-        find_sources,
-        wanted_devices,
-        lambda wanted: policy_for(wanted, default_profile),
-    )
 
 
 def make_mount_points(rootfs: Path, plan: ContainerPlan) -> None:

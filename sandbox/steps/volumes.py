@@ -1,71 +1,24 @@
-"""A container's volumes: files of the host, and images, in the share that the guest sees.
+"""A container's volumes of both kinds of pods: images that are mounted, and the sources of mounts.
 
-    back/volumes/ID/N    an empty directory or file for each mount of the specification
-    images/ID/N          where the host mounts an image that is the source of one
-
-They are mounted on these points in the mount namespace of the virtiofsd that exports the share, and
-nowhere else: a volume that its owner unmounts must not be busy because a copy of it is mounted in the
-owner's own namespace, and nothing of a pod fills the host's mount table.
-
-Volumes on huge pages are not among them: they are the guest's own (see `huge`). For them, and for what
-the container may have of huge pages, the VM is made larger here; that is never undone, as with all memory.
-
-Crash story: deleting a mount point detaches what is mounted on it in other namespaces (rmdir(2)
-does, since Linux 3.18), so no process is needed to undo; and they end with the virtiofsd.
+images/ID/N    where the host mounts an image that is the source of mount N of container ID
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from image import idmap
 from image.idmap import IdMap
 from image.stores import RootfsStore
 from sandbox.container import Container
-from sandbox.errors import InvalidSpec, VmmGone
-from sandbox.host import mounts, process, syscalls
+from sandbox.errors import InvalidSpec
 from sandbox.host.openat import open_beneath
-from sandbox.plan import MountSource, huge_mib
-from sandbox.plan.values import HugeDirectory
-from sandbox.spec import MountSpec, Propagation, UserNamespace
+from sandbox.spec import MountSpec, UserNamespace
 from sandbox.steps.pod import remove_tree
-from sandbox.vm_pods.hugepages import find_directory, guest_path
-from sandbox.vm_pods.resize import Resizer
-from sandbox.vm_pods.steps import GUEST_VOLUMES, VOLUMES_TAG
 
-_FIND = os.O_PATH | os.O_CLOEXEC
-
-
-@dataclass(frozen=True, slots=True)
-class Volumes:
-    store: RootfsStore
-    room: Resizer
-    name = "volumes"
-
-    async def up(self, container: Container) -> None:
-        directories = await self._attach(container) if container.record.spec.mounts else []
-        if directories or huge_mib(container.record.resources):
-            pod = container.pod
-            async with pod.lock:
-                pod.require_ready()
-                limits = {container.id: container.record.resources}
-                await self.room.make(pod, pod.record.resources, pod.record.overhead, limits, directories)
-
-    async def _attach(self, container: Container) -> Sequence[HugeDirectory]:
-        """What lies on huge pages is attached to nothing, and given back."""
-        await mount_images(self.store, container)
-        return await asyncio.to_thread(_attach_all, container)
-
-    async def down(self, container: Container) -> None:
-        await asyncio.to_thread(mounts.unmount_tree, container.volumes)
-        await asyncio.to_thread(remove_tree, _back(container))
-        await unmount_images(self.store, container)
+FIND = os.O_PATH | os.O_CLOEXEC
 
 
 async def mount_images(store: RootfsStore, container: Container) -> None:
@@ -106,133 +59,6 @@ def _images(container: Container) -> Path:
     return container.pod.run_dir / "images" / container.id
 
 
-def _back(container: Container) -> Path:
-    return container.pod.back_of(container.pod.volumes_share) / container.id
-
-
-def find_sources(container: Container) -> list[MountSource]:
-    """Where the guest finds them, and what they are, while they are up. Raises InvalidSpec."""
-    found = []
-    for number, mount in enumerate(container.record.spec.mounts):
-        with _source(container, number, mount) as source:
-            is_directory = stat.S_ISDIR(os.fstat(source).st_mode)
-            huge = find_directory(source, number, mount)
-        if huge:
-            found.append(MountSource(path=guest_path(huge), is_directory=True))
-            continue
-        found.append(
-            MountSource(
-                path=f"{GUEST_VOLUMES}/{container.id}/{number}",
-                is_directory=is_directory,
-                submounts=_submounts(mount) if is_directory else (),
-            )
-        )
-    return found
-
-
-def _submounts(mount: MountSpec) -> tuple[str, ...]:
-    """Relative paths of what is mounted below the source, where the guest must know (see MountSource)."""
-    if not mount.readonly or mount.recursive_readonly or mount.image:
-        return ()
-    source = Path(os.path.realpath(mount.host_path))
-    points = (point for point in mounts.mounts_below(source) if point != source)
-    return tuple(dict.fromkeys(str(point.relative_to(source)) for point in points))
-
-
-# ------------------------------------------------------------------------------------ attaching
-
-
-def _attach_all(container: Container) -> Sequence[HugeDirectory]:
-    back = _back(container)
-    back.mkdir(mode=0o755, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        trees, directories = {}, []
-        for number, mount in enumerate(container.record.spec.mounts):
-            source = held.enter_context(_source(container, number, mount))
-            if huge := find_directory(source, number, mount):
-                directories.append(huge)
-                continue
-            _make_point(back / str(number), source)
-            what = Path(mount.host_path or mount.image)
-            tree = mounts.clone_tree(source, what)
-            held.callback(os.close, tree)
-            _shift(number, tree, what, mount)
-            _shape(tree, what, mount)
-            trees[number] = tree
-        _in_exporter(container, trees)
-    return directories
-
-
-def _make_point(point: Path, source: int) -> None:
-    if stat.S_ISDIR(os.fstat(source).st_mode):
-        point.mkdir(mode=0o755)
-    else:
-        point.touch(mode=0o644)
-
-
-def _shift(number: int, tree: int, what: Path, mount: MountSpec) -> None:
-    """The kubelet asks for it where the pod has a user namespace. Raises InvalidSpec."""
-    ids = id_map(mount.ids)
-    if ids is None:
-        return
-    try:
-        with idmap.user_namespace(ids) as namespace:
-            idmap.shift(tree, namespace, what)
-    except OSError as error:
-        problem = f"the file system of {what} cannot map ids: {error.strerror or error}"
-        raise InvalidSpec(f"config.mounts[{number}].uidMappings", problem, "an empty list") from error
-
-
-def _shape(tree: int, what: Path, mount: MountSpec) -> None:
-    """A slave of the source's peer group, or out of it: what is mounted in here stays here."""
-    private = mount.propagation is Propagation.PRIVATE
-    mounts.set_tree_attributes(
-        tree,
-        what,
-        propagation=syscalls.MS_PRIVATE if private else syscalls.MS_SLAVE,
-        readonly=mount.readonly,
-        recursive=mount.recursive_readonly or bool(mount.image),
-    )
-
-
-def _in_exporter(container: Container, trees: dict[int, int]) -> None:
-    """Attach them where the share is exported. Raises VmmGone when that has ended."""
-    vm = container.pod.record.vm
-    exporter = vm.helpers.get(VOLUMES_TAG) if vm else None
-    if exporter is None:  # the VMM itself exports it, as the daemon sees it
-        _attach(trees, container.volumes)
-        return
-    try:
-        namespace = os.open(f"/proc/{exporter.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise VmmGone("virtiofsd for volumes has ended") from error
-    try:
-        if not process.alive(exporter):
-            raise VmmGone("virtiofsd for volumes has ended")
-        # its root is the share
-        mounts.in_namespace(namespace, lambda: _attach(trees, Path("/") / container.id))
-    finally:
-        os.close(namespace)
-
-
-def _attach(trees: dict[int, int], directory: Path) -> None:
-    for number, tree in trees.items():
-        point = os.open(directory / str(number), _FIND)
-        try:
-            mounts.attach_tree(tree, point, directory / str(number))
-        finally:
-            os.close(point)
-
-
-@contextlib.contextmanager
-def _source(container: Container, number: int, mount: MountSpec) -> Iterator[int]:
-    source = open_source(container, number, mount)
-    try:
-        yield source
-    finally:
-        os.close(source)
-
-
 def open_source(container: Container, number: int, mount: MountSpec) -> int:
     """The host path with links followed, as it is now; or what lies in an image, links followed within
     it. Raises InvalidSpec when there is none."""
@@ -244,6 +70,6 @@ def open_source(container: Container, number: int, mount: MountSpec) -> int:
             problem = f"{mount.image_sub_path!r} is not in the image: {error.strerror}"
             raise InvalidSpec(f"{at}.image_sub_path", problem) from error
     try:
-        return os.open(os.path.realpath(mount.host_path), _FIND)
+        return os.open(os.path.realpath(mount.host_path), FIND)
     except FileNotFoundError as error:
         raise InvalidSpec(f"{at}.host_path", f"{mount.host_path!r} does not exist") from error

@@ -24,9 +24,9 @@ from pathlib import Path
 import msgspec
 
 from sandbox.errors import SandboxError, VmmError
-from sandbox.guest_image.build import GuestImage
 from sandbox.host import files, unix_sockets
 from sandbox.host.proc import boot_id
+from sandbox.vm_pods.boot_image import GuestImage
 from sandbox.vmm import Hypervisor, Machine, VmSpec
 from sandbox.vmm.qemu.host import find_program, find_version
 

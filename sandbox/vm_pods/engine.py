@@ -17,12 +17,13 @@ from pathlib import Path
 
 from image.stores import RootfsStore
 from sandbox.container import Container
-from sandbox.engine import Exits
 from sandbox.errors import GuestError, GuestUnreachable, SandboxError, VmmGone
+from sandbox.exits import Exits
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.guest.sessions import AttachSession, ExecSession, Forwarded
 from sandbox.host.tasks import Tasks
+from sandbox.inventory import Inventory
 from sandbox.lifecycle import Step, Steps
 from sandbox.logs.file import usable_path
 from sandbox.logs.relay import WINDOW, LogRelay
@@ -32,19 +33,17 @@ from sandbox.plan.resources import compile_pod_resources, compile_resources
 from sandbox.plan.values import ProcessPlan
 from sandbox.pod import GUEST_CALL_TIMEOUT_S, Pod
 from sandbox.records import ContainerState, PodRecord, PodState
-from sandbox.registry import Registry
 from sandbox.spec import ContainerId, ExitCode, Handler, PodId, PodSpec, Resources
 from sandbox.stats import parse
 from sandbox.stats.host_usage import HostUsage
-from sandbox.steps.container import Rootfs, plan_for_guest
-from sandbox.steps.pod import PodSteps
-from sandbox.steps.volumes import Volumes
+from sandbox.steps.container import Rootfs
 from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.clock_sync import keep_clock
 from sandbox.vm_pods.pool import VmPool
 from sandbox.vm_pods.propagation import PropagationSync
 from sandbox.vm_pods.resize import Resizer
-from sandbox.vm_pods.steps import connect
+from sandbox.vm_pods.steps import PodSteps, connect, plan_for_guest
+from sandbox.vm_pods.volumes import Volumes
 from sandbox.vmm import Hypervisor
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,6 @@ class VmDeps:
     steps: PodSteps
     factory: VmPool
     accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]]
-    make_pod: Callable[[PodRecord], Pod]
     rootfs: RootfsStore
     tasks: Tasks
     room: Resizer
@@ -72,8 +70,8 @@ class VmDeps:
 
 
 class VmEngine:
-    def __init__(self, registry: Registry, exits: Exits, host: VmDeps) -> None:
-        self._registry = registry
+    def __init__(self, inventory: Inventory, exits: Exits, host: VmDeps) -> None:
+        self._inventory = inventory
         self._exits = exits
         self._host = host
         self._mirror = PropagationSync(host.tasks)
@@ -93,7 +91,7 @@ class VmEngine:
         pod = await self._host.factory.take(handler, verdict, size)
         steps = self._host.steps.claim if pod else self._host.steps.whole
         if pod is None:
-            pod = self._host.make_pod(
+            pod = self._inventory.make_pod(
                 PodRecord(
                     id=PodId(secrets.token_hex(32)),
                     spec=spec,
@@ -151,6 +149,8 @@ class VmEngine:
         log.error("pod %s: its VM ended: %s%s", pod.id, reason, f"\n{tail}" if tail else "")
         pod.update(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
         self._exits.lost(pod, reason)
+        for container in self._inventory.containers_of(pod):
+            self.let_go(container)
         await pod.disconnect()
 
     async def adopt(self, pod: Pod) -> None:
@@ -195,7 +195,7 @@ class VmEngine:
             "console": str(pod.run_dir / "console.log"),
             "guestPids": {
                 container.id: container.pid
-                for container in self._registry.containers_of(pod)
+                for container in self._inventory.containers_of(pod)
                 if container.running
             },
         }
@@ -258,7 +258,7 @@ class VmEngine:
         if event.WhichOneof("body") != "exited":
             return
         exited = event.exited
-        container = self._registry.containers.get(ContainerId(exited.container_id))
+        container = self._inventory.containers.get(ContainerId(exited.container_id))
         if container is None or container.pod is not pod or exited.exec_id:
             return
         if container.record.state is ContainerState.CREATED:
@@ -282,13 +282,13 @@ class VmEngine:
         """Settle the containers of an adopted pod by what its guest says of them, and go on with
         their logs from the byte after the last one written."""
         told = {state.id: state for state in welcome.containers}
-        for container in self._registry.containers_of(pod):
+        for container in self._inventory.containers_of(pod):
             state = told.get(container.id)
             if state is not None:
                 await self._sync_one(container, state)
             elif container.running:
                 now = time.time_ns()
-                container.take_exit(
+                container.record_exit(
                     ExitCode.UNKNOWN, now, "Unknown", "the guest has forgotten this container"
                 )
 

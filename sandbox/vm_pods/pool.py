@@ -28,14 +28,15 @@ from dataclasses import dataclass
 from network.errors import NetworkError
 from sandbox.errors import GuestError, MissingProgram, SandboxError
 from sandbox.host.tasks import Tasks, end
+from sandbox.inventory import Inventory
 from sandbox.lifecycle import bring_up, held_steps, take_down
+from sandbox.plan.shares import GUEST_ROOTFS
 from sandbox.plan.vm import base_size, can_grow, plan_vm
 from sandbox.pod import Pod
 from sandbox.records import PodRecord, PodState, Source
 from sandbox.spec import Handler, PodId, PodSpec, VmSize
-from sandbox.steps.pod import PodSteps
 from sandbox.vm_pods.accelerator import AcceleratorChoice
-from sandbox.vm_pods.steps import GUEST_ROOTFS, Vm
+from sandbox.vm_pods.steps import PodSteps, Vm
 from sandbox.vm_pods.templates import Templates
 from sandbox.vm_pods.warmup import warm_network, warm_up
 from sandbox.vmm import VmSpec
@@ -56,7 +57,7 @@ class PoolDeps:
     handlers: Callable[[], Sequence[str]]
     handler: Callable[[str], Handler]  # raises InvalidSpec, MissingProgram
     accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]]
-    make_pod: Callable[[PodRecord], Pod]
+    inventory: Inventory
     tasks: Tasks
 
 
@@ -195,7 +196,7 @@ class VmPool:
             cpu=verdict.cpu,
             token=secrets.token_bytes(16),
         )
-        pod = self._host.make_pod(record)
+        pod = self._host.inventory.make_pod(record)
         pod.handler = handler
         pod.update()
         try:

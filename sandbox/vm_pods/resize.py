@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from sandbox.guest import guest_pb2 as pb
+from sandbox.inventory import Inventory
 from sandbox.plan import HUGE_PAGE_MIB, grown_size
 from sandbox.plan.encode import encode_huge_directories
 from sandbox.plan.values import HugeDirectory
 from sandbox.pod import Pod
 from sandbox.records import ContainerState
-from sandbox.registry import Registry
 from sandbox.spec import ContainerId, Resources, VmSize
 
 _ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)
@@ -23,8 +23,8 @@ Grow = Callable[[Pod, VmSize], Awaitable[None]]
 
 
 class Resizer:
-    def __init__(self, registry: Registry, grow: Grow) -> None:
-        self._registry = registry
+    def __init__(self, inventory: Inventory, grow: Grow) -> None:
+        self._inventory = inventory
         self._grow = grow
 
     async def make(
@@ -43,7 +43,7 @@ class Resizer:
             return
         limits = {
             container.id: container.record.resources
-            for container in self._registry.containers_of(pod)
+            for container in self._inventory.containers_of(pod)
             if container.record.state in _ALIVE
         }
         size = grown_size(current, resources, overhead, list({**limits, **(changes or {})}.values()))

@@ -1,41 +1,61 @@
-"""The steps of a pod's VM: having one, from a template or from a boot, and giving it its size.
+"""The steps of a pod in a VM, and their order.
 
-See `steps` for where they stand in a pod's walk, and `factory` for the VMs that are made ahead.
+    run-dir, cgroup, netns, shares    see `steps.pod`
+    vm        virtiofsd, the VMM, the connection to the agent, the shares as mounted in the guest
+    size      memory and CPUs that the pod needs beyond what its VM was started with
+    identity  what distinguishes its guest from every other: entropy, clock, names
+    network   CNI attachments, address leases
+    guest     the network as configured in the guest
+
+None before `size` needs the pod's specification, so the pool runs these ahead. `network` needs none but
+`netns`, so it runs beside the VM's.
+
+    boot, template:  run-dir, cgroup, netns, shares, (vm, size, identity | network), guest
+    pool:            run-dir, cgroup, netns, shares, vm   then: (cgroup, size, identity | network), guest
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from network.attach import Networks
+from network.attach import Attachment, Networks
+from sandbox.apparmor import policy_for
 from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable, VmmError, VmmGone
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
+from sandbox.host import process
 from sandbox.host.cgroup import Cgroups
 from sandbox.host.limiter import Limiter
 from sandbox.host.tasks import end
-from sandbox.plan.vm import HostSize, base_size, can_grow, plan_vm
+from sandbox.lifecycle import Parallel, Steps
+from sandbox.plan import compile_identity, compile_network
+from sandbox.plan.devices import wanted_devices
+from sandbox.plan.encode import encode_configuration
+from sandbox.plan.shares import GUEST_ROOTFS, GUEST_VOLUMES, ROOTFS_TAG, SHM_BYTES, VOLUMES_TAG
+from sandbox.plan.vm import FIRST_MAC, NIC_PORTS, HostSize, base_size, can_grow, plan_vm
 from sandbox.pod import Pod
 from sandbox.records import PodState, Source
 from sandbox.spec import VmSize
+from sandbox.steps.container import Plan
+from sandbox.steps.pod import Cgroup, Netns, Network, RunDir, Shares
+from sandbox.vm_pods.boot_phases import guest_phases
 from sandbox.vm_pods.clock_sync import check_clock
 from sandbox.vm_pods.templates import Templates
-from sandbox.vmm import Hypervisor, ShareSpec, VmSpec
+from sandbox.vm_pods.volumes import find_sources
+from sandbox.vmm import Hypervisor, NicSpec, ShareSpec, VmSpec
 
 log = logging.getLogger(__name__)
 
 BOOT_TIMEOUT_S = 120.0
 RESTORE_TIMEOUT_S = 20.0
-ROOTFS_TAG = "rootfs"
-VOLUMES_TAG = "volumes"
-GUEST_ROOTFS = "/run/husk/rootfs"
-GUEST_VOLUMES = "/run/husk/volumes"
-SHM_BYTES = 64 << 20  # contract of every runtime: 64 MiB
 PREPARE = pb.Prepare(
     shares=[
         pb.Share(tag=ROOTFS_TAG, path=GUEST_ROOTFS),
@@ -221,3 +241,99 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welc
         await end(greeting, death)
     pod.connected.set()
     return pod.client.welcome
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    name = "identity"
+
+    async def up(self, pod: Pod) -> None:
+        identity = compile_identity(
+            pod.record.spec,
+            entropy=secrets.token_bytes(64),
+            machine_id=pod.id[:32],
+            wall_ns=time.time_ns(),
+        )
+        await pod.call(pb.Request(configure=encode_configuration(identity)))
+
+    async def down(self, pod: Pod) -> None:
+        """It ends with the VM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    networks: Networks
+    name = "guest"
+
+    async def up(self, pod: Pod) -> None:
+        network = pod.record.network
+        assert network is not None
+        await self._plug_nics(pod, network)
+        configuration = compile_network(pod.record.spec, network, first_mac=FIRST_MAC)
+        await pod.call(pb.Request(configure=encode_configuration(configuration)))
+        if pod.record.source is Source.BOOT:  # another guest is as old as its template
+            record_guest_phases(pod)
+
+    async def down(self, pod: Pod) -> None:
+        await pod.disconnect()
+
+    async def _plug_nics(self, pod: Pod, network: Attachment) -> None:
+        """Interfaces beyond the first, which only the CNI configuration tells of."""
+        others = network.interfaces[1:]
+        if not others:
+            return
+        if len(others) > len(NIC_PORTS):
+            raise VmmError(f"the network has {len(others) + 1} interfaces, a VM at most {len(NIC_PORTS) + 1}")
+        assert pod.machine is not None
+        taps = await self.networks.open_taps(pod.id, begin=1)
+        try:
+            for port, nic, tap in zip(NIC_PORTS, others, taps, strict=False):
+                await pod.machine.plug_nic(port, NicSpec(mac=nic.mac, mtu=nic.mtu), tap)
+        finally:
+            for tap in taps:
+                os.close(tap)
+
+
+def record_guest_phases(pod: Pod) -> None:
+    """Record the phases of its boot that the guest reported when the connection was made."""
+    if pod.client is None or pod.record.vm is None:
+        return
+    pod.record_phases(
+        *guest_phases(
+            pod.client.welcome,
+            received_s=pod.client.welcomed_s,
+            began_s=pod.began,
+            vmm_started_s=process.started_s(pod.record.vm.vmm),
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PodSteps:
+    """The steps of a pod in a VM: all of them, and the same in two parts for the pool."""
+
+    whole: Steps[Pod]  # also what is taken down, however the pod was started
+    ahead: Steps[Pod]  # of a pooled VM
+    claim: Steps[Pod]  # from a pooled VM to a pod
+
+
+def pod_steps(vm: Vm, network_stage: Limiter) -> PodSteps:
+    networks, cgroup, size, identity = vm.networks, Cgroup(vm.cgroups), Size(vm), Identity()
+    network, guest = Network(networks, network_stage), Guest(networks)
+    ahead: Steps[Pod] = (RunDir(), cgroup, Netns(networks), Shares())
+    return PodSteps(
+        whole=(*ahead, Parallel(((vm, size, identity), (network,))), guest),
+        ahead=(*ahead, vm),
+        # moving processes between cgroups of v1 takes as long as half a plug-in
+        claim=(Parallel(((cgroup, size, identity), (network,))), guest),
+    )
+
+
+def plan_for_guest(default_profile: Path) -> Plan:
+    """`default_profile` is AppArmor's, compiled (see `apparmor`); it need not be there."""
+    return Plan(
+        lambda container: f"{GUEST_ROOTFS}/{container.id}",
+        find_sources,
+        wanted_devices,
+        lambda wanted: policy_for(wanted, default_profile),
+    )

@@ -15,9 +15,9 @@ from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import list_cache
 from sandbox.events import QUEUE_MAX, Event, EventKind, Events
 from sandbox.records import PodRecord, PodState
-from sandbox.registry import Registry
 from sandbox.spec import PodId, PodSpec, Resources
 from tests.contract.test_cri_wire import Runtime, settled
+from tests.fakes.inventory import make_inventory
 
 Code = grpc.StatusCode
 
@@ -173,7 +173,7 @@ async def test_a_slow_subscriber_is_told_so(runtime: Runtime) -> None:
 
 
 async def test_a_subscriber_that_does_not_read_costs_nothing_and_is_ended(tmp_path: Path) -> None:
-    hub = Events(Registry())
+    hub = Events(make_inventory(tmp_path))
     runtime = Runtime(tmp_path / "husk.sock", events=cast(Any, hub))
     await runtime.start()
     call = runtime.call("GetContainerEvents")

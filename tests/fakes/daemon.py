@@ -113,7 +113,7 @@ class FakeHost:
 async def kill(daemon: Daemon) -> None:
     """End a built daemon as SIGKILL would: tasks and connections end, the host stays as it is."""
     await daemon.tasks.close()
-    for pod in daemon.registry.pods.values():
+    for pod in daemon.inventory.pods.values():
         if pod.client is not None:
             await pod.client.close()
 

@@ -22,8 +22,9 @@ import pytest
 from image.idmap import IdMap
 from image.stores import Usage
 from sandbox.containers import ContainerDeps, Containers
+from sandbox.engine import Engines
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, SandboxError
-from sandbox.events import Events
+from sandbox.exits import Exits
 from sandbox.host import cgroup, mounts
 from sandbox.host.limiter import Limiter
 from sandbox.host.process import alive
@@ -32,9 +33,9 @@ from sandbox.host_pods import conmon
 from sandbox.host_pods.conmon import Bundle, Starting
 from sandbox.host_pods.engine import ProcessDeps, ProcessEngine
 from sandbox.host_pods.oci import NodeLimits
+from sandbox.inventory import Inventory
 from sandbox.pods import PodDeps, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
-from sandbox.registry import Registry
 from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec, SecuritySpec
 from sandbox.store import Store
 from tests.fakes.host import FakeNetworks, Ledger
@@ -86,50 +87,36 @@ class Daemon:
 
     def start(self) -> None:
         self.tasks = Tasks()
-        self.registry = Registry()
         self.pod_store = Store(self.root / "pods", PodRecord)
         self.container_store = Store(self.root / "containers", ContainerRecord)
         self.pod_store.load()
         self.container_store.load()
-        events = Events(self.registry)
+        self.inventory = Inventory(self.pod_store, self.container_store, self.root / "run")
+        exits = Exits(self.inventory)
         rootfs = cast(Any, HostRootfs(self.root / "image"))
         layout = cgroup.find_layout(whole=True)
-        self.containers = Containers(
-            self.registry,
-            ContainerDeps(
-                store=self.container_store,
-                plans=self.root / "containers",
-                find_image=FakeLibrary.index.find,
-                rootfs=rootfs,
-                events=events,
-            ),
-        )
         self.engine = ProcessEngine(
-            self.registry,
-            self.containers,
+            self.inventory,
+            exits,
             ProcessDeps(
                 cgroups=cgroup.Cgroups(layout=layout, root=f"/{self.root.name}"),
                 networks=cast(Any, FakeNetworks(self.ledger)),
                 stage=Limiter("network", 2),
                 rootfs=rootfs,
-                make_pod=lambda record: self.pods.make(record),
                 tasks=self.tasks,
             ),
         )
         handler = type(HANDLER)(
             **{name: getattr(HANDLER, name) for name in HANDLER.__struct_fields__} | PROCESS
         )
+        engines = Engines({Isolation.PROCESS: self.engine})
+        deps = ContainerDeps(find_image=FakeLibrary.index.find, rootfs=rootfs)
+        self.containers = Containers(self.inventory, engines, exits, deps)
         self.pods = Pods(
-            self.registry,
+            self.inventory,
+            engines,
             self.containers,
-            PodDeps(
-                store=self.pod_store,
-                run=self.root / "run",
-                engines={Isolation.PROCESS: self.engine},
-                handler=lambda name: find_handler({"": handler}, name),
-                on_started=lambda record: None,
-                events=events,
-            ),
+            PodDeps(handler=lambda name: find_handler({"": handler}, name), on_started=lambda record: None),
         )
 
     async def restart(self) -> None:
@@ -159,7 +146,7 @@ def root() -> Iterator[Path]:
 async def daemon(root: Path) -> AsyncIterator[Daemon]:
     daemon = Daemon(root)
     yield daemon
-    for pod in list(daemon.registry.pods.values()):
+    for pod in list(daemon.inventory.pods.values()):
         await daemon.pods.remove(pod.id)
     await daemon.tasks.close()
     daemon.assert_empty()

@@ -18,31 +18,33 @@ import pytest
 
 from image.index import Image, ImageSettings
 from sandbox.containers import ContainerDeps, Containers
+from sandbox.engine import Engines
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
 from sandbox.events import Events
+from sandbox.exits import Exits
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host import cgroup
 from sandbox.host.limiter import Limiter
 from sandbox.host.mounts import mounts_below
 from sandbox.host.tasks import Tasks
+from sandbox.inventory import Inventory
 from sandbox.lifecycle import UndoFailed, step_names
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.pods import PodDeps, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
-from sandbox.registry import Registry
 from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, SecuritySpec, VmSize
 from sandbox.stats.host_usage import HostUsage, ProcessUsage
 from sandbox.steps.container import Plan, Rootfs
-from sandbox.steps.pod import Guest, Identity, Netns, Network, RunDir, Shares, pod_steps
-from sandbox.steps.volumes import Volumes
+from sandbox.steps.pod import Netns, Network, RunDir, Shares
 from sandbox.store import Store
 from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.engine import VmDeps, VmEngine
 from sandbox.vm_pods.pool import PoolDeps, VmPool
 from sandbox.vm_pods.resize import Resizer
-from sandbox.vm_pods.steps import Size, Vm
+from sandbox.vm_pods.steps import Guest, Identity, Size, Vm, pod_steps
 from sandbox.vm_pods.templates import Templates
+from sandbox.vm_pods.volumes import Volumes
 from tests.fakes.disk import small_disk
 from tests.fakes.guest import FakeAgent
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
@@ -99,20 +101,14 @@ class Daemon:
         layout = cgroup.Layout(mode=cgroup.Mode.V2, hierarchies=(), unified="")
         cgroups = LedgerCgroups(layout=layout, root="/husk-test", ledger=self.ledger)
         self.tasks = Tasks()
-        self.registry = Registry()
         self.pod_store = Store(self.root / "pods", PodRecord)
         self.container_store = Store(self.root / "containers", ContainerRecord)
         self.pod_store.load()
         self.container_store.load()
-        self.events = Events(self.registry)
-        host = ContainerDeps(
-            store=self.container_store,
-            plans=self.root / "containers",
-            find_image=FakeLibrary.index.find,
-            rootfs=cast(Any, FakeRootfs(self.ledger)),
-            events=self.events,
-        )
-        self.containers = Containers(self.registry, host)
+        self.inventory = Inventory(self.pod_store, self.container_store, self.root / "run")
+        self.events = Events(self.inventory)
+        exits = Exits(self.inventory)
+        rootfs = cast(Any, FakeRootfs(self.ledger))
         templates = Templates(self.root / "run" / "templates", self.hypervisor, networks, cgroups)
         vm = Vm(self.hypervisor, networks, cgroups, templates, Limiter("vm", 2), HOST)
         steps = pod_steps(vm, Limiter("network", 2))
@@ -124,37 +120,33 @@ class Daemon:
                 handlers=lambda: [self.handler.name],
                 handler=self._find_handler,
                 accelerator=_tcg,
-                make_pod=lambda record: self.pods.make(record),
+                inventory=self.inventory,
                 tasks=self.tasks,
             )
         )
         self.engine = VmEngine(
-            self.registry,
-            self.containers,
+            self.inventory,
+            exits,
             VmDeps(
                 hypervisor=self.hypervisor,
                 steps=steps,
                 factory=self.factory,
                 accelerator=_tcg,
-                make_pod=lambda record: self.pods.make(record),
-                rootfs=host.rootfs,
+                rootfs=rootfs,
                 tasks=self.tasks,
-                room=Resizer(self.registry, self.grow),
+                room=Resizer(self.inventory, self.grow),
                 default_profile=self.root / "apparmor",
                 usage=lambda pod: HostUsage(guest_memory_bytes=0, vmm=ProcessUsage(), helpers=ProcessUsage()),
             ),
         )
+        self.engines = Engines({Isolation.VM: self.engine})
+        deps = ContainerDeps(find_image=FakeLibrary.index.find, rootfs=rootfs)
+        self.containers = Containers(self.inventory, self.engines, exits, deps)
         self.pods = Pods(
-            self.registry,
+            self.inventory,
+            self.engines,
             self.containers,
-            PodDeps(
-                store=self.pod_store,
-                run=self.root / "run",
-                engines={Isolation.VM: self.engine},
-                handler=self._find_handler,
-                on_started=lambda record: None,
-                events=self.events,
-            ),
+            PodDeps(handler=self._find_handler, on_started=lambda record: None),
         )
 
     async def grow(self, pod: Pod, size: VmSize) -> None:
@@ -167,7 +159,7 @@ class Daemon:
     async def kill(self) -> None:
         """End this life without a farewell; the host stays as it is."""
         await self.tasks.close()
-        for pod in self.registry.pods.values():
+        for pod in self.inventory.pods.values():
             if pod.client is not None:
                 await pod.client.close()
 
@@ -217,7 +209,7 @@ async def daemon(root: Path) -> AsyncIterator[Daemon]:
     daemon = Daemon(root)
     yield daemon
     daemon.ledger.faults.clear()
-    for pod in list(daemon.registry.pods.values()):
+    for pod in list(daemon.inventory.pods.values()):
         await daemon.pods.remove(pod.id)
     await daemon.kill()
 
@@ -400,15 +392,15 @@ async def test_killed_in_the_middle_of_a_start_the_next_start_undoes_it(
         stuck.set()
         await asyncio.Event().wait()
 
-    step = {
-        "cgroup.create": "Network",  # the cgroup is made, the network is about to be
-        "network.up": "Shares",
-        "network.prepare": "Netns",
-        "vm.start": "Guest",
-        "guest": "Guest",
+    step: type[Any] = {
+        "cgroup.create": Network,  # the cgroup is made, the network is about to be
+        "network.up": Shares,
+        "network.prepare": Netns,
+        "vm.start": Guest,
+        "guest": Guest,
     }[operation]
     with monkeypatch.context() as patch:
-        patch.setattr(f"sandbox.steps.pod.{step}.up", hang)
+        patch.setattr(step, "up", hang)
         run = asyncio.create_task(daemon.pods.run(pod_spec()))
         await stuck.wait()
         run.cancel()
@@ -633,7 +625,7 @@ async def test_a_pod_whose_record_cannot_be_written_keeps_no_name(
     for _ in range(2):
         with pytest.raises(OSError, match="No space left"):
             await daemon.pods.run(pod_spec())
-    assert daemon.registry.pods == {} and daemon.registry.starting == set()
+    assert daemon.inventory.pods == {} and daemon.inventory.starting == set()
     assert daemon.ledger.held == set()
     full_disk(False)
     id = await daemon.pods.run(pod_spec())
@@ -660,7 +652,7 @@ async def test_a_disk_that_becomes_full_on_the_way(
             await daemon.pods.run(pod_spec())
         except (OSError, PhaseFailed):
             daemon.assert_empty()
-            assert daemon.registry.pods == {}
+            assert daemon.inventory.pods == {}
         else:
             assert left >= 0, "all were written"
             await daemon.pods.remove(daemon.pods.list()[0].id)
@@ -688,7 +680,7 @@ async def test_a_container_whose_record_cannot_be_written_keeps_no_name(
         try:
             await daemon.containers.create(pod, container_spec())
         except (OSError, PhaseFailed):
-            assert daemon.registry.containers == {}
+            assert daemon.inventory.containers == {}
             assert daemon.ledger.held == held
             assert list((daemon.root / "containers").iterdir()) == []
         else:

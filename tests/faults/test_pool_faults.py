@@ -275,7 +275,7 @@ async def test_a_claim_that_cannot_be_written_down_gives_up_the_vm_and_the_name(
         patch.setattr(daemon.pod_store, "put", refuse_claims)
         with pytest.raises(OSError, match="No space left"):
             await daemon.pods.run(pod_spec())
-    assert daemon.registry.pods == {}
+    assert daemon.inventory.pods == {}
     await until(lambda: first.id not in daemon.hypervisor.vms and len(waiting(daemon)) == 2)
     id = await daemon.pods.run(pod_spec())
     assert daemon.pods.find(id).source is Source.POOL

@@ -42,9 +42,7 @@ class Site:
         """The container as the next daemon reads it."""
         record = self.container.record
         self.store.load()
-        return Container(
-            next(each for each in self.store if each.id == record.id), self.store, self.pod, self.root
-        )
+        return Container(next(each for each in self.store if each.id == record.id), self.store, self.pod)
 
 
 @pytest.fixture
@@ -68,7 +66,7 @@ def site() -> Iterator[Site]:
     )
     store = Store(root / "containers", ContainerRecord)
     store.put(record)
-    container = Container(record, store, pod, root)
+    container = Container(record, store, pod)
     (root / "volume/point").mkdir(parents=True)
     (container.rootfs / "etc").mkdir(parents=True)
     (container.rootfs / "etc/file").write_text("of the container")

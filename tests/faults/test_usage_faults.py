@@ -47,7 +47,7 @@ async def daemon(root: Path) -> AsyncIterator[Daemon]:
 
 @pytest.fixture
 async def meter(daemon: Daemon) -> AsyncIterator[StatsCollector]:
-    meter = StatsCollector(daemon.registry, LayerUsage(cast(Any, FakeRootfs(daemon.ledger))))
+    meter = StatsCollector(daemon.inventory, daemon.engines, LayerUsage(cast(Any, FakeRootfs(daemon.ledger))))
     yield meter
     await meter.close()
 
@@ -184,7 +184,7 @@ async def test_a_guest_that_answers_at_last_is_asked_again(
 
 async def test_a_lost_connection_holds_up_nobody(daemon: Daemon, meter: StatsCollector) -> None:
     id, _, _ = await running(daemon)
-    pod = daemon.registry.pods[id]
+    pod = daemon.inventory.pods[id]
     pod.client = None
     async with asyncio.timeout(1):
         assert await read(meter, id) == []
@@ -228,7 +228,7 @@ async def test_a_reader_that_goes_away_leaves_the_others_their_read(
 
 
 async def test_closing_ends_reads_under_way(daemon: Daemon) -> None:
-    meter = StatsCollector(daemon.registry, LayerUsage(cast(Any, FakeRootfs(daemon.ledger))))
+    meter = StatsCollector(daemon.inventory, daemon.engines, LayerUsage(cast(Any, FakeRootfs(daemon.ledger))))
     id, _, guest = await running(daemon)
     guest.silent = True
     asking = asyncio.create_task(read(meter, id))
@@ -337,11 +337,11 @@ async def test_limits_are_changed_in_place(daemon: Daemon) -> None:
     }
     record = daemon.containers.find(container)
     assert (record.resources.memory_limit, record.resources.cpu_quota) == (64 * MIB, 50_000)
-    plan = daemon.registry.container(container).plan
+    plan = daemon.inventory.container(container).plan
     assert plan.process.oom_score_adj == 500, "an exec gets the same"
     await daemon.restart()
     assert daemon.containers.find(container).resources == record.resources
-    assert daemon.registry.container(container).plan.process.oom_score_adj == 500
+    assert daemon.inventory.container(container).plan.process.oom_score_adj == 500
 
 
 async def test_limits_that_the_guest_refuses_are_taken_back(daemon: Daemon) -> None:

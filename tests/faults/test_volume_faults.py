@@ -20,7 +20,6 @@ from sandbox.host import mounts, process, syscalls
 from sandbox.host.mounts import mounts_below
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ImageVolume, PodRecord
-from sandbox.registry import Registry
 from sandbox.spec import (
     ContainerId,
     ContainerSpec,
@@ -33,10 +32,11 @@ from sandbox.spec import (
     VmSize,
 )
 from sandbox.steps.pod import Shares
-from sandbox.steps.volumes import Volumes, find_sources
 from sandbox.vm_pods.resize import Resizer
+from sandbox.vm_pods.volumes import Volumes, find_sources
 from sandbox.vmm import VmHandle, VmSpec
 from tests.fakes.host import Broken, FakeRootfs, Ledger
+from tests.fakes.inventory import make_inventory
 
 ID = "c" * 64
 # as virtiofsd does for --sandbox=namespace: the share becomes the root of its own mount namespace
@@ -56,7 +56,9 @@ class Site:
 
     @property
     def step(self) -> Volumes:
-        return Volumes(cast(Any, FakeRootfs(self.ledger)), Resizer(Registry(), _never))
+        return Volumes(
+            cast(Any, FakeRootfs(self.ledger)), Resizer(make_inventory(self.root / "state"), _never)
+        )
 
     def container(self, *wishes: MountSpec, images: tuple[ImageVolume, ...] = ()) -> Container:
         record = ContainerRecord(
@@ -69,7 +71,7 @@ class Site:
             defaults=ImageDefaults(),
             image_volumes=images,
         )
-        return Container(record, cast(Any, None), self.pod, self.root)
+        return Container(record, make_inventory(self.root / "state").container_store, self.pod)
 
     def volume(self, name: str = "volume") -> MountSpec:
         (self.root / name).mkdir(exist_ok=True)

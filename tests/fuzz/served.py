@@ -191,7 +191,7 @@ class Served:
     async def clear(self) -> None:
         """Remove all pods, and images other than the base's."""
         self.base = None
-        for pod in list(self.daemon.registry.pods.values()):
+        for pod in list(self.daemon.inventory.pods.values()):
             await self.daemon.pods.remove(pod.id)
         for image in self.images.list():
             if IMAGE not in image.repo_tags:
@@ -218,9 +218,9 @@ class Served:
         """Everything that could be left behind."""
         daemon = self.daemon
         found: Counter[str] = Counter()
-        found.update(f"pod {pod.id}" for pod in daemon.registry.pods.values())
-        found.update(f"container {container.id}" for container in daemon.registry.containers.values())
-        found.update(f"name {name}" for name in daemon.registry.starting)
+        found.update(f"pod {pod.id}" for pod in daemon.inventory.pods.values())
+        found.update(f"container {container.id}" for container in daemon.inventory.containers.values())
+        found.update(f"name {name}" for name in daemon.inventory.starting)
         found.update(self.host.ledger.held)
         found.update(f"mount {path}" for path in mounts_below(self.root))
         for directory in ("pods", "containers", "run"):

@@ -207,7 +207,7 @@ async def after(served: Served, name: str) -> None:
     await served.good("Version", pb.VersionRequest())
     await served.settle()
     listed = await served.good("ListPodSandbox", pb.ListPodSandboxRequest())
-    assert {item.id for item in listed.items} == set(served.daemon.registry.pods)
+    assert {item.id for item in listed.items} == set(served.daemon.inventory.pods)
     await served.clear()
     now = await served.settle(served.empty)
     assert now == served.empty, f"{name} left {now - served.empty}, took {served.empty - now}"

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from sandbox.errors import VmmError
-from sandbox.guest_image.build import GuestImage
 from sandbox.host import unix_sockets
 from sandbox.host.process import ProcessIdentity
 from sandbox.vm_pods import accelerator
 from sandbox.vm_pods.accelerator import AcceleratorChoice
+from sandbox.vm_pods.boot_image import GuestImage
 from sandbox.vmm import Machine, VmHandle, VmSpec
 from tests.fakes.vmm import StillMachine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,8 +12,8 @@ from sandbox import events
 from sandbox.errors import FellBehind
 from sandbox.events import Event, EventKind, Events, Subscription
 from sandbox.records import ContainerState, PodRecord, PodState
-from sandbox.registry import Registry
 from sandbox.spec import PodId, PodSpec
+from tests.fakes.inventory import make_inventory
 
 
 class FakePod:
@@ -23,8 +24,8 @@ class FakePod:
 
 
 @pytest.fixture
-def hub() -> Events:
-    return Events(Registry())
+def hub(tmp_path: Path) -> Events:
+    return Events(make_inventory(tmp_path))
 
 
 def started(hub: Events) -> None:

@@ -20,6 +20,7 @@ from sandbox.guest_image import build as image_build
 from sandbox.guest_image import cpio, packages
 from sandbox.guest_image import vmlinux as vmlinux_module
 from sandbox.guest_image.vmlinux import BadKernel, Kernel
+from sandbox.vm_pods.boot_image import GuestImage, default_profile, find_image
 
 ELF = b"\x7fELF" + bytes(range(256)) * 500
 
@@ -194,12 +195,12 @@ async def test_two_builds_give_the_same_bytes(tmp_path: Path, agent: Path, parse
     images = []
     for name in ("one", "two"):
         root = tmp_path / name
-        assert image_build.find_image(root) is None
+        assert find_image(root) is None
         image = await image_build.build(root, kernel=kernel.image, agent=agent, parser=parser)
-        assert image == image_build.find_image(root)
+        assert image == find_image(root)
         assert image.kernel.read_bytes() == ELF
         assert image.kernel_version == "6.1-test"
-        assert image_build.default_profile(root).read_text() == PROFILE
+        assert default_profile(root).read_text() == PROFILE
         images.append((image.hash, image.initramfs.read_bytes()))
     assert images[0] == images[1]
 
@@ -211,7 +212,7 @@ async def test_again_changes_nothing_and_another_agent_does(
     root = tmp_path / "root"
     lines: list[str] = []
 
-    async def build() -> image_build.GuestImage:
+    async def build() -> GuestImage:
         return await image_build.build(
             root, kernel=kernel.image, agent=agent, parser=parser, progress=lines.append
         )
@@ -238,7 +239,7 @@ async def test_a_failed_build_leaves_the_old_image(tmp_path: Path, agent: Path, 
     bad = make_tree(tmp_path / "bad", fail="virtio_net")
     with pytest.raises(BadKernel, match="virtio_net"):
         await image_build.build(root, kernel=bad.image, agent=agent, parser=parser)
-    assert image_build.find_image(root) == image
+    assert find_image(root) == image
     await image_build.build(root, kernel=make_tree(tmp_path / "again").image, agent=agent, parser=parser)
     assert not list((root / "guest").glob(".build-*"))
 

@@ -1,0 +1,9 @@
+"""Names that the host and the guest agree on: the directories shared with a VM and where it mounts them."""
+
+from __future__ import annotations
+
+ROOTFS_TAG = "rootfs"
+VOLUMES_TAG = "volumes"
+GUEST_ROOTFS = "/run/husk/rootfs"
+GUEST_VOLUMES = "/run/husk/volumes"
+SHM_BYTES = 64 << 20  # of a pod's /dev/shm: 64 MiB, as with every container runtime
