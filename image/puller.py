@@ -14,9 +14,8 @@ was whole by then stays and is found by the next attempt, or deleted by the next
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -66,7 +65,6 @@ class Puller:
         self.stages = (self._downloads, self._unpacks)
         self._on_end = on_end  # called whenever a pull or import has ended, however it did
         self._flights = Flights(cancel_abandoned=True)
-        self._listeners: dict[tuple[Reference, Auth | None], list[Report]] = {}
 
     async def pull(self, ref: str, auth: Auth | None = None, *, on_progress: Report | None = None) -> Image:
         """Fetch an image and return its entry of the index; what is here already is not downloaded again.
@@ -76,28 +74,9 @@ class Puller:
         it), and it is cancelled when the last of them is. Raises any ImageError, and ShuttingDown.
         """
         key = (parse(ref), auth)
-        with self._listening(key, on_progress):
-            return await self._flights.join(key, lambda: self._run(*key))
+        return await self._flights.follow(key, lambda report: self._run(*key, report), on_progress)
 
-    @contextlib.contextmanager
-    def _listening(self, key: tuple[Reference, Auth | None], on_progress: Report | None) -> Iterator[None]:
-        if on_progress is None:
-            yield
-            return
-        listeners = self._listeners.setdefault(key, [])
-        listeners.append(on_progress)
-        try:
-            yield
-        finally:
-            listeners.remove(on_progress)
-            if not listeners:
-                del self._listeners[key]
-
-    async def _run(self, reference: Reference, auth: Auth | None) -> Image:
-        def report(progress: Progress) -> None:
-            for listener in self._listeners.get((reference, auth), ()):
-                listener(progress)
-
+    async def _run(self, reference: Reference, auth: Auth | None, report: Report) -> Image:
         try:
             return await self._bounded(reference, auth, report)
         finally:

@@ -1,8 +1,9 @@
-"""Reads what pods use: one round trip to the guest per pod, in parallel, bounded in time.
+"""Reads the usage of pods: one round trip to the guest for each pod, in parallel, bounded in time.
 
-A pod has at most one read of a kind under way, and whoever asks meanwhile shares it. A guest that does
-not answer costs the first who asks PATIENCE_S and the next ones nothing, until it answers or the call's
-own timeout makes room for another try: it is left out, and the rest of a list is not held up.
+A pod has at most one read of a kind under way, which all callers share. A caller waits for it until it is
+WAIT_S old, then leaves the pod out, so that the rest of a list is not held up. So a guest that does not
+answer costs the first caller WAIT_S and the next ones nothing, until it answers or the timeout of the request
+itself ends the read and the next caller begins another.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet
 
 from msgspec.structs import replace
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from sandbox.container import Container
 from sandbox.engine import Engines
 from sandbox.errors import ProtocolError, SandboxError
+from sandbox.host.flights import Flights, ShuttingDown
 from sandbox.inventory import Inventory
 from sandbox.pod import Pod
 from sandbox.spec import PodId
@@ -28,26 +29,23 @@ from sandbox.stats.parse import CgroupStats, PodStats
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 3.0
-RATE_WINDOW_NS = 500_000_000  # between two looks closer than this there is no rate
-
-
-@dataclass(slots=True)
-class _Flight:
-    task: asyncio.Task[PodStats]
-    began: float  # loop time
+WAIT_S = 3.0
+RATE_WINDOW_NS = 500_000_000  # samples closer than this yield no new rate
 
 
 class Rate:
-    """CPU time per time, between two looks."""
+    """CPU time per wall time between two samples of one counter."""
 
     def __init__(self) -> None:
         self._at_ns = 0
         self._cpu_ns = 0
         self._rate: int | None = None
 
-    def look(self, at_ns: int, cpu_ns: int) -> int | None:
-        """The rate by now, in billionths of a CPU; None at first and when the counter began anew."""
+    def sample(self, at_ns: int, cpu_ns: int) -> int | None:
+        """Add a sample and return the current rate in billionths of a CPU (the CRI's nano cores).
+
+        None at the first sample, and when the counter has fallen, as it does when it starts from zero again.
+        """
         elapsed = at_ns - self._at_ns
         if self._at_ns and elapsed < RATE_WINDOW_NS:
             return self._rate
@@ -58,20 +56,21 @@ class Rate:
 
 
 class StatsCollector:
-    """Belongs to one event loop; `close` in the end."""
+    """Collects the usage of all pods on request. Belongs to one event loop; `close` it at the end."""
 
     def __init__(self, inventory: Inventory, engines: Engines, layers: LayerUsage) -> None:
         self._inventory = inventory
         self._engines = engines
         self._layers = layers
-        self._flights: dict[tuple[PodId, bool], _Flight] = {}
+        self._flights = Flights()
         self._rates: WeakKeyDictionary[Pod | Container, Rate] = WeakKeyDictionary()
         self._silent: WeakSet[Pod] = WeakSet()
 
     async def read(self, pod_ids: Iterable[PodId], *, files: bool = False) -> AsyncIterator[PodStats]:
-        """Each pod's usage as it comes; pods that are gone, not ready or silent are left out.
+        """Yield each pod's usage as it arrives, in any order, within WAIT_S and a little.
 
-        `files`: count open descriptors too, which takes the guest longer.
+        Leaves out pods that are gone, not ready, or do not answer in time. With `files`, open descriptors and
+        sockets are counted too, which takes the guest longer.
         """
         pods = [pod for id in pod_ids if (pod := self._inventory.pods.get(id)) and pod.record.ready]
         waits = [asyncio.create_task(self._await(pod, files)) for pod in pods]
@@ -85,48 +84,40 @@ class StatsCollector:
                 each.cancel()
 
     async def close(self) -> None:
-        tasks = [flight.task for flight in self._flights.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancel all reads and wait for their end; readers get nothing more."""
+        await self._flights.close(0)
         await self._layers.close()
 
     # ---------------------------------------------------------------------------- one pod
 
     async def _await(self, pod: Pod, files: bool) -> PodStats | None:
-        flight = self._flights.get((pod.id, files)) or self._begin(pod, files)
-        patience = flight.began + PATIENCE_S - asyncio.get_running_loop().time()
-        await asyncio.wait({flight.task}, timeout=max(0.0, patience))
-        if not flight.task.done():
-            self._note(pod, f"no answer within {PATIENCE_S:g} s")
+        try:
+            found = await self._flights.join(
+                (pod.id, files), lambda: self._read_or_error(pod, files), within_s=WAIT_S
+            )
+        except TimeoutError:
+            self._log_silence(pod, f"no answer within {WAIT_S:g} s")
             return None
-        if flight.task.cancelled():
+        except ShuttingDown:
             return None
-        error = flight.task.exception()
-        if isinstance(error, SandboxError):
-            self._note(pod, str(error))
+        if isinstance(found, SandboxError):
+            self._log_silence(pod, str(found))
             return None
-        found = flight.task.result()
         self._silent.discard(pod)
         return found
 
-    def _note(self, pod: Pod, problem: str) -> None:
-        """Once, however often a kubelet asks."""
+    def _log_silence(self, pod: Pod, problem: str) -> None:
+        """Log once until the pod answers again, however often a kubelet asks."""
         if pod not in self._silent and pod.record.ready:
             self._silent.add(pod)
-            log.warning("pod %s: its usage cannot be read: %s", pod.id, problem)
+            log.warning("cannot read the usage of pod %s, leaving it out of stats: %s", pod.id, problem)
 
-    def _begin(self, pod: Pod, files: bool) -> _Flight:
-        key = (pod.id, files)
-        flight = _Flight(asyncio.create_task(self._read(pod, files)), asyncio.get_running_loop().time())
-        self._flights[key] = flight
-        flight.task.add_done_callback(lambda task: self._ended(key, task))
-        return flight
-
-    def _ended(self, key: tuple[PodId, bool], task: asyncio.Task[PodStats]) -> None:
-        del self._flights[key]
-        if not task.cancelled():
-            task.exception()  # seen, even if nobody had the patience
+    async def _read_or_error(self, pod: Pod, files: bool) -> PodStats | SandboxError:
+        """Return the error as a value: a read may fail after its callers have stopped waiting."""
+        try:
+            return await self._read(pod, files)
+        except SandboxError as error:
+            return error
 
     async def _read(self, pod: Pod, files: bool) -> PodStats:
         """Raises SandboxError."""
@@ -134,7 +125,7 @@ class StatsCollector:
         ids = [container.id for container in containers]
         sent_ns = time.time_ns()
         values = await self._engines.of(pod).usage(pod, ids, files=files)
-        # who looked tells best when, as far as it can be true
+        # the guest's time of reading is the exact one, as far as it lies between request and reply
         at_ns = min(max(values.wall_ns, sent_ns), time.time_ns())
         found = parse.parse(pod.id, ids, _interfaces(pod), values, at_ns)
         if found is None:
@@ -142,8 +133,8 @@ class StatsCollector:
         return await self._completed(pod, containers, found)
 
     async def _completed(self, pod: Pod, containers: Sequence[Container], found: PodStats) -> PodStats:
-        """With what the guest cannot know: rates, and what was written to the host's disk."""
-        layers = await self._layers.look(containers)
+        """Add what the guest cannot know: rates, and what containers wrote to the host's disk."""
+        layers = await self._layers.sample(containers)
         complete = [
             replace(one, usage=self._rated(container, one.at_ns, one.usage), layer=layer)
             for container, one, layer in zip(containers, found.containers, layers, strict=True)
@@ -152,7 +143,7 @@ class StatsCollector:
         return replace(found, usage=usage, containers=tuple(complete))
 
     def _rated(self, subject: Pod | Container, at_ns: int, usage: CgroupStats) -> CgroupStats:
-        rate = self._rates.setdefault(subject, Rate()).look(at_ns, usage.cpu.usage_ns)
+        rate = self._rates.setdefault(subject, Rate()).sample(at_ns, usage.cpu.usage_ns)
         return replace(usage, cpu=replace(usage.cpu, nano_cores=rate))
 
 

@@ -1,8 +1,8 @@
-"""How much containers wrote to their root filesystems, without anybody waiting for it.
+"""How much containers wrote to their root filesystems, measured in the background.
 
-Knowing means walking a directory, which can take seconds: so what is known is answered at once, and
-when it has grown old a walk begins behind it, one at a time. A tree that takes long to walk is walked
-less often. Nothing is kept of a container that is gone, and nothing survives the daemon.
+Measuring means reading a directory tree, which can take seconds. So a caller gets the last known values
+at once, and values older than FRESH_S are measured again in the background, one tree at a time. A tree that
+takes long to read is read less often. Values of a container go with it, and none survive the daemon.
 """
 
 from __future__ import annotations
@@ -20,51 +20,54 @@ from sandbox.stats.parse import LayerStats
 
 log = logging.getLogger(__name__)
 
-FRESH_S = 10.0  # as the kubelet's own look at eviction comes round
-REST_FACTOR = 20  # a walk may take a twentieth of the time
-FIRST_WAIT_S = 0.1  # for a container that was never looked at, whose tree is small as a rule
+FRESH_S = 10.0  # the period of the kubelet's eviction manager
+REST_FACTOR = 20  # measuring a tree may take a twentieth of the time
+FIRST_WAIT_S = 0.1  # for a container that was never measured; its tree is usually small
 
 
 @dataclass(slots=True)
 class _Known:
     stats: LayerStats
-    fresh_until: float
+    fresh_until: float  # loop time
 
 
 class LayerUsage:
-    """Belongs to one event loop; `close` in the end."""
+    """Keeps the usage of writable layers. Belongs to one event loop; `close` it at the end."""
 
     def __init__(self, store: RootfsStore) -> None:
         self._store = store
         self._known: WeakKeyDictionary[Container, _Known] = WeakKeyDictionary()
-        self._walks: dict[Container, asyncio.Task[None]] = {}
-        self._turn = asyncio.Semaphore(1)
+        self._tasks: dict[Container, asyncio.Task[None]] = {}
+        self._one_at_a_time = asyncio.Semaphore(1)
 
-    async def look(self, containers: Sequence[Container]) -> Sequence[LayerStats | None]:
-        """What is known of each, at once; new containers are given a moment."""
+    async def sample(self, containers: Sequence[Container]) -> Sequence[LayerStats | None]:
+        """Return what is known of each, and start measuring where it is no longer fresh.
+
+        Waits at most FIRST_WAIT_S for containers that were never measured; None: no value yet.
+        """
         now = asyncio.get_running_loop().time()
         for container in containers:
             known = self._known.get(container)
-            if (known is None or now > known.fresh_until) and container not in self._walks:
+            if (known is None or now > known.fresh_until) and container not in self._tasks:
                 self._begin(container)
-        new = [self._walks[one] for one in containers if one not in self._known and one in self._walks]
+        new = [self._tasks[one] for one in containers if one not in self._known and one in self._tasks]
         if new:
             await asyncio.wait(new, timeout=FIRST_WAIT_S)
         found = (self._known.get(container) for container in containers)
         return [known.stats if known else None for known in found]
 
     def _begin(self, container: Container) -> None:
-        walk = asyncio.create_task(self._walk(container))
-        self._walks[container] = walk
-        walk.add_done_callback(lambda _: self._walks.pop(container, None))
+        task = asyncio.create_task(self._measure(container))
+        self._tasks[container] = task
+        task.add_done_callback(lambda _: self._tasks.pop(container, None))
 
-    async def _walk(self, container: Container) -> None:
-        async with self._turn:
+    async def _measure(self, container: Container) -> None:
+        async with self._one_at_a_time:
             began = time.monotonic()
             try:
                 usage = await asyncio.to_thread(self._store.usage, container.id)
             except OSError as error:
-                log.warning("container %s: its writable layer cannot be measured: %s", container.id, error)
+                log.warning("cannot measure the writable layer of container %s: %s", container.id, error)
                 return
             took = time.monotonic() - began
         rest = max(FRESH_S, REST_FACTOR * took)
@@ -72,7 +75,8 @@ class LayerUsage:
         self._known[container] = _Known(stats, asyncio.get_running_loop().time() + rest)
 
     async def close(self) -> None:
-        walks = list(self._walks.values())
-        for walk in walks:
-            walk.cancel()
-        await asyncio.gather(*walks, return_exceptions=True)
+        """Cancel all measuring and wait for its end; a tree that is being read is read to its end first."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

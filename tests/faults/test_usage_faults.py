@@ -17,7 +17,7 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, PodState
 from sandbox.spec import ContainerSpec, PodId, Resources, VmSize
-from sandbox.stats import collector as meters
+from sandbox.stats import collector
 from sandbox.stats.collector import RATE_WINDOW_NS, Rate, StatsCollector
 from sandbox.stats.layer_usage import LayerUsage
 from sandbox.stats.parse import FILES, PATHS, PodStats
@@ -134,14 +134,14 @@ async def test_the_guests_clock_is_believed_within_reason(daemon: Daemon, meter:
         assert before <= found.at_ns <= time.time_ns()
 
 
-async def test_a_rate_needs_two_looks() -> None:
+async def test_rate_needs_two_samples() -> None:
     rate = Rate()
-    assert rate.look(RATE_WINDOW_NS, 1000) is None
-    assert rate.look(RATE_WINDOW_NS + 1, 2000) is None, "too close to tell"
-    assert rate.look(3 * RATE_WINDOW_NS, 1000 + RATE_WINDOW_NS) == 500_000_000
-    assert rate.look(3 * RATE_WINDOW_NS + 1, 10**12) == 500_000_000
-    assert rate.look(5 * RATE_WINDOW_NS, 0) is None, "the counter began anew"
-    assert rate.look(6 * RATE_WINDOW_NS, RATE_WINDOW_NS) == 1_000_000_000
+    assert rate.sample(RATE_WINDOW_NS, 1000) is None
+    assert rate.sample(RATE_WINDOW_NS + 1, 2000) is None, "the samples are too close"
+    assert rate.sample(3 * RATE_WINDOW_NS, 1000 + RATE_WINDOW_NS) == 500_000_000
+    assert rate.sample(3 * RATE_WINDOW_NS + 1, 10**12) == 500_000_000
+    assert rate.sample(5 * RATE_WINDOW_NS, 0) is None, "the counter started again"
+    assert rate.sample(6 * RATE_WINDOW_NS, RATE_WINDOW_NS) == 1_000_000_000
 
 
 async def test_who_asks_at_the_same_time_shares_a_read(daemon: Daemon, meter: StatsCollector) -> None:
@@ -154,7 +154,7 @@ async def test_who_asks_at_the_same_time_shares_a_read(daemon: Daemon, meter: St
 async def test_a_silent_guest_is_left_out_in_time(
     daemon: Daemon, meter: StatsCollector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(meters, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(collector, "WAIT_S", 0.05)
     first, _, silent = await running(daemon)
     second, _, _ = await running(daemon, "other")
     silent.silent = True
@@ -162,7 +162,7 @@ async def test_a_silent_guest_is_left_out_in_time(
         async with asyncio.timeout(1):
             assert [one.pod_id for one in await read(meter, first, second)] == [second]
     assert len(silent.reads) == 1, "one question at a time"
-    assert caplog.text.count("cannot be read") == 1, "told once"
+    assert caplog.text.count("cannot read the usage") == 1, "logged once"
     began = asyncio.get_running_loop().time()
     await read(meter, first)
     assert asyncio.get_running_loop().time() - began < 0.04, "who asks later does not wait again"
@@ -171,7 +171,7 @@ async def test_a_silent_guest_is_left_out_in_time(
 async def test_a_guest_that_answers_at_last_is_asked_again(
     daemon: Daemon, meter: StatsCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meters, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(collector, "WAIT_S", 0.05)
     monkeypatch.setattr(engine, "GUEST_CALL_TIMEOUT_S", 0.1)
     id, _, guest = await running(daemon)
     guest.silent = True

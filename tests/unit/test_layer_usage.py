@@ -1,4 +1,4 @@
-"""Measuring writable layers: nobody waits for a walk, and nothing is walked too often."""
+"""Measuring writable layers: no caller waits for a large tree, and no tree is read too often."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from sandbox.stats.layer_usage import LayerUsage
 
 
 class Subject:
-    """As much of a container as the meter looks at."""
+    """The part of a container that LayerUsage uses."""
 
     def __init__(self, id: str) -> None:
         self.id = id
 
 
 class Store:
+    """Records which trees are measured, and blocks each until `gate` is set."""
+
     def __init__(self) -> None:
-        self.walked: list[str] = []
+        self.measured: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
         self.running = self.most = 0
@@ -33,10 +35,10 @@ class Store:
         self.most = max(self.most, self.running)
         assert self.gate.wait(10)
         self.running -= 1
-        self.walked.append(key)
+        self.measured.append(key)
         if self.broken:
             raise PermissionError(key)
-        return Usage(bytes=4096 * len(self.walked), inodes=3)
+        return Usage(bytes=4096 * len(self.measured), inodes=3)
 
 
 @pytest.fixture
@@ -45,85 +47,84 @@ def store() -> Store:
 
 
 @pytest.fixture
-async def meter(store: Store) -> AsyncIterator[LayerUsage]:
-    meter = LayerUsage(cast(Any, store))
-    yield meter
+async def layers(store: Store) -> AsyncIterator[LayerUsage]:
+    layers = LayerUsage(cast(Any, store))
+    yield layers
     store.gate.set()
-    await meter.close()
+    await layers.close()
 
 
-async def look(meter: LayerUsage, *subjects: Subject) -> list[int | None]:
-    found = await meter.look(cast(Any, subjects))
+async def sample(layers: LayerUsage, *subjects: Subject) -> list[int | None]:
+    found = await layers.sample(cast(Any, subjects))
     return [one.bytes if one else None for one in found]
 
 
-async def walked(meter: LayerUsage) -> None:
-    """Until no walk is under way."""
-    for walk in list(meter._walks.values()):
-        await walk
+async def all_measured(layers: LayerUsage) -> None:
+    for task in list(layers._tasks.values()):
+        await task
 
 
-async def test_a_new_container_is_measured_at_once(meter: LayerUsage, store: Store) -> None:
-    assert await look(meter, Subject("a"), Subject("b")) == [4096, 8192]
-    assert store.walked == ["a", "b"]
+async def test_new_container_is_measured_at_once(layers: LayerUsage, store: Store) -> None:
+    assert await sample(layers, Subject("a"), Subject("b")) == [4096, 8192]
+    assert store.measured == ["a", "b"]
 
 
-async def test_what_is_fresh_is_not_walked_again(meter: LayerUsage, store: Store) -> None:
+async def test_fresh_value_is_not_measured_again(layers: LayerUsage, store: Store) -> None:
     subject = Subject("a")
-    assert await look(meter, subject) == await look(meter, subject) == [4096]
-    assert store.walked == ["a"]
+    assert await sample(layers, subject) == await sample(layers, subject) == [4096]
+    assert store.measured == ["a"]
 
 
-async def test_what_is_old_is_answered_while_it_is_walked(
-    meter: LayerUsage, store: Store, monkeypatch: pytest.MonkeyPatch
+async def test_old_value_is_returned_while_it_is_measured_again(
+    layers: LayerUsage, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_usage, "FRESH_S", 0)
     monkeypatch.setattr(layer_usage, "REST_FACTOR", 0)
     subject = Subject("a")
-    assert await look(meter, subject) == [4096]
+    assert await sample(layers, subject) == [4096]
     store.gate.clear()
-    assert await look(meter, subject) == [4096], "the old value, at once"
+    assert await sample(layers, subject) == [4096], "the old value, at once"
     store.gate.set()
-    await walked(meter)
-    assert await look(meter, subject) == [8192]
+    await all_measured(layers)
+    assert await sample(layers, subject) == [8192]
 
 
-async def test_nobody_waits_long_for_a_large_tree(
-    meter: LayerUsage, store: Store, monkeypatch: pytest.MonkeyPatch
+async def test_large_tree_is_waited_for_briefly(
+    layers: LayerUsage, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_usage, "FIRST_WAIT_S", 0.01)
     store.gate.clear()
     subjects = [Subject("a"), Subject("b")]
-    assert await look(meter, *subjects) == [None, None]
-    assert await look(meter, *subjects) == [None, None]
+    assert await sample(layers, *subjects) == [None, None]
+    assert await sample(layers, *subjects) == [None, None]
     store.gate.set()
-    await walked(meter)
-    assert await look(meter, *subjects) == [4096, 8192]
-    assert store.most == 1, "one walk at a time"
+    await all_measured(layers)
+    assert await sample(layers, *subjects) == [4096, 8192]
+    assert store.most == 1, "one tree at a time"
 
 
-async def test_a_tree_that_takes_long_is_walked_less_often(
-    meter: LayerUsage, store: Store, monkeypatch: pytest.MonkeyPatch
+async def test_tree_that_takes_long_is_measured_less_often(
+    layers: LayerUsage, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_usage, "FRESH_S", 0)
     monkeypatch.setattr(layer_usage, "REST_FACTOR", 1e9)
     subject = Subject("a")
-    await look(meter, subject)
-    await look(meter, subject)
-    assert store.walked == ["a"]
+    await sample(layers, subject)
+    await sample(layers, subject)
+    assert store.measured == ["a"]
 
 
-async def test_a_layer_that_cannot_be_read(
-    meter: LayerUsage, store: Store, caplog: pytest.LogCaptureFixture
+async def test_unreadable_layer_is_logged_and_has_no_value(
+    layers: LayerUsage, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.broken = True
-    assert await look(meter, Subject("a")) == [None]
+    assert await sample(layers, Subject("a")) == [None]
     assert "container a" in caplog.text
 
 
-async def test_nothing_is_kept_of_what_is_gone(meter: LayerUsage) -> None:
+async def test_values_go_with_their_container(layers: LayerUsage) -> None:
     subject = Subject("a")
-    await look(meter, subject)
-    assert len(meter._known) == 1
+    await sample(layers, subject)
+    assert len(layers._known) == 1
     del subject
-    assert len(meter._known) == 0
+    assert len(layers._known) == 0
