@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from image.rootfs import HostTree, Rootfs
 from sandbox.errors import WrongState
 from sandbox.guest import guest_pb2 as pb
 from sandbox.logs.relay import LogRelay
@@ -44,8 +45,18 @@ class Container(Recorded[ContainerRecord]):
         return self.record.id
 
     @property
-    def rootfs(self) -> Path:
+    def rootfs_mount(self) -> Path:
+        """Where a root filesystem that is a tree of the host is mounted."""
         return self.pod.rootfs_share / self.id
+
+    @property
+    def rootfs(self) -> Rootfs:
+        """Its root filesystem, as its store made it."""
+        return self.record.rootfs or HostTree(path=str(self.rootfs_mount))
+
+    def record_rootfs(self, rootfs: Rootfs) -> None:
+        """Keep it with the next `update`: a creation that is cut short before that is undone by its id."""
+        self.record = msgspec.structs.replace(self.record, rootfs=rootfs)
 
     @property
     def volumes(self) -> Path:

@@ -85,7 +85,7 @@ class Containers:
             "sandboxID": container.pod.id,
             **self._engines.of(container.pod).pids(container),
             "privileged": record.spec.security.privileged,
-            "rootfs": str(container.rootfs),
+            "rootfs": container.rootfs.path,
             "plan": str(container.plan_path),
             "user": record.user,
             "apparmor": profile_name(record.spec.security.apparmor),

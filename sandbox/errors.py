@@ -87,6 +87,10 @@ class VmmGone(VmmError):
     """The VM does not run any more."""
 
 
+class RootfsUnusable(SandboxError):
+    """A root filesystem is of a kind that cannot be used where the container is to run."""
+
+
 class GuestError(SandboxError):
     """The agent refused a request: `step` failed with `errno` (0: no system call failed)."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from image.rootfs import Rootfs
 from network.attach import Attachment
 from sandbox.host.process import ProcessIdentity
 from sandbox.spec import (
@@ -151,6 +152,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True):
     image_ref: str
     chain_ids: tuple[str, ...] = ()  # of its root filesystem, kept from collection
     image_volumes: tuple[ImageVolume, ...] = ()
+    rootfs: Rootfs | None = None  # None: not made yet
     defaults: ImageDefaults
     state: ContainerState = ContainerState.CREATING
     steps: tuple[str, ...] = ()

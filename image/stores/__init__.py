@@ -12,17 +12,18 @@ from typing import Protocol
 
 from image.idmap import IdMap
 from image.layer import Usage
+from image.rootfs import Rootfs
 
-__all__ = ["RootfsStore", "Usage"]
+__all__ = ["Rootfs", "RootfsStore", "Usage"]
 
 
 class RootfsStore(Protocol):
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> None:
-        """Mount a fresh writable root at `target`, of these layers, bottom first; with `ids`, their
-        files belong to the ids outside, and so does what is written.
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
+        """Make a fresh writable root of these layers, bottom first; with `ids`, their files belong to the
+        ids outside, and so does what is written.
 
-        `target` is a directory, made if it is missing. What an `up` that failed or was killed left
-        behind is replaced. Raises ImageNotFound when a layer is gone, StorageFailed, DiskFull.
+        A HostTree is mounted at `target`, a directory, made if it is missing. What an `up` left behind that
+        failed or was killed is replaced. Raises ImageNotFound when a layer is gone, StorageFailed, DiskFull.
         """
 
     async def down(self, key: str, target: Path) -> None:
@@ -30,6 +31,13 @@ class RootfsStore(Protocol):
 
     def usage(self, key: str) -> Usage:
         """What the container wrote. Zero for an unknown key. Blocking: it walks the directory."""
+
+    def read(self, rootfs: Rootfs, name: str, limit: int) -> bytes:
+        """Return a file's content as a process with that root finds it; empty: no such regular file.
+
+        Of a `rootfs` that this store made and still holds. Blocking. Raises OSError when the root cannot be
+        read, InvalidSpec for a file of more than `limit` bytes.
+        """
 
     def keys(self) -> Collection[str]:
         """Every key that holds something here, for the sweep at start."""

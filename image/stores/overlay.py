@@ -28,8 +28,10 @@ from image.errors import ImageNotFound
 from image.idmap import IdMap, outside
 from image.layer import Usage
 from image.layers import LayerStore
+from image.rootfs import HostTree, Rootfs
 from sandbox.host import syscalls, threads
 from sandbox.host.mounts import unmount_all
+from sandbox.host.openat import read_beneath
 
 _PATH_ONLY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME_LIMIT = 128
@@ -40,7 +42,7 @@ class OverlayStore:
         self._root = root / "rootfs"
         self._layers = layers
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> None:
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
         for chain_id in chain_ids:
             if self._layers.find(chain_id) is None:
                 raise ImageNotFound(chain_id, "this layer of the image is not here any more")
@@ -50,12 +52,16 @@ class OverlayStore:
                 "husk-rootfs",
                 discard=lambda _: self._down(key, target),
             )
+        return HostTree(path=str(target))
 
     async def down(self, key: str, target: Path) -> None:
         await asyncio.to_thread(self._down, key, target)
 
     def usage(self, key: str) -> Usage:
         return tree_ops.measure(self._home(key) / "upper")
+
+    def read(self, rootfs: Rootfs, name: str, limit: int) -> bytes:
+        return read_beneath(Path(rootfs.path), name, limit)
 
     def keys(self) -> Collection[str]:
         try:

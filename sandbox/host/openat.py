@@ -74,9 +74,10 @@ def read_beneath(root: Path, name: str, limit: int) -> bytes:
         if error.filename != name:
             raise  # the root itself
         return b""
-    with os.fdopen(file, "rb") as handle:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            return b""
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        return b""
+    with os.fdopen(file, "rb") as handle:  # which takes no directory
         content = handle.read(limit + 1)
     if len(content) > limit:
         raise InvalidSpec("config.image", f"its /{name} is larger than {limit} bytes")

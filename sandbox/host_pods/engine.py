@@ -232,7 +232,6 @@ class ProcessEngine:
         privileged = container.record.spec.security.privileged
         bundle, limits = self._bundle(container), node_limits()
         around = RuntimeEnv(
-            rootfs=str(container.rootfs),
             shm=shm_of(pod),
             namespaces=self._namespaces(container),
             files=tuple(str(bundle.path / "files" / str(number)) for number in range(len(plan.files))),
@@ -280,7 +279,7 @@ class ProcessEngine:
         if log_path := container.record.log_path:
             with usable_path(log_path):
                 make_log(Path(log_path))
-        make_beneath(container.rootfs, container.plan.process.cwd, directory=True)
+        make_beneath(Path(container.plan.rootfs), container.plan.process.cwd, directory=True)
         control.make(self._layout, self._path_of(container))
 
     async def _start(self, container: Container, bundle: Bundle) -> None:

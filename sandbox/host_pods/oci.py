@@ -32,7 +32,6 @@ class NodeLimits(Value, frozen=True, kw_only=True):
 class RuntimeEnv(Value, frozen=True, kw_only=True):
     """Where the container runs: what its plan leaves open."""
 
-    rootfs: str
     shm: str  # the pod's /dev/shm, on the host
     namespaces: Mapping[str, str]  # by type, the file of one to join; "": a new one
     files: Sequence[str]  # paths of the plan's files on the host, in their order
@@ -72,7 +71,6 @@ def fit(plan: ContainerPlan, env: RuntimeEnv) -> ContainerPlan:
     shared = any(mount.propagation & mounts.MS_SHARED for mount in plan.mounts)
     return replace(
         plan,
-        rootfs=env.rootfs,
         process=fit_process(plan.process, env.limits),
         mounts=(*(_fit_mount(mount, env) for mount in plan.mounts), *_files(plan, env)),
         devices=(*plan.devices, *env.devices),

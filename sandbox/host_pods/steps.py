@@ -38,8 +38,9 @@ from sandbox.plan.pod_files import pod_hostname
 from sandbox.plan.shares import SHM_BYTES
 from sandbox.pod import Pod
 from sandbox.spec import AppArmor, AppArmorKind, PidMode
-from sandbox.steps.container import Plan, Rootfs
+from sandbox.steps.container import CompiledPlan
 from sandbox.steps.pod import Cgroup, Network, RunDir, Shares
+from sandbox.steps.rootfs import ContainerRootfs, require_tree
 from sandbox.steps.volumes import mount_images, unmount_images
 
 READY_TIMEOUT_S = 20.0
@@ -244,9 +245,11 @@ class Check:
 
 def container_steps(store: RootfsStore) -> Sequence[Step[Container]]:
     return (
-        Rootfs(store),
+        ContainerRootfs(store),
         HostVolumes(store),
-        Plan(lambda container: str(container.rootfs), find_volumes, find_devices, _policy),
+        CompiledPlan(
+            store, lambda container: str(require_tree(container.rootfs)), find_volumes, find_devices, _policy
+        ),
         Check(),
     )
 

@@ -1,8 +1,7 @@
-"""What a container holds of the host: its root filesystem, its volumes (see `volumes`), its plan.
+"""A container's plan: compiled and checked at CreateContainer, so that StartContainer only carries it out.
 
-rootfs    the overlay mount, in the share that the guest sees as GUEST_ROOTFS/<id>
-volumes   one mount per mount of the specification, seen as GUEST_VOLUMES/<id>/<n>
-plan      what the agent will be told, compiled and checked
+It is the last of the steps of a container, after its root filesystem (`rootfs`) and its volumes: it reads
+the image's user files and makes mount points in the root.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from image.rootfs import HostTree
 from image.stores import RootfsStore
 from sandbox.apparmor import Policy
 from sandbox.container import Container
-from sandbox.host.openat import make_beneath, read_beneath
+from sandbox.host.openat import make_beneath
 from sandbox.plan import MountSource, compile_start, device_filter_for
 from sandbox.plan.devices import Wanted
 from sandbox.plan.paths import covers
@@ -26,34 +26,16 @@ from sandbox.records import PodRecord, User
 from sandbox.seccomp import seccomp_for
 from sandbox.spec import AppArmor, ContainerSpec
 from sandbox.steps.node_files import read_node_files
-from sandbox.steps.volumes import id_map
 
 # An image's passwd and group files; larger ones are refused rather than read.
 MAX_USER_FILE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Rootfs:
-    store: RootfsStore
-    name = "rootfs"
-
-    async def up(self, container: Container) -> None:
-        target = container.pod.back_of(container.pod.rootfs_share) / container.id
-        await asyncio.to_thread(target.mkdir, 0o755, exist_ok=True)
-        ids = id_map(container.pod.record.spec.user_namespace)
-        await self.store.up(container.id, container.record.chain_ids, container.rootfs, ids)
-
-    async def down(self, container: Container) -> None:
-        await self.store.down(container.id, container.rootfs)
-        target = container.pod.back_of(container.pod.rootfs_share) / container.id
-        if target.exists():
-            await asyncio.to_thread(target.rmdir)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
+class CompiledPlan:
     """The callables tell what there is where the container will run."""
 
+    store: RootfsStore
     rootfs: Callable[[Container], str]
     sources: Callable[[Container], Sequence[MountSource]]
     devices: Callable[[ContainerSpec], Sequence[Wanted]]
@@ -67,12 +49,12 @@ class Plan:
         container.plan_path.unlink(missing_ok=True)
 
     def _compile(self, container: Container) -> None:
-        record, pod = container.record, container.pod.record
+        record, pod, rootfs = container.record, container.pod.record, container.rootfs
         user = resolve_user(
             record.spec.security,
             record.defaults.user,
-            passwd=read_beneath(container.rootfs, "etc/passwd", MAX_USER_FILE_BYTES),
-            group=read_beneath(container.rootfs, "etc/group", MAX_USER_FILE_BYTES),
+            passwd=self.store.read(rootfs, "etc/passwd", MAX_USER_FILE_BYTES),
+            group=self.store.read(rootfs, "etc/group", MAX_USER_FILE_BYTES),
         )
         devices = self.devices(record.spec)
         plan = compile_start(
@@ -90,7 +72,8 @@ class Plan:
             vcpus=container.pod.vcpus,
             devices=devices,
         )
-        make_mount_points(container.rootfs, plan)
+        if isinstance(rootfs, HostTree):
+            make_mount_points(Path(rootfs.path), plan)
         container.save_plan(plan)
         container.update(user=User(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))
 

@@ -9,14 +9,13 @@ import asyncio
 import os
 from pathlib import Path
 
-from image import idmap
-from image.idmap import IdMap
 from image.stores import RootfsStore
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec
 from sandbox.host.openat import open_beneath
-from sandbox.spec import MountSpec, UserNamespace
+from sandbox.spec import MountSpec
 from sandbox.steps.pod import remove_tree
+from sandbox.steps.rootfs import id_map, require_tree
 
 FIND = os.O_PATH | os.O_CLOEXEC
 
@@ -26,7 +25,8 @@ async def mount_images(store: RootfsStore, container: Container) -> None:
         place = image_place(container, volume.mount)
         await asyncio.to_thread(place.mkdir, 0o700, parents=True, exist_ok=True)
         ids = id_map(container.pod.record.spec.user_namespace)
-        await store.up(image_key(container, volume.mount), volume.chain_ids, place, ids)
+        rootfs = await store.up(image_key(container, volume.mount), volume.chain_ids, place, ids)
+        require_tree(rootfs)
 
 
 async def unmount_images(store: RootfsStore, container: Container) -> None:
@@ -34,16 +34,6 @@ async def unmount_images(store: RootfsStore, container: Container) -> None:
     for volume in container.record.image_volumes:
         await store.down(image_key(container, volume.mount), image_place(container, volume.mount))
     await asyncio.to_thread(remove_tree, _images(container))
-
-
-def id_map(space: UserNamespace | None) -> IdMap | None:
-    if space is None:
-        return None
-    uids, gids = (
-        tuple(idmap.IdRange(each.inside, each.outside, each.length) for each in ranges)
-        for ranges in (space.uids, space.gids)
-    )
-    return IdMap(uids=uids, gids=gids)
 
 
 def image_key(container: Container, number: int) -> str:

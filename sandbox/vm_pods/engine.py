@@ -36,7 +36,7 @@ from sandbox.records import ContainerState, PodRecord, PodState
 from sandbox.spec import ContainerId, ExitCode, Handler, PodId, PodSpec, Resources
 from sandbox.stats import parse
 from sandbox.stats.host_usage import HostUsage
-from sandbox.steps.container import Rootfs
+from sandbox.steps.rootfs import ContainerRootfs
 from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.clock_sync import keep_clock
 from sandbox.vm_pods.pool import VmPool
@@ -77,9 +77,9 @@ class VmEngine:
         self._mirror = PropagationSync(host.tasks)
         self.pod_steps: Steps[Pod] = host.steps.whole
         self.container_steps: Sequence[Step[Container]] = (
-            Rootfs(host.rootfs),
+            ContainerRootfs(host.rootfs),
             Volumes(host.rootfs, host.room),
-            plan_for_guest(host.default_profile),
+            plan_for_guest(host.rootfs, host.default_profile),
         )
 
     # ------------------------------------------------------------------------------- pods

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import msgspec
 
+from image.rootfs import HostTree
 from sandbox.container import Container
 from sandbox.errors import SandboxError
 from sandbox.guest import guest_pb2 as pb
@@ -208,8 +210,11 @@ def _attach(container: Container, path: Path, wish: PropagationRequest) -> int:
 
 
 def _root_of(container: Container, volume: int | None) -> Path:
+    """Raises OSError for the container's root where the host has no tree of it."""
     if volume is None:
-        return container.rootfs
+        if not isinstance(container.rootfs, HostTree):
+            raise OSError(errno.EOPNOTSUPP, "not a tree of the host", container.rootfs.path)
+        return Path(container.rootfs.path)
     return Path(os.path.realpath(container.record.spec.mounts[volume].host_path))
 
 

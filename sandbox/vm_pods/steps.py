@@ -26,6 +26,7 @@ from pathlib import Path
 
 import msgspec
 
+from image.stores import RootfsStore
 from network.attach import Attachment, Networks
 from sandbox.apparmor import policy_for
 from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable, VmmError, VmmGone
@@ -44,10 +45,11 @@ from sandbox.plan.vm import FIRST_MAC, NIC_PORTS, HostSize, base_size, can_grow,
 from sandbox.pod import Pod
 from sandbox.records import PodState, Source
 from sandbox.spec import VmSize
-from sandbox.steps.container import Plan
+from sandbox.steps.container import CompiledPlan
 from sandbox.steps.pod import Cgroup, Netns, Network, RunDir, Shares
 from sandbox.vm_pods.boot_phases import guest_phases
 from sandbox.vm_pods.clock_sync import check_clock
+from sandbox.vm_pods.rootfs import guest_root
 from sandbox.vm_pods.templates import Templates
 from sandbox.vm_pods.volumes import find_sources
 from sandbox.vmm import Hypervisor, NicSpec, ShareSpec, VmSpec
@@ -329,10 +331,11 @@ def pod_steps(vm: Vm, network_stage: Limiter) -> PodSteps:
     )
 
 
-def plan_for_guest(default_profile: Path) -> Plan:
+def plan_for_guest(store: RootfsStore, default_profile: Path) -> CompiledPlan:
     """`default_profile` is AppArmor's, compiled (see `apparmor`); it need not be there."""
-    return Plan(
-        lambda container: f"{GUEST_ROOTFS}/{container.id}",
+    return CompiledPlan(
+        store,
+        guest_root,
         find_sources,
         wanted_devices,
         lambda wanted: policy_for(wanted, default_profile),

@@ -33,7 +33,8 @@ from sandbox.plan.shares import GUEST_VOLUMES, VOLUMES_TAG
 from sandbox.plan.values import HugeDirectory
 from sandbox.spec import MountSpec, Propagation
 from sandbox.steps.pod import remove_tree
-from sandbox.steps.volumes import FIND, id_map, mount_images, open_source, unmount_images
+from sandbox.steps.rootfs import id_map
+from sandbox.steps.volumes import FIND, mount_images, open_source, unmount_images
 from sandbox.vm_pods.hugepages import find_directory, guest_path
 from sandbox.vm_pods.resize import Resizer
 

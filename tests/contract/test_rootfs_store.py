@@ -18,8 +18,10 @@ from image.errors import DiskFull, ImageError, ImageNotFound
 from image.idmap import IdMap, IdRange, find_obstacle
 from image.layers import LayerStore
 from image.manifest import chain_ids
+from image.rootfs import HostTree
 from image.stores import RootfsStore
 from image.stores.overlay import OverlayStore
+from sandbox.errors import InvalidSpec
 from tests.fakes.disk import small_disk
 from tests.fakes.registry import make_layer
 
@@ -75,6 +77,23 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
 
 def test_every_store_is_held_to_this() -> None:
     assert set(FILES) == set(MAKERS)
+
+
+async def test_files_are_read_as_a_process_with_that_root_finds_them(site: Site) -> None:
+    chain = await site.stack({"etc": None, "etc/passwd": b"root:x:0:0::/:\n", "big": b"x" * 100})
+    rootfs = await site.store.up("c1", chain, site.target)
+    assert site.store.read(rootfs, "etc/passwd", 100) == b"root:x:0:0::/:\n"
+    assert site.store.read(rootfs, "etc/group", 100) == b""
+    assert site.store.read(rootfs, "etc", 100) == b"", "a directory is not a file"
+    with pytest.raises(InvalidSpec, match="larger than 99 bytes"):
+        site.store.read(rootfs, "big", 99)
+
+
+async def test_a_tree_is_mounted_at_its_target(site: Site) -> None:
+    rootfs = await site.store.up("c1", await site.stack({"a": b"1"}), site.target)
+    if isinstance(rootfs, HostTree):
+        assert rootfs.path == str(site.target)
+        assert (site.target / "a").read_bytes() == b"1"
 
 
 async def test_layers_merge_and_are_not_written(site: Site) -> None:

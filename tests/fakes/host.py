@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from image.idmap import IdMap
+from image.rootfs import HostTree, Rootfs
 from image.stores import Usage
 from network.attach import Attachment, Interface, NetworkRequest
 from sandbox.errors import VmmError, VmmGone
+from sandbox.host.openat import read_beneath
 from sandbox.host.process import ProcessIdentity
 from sandbox.vmm import Machine, NicSpec, VmHandle, VmSpec
 from tests.fakes import cri
@@ -185,14 +187,18 @@ class FakeHypervisor:
 class FakeRootfs:
     ledger: Ledger
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> None:
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
         self.ledger.take("rootfs.up", f"rootfs {key}")
+        return HostTree(path=str(target))
 
     async def down(self, key: str, target: Path) -> None:
         self.ledger.give("rootfs.down", f"rootfs {key}")
 
     def usage(self, key: str) -> Usage:
         return Usage(bytes=4096, inodes=3)
+
+    def read(self, rootfs: Rootfs, name: str, limit: int) -> bytes:
+        return read_beneath(Path(rootfs.path), name, limit)
 
     def keys(self) -> Collection[str]:
         return [thing.partition(" ")[2] for thing in self.ledger.held if thing.startswith("rootfs ")]

@@ -20,6 +20,7 @@ import msgspec
 import pytest
 
 from image.idmap import IdMap
+from image.rootfs import HostTree, Rootfs
 from image.stores import Usage
 from sandbox.containers import ContainerDeps, Containers
 from sandbox.engine import Engines
@@ -27,6 +28,7 @@ from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, SandboxError
 from sandbox.exits import Exits
 from sandbox.host import cgroup, mounts
 from sandbox.host.limiter import Limiter
+from sandbox.host.openat import read_beneath
 from sandbox.host.process import alive
 from sandbox.host.tasks import Tasks
 from sandbox.host_pods import conmon
@@ -65,8 +67,12 @@ class HostRootfs:
             for name in ("sh", "sleep", "cat", "echo", "true"):
                 (binaries / name).symlink_to("busybox")
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> None:
+    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
         mounts.bind(self.root, target)
+        return HostTree(path=str(target))
+
+    def read(self, rootfs: Rootfs, name: str, limit: int) -> bytes:
+        return read_beneath(Path(rootfs.path), name, limit)
 
     async def down(self, key: str, target: Path) -> None:
         mounts.unmount_tree(target)

@@ -35,8 +35,9 @@ from sandbox.pods import PodDeps, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, SecuritySpec, VmSize
 from sandbox.stats.host_usage import HostUsage, ProcessUsage
-from sandbox.steps.container import Plan, Rootfs
+from sandbox.steps.container import CompiledPlan
 from sandbox.steps.pod import Netns, Network, RunDir, Shares
+from sandbox.steps.rootfs import ContainerRootfs
 from sandbox.store import Store
 from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.engine import VmDeps, VmEngine
@@ -50,7 +51,7 @@ from tests.fakes.guest import FakeAgent
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
 
 POD_STEPS: list[type[Any]] = [RunDir, Netns, Network, Shares, Vm, Size, Identity, Guest]
-CONTAINER_STEPS: list[type[Any]] = [Rootfs, Volumes, Plan]
+CONTAINER_STEPS: list[type[Any]] = [ContainerRootfs, Volumes, CompiledPlan]
 POD_FAULTS = ["cgroup.create", "network.prepare", "network.up", "vm.start"]
 HANDLER = Handler(
     name="",
@@ -520,7 +521,7 @@ async def test_killed_in_the_middle_of_a_creation(daemon: Daemon, monkeypatch: p
         await asyncio.Event().wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr("sandbox.steps.container.Plan.up", hang)
+        patch.setattr("sandbox.steps.container.CompiledPlan.up", hang)
         create = asyncio.create_task(daemon.containers.create(id, container_spec()))
         await stuck.wait()
         create.cancel()

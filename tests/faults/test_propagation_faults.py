@@ -68,8 +68,8 @@ def site() -> Iterator[Site]:
     store.put(record)
     container = Container(record, store, pod)
     (root / "volume/point").mkdir(parents=True)
-    (container.rootfs / "etc").mkdir(parents=True)
-    (container.rootfs / "etc/file").write_text("of the container")
+    (container.rootfs_mount / "etc").mkdir(parents=True)
+    (container.rootfs_mount / "etc/file").write_text("of the container")
     yield Site(root, store, pod, container)
     unmount_tree(root)
     shutil.rmtree(root)
@@ -106,7 +106,7 @@ async def test_released_twice_and_by_a_daemon_that_knows_the_record_alone(site: 
 async def test_killed_before_or_after_the_mount_was_made(site: Site, made: bool) -> None:
     """Then the record has the intent, and no id of the mount."""
     if made:
-        mount("--bind", site.container.rootfs / "etc", site.point)
+        mount("--bind", site.container.rootfs_mount / "etc", site.point)
     site.container.update(propagated=(Propagated(path=str(site.point)),))
     await release(site.restarted())
     assert mounts_below(site.root) == []
@@ -135,7 +135,7 @@ async def test_what_cannot_be_shown_is_left_out(site: Site, spoil: str) -> None:
         case "target is gone":
             site.point.rmdir()
         case "source is gone":
-            shutil.rmtree(site.container.rootfs / "etc")
+            shutil.rmtree(site.container.rootfs_mount / "etc")
         case _:
             site.point.rmdir()
             site.point.touch()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sandbox.capabilities import ALL
 from sandbox.errors import InvalidSpec
@@ -30,14 +31,13 @@ DISK = DevicePlan("/dev/vda", 254, 0, mode=0o660, type=stat.S_IFBLK)
 
 def config(plan: ContainerPlan, namespaces: dict[str, str] | None = None, *devices: DevicePlan) -> Any:
     around = RuntimeEnv(
-        rootfs="/run/rootfs/c1",
         shm="/run/shm",
         namespaces=namespaces or HOST_NETWORK,
         files=[f"/run/files/{number}" for number in range(len(plan.files))],
         limits=LIMITS,
         devices=devices,
     )
-    return compile_config(plan, around)
+    return compile_config(replace(plan, rootfs="/run/rootfs/c1"), around)
 
 
 def on_host_pid() -> Any:
