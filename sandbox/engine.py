@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from sandbox.container import Container
-from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.execs import ExecResult
 from sandbox.lifecycle import Step, Steps
 from sandbox.plan.values import ProcessPlan
 from sandbox.pod import Pod
 from sandbox.session import Connection, Session
 from sandbox.spec import ContainerId, Handler, Isolation, PodSpec, Resources
+from sandbox.usage import UsageSample
 
 
 class Engine(Protocol):
@@ -49,8 +49,8 @@ class Engine(Protocol):
     async def dial(self, pod: Pod, port: int) -> Connection:
         """A TCP port that something in the pod listens on."""
 
-    async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> pb.CgroupValues:
-        """The answer to `stats.request`."""
+    async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> UsageSample:
+        """Sample the pod and these containers; `files` counts open descriptors and sockets too."""
 
     async def destroy(self, pod_id: str, run_dir: Path) -> None:
         """End what runs of a pod without a record. Nothing is fine."""

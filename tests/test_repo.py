@@ -120,10 +120,8 @@ STILL_SPEAKS_TO_AGENT = {
     "sandbox.container",
     "sandbox.exits",
     "sandbox.engine",
-    "sandbox.host_pods.control",
     "sandbox.host_pods.engine",
     "sandbox.pod",
-    "sandbox.stats.parse",
 }
 
 
@@ -139,6 +137,10 @@ PURE = (
     "cri.translate",
     "sandbox.plan",
     "sandbox.spec",
+    "sandbox.stats.kernel_files",
+    "sandbox.stats.parse",
+    "sandbox.usage",
+    "sandbox.vm_pods.usage",
     "image.manifest",
     "image.reference",
     "sandbox.guest.frames",

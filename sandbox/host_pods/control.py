@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sandbox.errors import DeadlineExceeded, GuestError, InvalidContainerConfig, InvalidSpec
-from sandbox.guest import guest_pb2 as pb
 from sandbox.host import cgroup
 from sandbox.host.cgroup import Layout
 from sandbox.host.proc import read_stat
@@ -25,6 +24,7 @@ from sandbox.host.process import identify
 from sandbox.plan.device_filter import MKNOD, READ, WRITE, Rule, Type
 from sandbox.plan.values import CgroupFile
 from sandbox.spec import Resources
+from sandbox.usage import ProcessCount
 
 SUPERVISOR = "supervisor"  # where conmon and the pod's first process are
 _KILL_S = 10.0
@@ -245,13 +245,13 @@ def oom_kills(layout: Layout, path: str) -> int:
     return _keyed(read(layout, path, "memory.events")).get("oom_kill", 0)
 
 
-def process_count(layout: Layout, path: str, *, files: bool) -> pb.ProcessCount:
+def process_count(layout: Layout, path: str, *, files: bool) -> ProcessCount:
     all = pids(layout, path)
     if not files:
-        return pb.ProcessCount(processes=len(all))
+        return ProcessCount(processes=len(all))
     links = [link for pid in all for link in _descriptors(pid)]
     sockets = sum(link.startswith("socket:") for link in links)
-    return pb.ProcessCount(processes=len(all), files=len(links), sockets=sockets)
+    return ProcessCount(processes=len(all), files=len(links), sockets=sockets)
 
 
 def _descriptors(pid: int) -> Iterator[str]:

@@ -47,9 +47,9 @@ from sandbox.plan.values import CgroupFile, ProcessPlan
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, HostProcess, PodRecord, PodState
 from sandbox.spec import ContainerId, ExitCode, Handler, Isolation, PidMode, PodId, PodSpec, Resources
-from sandbox.stats import parse
 from sandbox.stats.kernel_files import flat_keyed, number
 from sandbox.steps.pod import remove_tree
+from sandbox.usage import CGROUP_FILES, CgroupSample, UsageSample
 
 log = logging.getLogger(__name__)
 
@@ -186,18 +186,21 @@ class ProcessEngine:
         network = pod.record.network
         return action() if network is None else netns.run_in(Path(network.netns), action)
 
-    async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> pb.CgroupValues:
+    async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> UsageSample:
         return await asyncio.to_thread(self._usage, pod, ids, files)
 
-    def _usage(self, pod: Pod, ids: Sequence[ContainerId], files: bool) -> pb.CgroupValues:
+    def _usage(self, pod: Pod, ids: Sequence[ContainerId], files: bool) -> UsageSample:
+        def sample(path: str) -> CgroupSample:
+            contents = {name: control.read(self._layout, path, name) for name in CGROUP_FILES}
+            return CgroupSample(files=contents, count=control.process_count(self._layout, path, files=files))
+
         top = self._path(pod)
-        paths = [top, *(f"{top}/{id}" for id in ids)]
-        values = [control.read(self._layout, path, name) for path in paths for name in parse.FILES]
-        devices = self._in_network(pod, Path("/proc/thread-self/net/dev").read_bytes)
-        return pb.CgroupValues(
-            values=[*values, devices, Path("/proc/meminfo").read_bytes()],
+        return UsageSample(
+            pod=sample(top),
+            containers=tuple(sample(f"{top}/{id}") for id in ids),
+            net_dev=self._in_network(pod, Path("/proc/thread-self/net/dev").read_bytes),
+            meminfo=Path("/proc/meminfo").read_bytes(),
             wall_ns=time.time_ns(),
-            counts=[control.process_count(self._layout, path, files=files) for path in paths],
         )
 
     def cost(self, pod: Pod) -> tuple[float, int]:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from sandbox.container import Container
 from sandbox.engine import Engines
-from sandbox.errors import ProtocolError, SandboxError
+from sandbox.errors import SandboxError
 from sandbox.host.flights import Flights, ShuttingDown
 from sandbox.inventory import Inventory
 from sandbox.pod import Pod
@@ -124,12 +124,10 @@ class StatsCollector:
         containers = [container for container in self._inventory.containers_of(pod) if container.running]
         ids = [container.id for container in containers]
         sent_ns = time.time_ns()
-        values = await self._engines.of(pod).usage(pod, ids, files=files)
+        sample = await self._engines.of(pod).usage(pod, ids, files=files)
         # the guest's time of reading is the exact one, as far as it lies between request and reply
-        at_ns = min(max(values.wall_ns, sent_ns), time.time_ns())
-        found = parse.parse(pod.id, ids, _interfaces(pod), values, at_ns)
-        if found is None:
-            raise ProtocolError(f"pod {pod.id}: its agent sent other values than it was asked for")
+        at_ns = min(max(sample.wall_ns, sent_ns), time.time_ns())
+        found = parse.parse(pod.id, ids, _interfaces(pod), sample, at_ns)
         return await self._completed(pod, containers, found)
 
     async def _completed(self, pod: Pod, containers: Sequence[Container], found: PodStats) -> PodStats:

@@ -1,7 +1,7 @@
-"""What a pod and its containers use, by their guest's cgroup v2 files.
+"""What a pod and its containers use, parsed from a sample of their cgroup v2 files.
 
-One ReadCgroup brings all of it: FILES of the cgroup that holds all containers, then of each container,
-then PATHS. `parse` makes sense of it. Times are nanoseconds, sizes bytes. Pure.
+Times are nanoseconds, sizes bytes, and counters start with the cgroup. The contents of the files are not
+trusted, as a guest may send them: see `kernel_files`. Pure.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
-from sandbox.guest import guest_pb2 as pb
 from sandbox.spec import ContainerId, PodId, Value
 from sandbox.stats.kernel_files import (
     NUMBER_MAX,
@@ -25,27 +24,7 @@ from sandbox.stats.kernel_files import (
     number,
     psi,
 )
-
-POD_CGROUP = "."  # the agent's name of the cgroup that holds those of all containers
-FILES = (
-    "cpu.stat",
-    "cpu.pressure",
-    "memory.current",
-    "memory.stat",
-    "memory.max",
-    "memory.peak",
-    "memory.events",
-    "memory.swap.current",
-    "memory.swap.max",
-    "memory.pressure",
-    "pids.current",
-    "pids.max",
-    "io.stat",
-    "io.pressure",
-    "hugetlb.2MB.current",
-    "hugetlb.1GB.current",
-)
-PATHS = ("/proc/net/dev", "/proc/meminfo")
+from sandbox.usage import UsageSample
 
 
 class CpuStats(Value, frozen=True, kw_only=True):
@@ -56,13 +35,13 @@ class CpuStats(Value, frozen=True, kw_only=True):
     throttled_periods: int = 0
     throttled_ns: int = 0
     psi: Psi | None = None
-    nano_cores: int | None = None  # of late; None: there was no earlier look to compare with
+    nano_cores: int | None = None  # current rate; None: there is no earlier sample to compare with
 
 
 class MemoryStats(Value, frozen=True, kw_only=True):
     usage: int = 0
-    working_set: int = 0  # usage less inactive file pages, as the kubelet reckons it
-    available: int = 0  # until the lowest limit above it: its own, the pod's, the VM's size
+    working_set: int = 0  # usage less inactive file pages, as the kubelet computes it
+    available: int = 0  # up to the lowest limit that applies: its own, the pod's, the size of the VM
     rss: int = 0
     cache: int = 0
     mapped_file: int = 0
@@ -103,11 +82,11 @@ class ContainerStats(Value, frozen=True, kw_only=True):
     processes: int = 0
     files: int = 0  # open descriptors; 0 unless they were asked for
     sockets: int = 0
-    layer: LayerStats | None = None  # None: nobody has looked yet
+    layer: LayerStats | None = None  # None: not measured yet
 
 
 class PodStats(Value, frozen=True, kw_only=True):
-    """All containers together; what the VM costs beyond that is the host's to see (`host_usage`)."""
+    """All containers together. What the VM costs the host beyond that is in `host_usage`."""
 
     pod_id: PodId
     at_ns: int
@@ -120,60 +99,47 @@ class PodStats(Value, frozen=True, kw_only=True):
         return sum(container.processes for container in self.containers)
 
 
-def request(container_ids: Sequence[ContainerId], *, files: bool) -> pb.Request:
-    count = pb.ReadCgroup.FILES if files else pb.ReadCgroup.PROCESSES
-    ids = [POD_CGROUP, *container_ids]
-    return pb.Request(read_cgroup=pb.ReadCgroup(container_ids=ids, names=FILES, paths=PATHS, count=count))
-
-
 def parse(
     pod_id: PodId,
     container_ids: Sequence[ContainerId],
     interfaces: Sequence[str],
-    values: pb.CgroupValues,
+    sample: UsageSample,
     at_ns: int,
-) -> PodStats | None:
-    """The answer to `request` for these containers. None when the guest answered something else."""
-    ids = (POD_CGROUP, *container_ids)
-    if len(values.values) != len(ids) * len(FILES) + len(PATHS):
-        return None
-    net, memory = values.values[-len(PATHS) :]
-    machine = meminfo(memory)
+) -> PodStats:
+    """Make the stats of a pod of its sample, whose containers are those of `container_ids`, in that order.
+
+    `interfaces` names those of the pod's network; others are left out. `at_ns` is the time of the sample.
+    """
+    machine = meminfo(sample.meminfo)
     ceiling = _Ceiling(machine.get(b"MemTotal", 0), machine.get(b"SwapFree", 0))
-    pod, *each = (_cgroup(values.values, index * len(FILES), ceiling) for index in range(len(ids)))
-    if pod.memory.limit:
-        each = [_beneath(one, pod.memory.limit) for one in each]
-    counts = [*values.counts[1 : len(ids)]]
-    counts += [pb.ProcessCount()] * (len(container_ids) - len(counts))
-    containers = [
-        ContainerStats(
-            container_id=id,
-            at_ns=at_ns,
-            usage=usage,
-            processes=count.processes,
-            files=count.files,
-            sockets=count.sockets,
-        )
-        for id, usage, count in zip(container_ids, each, counts, strict=True)
-    ]
+    pod = _cgroup(sample.pod.files, ceiling)
     return PodStats(
         pod_id=pod_id,
         at_ns=at_ns,
         usage=pod,
-        interfaces=net_dev(net, interfaces),
-        containers=tuple(containers),
+        interfaces=net_dev(sample.net_dev, interfaces),
+        containers=tuple(
+            ContainerStats(
+                container_id=id,
+                at_ns=at_ns,
+                usage=_beneath(_cgroup(each.files, ceiling), pod.memory.limit),
+                processes=each.count.processes,
+                files=each.count.files,
+                sockets=each.count.sockets,
+            )
+            for id, each in zip(container_ids, sample.containers, strict=True)
+        ),
     )
 
 
 class _Ceiling(Value, frozen=True):
-    """What the VM itself has: no cgroup of it can use more."""
+    """What the machine has that the pod runs on: none of its cgroups can use more."""
 
     memory: int
     swap_free: int
 
 
-def _cgroup(values: Sequence[bytes], start: int, ceiling: _Ceiling) -> CgroupStats:
-    files = dict(zip(FILES, values[start : start + len(FILES)], strict=True))
+def _cgroup(files: Mapping[str, bytes], ceiling: _Ceiling) -> CgroupStats:
     hugepages = {size: files[f"hugetlb.{size}.current"] for size in ("2MB", "1GB")}
     return CgroupStats(
         cpu=_cpu(files),
@@ -231,7 +197,9 @@ def _memory(files: Mapping[str, bytes], ceiling: _Ceiling) -> MemoryStats:
 
 
 def _beneath(usage: CgroupStats, pod_limit: int) -> CgroupStats:
-    """A container's share of a limit that its pod has as a whole."""
+    """Lower what is available to a container to what the limit of its pod leaves (0: no limit)."""
+    if not pod_limit:
+        return usage
     memory = usage.memory
     left = min(memory.available, max(0, pod_limit - memory.working_set))
     return replace(usage, memory=replace(memory, available=left))

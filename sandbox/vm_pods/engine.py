@@ -34,15 +34,16 @@ from sandbox.plan.values import ProcessPlan
 from sandbox.pod import GUEST_CALL_TIMEOUT_S, Pod
 from sandbox.records import ContainerState, PodRecord, PodState
 from sandbox.spec import ContainerId, ExitCode, Handler, PodId, PodSpec, Resources
-from sandbox.stats import parse
 from sandbox.stats.host_usage import HostUsage
 from sandbox.steps.rootfs import ContainerRootfs
+from sandbox.usage import UsageSample
 from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.clock_sync import keep_clock
 from sandbox.vm_pods.pool import VmPool
 from sandbox.vm_pods.propagation import PropagationSync
 from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.steps import PodSteps, connect, plan_for_guest
+from sandbox.vm_pods.usage import POD_CGROUP, decode_usage, usage_request
 from sandbox.vm_pods.volumes import Volumes
 from sandbox.vmm import Hypervisor
 
@@ -220,18 +221,18 @@ class VmEngine:
         """
         files = compile_pod_resources(resources, vcpus=pod.vcpus)
         await self._host.room.make(pod, resources, overhead)
-        write = pb.WriteCgroup(container_id=parse.POD_CGROUP, files=encode_cgroup_files(files))
+        write = pb.WriteCgroup(container_id=POD_CGROUP, files=encode_cgroup_files(files))
         await pod.call(pb.Request(write_cgroup=write))
 
     async def dial(self, pod: Pod, port: int) -> Forwarded:
         return await Forwarded.dial(await pod.guest(), port, DIAL_TIMEOUT_S)
 
-    async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> pb.CgroupValues:
-        """Whoever asks does not wait for a connection that is being made anew."""
+    async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> UsageSample:
+        """A caller does not wait for a connection that is being re-established."""
         if pod.client is None:
             raise GuestUnreachable(f"pod {pod.id}: no connection to its agent")
-        reply = await pod.client.call(parse.request(ids, files=files), GUEST_CALL_TIMEOUT_S)
-        return reply.values
+        reply = await pod.client.call(usage_request(ids, files=files), GUEST_CALL_TIMEOUT_S)
+        return decode_usage(reply.values, len(ids))
 
     async def destroy(self, pod_id: str, run_dir: Path) -> None:
         await self._host.hypervisor.destroy(pod_id, run_dir)

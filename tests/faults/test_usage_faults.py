@@ -20,8 +20,10 @@ from sandbox.spec import ContainerSpec, PodId, Resources, VmSize
 from sandbox.stats import collector
 from sandbox.stats.collector import RATE_WINDOW_NS, Rate, StatsCollector
 from sandbox.stats.layer_usage import LayerUsage
-from sandbox.stats.parse import FILES, PATHS, PodStats
+from sandbox.stats.parse import PodStats
+from sandbox.usage import CGROUP_FILES
 from sandbox.vm_pods import engine
+from sandbox.vm_pods.usage import PATHS
 from tests.fakes.guest import FakeAgent
 from tests.fakes.host import FakeRootfs
 from tests.faults.test_pod_faults import Daemon, container_spec, pod_spec
@@ -80,7 +82,7 @@ class Guest:
         return True
 
     def values(self, read: pb.ReadCgroup) -> pb.Reply:
-        one = [f"usage_usec {self.cpu_usec}\n".encode(), *[b""] * (len(FILES) - 1)]
+        one = [f"usage_usec {self.cpu_usec}\n".encode(), *[b""] * (len(CGROUP_FILES) - 1)]
         files = [] if self.rubbish else [*one * len(read.container_ids), *[b""] * len(PATHS)]
         counts = [pb.ProcessCount(processes=1) for _ in read.container_ids]
         values = pb.CgroupValues(values=files, wall_ns=self.wall_ns, counts=counts)

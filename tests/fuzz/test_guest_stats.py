@@ -1,21 +1,24 @@
-"""Whatever a guest sends as its accounting files: no exception, numbers that fit the wire, no new names."""
+"""Accounting files of any content: no exception, numbers that fit the wire, and no names but the host's."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cri.responses import pod_metrics
 from cri.responses import usage as usage_messages
 from cri.responses.pod_metrics import Filesystem, Measured
+from sandbox.errors import ProtocolError
 from sandbox.guest import guest_pb2 as pb
 from sandbox.records import ContainerRecord, PodRecord
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, PodId, PodSpec
 from sandbox.stats import parse
 from sandbox.stats.kernel_files import NUMBER_MAX
-from sandbox.stats.parse import FILES, PATHS
+from sandbox.usage import CGROUP_FILES
+from sandbox.vm_pods.usage import PATHS, decode_usage
 
 PART = st.one_of(
     st.binary(max_size=40),
@@ -52,15 +55,16 @@ DISK = Filesystem(device="8:1", total_bytes=1, total_inodes=1, free_inodes=1)
 
 
 @given(
-    files=st.lists(FILE, min_size=2 * len(FILES) + len(PATHS), max_size=2 * len(FILES) + len(PATHS)),
+    files=st.lists(
+        FILE, min_size=2 * len(CGROUP_FILES) + len(PATHS), max_size=2 * len(CGROUP_FILES) + len(PATHS)
+    ),
     wall_ns=st.integers(-(2**63), 2**63 - 1),
     counts=st.lists(st.integers(0, 2**32 - 1), max_size=4),
 )
-def test_any_files(files: list[bytes], wall_ns: int, counts: list[int]) -> None:
+def test_any_contents_parse_and_fit_the_wire(files: list[bytes], wall_ns: int, counts: list[int]) -> None:
     answer = pb.CgroupValues(values=files, wall_ns=wall_ns)
     answer.counts.extend(pb.ProcessCount(processes=n, files=n, sockets=n) for n in counts)
-    found = parse.parse(POD.id, [CONTAINER.id], ["eth0"], answer, 9)
-    assert found is not None
+    found = parse.parse(POD.id, [CONTAINER.id], ["eth0"], decode_usage(answer, 1), 9)
     (container,) = found.containers
     for usage in (found.usage, container.usage):
         assert 0 <= usage.cpu.usage_ns <= NUMBER_MAX
@@ -68,7 +72,7 @@ def test_any_files(files: list[bytes], wall_ns: int, counts: list[int]) -> None:
         for psi in (usage.cpu.psi, usage.memory.psi, usage.io_psi):
             assert psi is None or math.isfinite(psi.some.avg10 + psi.full.avg300)
     assert {nic.name for nic in found.interfaces} <= {"eth0"}
-    # and all of it can be sent on
+    # and all of it can be encoded for the CRI
     wire = usage_messages.container_stats(CONTAINER, container, "/")
     assert usage_messages.pod_stats(POD, found, [wire]).SerializeToString()
     measured = Measured(record=CONTAINER, stats=container, open_files_limit=1, filesystem=DISK, now_ns=1)
@@ -80,6 +84,10 @@ def test_any_files(files: list[bytes], wall_ns: int, counts: list[int]) -> None:
 
 
 @given(count=st.integers(0, 100), value=FILE)
-def test_any_number_of_values(count: int, value: bytes) -> None:
-    found = parse.parse(POD.id, [CONTAINER.id], ["eth0"], pb.CgroupValues(values=[value] * count), 9)
-    assert (found is not None) == (count == 2 * len(FILES) + len(PATHS))
+def test_wrong_number_of_values_is_a_protocol_error(count: int, value: bytes) -> None:
+    answer = pb.CgroupValues(values=[value] * count)
+    if count == 2 * len(CGROUP_FILES) + len(PATHS):
+        assert parse.parse(POD.id, [CONTAINER.id], ["eth0"], decode_usage(answer, 1), 9)
+        return
+    with pytest.raises(ProtocolError, match=f"{count} values"):
+        decode_usage(answer, 1)

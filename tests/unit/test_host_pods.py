@@ -23,7 +23,7 @@ from sandbox.plan.resources import compile_resources
 from sandbox.plan.values import CgroupFile, DevicePlan
 from sandbox.pods import isolation_of
 from sandbox.spec import ContainerSpec, DeviceSpec, Handler, Isolation, PidMode, PodSpec, Resources
-from sandbox.stats.parse import FILES
+from sandbox.usage import CGROUP_FILES
 
 HANDLER = Handler(
     name="vms", kernel="", initramfs="", memory_mib=256, vcpus=1, accelerator="auto", machine="q35"
@@ -135,7 +135,7 @@ def test_readings_of_v1_have_the_names_of_v2(tmp_path: Path) -> None:
         "blkio.throttle.io_serviced_recursive": "8:0 Read 1\n8:0 Write 2\n",
     }
     write_all(tmp_path / "c", files)
-    found = {name: control.read(v1(tmp_path), "/c", name) for name in FILES}
+    found = {name: control.read(v1(tmp_path), "/c", name) for name in CGROUP_FILES}
     assert found["cpu.stat"].splitlines()[:3] == [b"usage_usec 5000", b"user_usec 3000", b"system_usec 2000"]
     assert b"throttled_usec 7\n" in found["cpu.stat"]
     assert (found["memory.current"], found["memory.max"]) == (b"4096\n", b"8192\n")

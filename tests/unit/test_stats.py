@@ -1,8 +1,9 @@
-"""The guest's accounting files make sense, and so do those of a guest that lies."""
+"""Accounting files of a pod are parsed, also those of a guest that lies."""
 
 from __future__ import annotations
 
-from sandbox.guest import guest_pb2 as pb
+from collections.abc import Sequence
+
 from sandbox.spec import ContainerId, PodId
 from sandbox.stats import parse
 from sandbox.stats.kernel_files import (
@@ -19,7 +20,7 @@ from sandbox.stats.kernel_files import (
     number,
     psi,
 )
-from sandbox.stats.parse import FILES, PATHS
+from sandbox.usage import CGROUP_FILES, CgroupSample, ProcessCount, UsageSample
 
 MIB = 1 << 20
 CPU_STAT = b"""usage_usec 5000000
@@ -65,33 +66,30 @@ CONTAINER = {
 }
 
 
-def values(
-    pod: dict[str, bytes], *containers: dict[str, bytes], net: bytes = NET_DEV, memory: bytes = MEMINFO
-) -> pb.CgroupValues:
-    files = [cgroup.get(name, b"") for cgroup in (pod, *containers) for name in FILES]
-    return pb.CgroupValues(values=[*files, net, memory])
+def cgroup(files: dict[str, bytes], count: ProcessCount) -> CgroupSample:
+    return CgroupSample(files={name: files.get(name, b"") for name in CGROUP_FILES}, count=count)
 
 
-def parsed(
-    answer: pb.CgroupValues, ids: tuple[str, ...] = ("c",), nics: tuple[str, ...] = ()
-) -> parse.PodStats:
-    found = parse.parse(PodId("p"), [ContainerId(id) for id in ids], nics, answer, 9)
-    assert found is not None
-    return found
+def sample(
+    pod: dict[str, bytes], *containers: dict[str, bytes], counts: Sequence[ProcessCount] = ()
+) -> UsageSample:
+    padded = [*counts, *[ProcessCount()] * (len(containers) - len(counts))]
+    return UsageSample(
+        wall_ns=0,
+        pod=cgroup(pod, ProcessCount()),
+        containers=tuple(cgroup(files, count) for files, count in zip(containers, padded, strict=True)),
+        net_dev=NET_DEV,
+        meminfo=MEMINFO,
+    )
 
 
-def test_what_is_asked_for_is_one_message() -> None:
-    request = parse.request([ContainerId("a"), ContainerId("b")], files=False).read_cgroup
-    assert list(request.container_ids) == [".", "a", "b"]
-    assert (tuple(request.names), tuple(request.paths)) == (FILES, PATHS)
-    assert request.count == pb.ReadCgroup.PROCESSES
-    assert parse.request([], files=True).read_cgroup.count == pb.ReadCgroup.FILES
+def parsed(sample: UsageSample, ids: tuple[str, ...] = ("c",), nics: tuple[str, ...] = ()) -> parse.PodStats:
+    return parse.parse(PodId("p"), [ContainerId(id) for id in ids], nics, sample, 9)
 
 
-def test_a_container() -> None:
-    answer = values({}, CONTAINER)
-    answer.counts.extend([pb.ProcessCount(), pb.ProcessCount(processes=2, files=30, sockets=4)])
-    (container,) = parsed(answer).containers
+def test_container_files_are_parsed() -> None:
+    counts = [ProcessCount(processes=2, files=30, sockets=4)]
+    (container,) = parsed(sample({}, CONTAINER, counts=counts)).containers
     assert (container.container_id, container.at_ns) == ("c", 9)
     assert (container.processes, container.files, container.sockets) == (2, 30, 4)
     cpu, memory = container.usage.cpu, container.usage.memory
@@ -112,22 +110,22 @@ def test_a_container() -> None:
     assert container.usage.hugepages == (("2MB", 4194304),)
 
 
-def test_available_is_what_the_lowest_limit_above_leaves() -> None:
+def test_available_memory_is_up_to_the_lowest_limit_that_applies() -> None:
     unlimited = CONTAINER | {"memory.max": b"max\n"}
     machine = 250_000 * 1024 - 44_000_000
-    assert parsed(values({}, unlimited)).containers[0].usage.memory.available == machine
-    assert parsed(values({}, unlimited)).containers[0].usage.memory.limit == 0
+    assert parsed(sample({}, unlimited)).containers[0].usage.memory.available == machine
+    assert parsed(sample({}, unlimited)).containers[0].usage.memory.limit == 0
     pod = {"memory.max": b"46000000\n", "memory.current": b"45000000\n"}
-    found = parsed(values(pod, unlimited, CONTAINER), ("a", "b"))
+    found = parsed(sample(pod, unlimited, CONTAINER), ("a", "b"))
     assert [one.usage.memory.available for one in found.containers] == [2_000_000, 2_000_000]
     assert found.usage.memory.available == 1_000_000
     swap = {"memory.swap.max": b"10000\n", "memory.swap.current": b"4096\n"}
-    assert parsed(values({}, swap)).containers[0].usage.memory.swap_available == 10_000 - 4096
+    assert parsed(sample({}, swap)).containers[0].usage.memory.swap_available == 10_000 - 4096
 
 
-def test_a_pod_is_the_cgroup_that_holds_its_containers() -> None:
-    answer = values({"cpu.stat": b"usage_usec 7\n"}, CONTAINER, CONTAINER)
-    answer.counts.extend([pb.ProcessCount(), pb.ProcessCount(processes=2), pb.ProcessCount(processes=3)])
+def test_pod_usage_is_that_of_the_cgroup_above_its_containers() -> None:
+    counts = [ProcessCount(processes=2), ProcessCount(processes=3)]
+    answer = sample({"cpu.stat": b"usage_usec 7\n"}, CONTAINER, CONTAINER, counts=counts)
     found = parsed(answer, ("a", "b"), ("eth0", "eth1", "eth2"))
     assert (found.usage.cpu.usage_ns, found.processes) == (7000, 5)
     assert [one.container_id for one in found.containers] == ["a", "b"]
@@ -147,34 +145,20 @@ def test_a_pod_is_the_cgroup_that_holds_its_containers() -> None:
     )
 
 
-def test_an_agent_that_answers_something_else() -> None:
-    answer = values({}, CONTAINER)
-    answer.values.append(b"more")
-    assert parse.parse(PodId("p"), [ContainerId("c")], (), answer, 9) is None
-    assert parse.parse(PodId("p"), [ContainerId("c")], (), pb.CgroupValues(), 9) is None
-
-
-def test_an_agent_that_counts_nothing_or_too_much() -> None:
-    answer = values({}, CONTAINER)
-    assert parsed(answer).containers[0].processes == 0
-    answer.counts.extend([pb.ProcessCount(processes=1)] * 50)
-    assert [one.processes for one in parsed(answer).containers] == [1]
-
-
-def test_numbers() -> None:
+def test_number_and_limit_read_invalid_text_as_zero() -> None:
     assert [number(text) for text in (b"7\n", b"", b"-1", b"1e3", b"max", b"9" * 30, b"9" * 19)] == (
         [7, 0, 0, 0, 0, 0, NUMBER_MAX]
     )
     assert [limit(text) for text in (b"max\n", b"0\n", b"9\n", b"")] == [0, 1, 9, 0]
 
 
-def test_huge_numbers_fit_the_wire() -> None:
+def test_huge_numbers_are_capped_to_fit_the_wire() -> None:
     huge = b"usage_usec %d\n" % NUMBER_MAX
-    assert parsed(values({}, {"cpu.stat": huge})).containers[0].usage.cpu.usage_ns == NUMBER_MAX
+    assert parsed(sample({}, {"cpu.stat": huge})).containers[0].usage.cpu.usage_ns == NUMBER_MAX
     assert meminfo(b"MemTotal: %d kB" % NUMBER_MAX) == {b"MemTotal": NUMBER_MAX}
 
 
-def test_only_names_that_the_host_knows_are_taken() -> None:
+def test_unknown_interfaces_and_devices_are_left_out() -> None:
     text = b"".join(b"evil%d: 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1\n" % n for n in range(100))
     assert net_dev(text, ["eth0"]) == ()
     assert net_dev(b"eth0: 1 2 3\n", ["eth0"]) == ()
@@ -182,11 +166,11 @@ def test_only_names_that_the_host_knows_are_taken() -> None:
     assert io_stat(b"../../x:0 rbytes=1\n8:0; rbytes=1\n") == ()
 
 
-def test_no_pressure_where_it_is_not_kept() -> None:
+def test_pressure_is_absent_where_the_kernel_does_not_keep_it() -> None:
     assert psi(b"") is None
     assert psi(b"some avg10=nan avg60=inf avg300=1e999 total=-3\n") == Psi()
     assert psi(b"some avg10=999.99 total=1") == Psi(some=Pressure(avg10=100.0, total_us=1))
 
 
-def test_lines_are_bounded() -> None:
+def test_number_of_lines_is_bounded() -> None:
     assert len(flat_keyed(b"".join(b"k%d 1\n" % n for n in range(10_000)))) <= 256
