@@ -39,7 +39,7 @@ from image.stores import RootfsStore
 from network.attach import Networks
 from network.errors import NetworkError
 from sandbox.containers import ContainerDeps, Containers
-from sandbox.engine import Engines
+from sandbox.engine import Engine, Engines
 from sandbox.events import Events
 from sandbox.exits import Exits
 from sandbox.host import cgroup
@@ -47,6 +47,7 @@ from sandbox.host.flights import Flights
 from sandbox.host.limiter import Limiter
 from sandbox.host.size import memory_mib, usable_cpus
 from sandbox.host.tasks import Tasks
+from sandbox.host_pods import engine as host_pods
 from sandbox.host_pods.engine import ProcessDeps, ProcessEngine
 from sandbox.inventory import Inventory
 from sandbox.plan.vm import HostSize
@@ -58,9 +59,10 @@ from sandbox.stats.collector import StatsCollector
 from sandbox.stats.host_usage import HostUsage, host_usage
 from sandbox.stats.layer_usage import LayerUsage
 from sandbox.store import Store
+from sandbox.vm_pods import engine as vm_pods
 from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.boot_image import default_profile
-from sandbox.vm_pods.engine import VmDeps, VmEngine
+from sandbox.vm_pods.engine import VmDeps
 from sandbox.vm_pods.pool import PoolDeps, VmPool
 from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.steps import Vm, grow, pod_steps
@@ -115,8 +117,7 @@ class Daemon:
     containers: Containers
     pods: Pods
     pool: VmPool
-    vm_engine: VmEngine
-    process_engine: ProcessEngine
+    engines: Engines
     metric_sources: MetricSources
     streaming: StreamingServer
     server: Server
@@ -239,9 +240,8 @@ class _Builder:
         self.vm_step = Vm(self.hypervisor, self.networks, self.vm_cgroups, templates, self.vm_starts, size)
         self.pod_steps = pod_steps(self.vm_step, self.network_setups)
         self.pool = self._pool(templates)
-        self.vm_engine = self._vm_engine(root)
-        self.process_engine = self._process_engine()
-        self.engines = Engines({Isolation.VM: self.vm_engine, Isolation.PROCESS: self.process_engine})
+        process_engine, self.processes = self._process_engine()
+        self.engines = Engines({Isolation.VM: self._vm_engine(root), Isolation.PROCESS: process_engine})
         self.containers = Containers(
             self.inventory,
             self.engines,
@@ -293,14 +293,13 @@ class _Builder:
             containers=self.containers,
             pods=self.pods,
             pool=self.pool,
-            vm_engine=self.vm_engine,
-            process_engine=self.process_engine,
+            engines=self.engines,
             metric_sources=MetricSources(
                 inventory=self.inventory,
                 pods=self.pod_store,
                 containers=self.container_store,
                 vm_usage=self._vm_usage,
-                process_usage=self.process_engine.cost,
+                process_usage=self.processes.cost,
                 limiters=lambda: (self.vm_starts, self.network_setups, *self.images.stages()),
             ),
             streaming=streaming,
@@ -331,20 +330,20 @@ class _Builder:
             )
         )
 
-    def _vm_engine(self, root: Path) -> VmEngine:
-        return VmEngine(
+    def _vm_engine(self, root: Path) -> Engine:
+        return vm_pods.make_engine(
             self.inventory,
             self.exits,
             VmDeps(
                 hypervisor=self.hypervisor,
                 steps=self.pod_steps,
-                factory=self.pool,
+                pool=self.pool,
                 accelerator=self.node.accelerator,
                 rootfs=self.rootfs,
                 tasks=self.tasks,
-                room=Resizer(self.inventory, self.overrides.grow_vm or grow),
+                resizer=Resizer(self.inventory, self.overrides.grow_vm or grow),
                 default_profile=default_profile(root),
-                usage=self._vm_usage,
+                host_usage=self._vm_usage,
             ),
         )
 
@@ -356,11 +355,11 @@ class _Builder:
         directories = self.vm_cgroups.directories(pod.id, pod.record.spec.cgroup_parent)
         return host_usage(pod.record.vm, directories)
 
-    def _process_engine(self) -> ProcessEngine:
+    def _process_engine(self) -> tuple[Engine, ProcessEngine]:
         cgroups = self.overrides.process_cgroups or cgroup.Cgroups(
             layout=cgroup.find_layout(whole=True), root=self.config.cgroup_root
         )
-        return ProcessEngine(
+        return host_pods.make_engine(
             self.inventory,
             self.exits,
             ProcessDeps(

@@ -15,7 +15,7 @@ from network.attach import NetworkStatus
 from sandbox.events import Event
 from sandbox.host.cgroup import Driver
 from sandbox.records import ContainerRecord, PodRecord
-from sandbox.session import Connection, Session
+from sandbox.session import PortConnection, Session
 from sandbox.spec import ContainerId, ContainerSpec, PodId, PodSpec, Resources, Value
 from sandbox.stats.parse import PodStats
 
@@ -40,7 +40,7 @@ class Pods(Protocol):
     def containers_of(self, pod_id: PodId) -> Sequence[ContainerRecord]: ...
     async def describe(self, record: PodRecord) -> Mapping[str, object]: ...
     async def update(self, id: str, resources: Resources, overhead: Resources) -> None: ...
-    async def dial(self, id: str, port: int) -> Connection: ...
+    async def dial(self, id: str, port: int) -> PortConnection: ...
 
 
 class Containers(Protocol):

@@ -10,7 +10,6 @@ import msgspec
 
 from image.rootfs import HostTree, Rootfs
 from sandbox.errors import WrongState
-from sandbox.guest import guest_pb2 as pb
 from sandbox.logs.relay import LogRelay
 from sandbox.plan.values import ContainerPlan
 from sandbox.pod import Pod
@@ -33,7 +32,6 @@ class Container(Recorded[ContainerRecord]):
         self.mirrored = False  # somebody keeps looking at them
         self.pid = 0  # of its first process, in the guest
         self.exited = asyncio.Event()
-        self.early_exit: pb.Exited | None = None
         self.on_state: Callable[[Container], None] = lambda container: None  # its state has changed
         self.on_phase: Callable[[str, float], None] = lambda name, seconds: None  # for the metrics
         self._plan: ContainerPlan | None = None

@@ -30,7 +30,6 @@ from sandbox.errors import (
     WrongState,
 )
 from sandbox.exits import Exits
-from sandbox.guest.execs import ExecResult
 from sandbox.inventory import Inventory
 from sandbox.lifecycle import UndoFailed, bring_up, held_steps, take_down
 from sandbox.plan import compile_exec, limited
@@ -39,7 +38,7 @@ from sandbox.plan.resources import merge_resources
 from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState, ImageVolume
-from sandbox.session import Session
+from sandbox.session import ExecResult, Session
 from sandbox.spec import ContainerId, ContainerSpec, ExitCode, ImageDefaults, Isolation, Resources
 from sandbox.steps.cdi_files import with_devices
 
@@ -83,7 +82,7 @@ class Containers:
         planned = container.plan_path.exists()
         return {
             "sandboxID": container.pod.id,
-            **self._engines.of(container.pod).pids(container),
+            **self._engines.of(container.pod).control.pids(container),
             "privileged": record.spec.security.privileged,
             "rootfs": container.rootfs.path,
             "plan": str(container.plan_path),
@@ -134,7 +133,7 @@ class Containers:
         container.update()
         self._inventory.add_container(container)
         try:
-            await bring_up(self._engines.of(pod).container_steps, container)
+            await bring_up(self._engines.of(pod).containers.container_steps, container)
             container.update(state=ContainerState.CREATED)
         except Exception as failure:
             await self._give_up(container, failure)
@@ -143,7 +142,7 @@ class Containers:
 
     async def _give_up(self, container: Container, failure: Exception) -> None:
         """Release what it holds still, and its name."""
-        held = held_steps(self._engines.of(container.pod).container_steps, container.record.steps)
+        held = held_steps(self._engines.of(container.pod).containers.container_steps, container.record.steps)
         try:
             await take_down(held, container)
         except UndoFailed as undo:
@@ -181,32 +180,32 @@ class Containers:
             began = time.monotonic()
             engine = self._engines.of(container.pod)
             try:
-                await engine.start(container)
+                await engine.containers.start(container)
             except GuestError as error:
                 self._start_failed(container, error)
                 raise
             container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
             container.record_phase("container-start", began, time.monotonic())
-            engine.follow(container)
+            engine.containers.watch_exit(container)
 
     def _start_failed(self, container: Container, error: GuestError) -> None:
         now = time.time_ns()
         container.update(started_at_ns=now)
         container.record_exit(ExitCode.START_ERROR, now, "StartError", str(error))
-        self._engines.of(container.pod).let_go(container)
+        self._engines.of(container.pod).containers.detach(container)
 
     def lost(self, pod: Pod, reason: str) -> None:
         """Make every container EXITED that ran in the pod, which runs no more. Idempotent."""
         self._exits.lost(pod, reason)
         for container in self._inventory.containers_of(pod):
-            self._engines.of(pod).let_go(container)
+            self._engines.of(pod).containers.detach(container)
 
     # ------------------------------------------------------------------------------- adoption
 
     async def settle(self, container: Container) -> None:
         """Undo a creation that the daemon's end cut short."""
         if container.record.state is ContainerState.CREATING:
-            await take_down(self._engines.of(container.pod).container_steps, container)
+            await take_down(self._engines.of(container.pod).containers.container_steps, container)
             self._inventory.forget_container(container)
 
     async def sweep(self) -> None:
@@ -247,7 +246,7 @@ class Containers:
 
     async def _signal(self, container: Container, number: int, *, all: bool) -> None:
         try:
-            await self._engines.of(container.pod).signal(container, number, all=all)
+            await self._engines.of(container.pod).containers.signal(container, number, all=all)
         except GuestError:
             if container.running:  # else it ended by itself meanwhile
                 raise
@@ -281,8 +280,8 @@ class Containers:
     async def release(self, container: Container) -> None:
         """Everything that a container holds, where it ran and of the host. Raises UndoFailed."""
         engine = self._engines.of(container.pod)
-        await engine.remove(container)
-        await take_down(engine.container_steps, container)
+        await engine.containers.remove(container)
+        await take_down(engine.containers.container_steps, container)
         self._inventory.forget_container(container)
 
     # ------------------------------------------------------------------------------- the rest
@@ -296,7 +295,7 @@ class Containers:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
         process = compile_exec(container.plan, cmd, tty=False)
         began = time.monotonic()
-        result = await self._engines.of(container.pod).exec_sync(
+        result = await self._engines.of(container.pod).sessions.exec_sync(
             container, process, timeout_s, EXEC_OUTPUT_LIMIT
         )
         container.pod.record_first("first-exec", began, time.monotonic())
@@ -312,7 +311,7 @@ class Containers:
         if not cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
         process = compile_exec(container.plan, cmd, tty=tty)
-        return await self._engines.of(container.pod).exec(
+        return await self._engines.of(container.pod).sessions.exec(
             container, process, stdin=stdin, stdout=stdout or tty, stderr=stderr and not tty
         )
 
@@ -322,14 +321,14 @@ class Containers:
         container = self._inventory.container(id)
         container.require(ContainerState.RUNNING)
         spec = container.record.spec
-        return await self._engines.of(container.pod).attach(
+        return await self._engines.of(container.pod).sessions.attach(
             container, stdin=stdin and spec.stdin, stdout=stdout, stderr=stderr and not spec.tty
         )
 
     async def reopen_log(self, id: str) -> None:
         container = self._inventory.container(id)
         container.require(ContainerState.RUNNING)
-        await self._engines.of(container.pod).reopen_log(container)
+        await self._engines.of(container.pod).sessions.reopen_log(container)
 
     async def update(self, id: str, resources: Resources) -> None:
         """Change limits in place; fields that are 0 or empty stay as they are. What the record then
@@ -338,7 +337,7 @@ class Containers:
         async with container.lock:
             merged = merge_resources(container.record.resources, resources)
             if container.running:
-                await self._engines.of(container.pod).limit(container, merged)
+                await self._engines.of(container.pod).control.limit(container, merged)
             elif container.record.state is not ContainerState.CREATED:
                 raise WrongState("container", container.id, container.record.state, "created or running")
             container.save_plan(limited(container.plan, merged, vcpus=container.pod.vcpus))

@@ -26,7 +26,7 @@ from sandbox.lifecycle import Steps, UndoFailed, bring_up, held_steps, take_down
 from sandbox.plan.resources import merge_resources
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState
-from sandbox.session import Connection
+from sandbox.session import PortConnection
 from sandbox.spec import Handler, Isolation, PodId, PodSpec, Resources
 from sandbox.steps.pod import remove_tree
 
@@ -87,7 +87,7 @@ class Pods:
                 for phase in record.phases
             ],
             "problem": record.problem,
-            **await self._engines.of(pod).describe(pod),
+            **await self._engines.of(pod).control.describe(pod),
         }
 
     # ------------------------------------------------------------------------------- run
@@ -111,9 +111,9 @@ class Pods:
             await self._give_up(pod, failure)
             raise
         finally:
-            self._engines.of(pod).settled()
+            self._engines.of(pod).pods.replenish()
         pod.handler = None
-        self._engines.of(pod).watch(pod)
+        self._engines.of(pod).pods.watch(pod)
         self._host.on_started(pod.record)
         return pod.id
 
@@ -121,7 +121,7 @@ class Pods:
         """A pod that is STARTING, and the rest of its way. Raises InvalidSpec, MissingProgram."""
         began = time.monotonic()
         engine = self._engines.for_isolation(isolation_of(spec, handler))
-        pod, steps = await engine.take(spec, handler)
+        pod, steps = await engine.pods.acquire(spec, handler)
         pod.began = began
         pod.handler = handler
         self._inventory.add_pod(pod)
@@ -136,7 +136,7 @@ class Pods:
             )
         except Exception as failure:
             await self._give_up(pod, failure)
-            engine.settled()
+            engine.pods.replenish()
             raise
         pod.record_phase("queue", began, time.monotonic())
         return pod, steps
@@ -144,7 +144,7 @@ class Pods:
     async def _give_up(self, pod: Pod, failure: Exception) -> None:
         """Release all that a pod holds, also what was made ahead of it, and its name."""
         try:
-            await take_down(held_steps(self._engines.of(pod).pod_steps, pod.record.steps), pod)
+            await take_down(held_steps(self._engines.of(pod).pods.pod_steps, pod.record.steps), pod)
         except UndoFailed as undo:
             failure.add_note(f"not everything could be released: {undo}")
         else:
@@ -152,13 +152,13 @@ class Pods:
 
     # ------------------------------------------------------------------------------- ports
 
-    async def dial(self, id: str, port: int) -> Connection:
+    async def dial(self, id: str, port: int) -> PortConnection:
         """Connect to a TCP port inside the pod. Close the connection in the end.
         Raises NotFound, WrongState, GuestError (nothing listens there), GuestUnreachable,
         DeadlineExceeded."""
         pod = self._inventory.pod(id)
         pod.require_ready()
-        return await self._engines.of(pod).dial(pod, port)
+        return await self._engines.of(pod).sessions.dial(pod, port)
 
     # ------------------------------------------------------------------------------- stop, remove
 
@@ -181,7 +181,7 @@ class Pods:
         if pod.record.state is not PodState.NOT_READY:
             pod.update(state=PodState.NOT_READY)
         self._containers.lost(pod, "the sandbox was stopped")
-        await take_down(held_steps(self._engines.of(pod).pod_steps, pod.record.steps), pod)
+        await take_down(held_steps(self._engines.of(pod).pods.pod_steps, pod.record.steps), pod)
 
     async def _kill_containers(self, pod: Pod) -> None:
         """First, so that exit codes and the last lines of logs arrive."""
@@ -215,7 +215,7 @@ class Pods:
             pod.require_ready()
             merged = merge_resources(pod.record.resources, resources)
             overhead = merge_resources(pod.record.overhead, overhead)
-            await self._engines.of(pod).limit_pod(pod, merged, overhead)
+            await self._engines.of(pod).control.limit_pod(pod, merged, overhead)
             pod.update(resources=merged, overhead=overhead)
 
     # ------------------------------------------------------------------------------- recovery
@@ -247,11 +247,11 @@ class Pods:
             await self._containers.settle(container)
         match pod.record.state:
             case PodState.STARTING | PodState.WAITING as state:
-                await take_down(held_steps(self._engines.of(pod).pod_steps, pod.record.steps), pod)
+                await take_down(held_steps(self._engines.of(pod).pods.pod_steps, pod.record.steps), pod)
                 self._inventory.forget_pod(pod)
                 log.info("pod %s was %s when the daemon ended; it is undone", pod.id, state)
             case PodState.READY:
-                await self._engines.of(pod).adopt(pod)
+                await self._engines.of(pod).pods.adopt(pod)
             case PodState.NOT_READY:
                 self._containers.lost(pod, "the sandbox was stopped")
 
@@ -263,7 +263,7 @@ class Pods:
             log.warning("pod %s has no record; what is left of it is removed", path.name)
             try:
                 for engine in self._engines:
-                    await engine.destroy(path.name, path)
+                    await engine.pods.destroy(path.name, path)
                 await asyncio.to_thread(remove_tree, path)
             except (SandboxError, OSError) as error:
                 log.error("what is left of pod %s cannot be removed: %s", path.name, error)

@@ -1,31 +1,49 @@
-"""The streams of an exec, an attachment or a forwarded port, as whoever carries them to a client sees them.
+"""The streams of an exec, an attachment or a forwarded port, as the streaming server uses them.
 
-Every engine gives such (`engine`), and the streaming server knows no more of them.
+Every engine implements these (see `engine`). Reads and writes carry back-pressure: a client that does not
+read stops the process's output, not the daemon.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """The end of an exec that was run to its end. `exit_code` is 128 + signal where a signal ended it."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+
+
 class Sink(Protocol):
+    """Where bytes are written: a process's stdin, a port."""
+
     async def write(self, data: bytes) -> None:
-        """Returns once it was taken. Raises StreamReset when the reader wants no more."""
+        """Write all of `data`; returns once it was accepted. Raises StreamReset if the reader has closed."""
 
     def close(self) -> None:
-        """The reader sees the end. Idempotent."""
+        """Let the reader see the end of the stream. Idempotent."""
 
 
 class Source(Protocol):
+    """Where bytes are read from: a process's output, a port."""
+
     async def read(self) -> bytes:
-        """b"" at the end. Asking for more says that the last bytes were dealt with."""
+        """Return the next bytes; b"" at the end. Each call acknowledges the bytes of the one before."""
 
     def stop(self) -> None:
-        """Want no more. Idempotent."""
+        """Discard everything that is still to come. Idempotent."""
 
 
 class Session(Protocol):
-    """A conversation with a process; streams that were not asked for are None. `close` it in the end."""
+    """A running conversation with a process. The caller must `close` it.
+
+    Streams that were not asked for are None.
+    """
 
     @property
     def stdin(self) -> Sink | None: ...
@@ -34,17 +52,18 @@ class Session(Protocol):
     @property
     def stderr(self) -> Source | None: ...
 
-    async def resize(self, rows: int, columns: int) -> None: ...
+    async def resize(self, rows: int, columns: int) -> None:
+        """Set the size of the process's terminal. Without effect where it has none."""
 
     async def wait(self) -> int:
-        """The exit code, behind the end of the outputs."""
+        """Wait for the end of the process and of its outputs; return the exit code."""
 
     def close(self) -> None:
-        """Hang up; what it started is not killed. Idempotent."""
+        """Disconnect the streams. Processes that were started are not killed. Idempotent."""
 
 
-class Connection(Protocol):
-    """To a port in a pod. `close` ends both directions at once."""
+class PortConnection(Protocol):
+    """A TCP connection to a port in a pod. `close` ends both directions at once; idempotent."""
 
     @property
     def writer(self) -> Sink: ...

@@ -10,7 +10,7 @@ from cri.proto import runtime_v1_pb2 as pb
 from cri.streaming.session import AttachOptions, ExecOptions, PortForwardOptions
 from sandbox.errors import InvalidSpec, WrongState
 from sandbox.records import ContainerRecord, ContainerState
-from sandbox.session import Connection, Session
+from sandbox.session import PortConnection, Session
 
 PORT_MAX = 65535
 
@@ -99,5 +99,5 @@ class SandboxBackend:
             wish.container_id, stdin=wish.stdin, stdout=wish.stdout, stderr=wish.stderr
         )
 
-    async def dial(self, pod_id: str, port: int) -> Connection:
+    async def dial(self, pod_id: str, port: int) -> PortConnection:
         return await self._pods.dial(pod_id, port)

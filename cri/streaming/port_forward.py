@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from cri.streaming.channels import Channel, ChannelClosed, ConnectionLost, Peer
 from sandbox.errors import SandboxError, StreamReset
-from sandbox.session import Connection
+from sandbox.session import PortConnection
 
 log = logging.getLogger(__name__)
 
 PAIR_TIMEOUT_S = 30.0
 
-Dial = Callable[[int], Awaitable[Connection]]
+Dial = Callable[[int], Awaitable[PortConnection]]
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ async def _connect_and_carry(dial: Dial, port: int, data: Channel) -> None:
         await asyncio.gather(up, down, return_exceptions=True)
 
 
-async def _up(data: Channel, connection: Connection) -> None:
+async def _up(data: Channel, connection: PortConnection) -> None:
     try:
         while chunk := await data.read():
             await connection.writer.write(chunk)
@@ -130,7 +130,7 @@ async def _up(data: Channel, connection: Connection) -> None:
         pass  # nothing in the pod reads it; what it still has to say goes on coming
 
 
-async def _down(connection: Connection, data: Channel) -> None:
+async def _down(connection: PortConnection, data: Channel) -> None:
     while chunk := await connection.reader.read():
         await data.write(chunk)
     await data.close()

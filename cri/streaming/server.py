@@ -33,7 +33,7 @@ from cri.streaming.tokens import Tokens
 from cri.streaming.websocket import COMMAND_FORMS, FORWARD_FORMS, TUNNEL, Form
 from cri.streaming.websocket_channels import TunnelWire, WebSocket, WebSocketPeer
 from cri.streaming.wire import Idle, TcpWire, Wire
-from sandbox.session import Connection, Session
+from sandbox.session import PortConnection, Session
 
 log = logging.getLogger("cri.streaming")
 
@@ -373,7 +373,7 @@ class _Conversation:
         assert isinstance(self._wish, AttachOptions)
         return await self._backend.attach(self._wish)
 
-    async def _dial(self, port: int) -> Connection:
+    async def _dial(self, port: int) -> PortConnection:
         assert isinstance(self._wish, PortForwardOptions)
         return await self._backend.dial(self._wish.pod_id, port)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from sandbox.session import Connection, Session
+from sandbox.session import PortConnection, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,4 +41,4 @@ class Backend(Protocol):
 
     async def exec(self, wish: ExecOptions) -> Session: ...
     async def attach(self, wish: AttachOptions) -> Session: ...
-    async def dial(self, pod_id: str, port: int) -> Connection: ...
+    async def dial(self, pod_id: str, port: int) -> PortConnection: ...

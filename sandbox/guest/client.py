@@ -31,9 +31,10 @@ from sandbox.errors import (
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest import transports
 from sandbox.guest.connection import Connection
-from sandbox.guest.execs import ExecResult, run_exec
+from sandbox.guest.execs import run_exec
 from sandbox.guest.frames import MIN_VERSION, NONCE_BYTES, VERSION, Frame, Kind, preamble
 from sandbox.guest.streams import Inputs, OutputStream, StreamSink
+from sandbox.session import ExecResult
 
 RequestId = NewType("RequestId", int)
 M = TypeVar("M", pb.Welcome, pb.Reply, pb.Event)

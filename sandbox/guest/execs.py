@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable
 from sandbox.guest import guest_pb2 as pb
+from sandbox.session import ExecResult
 
 if TYPE_CHECKING:
     from sandbox.guest.client import GuestClient
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
 WINDOW = 256 << 10  # of each output; round trips under emulation are long, four frames hide them
 DRAIN_IDLE_S = 0.3  # an output that stays open this long without a byte belongs to a background child
 KILL_S = 10.0  # from SIGKILL to the exit of all; a busy emulated guest is slow
-
-
-@dataclass(frozen=True, slots=True)
-class ExecResult:
-    exit_code: int
-    stdout: bytes
-    stderr: bytes
 
 
 @dataclass(slots=True)

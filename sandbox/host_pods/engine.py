@@ -22,10 +22,9 @@ from image.stores import RootfsStore
 from network import netns
 from network.attach import Networks
 from sandbox.container import Container
+from sandbox.engine import Engine
 from sandbox.errors import DeadlineExceeded, GuestError, SandboxError
-from sandbox.exits import Exits
-from sandbox.guest import guest_pb2 as pb
-from sandbox.guest.execs import ExecResult
+from sandbox.exits import Exit, Exits
 from sandbox.host import cgroup, process
 from sandbox.host.cgroup import Cgroups
 from sandbox.host.limiter import Limiter
@@ -46,6 +45,7 @@ from sandbox.plan.resources import compile_pod_resources, compile_resources
 from sandbox.plan.values import CgroupFile, ProcessPlan
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, HostProcess, PodRecord, PodState
+from sandbox.session import ExecResult
 from sandbox.spec import ContainerId, ExitCode, Handler, Isolation, PidMode, PodId, PodSpec, Resources
 from sandbox.stats.kernel_files import flat_keyed, number
 from sandbox.steps.pod import remove_tree
@@ -81,7 +81,7 @@ class ProcessEngine:
 
     # ------------------------------------------------------------------------------- pods
 
-    async def take(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
+    async def acquire(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
         for program in (conmon.CONMON, conmon.CRUN):
             conmon.find_program(program)
         pod_sysctls(spec)  # what is wrong is found before anything is made
@@ -95,7 +95,7 @@ class ProcessEngine:
         )
         return pod, self.pod_steps
 
-    def settled(self) -> None:
+    def replenish(self) -> None:
         return None
 
     def watch(self, pod: Pod) -> None:
@@ -140,7 +140,7 @@ class ProcessEngine:
         if container.running:
             await asyncio.to_thread(sessions.end_execs, self._place(container))
             container.pid = held.init.pid if held and held.init else 0
-            self.follow(container)
+            self.watch_exit(container)
 
     async def _was_started(self, container: Container, bundle: Bundle) -> bool:
         """Killed between the order to start and writing down that it was done."""
@@ -315,7 +315,7 @@ class ProcessEngine:
             rules = device_rules(find_devices(spec))
             control.allow_devices(self._layout, path, rules, container.plan.device_filter)
 
-    def follow(self, container: Container) -> None:
+    def watch_exit(self, container: Container) -> None:
         self._host.tasks.spawn(self._await_end(container), f"end of container {container.id[:12]}")
 
     async def _await_end(self, container: Container) -> None:
@@ -331,7 +331,7 @@ class ProcessEngine:
         if found is None:
             log.error("container %s: conmon ended without an exit code; what it held is killed", container.id)
         code, at_ns = found or (ExitCode.KILLED, time.time_ns())
-        self._exits.exited(container, pb.Exited(exit_code=code, at_ns=at_ns, oom_kills=kills))
+        self._exits.exited(container, Exit(exit_code=code, at_ns=at_ns, oom_kills=kills))
 
     async def signal(self, container: Container, number: int, *, all: bool) -> None:
         if all and number == signal.SIGKILL:
@@ -363,7 +363,7 @@ class ProcessEngine:
         await asyncio.to_thread(remove_tree, bundle.state / bundle.id)
         await asyncio.to_thread(remove_tree, bundle.path)
 
-    def let_go(self, container: Container) -> None:
+    def detach(self, container: Container) -> None:
         return None
 
     async def exec_sync(
@@ -427,3 +427,9 @@ class ProcessEngine:
     def _bundle(self, container: Container) -> Bundle:
         run_dir = container.pod.run_dir
         return Bundle(id=container.id, path=run_dir / "containers" / container.id, state=run_dir / "crun")
+
+
+def make_engine(inventory: Inventory, exits: Exits, deps: ProcessDeps) -> tuple[Engine, ProcessEngine]:
+    """Make the engine of pods without a VM, and the object that implements all of its parts."""
+    engine = ProcessEngine(inventory, exits, deps)
+    return Engine(pods=engine, containers=engine, sessions=engine, control=engine), engine

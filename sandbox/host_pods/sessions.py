@@ -38,7 +38,6 @@ from sandbox.errors import (
     SandboxError,
     StreamReset,
 )
-from sandbox.guest.execs import ExecResult
 from sandbox.guest.sessions import STALL_TIMEOUT_MS, Lagged
 from sandbox.host import process
 from sandbox.host.process import ProcessIdentity
@@ -50,6 +49,7 @@ from sandbox.host_pods.oci import compile_process
 from sandbox.host_pods.streams import FdReader, FdWriter
 from sandbox.plan.signals import exit_code_of
 from sandbox.plan.values import ProcessPlan
+from sandbox.session import ExecResult
 
 START_TIMEOUT_S = 60.0
 _SIZE_MAX = 0xFFFF  # struct winsize

@@ -124,7 +124,7 @@ class StatsCollector:
         containers = [container for container in self._inventory.containers_of(pod) if container.running]
         ids = [container.id for container in containers]
         sent_ns = time.time_ns()
-        sample = await self._engines.of(pod).usage(pod, ids, files=files)
+        sample = await self._engines.of(pod).control.usage(pod, ids, files=files)
         # the guest's time of reading is the exact one, as far as it lies between request and reply
         at_ns = min(max(sample.wall_ns, sent_ns), time.time_ns())
         found = parse.parse(pod.id, ids, _interfaces(pod), sample, at_ns)

@@ -33,7 +33,7 @@ from sandbox.host.process import alive
 from sandbox.host.tasks import Tasks
 from sandbox.host_pods import conmon
 from sandbox.host_pods.conmon import Bundle, Starting
-from sandbox.host_pods.engine import ProcessDeps, ProcessEngine
+from sandbox.host_pods.engine import ProcessDeps, ProcessEngine, make_engine
 from sandbox.host_pods.oci import NodeLimits
 from sandbox.inventory import Inventory
 from sandbox.pods import PodDeps, Pods, find_handler
@@ -101,7 +101,7 @@ class Daemon:
         exits = Exits(self.inventory)
         rootfs = cast(Any, HostRootfs(self.root / "image"))
         layout = cgroup.find_layout(whole=True)
-        self.engine = ProcessEngine(
+        self.engine, _ = make_engine(
             self.inventory,
             exits,
             ProcessDeps(
@@ -203,7 +203,7 @@ async def test_a_pod_starts_and_goes_and_leaves_nothing(daemon: Daemon, fields: 
 async def test_whichever_step_of_a_pod_fails_all_is_undone(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, number: int, moment: str
 ) -> None:
-    step: Any = daemon.engine.pod_steps[number]
+    step: Any = daemon.engine.pods.pod_steps[number]
     with monkeypatch.context() as patch:
         patch.setattr(type(step), "up", _struck(type(step).up, moment))
         with pytest.raises(PhaseFailed, match=f"{step.name} failed.*the fault of the test"):
@@ -217,7 +217,7 @@ async def test_whichever_step_of_a_pod_fails_all_is_undone(
 async def test_killed_in_whichever_step_of_a_pod_the_next_start_undoes_it(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, number: int, moment: str
 ) -> None:
-    step: Any = daemon.engine.pod_steps[number]
+    step: Any = daemon.engine.pods.pod_steps[number]
     reached = asyncio.Event()
     up = type(step).up
 

@@ -40,7 +40,7 @@ from sandbox.steps.pod import Netns, Network, RunDir, Shares
 from sandbox.steps.rootfs import ContainerRootfs
 from sandbox.store import Store
 from sandbox.vm_pods.accelerator import AcceleratorChoice
-from sandbox.vm_pods.engine import VmDeps, VmEngine
+from sandbox.vm_pods.engine import VmDeps, make_engine
 from sandbox.vm_pods.pool import PoolDeps, VmPool
 from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.steps import Guest, Identity, Size, Vm, pod_steps
@@ -125,19 +125,21 @@ class Daemon:
                 tasks=self.tasks,
             )
         )
-        self.engine = VmEngine(
+        self.engine = make_engine(
             self.inventory,
             exits,
             VmDeps(
                 hypervisor=self.hypervisor,
                 steps=steps,
-                factory=self.factory,
+                pool=self.factory,
                 accelerator=_tcg,
                 rootfs=rootfs,
                 tasks=self.tasks,
-                room=Resizer(self.inventory, self.grow),
+                resizer=Resizer(self.inventory, self.grow),
                 default_profile=self.root / "apparmor",
-                usage=lambda pod: HostUsage(guest_memory_bytes=0, vmm=ProcessUsage(), helpers=ProcessUsage()),
+                host_usage=lambda pod: HostUsage(
+                    guest_memory_bytes=0, vmm=ProcessUsage(), helpers=ProcessUsage()
+                ),
             ),
         )
         self.engines = Engines({Isolation.VM: self.engine})
@@ -296,8 +298,8 @@ async def test_whichever_step_of_a_container_fails_all_is_undone(
 
 
 async def test_no_step_is_left_out(daemon: Daemon) -> None:
-    assert [type(step) for step in daemon.engine.container_steps] == CONTAINER_STEPS
-    names = set(step_names(daemon.engine.pod_steps))
+    assert [type(step) for step in daemon.engine.containers.container_steps] == CONTAINER_STEPS
+    names = set(step_names(daemon.engine.pods.pod_steps))
     assert names == {"cgroup", *(step.name for step in POD_STEPS)}  # cgroup: see POD_FAULTS
 
 

@@ -22,7 +22,7 @@ from sandbox.stats.collector import RATE_WINDOW_NS, Rate, StatsCollector
 from sandbox.stats.layer_usage import LayerUsage
 from sandbox.stats.parse import PodStats
 from sandbox.usage import CGROUP_FILES
-from sandbox.vm_pods import engine
+from sandbox.vm_pods import control
 from sandbox.vm_pods.usage import PATHS
 from tests.fakes.guest import FakeAgent
 from tests.fakes.host import FakeRootfs
@@ -174,7 +174,7 @@ async def test_a_guest_that_answers_at_last_is_asked_again(
     daemon: Daemon, meter: StatsCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collector, "WAIT_S", 0.05)
-    monkeypatch.setattr(engine, "GUEST_CALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(control, "GUEST_CALL_TIMEOUT_S", 0.1)
     id, _, guest = await running(daemon)
     guest.silent = True
     assert await read(meter, id) == []

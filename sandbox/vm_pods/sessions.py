@@ -1,0 +1,55 @@
+"""Sessions with containers and pods in VMs: each is a request to the agent and some streams."""
+
+from __future__ import annotations
+
+from sandbox.container import Container
+from sandbox.guest.sessions import AttachSession, ExecSession, Forwarded
+from sandbox.plan.encode import encode_process
+from sandbox.plan.values import ProcessPlan
+from sandbox.pod import Pod
+from sandbox.session import ExecResult
+from sandbox.vm_pods.propagation import PropagationSync
+
+DIAL_TIMEOUT_S = 30.0
+
+
+class VmSessions:
+    """See `engine.Sessions`. While the connection to the agent is being made again, calls wait for it."""
+
+    def __init__(self, propagation: PropagationSync) -> None:
+        self._propagation = propagation
+
+    async def exec_sync(
+        self, container: Container, process: ProcessPlan, timeout_s: float | None, limit: int
+    ) -> ExecResult:
+        client = await container.pod.guest()
+        result = await client.exec_sync(container.id, encode_process(process), timeout_s, limit)
+        # a command that mounted something on a bidirectional volume expects to find it on the host now
+        await self._propagation.look(container)
+        return result
+
+    async def exec(
+        self, container: Container, process: ProcessPlan, *, stdin: bool, stdout: bool, stderr: bool
+    ) -> ExecSession:
+        client = await container.pod.guest()
+        return await ExecSession.start(
+            client, container.id, encode_process(process), stdin=stdin, stdout=stdout, stderr=stderr
+        )
+
+    async def attach(self, container: Container, *, stdin: bool, stdout: bool, stderr: bool) -> AttachSession:
+        client = await container.pod.guest()
+        return await AttachSession.start(
+            client,
+            container.id,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            stdin_once=container.record.spec.stdin_once,
+        )
+
+    async def dial(self, pod: Pod, port: int) -> Forwarded:
+        return await Forwarded.dial(await pod.guest(), port, DIAL_TIMEOUT_S)
+
+    async def reopen_log(self, container: Container) -> None:
+        if container.relay is not None:
+            await container.relay.reopen()
