@@ -1,11 +1,16 @@
-// The agent: everything that it knows, in one place.
+// The agent's state, which all its parts share.
 #pragma once
 
+#include <sys/types.h>
+
 #include "channel.h"
-#include "container.h"
-#include "exec.h"
 #include "loop.h"
-#include "protocol.h"
+
+struct attachment;
+struct container;
+struct dial;
+struct exec;
+struct observer;
 
 enum { PHASES_MAX = 16 };
 
@@ -18,19 +23,20 @@ struct agent {
     struct attachment *attachments;
     struct dial *dials;
     int attachment_count, dial_count;
-    pid_t pod_init; // of the PID namespace that containers of the pod share; 0: none yet
+    const struct observer *observer; // sees every container's output, besides its log
+    pid_t pod_init; // of the PID namespace that containers of the pod share; 0: not started yet
     int pod_init_pidfd;
 
     int cgroup;            // directory that holds the containers' cgroups
-    int own_pid_namespace; // to come back to after a fork into another
-    int executable;        // the agent's own program
+    int own_pid_namespace; // to return to after a fork into another one
+    int executable;        // the agent's program
     int null;              // /dev/null
-    int oom_score_adj;     // the agent's own, which children inherit
+    int oom_score_adj;     // the agent's, which children inherit
 
-    char *submounts; // the share in which the host mounts things; NULL: there is none
+    char *submounts; // path of the share in which the host mounts file systems; NULL: there is none
 
-    bool test;    // an ordinary process on a developer's machine: that machine stays as it is
-    bool lenient; // cgroup files that do not exist are left out
+    bool test;    // standalone mode, on a developer's machine: leave that machine as it is
+    bool lenient; // skip cgroup files that do not exist
     bool configured;
     bool stopping;
 
@@ -41,19 +47,5 @@ struct agent {
     int phase_count;
 };
 
-// Notes a moment of the boot.
-void agent_phase(struct agent *agent, const char *name);
-
-// Opens the loop, signals and descriptors. The channel still has to be linked.
-void agent_open(struct agent *agent);
-
-// Serves until told to stop.
-void agent_serve(struct agent *agent);
-
-void reply_failure(struct agent *agent, uint32_t request, struct error *error);
-void reply_started(struct agent *agent, uint32_t request, pid_t pid);
-void reply_done(struct agent *agent, uint32_t request);
-void reply_send(struct agent *agent, uint32_t request, Reply *reply);
-void send_event(struct agent *agent, Event *event);
-void send_message(struct agent *agent, enum frame_kind kind, uint32_t stream,
-                  const ProtobufCMessage *message);
+// Records a moment of the boot. `name` must stay valid. Beyond PHASES_MAX nothing is recorded.
+void agent_record_phase(struct agent *agent, const char *name);

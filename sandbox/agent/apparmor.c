@@ -13,13 +13,13 @@ enum { COMMAND_MAX = 1024 };
 
 static int refuse(const char *profile, int number, struct error *error) {
     fail_about(error, number, "apparmor", profile);
-    if (number == ENOENT || number == ENODEV) // of the kernel's interface, not of a profile
+    if (number == ENOENT || number == ENODEV) // the kernel's interface is missing, not a profile
         snprintf(error->message, sizeof error->message, "%.120s: the guest's kernel has no AppArmor",
                  profile);
     return -1;
 }
 
-// The kernel's securityfs, mounted nowhere: no container can come to see it.
+// Returns the kernel's securityfs, a detached mount that no container can see.
 static int open_securityfs(void) {
     autoclose int context = fsopen("securityfs", FSOPEN_CLOEXEC);
     if (context < 0 || fsconfig(context, FSCONFIG_CMD_CREATE, NULL, NULL, 0) < 0)
@@ -36,10 +36,10 @@ int apparmor_load(const Start *start, struct error *error) {
     autoclose int file = securityfs < 0 ? -1 : openat(securityfs, "apparmor/.replace", O_WRONLY | O_CLOEXEC);
     if (file < 0)
         return refuse(profile, errno, error);
-    if (write(file, policy->data, policy->len) != (ssize_t)policy->len) { // the kernel takes it at once
+    if (write(file, policy->data, policy->len) != (ssize_t)policy->len) { // the kernel loads it in one write
         fail(error, errno, "apparmor");
-        snprintf(error->message, sizeof error->message,
-                 "%.120s: the guest's kernel does not take its policy: %s", profile, strerror(errno));
+        snprintf(error->message, sizeof error->message, "%.120s: the guest's kernel refuses its policy: %s",
+                 profile, strerror(errno));
         return -1;
     }
     return 0;

@@ -1,10 +1,10 @@
-// AppArmor profiles: how they come into the guest's kernel, and a process into one of them.
+// AppArmor: loads profiles into the guest's kernel, and lets a process enter one.
 #pragma once
 
 #include "protocol.h"
 
-// Loads the policy that the container brings along, if it does.
+// Loads the container's compiled policy, if it has one.
 int apparmor_load(const Start *start, struct error *error);
 
-// The next exec of the caller enters the process's profile, if it has one. Needs the guest's own /proc.
+// Makes the caller's next exec enter the process's profile, if it has one. Needs the guest's /proc.
 int apparmor_enter(const Process *process, struct error *error);

@@ -7,98 +7,108 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "agent.h"
 #include "clock.h"
+#include "reply.h"
 #include "scope.h"
 
 static uint64_t now_ms(void) {
     return monotonic_ns() / 1000000 + 1; // never 0
 }
 
-// --------------------------------------------------------------------------------------- ears
+// ------------------------------------------------------------------------------------- queues
 
-static size_t ear_room(const struct ear *ear) {
-    size_t length = buffer_length(&ear->pending);
-    return !ear->stream ? SIZE_MAX : length < ATTACH_BOUND ? ATTACH_BOUND - length : 0;
+static size_t queue_space(const struct output_queue *queue) {
+    size_t length = buffer_length(&queue->pending);
+    return !queue->stream ? SIZE_MAX : length < ATTACH_BOUND ? ATTACH_BOUND - length : 0;
 }
 
-static void ear_close(struct ear *ear, struct channel *channel) {
-    if (ear->stream)
-        channel_send(channel, FRAME_CLOSE, ear->stream, NULL, 0);
-    ear->stream = 0;
-    buffer_free(&ear->pending);
+static void queue_close(struct output_queue *queue, struct channel *channel) {
+    if (queue->stream)
+        channel_send(channel, FRAME_CLOSE, queue->stream, NULL, 0);
+    queue->stream = 0;
+    buffer_free(&queue->pending);
 }
 
-static size_t ear_can_send(const struct ear *ear, const struct channel *channel) {
-    size_t size = buffer_length(&ear->pending), room = channel_room(channel);
-    size = size < ear->credit ? size : (size_t)ear->credit;
-    size = size < room ? size : room;
+static size_t queue_sendable(const struct output_queue *queue, const struct channel *channel) {
+    size_t size = buffer_length(&queue->pending), space = channel_space(channel);
+    size = size < queue->credit ? size : (size_t)queue->credit;
+    size = size < space ? size : space;
     return size < DATA_MAX ? size : DATA_MAX;
 }
 
-static void ear_send(struct ear *ear, struct channel *channel) {
-    for (size_t size; (size = ear_can_send(ear, channel)) > 0;) {
-        channel_send(channel, FRAME_DATA, ear->stream, ear->pending.data + ear->pending.start, size);
-        buffer_consume(&ear->pending, size);
-        ear->credit -= size;
+static void queue_send(struct output_queue *queue, struct channel *channel) {
+    for (size_t size; (size = queue_sendable(queue, channel)) > 0;) {
+        channel_send(channel, FRAME_DATA, queue->stream, queue->pending.data + queue->pending.start, size);
+        buffer_consume(&queue->pending, size);
+        queue->credit -= size;
     }
 }
 
-static int index_of(const struct tap *tap) {
-    return (int)(tap - tap->container->taps);
+static int index_of(const struct stdio_reader *reader) {
+    return (int)(reader - reader->container->stdio);
 }
 
-static size_t tee_room(const struct tap *tap) {
+static size_t observer_space(const struct stdio_reader *reader) {
     size_t least = SIZE_MAX;
-    const struct container *container = tap->container;
+    const struct container *container = reader->container;
     for (struct attachment *each = container->agent->attachments; each; each = each->next) {
-        size_t room = each->container == container ? ear_room(&each->ears[index_of(tap)]) : SIZE_MAX;
-        least = room < least ? room : least;
+        size_t space = each->container == container ? queue_space(&each->queues[index_of(reader)]) : SIZE_MAX;
+        least = space < least ? space : least;
     }
     return least;
 }
 
-static void tee_take(const struct tap *tap, const uint8_t *bytes, size_t size) {
-    const struct container *container = tap->container;
+static void observer_output(const struct stdio_reader *reader, const uint8_t *bytes, size_t size) {
+    const struct container *container = reader->container;
     for (struct attachment *each = container->agent->attachments; each; each = each->next) {
-        struct ear *ear = &each->ears[index_of(tap)];
-        if (each->container == container && ear->stream)
-            buffer_append(&ear->pending, bytes, size);
+        struct output_queue *queue = &each->queues[index_of(reader)];
+        if (each->container == container && queue->stream)
+            buffer_append(&queue->pending, bytes, size);
     }
 }
 
-const struct tee attach_tee = {.room = tee_room, .take = tee_take};
+static void observer_ended(struct container *container) {
+    for (struct attachment *each = container->agent->attachments; each; each = each->next) {
+        if (each->container != container)
+            continue;
+        each->container = NULL;
+        input_stream_refuse(&each->input, each->agent);
+    }
+}
+
+const struct observer attach_observer = {
+    .space = observer_space, .output = observer_output, .ended = observer_ended};
 
 // ------------------------------------------------------------------------------------- stdin
 
-// The container's stdin ends, for whoever else writes to it too.
+// Closes the container's stdin, for all attachments.
 static void end_stdin(struct container *container) {
     for (struct attachment *each = container->agent->attachments; each; each = each->next)
-        if (each->container == container && each->inlet.source.fd >= 0)
-            inlet_refuse(&each->inlet, each->agent);
+        if (each->container == container && each->input.source.fd >= 0)
+            input_stream_refuse(&each->input, each->agent);
     close_fd(&container->stdin_pipe);
 }
 
 static void open_stdin(struct attachment *attachment) {
     struct container *container = attachment->container;
-    struct inlet *inlet = &attachment->inlet;
-    int fd = container->terminal ? container->taps[0].source.fd : container->stdin_pipe;
-    if (!inlet->stream)
+    struct input_stream *input = &attachment->input;
+    int fd = container->terminal ? container->stdio[0].source.fd : container->stdin_pipe;
+    if (!input->stream)
         return;
-    inlet->source.fd = container->has_stdin && fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 3) : -1;
-    if (inlet->source.fd < 0) {
-        inlet_refuse(inlet, attachment->agent);
+    input->source.fd = container->has_stdin && fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 3) : -1;
+    if (input->source.fd < 0) {
+        input_stream_refuse(input, attachment->agent);
         return;
     }
-    loop_add(&attachment->agent->loop, &inlet->source, EPOLLOUT);
-    inlet_begin(inlet, &attachment->agent->channel);
+    loop_add(&attachment->agent->loop, &input->source, EPOLLOUT);
+    input_stream_begin(input, &attachment->agent->channel);
 }
 
 static void pump_stdin(struct attachment *attachment) {
-    bool was_open = attachment->inlet.source.fd >= 0;
-    inlet_pump(&attachment->inlet, attachment->agent);
-    bool ended = was_open && attachment->inlet.source.fd < 0;
-    // a terminal has no half-close: it stays
+    bool was_open = attachment->input.source.fd >= 0;
+    input_stream_pump(&attachment->input, attachment->agent);
+    bool ended = was_open && attachment->input.source.fd < 0;
+    // a terminal has no half-close: it stays open
     if (ended && attachment->stdin_once && attachment->container && !attachment->container->terminal)
         end_stdin(attachment->container);
 }
@@ -113,8 +123,8 @@ static void release(struct attachment *attachment) {
     *link = attachment->next;
     agent->attachment_count--;
     for (int i = 0; i < 2; i++)
-        buffer_free(&attachment->ears[i].pending);
-    inlet_close(&attachment->inlet, agent);
+        buffer_free(&attachment->queues[i].pending);
+    input_stream_close(&attachment->input, agent);
     free(attachment);
 }
 
@@ -123,31 +133,22 @@ static void finish(struct attachment *attachment) {
     Detached detached = HUSK__GUEST__V1__DETACHED__INIT;
     detached.container_id = attachment->container_id;
     detached.attach_id = attachment->id;
-    detached.stalled = attachment->late;
+    detached.stalled = attachment->stalled;
     event.body_case = HUSK__GUEST__V1__EVENT__BODY_DETACHED;
     event.detached = &detached;
     send_event(attachment->agent, &event);
     release(attachment);
 }
 
-static bool is_over(const struct attachment *attachment) {
-    return !attachment->ears[0].stream && !attachment->ears[1].stream && attachment->inlet.source.fd < 0;
-}
-
-void attach_container_ended(struct container *container) {
-    for (struct attachment *each = container->agent->attachments; each; each = each->next) {
-        if (each->container != container)
-            continue;
-        each->container = NULL;
-        inlet_refuse(&each->inlet, each->agent);
-    }
+static bool is_done(const struct attachment *attachment) {
+    return !attachment->queues[0].stream && !attachment->queues[1].stream && attachment->input.source.fd < 0;
 }
 
 void attach_disconnect(struct agent *agent) {
     for (struct attachment *each = agent->attachments, *next; each; each = next) {
         next = each->next;
         struct container *container = each->container;
-        if (each->stdin_once && container && each->inlet.source.fd >= 0 && !container->terminal)
+        if (each->stdin_once && container && each->input.source.fd >= 0 && !container->terminal)
             close_fd(&container->stdin_pipe);
         release(each);
     }
@@ -161,9 +162,9 @@ static struct attachment *make(struct agent *agent, struct container *container,
         .agent = agent,
         .next = agent->attachments,
         .container = container,
-        .ears = {{.stream = message->stdout_stream, .credit = message->window},
-                 {.stream = message->stderr_stream, .credit = message->window}},
-        .inlet = inlet_make(message->stdin_stream),
+        .queues = {{.stream = message->stdout_stream, .credit = message->window},
+                   {.stream = message->stderr_stream, .credit = message->window}},
+        .input = input_stream_make(message->stdin_stream),
         .stdin_once = message->stdin_once,
         .stall_timeout_ms = message->stall_timeout_ms,
     };
@@ -177,7 +178,7 @@ static struct attachment *make(struct agent *agent, struct container *container,
 static int check(struct agent *agent, const Attach *message, struct error *error) {
     struct container *container = container_find(agent, message->container_id);
     if (!container || container->process.state != PROCESS_RUNNING)
-        return fail_about(error, ESRCH, "container", container ? "does not run" : "is unknown");
+        return fail_about(error, ESRCH, "container", container ? "is not running" : "is unknown");
     if (!is_id(message->attach_id))
         return fail_about(error, EINVAL, "attach", "id");
     if (agent->attachment_count >= ATTACHMENTS_MAX)
@@ -200,40 +201,40 @@ void attach_start(struct agent *agent, uint32_t request, const Attach *message) 
 
 int attach_frame(struct agent *agent, const struct frame *frame) {
     for (struct attachment *each = agent->attachments; each; each = each->next) {
-        int taken = inlet_frame(&each->inlet, frame);
-        if (taken)
-            return taken;
+        int handled = input_stream_frame(&each->input, frame);
+        if (handled)
+            return handled;
         for (int i = 0; i < 2; i++) {
-            struct ear *ear = &each->ears[i];
-            if (ear->stream != frame->stream)
+            struct output_queue *queue = &each->queues[i];
+            if (queue->stream != frame->stream)
                 continue;
             if (frame->kind == FRAME_WINDOW)
-                ear->credit += read_u32(frame->payload);
+                queue->credit += read_u32(frame->payload);
             if (frame->kind == FRAME_RESET)
-                ear_close(ear, &agent->channel);
+                queue_close(queue, &agent->channel);
             return 1;
         }
     }
     return 0;
 }
 
-static void cut_off(struct attachment *attachment) {
-    attachment->late = true;
+static void detach_stalled(struct attachment *attachment) {
+    attachment->stalled = true;
     for (int i = 0; i < 2; i++)
-        ear_close(&attachment->ears[i], &attachment->agent->channel);
-    inlet_refuse(&attachment->inlet, attachment->agent);
+        queue_close(&attachment->queues[i], &attachment->agent->channel);
+    input_stream_refuse(&attachment->input, attachment->agent);
 }
 
-static void look_at_patience(struct attachment *attachment) {
-    bool stuck = false;
+static void check_stall(struct attachment *attachment) {
+    bool stalled = false;
     for (int i = 0; i < 2; i++)
-        stuck |= attachment->container && ear_room(&attachment->ears[i]) == 0;
-    if (!stuck)
-        attachment->stuck_since_ms = 0;
-    else if (!attachment->stuck_since_ms)
-        attachment->stuck_since_ms = now_ms();
-    else if (now_ms() - attachment->stuck_since_ms >= attachment->stall_timeout_ms)
-        cut_off(attachment);
+        stalled |= attachment->container && queue_space(&attachment->queues[i]) == 0;
+    if (!stalled)
+        attachment->stalled_since_ms = 0;
+    else if (!attachment->stalled_since_ms)
+        attachment->stalled_since_ms = now_ms();
+    else if (now_ms() - attachment->stalled_since_ms >= attachment->stall_timeout_ms)
+        detach_stalled(attachment);
 }
 
 void attach_pump(struct agent *agent) {
@@ -241,12 +242,12 @@ void attach_pump(struct agent *agent) {
         next = each->next;
         pump_stdin(each);
         for (int i = 0; i < 2; i++) {
-            ear_send(&each->ears[i], &agent->channel);
-            if (!each->container && buffer_length(&each->ears[i].pending) == 0)
-                ear_close(&each->ears[i], &agent->channel);
+            queue_send(&each->queues[i], &agent->channel);
+            if (!each->container && buffer_length(&each->queues[i].pending) == 0)
+                queue_close(&each->queues[i], &agent->channel);
         }
-        look_at_patience(each);
-        if (is_over(each))
+        check_stall(each);
+        if (is_done(each))
             finish(each);
     }
 }
@@ -254,7 +255,7 @@ void attach_pump(struct agent *agent) {
 bool attach_has_work(const struct agent *agent) {
     for (const struct attachment *each = agent->attachments; each; each = each->next)
         for (int i = 0; i < 2; i++)
-            if (ear_can_send(&each->ears[i], &agent->channel) > 0)
+            if (queue_sendable(&each->queues[i], &agent->channel) > 0)
                 return true;
     return false;
 }
@@ -263,9 +264,9 @@ int attach_timeout_ms(const struct agent *agent) {
     uint64_t now = now_ms(), least = INT_MAX;
     bool any = false;
     for (const struct attachment *each = agent->attachments; each; each = each->next) {
-        if (!each->stuck_since_ms)
+        if (!each->stalled_since_ms)
             continue;
-        uint64_t end = each->stuck_since_ms + each->stall_timeout_ms;
+        uint64_t end = each->stalled_since_ms + each->stall_timeout_ms;
         uint64_t left = end > now ? end - now : 0;
         least = left < least ? left : least;
         any = true;

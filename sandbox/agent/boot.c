@@ -13,7 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <linux/vm_sockets.h> // of kernels before 6.9 needs <sys/socket.h> before it
+#include <linux/vm_sockets.h> // in kernels before 6.9 it needs <sys/socket.h> first
 
 #include "agent.h"
 #include "cgroup.h"
@@ -44,7 +44,7 @@ static void open_console(void) {
 }
 
 void boot_mounts(void) {
-    // pivot_root(2) refuses the kernel's first root: put a bind of it on top of it
+    // pivot_root(2) refuses the initial root file system: mount a bind of it over it
     mkdir("/root", 0755);
     must(mount("/", "/root", NULL, MS_BIND, NULL), "bind /");
     must(chdir("/root"), "bind /");
@@ -64,7 +64,7 @@ void boot_modules(void) {
     modules_load("/modules/order");
 }
 
-// Every controller that the kernel has is handed down to the containers' cgroups.
+// Enables every controller of the kernel for the cgroups beneath.
 static void delegate(int cgroup) {
     struct buffer controllers = {0};
     cgroup_read(cgroup, "cgroup.controllers", &controllers);
@@ -74,7 +74,7 @@ static void delegate(int cgroup) {
         char value[64];
         snprintf(value, sizeof value, "+%s", name);
         if (cgroup_write(cgroup, "cgroup.subtree_control", value) < 0)
-            say("controller %s: %s", name, strerror(errno));
+            console_log("controller %s: %s", name, strerror(errno));
     }
     buffer_free(&controllers);
 }
@@ -92,8 +92,8 @@ void boot_cgroups(struct agent *agent) {
     reboot(RB_DISABLE_CAD);
 }
 
-// The value of husk.channel on the kernel's command line.
-static void find_wish(char *wish, size_t size) {
+// Reads the value of husk.channel on the kernel's command line.
+static void read_channel_option(char *option, size_t size) {
     static char line[8192];
     autoclose int file = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
     ssize_t length = file >= 0 ? read(file, line, sizeof line - 1) : -1;
@@ -101,7 +101,7 @@ static void find_wish(char *wish, size_t size) {
     if (!found)
         panic("no husk.channel= on the kernel's command line");
     found += strlen("husk.channel=");
-    snprintf(wish, size, "%.*s", (int)strcspn(found, " \n"), found);
+    snprintf(option, size, "%.*s", (int)strcspn(found, " \n"), found);
 }
 
 static bool is_port(int ports, const char *entry, const char *name) {
@@ -135,7 +135,7 @@ static void open_serial(struct agent *agent, const char *name) {
         }
         nanosleep(&(struct timespec){.tv_nsec = PORT_STEP_MS * 1000000L}, NULL);
     }
-    panic("no virtio port is called %s", name);
+    panic("no virtio port named %s appeared within 10 s", name);
 }
 
 static void open_vsock(struct agent *agent, unsigned port) {
@@ -148,12 +148,12 @@ static void open_vsock(struct agent *agent, unsigned port) {
 }
 
 void boot_channel(struct agent *agent) {
-    char wish[256];
-    find_wish(wish, sizeof wish);
-    if (!strncmp(wish, "serial:", 7))
-        open_serial(agent, wish + 7);
-    else if (!strncmp(wish, "vsock:", 6) && isdigit((unsigned char)wish[6]))
-        open_vsock(agent, (unsigned)strtoul(wish + 6, NULL, 10));
+    char option[256];
+    read_channel_option(option, sizeof option);
+    if (!strncmp(option, "serial:", 7))
+        open_serial(agent, option + 7);
+    else if (!strncmp(option, "vsock:", 6) && isdigit((unsigned char)option[6]))
+        open_vsock(agent, (unsigned)strtoul(option + 6, NULL, 10));
     else
-        panic("husk.channel=%s: neither serial:NAME nor vsock:PORT", wish);
+        panic("husk.channel=%s: expected serial:NAME or vsock:PORT", option);
 }

@@ -1,4 +1,5 @@
-// From the kernel's hand-over to an open channel: only when the agent is PID 1 of a VM.
+// From the kernel's hand-over to an open channel: only where the agent is PID 1 of a VM. Any failure powers
+// the VM off.
 #pragma once
 
 struct agent;
@@ -7,5 +8,5 @@ void boot_mounts(void);
 void boot_modules(void);
 void boot_cgroups(struct agent *agent);
 
-// Opens the channel that the kernel's command line names: serial:NAME or vsock:PORT.
+// Opens the channel that the kernel's command line names: husk.channel=serial:NAME or vsock:PORT.
 void boot_channel(struct agent *agent);

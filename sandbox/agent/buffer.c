@@ -5,7 +5,7 @@
 
 #include "error.h"
 
-enum { KEPT = 256 * 1024 }; // an empty buffer gives back what it has beyond this
+enum { KEPT = 256 * 1024 }; // an empty buffer with a larger capacity is freed
 
 void *memory_get(size_t size) {
     void *memory = calloc(1, size ? size : 1);

@@ -11,7 +11,7 @@
 
 #include "scope.h"
 
-enum { DEPTH_MAX = 64 }; // of what a container nests in its own cgroup
+enum { DEPTH_MAX = 64 }; // of the cgroups that a container nests in its own
 
 int cgroup_make(int parent, const char *name, struct error *error) {
     if (mkdirat(parent, name, 0755) < 0)
@@ -73,15 +73,15 @@ int cgroup_kill(int cgroup) {
 }
 
 // Calls `act` for the directory and for each beneath it, the deepest first.
-static int walk(int parent, const char *name, int depth,
-                int (*act)(int parent, const char *name, void *context), void *context) {
+static int each_beneath(int parent, const char *name, int depth,
+                        int (*act)(int parent, const char *name, void *context), void *context) {
     int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     autoclosedir DIR *directory = fd >= 0 ? fdopendir(fd) : NULL;
     if (!directory)
         return fd < 0 && errno == ENOENT ? 0 : -1;
     for (struct dirent *entry; depth < DEPTH_MAX && (entry = readdir(directory));)
         if (entry->d_type == DT_DIR && strcmp(entry->d_name, ".") && strcmp(entry->d_name, ".."))
-            walk(fd, entry->d_name, depth + 1, act, context);
+            each_beneath(fd, entry->d_name, depth + 1, act, context);
     return act(parent, name, context);
 }
 
@@ -91,10 +91,10 @@ static int remove_one(int parent, const char *name, void *unused) {
 }
 
 int cgroup_remove(int parent, const char *name) {
-    // nearly always it is empty: one call
+    // nearly always it is empty, and one call is enough
     if (remove_one(parent, name, NULL) == 0)
         return 0;
-    return errno == EBUSY ? walk(parent, name, 0, remove_one, NULL) : -1;
+    return errno == EBUSY ? each_beneath(parent, name, 0, remove_one, NULL) : -1;
 }
 
 struct visitor {
@@ -116,7 +116,7 @@ static int visit_one(int parent, const char *name, void *context) {
 }
 
 void cgroup_each_process(int cgroup, void (*act)(pid_t pid, void *context), void *context) {
-    walk(cgroup, ".", 0, visit_one, &(struct visitor){act, context});
+    each_beneath(cgroup, ".", 0, visit_one, &(struct visitor){act, context});
 }
 
 static void signal_one(pid_t pid, void *signal) {

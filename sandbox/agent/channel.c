@@ -7,13 +7,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <linux/vm_sockets.h> // of kernels before 6.9 needs <sys/socket.h> before it
+#include <linux/vm_sockets.h> // in kernels before 6.9 it needs <sys/socket.h> first
 
 #include "error.h"
 
 enum {
     READ_SIZE = 64 * 1024,
-    OUT_ROOM = 128 * 1024, // of stream data that wait: more would delay every other stream
+    QUEUE_MAX = 128 * 1024, // of stream data: more would delay every other stream
 };
 
 struct secret {
@@ -23,14 +23,14 @@ struct secret {
 
 static void link_ready(struct source *source, uint32_t events) {
     struct channel *channel = container_of(source, struct channel, link);
-    // a hung-up serial port only waits for the next daemon
+    // a serial port that was hung up stays open: the next daemon will use it
     if (events & (EPOLLIN | EPOLLHUP | EPOLLERR | EPOLLRDHUP))
         channel->readable = true;
     if (events & EPOLLOUT)
         channel->writable = true;
 }
 
-// Containers have AF_VSOCK too, and could dial the agent by a loopback transport: only CID 2 is the host.
+// Containers have AF_VSOCK too, and could connect by a loopback transport: only CID 2 is the host (vsock(7)).
 static bool is_host(const struct sockaddr_storage *peer) {
     if (peer->ss_family != AF_VSOCK)
         return true;
@@ -55,7 +55,7 @@ static void listener_ready(struct source *source, uint32_t events) {
 
 void channel_open(struct channel *channel, struct loop *loop, void *context,
                   void (*resync)(void *, const uint8_t *), int (*frame)(void *, const struct frame *)) {
-    // a child on its way into a container may be looked at from there: it must not know the token
+    // a container may read the memory of a child that is entering it: the token must not be there
     struct secret *secret =
         mmap(NULL, sizeof *secret, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (secret == MAP_FAILED || madvise(secret, sizeof *secret, MADV_WIPEONFORK) < 0)
@@ -90,7 +90,7 @@ void channel_read(struct channel *channel) {
         return;
     ssize_t size = read(channel->link.fd, channel->piece, READ_SIZE);
     if (size <= 0) {
-        // EAGAIN, or the host has gone: a socket waits for the next accept, a port for its next edge
+        // EAGAIN, or the host hung up: a socket waits for the next accept, a port for its next edge
         if (size == 0 || errno != EINTR)
             channel->readable = false;
         return;
@@ -109,9 +109,9 @@ void channel_flush(struct channel *channel) {
     }
 }
 
-size_t channel_room(const struct channel *channel) {
+size_t channel_space(const struct channel *channel) {
     size_t queued = buffer_length(&channel->out);
-    return channel->greeted && queued < OUT_ROOM ? OUT_ROOM - queued : 0;
+    return channel->greeted && queued < QUEUE_MAX ? QUEUE_MAX - queued : 0;
 }
 
 uint8_t *channel_begin(struct channel *channel, size_t length) {
@@ -125,9 +125,9 @@ void channel_commit(struct channel *channel, enum frame_kind kind, uint32_t stre
 
 void channel_send(struct channel *channel, enum frame_kind kind, uint32_t stream, const void *payload,
                   size_t length) {
-    uint8_t *room = channel_begin(channel, length);
+    uint8_t *space = channel_begin(channel, length);
     if (length)
-        memcpy(room, payload, length);
+        memcpy(space, payload, length);
     channel_commit(channel, kind, stream, length);
 }
 

@@ -1,6 +1,6 @@
-// The one connection to the host: what comes in goes through the parser, what goes out is queued and
-// written in large pieces. Control frames are always taken; stream data only while there is room, so a
-// host that does not read bounds what is kept here.
+// The one connection to the host: what is read goes through the parser, what is written is queued and leaves
+// in large pieces. Control frames are always queued; stream data only while there is space, so a host that
+// does not read cannot make the queue grow.
 #pragma once
 
 #include <stdbool.h>
@@ -11,12 +11,12 @@
 
 struct channel {
     struct loop *loop;
-    struct source listener; // unix and vsock
+    struct source listener; // unix and vsock; -1: none
     struct source link;
     bool readable, writable;
-    bool greeted;          // WELCOME was sent on this connection, with our version agreed on
+    bool greeted;          // a Welcome with a common version was sent on this connection
     struct parser *parser; // holds the token
-    uint8_t *piece;        // as read; on pages that a forked child sees as zeros, as the parser
+    uint8_t *piece;        // bytes as read; like the parser on pages that a forked child sees as zeros
     struct buffer out;
 };
 
@@ -24,27 +24,28 @@ struct channel {
 void channel_open(struct channel *channel, struct loop *loop, void *context,
                   void (*resync)(void *, const uint8_t *), int (*frame)(void *, const struct frame *));
 
-// Takes over an open duplex descriptor, in place of the one before.
+// Uses an open duplex descriptor from now on, which it owns, and closes the one before.
 void channel_link(struct channel *channel, int fd);
 
-// Takes connections from a listening socket; each new one displaces the one before.
+// Accepts connections from a listening socket; each replaces the one before.
 void channel_listen(struct channel *channel, int fd);
 
-// Hangs up, and lets go of all memory.
+// Hangs up and frees all memory.
 void channel_close(struct channel *channel);
 
 void channel_read(struct channel *channel);  // one piece, if there is any
-void channel_flush(struct channel *channel); // as much as the host takes
+void channel_flush(struct channel *channel); // as much as the link accepts
 
 // Bytes of stream data that may be queued now.
-size_t channel_room(const struct channel *channel);
+size_t channel_space(const struct channel *channel);
 
 void channel_send(struct channel *channel, enum frame_kind kind, uint32_t stream, const void *payload,
                   size_t length);
 
-// Room for a frame's payload, to be filled in place; then queued with what was really filled in.
+// Returns space for a payload, to be filled in place; `channel_commit` then queues a frame with `length`
+// bytes of it.
 uint8_t *channel_begin(struct channel *channel, size_t length);
 void channel_commit(struct channel *channel, enum frame_kind kind, uint32_t stream, size_t length);
 
-// Drops what is queued and answers the nonce: the beginning of a conversation.
+// Starts a new connection: drops what is queued and echoes the nonce.
 void channel_reset(struct channel *channel, const uint8_t *nonce);

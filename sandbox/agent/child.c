@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #include "apparmor.h"
-#include "become.h"
+#include "exec_setup.h"
 #include "pty.h"
 #include "rootfs.h"
 #include "scope.h"
@@ -45,7 +45,7 @@ static int prepare(struct child *child, struct error *error) {
     return 0;
 }
 
-// Written while the guest's own /proc is still there.
+// Needs the guest's /proc, so it comes before the container's mounts.
 static int set_oom_score(const Process *process, const struct child *child, struct error *error) {
     if (process->oom_score_adj == child->oom_score_adj)
         return 0;
@@ -61,7 +61,7 @@ static int send_terminal(int status, int master, struct error *error) {
     char kind = STATUS_TERMINAL;
     union {
         struct cmsghdr header;
-        char room[CMSG_SPACE(sizeof(int))];
+        char space[CMSG_SPACE(sizeof(int))];
     } control = {
         .header = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int))}};
     memcpy(CMSG_DATA(&control.header), &master, sizeof master);
@@ -73,7 +73,7 @@ static int send_terminal(int status, int master, struct error *error) {
     return 0;
 }
 
-// Stdio becomes a new terminal of the container, its master goes to the agent.
+// Opens a new terminal of the container as stdio, and sends its master to the agent.
 static int open_terminal(int root, const Process *process, const struct child *child, struct error *error) {
     int slave = -1;
     autoclose int master = pty_open(root, process, &slave, error);
@@ -90,13 +90,13 @@ static int start(const Start *start, struct child *child, struct error *error) {
     if (prepare(child, error) < 0 || set_oom_score(start->process, child, error) < 0 ||
         apparmor_load(start, error) < 0 || apparmor_enter(start->process, error) < 0)
         return -1;
-    // only now: made by clone, the namespace would be rooted at the agent's cgroup
+    // not by clone(2): then the namespace would be rooted at the agent's cgroup
     if (unshare(CLONE_NEWCGROUP) < 0)
         return fail(error, errno, "cgroup namespace");
-    struct entrance entrance = {.self = -1, .container = -1};
+    struct userspace_entry entry = {.self = -1, .container = -1};
     if (userspace_wanted(start->process)) {
-        entrance.self = open("/proc/self", O_PATH | O_DIRECTORY | O_CLOEXEC);
-        if (entrance.self < 0)
+        entry.self = open("/proc/self", O_PATH | O_DIRECTORY | O_CLOEXEC);
+        if (entry.self < 0)
             return fail(error, errno, "/proc/self");
     }
     autoclose int root = rootfs_prepare(start, child->id, error);
@@ -107,8 +107,8 @@ static int start(const Start *start, struct child *child, struct error *error) {
         return -1;
     if (rootfs_enter(root, start, error) < 0)
         return -1;
-    close_fd(&root); // nothing of the outside may be left open when cwd is chosen
-    return become(start->process, &entrance, error);
+    close_fd(&root); // no descriptor from outside may be open when cwd is chosen
+    return exec_setup(start->process, &entry, error);
 }
 
 static int exec(const Process *process, struct child *child, struct error *error) {
@@ -117,7 +117,7 @@ static int exec(const Process *process, struct child *child, struct error *error
         return -1;
     if (setns(child->container, CLONE_NEWNS | CLONE_NEWCGROUP) < 0)
         return fail(error, errno, "join container");
-    struct entrance entrance = {.self = -1, .container = take_fd(&child->container)};
+    struct userspace_entry entry = {.self = -1, .container = take_fd(&child->container)};
     if (process->tty) {
         autoclose int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
         if (root < 0)
@@ -125,10 +125,10 @@ static int exec(const Process *process, struct child *child, struct error *error
         if (open_terminal(root, process, child, error) < 0)
             return -1;
     }
-    return become(process, &entrance, error);
+    return exec_setup(process, &entry, error);
 }
 
-static _Noreturn void give_up(int status, const struct error *error) {
+static _Noreturn void report_failure(int status, const struct error *error) {
     if (send(status, error, sizeof *error, MSG_NOSIGNAL) < 0)
         _exit(126);
     _exit(127);
@@ -137,11 +137,11 @@ static _Noreturn void give_up(int status, const struct error *error) {
 void child_start(const Start *message, struct child *child) {
     struct error error = {0};
     start(message, child, &error);
-    give_up(child->status, &error);
+    report_failure(child->status, &error);
 }
 
 void child_exec(const Process *process, struct child *child) {
     struct error error = {0};
     exec(process, child, &error);
-    give_up(child->status, &error);
+    report_failure(child->status, &error);
 }

@@ -61,7 +61,7 @@ static int make_directories(const char *path) {
     return mkdir(part, 0755) < 0 && errno != EEXIST ? -1 : 0;
 }
 
-// A share of the hypervisor may have been plugged a moment ago: its tag takes a while to be known.
+// A share may have been hot-plugged a moment ago: the mount is retried until the kernel knows its tag.
 static int mount_share(const char *tag, const char *path, struct error *error) {
     if (make_directories(path) < 0)
         return fail(error, errno, "share %s", tag);
@@ -87,7 +87,7 @@ static int mount_shm(uint64_t bytes, struct error *error) {
     return 0;
 }
 
-// On a developer's machine, whether the sysctl belongs to the namespaces of the test.
+// Whether the sysctl belongs to a namespace: all that may be set in standalone mode.
 static bool is_namespaced(const char *path) {
     static const char *const prefixes[] = {"net/", "kernel/shm", "kernel/msg", "kernel/sem", "fs/mqueue/"};
     for (size_t i = 0; i < sizeof prefixes / sizeof prefixes[0]; i++)
@@ -110,7 +110,7 @@ static int set_sysctl(const struct agent *agent, const char *path, const char *v
 
 int prepare_vm(struct agent *agent, const Prepare *prepare, struct error *error) {
     if (agent->test && geteuid() != 0)
-        return fail(error, EPERM, "prepare"); // without namespaces of its own
+        return fail(error, EPERM, "prepare"); // there are no namespaces to do it in
     if (mount_shm(prepare->shm_bytes, error) < 0)
         return -1;
     for (size_t i = 0; i < prepare->n_shares; i++) {
@@ -123,7 +123,7 @@ int prepare_vm(struct agent *agent, const Prepare *prepare, struct error *error)
     return 0;
 }
 
-// Whether CPU `number` is there, and is online in the end. CPU 0 often cannot be switched: it has no file.
+// Brings CPU `number` online; returns whether it is. CPU 0 often cannot be switched, and then has no file.
 static bool bring_online(unsigned number) {
     char path[64], state = '1';
     snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%u", number);
@@ -134,7 +134,7 @@ static bool bring_online(unsigned number) {
     if (file < 0)
         return number == 0;
     if (read(file, &state, 1) == 1 && state == '0' && pwrite(file, "1", 1, 0) < 0)
-        say("%s: %s", path, strerror(errno));
+        console_log("%s: %s", path, strerror(errno));
     return pread(file, &state, 1, 0) == 1 && state == '1';
 }
 
@@ -155,11 +155,12 @@ int online_cpus(struct agent *agent, uint32_t count, struct error *error) {
 
 int configure_pod(struct agent *agent, const Configure *configure, struct error *error) {
     if (agent->test && geteuid() != 0)
-        return fail(error, EPERM, "configure"); // without namespaces of its own
+        return fail(error, EPERM, "configure"); // there are no namespaces to do it in
     if (add_entropy(agent, &configure->entropy, error) < 0)
         return -1;
-    // a copy of a template has the time at which that was saved, and nothing runs yet that would mind a step
-    clock_set(agent, configure->wall_ns, 0);
+    // a clone of a template has the time of the snapshot, and nothing runs yet that a step would disturb
+    if (!agent->test)
+        clock_set(configure->wall_ns, 0);
     if (*configure->hostname && sethostname(configure->hostname, strlen(configure->hostname)) < 0)
         return fail(error, errno, "hostname");
     if (write_machine_id(configure->machine_id, error) < 0)
@@ -167,12 +168,12 @@ int configure_pod(struct agent *agent, const Configure *configure, struct error 
     if (net_configure(configure->interfaces, configure->n_interfaces, configure->routes, configure->n_routes,
                       error) < 0)
         return -1;
-    // behind the network: some belong to an interface
+    // after the network, as some belong to an interface
     for (size_t i = 0; i < configure->n_sysctls; i++)
         if (set_sysctl(agent, configure->sysctls[i]->path, configure->sysctls[i]->value, error) < 0)
             return -1;
     if (configure->dry_run)
-        return net_take_back(configure->interfaces, configure->n_interfaces, error);
+        return net_deconfigure(configure->interfaces, configure->n_interfaces, error);
     agent->configured = true;
     return 0;
 }

@@ -11,12 +11,11 @@
 #include <sys/stat.h>
 #include <sys/statfs.h>
 
-#include "agent.h"
-#include "attach.h"
 #include "cgroup.h"
 #include "guest.h"
 #include "pod_init.h"
 #include "pty.h"
+#include "reply.h"
 #include "scope.h"
 
 enum { FENCES = 4 };
@@ -52,14 +51,14 @@ static void remove_files(const struct container *container) {
     rmdir(path);
 }
 
-// What the host mounts in a share is a file system of its own for the guest (a FUSE submount), and lives as
-// long as the mount namespace of the container that uses it. Files that were closed a moment ago are still
-// being released then, which Linux does not wait for when such a file system goes: it finds their inodes
-// busy, and where it is built to distrust that (as Debian's is) it stops the process there and then. So the
-// namespace outlives the container's processes, and goes behind an answer of the share, which comes behind
-// all that was asked before. A file that was being read ahead is released only behind that; hence several
-// answers.
-static void let_mounts_go(struct container *container) {
+// A mount that the host makes in a share is a separate file system in the guest (a FUSE submount), and lives
+// as long as the mount namespace of the container that uses it. Linux does not wait for files that were
+// closed a moment ago and are still being released when such a file system is unmounted: it finds their
+// inodes busy, and a kernel built to check for that (as Debian's is) stops the process at that point. So the
+// agent holds the namespace beyond the container's processes, and closes it after a reply of the share, which
+// comes after those to all earlier requests. A file that was being read ahead is released only after that,
+// hence several replies.
+static void detach_mounts(struct container *container) {
     struct statfs unused;
     for (int i = 0; container->mounts >= 0 && i < FENCES; i++)
         statfs(container->agent->submounts, &unused);
@@ -75,46 +74,39 @@ static void release(struct container *container) {
     if (container->log.stream && agent->channel.greeted)
         channel_send(&agent->channel, FRAME_CLOSE, container->log.stream, NULL, 0);
     for (int i = 0; i < 2; i++)
-        tap_close(&container->taps[i], &agent->loop);
+        stdio_reader_close(&container->stdio[i], &agent->loop);
     loop_close(&agent->loop, &container->memory_events);
-    loop_close(&agent->loop, &container->population);
+    loop_close(&agent->loop, &container->cgroup_events);
     process_close(&container->process, &agent->loop);
     close_fd(&container->stdin_pipe);
-    let_mounts_go(container);
+    detach_mounts(container);
     close_fd(&container->spare.directory);
     close_fd(&container->cgroup);
     log_free(&container->log);
     free(container);
 }
 
-static void wait_for_population(struct container *container) {
+static void wait_until_empty(struct container *container) {
     cgroup_kill(container->cgroup);
-    if (container->population.fd >= 0)
+    if (container->cgroup_events.fd >= 0)
         return;
-    container->population.fd = openat(container->cgroup, "cgroup.events", O_RDONLY | O_CLOEXEC);
-    if (container->population.fd >= 0)
-        loop_add(&container->agent->loop, &container->population, EPOLLPRI);
+    container->cgroup_events.fd = openat(container->cgroup, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    if (container->cgroup_events.fd >= 0)
+        loop_add(&container->agent->loop, &container->cgroup_events, EPOLLPRI);
 }
 
-static bool has_execs(const struct container *container) {
-    for (struct exec *exec = container->agent->execs; exec; exec = exec->next)
-        if (!strcmp(exec->container_id, container->id) && exec->process.state != PROCESS_ENDED)
-            return true;
-    return false;
-}
-
-void container_continue(struct container *container) {
+void container_continue_removal(struct container *container) {
     struct agent *agent = container->agent;
-    if (!container->removing || container->process.state != PROCESS_ENDED || has_execs(container))
+    if (!container->removing || container->process.state != PROCESS_ENDED || container->execs)
         return;
     if (container->spare.directory >= 0)
         unlinkat(container->cgroup, container->spare.name, AT_REMOVEDIR);
     if (cgroup_remove(agent->cgroup, container->id) < 0) {
         if (errno == EBUSY) {
-            wait_for_population(container);
+            wait_until_empty(container);
             return;
         }
-        say("cgroup of %s: %s", container->id, strerror(errno));
+        console_log("cgroup of %s: %s", container->id, strerror(errno));
     }
     if (container->has_files)
         remove_files(container);
@@ -125,11 +117,11 @@ void container_continue(struct container *container) {
     release(container);
 }
 
-static void population_ready(struct source *source, uint32_t events) {
+static void cgroup_events_ready(struct source *source, uint32_t events) {
     (void)events;
-    struct container *container = container_of(source, struct container, population);
+    struct container *container = container_of(source, struct container, cgroup_events);
     if (cgroup_value(source->fd, "populated") == 0)
-        container_continue(container);
+        container_continue_removal(container);
 }
 
 void container_remove(struct agent *agent, uint32_t request, const char *id) {
@@ -140,15 +132,15 @@ void container_remove(struct agent *agent, uint32_t request, const char *id) {
     }
     if (container->waiter_count == WAITERS_MAX) {
         struct error error = {0};
-        fail_about(&error, EBUSY, "remove", "is under way");
+        fail_about(&error, EBUSY, "remove", "too many removals of it are under way");
         reply_failure(agent, request, &error);
         return;
     }
     container->waiters[container->waiter_count++] = request;
     container->removing = true;
-    if (container->process.state != PROCESS_ENDED || has_execs(container))
+    if (container->process.state != PROCESS_ENDED || container->execs)
         cgroup_kill(container->cgroup);
-    container_continue(container);
+    container_continue_removal(container);
 }
 
 void container_describe(struct container *container, Exited *exited) {
@@ -159,30 +151,31 @@ void container_describe(struct container *container, Exited *exited) {
     exited->at_ns = container->process.ended_at;
 }
 
-// The start has succeeded, and whoever waits is told.
+// The start has succeeded: replies, unless that was done.
 static void announce(struct container *container) {
     struct agent *agent = container->agent;
     if (container->process.terminal >= 0)
-        tap_open(&container->taps[0], &agent->loop, take_fd(&container->process.terminal), "stdout");
+        stdio_reader_open(&container->stdio[0], &agent->loop, take_fd(&container->process.terminal),
+                          "stdout");
     if (container->process.request)
         reply_started(agent, container->process.request, container->process.pid);
     container->process.request = 0;
 }
 
-void container_ended(struct container *container, int wait_status) {
+void container_set_ended(struct container *container, int wait_status) {
     struct agent *agent = container->agent;
     process_set_ended(&container->process, &agent->loop, wait_status);
-    if (container->process.failed) { // undone before it is answered, so a new attempt may come at once
+    if (container->process.failed) { // undo it before the reply, so that a new attempt may come at once
         container->removing = true;
-        container_continue(container);
+        container_continue_removal(container);
         return;
     }
-    announce(container); // it may have ended before its start was looked at
+    announce(container); // it may have ended before its start was polled
     if (container->shared_pids)
         cgroup_kill(container->cgroup);
     for (int i = 0; i < 2; i++)
-        log_drain(&container->log, &container->taps[i], &agent->loop, true);
-    attach_container_ended(container);
+        log_drain(&container->log, &container->stdio[i], &agent->loop, true);
+    agent->observer->ended(container);
     container->log.finished = true;
     close_fd(&container->stdin_pipe);
     Event event = HUSK__GUEST__V1__EVENT__INIT;
@@ -191,7 +184,7 @@ void container_ended(struct container *container, int wait_status) {
     event.body_case = HUSK__GUEST__V1__EVENT__BODY_EXITED;
     event.exited = &exited;
     send_event(agent, &event);
-    container_continue(container);
+    container_continue_removal(container);
 }
 
 int container_signal(struct container *container, int signal, bool all, struct error *error) {
@@ -204,9 +197,9 @@ int container_signal(struct container *container, int signal, bool all, struct e
 }
 
 int container_resize(struct container *container, const Resize *size, struct error *error) {
-    if (!container->terminal || container->taps[0].source.fd < 0)
+    if (!container->terminal || container->stdio[0].source.fd < 0)
         return fail_about(error, ENOTTY, "resize", "container has no terminal");
-    return pty_resize(container->taps[0].source.fd, size->rows, size->columns, error);
+    return pty_resize(container->stdio[0].source.fd, size->rows, size->columns, error);
 }
 
 // ---------------------------------------------------------------------------------- starting
@@ -215,13 +208,13 @@ static void status_ready(struct source *source, uint32_t events) {
     (void)events;
     struct process *process = container_of(source, struct process, status);
     struct container *container = container_of(process, struct container, process);
-    if (process_look(process, &container->agent->loop) && !process->failed)
-        announce(container); // after a failure, the child's end is still to come
+    if (process_poll(process, &container->agent->loop) && !process->failed)
+        announce(container); // a failure is handled when the child has ended
 }
 
-static void tap_ready(struct source *source, uint32_t events) {
+static void stdio_ready(struct source *source, uint32_t events) {
     (void)events;
-    container_of(source, struct tap, source)->readable = true;
+    container_of(source, struct stdio_reader, source)->readable = true;
 }
 
 static void memory_events_ready(struct source *source, uint32_t events) {
@@ -236,8 +229,8 @@ static void memory_events_ready(struct source *source, uint32_t events) {
     oom.container_id = container->id;
     event.body_case = HUSK__GUEST__V1__EVENT__BODY_OOM;
     event.oom = &oom;
-    // a container can go on for ever with it: nothing is kept for a host that does not read
-    if (channel_room(&container->agent->channel) > 0)
+    // a container can cause these without end: none is queued for a host that does not read
+    if (channel_space(&container->agent->channel) > 0)
         send_event(container->agent, &event);
 }
 
@@ -257,12 +250,12 @@ static struct container *make(struct agent *agent, const Start *start, uint32_t 
         .mounts = -1,
         .spare = {.directory = -1},
         .memory_events = {.fd = -1, .ready = memory_events_ready},
-        .population = {.fd = -1, .ready = population_ready},
+        .cgroup_events = {.fd = -1, .ready = cgroup_events_ready},
         .log = {.stream = start->log_stream, .credit = start->log_window, .wanted = start->log_stream != 0},
     };
     for (int i = 0; i < 2; i++)
-        container->taps[i] = (struct tap){
-            .source = {.fd = -1, .ready = tap_ready}, .container = container, .tee = &attach_tee};
+        container->stdio[i] = (struct stdio_reader){
+            .source = {.fd = -1, .ready = stdio_ready}, .container = container, .observer = agent->observer};
     snprintf(container->id, sizeof container->id, "%s", start->id);
     agent->containers = container;
     return container;
@@ -292,7 +285,7 @@ static int prepare_files(struct container *container, const Start *start, struct
     return 0;
 }
 
-// The container's ends go to `child`, the agent's ends to taps and stdin_pipe.
+// The container's ends of the pipes go to `child`, the agent's ends to stdio and stdin_pipe.
 static int prepare_output(struct container *container, const Start *start, struct child *child,
                           struct error *error) {
     static const char *const names[] = {"stdout", "stderr"};
@@ -300,7 +293,7 @@ static int prepare_output(struct container *container, const Start *start, struc
         int ends[2];
         if (pipe2(ends, O_CLOEXEC) < 0 || fcntl(ends[0], F_SETFL, O_NONBLOCK) < 0)
             return fail(error, errno, "pipe");
-        tap_open(&container->taps[i], &container->agent->loop, ends[0], names[i]);
+        stdio_reader_open(&container->stdio[i], &container->agent->loop, ends[0], names[i]);
         child->stdio[i + 1] = ends[1];
     }
     if (start->stdin && !start->process->tty) {
@@ -334,7 +327,7 @@ static int place(struct container *container, const Start *start, struct placeme
         container->shared_pids = true;
         target = container_find(agent, start->pid_target);
         if (!target || target->process.state != PROCESS_RUNNING)
-            return fail_about(error, ESRCH, "pid namespace", "target container does not run");
+            return fail_about(error, ESRCH, "pid namespace", "target container is not running");
         placement->pid_namespace = target->process.pidfd;
         return 0;
     default:
@@ -368,7 +361,7 @@ static int launch(struct container *container, const Start *start, struct child 
 static int check(struct agent *agent, const Start *start, struct error *error) {
     if (!is_id(start->id) || !start->process || start->rootfs[0] != '/')
         return fail_about(error, EINVAL, "start", "id, process or rootfs");
-    if (agent->test && start->apparmor_policy.len) // it would be the machine's own kernel
+    if (agent->test && start->apparmor_policy.len) // the kernel is the machine's
         return fail_about(error, EPERM, "apparmor", start->process->apparmor);
     if (container_find(agent, start->id))
         return fail_about(error, EEXIST, "start", start->id);
@@ -394,13 +387,13 @@ void container_start(struct agent *agent, uint32_t request, const Start *start) 
     for (int i = 0; i < 3; i++)
         close_fd(&child.stdio[i]);
     close_fd(&child.status);
-    if (failed < 0) { // no process was made: it ends before it began
+    if (failed < 0) { // no process was made
         container->process.state = PROCESS_ENDED;
         container->process.failed = true;
         container->process.error = error;
         container->log.stream = 0;
         container->removing = true;
-        container_continue(container);
+        container_continue_removal(container);
     }
 }
 
@@ -408,13 +401,13 @@ void container_start(struct agent *agent, uint32_t request, const Start *start) 
 
 void container_pump(struct container *container) {
     for (int i = 0; i < 2; i++)
-        if (container->taps[i].source.fd >= 0)
-            log_drain(&container->log, &container->taps[i], &container->agent->loop, false);
+        if (container->stdio[i].source.fd >= 0)
+            log_drain(&container->log, &container->stdio[i], &container->agent->loop, false);
     log_send(&container->log, &container->agent->channel);
 }
 
 bool container_has_work(const struct container *container) {
-    return log_has_work(&container->log, container->taps, 2);
+    return log_has_work(&container->log, container->stdio, 2);
 }
 
 void container_disconnect(struct container *container) {
@@ -423,11 +416,11 @@ void container_disconnect(struct container *container) {
     container->process.request = 0;
     if (container->process.state != PROCESS_STARTING)
         return;
-    if (process_look(&container->process, &container->agent->loop) && !container->process.failed) {
+    if (process_poll(&container->process, &container->agent->loop) && !container->process.failed) {
         announce(container);
         return;
     }
-    container->process.failed = true; // nobody knows of it: undone when the child has died
+    container->process.failed = true; // undone when the child has ended
     container->removing = true;
     cgroup_kill(container->cgroup);
 }

@@ -8,7 +8,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "reply.h"
 #include "scope.h"
 
 static void release(struct dial *dial) {
@@ -19,8 +19,8 @@ static void release(struct dial *dial) {
     *link = dial->next;
     agent->dial_count--;
     loop_close(&agent->loop, &dial->connecting);
-    inlet_close(&dial->inlet, agent);
-    outlet_close(&dial->outlet, agent);
+    input_stream_close(&dial->input, agent);
+    output_stream_close(&dial->output, agent);
     free(dial);
 }
 
@@ -52,49 +52,50 @@ static int begin(struct dial *dial, struct error *error) {
     }
     dial->connecting.fd = fd;
     dial->decided = false;
-    loop_add(&dial->agent->loop, &dial->connecting, EPOLLOUT); // only now: before, it would count as hung up
+    loop_add(&dial->agent->loop, &dial->connecting,
+             EPOLLOUT); // only after connect(2): before, it would be reported as hung up
     return 0;
 }
 
-// The one socket gets a descriptor for each direction, so that each has its own source.
+// Each direction gets its own descriptor of the socket, and so its own source.
 static int split(struct dial *dial, struct error *error) {
     struct loop *loop = &dial->agent->loop;
-    dial->inlet.source.fd = fcntl(dial->connecting.fd, F_DUPFD_CLOEXEC, 3);
-    dial->outlet.source.fd = fcntl(dial->connecting.fd, F_DUPFD_CLOEXEC, 3);
-    if (dial->inlet.source.fd < 0 || dial->outlet.source.fd < 0) {
+    dial->input.source.fd = fcntl(dial->connecting.fd, F_DUPFD_CLOEXEC, 3);
+    dial->output.source.fd = fcntl(dial->connecting.fd, F_DUPFD_CLOEXEC, 3);
+    if (dial->input.source.fd < 0 || dial->output.source.fd < 0) {
         fail(error, errno, "connect to port %u", dial->port);
-        close_fd(&dial->inlet.source.fd);
-        close_fd(&dial->outlet.source.fd);
+        close_fd(&dial->input.source.fd);
+        close_fd(&dial->output.source.fd);
         return -1;
     }
     loop_close(loop, &dial->connecting);
-    loop_add(loop, &dial->inlet.source, EPOLLOUT);
-    loop_add(loop, &dial->outlet.source, EPOLLIN | EPOLLRDHUP);
+    loop_add(loop, &dial->input.source, EPOLLOUT);
+    loop_add(loop, &dial->output.source, EPOLLIN | EPOLLRDHUP);
     reply_done(dial->agent, dial->request);
     dial->request = 0;
-    inlet_begin(&dial->inlet, &dial->agent->channel);
+    input_stream_begin(&dial->input, &dial->agent->channel);
     return 0;
 }
 
-static void give_up(struct dial *dial, struct error *error) {
+static void abandon(struct dial *dial, struct error *error) {
     if (dial->request)
         reply_failure(dial->agent, dial->request, error);
     release(dial);
 }
 
-// What listens on ::1 alone is found second; the first refusal is the one to tell.
-static void failed(struct dial *dial, struct error *error) {
+// Tries ::1 after 127.0.0.1; if both fail, the error of 127.0.0.1 is reported.
+static void try_next(struct dial *dial, struct error *error) {
     if (dial->v6) {
-        give_up(dial, &dial->error);
+        abandon(dial, &dial->error);
         return;
     }
     dial->error = *error;
     dial->v6 = true;
     if (begin(dial, error) < 0)
-        give_up(dial, &dial->error);
+        abandon(dial, &dial->error);
 }
 
-static void decide(struct dial *dial) {
+static void finish_connect(struct dial *dial) {
     struct error error = {0};
     int reason = 0;
     socklen_t size = sizeof reason;
@@ -103,18 +104,19 @@ static void decide(struct dial *dial) {
     if (reason) {
         fail(&error, reason, "connect to port %u", dial->port);
         loop_close(&dial->agent->loop, &dial->connecting);
-        failed(dial, &error);
+        try_next(dial, &error);
     } else if (split(dial, &error) < 0) {
-        give_up(dial, &error);
+        abandon(dial, &error);
     }
 }
 
 void dial_start(struct agent *agent, uint32_t request, const Dial *message) {
     struct error error = {0};
-    bool sane =
+    bool valid =
         message->port && message->port <= UINT16_MAX && message->to_port_stream && message->from_port_stream;
-    if (!sane || agent->dial_count >= DIALS_MAX) {
-        fail_about(&error, sane ? EMFILE : EINVAL, "dial", sane ? "connections" : "port or streams");
+    if (!valid || agent->dial_count >= DIALS_MAX) {
+        fail_about(&error, valid ? EMFILE : EINVAL, "dial",
+                   valid ? "too many connections" : "port or streams");
         reply_failure(agent, request, &error);
         return;
     }
@@ -125,26 +127,26 @@ void dial_start(struct agent *agent, uint32_t request, const Dial *message) {
         .request = request,
         .port = (uint16_t)message->port,
         .connecting = {.fd = -1, .ready = connecting_ready},
-        .inlet = inlet_make(message->to_port_stream),
-        .outlet = outlet_make(message->from_port_stream, message->window),
+        .input = input_stream_make(message->to_port_stream),
+        .output = output_stream_make(message->from_port_stream, message->window),
     };
-    dial->inlet.socket = true;
+    dial->input.socket = true;
     agent->dials = dial;
     agent->dial_count++;
     if (begin(dial, &error) < 0)
-        failed(dial, &error);
+        try_next(dial, &error);
 }
 
 // --------------------------------------------------------------------------------- every turn
 
 int dial_frame(struct agent *agent, const struct frame *frame) {
     for (struct dial *dial = agent->dials; dial; dial = dial->next) {
-        int taken = inlet_frame(&dial->inlet, frame);
-        if (!taken)
-            taken = outlet_frame(&dial->outlet, agent, frame);
-        if (taken) {
+        int handled = input_stream_frame(&dial->input, frame);
+        if (!handled)
+            handled = output_stream_frame(&dial->output, agent, frame);
+        if (handled) {
             dial->hung_up |= frame->kind == FRAME_RESET;
-            return taken;
+            return handled;
         }
     }
     return 0;
@@ -153,14 +155,14 @@ int dial_frame(struct agent *agent, const struct frame *frame) {
 static void hang_up(struct dial *dial) {
     struct error error = {0};
     fail_about(&error, ECANCELED, "dial", "connection");
-    inlet_refuse(&dial->inlet, dial->agent);
-    give_up(dial, &error);
+    input_stream_refuse(&dial->input, dial->agent);
+    abandon(dial, &error);
 }
 
 static void move(struct dial *dial) {
-    inlet_pump(&dial->inlet, dial->agent);
-    outlet_pump(&dial->outlet, dial->agent, false, false);
-    if (dial->inlet.source.fd < 0 && dial->outlet.source.fd < 0)
+    input_stream_pump(&dial->input, dial->agent);
+    output_stream_pump(&dial->output, dial->agent, false, false);
+    if (dial->input.source.fd < 0 && dial->output.source.fd < 0)
         release(dial);
 }
 
@@ -172,13 +174,13 @@ void dial_pump(struct agent *agent) {
         else if (dial->connecting.fd < 0)
             move(dial);
         else if (dial->decided)
-            decide(dial);
+            finish_connect(dial);
     }
 }
 
 bool dial_has_work(const struct agent *agent) {
     for (const struct dial *dial = agent->dials; dial; dial = dial->next)
-        if (outlet_has_work(&dial->outlet, &agent->channel, false))
+        if (output_stream_has_work(&dial->output, &agent->channel, false))
             return true;
     return false;
 }

@@ -32,10 +32,10 @@ static void print(const char *format, va_list arguments) {
     vsnprintf(line + length, sizeof line - length - 1, format, arguments);
     strcat(line, "\n");
     if (write(STDERR_FILENO, line, strlen(line)) < 0)
-        return; // no console: nobody to tell
+        return; // there is no console
 }
 
-void say(const char *format, ...) {
+void console_log(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     print(format, arguments);
@@ -47,8 +47,8 @@ void panic(const char *format, ...) {
     va_start(arguments, format);
     print(format, arguments);
     va_end(arguments);
-    // the ending of PID 1 would only add a kernel panic to the message; in a PID namespace of the
-    // host reboot(2) ends that namespace alone
+    // exiting as PID 1 would add a kernel panic to the message; in a PID namespace of the host reboot(2)
+    // ends only that namespace
     if (getpid() == 1)
         reboot(RB_POWER_OFF);
     _exit(1);

@@ -7,9 +7,9 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "agent.h"
 #include "cgroup.h"
 #include "pty.h"
+#include "reply.h"
 #include "scope.h"
 
 struct exec *exec_find(struct agent *agent, const char *container_id, const char *id) {
@@ -23,13 +23,14 @@ struct exec *exec_find(struct agent *agent, const char *container_id, const char
 
 int exec_frame(struct agent *agent, const struct frame *frame) {
     for (struct exec *exec = agent->execs; exec; exec = exec->next) {
-        int taken = inlet_frame(&exec->inlet, frame);
-        for (int i = 0; i < 2 && !taken; i++)
-            taken = outlet_frame(&exec->outlets[i], agent, frame);
-        if (taken && exec->terminal && frame->kind == FRAME_RESET) // its other descriptor, too: hung up
-            inlet_refuse(&exec->inlet, agent);
-        if (taken)
-            return taken;
+        int handled = input_stream_frame(&exec->input, frame);
+        for (int i = 0; i < 2 && !handled; i++)
+            handled = output_stream_frame(&exec->outputs[i], agent, frame);
+        if (handled && exec->terminal &&
+            frame->kind == FRAME_RESET) // closes its other descriptor too: a hangup
+            input_stream_refuse(&exec->input, agent);
+        if (handled)
+            return handled;
     }
     return 0;
 }
@@ -41,8 +42,8 @@ static void remove_group(struct container *container, const char *name) {
         container->exec_leftovers++;
 }
 
-// The cgroups of execs whose background processes have ended since.
-static void sweep(struct container *container) {
+// Removes the cgroups of ended execs whose background processes have ended since.
+static void remove_leftovers(struct container *container) {
     if (container->exec_leftovers == 0)
         return;
     container->exec_leftovers = 0;
@@ -54,8 +55,8 @@ static void sweep(struct container *container) {
             remove_group(container, entry->d_name);
 }
 
-// Making and removing a cgroup takes a tenth of an exec, so one is kept.
-static void put_back(struct exec_group *group, struct container *container) {
+// Keeps the cgroup for the next exec, or removes it: making and removing one takes a tenth of an exec.
+static void recycle_group(struct exec_group *group, struct container *container) {
     if (group->directory < 0)
         return;
     if (container && !group->killed && container->spare.directory < 0) {
@@ -68,10 +69,17 @@ static void put_back(struct exec_group *group, struct container *container) {
     }
 }
 
-// Whether it is still there, and nobody is in it: a background process may have stayed.
-static bool is_free(const struct exec_group *group) {
+// Whether the cgroup still exists and is empty: a background process may have stayed in it.
+static bool is_empty(const struct exec_group *group) {
     autoclose int events = openat(group->directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
     return events >= 0 && cgroup_value(events, "populated") == 0;
+}
+
+// Its process does not run any more, or was never made: a removal of the container need not wait for it.
+static void uncount(struct exec *exec, struct container *container) {
+    if (container && exec->counted)
+        container->execs--;
+    exec->counted = false;
 }
 
 static void release(struct exec *exec) {
@@ -81,14 +89,15 @@ static void release(struct exec *exec) {
         link = &(*link)->next;
     *link = exec->next;
     for (int i = 0; i < 2; i++)
-        outlet_close(&exec->outlets[i], agent);
-    inlet_close(&exec->inlet, agent);
-    loop_close(&agent->loop, &exec->population);
+        output_stream_close(&exec->outputs[i], agent);
+    input_stream_close(&exec->input, agent);
+    loop_close(&agent->loop, &exec->cgroup_events);
     process_close(&exec->process, &agent->loop);
     struct container *container = container_find(agent, exec->container_id);
-    put_back(&exec->cgroup, container);
+    uncount(exec, container);
+    recycle_group(&exec->cgroup, container);
     if (container)
-        sweep(container);
+        remove_leftovers(container);
     free(exec);
 }
 
@@ -120,59 +129,60 @@ static void announce(struct exec *exec) {
         return;
     reply_started(agent, exec->process.request, exec->process.pid);
     exec->process.request = 0;
-    inlet_begin(&exec->inlet, &agent->channel);
+    input_stream_begin(&exec->input, &agent->channel);
 }
 
-// The master of a terminal serves both directions: one descriptor each, so that each has its own source.
+// The master of a terminal serves both directions, each with its own descriptor and source.
 static void take_terminal(struct exec *exec) {
     struct loop *loop = &exec->agent->loop;
     if (exec->process.terminal < 0)
         return;
-    if (exec->inlet.stream) {
-        exec->inlet.source.fd = fcntl(exec->process.terminal, F_DUPFD_CLOEXEC, 3);
-        if (exec->inlet.source.fd >= 0)
-            loop_add(loop, &exec->inlet.source, EPOLLOUT);
+    if (exec->input.stream) {
+        exec->input.source.fd = fcntl(exec->process.terminal, F_DUPFD_CLOEXEC, 3);
+        if (exec->input.source.fd >= 0)
+            loop_add(loop, &exec->input.source, EPOLLOUT);
         else
-            inlet_refuse(&exec->inlet, exec->agent);
+            input_stream_refuse(&exec->input, exec->agent);
     }
-    exec->outlets[0].source.fd = take_fd(&exec->process.terminal);
-    exec->outlets[0].readable = true;
-    loop_add(loop, &exec->outlets[0].source, EPOLLIN);
+    exec->outputs[0].source.fd = take_fd(&exec->process.terminal);
+    exec->outputs[0].readable = true;
+    loop_add(loop, &exec->outputs[0].source, EPOLLIN);
 }
 
-void exec_ended(struct exec *exec, int wait_status) {
+void exec_set_ended(struct exec *exec, int wait_status) {
     struct agent *agent = exec->agent;
     process_set_ended(&exec->process, &agent->loop, wait_status);
     struct container *container = container_find(agent, exec->container_id);
+    uncount(exec, container);
     if (!exec->process.failed) {
         take_terminal(exec);
         announce(exec);
-        inlet_close(&exec->inlet, agent);
+        input_stream_close(&exec->input, agent);
     } else {
         for (int i = 0; i < 2; i++)
-            loop_close(&agent->loop, &exec->outlets[i].source);
+            loop_close(&agent->loop, &exec->outputs[i].source);
     }
     exec_pump(exec);
     if (container)
-        container_continue(container);
+        container_continue_removal(container);
 }
 
-// Told when the last of the killed has died.
-static void watch_population(struct exec *exec) {
-    if (exec->population.fd >= 0)
+// Watches for the end of the last process that was killed.
+static void watch_cgroup(struct exec *exec) {
+    if (exec->cgroup_events.fd >= 0)
         return;
-    exec->population.fd = openat(exec->cgroup.directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
-    if (exec->population.fd >= 0)
-        loop_add(&exec->agent->loop, &exec->population, EPOLLPRI);
+    exec->cgroup_events.fd = openat(exec->cgroup.directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    if (exec->cgroup_events.fd >= 0)
+        loop_add(&exec->agent->loop, &exec->cgroup_events, EPOLLPRI);
 }
 
 int exec_signal(struct exec *exec, int signal, bool all, struct error *error) {
     int failed;
     if (all && signal == SIGKILL) {
         exec->cgroup.killed = true;
-        watch_population(exec);
+        watch_cgroup(exec);
     }
-    if (all) // also after the process itself has ended: of its background processes
+    if (all) // also after the process itself has ended, for its background processes
         failed = signal == SIGKILL ? cgroup_kill(exec->cgroup.directory)
                                    : cgroup_signal(exec->cgroup.directory, signal);
     else if (exec->process.state == PROCESS_ENDED)
@@ -183,9 +193,9 @@ int exec_signal(struct exec *exec, int signal, bool all, struct error *error) {
 }
 
 int exec_resize(struct exec *exec, const Resize *size, struct error *error) {
-    if (!exec->terminal || exec->outlets[0].source.fd < 0)
+    if (!exec->terminal || exec->outputs[0].source.fd < 0)
         return fail_about(error, ENOTTY, "resize", "exec has no terminal");
-    return pty_resize(exec->outlets[0].source.fd, size->rows, size->columns, error);
+    return pty_resize(exec->outputs[0].source.fd, size->rows, size->columns, error);
 }
 
 // ---------------------------------------------------------------------------------- starting
@@ -194,36 +204,39 @@ static void status_ready(struct source *source, uint32_t events) {
     (void)events;
     struct process *process = container_of(source, struct process, status);
     struct exec *exec = container_of(process, struct exec, process);
-    if (!process_look(process, &exec->agent->loop) || process->failed)
+    if (!process_poll(process, &exec->agent->loop) || process->failed)
         return;
     take_terminal(exec);
     announce(exec);
 }
 
-static void population_ready(struct source *source, uint32_t events) {
-    (void)source, (void)events; // looked at with everything else: exec_pump
+static void cgroup_events_ready(struct source *source, uint32_t events) {
+    (void)source, (void)events; // exec_pump reads the file on every turn
 }
 
-static struct exec *make(struct agent *agent, uint32_t request, const Exec *message) {
+static struct exec *make(struct container *container, uint32_t request, const Exec *message) {
+    struct agent *agent = container->agent;
     struct exec *exec = memory_get(sizeof *exec);
     *exec = (struct exec){
         .agent = agent,
         .next = agent->execs,
         .cgroup = {.directory = -1},
-        .population = {.fd = -1, .ready = population_ready},
+        .cgroup_events = {.fd = -1, .ready = cgroup_events_ready},
         .process = {.pidfd = -1,
                     .terminal = -1,
                     .request = request,
                     .status = {.fd = -1, .ready = status_ready}},
+        .counted = true,
         .terminal = message->process->tty,
         .reply_on_exit = message->reply_on_exit && !message->process->tty && !message->stdin_stream,
-        .inlet = inlet_make(message->stdin_stream),
-        .outlets = {outlet_make(message->stdout_stream, message->window),
-                    outlet_make(message->stderr_stream, message->window)},
+        .input = input_stream_make(message->stdin_stream),
+        .outputs = {output_stream_make(message->stdout_stream, message->window),
+                    output_stream_make(message->stderr_stream, message->window)},
     };
     snprintf(exec->container_id, sizeof exec->container_id, "%s", message->container_id);
     snprintf(exec->id, sizeof exec->id, "%s", message->exec_id);
     agent->execs = exec;
+    container->execs++;
     return exec;
 }
 
@@ -243,23 +256,23 @@ static int prepare_streams(struct exec *exec, const Exec *message, struct child 
     struct loop *loop = &exec->agent->loop;
     if (message->process->tty)
         return 0;
-    if (message->stdin_stream && open_pipe(loop, &exec->inlet.source, &child->stdio[0], false, error) < 0)
+    if (message->stdin_stream && open_pipe(loop, &exec->input.source, &child->stdio[0], false, error) < 0)
         return -1;
     for (int i = 0; i < 2; i++)
-        if (exec->outlets[i].stream &&
-            open_pipe(loop, &exec->outlets[i].source, &child->stdio[i + 1], true, error) < 0)
+        if (exec->outputs[i].stream &&
+            open_pipe(loop, &exec->outputs[i].source, &child->stdio[i + 1], true, error) < 0)
             return -1;
     return 0;
 }
 
-// A cgroup of its own beneath the container's, so that a timeout finds the whole tree of processes.
+// Each exec has a cgroup beneath the container's, so that a timeout finds the whole tree of processes.
 static int prepare_cgroup(struct exec *exec, struct container *container, struct error *error) {
     struct exec_group *group = &exec->cgroup;
     if (container->spare.directory >= 0) {
-        bool free = is_free(&container->spare);
+        bool empty = is_empty(&container->spare);
         *group = container->spare;
         container->spare.directory = -1;
-        if (free)
+        if (empty)
             return 0;
         close_fd(&group->directory);
         container->exec_leftovers++;
@@ -267,7 +280,7 @@ static int prepare_cgroup(struct exec *exec, struct container *container, struct
     for (int attempts = 0; attempts < 16; attempts++) {
         snprintf(group->name, sizeof group->name, "husk-exec.%u", container->exec_serial++);
         group->directory = cgroup_make(container->cgroup, group->name, error);
-        if (group->directory >= 0 || error->number != EEXIST) // the container may have made one of that name
+        if (group->directory >= 0 || error->number != EEXIST) // the container may have made one of this name
             break;
     }
     return group->directory < 0 ? -1 : 0;
@@ -290,7 +303,7 @@ static int launch(struct exec *exec, struct container *container, const Exec *me
     if (pid < 0)
         return -1;
     exec->process.pid = pid;
-    if (!exec->reply_on_exit) // else its end tells whether it began
+    if (!exec->reply_on_exit) // otherwise its end shows whether it started
         loop_add(&agent->loop, &exec->process.status, EPOLLIN);
     return 0;
 }
@@ -298,7 +311,7 @@ static int launch(struct exec *exec, struct container *container, const Exec *me
 static int check(struct agent *agent, const Exec *message, struct error *error) {
     struct container *container = container_find(agent, message->container_id);
     if (!container || container->process.state != PROCESS_RUNNING)
-        return fail_about(error, ESRCH, "container", container ? "does not run" : "is unknown");
+        return fail_about(error, ESRCH, "container", container ? "is not running" : "is unknown");
     if (!is_id(message->exec_id) || !message->process)
         return fail_about(error, EINVAL, "exec request", "id or process");
     if (exec_find(agent, message->container_id, message->exec_id))
@@ -313,7 +326,7 @@ void exec_start(struct agent *agent, uint32_t request, const Exec *message) {
         return;
     }
     struct container *container = container_find(agent, message->container_id);
-    struct exec *exec = make(agent, request, message);
+    struct exec *exec = make(container, request, message);
     struct child child = {
         .stdio = {-1, -1, -1},
         .status = -1,
@@ -334,37 +347,37 @@ void exec_start(struct agent *agent, uint32_t request, const Exec *message) {
 
 // -------------------------------------------------------------------------------- every turn
 
-// Usually the reply comes first.
-static bool may_speak(const struct exec *exec) {
+// Output may be sent only after the reply, unless that comes with the exit.
+static bool may_send(const struct exec *exec) {
     return exec->process.state != PROCESS_STARTING || exec->reply_on_exit;
 }
 
 void exec_pump(struct exec *exec) {
     bool ended = exec->process.state == PROCESS_ENDED;
-    if (exec->inlet.source.fd >= 0 && exec->process.state == PROCESS_RUNNING)
-        inlet_pump(&exec->inlet, exec->agent);
-    for (int i = 0; i < 2 && may_speak(exec); i++)
-        outlet_pump(&exec->outlets[i], exec->agent, ended, exec->reply_on_exit && !ended);
-    bool dying = exec->population.fd >= 0 && cgroup_value(exec->population.fd, "populated") > 0;
-    if (ended && exec->outlets[0].source.fd < 0 && exec->outlets[1].source.fd < 0 && !dying)
+    if (exec->input.source.fd >= 0 && exec->process.state == PROCESS_RUNNING)
+        input_stream_pump(&exec->input, exec->agent);
+    for (int i = 0; i < 2 && may_send(exec); i++)
+        output_stream_pump(&exec->outputs[i], exec->agent, ended, exec->reply_on_exit && !ended);
+    bool dying = exec->cgroup_events.fd >= 0 && cgroup_value(exec->cgroup_events.fd, "populated") > 0;
+    if (ended && exec->outputs[0].source.fd < 0 && exec->outputs[1].source.fd < 0 && !dying)
         finish(exec);
 }
 
 bool exec_has_work(const struct exec *exec) {
     bool ended = exec->process.state == PROCESS_ENDED;
-    for (int i = 0; i < 2 && may_speak(exec); i++)
-        if (outlet_has_work(&exec->outlets[i], &exec->agent->channel, ended))
+    for (int i = 0; i < 2 && may_send(exec); i++)
+        if (output_stream_has_work(&exec->outputs[i], &exec->agent->channel, ended))
             return true;
     return false;
 }
 
 void exec_disconnect(struct exec *exec) {
     exec->process.request = 0;
-    exec->process.failed = true; // its end is told to nobody
-    exec->inlet.stream = 0;
-    exec->inlet.ended = true;
+    exec->process.failed = true; // its exit is not reported
+    exec->input.stream = 0;
+    exec->input.ended = true;
     for (int i = 0; i < 2; i++)
-        outlet_close(&exec->outlets[i], exec->agent);
+        output_stream_close(&exec->outputs[i], exec->agent);
     exec->cgroup.killed = true;
     cgroup_kill(exec->cgroup.directory);
     if (exec->process.state == PROCESS_ENDED)

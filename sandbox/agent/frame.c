@@ -5,7 +5,7 @@
 
 #include "buffer.h"
 
-enum { KEPT = DATA_MAX }; // a payload buffer beyond this is freed after its frame
+enum { KEPT = DATA_MAX }; // a larger payload buffer is freed after its frame
 
 uint32_t read_u32(const uint8_t *bytes) {
     return bytes[0] | (uint32_t)bytes[1] << 8 | (uint32_t)bytes[2] << 16 | (uint32_t)bytes[3] << 24;
@@ -22,7 +22,7 @@ void frame_header(uint8_t header[FRAME_HEADER], enum frame_kind kind, uint32_t s
     write_u32(header + 8, stream);
 }
 
-static bool frame_makes_sense(const struct frame *frame, const uint8_t *header) {
+static bool is_valid(const struct frame *frame, const uint8_t *header) {
     if (header[5] || header[6] || header[7])
         return false;
     switch (frame->kind) {
@@ -37,12 +37,12 @@ static bool frame_makes_sense(const struct frame *frame, const uint8_t *header) 
     case FRAME_RESET:
         return frame->length == 0;
     default:
-        return false; // what only a guest sends, and what nobody sends
+        return false; // kinds that only a guest sends, and unknown ones
     }
 }
 
 static void forget_frame(struct parser *parser) {
-    parser->got = 0;
+    parser->received = 0;
     if (parser->capacity > KEPT)
         parser_free(parser);
 }
@@ -79,8 +79,8 @@ static void prepare_search(struct parser *parser) {
     }
 }
 
-// How many bytes go by until a token is complete, itself included; 0: there is none. What matched at
-// the end is remembered, so a token is found across any number of calls.
+// Returns the number of bytes up to the end of the first token; 0: there is none. A partial match at the end
+// is remembered, so a token is found across any number of calls.
 static size_t find_token(struct parser *parser, const uint8_t *bytes, size_t size) {
     for (size_t i = 0; i < size; i++) {
         if (!parser->matched) {
@@ -101,89 +101,89 @@ static size_t find_token(struct parser *parser, const uint8_t *bytes, size_t siz
     return 0;
 }
 
-// Returns the bytes taken, at least one. A complete frame has been handed on.
-static size_t take_frame(struct parser *parser, const uint8_t *bytes, size_t size) {
-    size_t taken = 0;
-    while (parser->got < FRAME_HEADER) {
-        if (taken == size)
-            return taken;
-        parser->header[parser->got++] = bytes[taken++];
+// Consumes bytes of one frame, at least one byte; returns how many. Passes a complete frame to the callback.
+static size_t consume_frame(struct parser *parser, const uint8_t *bytes, size_t size) {
+    size_t used = 0;
+    while (parser->received < FRAME_HEADER) {
+        if (used == size)
+            return used;
+        parser->header[parser->received++] = bytes[used++];
     }
     struct frame frame = {
         .kind = parser->header[4],
         .stream = read_u32(parser->header + 8),
         .length = read_u32(parser->header),
     };
-    if (!frame_makes_sense(&frame, parser->header)) {
+    if (!is_valid(&frame, parser->header)) {
         parser->state = PARSER_SKIP;
         forget_frame(parser);
-        return taken;
+        return used;
     }
-    size_t have = parser->got - FRAME_HEADER;
-    size_t more = frame.length - have < size - taken ? frame.length - have : size - taken;
-    if (more < frame.length) { // in pieces: gather it
+    size_t have = parser->received - FRAME_HEADER;
+    size_t more = frame.length - have < size - used ? frame.length - have : size - used;
+    if (more < frame.length) { // it comes in pieces: collect them
         if (parser->capacity < frame.length) {
             parser->payload = memory_resize(parser->payload, frame.length);
             parser->capacity = frame.length;
         }
-        memcpy(parser->payload + have, bytes + taken, more);
+        memcpy(parser->payload + have, bytes + used, more);
         frame.payload = parser->payload;
     } else {
-        frame.payload = bytes + taken;
+        frame.payload = bytes + used;
     }
-    parser->got += more;
-    taken += more;
+    parser->received += more;
+    used += more;
     if (have + more == frame.length) {
-        int made = parser->frame(parser->context, &frame);
-        if (made < 0)
+        int result = parser->frame(parser->context, &frame);
+        if (result < 0)
             parser->state = PARSER_SKIP;
-        else if (made == FRAME_LAST)
+        else if (result == FRAME_LAST)
             forget_token(parser);
         forget_frame(parser);
     }
-    return taken;
+    return used;
 }
 
-static size_t gather(struct parser *parser, uint8_t *into, const uint8_t *bytes, size_t size) {
+static size_t collect(struct parser *parser, uint8_t *into, const uint8_t *bytes, size_t size) {
     size_t wanted = TOKEN_SIZE - parser->have;
-    size_t taken = size < wanted ? size : wanted;
-    memcpy(into + parser->have, bytes, taken);
-    parser->have += (unsigned)taken;
-    return taken;
+    size_t used = size < wanted ? size : wanted;
+    memcpy(into + parser->have, bytes, used);
+    parser->have += (unsigned)used;
+    return used;
 }
 
-static void take(struct parser *parser, const uint8_t *bytes, size_t size) {
+static void consume(struct parser *parser, const uint8_t *bytes, size_t size) {
     while (size && parser->state != PARSER_SKIP && parser->state != PARSER_ADOPT) {
-        size_t taken;
+        size_t used;
         if (parser->state == PARSER_NONCE) {
-            taken = gather(parser, parser->nonce, bytes, size);
+            used = collect(parser, parser->nonce, bytes, size);
             if (parser->have == TOKEN_SIZE) {
                 parser->state = PARSER_FRAMES;
                 parser->resync(parser->context, parser->nonce);
             }
         } else {
-            taken = take_frame(parser, bytes, size);
+            used = consume_frame(parser, bytes, size);
         }
-        bytes += taken;
-        size -= taken;
+        bytes += used;
+        size -= used;
     }
 }
 
 void parser_feed(struct parser *parser, const uint8_t *bytes, size_t size) {
     if (parser->state == PARSER_ADOPT) {
-        size_t taken = gather(parser, parser->token, bytes, size);
+        size_t used = collect(parser, parser->token, bytes, size);
         if (parser->have < TOKEN_SIZE)
             return;
         prepare_search(parser);
         parser->state = PARSER_NONCE;
         parser->have = 0;
-        bytes += taken;
-        size -= taken;
+        bytes += used;
+        size -= used;
     }
     for (size_t used; (used = find_token(parser, bytes, size)) > 0; bytes += used, size -= used) {
         forget_frame(parser);
         parser->state = PARSER_NONCE;
         parser->have = 0;
     }
-    take(parser, bytes, size);
+    consume(parser, bytes, size);
 }

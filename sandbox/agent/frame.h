@@ -7,16 +7,17 @@
 //      | token         | nonce         |
 //      +---------------+---------------+
 //
-// The first 16 bytes ever read are adopted as this VM's token; those behind a Hello of a template too.
-// Wherever the token shows up again, also inside a frame that a dead daemon left half sent, everything before
-// it is dropped and the nonce behind it is answered raw. Then both sides send frames, little-endian:
+// The first 16 bytes ever read are adopted as this VM's token, and so are those after a Hello that announces
+// a snapshot. Wherever the token occurs again, also inside a frame that a dead daemon left half sent,
+// everything before it is dropped and the nonce after it is echoed raw. Then both sides send frames,
+// little-endian:
 //
 //      0            4      5          8            12
 //      +------------+------+----------+------------+---------------
 //      | length     | kind | 0  0  0  | stream     | payload ...
 //      +------------+------+----------+------------+---------------
 //
-// After bytes that make no sense everything is skipped until the next token.
+// After an invalid frame everything is skipped until the next token.
 //
 // The host writes a preamble with one call on a fresh connection and no transport splits its first
 // 16 bytes, so no frame of a dead daemon is completed with the beginning of a token.
@@ -33,9 +34,9 @@ enum {
     DATA_MAX = 64 * 1024,
 };
 
-// What was made of a frame: idle ones are for streams that have ended. Behind the last one of a template
-// the token is forgotten.
-enum { FRAME_SENSELESS = -1, FRAME_IDLE, FRAME_TAKEN, FRAME_LAST };
+// What a callback returns for a frame. Ignored ones are for streams that have ended. After the last one
+// before a snapshot the token is forgotten.
+enum { FRAME_INVALID = -1, FRAME_IGNORED, FRAME_HANDLED, FRAME_LAST };
 
 enum frame_kind {
     FRAME_HELLO = 1,
@@ -61,24 +62,24 @@ struct parser {
     uint8_t token[TOKEN_SIZE];
     uint8_t nonce[TOKEN_SIZE];
     unsigned have;                // bytes of the token or nonce read so far
-    unsigned matched;             // bytes at the end of all input that begin a token
-    uint8_t fallback[TOKEN_SIZE]; // of the search: Knuth, Morris, Pratt
+    unsigned matched;             // bytes at the end of the input that begin a token
+    uint8_t fallback[TOKEN_SIZE]; // failure function of the search (Knuth, Morris, Pratt)
     uint8_t header[FRAME_HEADER];
-    size_t got; // bytes of header and payload read so far
+    size_t received; // bytes of header and payload so far
     uint8_t *payload;
     size_t capacity;
 
     void *context;
     void (*resync)(void *context, const uint8_t nonce[TOKEN_SIZE]);
-    int (*frame)(void *context, const struct frame *frame); // FRAME_SENSELESS and such
+    int (*frame)(void *context, const struct frame *frame); // returns FRAME_INVALID and so on
 };
 
 void parser_feed(struct parser *parser, const uint8_t *bytes, size_t size);
 
-// A new connection: only a preamble can come next.
+// Starts a new connection: only a preamble can come next.
 void parser_restart(struct parser *parser);
 
-// Drops the payload buffer.
+// Frees the payload buffer.
 void parser_free(struct parser *parser);
 
 void frame_header(uint8_t header[FRAME_HEADER], enum frame_kind kind, uint32_t stream, uint32_t length);

@@ -19,8 +19,8 @@
 
 enum { FIND_MS = 3000, FIND_STEP_MS = 20 };
 
-// How many the kernel has set aside after it was asked for `count`.
-static long ask(int pool, long count) {
+// Requests `count` pages; returns how many the kernel has reserved then.
+static long request_pages(int pool, long count) {
     char text[32] = "";
     int length = snprintf(text, sizeof text, "%ld", count);
     if (pwrite(pool, text, (size_t)length, 0) < 0 || pread(pool, text, sizeof text - 1, 0) < 0)
@@ -28,17 +28,17 @@ static long ask(int pool, long count) {
     return strtol(text, NULL, 10);
 }
 
-static int set_aside(uint32_t count, struct error *error) {
+static int reserve(uint32_t count, struct error *error) {
     char text[32] = "";
     autoclose int pool = open(POOL, O_RDWR | O_CLOEXEC);
     if (pool < 0 || pread(pool, text, sizeof text - 1, 0) < 0)
         return fail(error, errno, "huge pages");
     long before = strtol(text, NULL, 10), found = before;
     for (int waited = 0; found < (long)count; waited += FIND_STEP_MS) {
-        found = ask(pool, (long)count);
+        found = request_pages(pool, (long)count);
         if (found < (long)count && waited >= FIND_MS) {
-            ask(pool, before);
-            return fail(error, ENOMEM, "huge pages: %ld of %" PRIu32 " found", found, count);
+            request_pages(pool, before);
+            return fail(error, ENOMEM, "huge pages: %ld of %" PRIu32 " available", found, count);
         }
         if (found < (long)count)
             nanosleep(&(struct timespec){.tv_nsec = FIND_STEP_MS * 1000000L}, NULL);
@@ -46,33 +46,34 @@ static int set_aside(uint32_t count, struct error *error) {
     return 0;
 }
 
-static int make_directory(const HugeDirectory *wish, struct error *error) {
+static int make_directory(const HugeDirectory *directory, struct error *error) {
     char path[PATH_MAX];
-    if (!*wish->name || *wish->name == '.' || strchr(wish->name, '/') || strlen(wish->name) > NAME_MAX)
-        return fail_about(error, EINVAL, "huge pages", wish->name);
-    snprintf(path, sizeof path, "%s/%s", GUEST_HUGE, wish->name);
+    if (!*directory->name || *directory->name == '.' || strchr(directory->name, '/') ||
+        strlen(directory->name) > NAME_MAX)
+        return fail_about(error, EINVAL, "huge pages", directory->name);
+    snprintf(path, sizeof path, "%s/%s", GUEST_HUGE, directory->name);
     if (mkdir(path, 0700) < 0)
         return errno == EEXIST ? 0 : fail(error, errno, "huge pages");
-    if (chown(path, wish->uid, wish->gid) < 0 || chmod(path, wish->mode & 07777) < 0)
+    if (chown(path, directory->uid, directory->gid) < 0 || chmod(path, directory->mode & 07777) < 0)
         return fail(error, errno, "huge pages");
     return 0;
 }
 
-int huge_pages(struct agent *agent, const HugePages *wish, struct error *error) {
+int huge_pages(struct agent *agent, const HugePages *request, struct error *error) {
     if (agent->test && geteuid() != 0)
-        return fail(error, EPERM, "huge pages"); // without namespaces of its own
-    // on a developer's machine the pool is everyone's
-    if (!agent->test && set_aside(wish->count, error) < 0)
+        return fail(error, EPERM, "huge pages"); // there are no namespaces to do it in
+    // in standalone mode the pool is the machine's
+    if (!agent->test && reserve(request->count, error) < 0)
         return -1;
-    if (wish->n_directories == 0)
+    if (request->n_directories == 0)
         return 0;
     if (mkdir(GUEST_HUGE, 0755) < 0 && errno != EEXIST)
         return fail(error, errno, "huge pages");
     if (!is_mounted(GUEST_HUGE) &&
         mount("hugetlbfs", GUEST_HUGE, "hugetlbfs", MS_NOSUID | MS_NODEV, "pagesize=2M,mode=0755") < 0)
         return fail(error, errno, "mount huge pages");
-    for (size_t i = 0; i < wish->n_directories; i++)
-        if (make_directory(wish->directories[i], error) < 0)
+    for (size_t i = 0; i < request->n_directories; i++)
+        if (make_directory(request->directories[i], error) < 0)
             return -1;
     return 0;
 }

@@ -7,6 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "buffer.h"
+
 enum {
     RING_MIN = 64 * 1024,
     READ_LARGE = 64 * 1024,
@@ -36,7 +38,7 @@ static void copy_out(const struct log *log, uint64_t offset, uint8_t *into, size
     memcpy(into + first, log->ring, size - first);
 }
 
-static void make_room(struct log *log, size_t size) {
+static void ensure_capacity(struct log *log, size_t size) {
     size_t capacity = log->capacity ? log->capacity : RING_MIN;
     while (capacity - kept(log) < size)
         capacity *= 2;
@@ -46,7 +48,7 @@ static void make_room(struct log *log, size_t size) {
     struct log grown = *log;
     grown.ring = ring;
     grown.capacity = capacity;
-    for (uint64_t offset = log->start; offset < log->end;) { // a byte's place depends on the capacity
+    for (uint64_t offset = log->start; offset < log->end;) { // a byte's index depends on the capacity
         size_t from = (size_t)offset & (log->capacity - 1), to = (size_t)offset & (capacity - 1);
         size_t run = (size_t)(log->end - offset);
         run = run < log->capacity - from ? run : log->capacity - from;
@@ -58,54 +60,55 @@ static void make_room(struct log *log, size_t size) {
     *log = grown;
 }
 
-static void forget(struct log *log, uint64_t offset) {
+static void drop_before(struct log *log, uint64_t offset) {
     log->start = offset;
     if (log->sent < offset)
         log->sent = offset;
-    if (log->start == log->end && log->capacity > RING_MIN) { // a burst is over
+    if (log->start == log->end && log->capacity > RING_MIN) { // after a burst
         free(log->ring);
         log->ring = NULL;
         log->capacity = 0;
     }
 }
 
-// Nobody asked for the log yet: the older half goes, up to the end of a line.
-static void forget_oldest(struct log *log) {
+// The host has not opened the log yet: drops the older half, up to the end of a line.
+static void drop_oldest(struct log *log) {
     uint64_t offset = log->end - LOG_BOUND / 2;
     while (offset < log->end && log->ring[(size_t)offset++ & (log->capacity - 1)] != '\n')
         ;
-    forget(log, offset);
+    drop_before(log, offset);
 }
 
-static void add_line(struct log *log, char *prefix, char tag, struct tap *tap, const uint8_t *text,
-                     size_t size) {
+static void add_line(struct log *log, char *prefix, char tag, struct stdio_reader *reader,
+                     const uint8_t *text, size_t size) {
     prefix[PREFIX - 2] = tag;
-    make_room(log, PREFIX + tap->partial_length + size + 1);
+    ensure_capacity(log, PREFIX + reader->partial_length + size + 1);
     put(log, prefix, PREFIX);
-    put(log, tap->partial, tap->partial_length);
+    put(log, reader->partial, reader->partial_length);
     put(log, text, size);
     put(log, "\n", 1);
-    tap->partial_length = 0;
+    reader->partial_length = 0;
 }
 
-// A line is cut only when more text than fits has come, so one of exactly LOG_LINE_MAX stays whole.
-static void add(struct log *log, struct tap *tap, char *prefix, const uint8_t *bytes, size_t size) {
+// A line is cut only when it is longer than LOG_LINE_MAX: one of exactly that length stays whole.
+static void add(struct log *log, struct stdio_reader *reader, char *prefix, const uint8_t *bytes,
+                size_t size) {
     while (size > 0) {
         const uint8_t *newline = memchr(bytes, '\n', size);
         size_t text = newline ? (size_t)(newline - bytes) : size;
-        while (tap->partial_length + text > LOG_LINE_MAX) {
-            size_t piece = LOG_LINE_MAX - tap->partial_length;
-            add_line(log, prefix, 'P', tap, bytes, piece);
+        while (reader->partial_length + text > LOG_LINE_MAX) {
+            size_t piece = LOG_LINE_MAX - reader->partial_length;
+            add_line(log, prefix, 'P', reader, bytes, piece);
             bytes += piece, text -= piece, size -= piece;
         }
         if (newline) {
-            add_line(log, prefix, 'F', tap, bytes, text);
+            add_line(log, prefix, 'F', reader, bytes, text);
             text++;
         } else {
-            if (!tap->partial)
-                tap->partial = memory_get(LOG_LINE_MAX);
-            memcpy(tap->partial + tap->partial_length, bytes, text);
-            tap->partial_length += text;
+            if (!reader->partial)
+                reader->partial = memory_get(LOG_LINE_MAX);
+            memcpy(reader->partial + reader->partial_length, bytes, text);
+            reader->partial_length += text;
         }
         bytes += text, size -= text;
     }
@@ -121,66 +124,66 @@ static void make_prefix(char prefix[PREFIX + 1], const char *name) {
              (unsigned)utc.tm_min % 100, (unsigned)utc.tm_sec % 100, (unsigned long)now.tv_nsec, name);
 }
 
-void tap_open(struct tap *tap, struct loop *loop, int fd, const char *name) {
-    tap->source.fd = fd;
-    tap->name = name;
-    tap->readable = true;
-    loop_add(loop, &tap->source, EPOLLIN);
+void stdio_reader_open(struct stdio_reader *reader, struct loop *loop, int fd, const char *name) {
+    reader->source.fd = fd;
+    reader->name = name;
+    reader->readable = true;
+    loop_add(loop, &reader->source, EPOLLIN);
 }
 
-void tap_close(struct tap *tap, struct loop *loop) {
-    loop_close(loop, &tap->source);
-    free(tap->partial);
-    tap->partial = NULL;
-    tap->partial_length = 0;
+void stdio_reader_close(struct stdio_reader *reader, struct loop *loop) {
+    loop_close(loop, &reader->source);
+    free(reader->partial);
+    reader->partial = NULL;
+    reader->partial_length = 0;
 }
 
-static void end_tap(struct log *log, struct tap *tap, struct loop *loop) {
-    if (tap->partial_length > 0) {
+static void end_reader(struct log *log, struct stdio_reader *reader, struct loop *loop) {
+    if (reader->partial_length > 0) {
         char prefix[PREFIX + 1];
-        make_prefix(prefix, tap->name);
-        add_line(log, prefix, 'P', tap, NULL, 0);
+        make_prefix(prefix, reader->name);
+        add_line(log, prefix, 'P', reader, NULL, 0);
     }
-    tap_close(tap, loop);
+    stdio_reader_close(reader, loop);
 }
 
-// How much may be read now; 0: the writer has to wait.
-static size_t allowance(const struct log *log, const struct tap *tap) {
-    size_t bytes = kept(log), heard = tap->tee->room(tap);
+// Bytes that may be read now; 0: the writer has to wait.
+static size_t read_size(const struct log *log, const struct stdio_reader *reader) {
+    size_t bytes = kept(log), space = reader->observer->space(reader);
     if (bytes >= LOG_BOUND)
         return 0;
     size_t size = bytes > LOG_BOUND / 2 ? READ_SMALL : READ_LARGE;
-    return size < heard ? size : heard;
+    return size < space ? size : space;
 }
 
-void log_drain(struct log *log, struct tap *tap, struct loop *loop, bool everything) {
+void log_drain(struct log *log, struct stdio_reader *reader, struct loop *loop, bool everything) {
     static uint8_t piece[READ_LARGE];
-    for (int reads = 0; tap->source.fd >= 0 && (everything || (tap->readable && reads < READS_IN_A_ROW));
-         reads++) {
+    for (int reads = 0;
+         reader->source.fd >= 0 && (everything || (reader->readable && reads < READS_IN_A_ROW)); reads++) {
         if (!log->wanted && kept(log) >= LOG_BOUND)
-            forget_oldest(log);
-        size_t size = everything ? READ_LARGE : allowance(log, tap);
+            drop_oldest(log);
+        size_t size = everything ? READ_LARGE : read_size(log, reader);
         if (size == 0)
             return;
-        ssize_t got = read(tap->source.fd, piece, size);
+        ssize_t got = read(reader->source.fd, piece, size);
         if (got > 0) {
             char prefix[PREFIX + 1];
-            make_prefix(prefix, tap->name);
-            add(log, tap, prefix, piece, (size_t)got);
-            tap->tee->take(tap, piece, (size_t)got);
+            make_prefix(prefix, reader->name);
+            add(log, reader, prefix, piece, (size_t)got);
+            reader->observer->output(reader, piece, (size_t)got);
         } else if (got < 0 && errno == EINTR) {
             continue;
         } else if (got < 0 && errno == EAGAIN && !everything) {
-            tap->readable = false;
-        } else { // the end; EIO is that of a terminal
-            end_tap(log, tap, loop);
+            reader->readable = false;
+        } else { // the end, which is EIO for a terminal
+            end_reader(log, reader, loop);
         }
     }
 }
 
 uint64_t log_open(struct log *log, uint64_t offset, uint32_t stream, uint32_t window) {
     offset = offset < log->start ? log->start : offset > log->end ? log->end : offset;
-    forget(log, offset);
+    drop_before(log, offset);
     log->sent = offset;
     log->stream = stream;
     log->credit = window;
@@ -191,20 +194,20 @@ uint64_t log_open(struct log *log, uint64_t offset, uint32_t stream, uint32_t wi
 void log_acknowledge(struct log *log, uint32_t bytes) {
     log->credit += bytes;
     uint64_t offset = log->start + bytes;
-    forget(log, offset < log->sent ? offset : log->sent);
+    drop_before(log, offset < log->sent ? offset : log->sent);
 }
 
 void log_send(struct log *log, struct channel *channel) {
     while (log->stream) {
         uint64_t size = log->end - log->sent;
-        size_t room = channel_room(channel);
+        size_t space = channel_space(channel);
         if (size == 0 && log->finished && channel->greeted) {
             channel_send(channel, FRAME_CLOSE, log->stream, NULL, 0);
             log->stream = 0;
             return;
         }
         size = size < log->credit ? size : log->credit;
-        size = size < room ? size : room;
+        size = size < space ? size : space;
         size = size < DATA_MAX ? size : DATA_MAX;
         if (size == 0)
             return;
@@ -215,9 +218,9 @@ void log_send(struct log *log, struct channel *channel) {
     }
 }
 
-bool log_has_work(const struct log *log, const struct tap *taps, int count) {
+bool log_has_work(const struct log *log, const struct stdio_reader *stdio, int count) {
     for (int i = 0; i < count; i++)
-        if (taps[i].source.fd >= 0 && taps[i].readable && taps[i].tee->room(&taps[i]) > 0 &&
+        if (stdio[i].source.fd >= 0 && stdio[i].readable && stdio[i].observer->space(&stdio[i]) > 0 &&
             (!log->wanted || kept(log) < LOG_BOUND))
             return true;
     return false;

@@ -4,11 +4,11 @@
 //      acknowledged | sent, not yet   | not yet sent |
 //                   | acknowledged    |              |
 //
-// What lies between start and end is kept, over any number of connections. The container's writer
-// blocks once LOG_BOUND bytes are kept, unless nobody ever asked for the log: then the oldest go.
+// The bytes from start to end are kept across connections. The container's writer blocks once LOG_BOUND
+// bytes are kept, unless the host never opened the log: then the oldest are dropped.
 //
-// A line: "<RFC 3339, nanoseconds, UTC> stdout|stderr F|P <text>\n"; P marks a line cut at LINE_MAX
-// bytes and an unended last one (kubernetes/cri-api, and containerd's practice).
+// A line: "<RFC 3339, nanoseconds, UTC> stdout|stderr F|P <text>\n"; P marks a line that was cut at
+// LOG_LINE_MAX bytes and a last line without a newline (kubernetes/cri-api, and containerd's practice).
 #pragma once
 
 #include <stdbool.h>
@@ -29,43 +29,46 @@ struct log {
     uint64_t start, sent, end;
     uint32_t stream; // 0: not being sent
     uint64_t credit;
-    bool wanted;   // somebody has asked for it
+    bool wanted;   // the host has opened it once
     bool finished; // no more bytes will come
 };
 
 struct container;
-struct tap;
+struct stdio_reader;
 
-// Others that hear what a tap gives, besides the log.
-struct tee {
-    size_t (*room)(const struct tap *tap); // bytes that the fullest of them takes now
-    void (*take)(const struct tap *tap, const uint8_t *bytes, size_t size);
+// Sees a container's output besides the log.
+struct observer {
+    size_t (*space)(const struct stdio_reader *reader); // bytes of this output that it can take now
+    void (*output)(const struct stdio_reader *reader, const uint8_t *bytes, size_t size);
+    void (*ended)(struct container *container); // no more output will come
 };
 
-// One output of a container: stdout, stderr, or a terminal.
-struct tap {
+// One output of a container: the read end of its stdout or stderr, or a terminal's master.
+struct stdio_reader {
     struct source source;
     struct container *container;
-    const struct tee *tee;
+    const struct observer *observer;
     const char *name; // "stdout", "stderr"
     bool readable;
     uint8_t *partial; // of a line that has not ended yet
     size_t partial_length;
 };
 
-void tap_open(struct tap *tap, struct loop *loop, int fd, const char *name);
-void tap_close(struct tap *tap, struct loop *loop);
+void stdio_reader_open(struct stdio_reader *reader, struct loop *loop, int fd, const char *name);
+void stdio_reader_close(struct stdio_reader *reader, struct loop *loop);
 
-// Formats what the tap has to give. Bounded by room and a fair share unless `everything`. Closes the
-// tap at its end, and with `everything` also when nothing is left for the moment.
-void log_drain(struct log *log, struct tap *tap, struct loop *loop, bool everything);
+// Reads the output and appends it to the log: a bounded amount, as far as the log and the observer have
+// space. With `everything`, all that is there, whatever the bounds. Closes the reader at the end of the
+// output, and with `everything` also when nothing more is there at the moment.
+void log_drain(struct log *log, struct stdio_reader *reader, struct loop *loop, bool everything);
 
-// Begins to send from `offset` on: returns where it really starts. What is before it is forgotten.
+// Starts to send from `offset` on and drops what is before it. Returns the offset at which the log really
+// starts.
 uint64_t log_open(struct log *log, uint64_t offset, uint32_t stream, uint32_t window);
 
-// The host has written `bytes` more and gives as much new credit.
+// The host has written `bytes` more, and grants as much new credit.
 void log_acknowledge(struct log *log, uint32_t bytes);
 
-void log_send(struct log *log, struct channel *channel); // as far as credit and room go
-bool log_has_work(const struct log *log, const struct tap *taps, int count);
+void log_send(struct log *log, struct channel *channel); // as far as credit and space in the channel go
+bool log_has_work(const struct log *log, const struct stdio_reader *readers, int count);
 void log_free(struct log *log);

@@ -22,7 +22,7 @@ void loop_add(struct loop *loop, struct source *source, uint32_t events) {
 void loop_close(struct loop *loop, struct source *source) {
     if (source->fd < 0)
         return;
-    // not left to close(): a child that has not come to its exec holds the same open file
+    // close(2) is not enough: a child that has not called exec yet holds the same open file (epoll(7))
     epoll_ctl(loop->epoll, EPOLL_CTL_DEL, source->fd, NULL);
     for (int i = loop->at; i < loop->count; i++)
         if (loop->batch[i].data.ptr == source)

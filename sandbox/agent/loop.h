@@ -1,5 +1,5 @@
-// The event loop: epoll, always edge-triggered. A source's `ready` only notes what happened; the work
-// is done afterwards, as far as credit and room allow, so nothing is ever unsubscribed for want of them.
+// The event loop: epoll, always edge-triggered. A source's `ready` only records what happened. The work is
+// done afterwards, as far as credit and space allow, so no source is ever unsubscribed for lack of them.
 #pragma once
 
 #include <stdint.h>
@@ -24,8 +24,8 @@ struct loop {
 void loop_open(struct loop *loop);
 void loop_add(struct loop *loop, struct source *source, uint32_t events);
 
-// Takes the source out, with events of it that are still to be handled, and closes its descriptor.
+// Removes the source, with its events that are still to be handled, and closes its descriptor. Idempotent.
 void loop_close(struct loop *loop, struct source *source);
 
-// Waits at most `timeout_ms` (-1: for ever) and calls `ready` for all that happened.
+// Waits at most `timeout_ms` (-1: without a limit) and calls `ready` for everything that happened.
 void loop_turn(struct loop *loop, int timeout_ms);

@@ -1,5 +1,5 @@
-// husk-agent: PID 1 of a pod's micro-VM. It holds no policy; the host compiles what it wants to plain
-// instructions (guest/guest.proto) and the agent carries them out with plain system calls.
+// husk-agent: PID 1 of a pod's micro-VM. It holds no policy: the host compiles a pod to plain instructions
+// (guest/guest.proto), which the agent executes with plain system calls.
 
 #include <errno.h>
 #include <getopt.h>
@@ -16,7 +16,8 @@
 #include "guest.h"
 #include "modules.h"
 #include "pod_init.h"
-#include "workshop.h"
+#include "serve.h"
+#include "standalone.h"
 
 static void make_directories(void) {
     umask(0022);
@@ -27,30 +28,30 @@ static void make_directories(void) {
 }
 
 static _Noreturn void run_guest(struct agent *agent) {
-    agent_phase(agent, "agent");
+    agent_record_phase(agent, "agent");
     boot_mounts();
     make_directories();
-    agent_phase(agent, "mounts");
+    agent_record_phase(agent, "mounts");
     boot_modules();
-    agent_phase(agent, "modules");
+    agent_record_phase(agent, "modules");
     boot_cgroups(agent);
-    agent_open(agent);
+    serve_open(agent);
     boot_channel(agent);
-    agent_phase(agent, "channel");
-    agent_serve(agent);
+    agent_record_phase(agent, "channel");
+    serve_run(agent);
     sync();
     reboot(RB_POWER_OFF);
     panic("power off: %s", strerror(errno));
 }
 
-static int run_workshop(struct agent *agent, const struct workshop *workshop) {
-    int listener = workshop_open(agent, workshop);
+static int run_standalone(struct agent *agent, const struct standalone *standalone) {
+    int listener = standalone_open(agent, standalone);
     if (geteuid() == 0)
         make_directories();
-    agent_phase(agent, "agent");
-    agent_open(agent);
+    agent_record_phase(agent, "agent");
+    serve_open(agent);
     channel_listen(&agent->channel, listener);
-    agent_serve(agent);
+    serve_run(agent);
     channel_close(&agent->channel);
     return 0;
 }
@@ -70,23 +71,23 @@ int main(int argc, char **argv) {
         {"lenient-cgroup", no_argument, NULL, 'L'},
         {0},
     };
-    struct workshop workshop = {0};
+    struct standalone standalone = {0};
     if (argc > 0 && !strcmp(argv[0], POD_INIT_NAME))
         pod_init_main();
     if (argc > 0 && !strcmp(argv[0], MODPROBE_NAME))
         modprobe_main(argc, argv);
     for (int option; (option = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         if (option == 'l' && !strncmp(optarg, "unix:", 5))
-            workshop.listen = optarg + 5;
+            standalone.listen = optarg + 5;
         else if (option == 'c')
-            workshop.cgroup = optarg;
+            standalone.cgroup = optarg;
         else if (option == 'L')
             agent.lenient = true;
-        else if (getpid() != 1) // what the kernel does not know of its command line ends up in argv
+        else if (getpid() != 1) // the kernel passes unknown words of its command line as arguments
             return usage();
     }
-    if (workshop.listen)
-        return run_workshop(&agent, &workshop);
+    if (standalone.listen)
+        return run_standalone(&agent, &standalone);
     if (getpid() != 1)
         return usage();
     run_guest(&agent);

@@ -9,7 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "error.h"
 #include "scope.h"
 
 static int load(const char *name) {
@@ -18,7 +18,7 @@ static int load(const char *name) {
     autoclose int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file >= 0 && (syscall(SYS_finit_module, file, "", 0) == 0 || errno == EEXIST))
         return 0;
-    say("module %s: %s", name, strerror(errno));
+    console_log("module %s: %s", name, strerror(errno));
     return 1;
 }
 

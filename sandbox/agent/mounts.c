@@ -41,7 +41,7 @@ static int set_attributes(int tree, bool recursive, struct mount_attr attributes
                          sizeof attributes);
 }
 
-// Propagation and recursive read-only, of a mount that may be attached already.
+// Sets propagation and recursive read-only of a mount, which may be attached already.
 static int finish(int tree, const Mount *mount) {
     struct mount_attr propagation = {.propagation = mount->propagation & PROPAGATION};
     struct mount_attr readonly = {.attr_set = mount->recursive_readonly ? MOUNT_ATTR_RDONLY : 0};
@@ -84,15 +84,16 @@ static int find_target(int root, const Mount *mount, int source, struct error *e
     return path_make(root, mount->target, kind, error);
 }
 
-// One that is gone by now is no failure: the host named what was there when it looked.
-static int touch_submounts(const Mount *mount, struct error *error) {
+// Mounts what virtio-fs announces beneath the source. One that is gone by now is not a failure: the host
+// listed what existed at that time.
+static int mount_submounts(const Mount *mount, struct error *error) {
     if (mount->n_submounts == 0)
         return 0;
     autoclose int source = open(mount->source, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (source < 0)
         return fail_about(error, errno, "mount source", mount->source);
     for (size_t i = 0; i < mount->n_submounts; i++) {
-        // O_DIRECTORY: a bare look-up does not mount what it finds
+        // O_DIRECTORY: a plain O_PATH look-up does not trigger the automount
         autoclose int found = path_enter(source, mount->submounts[i]);
         (void)found;
     }
@@ -100,7 +101,7 @@ static int touch_submounts(const Mount *mount, struct error *error) {
 }
 
 static int apply_bind(int root, const Mount *mount, struct error *error) {
-    if (touch_submounts(mount, error) < 0)
+    if (mount_submounts(mount, error) < 0)
         return -1;
     bool recursive = mount->flags & MS_REC;
     autoclose int tree = open_tree(AT_FDCWD, mount->source,
@@ -117,20 +118,20 @@ static int apply_bind(int root, const Mount *mount, struct error *error) {
     return 0;
 }
 
-static int apply_file_system(int root, const Mount *wish, struct error *error) {
-    autoclose int target = find_target(root, wish, -1, error);
+static int apply_file_system(int root, const Mount *plan, struct error *error) {
+    autoclose int target = find_target(root, plan, -1, error);
     if (target < 0)
         return -1;
-    // through the working directory: the descriptor was resolved safely, a path would be walked again
-    const char *source = *wish->source ? wish->source : wish->type;
-    if (fchdir(target) < 0 || mount(source, ".", wish->type, wish->flags & ~(PROPAGATION | MS_REC),
-                                    *wish->data ? wish->data : NULL) < 0)
-        return fail(error, errno, "mount %s", wish->target);
-    if (!wish->propagation && !wish->recursive_readonly)
+    // by the working directory: the descriptor was resolved safely, a path would be resolved again
+    const char *source = *plan->source ? plan->source : plan->type;
+    if (fchdir(target) < 0 || mount(source, ".", plan->type, plan->flags & ~(PROPAGATION | MS_REC),
+                                    *plan->data ? plan->data : NULL) < 0)
+        return fail(error, errno, "mount %s", plan->target);
+    if (!plan->propagation && !plan->recursive_readonly)
         return 0;
-    autoclose int mounted = path_find(root, wish->target);
-    if (mounted < 0 || finish(mounted, wish) < 0)
-        return fail(error, errno, "mount %s", wish->target);
+    autoclose int mounted = path_find(root, plan->target);
+    if (mounted < 0 || finish(mounted, plan) < 0)
+        return fail(error, errno, "mount %s", plan->target);
     return 0;
 }
 

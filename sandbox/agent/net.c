@@ -18,7 +18,7 @@
 
 enum { MAC_SIZE = 6, APPEAR_MS = 5000, APPEAR_STEP_MS = 5 };
 
-// A request with its attributes behind it.
+// A request, followed by its attributes.
 struct request {
     struct nlmsghdr header;
     char body[512];
@@ -52,7 +52,7 @@ static struct rtattr *add(struct request *request, uint16_t type, const void *da
     return attribute;
 }
 
-// Sends and waits for the kernel's verdict: 0, or -1 with errno set.
+// Sends a request and waits for the kernel's acknowledgement: 0, or -1 with errno set.
 static int transact(int socket, struct request *request) {
     char answer[8192];
     if (send(socket, request, request->header.nlmsg_len, 0) < 0)
@@ -63,9 +63,9 @@ static int transact(int socket, struct request *request) {
         errno = EBADMSG;
         return -1;
     }
-    const struct nlmsgerr *verdict = NLMSG_DATA(header);
-    errno = -verdict->error;
-    return verdict->error ? -1 : 0;
+    const struct nlmsgerr *reply = NLMSG_DATA(header);
+    errno = -reply->error;
+    return reply->error ? -1 : 0;
 }
 
 static bool parse_prefix(const char *text, struct prefix *prefix) {
@@ -79,13 +79,13 @@ static bool parse_prefix(const char *text, struct prefix *prefix) {
     return length <= prefix->size * 8 && inet_pton(prefix->family, address, prefix->bytes) == 1;
 }
 
-// NLMSG_OK compares signed with unsigned.
+// As NLMSG_OK, which compares signed with unsigned.
 static bool is_whole(const struct nlmsghdr *header, int left) {
     return left >= (int)sizeof *header && header->nlmsg_len >= sizeof *header &&
            header->nlmsg_len <= (unsigned)left;
 }
 
-// The index of the interface with this MAC, of one whole dump of links; 0: none.
+// Returns the index of the interface with this MAC, from one dump of all links; 0: there is none.
 static unsigned find_by_mac(int socket, const uint8_t mac[MAC_SIZE]) {
     struct request request;
     char answer[32768];
@@ -113,7 +113,7 @@ static unsigned find_by_mac(int socket, const uint8_t mac[MAC_SIZE]) {
     }
 }
 
-// A hot-plugged device takes a moment to appear.
+// Same, but waits for a hot-plugged device to appear.
 static unsigned await_by_mac(int socket, const uint8_t mac[MAC_SIZE]) {
     for (int waited = 0; waited < APPEAR_MS; waited += APPEAR_STEP_MS) {
         unsigned index = find_by_mac(socket, mac);
@@ -165,7 +165,8 @@ static int change_address(int socket, uint16_t type, uint16_t flags, unsigned in
     *address = (struct ifaddrmsg){
         .ifa_family = (uint8_t)prefix->family,
         .ifa_prefixlen = (uint8_t)prefix->length,
-        .ifa_flags = prefix->family == AF_INET6 ? IFA_F_NODAD : 0, // the plug-in has seen to it
+        .ifa_flags =
+            prefix->family == AF_INET6 ? IFA_F_NODAD : 0, // the CNI plug-in has checked for duplicates
         .ifa_index = index,
     };
     add(&request, IFA_LOCAL, prefix->bytes, prefix->size);
@@ -173,13 +174,13 @@ static int change_address(int socket, uint16_t type, uint16_t flags, unsigned in
     return transact(socket, &request);
 }
 
-// A link-local address would be unusable for the second that looking for doubles takes.
-static void skip_double_detection(const char *name) {
+// Otherwise a link-local address would be unusable for the second that duplicate address detection takes.
+static void disable_duplicate_detection(const char *name) {
     char path[128];
     snprintf(path, sizeof path, "/proc/sys/net/ipv6/conf/%s/accept_dad", name);
     autoclose int file = open(path, O_WRONLY | O_CLOEXEC);
     if (file >= 0 && write(file, "0", 1) < 0)
-        say("%s: %s", path, strerror(errno));
+        console_log("%s: %s", path, strerror(errno));
 }
 
 static int add_address(int socket, unsigned index, const struct prefix *prefix) {
@@ -191,7 +192,7 @@ static int configure_interface(int socket, const Interface *interface, unsigned 
     if (strcmp(if_indextoname(index, name) ? name : "", interface->name) &&
         rename_link(socket, index, interface->name) < 0)
         return fail(error, errno, "rename to %s", interface->name);
-    skip_double_detection(interface->name);
+    disable_duplicate_detection(interface->name);
     for (size_t i = 0; i < interface->n_addresses; i++) {
         struct prefix prefix;
         if (!parse_prefix(interface->addresses[i], &prefix))
@@ -209,7 +210,7 @@ static bool parse_mac(const char *text, uint8_t mac[MAC_SIZE]) {
                   &mac[5]) == MAC_SIZE;
 }
 
-// The NIC of an interface, with the MAC that it is to have; 0: none appeared.
+// Finds the NIC of an interface and sets its MAC; returns its index, or 0 after a failure.
 static unsigned find_interface(int socket, const Interface *interface, struct error *error) {
     uint8_t mac[MAC_SIZE], found[MAC_SIZE];
     const char *present = *interface->found_mac ? interface->found_mac : interface->mac;
@@ -227,7 +228,7 @@ static unsigned find_interface(int socket, const Interface *interface, struct er
     return index;
 }
 
-// Finds each NIC, and takes its name off those that will be called otherwise: two may want to swap.
+// Finds each NIC, and gives a temporary name to those that will be renamed: two may swap their names.
 static int find_interfaces(int socket, Interface **interfaces, size_t count, unsigned *indices,
                            struct error *error) {
     for (size_t i = 0; i < count; i++) {
@@ -304,8 +305,8 @@ int net_configure(Interface **interfaces, size_t interface_count, Route **routes
     return 0;
 }
 
-// With the interface go its routes, and its IPv6 addresses.
-static int take_back(int socket, const Interface *interface, struct error *error) {
+// Shutting an interface down removes its routes and its IPv6 addresses too.
+static int deconfigure_interface(int socket, const Interface *interface, struct error *error) {
     uint8_t mac[MAC_SIZE];
     unsigned index = if_nametoindex(interface->name);
     if (!index || shut_down(socket, index) < 0)
@@ -314,19 +315,19 @@ static int take_back(int socket, const Interface *interface, struct error *error
         struct prefix prefix;
         if (parse_prefix(interface->addresses[i], &prefix) && prefix.family == AF_INET &&
             change_address(socket, RTM_DELADDR, 0, index, &prefix) < 0)
-            return fail(error, errno, "take back %s", interface->addresses[i]);
+            return fail(error, errno, "remove address %s", interface->addresses[i]);
     }
     if (parse_mac(interface->found_mac, mac) && set_mac(socket, index, mac) < 0)
         return fail(error, errno, "address %s", interface->found_mac);
     return 0;
 }
 
-int net_take_back(Interface **interfaces, size_t count, struct error *error) {
+int net_deconfigure(Interface **interfaces, size_t count, struct error *error) {
     autoclose int netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
     if (netlink < 0)
         return fail(error, errno, "netlink");
     for (size_t i = 0; i < count; i++)
-        if (take_back(netlink, interfaces[i], error) < 0)
+        if (deconfigure_interface(netlink, interfaces[i], error) < 0)
             return -1;
     return 0;
 }

@@ -20,7 +20,7 @@ static int open_in_root(int root, const char *path, uint64_t flags) {
         .flags = flags | O_CLOEXEC,
         .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS,
     };
-    // EAGAIN: something was renamed on the way (openat2(2)); try anew, but not for ever
+    // EAGAIN: something on the path was renamed meanwhile (openat2(2)); retry, up to a limit
     for (int i = 0;; i++) {
         int fd = (int)syscall(SYS_openat2, root, *path ? path : "/", &how, sizeof how);
         if (fd >= 0 || errno != EAGAIN || i == RACES_MAX)
@@ -36,103 +36,103 @@ int path_enter(int root, const char *path) {
     return open_in_root(root, path, O_PATH | O_DIRECTORY);
 }
 
-// A walk that creates: `done` is a path without links that exists, `rest` is what is still to go.
-struct walk {
+// A look-up that creates: `done` is an existing path without links, `rest` is still to be resolved.
+struct lookup {
     int root;
     char done[PATH_MAX];
     char rest[PATH_MAX];
     int links;
 };
 
-// Takes the first part off `rest`; false at the end.
-static bool next_part(struct walk *walk, char part[NAME_MAX + 1]) {
-    size_t skip = strspn(walk->rest, "/");
-    size_t length = strcspn(walk->rest + skip, "/");
+// Removes the first part from `rest`; false at the end.
+static bool next_part(struct lookup *lookup, char part[NAME_MAX + 1]) {
+    size_t skip = strspn(lookup->rest, "/");
+    size_t length = strcspn(lookup->rest + skip, "/");
     if (length == 0 || length > NAME_MAX)
         return false;
-    memcpy(part, walk->rest + skip, length);
+    memcpy(part, lookup->rest + skip, length);
     part[length] = '\0';
-    memmove(walk->rest, walk->rest + skip + length, strlen(walk->rest + skip + length) + 1);
+    memmove(lookup->rest, lookup->rest + skip + length, strlen(lookup->rest + skip + length) + 1);
     return true;
 }
 
-static int follow(struct walk *walk, int link, struct error *error) {
+static int follow(struct lookup *lookup, int link, struct error *error) {
     char target[PATH_MAX], rest[PATH_MAX];
     ssize_t length = readlinkat(link, "", target, sizeof target - 1);
     if (length < 0)
         return fail(error, errno, "readlink");
     target[length] = '\0';
-    memcpy(rest, walk->rest, sizeof rest);
-    if (++walk->links > LINKS_MAX ||
-        snprintf(walk->rest, sizeof walk->rest, "%s/%s", target, rest) >= (int)sizeof walk->rest)
+    memcpy(rest, lookup->rest, sizeof rest);
+    if (++lookup->links > LINKS_MAX ||
+        snprintf(lookup->rest, sizeof lookup->rest, "%s/%s", target, rest) >= (int)sizeof lookup->rest)
         return fail(error, ELOOP, "readlink");
     if (target[0] == '/')
-        walk->done[0] = '\0';
+        lookup->done[0] = '\0';
     return 0;
 }
 
-static int create(struct walk *walk, const char *part, enum path_kind kind, struct error *error) {
-    autoclose int parent = open_in_root(walk->root, walk->done, O_PATH | O_DIRECTORY);
+static int create(struct lookup *lookup, const char *part, enum path_kind kind, struct error *error) {
+    autoclose int parent = open_in_root(lookup->root, lookup->done, O_PATH | O_DIRECTORY);
     if (parent < 0)
-        return fail(error, errno, "open /%s", walk->done);
+        return fail(error, errno, "open /%s", lookup->done);
     if (kind == PATH_DIRECTORY) {
         if (mkdirat(parent, part, 0755) < 0 && errno != EEXIST)
-            return fail(error, errno, "mkdir %s/%s", walk->done, part);
+            return fail(error, errno, "mkdir %s/%s", lookup->done, part);
     } else {
         autoclose int file = openat(parent, part, O_CREAT | O_EXCL | O_WRONLY | O_NOFOLLOW | O_CLOEXEC, 0644);
         if (file < 0 && errno != EEXIST)
-            return fail(error, errno, "create %s/%s", walk->done, part);
+            return fail(error, errno, "create %s/%s", lookup->done, part);
     }
     return 0;
 }
 
-// One part further: into it, up, along a link, or into what is created for it.
-static int step(struct walk *walk, const char *part, enum path_kind kind, struct error *error) {
-    size_t length = strlen(walk->done);
+// Resolves one more part: enters it, goes up, follows a link, or creates it.
+static int step(struct lookup *lookup, const char *part, enum path_kind kind, struct error *error) {
+    size_t length = strlen(lookup->done);
     if (strcmp(part, ".") == 0)
         return 0;
     if (strcmp(part, "..") == 0) {
-        char *slash = strrchr(walk->done, '/');
+        char *slash = strrchr(lookup->done, '/');
         if (slash)
             *slash = '\0';
         return 0;
     }
-    if (snprintf(walk->done + length, sizeof walk->done - length, "/%s", part) >=
-        (int)(sizeof walk->done - length))
+    if (snprintf(lookup->done + length, sizeof lookup->done - length, "/%s", part) >=
+        (int)(sizeof lookup->done - length))
         return fail(error, ENAMETOOLONG, "mkdir");
-    autoclose int found = open_in_root(walk->root, walk->done, O_PATH | O_NOFOLLOW);
+    autoclose int found = open_in_root(lookup->root, lookup->done, O_PATH | O_NOFOLLOW);
     if (found < 0 && errno != ENOENT)
-        return fail(error, errno, "open %s", walk->done);
+        return fail(error, errno, "open %s", lookup->done);
     if (found < 0) {
-        walk->done[length] = '\0';
-        if (create(walk, part, kind, error) < 0)
+        lookup->done[length] = '\0';
+        if (create(lookup, part, kind, error) < 0)
             return -1;
-        walk->done[length] = '/';
+        lookup->done[length] = '/';
         return 0;
     }
     struct stat status;
     if (fstat(found, &status) < 0)
-        return fail(error, errno, "stat %s", walk->done);
+        return fail(error, errno, "stat %s", lookup->done);
     if (!S_ISLNK(status.st_mode))
         return 0;
-    walk->done[length] = '\0';
-    return follow(walk, found, error);
+    lookup->done[length] = '\0';
+    return follow(lookup, found, error);
 }
 
 int path_make(int root, const char *path, enum path_kind kind, struct error *error) {
     int fd = path_find(root, path);
     if (fd >= 0)
         return fd;
-    struct walk walk = {.root = root};
-    if (errno != ENOENT || snprintf(walk.rest, sizeof walk.rest, "%s", path) >= (int)sizeof walk.rest)
+    struct lookup lookup = {.root = root};
+    if (errno != ENOENT || snprintf(lookup.rest, sizeof lookup.rest, "%s", path) >= (int)sizeof lookup.rest)
         return fail(error, errno, "open %s", path);
     char part[NAME_MAX + 1];
-    while (next_part(&walk, part)) {
-        bool last = walk.rest[strspn(walk.rest, "/")] == '\0';
-        if (step(&walk, part, last ? kind : PATH_DIRECTORY, error) < 0)
+    while (next_part(&lookup, part)) {
+        bool last = lookup.rest[strspn(lookup.rest, "/")] == '\0';
+        if (step(&lookup, part, last ? kind : PATH_DIRECTORY, error) < 0)
             return -1;
     }
-    fd = path_find(root, walk.done);
+    fd = path_find(root, lookup.done);
     return fd >= 0 ? fd : fail(error, errno, "open %s", path);
 }
 

@@ -24,7 +24,7 @@ static _Noreturn void run(struct agent *agent) {
     sigset_t child;
     sigemptyset(&child);
     sigaddset(&child, SIGCHLD);
-    sigprocmask(SIG_SETMASK, &child, NULL); // blocked through exec: none gets lost
+    sigprocmask(SIG_SETMASK, &child, NULL); // stays blocked across exec, so that none gets lost
     for (int i = 0; i < 3; i++)
         dup2(agent->null, i);
     syscall(SYS_execveat, agent->executable, "", argv, environment, AT_EMPTY_PATH);
@@ -51,13 +51,13 @@ int pod_init_find(struct agent *agent, struct error *error) {
     return pidfd;
 }
 
-void pod_init_ended(struct agent *agent) {
-    say("the pod's init has ended");
+void pod_init_set_ended(struct agent *agent) {
+    console_log("the pod's init has ended");
     agent->pod_init = 0;
     close_fd(&agent->pod_init_pidfd);
 }
 
-static void give_up_everything(void) {
+static void drop_privileges(void) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
     struct __user_cap_data_struct none[2] = {0};
     close_range(3, ~0U, 0);
@@ -72,7 +72,7 @@ void pod_init_main(void) {
     sigset_t child;
     sigemptyset(&child);
     sigaddset(&child, SIGCHLD);
-    give_up_everything();
+    drop_privileges();
     for (;;) {
         while (waitpid(-1, NULL, WNOHANG) > 0)
             ;

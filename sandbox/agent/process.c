@@ -14,8 +14,8 @@
 #include "scope.h"
 
 pid_t process_fork(const struct placement *placement, int *pidfd, struct error *error) {
-    // joining a PID namespace takes effect for children only, so the agent steps in and out itself
-    // and stays the parent (setns(2))
+    // joining a PID namespace affects children only (setns(2)): so the agent joins it for the clone, returns,
+    // and stays the parent
     if (placement->pid_namespace >= 0 && setns(placement->pid_namespace, CLONE_NEWPID) < 0)
         return fail(error, errno, "join PID namespace");
     struct clone_args arguments = {
@@ -29,7 +29,7 @@ pid_t process_fork(const struct placement *placement, int *pidfd, struct error *
         return 0;
     int reason = errno;
     if (placement->pid_namespace >= 0 && setns(placement->own_pid_namespace, CLONE_NEWPID) < 0)
-        panic("cannot come back to the own PID namespace: %s", strerror(errno));
+        panic("cannot return to the agent's PID namespace: %s", strerror(errno));
     return pid > 0 ? pid : fail(error, reason, "clone");
 }
 
@@ -42,13 +42,13 @@ int process_prepare(struct process *process, struct child *child, struct error *
     return 0;
 }
 
-static void take_terminal(struct process *process, struct msghdr *message) {
+static void receive_terminal(struct process *process, struct msghdr *message) {
     struct cmsghdr *header = CMSG_FIRSTHDR(message);
     if (header && header->cmsg_type == SCM_RIGHTS && process->terminal < 0)
         memcpy(&process->terminal, CMSG_DATA(header), sizeof process->terminal);
 }
 
-bool process_look(struct process *process, struct loop *loop) {
+bool process_poll(struct process *process, struct loop *loop) {
     while (process->status.fd >= 0) {
         struct error report;
         char control[CMSG_SPACE(sizeof(int))];
@@ -59,7 +59,7 @@ bool process_look(struct process *process, struct loop *loop) {
         if (size < 0 && errno == EAGAIN)
             return false;
         if (size == 1) {
-            take_terminal(process, &message);
+            receive_terminal(process, &message);
             continue;
         }
         if (size == (ssize_t)sizeof report) {
@@ -74,8 +74,8 @@ bool process_look(struct process *process, struct loop *loop) {
 }
 
 void process_set_ended(struct process *process, struct loop *loop, int wait_status) {
-    process_look(process, loop);
-    loop_close(loop, &process->status); // a grandchild may still hold the other side
+    process_poll(process, loop);
+    loop_close(loop, &process->status); // a grandchild may still hold the other end
     process->state = PROCESS_ENDED;
     process->ended_at = wall_ns();
     process->exit_code = WIFSIGNALED(wait_status) ? 128 + WTERMSIG(wait_status) : WEXITSTATUS(wait_status);

@@ -1,4 +1,4 @@
-// The generated messages, under short names. A field of Failure is called errno, as is a macro.
+// The generated messages, under short names. A field of Failure is named errno, like the macro.
 #pragma once
 
 #include <stdbool.h>
@@ -51,5 +51,5 @@ typedef Husk__Guest__V1__OpenLog OpenLog;
 typedef Husk__Guest__V1__Event Event;
 typedef Husk__Guest__V1__Exited Exited;
 
-// A Failure that says what `error` says; it points into it.
+// Fills `failure` from `error`, and points into it.
 void failure_fill(Failure *failure, struct error *error);

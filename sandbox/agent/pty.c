@@ -16,7 +16,7 @@
 enum { TTYAUX_MAJOR = 5, PTMX_MINOR = 2 };
 
 int pty_open(int root, const Process *process, int *slave, struct error *error) {
-    // the container may have put anything there: nothing is waited for, and the kind is looked at
+    // the container may have put anything there: opening must not block, and the type is checked
     struct open_how how = {
         .flags = O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC,
         .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS,

@@ -20,7 +20,7 @@
 static int bind_root(const Start *start, struct error *error) {
     if (start->rootfs_propagation && mount(NULL, "/", NULL, start->rootfs_propagation, NULL) < 0)
         return fail(error, errno, "propagation of /");
-    // pivot_root(2) wants a mount point
+    // pivot_root(2) requires a mount point
     if (mount(start->rootfs, start->rootfs, NULL, MS_BIND | MS_REC, NULL) < 0)
         return fail_about(error, errno, "rootfs", start->rootfs);
     int root = open(start->rootfs, O_PATH | O_DIRECTORY | O_CLOEXEC);
@@ -46,7 +46,7 @@ static int make_device(int root, const Process *process, const Device *device, s
     return 0;
 }
 
-// What is there already stays: an image may bring its own /dev.
+// Keeps what exists already: an image may contain its own /dev.
 static int make_link(int root, const Link *link, struct error *error) {
     const char *name;
     autoclose int parent = path_parent(root, link->path, &name, error);
@@ -87,7 +87,7 @@ static int make_cwd(int root, const Process *process, struct error *error) {
     struct stat status;
     if (made < 0)
         return fail(error, error->number, "cwd");
-    // the guest's root, whom the container does not know, owns it only if it was made here
+    // it belongs to the guest's root, which has no id in the container, only if it was made here
     if (userspace_wanted(process) && fstat(made, &status) == 0 && status.st_uid == 0 &&
         fchownat(made, "", userspace_uid(process, 0), userspace_gid(process, 0), AT_EMPTY_PATH) < 0)
         return fail(error, errno, "cwd");
@@ -130,7 +130,7 @@ int rootfs_console(int root, struct error *error) {
     ssize_t length = readlink("/proc/self/fd/0", slave, sizeof slave - 1);
     if (length < 0)
         return fail(error, errno, "/dev/console");
-    slave[length] = '\0'; // "/dev/pts/0": as seen from a root that holds this devpts, or with its path before
+    slave[length] = '\0'; // "/dev/pts/0", possibly with the path of the root that holds this devpts before it
     const char *name = strrchr(slave, '/');
     char inside[64];
     snprintf(inside, sizeof inside, "/dev/pts%s", name ? name : "");
@@ -147,10 +147,10 @@ int rootfs_enter(int root, const Start *start, struct error *error) {
     struct mount_attr readonly = {.attr_set = MOUNT_ATTR_RDONLY};
     if (start->readonly_rootfs && mount_setattr(root, "", AT_EMPTY_PATH, &readonly, sizeof readonly) < 0)
         return fail(error, errno, "read-only rootfs");
-    // the old root ends up stacked over the new one (pivot_root(2), "pivot_root(".", ".")")
+    // the old root is then stacked over the new one (pivot_root(2), "pivot_root(".", ".")")
     if (fchdir(root) < 0 || syscall(SYS_pivot_root, ".", ".") < 0)
         return fail(error, errno, "pivot_root");
-    // what is detached here must not be detached in the guest too
+    // the unmount of the old root must not propagate to the guest
     if (start->rootfs_propagation && mount(NULL, ".", NULL, MS_SLAVE | MS_REC, NULL) < 0)
         return fail(error, errno, "pivot_root");
     if (umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)

@@ -1,4 +1,4 @@
-// Things that are let go at the end of their scope.
+// Releases resources at the end of their scope.
 #pragma once
 
 #include <dirent.h>
@@ -23,11 +23,11 @@ static inline void scope_closedir(DIR **directory) {
 #define autofree __attribute__((cleanup(scope_free)))
 #define autoclosedir __attribute__((cleanup(scope_closedir)))
 
-// Hands a descriptor on: the scope does not close it any more.
+// Returns the descriptor and clears the variable, so that the scope does not close it.
 static inline int take_fd(int *fd) {
-    int taken = *fd;
+    int value = *fd;
     *fd = -1;
-    return taken;
+    return value;
 }
 
 static inline void close_fd(int *fd) {

@@ -9,175 +9,180 @@
 #include "agent.h"
 
 enum {
-    INLET_WINDOW = 128 * 1024,
-    INLET_BATCH = 32 * 1024, // credit is given back in pieces of at least this, or when all is written
+    INPUT_WINDOW = 128 * 1024,
+    INPUT_BATCH = 32 * 1024, // credit is returned in pieces of at least this, or once all is written
     MOVES_IN_A_ROW = 4,
 };
 
-// ------------------------------------------------------------------------------------ outlets
+// ------------------------------------------------------------------------------------ outputs
 
-static void outlet_ready(struct source *source, uint32_t events) {
+static void output_stream_ready(struct source *source, uint32_t events) {
     (void)events;
-    container_of(source, struct outlet, source)->readable = true;
+    container_of(source, struct output_stream, source)->readable = true;
 }
 
-struct outlet outlet_make(uint32_t stream, uint32_t credit) {
-    return (struct outlet){
-        .source = {.fd = -1, .ready = outlet_ready}, .stream = stream, .credit = credit, .readable = true};
+struct output_stream output_stream_make(uint32_t stream, uint32_t credit) {
+    return (struct output_stream){.source = {.fd = -1, .ready = output_stream_ready},
+                                  .stream = stream,
+                                  .credit = credit,
+                                  .readable = true};
 }
 
-void outlet_close(struct outlet *outlet, struct agent *agent) {
-    loop_close(&agent->loop, &outlet->source);
-    outlet->stream = 0;
+void output_stream_close(struct output_stream *output, struct agent *agent) {
+    loop_close(&agent->loop, &output->source);
+    output->stream = 0;
 }
 
-void outlet_end(struct outlet *outlet, struct agent *agent) {
-    if (outlet->stream)
-        channel_send(&agent->channel, FRAME_CLOSE, outlet->stream, NULL, 0);
-    outlet_close(outlet, agent);
+void output_stream_end(struct output_stream *output, struct agent *agent) {
+    if (output->stream)
+        channel_send(&agent->channel, FRAME_CLOSE, output->stream, NULL, 0);
+    output_stream_close(output, agent);
 }
 
-// Nothing is in the pipe: so a CLOSE needs no credit.
-static bool is_drained(const struct outlet *outlet) {
+// Whether the pipe is empty, so that a CLOSE needs no credit.
+static bool is_drained(const struct output_stream *output) {
     int bytes = 0;
-    return ioctl(outlet->source.fd, FIONREAD, &bytes) == 0 && bytes == 0;
+    return ioctl(output->source.fd, FIONREAD, &bytes) == 0 && bytes == 0;
 }
 
-// One piece. A background process that holds the pipe does not keep the exec alive.
-static bool outlet_move(struct outlet *outlet, struct agent *agent, bool last) {
-    static uint8_t nowhere[DATA_MAX];
+// Moves one piece; returns whether more may follow. A background process that holds the pipe open does not
+// keep the exec alive.
+static bool output_stream_move(struct output_stream *output, struct agent *agent, bool last) {
+    static uint8_t scratch[DATA_MAX];
     struct channel *channel = &agent->channel;
-    bool silent = !outlet->stream;
-    size_t room = channel_room(channel), size = DATA_MAX;
-    if (!silent) {
-        size = size < outlet->credit ? size : (size_t)outlet->credit;
-        size = size < room ? size : room;
+    bool dropped = !output->stream;
+    size_t space = channel_space(channel), size = DATA_MAX;
+    if (!dropped) {
+        size = size < output->credit ? size : (size_t)output->credit;
+        size = size < space ? size : space;
         if (size == 0) {
-            if (room > 0 && last && is_drained(outlet))
-                outlet_end(outlet, agent);
+            if (space > 0 && last && is_drained(output))
+                output_stream_end(output, agent);
             return false;
         }
     }
-    ssize_t got = read(outlet->source.fd, silent ? nowhere : channel_begin(channel, size), size);
+    ssize_t got = read(output->source.fd, dropped ? scratch : channel_begin(channel, size), size);
     if (got < 0 && errno == EINTR)
         return true;
     if (got < 0 && errno == EAGAIN && !last) {
-        outlet->readable = false;
+        output->readable = false;
         return false;
     }
     if (got <= 0) {
-        outlet_end(outlet, agent);
+        output_stream_end(output, agent);
         return false;
     }
-    if (!silent) {
-        channel_commit(channel, FRAME_DATA, outlet->stream, (size_t)got);
-        outlet->credit -= (size_t)got;
+    if (!dropped) {
+        channel_commit(channel, FRAME_DATA, output->stream, (size_t)got);
+        output->credit -= (size_t)got;
     }
     return true;
 }
 
-void outlet_pump(struct outlet *outlet, struct agent *agent, bool last, bool keep) {
-    for (int i = 0; i < MOVES_IN_A_ROW && outlet->source.fd >= 0 && (outlet->readable || last); i++) {
-        if (keep && is_drained(outlet))
-            outlet->readable = false; // there may be its end to read
-        else if (!outlet_move(outlet, agent, last))
+void output_stream_pump(struct output_stream *output, struct agent *agent, bool last, bool hold_end) {
+    for (int i = 0; i < MOVES_IN_A_ROW && output->source.fd >= 0 && (output->readable || last); i++) {
+        if (hold_end && is_drained(output))
+            output->readable = false; // the next read might find its end
+        else if (!output_stream_move(output, agent, last))
             return;
     }
 }
 
-bool outlet_has_work(const struct outlet *outlet, const struct channel *channel, bool last) {
-    if (outlet->source.fd < 0 || !(outlet->readable || last))
+bool output_stream_has_work(const struct output_stream *output, const struct channel *channel, bool last) {
+    if (output->source.fd < 0 || !(output->readable || last))
         return false;
-    return !outlet->stream || (outlet->credit > 0 && channel_room(channel) > 0);
+    return !output->stream || (output->credit > 0 && channel_space(channel) > 0);
 }
 
-int outlet_frame(struct outlet *outlet, struct agent *agent, const struct frame *frame) {
-    if (!outlet->stream || outlet->stream != frame->stream)
-        return 0;
+int output_stream_frame(struct output_stream *output, struct agent *agent, const struct frame *frame) {
+    if (!output->stream || output->stream != frame->stream)
+        return FRAME_IGNORED;
     if (frame->kind == FRAME_WINDOW)
-        outlet->credit += read_u32(frame->payload);
-    if (frame->kind == FRAME_RESET) // who writes finds the pipe broken, as with any reader that goes
-        outlet_end(outlet, agent);
-    return 1;
+        output->credit += read_u32(frame->payload);
+    if (frame->kind == FRAME_RESET) // the writer gets EPIPE, as with any reader that closes its end
+        output_stream_end(output, agent);
+    return FRAME_HANDLED;
 }
 
-// ------------------------------------------------------------------------------------- inlets
+// ------------------------------------------------------------------------------------- inputs
 
-static void inlet_ready(struct source *source, uint32_t events) {
+static void input_stream_ready(struct source *source, uint32_t events) {
     (void)events;
-    container_of(source, struct inlet, source)->writable = true;
+    container_of(source, struct input_stream, source)->writable = true;
 }
 
-struct inlet inlet_make(uint32_t stream) {
-    return (struct inlet){
-        .source = {.fd = -1, .ready = inlet_ready}, .stream = stream, .ended = !stream, .writable = true};
+struct input_stream input_stream_make(uint32_t stream) {
+    return (struct input_stream){.source = {.fd = -1, .ready = input_stream_ready},
+                                 .stream = stream,
+                                 .ended = !stream,
+                                 .writable = true};
 }
 
-static void inlet_grant(struct inlet *inlet, struct channel *channel, uint32_t bytes) {
+static void input_stream_grant(struct input_stream *input, struct channel *channel, uint32_t bytes) {
     uint8_t payload[4];
-    if (!inlet->stream || bytes == 0)
+    if (!input->stream || bytes == 0)
         return;
     write_u32(payload, bytes);
-    channel_send(channel, FRAME_WINDOW, inlet->stream, payload, sizeof payload);
-    inlet->granted += bytes;
+    channel_send(channel, FRAME_WINDOW, input->stream, payload, sizeof payload);
+    input->granted += bytes;
 }
 
-void inlet_begin(struct inlet *inlet, struct channel *channel) {
-    inlet_grant(inlet, channel, INLET_WINDOW);
+void input_stream_begin(struct input_stream *input, struct channel *channel) {
+    input_stream_grant(input, channel, INPUT_WINDOW);
 }
 
-void inlet_close(struct inlet *inlet, struct agent *agent) {
-    loop_close(&agent->loop, &inlet->source);
-    buffer_free(&inlet->pending);
+void input_stream_close(struct input_stream *input, struct agent *agent) {
+    loop_close(&agent->loop, &input->source);
+    buffer_free(&input->pending);
 }
 
-void inlet_refuse(struct inlet *inlet, struct agent *agent) {
-    if (inlet->stream && !inlet->ended)
-        channel_send(&agent->channel, FRAME_RESET, inlet->stream, NULL, 0);
-    inlet->stream = 0;
-    inlet_close(inlet, agent);
+void input_stream_refuse(struct input_stream *input, struct agent *agent) {
+    if (input->stream && !input->ended)
+        channel_send(&agent->channel, FRAME_RESET, input->stream, NULL, 0);
+    input->stream = 0;
+    input_stream_close(input, agent);
 }
 
-static void inlet_write(struct inlet *inlet, struct agent *agent) {
+static void input_stream_write(struct input_stream *input, struct agent *agent) {
     ssize_t written =
-        write(inlet->source.fd, inlet->pending.data + inlet->pending.start, buffer_length(&inlet->pending));
+        write(input->source.fd, input->pending.data + input->pending.start, buffer_length(&input->pending));
     if (written > 0) {
-        buffer_consume(&inlet->pending, (size_t)written);
-        inlet->consumed += (uint32_t)written;
+        buffer_consume(&input->pending, (size_t)written);
+        input->consumed += (uint32_t)written;
     } else if (errno == EAGAIN) {
-        inlet->writable = false;
-    } else if (errno != EINTR) { // nobody reads any more
-        inlet_refuse(inlet, agent);
+        input->writable = false;
+    } else if (errno != EINTR) { // there is no reader any more
+        input_stream_refuse(input, agent);
     }
 }
 
-void inlet_pump(struct inlet *inlet, struct agent *agent) {
-    while (inlet->source.fd >= 0 && inlet->writable && buffer_length(&inlet->pending) > 0)
-        inlet_write(inlet, agent);
-    bool empty = buffer_length(&inlet->pending) == 0;
-    if (inlet->consumed >= INLET_BATCH || (empty && inlet->consumed > 0)) {
-        if (!inlet->ended)
-            inlet_grant(inlet, &agent->channel, inlet->consumed);
-        inlet->consumed = 0;
+void input_stream_pump(struct input_stream *input, struct agent *agent) {
+    while (input->source.fd >= 0 && input->writable && buffer_length(&input->pending) > 0)
+        input_stream_write(input, agent);
+    bool empty = buffer_length(&input->pending) == 0;
+    if (input->consumed >= INPUT_BATCH || (empty && input->consumed > 0)) {
+        if (!input->ended)
+            input_stream_grant(input, &agent->channel, input->consumed);
+        input->consumed = 0;
     }
-    if (inlet->ended && empty && inlet->source.fd >= 0) {
-        if (inlet->socket)
-            shutdown(inlet->source.fd, SHUT_WR);
-        inlet_close(inlet, agent);
+    if (input->ended && empty && input->source.fd >= 0) {
+        if (input->socket)
+            shutdown(input->source.fd, SHUT_WR);
+        input_stream_close(input, agent);
     }
 }
 
-int inlet_frame(struct inlet *inlet, const struct frame *frame) {
-    if (!inlet->stream || inlet->stream != frame->stream)
-        return 0;
+int input_stream_frame(struct input_stream *input, const struct frame *frame) {
+    if (!input->stream || input->stream != frame->stream)
+        return FRAME_IGNORED;
     if (frame->kind == FRAME_CLOSE)
-        inlet->ended = true;
+        input->ended = true;
     if (frame->kind != FRAME_DATA)
-        return 1;
-    if (frame->length > inlet->granted || inlet->ended)
-        return -1;
-    inlet->granted -= frame->length;
-    if (inlet->source.fd >= 0)
-        buffer_append(&inlet->pending, frame->payload, frame->length);
-    return 1;
+        return FRAME_HANDLED;
+    if (frame->length > input->granted || input->ended)
+        return FRAME_INVALID;
+    input->granted -= frame->length;
+    if (input->source.fd >= 0)
+        buffer_append(&input->pending, frame->payload, frame->length);
+    return FRAME_HANDLED;
 }

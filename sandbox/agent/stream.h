@@ -1,49 +1,50 @@
-// The two directions of a stream, between a descriptor in the guest and the channel: used by execs,
-// by attachments (their input) and by dialled connections. A reader that stops blocks its own stream only.
+// The two directions of a stream, between a descriptor in the guest and the channel. Used by execs, by
+// attachments (their stdin) and by dialled connections. A reader that stops blocks its own stream only.
 #pragma once
 
 #include "channel.h"
 
 struct agent;
 
-// From a descriptor to the host: read straight into the frame when the host has given credit.
-struct outlet {
+// From a descriptor to the host: read straight into the frame, as far as the host has granted credit.
+struct output_stream {
     struct source source; // -1: closed
-    uint32_t stream;      // 0: nobody wants it, what comes is thrown away
+    uint32_t stream;      // 0: the host does not want it, and what is read is dropped
     uint64_t credit;
     bool readable;
 };
 
-// From the host to a descriptor: what that did not take yet is kept, within the credit given to the host.
-struct inlet {
+// From the host to a descriptor. What the descriptor does not accept yet is kept, within the host's credit.
+struct input_stream {
     struct source source; // -1: closed
-    uint32_t stream;
-    uint32_t granted;  // what the host may still send
-    uint32_t consumed; // written, not granted anew yet
+    uint32_t stream;      // 0: none, or it was reset
+    uint32_t granted;     // bytes that the host may still send
+    uint32_t consumed;    // bytes written whose credit has not been returned yet
     struct buffer pending;
     bool ended; // no more will come
     bool writable;
-    bool socket; // its end is a shutdown: the other direction goes on
+    bool socket; // shut down for writing at its end, as the other direction goes on
 };
 
-struct outlet outlet_make(uint32_t stream, uint32_t credit);
-struct inlet inlet_make(uint32_t stream);
+struct output_stream output_stream_make(uint32_t stream, uint32_t credit);
+struct input_stream input_stream_make(uint32_t stream);
 
-// As far as room and credit go. `last`: what is not there now will not come. `keep`: its end is not told yet.
-void outlet_pump(struct outlet *outlet, struct agent *agent, bool last, bool keep);
-void inlet_pump(struct inlet *inlet, struct agent *agent);
+// Moves bytes as far as the channel's space and credit go. `last`: nothing more will be written to the
+// descriptor than is there now. `hold_end`: the end must not be reported yet.
+void output_stream_pump(struct output_stream *output, struct agent *agent, bool last, bool hold_end);
+void input_stream_pump(struct input_stream *input, struct agent *agent);
 
-// True if pumping it would do something.
-bool outlet_has_work(const struct outlet *outlet, const struct channel *channel, bool last);
+// Whether pumping it would do something.
+bool output_stream_has_work(const struct output_stream *output, const struct channel *channel, bool last);
 
-// The host gets its first credit.
-void inlet_begin(struct inlet *inlet, struct channel *channel);
+// Grants the host its first credit.
+void input_stream_begin(struct input_stream *input, struct channel *channel);
 
-void outlet_end(struct outlet *outlet, struct agent *agent);   // closed, and the host told so
-void inlet_refuse(struct inlet *inlet, struct agent *agent);   // the same
-void outlet_close(struct outlet *outlet, struct agent *agent); // without a word
-void inlet_close(struct inlet *inlet, struct agent *agent);
+void output_stream_end(struct output_stream *output, struct agent *agent);   // closes it, and sends CLOSE
+void input_stream_refuse(struct input_stream *input, struct agent *agent);   // closes it, and sends RESET
+void output_stream_close(struct output_stream *output, struct agent *agent); // closes it, and sends nothing
+void input_stream_close(struct input_stream *input, struct agent *agent);
 
-// True if the frame was for this stream. -1: it breaks the protocol.
-int outlet_frame(struct outlet *outlet, struct agent *agent, const struct frame *frame);
-int inlet_frame(struct inlet *inlet, const struct frame *frame);
+// Whether the frame was for this stream; FRAME_INVALID: it was, and breaks the protocol.
+int output_stream_frame(struct output_stream *output, struct agent *agent, const struct frame *frame);
+int input_stream_frame(struct input_stream *input, const struct frame *frame);

@@ -30,7 +30,7 @@ uint32_t userspace_gid(const Process *process, uint32_t gid) {
     return outside(process->gid_ranges, process->n_gid_ranges, gid);
 }
 
-// In one write, as the kernel takes a map only once.
+// One write, as a map can be written only once (user_namespaces(7)).
 static int write_map(int self, const char *name, IdRange *const *ranges, size_t count) {
     char text[MAP_MAX];
     size_t length = 0;
@@ -45,7 +45,8 @@ static int write_map(int self, const char *name, IdRange *const *ranges, size_t 
     return file < 0 || write(file, text, length) != (ssize_t)length ? errno : 0;
 }
 
-// Only who is outside with the capabilities may map ids; it does so once its parent is inside.
+// Only a process outside the namespace that has the capabilities may map ids: this child does so once its
+// parent is inside.
 static _Noreturn void map_ids(const Process *process, int self, int inside) {
     char byte;
     if (read(inside, &byte, 1) < 0)

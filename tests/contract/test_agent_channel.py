@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -176,11 +177,31 @@ def test_unknown_streams_are_ignored(host: RawHost) -> None:
     assert not host.call(1, pb.Request(ping=pb.Ping())).HasField("failure")
 
 
-def test_an_empty_request(host: RawHost) -> None:
-    assert host.call(1, pb.Request()).failure.step == "request"
+def test_request_without_a_body_is_refused(host: RawHost) -> None:
+    failure = host.call(1, pb.Request()).failure
+    assert (failure.step, failure.message) == ("request", "has no body")
+
+
+def test_request_with_an_empty_body_is_answered(host: RawHost) -> None:
     assert host.call(2, pb.Request(start=pb.Start())).failure.step == "start"
     assert host.call(3, pb.Request(exec=pb.Exec())).failure.errno == 3
     assert not host.call(4, pb.Request(remove=pb.Remove())).HasField("failure")
+
+
+@pytest.mark.parametrize("number", [18, 200, (1 << 29) - 1])
+def test_request_of_a_newer_protocol_is_refused_with_its_number(host: RawHost, number: int) -> None:
+    request = pb.Request.FromString(encode_varint(number << 3 | 2) + b"\0")
+    failure = host.call(1, request).failure
+    assert (failure.step, failure.errno) == ("request", errno.EOPNOTSUPP)
+    assert failure.message.startswith(f"body {number} is unknown to this agent (protocol {MIN_VERSION} to")
+    assert not host.call(2, pb.Request(ping=pb.Ping())).HasField("failure"), "the connection goes on"
+
+
+def encode_varint(number: int) -> bytes:
+    """As protobuf does: seven bits a byte, the lowest first."""
+    if number < 0x80:
+        return bytes([number])
+    return bytes([number & 0x7F | 0x80]) + encode_varint(number >> 7)
 
 
 def test_many_requests_at_once(host: RawHost) -> None:

@@ -1,7 +1,7 @@
 // libFuzzer target for the guest agent's frame parser.
 //
-// The input is what a host writes, cut in pieces at places that the input itself chooses. Whatever comes,
-// a frame that is handed on keeps the promises of frame.h, and none is handed on before a nonce.
+// The input is what a host writes, cut into pieces at offsets that the input itself chooses. For any input,
+// each frame passed to the callback is valid as frame.h defines it, and none is passed before a nonce.
 
 #include <stdlib.h>
 #include <string.h>
@@ -32,9 +32,9 @@ static int on_frame(void *context, const struct frame *frame) {
     require(frame->length <= FRAME_MAX);
     require(frame->kind != FRAME_DATA || frame->length <= DATA_MAX);
     require(frame->kind != FRAME_WINDOW || frame->length == 4);
-    for (uint32_t i = 0; i < frame->length; i++) // every byte may be read
+    for (uint32_t i = 0; i < frame->length; i++) // every byte must be readable
         seen->sum += frame->payload[i];
-    return frame->stream == 0xdeadbeef ? -1 : 0;
+    return frame->stream == 0xdeadbeef ? FRAME_INVALID : FRAME_HANDLED;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
@@ -44,7 +44,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     while (size > 0) {
         size_t piece = 1 + data[0] % 64;
         piece = piece < size ? piece : size;
-        uint8_t *copy = malloc(piece); // so that a read past its end is noticed
+        uint8_t *copy = malloc(piece); // so that AddressSanitizer finds a read past its end
         memcpy(copy, data, piece);
         parser_feed(&parser, copy, piece);
         free(copy);

@@ -154,6 +154,14 @@ def test_agent_speaks_the_same_versions() -> None:
     assert (int(spoken[1]), int(spoken[2])) == (MIN_VERSION, VERSION)
 
 
+def test_agent_has_a_handler_for_every_request() -> None:
+    table = re.findall(
+        r"\[HUSK__GUEST__V1__REQUEST__BODY_(\w+)\] =", (ROOT / "sandbox/agent/request.c").read_text()
+    )
+    bodies = guest_pb2.Request.DESCRIPTOR.oneofs_by_name["body"].fields
+    assert sorted(table) == sorted(field.name.upper() for field in bodies)
+
+
 # ------------------------------------------------------------------------- the rule itself
 
 

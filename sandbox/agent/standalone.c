@@ -1,4 +1,4 @@
-#include "workshop.h"
+#include "standalone.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -25,7 +25,7 @@ static void must(int result, const char *what) {
 static int open_socket(const char *path) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof address.sun_path)
-        panic("%s: too long for a socket", path);
+        panic("%s: too long for a unix socket", path);
     memcpy(address.sun_path, path, strlen(path) + 1);
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     must(fd, "socket");
@@ -35,8 +35,8 @@ static int open_socket(const char *path) {
     return fd;
 }
 
-// Stays outside: passes SIGTERM on, and ends as the agent ends.
-static _Noreturn void attend(pid_t agent, const sigset_t *waited) {
+// Stays outside the namespaces: forwards SIGTERM and SIGINT, and exits with the agent's status.
+static _Noreturn void supervise(pid_t agent, const sigset_t *waited) {
     for (;;) {
         int number = 0, status;
         sigwait(waited, &number);
@@ -59,7 +59,7 @@ static void enter_namespaces(void) {
     pid_t agent = fork();
     must(agent, "fork");
     if (agent > 0)
-        attend(agent, &waited);
+        supervise(agent, &waited);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     must(mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "/proc");
     must(mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755"), "/run");
@@ -74,12 +74,12 @@ static void open_cgroup(struct agent *agent, const char *path) {
         panic("%s/husk: %s", path, error.message);
 }
 
-int workshop_open(struct agent *agent, const struct workshop *workshop) {
-    int listener = open_socket(workshop->listen);
+int standalone_open(struct agent *agent, const struct standalone *standalone) {
+    int listener = open_socket(standalone->listen);
     agent->test = true;
     agent->cgroup = -1;
-    if (workshop->cgroup)
-        open_cgroup(agent, workshop->cgroup);
+    if (standalone->cgroup)
+        open_cgroup(agent, standalone->cgroup);
     if (geteuid() == 0)
         enter_namespaces();
     return listener;

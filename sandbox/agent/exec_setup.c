@@ -1,4 +1,4 @@
-#include "become.h"
+#include "exec_setup.h"
 
 #include <errno.h>
 #include <grp.h>
@@ -43,14 +43,14 @@ static int enter_directory(const Process *process, struct error *error) {
     char name[PATH_MAX];
     if (chdir(cwd) < 0)
         return fail_about(error, errno, "chdir", cwd);
-    // "(unreachable)...": a way out of the root, as by a link to a leaked descriptor
+    // "(unreachable)...": outside of the root, as through a link to a leaked descriptor (getcwd(2))
     if (syscall(SYS_getcwd, name, sizeof name) < 0 || name[0] != '/')
         return fail_about(error, EPERM, "chdir", cwd);
     return 0;
 }
 
-// A pipe belongs to who made it; its new user opens it again as /dev/stdout.
-static int give_pipes(const Process *process, struct error *error) {
+// A pipe belongs to the user who made it, but the process may open it again as /dev/stdout.
+static int chown_pipes(const Process *process, struct error *error) {
     uid_t owner = userspace_uid(process, process->uid);
     for (int fd = 0; owner && fd < 3; fd++) {
         struct stat status;
@@ -60,14 +60,14 @@ static int give_pipes(const Process *process, struct error *error) {
     return 0;
 }
 
-// Nothing of the outside may be left open when cwd is chosen.
-static int enter_user_namespace(const Process *process, struct entrance *entrance, struct error *error) {
+// Closes the entry: no descriptor from outside the container may be open when cwd is chosen.
+static int enter_user_namespace(const Process *process, struct userspace_entry *entry, struct error *error) {
     int failed = 0;
     if (userspace_wanted(process))
-        failed = entrance->self >= 0 ? userspace_make(process, entrance->self, error)
-                                     : userspace_join(entrance->container, error);
-    close_fd(&entrance->self);
-    close_fd(&entrance->container);
+        failed = entry->self >= 0 ? userspace_make(process, entry->self, error)
+                                  : userspace_join(entry->container, error);
+    close_fd(&entry->self);
+    close_fd(&entry->container);
     return failed;
 }
 
@@ -95,8 +95,8 @@ static int set_ids(const Process *process, struct error *error) {
 
 static int set_capabilities(const Process *process, struct error *error) {
     uint64_t permitted = process->cap_permitted, effective = process->cap_effective;
-    // A filter without no_new_privs needs CAP_SYS_ADMIN (seccomp(2)). It is in none of the sets that
-    // pass through exec, so it ends there (capabilities(7)); and the filter need not permit capset.
+    // A filter without no_new_privs needs CAP_SYS_ADMIN (seccomp(2)). It is added to none of the sets that
+    // pass through exec, so exec drops it (capabilities(7)); and the filter need not allow capset.
     if (process->seccomp.len && !process->no_new_privs) {
         permitted |= 1ULL << CAP_SYS_ADMIN;
         effective |= 1ULL << CAP_SYS_ADMIN;
@@ -158,14 +158,14 @@ static const char *search_path(char **environment) {
     return DEFAULT_PATH;
 }
 
-// `name` in the first entry of a search path; false: too long.
+// Joins the first entry of a search path and `name`; false: the result is too long.
 static bool join_first(char full[PATH_MAX], const char *path, const char *name) {
     int length = (int)strcspn(path, ":");
     return snprintf(full, PATH_MAX, "%.*s%s%s", length, path, length ? "/" : "", name) < PATH_MAX;
 }
 
-// The rest of the search path from where there is such a name; all of it where there is none. A failing
-// execve(2) has made a new address space and copied the environment before it looks for the file.
+// Returns the search path from the first entry that holds `name` on; all of it where none does. This saves
+// time: a failing execve(2) has made a new address space and copied the environment before it opens the file.
 static const char *skip_missing(const char *path, const char *name) {
     for (const char *rest = path;; rest++) {
         char full[PATH_MAX];
@@ -179,7 +179,7 @@ static const char *skip_missing(const char *path, const char *name) {
     }
 }
 
-// As execvp(3), in a search path, but without a shell for files that are no programs.
+// Like execvp(3) with this search path, but without running other files by a shell.
 static int run(const char *path, char **argv, char **environment, struct error *error) {
     const char *name = argv[0];
     int reason = ENOENT;
@@ -192,7 +192,7 @@ static int run(const char *path, char **argv, char **environment, struct error *
         if (join_first(full, path, name)) {
             execve(full, argv, environment);
             if (errno != ENOENT && errno != ENOTDIR)
-                reason = errno; // there was something, worth telling more than that there is nothing
+                reason = errno; // a file was found: that says more than ENOENT
             if (errno != ENOENT && errno != ENOTDIR && errno != EACCES)
                 break;
         }
@@ -203,19 +203,19 @@ static int run(const char *path, char **argv, char **environment, struct error *
     return fail_about(error, reason, "exec", name);
 }
 
-int become(const Process *process, struct entrance *entrance, struct error *error) {
+int exec_setup(const Process *process, struct userspace_entry *entry, struct error *error) {
     if (process->n_argv == 0)
         return fail_about(error, EINVAL, "exec", "no command");
     char **argv = memory_get((process->n_argv + 1) * sizeof *argv);
     memcpy(argv, process->argv, process->n_argv * sizeof *argv);
     char **environment = make_environment(process);
     if (begin_session(process, error) < 0 || set_limits(process, error) < 0 ||
-        give_pipes(process, error) < 0 || enter_user_namespace(process, entrance, error) < 0 ||
+        chown_pipes(process, error) < 0 || enter_user_namespace(process, entry, error) < 0 ||
         enter_directory(process, error) < 0 || drop_bounding(process->cap_bounding, error) < 0 ||
         set_ids(process, error) < 0 || set_capabilities(process, error) < 0)
         return -1;
     umask(process->umask ? process->umask : 0022);
-    // the filter need not permit to look
+    // before the filter, which need not allow stat(2)
     const char *path = skip_missing(search_path(environment), argv[0]);
     if (install_filter(process, error) < 0)
         return -1;
