@@ -19,8 +19,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from sandbox.errors import InvalidSpec
 from sandbox.host import size
 from sandbox.spec import Handler
+from sandbox.vmm.drivers import find_host
 
 DEFAULT_FILE = Path("/etc/husk/config.toml")
 DEFAULT_ROOT = "/var/lib/husk"
@@ -96,8 +98,9 @@ class HandlerTable(Table, frozen=True, kw_only=True):
     initramfs: str = ""
     memory_mib: Annotated[int, msgspec.Meta(ge=64, le=4 << 20)] = 256
     vcpus: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
-    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
-    machine: str = "q35"
+    hypervisor: str = "qemu"
+    accelerator: str = "auto"
+    options: dict[str, str] = {}
     source: Literal["pool", "template", "boot"] = "pool"
     pool_size: Annotated[int, msgspec.Meta(ge=1, le=256)] = msgspec.field(default_factory=_pool_size)
     host_pods: Literal["process", "refuse"] = "process"
@@ -151,12 +154,29 @@ def _read(file: Path, *, required: bool) -> Mapping[str, object]:
 
 def parse(tree: Mapping[str, object], source: str) -> Config:
     """Raises ConfigError, which names the key by its path."""
+    tree = _move_machine(tree)
     _refuse_unknown(tree, Config, "", source)
     handlers = tree.get("handlers")
     for name, table in handlers.items() if isinstance(handlers, Mapping) else ():
         # one by one, as an error within a map does not say under which key
         _convert(table, HandlerTable, f"handlers.{name}", source)
     return _convert(tree, Config, "", source)
+
+
+def _move_machine(tree: Mapping[str, object]) -> Mapping[str, object]:
+    """Turn a handler's former key `machine` into QEMU's option of that name, unless that is set too."""
+    handlers = tree.get("handlers")
+    if not isinstance(handlers, Mapping):
+        return tree
+    moved: dict[str, object] = {}
+    for name, table in handlers.items():
+        moved[name] = table
+        if isinstance(table, Mapping) and "machine" in table:
+            options = table.get("options", {})
+            rest = {key: value for key, value in table.items() if key != "machine"}
+            if isinstance(options, Mapping):
+                moved[name] = {**rest, "options": {"machine": table["machine"], **options}}
+    return {**tree, "handlers": moved}
 
 
 def _convert(tree: object, shape: type[T], at: str, source: str) -> T:
@@ -204,11 +224,17 @@ def _check_paths(config: Config, source: str) -> None:
 
 
 def _check_handlers(config: Config, source: str) -> None:
-    for name in config.handlers:
+    for name, handler in config.handlers.items():
         # the form that a RuntimeClass allows for its handler: a DNS label
         if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name):
             accepted = "lower-case letters, digits and inner dashes, at most 63"
             raise ConfigError(source, f"handlers.{name}", "is not a handler name", accepted)
+        try:
+            find_host(handler.hypervisor).check(handler.accelerator, handler.options)
+        except InvalidSpec as error:
+            raise ConfigError(
+                source, f"handlers.{name}.{error.field}", error.problem, error.accepted
+            ) from error
     if config.default_handler and config.default_handler not in config.handlers:
         known = ", ".join(config.handlers) or "none is configured"
         raise ConfigError(source, "default_handler", f"no handler {config.default_handler!r}", known)

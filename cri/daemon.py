@@ -67,7 +67,8 @@ from sandbox.vm_pods.pool import PoolDeps, VmPool
 from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.steps import Vm, grow, pod_steps
 from sandbox.vm_pods.templates import Templates
-from sandbox.vmm import Hypervisor, find_hypervisor
+from sandbox.vmm import Hypervisor
+from sandbox.vmm.drivers import Hypervisors
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ class _Builder:
         self.inventory = Inventory(self.pod_store, self.container_store, run)
         self.events = Events(self.inventory)
         self.exits = Exits(self.inventory)
-        self.hypervisor = overrides.hypervisor or find_hypervisor("qemu")
+        self.hypervisor = overrides.hypervisor or Hypervisors()
         self.networks = overrides.networks or _networks(config)
         self.images = overrides.images or self._images()
         self.rootfs = overrides.rootfs or self.images.rootfs

@@ -19,9 +19,10 @@ from sandbox.errors import MissingProgram, SandboxError
 from sandbox.host.cgroup import Layout, find_driver
 from sandbox.pods import find_handler
 from sandbox.spec import Handler
-from sandbox.vm_pods.accelerator import AcceleratorChoice, choose
+from sandbox.vm_pods.accelerator import AcceleratorChoice, Prober
 from sandbox.vm_pods.boot_image import GuestImage, find_image
 from sandbox.vmm import Hypervisor
+from sandbox.vmm.drivers import find_host
 
 HOW_TO_BUILD = "husk guest build"
 
@@ -47,7 +48,7 @@ class HuskNode:
         self.cgroup_driver = find_driver(layout)
         self._hypervisor = hypervisor
         self._handlers = config.runtime_handlers()
-        self._choices: dict[tuple[str, str], AcceleratorChoice] = {}
+        self._choices: dict[tuple[str, str, str], AcceleratorChoice] = {}
         self._probing = asyncio.Lock()
         self._problem: str | None = None
 
@@ -69,20 +70,21 @@ class HuskNode:
         )
 
     async def accelerator(self, handler: Handler) -> AcceleratorChoice:
-        """Choose KVM or TCG for this handler's VMs, once per accelerator setting and guest image.
+        """Choose the accelerator of this handler's VMs, once per hypervisor, setting and guest image.
 
-        Raises MissingProgram.
+        Raises MissingProgram, VmmError.
         """
         if self._choose is not None:
             return await self._choose(handler)
         image = self._image_of(handler)
-        key = (handler.accelerator, image.hash)
+        key = (handler.hypervisor, handler.accelerator, image.hash)
         async with self._probing:
             if key not in self._choices:
-                self._choices[key] = await choose(
-                    handler.accelerator, image, self._hypervisor, Path(self._config.run)
-                )
+                self._choices[key] = await self._prober(handler.hypervisor).choose(handler.accelerator, image)
         return self._choices[key]
+
+    def _prober(self, name: str) -> Prober:
+        return Prober(name, find_host(name), self._hypervisor, Path(self._config.run))
 
     def _image(self) -> GuestImage:
         image = find_image(Path(self._config.root))
@@ -91,7 +93,7 @@ class HuskNode:
         return image
 
     def _image_of(self, handler: Handler) -> GuestImage:
-        """Return the image that a probe of KVM boots for this handler."""
+        """Return the image that a trial of an accelerator boots for this handler."""
         configured = handler.kernel + handler.initramfs
         made = find_image(Path(self._config.root))
         if made is not None and (not configured or handler.kernel == str(made.kernel)):

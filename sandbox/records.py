@@ -13,6 +13,7 @@ whatever the daemon was doing when it was killed, the next start knows what to u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 from image.rootfs import Rootfs
@@ -74,7 +75,7 @@ class PodRecord(Value, frozen=True, kw_only=True):
     isolation: Isolation = Isolation.VM
     source: Source = Source.BOOT
     accelerator: str = ""
-    cpu: str = ""  # CPU model that the accelerator needs; empty: the usual one
+    options: Mapping[str, str] = {}  # of the hypervisor's driver, which the accelerator needs
     resources: Resources = Resources()  # in force, of all containers together
     overhead: Resources = Resources()  # what the pod's sandbox is reckoned to cost beyond these
     network: Attachment | None = None

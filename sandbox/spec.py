@@ -264,8 +264,9 @@ class Handler(Value, frozen=True, kw_only=True):
     initramfs: str
     memory_mib: int
     vcpus: int
-    accelerator: str  # auto, kvm or tcg
-    machine: str  # QEMU machine type
+    accelerator: str  # "auto", or one of the hypervisor's, such as kvm or tcg
+    hypervisor: str = ""  # name of the driver: see `vmm`
+    options: dict[str, str] = {}  # the driver's own
     source: str = "pool"  # boot, template or pool: see `factory`
     pool_size: int = 0  # VMs that wait for a pod, with "pool"
     host_pods: str = "process"  # process or refuse: pods that ask for namespaces of the node

@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -26,29 +25,16 @@ from network.plugins import Plugins
 from sandbox.apparmor.loaded import HOST_POLICY
 from sandbox.errors import MissingProgram
 from sandbox.host import cgroup
+from sandbox.host.findings import CheckResult, Finding, HostCheck, device_check, fail, ok, warn
 from sandbox.seccomp import seccomp_for
-from sandbox.spec import Seccomp, SeccompKind, SecuritySpec, Value
+from sandbox.spec import Seccomp, SeccompKind, SecuritySpec
 from sandbox.vm_pods import boot_image
-from sandbox.vm_pods.accelerator import choose, find_obstacle
-from sandbox.vmm import find_hypervisor, virtiofsd
-from sandbox.vmm.qemu import host as host_tools
+from sandbox.vm_pods.accelerator import Prober
+from sandbox.vmm.drivers import Hypervisors, find_host
 
 TRIAL_TIMEOUT_S = 20
 SPACE_FAIL = 512 << 20
 SPACE_WARN = 4 << 30
-
-
-class CheckResult(StrEnum):
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-class Finding(Value, frozen=True, kw_only=True):
-    name: str
-    verdict: CheckResult
-    detail: str
-    fix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +52,24 @@ class Check:
     look: Callable[[Host], Awaitable[Finding]]
 
 
-def ok(name: str, detail: str) -> Finding:
-    return Finding(name=name, verdict=CheckResult.OK, detail=detail)
-
-
-def warn(name: str, detail: str, fix: str = "") -> Finding:
-    return Finding(name=name, verdict=CheckResult.WARN, detail=detail, fix=fix)
-
-
-def fail(name: str, detail: str, fix: str = "") -> Finding:
-    return Finding(name=name, verdict=CheckResult.FAIL, detail=detail, fix=fix)
-
-
 async def examine(host: Host) -> Sequence[Finding]:
-    """One finding for each check, in their order."""
-    return [await _contained(check, host) for check in CHECKS]
+    """Run every check; returns one finding for each, in their order."""
+    return [await _contained(check, host) for check in checks_of(host)]
+
+
+def checks_of(host: Host) -> Sequence[Check]:
+    """Return all checks: ours, and those that the drivers of the configured handlers bring."""
+    handlers = host.config.runtime_handlers().values()
+    drivers = dict.fromkeys(handler.hypervisor for handler in handlers)
+    brought = [check for name in drivers for check in find_host(name, host.fs).checks()]
+    return (CHECKS[0], *(Check(each.name, _of_driver(each)) for each in brought), *CHECKS[1:])
+
+
+def _of_driver(check: HostCheck) -> Callable[[Host], Awaitable[Finding]]:
+    async def look(host: Host) -> Finding:
+        return await check.run()
+
+    return look
 
 
 async def _contained(check: Check, host: Host) -> Finding:
@@ -97,24 +86,6 @@ async def user(host: Host) -> Finding:
     if os.geteuid() == 0:
         return ok("user", "runs as root")
     return fail("user", "root is needed, for mounts, namespaces and cgroups", "run it with sudo")
-
-
-async def hypervisor(host: Host) -> Finding:
-    try:
-        program = host_tools.find_program()
-        host_tools.find_firmware()
-        version = await host_tools.find_version(program)
-    except MissingProgram as error:
-        return fail("qemu", str(error), error.package)
-    return ok("qemu", f"{version} ({program})")
-
-
-async def file_server(host: Host) -> Finding:
-    try:
-        found = await virtiofsd.Prober().find()
-    except MissingProgram as error:
-        return fail("virtiofsd", str(error), error.package)
-    return ok("virtiofsd", f"{found.version} ({found.path})")
 
 
 async def host_pods(host: Host) -> Finding:
@@ -164,15 +135,18 @@ async def guest(host: Host) -> Finding:
 
 
 async def accelerator(host: Host) -> Finding:
-    """Boots a VM where only that can tell; the daemon's own answer is used where it has one."""
-    wanted = host.config.runtime_handlers()[""].accelerator
-    if wanted == "auto" and (obstacle := find_obstacle(str(host.fs / "dev/kvm"))) is not None:
-        return ok("accelerator", f"emulation (TCG): {obstacle}")
+    """Report the default handler's accelerator. Boots a VM if only a trial can tell and none was made yet."""
+    handler = host.config.runtime_handlers()[""]
+    driver = find_host(handler.hypervisor, host.fs)
+    first = driver.candidates()[0]
+    if handler.accelerator == "auto" and not first.trial:
+        return ok("accelerator", f"{first.accelerator}: {first.reason}")
     image = boot_image.find_image(Path(host.config.root))
     if image is None:
         return warn("accelerator", "cannot be tried without a guest image", "husk guest build")
-    verdict = await choose(wanted, image, find_hypervisor("qemu"), Path(host.config.run))
-    return ok("accelerator", f"{verdict.accelerator}: {verdict.reason}")
+    prober = Prober(handler.hypervisor, driver, Hypervisors(), Path(host.config.run))
+    choice = await prober.choose(handler.accelerator, image)
+    return ok("accelerator", f"{choice.accelerator}: {choice.reason}")
 
 
 def _missing_files(config: Config) -> str:
@@ -184,21 +158,10 @@ def _missing_files(config: Config) -> str:
     return ""
 
 
-# -------------------------------------------------------------------------------------- devices
-
-
-def _device(name: str, path: str, *, missing: Callable[[], Finding], use: str) -> Check:
-    async def look(host: Host) -> Finding:
-        device = host.fs / path
-        if not device.is_char_device():
-            return missing()
-        try:
-            os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
-        except OSError as error:
-            return warn(name, f"/{path} cannot be opened: {error.strerror}", "run it with sudo")
-        return ok(name, f"/{path}: {use}")
-
-    return Check(name, look)
+async def tun(host: Host) -> Finding:
+    """Open the device that taps are made with."""
+    missing = fail("tun", "/dev/net/tun is missing: no pod can have a network", "modprobe tun")
+    return await device_check(host.fs / "dev/net/tun", use="pods can have a network", missing=missing).run()
 
 
 # ------------------------------------------------------------------------------------- network
@@ -288,35 +251,11 @@ async def _run(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 CHECKS: Sequence[Check] = (
     Check("user", user),
-    Check("qemu", hypervisor),
-    Check("virtiofsd", file_server),
     Check("libseccomp", seccomp),
     Check("guest", guest),
     Check("apparmor", apparmor),
     Check("accelerator", accelerator),
-    _device(
-        "tun",
-        "dev/net/tun",
-        use="pods can have a network",
-        missing=lambda: fail("tun", "/dev/net/tun is missing: no pod can have a network", "modprobe tun"),
-    ),
-    _device(
-        "vhost-net",
-        "dev/vhost-net",
-        use="faster networking",
-        missing=lambda: warn(
-            "vhost-net", "/dev/vhost-net is missing: networking is slower", "modprobe vhost_net"
-        ),
-    ),
-    _device(
-        "vhost-vsock",
-        "dev/vhost-vsock",
-        use="may carry the guest channel",
-        # virtio-serial serves as well, so there is nothing to mend
-        missing=lambda: ok(
-            "vhost-vsock", "/dev/vhost-vsock is missing: virtio-serial is used, which does as well"
-        ),
-    ),
+    Check("tun", tun),
     Check("host-pods", host_pods),
     Check("cni", cni),
     Check("firewall", iptables),

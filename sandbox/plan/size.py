@@ -9,21 +9,21 @@ from sandbox.plan.resources import DEFAULT_PERIOD_US
 from sandbox.spec import Handler, PodSpec, Resources, VmSize
 
 MIB = 1 << 20
-# What the guest's kernel and agent need before any container runs; below it a VM does not boot.
+# Minimum for the guest's kernel and agent before any container runs; with less a VM does not boot.
 BOOT_FLOOR_MIB = 128
-# Limits of huge pages are bytes of one page size each; this is the one that a guest can find at run time.
+# Limits of huge pages are in bytes for each page size; this size is the only one that a guest can allocate
+# at run time.
 HUGE_PAGE = "2MB"
 HUGE_PAGE_MIB = 2
-# q35 without interrupt remapping
+# x86-64 without interrupt remapping: APIC ids have 8 bits, and 255 means all CPUs
 MAX_VCPUS = 255
 
 
 def vm_size(pod: PodSpec, handler: Handler) -> VmSize:
-    """Limits and overhead of the pod, where it has limits; else what the handler is configured for.
+    """Return the limits and overhead of a pod that has limits; else the size that the handler configures.
 
-    Memory: containers may use all of their limit, so the guest's own share comes on top: the
-    declared overhead, or the boot floor where none, or too little, is declared.
-    CPUs: rounded up, so that a limit of 1.8 can be used.
+    Memory: containers may use all of their limit, so what the guest itself needs is added: the declared
+    overhead, or the boot floor if that is larger. CPUs: rounded up, so that a limit of 1.8 is usable.
     """
     return VmSize(memory_mib=_memory_mib(pod, handler), vcpus=_vcpus(pod, handler))
 
@@ -31,9 +31,9 @@ def vm_size(pod: PodSpec, handler: Handler) -> VmSize:
 def grown_size(
     current: VmSize, pod: Resources, overhead: Resources, containers: Sequence[Resources]
 ) -> VmSize:
-    """What the VM needs so that neither the pod nor its containers together can ask for more than it
-    has; never less than `current`. Who has no limit asks for nothing. Huge pages come on top, as no
-    limit of memory counts them. Raises InvalidSpec for pages of another size than 2 MiB."""
+    """Return the size with which the VM satisfies the limits of the pod and of its containers together;
+    never less than `current`. No limit needs nothing. Huge pages are added, as memory limits do not count
+    them. Raises InvalidSpec for huge pages of a size other than 2 MiB."""
     huge = max(current.huge_mib, huge_mib(pod), sum(huge_mib(each) for each in containers))
     memory = max(pod.memory_limit, sum(max(0, each.memory_limit) for each in containers))
     cpu = max(_cpu_microseconds(pod), sum(_cpu_microseconds(each) for each in containers))
@@ -46,10 +46,13 @@ def grown_size(
 
 
 def huge_mib(resources: Resources) -> int:
-    """Whole huge pages. Raises InvalidSpec; 0 of a size is no wish, as clients list all sizes of the host."""
+    """Return the limit of 2 MiB pages in MiB, rounded up to whole pages.
+
+    Raises InvalidSpec for a limit in another size above 0: clients list every size that the host has.
+    """
     for size, limit in resources.hugepage_limits.items():
         if limit > 0 and size != HUGE_PAGE:
-            problem = f"{limit} bytes in pages of {size}, which a guest cannot find once it runs"
+            problem = f"{limit} bytes in pages of {size}, which a guest cannot allocate at run time"
             raise InvalidSpec("config.linux.resources.hugepage_limits", problem, f"pages of {HUGE_PAGE}")
     pages = -(-resources.hugepage_limits.get(HUGE_PAGE, 0) // (HUGE_PAGE_MIB * MIB))
     return pages * HUGE_PAGE_MIB
@@ -78,7 +81,7 @@ def _cpus(microseconds: int, overhead: Resources) -> int:
 
 
 def _cpu_microseconds(resources: Resources) -> int:
-    """CPU time a second; 0 where there is no limit."""
+    """Return CPU time per second; 0: no limit."""
     if resources.cpu_quota <= 0:
         return 0
     period = resources.cpu_period if resources.cpu_period > 0 else DEFAULT_PERIOD_US

@@ -2,57 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sandbox.plan.size import BOOT_FLOOR_MIB
 from sandbox.spec import Handler, Value, VmSize
 from sandbox.vmm import NicSpec, VmSpec
 
-# What the first NIC has until its pod is known; locally administered.
+# MAC of the first NIC until its pod is known; locally administered.
 FIRST_MAC = "02:00:00:68:75:73"
-# Two shares, and what a network may have beyond its first interface.
-PORTS = 6
-NIC_PORTS = range(2, PORTS)
-# A guest sets aside memory for each CPU and each GiB that it might be given, so there is a bound.
-# Pods beyond it boot a VM of their own size.
+MAX_NICS = 5  # interfaces that a network may give a pod
+# A guest reserves memory for each CPU and each GiB that may be added, so growth is bounded.
+# Pods that need more boot a VM of their size.
 GROWTH_MIB = 16 << 10
 GROWTH_VCPUS = 16
-SECTION_MIB = 128  # in which a kernel for x86-64 adds memory
+SECTION_MIB = 128  # granularity in which a kernel for x86-64 adds memory
 
 
 class HostSize(Value, frozen=True, kw_only=True):
-    """What this machine has: see `sandbox.host.size`."""
+    """Memory and CPUs of this machine: see `sandbox.host.size`."""
 
     memory_mib: int
     cpus: int
 
 
 def base_size(handler: Handler) -> VmSize:
-    """Of a VM that does not know its pod."""
+    """Return the size of a VM whose pod is not known: the handler's, at least what a guest needs to boot."""
     return VmSize(memory_mib=max(handler.memory_mib, BOOT_FLOOR_MIB), vcpus=max(handler.vcpus, 1))
 
 
-def plan_vm(handler: Handler, *, accelerator: str, cpu: str, size: VmSize, host: HostSize) -> VmSpec:
-    """Without names and places: those are a pod's own."""
+def plan_vm(
+    handler: Handler, *, accelerator: str, options: Mapping[str, str], size: VmSize, host: HostSize
+) -> VmSpec:
+    """Return the VmSpec of a handler's VM, without the names and paths of a pod.
+
+    `options` are those that the accelerator needs; the handler's own take precedence over them.
+    """
     return VmSpec(
+        hypervisor=handler.hypervisor,
         pod_id="",
         run_dir="",
         kernel=handler.kernel,
         initramfs=handler.initramfs,
-        machine=handler.machine,
         accelerator=accelerator,
-        cpu=cpu,
+        options={**options, **handler.options},
         memory_mib=size.memory_mib,
         vcpus=size.vcpus,
-        max_memory_mib=size.memory_mib + _room_mib(size, host),
+        max_memory_mib=size.memory_mib + _growth_mib(size, host),
         max_vcpus=max(size.vcpus, min(host.cpus, GROWTH_VCPUS)),
-        ports=PORTS,
+        max_nics=MAX_NICS,
         nics=(NicSpec(mac=FIRST_MAC),),
     )
 
 
-def _room_mib(size: VmSize, host: HostSize) -> int:
-    room = max(0, min(host.memory_mib - size.memory_mib, GROWTH_MIB))
-    return room - room % SECTION_MIB
+def _growth_mib(size: VmSize, host: HostSize) -> int:
+    growth = max(0, min(host.memory_mib - size.memory_mib, GROWTH_MIB))
+    return growth - growth % SECTION_MIB
 
 
 def can_grow(spec: VmSpec, size: VmSize) -> bool:
+    """Return whether a VM of this spec can be grown to this size."""
     return size.memory_mib <= spec.max_memory_mib and size.vcpus <= spec.max_vcpus

@@ -102,7 +102,7 @@ class VmPods:
                     spec=spec,
                     created_at_ns=time.time_ns(),
                     accelerator=choice.accelerator,
-                    cpu=choice.cpu,
+                    options=choice.options,
                     token=secrets.token_bytes(16),
                 )
             )

@@ -39,7 +39,7 @@ from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.steps import PodSteps, Vm
 from sandbox.vm_pods.templates import Templates
 from sandbox.vm_pods.warmup import warm_network, warm_up
-from sandbox.vmm import VmSpec
+from sandbox.vmm import Feature, VmSpec
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +102,10 @@ class VmPool:
 
     # ------------------------------------------------------------------------------- for pods
 
-    async def take(self, handler: Handler, verdict: AcceleratorChoice, size: VmSize) -> Pod | None:
+    async def take(self, handler: Handler, choice: AcceleratorChoice, size: VmSize) -> Pod | None:
         """A pod of the pool that can be given this size; it is the caller's from now on. None when there
         is none to have. Raises MissingProgram."""
-        spec = self._spec(handler, verdict)
+        spec = self._spec(handler, choice)
         if handler.source != "pool" or not can_grow(spec, size):
             return None
         pool = self._pools.get(await self._host.vm.hypervisor.fingerprint(spec))
@@ -166,24 +166,32 @@ class VmPool:
         handler = self._host.handler(name)
         if handler.source == "boot":
             return
-        verdict = await self._host.accelerator(handler)
-        spec = self._spec(handler, verdict)
+        choice = await self._host.accelerator(handler)
+        spec = self._spec(handler, choice)
+        features = self._host.vm.hypervisor.features(spec)
+        if Feature.SAVE not in features:
+            return  # its pods boot their VMs
         key = await self._host.vm.hypervisor.fingerprint(spec)
         keys.add(key)
         if self._host.templates.find(key) is None:
             async with self._host.vm.stage.slot(idle=True):
                 await self._host.templates.make(spec, key)
         pool = self._pools.setdefault(key, [])
-        while not self._closing and handler.source == "pool" and len(pool) < handler.pool_size:
-            pool.append(await self._make(handler, verdict, pool))
+        pooled = handler.source == "pool" and Feature.PAUSE in features
+        while not self._closing and pooled and len(pool) < handler.pool_size:
+            pool.append(await self._make(handler, choice, pool))
 
-    def _spec(self, handler: Handler, verdict: AcceleratorChoice) -> VmSpec:
+    def _spec(self, handler: Handler, choice: AcceleratorChoice) -> VmSpec:
         size = base_size(handler)
         return plan_vm(
-            handler, accelerator=verdict.accelerator, cpu=verdict.cpu, size=size, host=self._host.vm.host
+            handler,
+            accelerator=choice.accelerator,
+            options=choice.options,
+            size=size,
+            host=self._host.vm.host,
         )
 
-    async def _make(self, handler: Handler, verdict: AcceleratorChoice, pool: list[PooledVm]) -> PooledVm:
+    async def _make(self, handler: Handler, choice: AcceleratorChoice, pool: list[PooledVm]) -> PooledVm:
         """A paused VM of the handler's size. Raises PhaseFailed; then nothing is left of it."""
         record = PodRecord(
             id=PodId(secrets.token_hex(32)),
@@ -192,8 +200,8 @@ class VmPool:
             state=PodState.WAITING,
             size=base_size(handler),
             source=Source.POOL,
-            accelerator=verdict.accelerator,
-            cpu=verdict.cpu,
+            accelerator=choice.accelerator,
+            options=choice.options,
             token=secrets.token_bytes(16),
         )
         pod = self._host.inventory.make_pod(record)

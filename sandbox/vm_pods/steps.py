@@ -41,7 +41,7 @@ from sandbox.plan import compile_identity, compile_network
 from sandbox.plan.devices import wanted_devices
 from sandbox.plan.encode import encode_configuration
 from sandbox.plan.shares import GUEST_ROOTFS, GUEST_VOLUMES, ROOTFS_TAG, SHM_BYTES, VOLUMES_TAG
-from sandbox.plan.vm import FIRST_MAC, NIC_PORTS, HostSize, base_size, can_grow, plan_vm
+from sandbox.plan.vm import FIRST_MAC, MAX_NICS, HostSize, base_size, can_grow, plan_vm
 from sandbox.pod import Pod
 from sandbox.records import PodState, Source
 from sandbox.spec import VmSize
@@ -103,7 +103,9 @@ class Vm:
     def plan(self, pod: Pod, size: VmSize) -> VmSpec:
         record = pod.record
         handler = pod.require_handler()
-        return plan_vm(handler, accelerator=record.accelerator, cpu=record.cpu, size=size, host=self.host)
+        return plan_vm(
+            handler, accelerator=record.accelerator, options=record.options, size=size, host=self.host
+        )
 
     async def boot(self, pod: Pod) -> None:
         """A VM of the pod's own size, from the kernel on."""
@@ -284,13 +286,13 @@ class Guest:
         others = network.interfaces[1:]
         if not others:
             return
-        if len(others) > len(NIC_PORTS):
-            raise VmmError(f"the network has {len(others) + 1} interfaces, a VM at most {len(NIC_PORTS) + 1}")
+        if len(network.interfaces) > MAX_NICS:
+            raise VmmError(f"the network has {len(network.interfaces)} interfaces, a VM at most {MAX_NICS}")
         assert pod.machine is not None
         taps = await self.networks.open_taps(pod.id, begin=1)
         try:
-            for port, nic, tap in zip(NIC_PORTS, others, taps, strict=False):
-                await pod.machine.plug_nic(port, NicSpec(mac=nic.mac, mtu=nic.mtu), tap)
+            for number, nic, tap in zip(range(1, MAX_NICS), others, taps, strict=False):
+                await pod.machine.plug_nic(number, NicSpec(mac=nic.mac, mtu=nic.mtu), tap)
         finally:
             for tap in taps:
                 os.close(tap)

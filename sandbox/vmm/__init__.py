@@ -1,28 +1,51 @@
-"""The seam to a hypervisor: one file in this folder per hypervisor, found by its name.
+"""The seam to hypervisors: one folder per driver, found by its name (see `drivers`).
 
-A wish (`VmSpec`) and a thing that runs (`VmHandle`, `Machine`) are different types. `plan` is pure
-and golden-tested; `start` runs it; `attach` gives the object to work with, for a VM that was just
-started as much as for one that an earlier daemon left, so the way of recovery is always exercised.
+What is requested (`VmSpec`) and what runs (`VmHandle`, `Machine`) are different types. `start` runs a
+`VmSpec`; `attach` returns the object to work with, for a VM that was just started as for one that an
+earlier daemon started, so recovery is exercised by every start.
 
-Every name derives from `run_dir` and the pod id, so `destroy` works after a crash at any point,
-with no handle at all.
+Every name that a driver uses on the host derives from `run_dir` and the pod id, so `destroy` works
+after a crash at any point, without a handle.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
-from sandbox.errors import InvalidSpec
+from sandbox.errors import VmmError
+from sandbox.host.findings import HostCheck
 from sandbox.host.process import ProcessIdentity
 from sandbox.spec import Value
 
 
+class Feature(StrEnum):
+    """What a driver may be unable to do. Without it the verb, or a VmSpec that asks for it, is refused with
+    Unsupported. The bounds max_memory_mib, max_vcpus and max_nics ask for nothing yet."""
+
+    PAUSE = "pause"  # Machine.pause, Machine.resume
+    GROW = "grow"  # Machine.grow
+    PLUG_NIC = "plug-nic"  # Machine.plug_nic
+    SAVE = "save"  # Machine.save; VmSpec.savable, VmSpec.template
+    DISKS = "disks"  # VmSpec.disks
+
+
+class Unsupported(VmmError):
+    """The driver lacks a feature. Retrying is useless."""
+
+    def __init__(self, hypervisor: str, feature: Feature) -> None:
+        super().__init__(f"hypervisor {hypervisor!r} does not support {feature!r}")
+        self.hypervisor = hypervisor
+        self.feature = feature
+
+
+# --------------------------------------------------------------------------------------- values
+
+
 class ShareSpec(Value, frozen=True, kw_only=True):
-    """A directory of the host that the guest mounts under `tag`, through a virtiofsd of its own."""
+    """A directory of the host that the guest mounts under `tag`."""
 
     tag: str
     source: str
@@ -30,31 +53,43 @@ class ShareSpec(Value, frozen=True, kw_only=True):
 
 
 class NicSpec(Value, frozen=True, kw_only=True):
+    """A network interface of the guest, whose packets go through a tap of the host."""
+
     mac: str
-    mtu: int = 0  # told to the guest as the most that fits; 0: the guest decides
+    mtu: int = 0  # reported to the guest as the maximum; 0: the guest decides
+
+
+class DiskSpec(Value, frozen=True, kw_only=True):
+    """A disk of the guest: a regular file or a block device of the host. The driver only opens it."""
+
+    path: str
+    serial: str  # what the guest finds it by; letters, digits and -_., at most 20 (virtio-blk's limit)
+    readonly: bool = False
+    format: str = "raw"  # the only one: other formats name further files, and the guest may write them
 
 
 class VmSpec(Value, frozen=True, kw_only=True):
-    """Everything that decides how a VM is run; no file descriptors, no running things."""
+    """Everything that decides how a VM is run: plain values, no descriptors or running objects."""
 
+    hypervisor: str = ""  # name of the driver
     pod_id: str
     run_dir: str  # the pod's own directory for sockets; exists, 0711, owned by root
     kernel: str
     initramfs: str
     kernel_args: tuple[str, ...] = ()
-    machine: str
-    accelerator: str  # kvm or tcg: decided by now
-    cpu: str = ""  # CPU model in the VMM's words; empty: what suits the accelerator
+    accelerator: str  # one of the driver's, see Host.candidates; never "auto"
+    options: Mapping[str, str] = {}  # the driver's own, checked by Host.check
     memory_mib: int
     vcpus: int
-    max_memory_mib: int = 0  # up to which `Machine.grow` may go; 0: not at all
-    max_vcpus: int = 0
-    ports: int = 0  # PCI slots kept free for what is plugged in while it runs
+    max_memory_mib: int = 0  # upper bound of `Machine.grow`; 0: no growth
+    max_vcpus: int = 0  # likewise
+    max_nics: int = 0  # interfaces in all, with those that `Machine.plug_nic` adds; 0: no more than `nics`
     savable: bool = False  # a VM to be saved as a template: its RAM is a file in `run_dir`
-    template: str = ""  # directory of a saved VM to continue, instead of booting
+    template: str = ""  # directory of a saved VM to restore; empty: boot
     shares: tuple[ShareSpec, ...] = ()
     nics: tuple[NicSpec, ...] = ()
-    netns: str = ""  # path of the namespace that the VMM runs in; empty: the daemon's
+    disks: tuple[DiskSpec, ...] = ()  # present from boot, in this order
+    netns: str = ""  # path of the network namespace that the VMM runs in; empty: the daemon's
     cgroups: tuple[str, ...] = ()  # cgroup directories joined before exec
 
 
@@ -64,85 +99,135 @@ class VmHandle(Value, frozen=True, kw_only=True):
     hypervisor: str
     spec: VmSpec
     vmm: ProcessIdentity
-    helpers: Mapping[str, ProcessIdentity]  # virtiofsd by share tag
-    channel: str  # transport address of the agent: "serial:PATH", "vsock:CID:PORT"
+    helpers: Mapping[str, ProcessIdentity]  # by the driver's own names, such as a share's tag
+    channel: str  # transport address of the agent: "serial:PATH", "vsock:CID:PORT", "unix:PATH"
 
 
-class Machine(Protocol):
-    """A running VM. Closing it lets go of the VM without touching it.
+class Candidate(Value, frozen=True, kw_only=True):
+    """A way to run VMs on this host, which `auto` may choose."""
 
-    More methods than a seam should have: these are the verbs of a VM, and every one is used alone.
-    """
+    accelerator: str
+    options: Mapping[str, str] = {}  # added to VmSpec.options
+    reason: str = ""  # why this one, if it is chosen without a trial
+    trial: bool = True  # a guest has to boot with it before it is believed to work
+
+
+# ------------------------------------------------------------------------------------ a running VM
+
+
+class RunningVm(Protocol):
+    """What every driver's VM can do."""
 
     handle: VmHandle
 
     async def wait(self) -> str:
-        """Return once the VMM is gone, with the reason as far as it is known."""
-
-    async def pause(self) -> None:
-        """Stop the guest's CPUs and clocks. Raises VmmError, VmmGone, DeadlineExceeded."""
-
-    async def resume(self) -> None:
-        """Let it run on. Raises as `pause` does."""
-
-    async def grow(self, memory_mib: int, vcpus: int) -> None:
-        """Give the guest at least this much; what it has is never taken away.
-
-        Memory is there when this returns; CPUs are plugged and wait for the guest to bring them
-        online. Raises VmmError above what VmSpec allows, or when the guest does not take it in time.
-        """
-
-    async def plug_nic(self, number: int, nic: NicSpec, tap: int) -> None:
-        """One more network interface, on the port with this number; the caller keeps `tap`."""
-
-    async def save(self, directory: Path) -> None:
-        """Make a template of this VM, in a new `directory`, and leave it stopped for good.
-
-        Only of one that was started `savable`. Raises VmmError, OSError; the directory may then be
-        there in part.
-        """
+        """Return the reason, as far as it is known, once the VMM has exited."""
 
     def console_tail(self) -> str:
-        """The last lines that the guest printed (at most 64 KiB are kept), for error messages."""
+        """Return the last lines that the guest printed (at most 64 KiB are kept), for error messages."""
 
     async def describe(self) -> Mapping[str, str]:
-        """Facts for `crictl inspectp`: VMM state, version, pids, memory."""
+        """Return facts for `crictl inspectp`: at least `state`, `accelerator`, `pid`. Never raises for a
+        VM that has ended: `state` begins with "unknown" then."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Release the connection to the VM, which runs on. Idempotent."""
+
+
+class Pausable(Protocol):
+    """A VM whose CPUs can be stopped."""
+
+    handle: VmHandle
+
+    async def pause(self) -> None:
+        """Stop the guest's CPUs and clocks. Idempotent. Raises VmmError, VmmGone, DeadlineExceeded."""
+        raise Unsupported(self.handle.hypervisor, Feature.PAUSE)
+
+    async def resume(self) -> None:
+        """Start the guest's CPUs again. Idempotent. Raises as `pause` does."""
+        raise Unsupported(self.handle.hypervisor, Feature.PAUSE)
+
+
+class Growable(Protocol):
+    """A VM to which CPUs, memory and devices can be added while it runs."""
+
+    handle: VmHandle
+
+    async def grow(self, memory_mib: int, vcpus: int) -> None:
+        """Give the guest at least this much; nothing is ever removed. Idempotent.
+
+        Memory is usable on return; CPUs are plugged in, and the guest has to bring them online. Raises
+        VmmError beyond what VmSpec allows, or when the guest does not accept it in time.
+        """
+        raise Unsupported(self.handle.hypervisor, Feature.GROW)
+
+    async def plug_nic(self, number: int, nic: NicSpec, tap: int) -> None:
+        """Add network interface `number`, from 1 on and below VmSpec.max_nics; interfaces of VmSpec.nics
+        come first. The caller keeps the descriptor `tap`. Raises VmmError."""
+        raise Unsupported(self.handle.hypervisor, Feature.PLUG_NIC)
+
+
+class Savable(Protocol):
+    """A VM that a template can be made of."""
+
+    handle: VmHandle
+
+    async def save(self, directory: Path) -> None:
+        """Write this VM, which was started `savable`, to the new `directory`, and leave it stopped for good.
+
+        Raises VmmError, OSError; parts of the directory may exist then.
+        """
+        raise Unsupported(self.handle.hypervisor, Feature.SAVE)
+
+
+class Machine(RunningVm, Pausable, Growable, Savable, Protocol):
+    """A running VM, with every verb. A driver that derives from it overrides what it supports; the rest
+    raises Unsupported."""
+
+
+# ---------------------------------------------------------------------------------------- drivers
 
 
 class Hypervisor(Protocol):
-    name: str
+    """Starts and ends VMs. Implemented by each driver, and by `drivers.Hypervisors` over all of them."""
+
+    def features(self, spec: VmSpec) -> Collection[Feature]:
+        """Return what such a VM supports. Raises InvalidSpec for an unknown driver."""
 
     async def fingerprint(self, spec: VmSpec) -> str:
-        """What a template of such a VM depends on: program, kernel, arguments, and nothing else.
+        """Return a hash of all that a template of such a VM depends on: program, kernel, arguments.
 
-        Two specs that differ only in names and places have the same. Raises MissingProgram.
+        Two specs that differ only in names and paths have the same. Raises MissingProgram, InvalidSpec.
         """
 
     async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> Machine:
-        """Start the helpers and the VMM with these tap file descriptors, one per NIC.
+        """Start the helpers and the VMM with these tap descriptors, one per NIC.
 
-        Closes nothing that the caller gave. On failure everything started is ended again.
-        Raises VmmError with the phase and what the VMM said.
+        Closes no descriptor of the caller's. After a failure, nothing of what was started is left.
+        Raises InvalidSpec, Unsupported, MissingProgram, and VmmError with the phase and the VMM's output.
         """
 
     async def attach(self, handle: VmHandle) -> Machine:
-        """Connect to a running VM. Raises VmmGone when it no longer runs."""
+        """Connect to a running VM. Raises VmmGone when it has ended."""
 
-    async def destroy(self, spec_pod_id: str, run_dir: Path) -> None:
-        """End whatever runs for this pod, found by name alone. Idempotent."""
-
-
-def find_hypervisors() -> list[str]:
-    """Names of the files in this folder that hold a hypervisor: those with a function `make`."""
-    names = (module.name for module in pkgutil.iter_modules(__path__))
-    return [name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "make")]
+    async def destroy(self, pod_id: str, run_dir: Path) -> None:
+        """End every process of this pod's VM, found by name alone. Idempotent. Raises DeadlineExceeded."""
 
 
-def find_hypervisor(name: str) -> Hypervisor:
-    """Raises InvalidSpec for a name without a file."""
-    known = find_hypervisors()
-    if name not in known:
-        raise InvalidSpec("hypervisor", f"{name!r} is not known", ", ".join(known))
-    return cast(Hypervisor, importlib.import_module(f"{__name__}.{name}").make())
+class Host(Protocol):
+    """What a driver needs of the machine that it runs on."""
+
+    def check(self, accelerator: str, options: Mapping[str, str]) -> None:
+        """Check what a handler is configured with; `accelerator` may be "auto".
+
+        Raises InvalidSpec, whose field is "accelerator" or "options.NAME".
+        """
+
+    async def version(self) -> str:
+        """Return the version of the program that runs VMs. Raises MissingProgram, VmmError."""
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Return the accelerators to try, the best first. The last one needs no trial."""
+
+    def checks(self) -> Sequence[HostCheck]:
+        """Return what `husk doctor` examines for this driver."""

@@ -1,10 +1,10 @@
-"""What the guest prints: followed from a socket, the last of it kept in memory and on disk.
+"""The guest's console: read from a socket, the last of it kept in memory and on disk.
 
-    console.log     what came last, up to 64 KiB
-    console.log.1   what came before that, up to 64 KiB
+    console.log     the latest output, up to 64 KiB
+    console.log.1   the output before that, up to 64 KiB
 
-A guest can print without end, so nothing here grows. The files let a daemon that was just started
-show what a guest said to the one before it. While no daemon reads, QEMU drops the guest's output.
+A guest can print without end, so everything is bounded. The files let a new daemon show what the guest
+printed before it started. While no daemon is connected, the VMM drops the guest's output.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ LIMIT = 64 << 10
 
 
 class Console:
+    """Reads one console until it is closed. Owns the connection."""
+
     def __init__(self, connection: socket.socket, directory: Path) -> None:
         self._connection = connection
         self._path = directory / "console.log"
@@ -30,10 +32,11 @@ class Console:
         self._reader = asyncio.create_task(self._follow(), name="console")
 
     def tail(self) -> str:
+        """Return the latest output, at most LIMIT bytes, made printable."""
         return printable(bytes(self._tail))
 
     async def drain(self, timeout_s: float = 1.0) -> None:
-        """Read what a VMM that has ended left in the socket."""
+        """Read the rest of the output of a VMM that has exited, for `timeout_s` at most."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await asyncio.wait({self._reader})
@@ -49,14 +52,14 @@ class Console:
 
     async def _follow(self) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError):  # a lost connection is how a VM ends
+        with contextlib.suppress(OSError):  # the connection is reset when the VMM exits
             while chunk := await loop.sock_recv(self._connection, 1 << 14):
                 self._keep(chunk)
 
     def _keep(self, chunk: bytes) -> None:
         self._tail += chunk
         del self._tail[:-LIMIT]
-        with contextlib.suppress(OSError):  # a full disk must not stop us reading
+        with contextlib.suppress(OSError):  # a full disk must not stop the reader
             if self._size + len(chunk) > LIMIT:
                 self._path.rename(self._path.with_suffix(".log.1"))
                 os.close(self._file)
@@ -66,7 +69,7 @@ class Console:
 
 
 def read_tail(directory: Path) -> bytes:
-    """What was kept on disk, at most LIMIT bytes. Nothing kept is fine."""
+    """Return the latest output that is on disk, at most LIMIT bytes; empty where there are no files."""
     kept = b""
     for name in ("console.log.1", "console.log"):
         with contextlib.suppress(FileNotFoundError):
@@ -75,6 +78,6 @@ def read_tail(directory: Path) -> bytes:
 
 
 def printable(text: bytes) -> str:
-    """Whatever the guest printed, without what could play tricks on a terminal or a log reader."""
+    """Decode a guest's output, replacing control sequences, which could attack a terminal or a log reader."""
     lines = text.decode(errors="replace").replace("\r\n", "\n")
     return "".join(c if c == "\n" or c == "\t" or c.isprintable() else "?" for c in lines).strip("\n")

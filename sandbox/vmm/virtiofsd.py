@@ -1,18 +1,16 @@
 """virtiofsd: finding it, planning its command line, and the directory that it exports.
 
-Two programs do the same job with different flags: the one that came with QEMU until 7.2, in C, and
-its successor in Rust. Both run as root, because files in a container belong to anybody, but in
-namespaces of their own that hold nothing except the share, with a seccomp filter and without the
-capabilities that reach beyond files.
+Two implementations take different flags: the one in C that came with QEMU until 7.2, and its successor
+in Rust. Both run as root, because files in a container have any owner, but in private namespaces that
+hold only the share, with a seccomp filter and without the capabilities that reach beyond files.
 
-A share has to be a mount of its own with shared propagation: what is mounted below it on the host
-later is then passed on into the namespace of a virtiofsd that already runs. The step that owns the
-directories makes it so. Where the host may change things (cache "auto") it appears in the guest as a
-mount of its own (announce-submounts); root filesystems do without, as their overlays have inode
-numbers of one disk, and the end of such a mount is a delicate moment in the guest's kernel: see
-`let_mounts_go` in agent/container.c.
+A share must be a mount point with shared propagation: what is mounted below it on the host later then
+propagates to the namespace of a running virtiofsd. The step that owns the directories makes it so. Where
+the host may change files (cache "auto"), such a mount appears in the guest as a separate mount
+(announce-submounts). Root filesystems do without: their overlays take inode numbers from one disk, and
+unmounting such a mount is delicate in the guest's kernel (see `let_mounts_go` in agent/container.c).
 
-Crash story: nothing is left by name; the process ends with the VMM's connection.
+Crash story: it leaves no name behind, and exits when the VMM closes the connection.
 """
 
 from __future__ import annotations
@@ -33,14 +31,18 @@ PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiof
 PACKAGE = "apt-get install virtiofsd (Debian 13, Ubuntu 24.04) or qemu-system-common (Debian 12)"
 
 
-class Flavour(StrEnum):
+class Implementation(StrEnum):
+    """Which of the two implementations a program is."""
+
     RUST = "rust"
     C = "c"
 
 
 class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
+    """An installed virtiofsd."""
+
     path: str
-    flavour: Flavour
+    implementation: Implementation
     version: str
 
 
@@ -52,14 +54,14 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prober:
-    """Looks for virtiofsd, and asks a program what it is only when it is a new one."""
+    """Finds virtiofsd. Runs `--version` once for each program and modification time."""
 
     def __init__(self, places: Sequence[str] = PLACES) -> None:
         self._places = places
         self._known: dict[tuple[str, int], Virtiofsd] = {}
 
     async def find(self) -> Virtiofsd:
-        """The first that can be asked for its version. Raises MissingProgram."""
+        """Return the first program that prints its version. Raises MissingProgram."""
         for place in self._places:
             if (changed := _changed_at(place)) is None:
                 continue
@@ -69,7 +71,9 @@ class Prober:
                 lines = (said.stdout + said.stderr).decode(errors="replace").splitlines()
                 if said.status != 0 or not lines:
                     continue
-                self._known[key] = Virtiofsd(path=place, flavour=detect_flavour(lines[0]), version=lines[0])
+                self._known[key] = Virtiofsd(
+                    path=place, implementation=detect_implementation(lines[0]), version=lines[0]
+                )
             return self._known[key]
         raise MissingProgram("virtiofsd", PACKAGE)
 
@@ -79,21 +83,22 @@ def _changed_at(program: str) -> int | None:
     return path.stat().st_mtime_ns if os.access(path, os.X_OK) else None
 
 
-def detect_flavour(version: str) -> Flavour:
-    """The one in C says "virtiofsd version 7.2.1 (Debian ...)", the one in Rust "virtiofsd 1.13.2"."""
-    return Flavour.C if version.startswith("virtiofsd version ") else Flavour.RUST
+def detect_implementation(version: str) -> Implementation:
+    """Detect it by the first line of `--version`: "virtiofsd version 7.2.1 (Debian ...)" is the one in C,
+    "virtiofsd 1.13.2" the one in Rust."""
+    return Implementation.C if version.startswith("virtiofsd version ") else Implementation.RUST
 
 
 def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str]:
-    """The command line for one share, with a listening socket as descriptor `listen_fd`.
+    """Return the command line for one share, with a listening socket as descriptor `listen_fd`.
 
-    Capabilities: both keep only what changing files of any owner takes (chown, dac_override,
-    fowner, fsetid, setuid, setgid, mknod, setfcap); dac_read_search is never added, as with it a
+    Capabilities: both keep only those needed to change files of any owner (chown, dac_override,
+    fowner, fsetid, setuid, setgid, mknod, setfcap); dac_read_search is never added, as with it a file
     handle could be opened outside of the share. Extended attributes are passed through for file
-    capabilities; `trusted.*` would take sys_admin and stays with the host's overlay. Locks stay
-    inside the guest, where all processes of the pod are.
+    capabilities; `trusted.*` would need sys_admin and is reserved to the host's overlay. Locks stay
+    inside the guest, where all processes of the pod run.
     """
-    if program.flavour is Flavour.C:
+    if program.implementation is Implementation.C:
         options = [
             f"source={share.source}",
             f"cache={share.cache}",
@@ -122,10 +127,10 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
 async def start_virtiofsd(
     program: Virtiofsd, share: Share, *, at: Path, cgroups: Sequence[str], log_fd: int
 ) -> tuple[ProcessIdentity, socket.socket]:
-    """Start it on a socket that is listening already: nobody ever has to wait for one to appear.
+    """Start it on a socket that is already listening, so that the VMM need not poll for it.
 
-    Returns the connection for the VMM. The name `at` exists only until we are connected, so nothing
-    else can take the one connection that virtiofsd accepts. Raises VmmError.
+    Returns the connection for the VMM, which the caller owns. The name `at` is removed as soon as we are
+    connected, so nothing else can use the one connection that virtiofsd accepts. Raises VmmError.
     """
     try:
         listener, connection = _open(at)

@@ -21,7 +21,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from sandbox.guest.client import GuestClient
-from sandbox.vmm import ShareSpec, VmHandle, VmSpec, find_hypervisor
+from sandbox.vmm import ShareSpec, VmHandle, VmSpec
+from sandbox.vmm.drivers import find_hypervisor
 from tests.bench.memory import pss_mib
 
 MEMORY_MIB = 256
@@ -49,9 +50,8 @@ def make_spec(image: Path, run_dir: Path, options: argparse.Namespace) -> VmSpec
         run_dir=str(run_dir),
         kernel=str(image / "vmlinux"),
         initramfs=str(image / "initramfs"),
-        machine="q35",
         accelerator=options.accelerator,
-        cpu=options.cpu,
+        options={"cpu": options.cpu} if options.cpu else {},
         memory_mib=options.memory,
         vcpus=options.vcpus,
         kernel_args=tuple(options.arg),

@@ -34,9 +34,8 @@ from sandbox.vmm import (
     ShareSpec,
     VmHandle,
     VmSpec,
-    find_hypervisor,
-    find_hypervisors,
 )
+from sandbox.vmm.drivers import find_hypervisor, find_hypervisors
 from tests.kit.tinykernel import make_kernel
 
 DEADLINE_S = 20
@@ -46,6 +45,7 @@ DEADLINE_S = 20
 class Site:
     """A pod's directory and cgroup, and the hypervisor under test."""
 
+    name: str
     hypervisor: Hypervisor
     spec: VmSpec
     cgroups: Cgroups
@@ -85,14 +85,13 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         run_dir=str(run_dir),
         kernel=str(tmp_path / "kernel"),
         initramfs=str(tmp_path / "initramfs"),
-        machine="q35",
         accelerator="tcg",
         memory_mib=64,
         vcpus=1,
         shares=tuple(shares),
         cgroups=cgroups.directories(pod_id, ""),
     )
-    made = Site(hypervisor, spec, cgroups)
+    made = Site(request.param, hypervisor, spec, cgroups)
     made.guest("the guest lives")
     yield made
     for machine in made.machines:
@@ -112,7 +111,7 @@ async def until_printed(machine: Machine, line: str) -> None:
 async def test_a_vm_is_started_and_told_about(site: Site) -> None:
     machine = await site.start()
     handle = machine.handle
-    assert handle.hypervisor == site.hypervisor.name
+    assert handle.hypervisor == site.name
     assert set(handle.helpers) == {"rootfs", "volumes"}
     for identity in (handle.vmm, *handle.helpers.values()):
         assert identity in process.find_by_cgroup(site.spec.cgroups)
@@ -132,7 +131,7 @@ async def test_the_handle_is_enough_after_a_restart(site: Site) -> None:
     await machine.close()
     await machine.close()
     stored = msgspec.json.decode(msgspec.json.encode(handle), type=VmHandle)
-    again = await find_hypervisor(site.hypervisor.name).attach(stored)
+    again = await find_hypervisor(site.name).attach(stored)
     assert "the guest lives" in again.console_tail(), "what it said before the restart"
     assert (await again.describe())["state"] == "running"
     await again.close()
@@ -213,7 +212,7 @@ async def test_missing_files_say_how_to_get_them(site: Site) -> None:
 
 async def test_a_machine_type_that_does_not_exist_is_named(site: Site) -> None:
     with pytest.raises(VmmError, match="machine type"):
-        await site.start(machine="no-such-machine")
+        await site.start(options={"machine": "no-such-machine"})
     assert site.processes() == []
 
 
@@ -281,7 +280,7 @@ async def test_the_channel_listens_before_the_guest_does(site: Site) -> None:
 
 # ------------------------------------------------------------------------------------ templates
 
-ROOM = {"max_memory_mib": 192, "max_vcpus": 2, "ports": 2}
+ROOM = {"max_memory_mib": 192, "max_vcpus": 2, "max_nics": 2}
 
 
 async def save(site: Site, directory: Path) -> None:
@@ -388,7 +387,7 @@ async def test_the_fingerprint_is_of_what_a_template_depends_on(site: Site) -> N
     first = await fingerprint()
     same = {"pod_id": "other", "run_dir": "/elsewhere", "shares": (), "netns": "/n", "cgroups": ()}
     assert await fingerprint(**same) == first
-    for changes in ({"memory_mib": 128}, {"vcpus": 2}, {"accelerator": "kvm"}, {"ports": 1}):
+    for changes in ({"memory_mib": 128}, {"vcpus": 2}, {"accelerator": "kvm"}, {"max_nics": 2}):
         assert await fingerprint(**changes) != first
     site.guest("another guest")
     assert await fingerprint() != first

@@ -20,7 +20,7 @@ from network.attach import Attachment, Interface, NetworkRequest
 from sandbox.errors import VmmError, VmmGone
 from sandbox.host.openat import read_beneath
 from sandbox.host.process import ProcessIdentity
-from sandbox.vmm import Machine, NicSpec, VmHandle, VmSpec
+from sandbox.vmm import Feature, Machine, NicSpec, VmHandle, VmSpec
 from tests.fakes import cri
 from tests.fakes.guest import FakeAgent
 
@@ -167,6 +167,9 @@ class FakeHypervisor:
         self.ledger.take("vm.start", f"vm {spec.pod_id}")
         return FakeMachine(vm)
 
+    def features(self, spec: VmSpec) -> Collection[Feature]:
+        return frozenset(Feature)
+
     async def fingerprint(self, spec: VmSpec) -> str:
         return f"key{self.generation}"
 
@@ -176,9 +179,9 @@ class FakeHypervisor:
             raise VmmGone("it does not run any more")
         return FakeMachine(vm)
 
-    async def destroy(self, spec_pod_id: str, run_dir: Path) -> None:
-        self.ledger.give("vm.destroy", f"vm {spec_pod_id}")
-        vm = self.vms.pop(spec_pod_id, None)
+    async def destroy(self, pod_id: str, run_dir: Path) -> None:
+        self.ledger.give("vm.destroy", f"vm {pod_id}")
+        vm = self.vms.pop(pod_id, None)
         if vm is not None:
             await vm.die()
 

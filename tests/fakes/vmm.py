@@ -1,31 +1,18 @@
-"""What the fakes of a VM have in common: every verb, none of which a test expects."""
+"""A machine that supports nothing, for fakes that are only started and described."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from sandbox.vmm import NicSpec, VmHandle
+from sandbox.vmm import Machine, VmHandle
 
 
-class StillMachine:
-    """Runs, and nothing is done to it."""
+class StillMachine(Machine):
+    """Runs until a subclass says otherwise; every verb that a driver may lack raises Unsupported."""
 
     handle: VmHandle
 
-    async def pause(self) -> None:
-        raise NotImplementedError
-
-    async def resume(self) -> None:
-        raise NotImplementedError
-
-    async def grow(self, memory_mib: int, vcpus: int) -> None:
-        raise NotImplementedError
-
-    async def plug_nic(self, number: int, nic: NicSpec, tap: int) -> None:
-        raise NotImplementedError
-
-    async def save(self, directory: Path) -> None:
+    async def wait(self) -> str:
         raise NotImplementedError
 
     def console_tail(self) -> str:
@@ -34,4 +21,5 @@ class StillMachine:
     async def describe(self) -> Mapping[str, str]:
         return {}
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        return None

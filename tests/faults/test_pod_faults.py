@@ -60,7 +60,6 @@ HANDLER = Handler(
     memory_mib=256,
     vcpus=1,
     accelerator="tcg",
-    machine="q35",
     source="boot",
     host_pods="refuse",
 )

@@ -120,7 +120,6 @@ def _handle(pid: int) -> VmHandle:
         run_dir="",
         kernel="",
         initramfs="",
-        machine="",
         accelerator="tcg",
         memory_mib=1,
         vcpus=1,

@@ -27,7 +27,8 @@ from pathlib import Path
 
 from sandbox.guest_image.vmlinux import Kernel
 from sandbox.host import cgroup, mounts, process, syscalls
-from sandbox.vmm import Machine, ShareSpec, VmSpec, find_hypervisor
+from sandbox.vmm import Machine, ShareSpec, VmSpec
+from sandbox.vmm.drivers import find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
 from tests.kit.scratch import scratch_dir, scratch_root
 
@@ -79,7 +80,6 @@ async def run(shared: Path, command: Sequence[str], deadline_s: float) -> int:
         run_dir=str(run_dir),
         kernel=str(vmlinux),
         initramfs=str(initramfs),
-        machine="q35",
         accelerator="tcg",
         memory_mib=MEMORY_MIB,
         vcpus=VCPUS,

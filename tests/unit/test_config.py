@@ -88,6 +88,10 @@ def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
         ("log = 'info'", "log", "accepted: a table"),
         ("[handlers.small]\nvcpus = 0", "handlers.small.vcpus", "1 to 255"),
         ("[handlers.small]\naccelerator = 'xen'", "handlers.small.accelerator", "auto, kvm, tcg"),
+        ("[handlers.small]\nhypervisor = 'bhyve'", "handlers.small.hypervisor", "qemu"),
+        ("[handlers.small]\noptions = 'q35'", "handlers.small.options", "a table"),
+        ("[handlers.small]\noptions.bios = 'x'", "handlers.small.options.bios", "machine, cpu"),
+        ("[handlers.small]\nmachine = 'a,b'", "handlers.small.options.machine", "letters, digits"),
         ("[handlers.'Not a name']", "handlers.Not a name", "lower-case"),
         ("[handlers]\nsmall = 4", "handlers.small", "accepted: a table"),
         ("handlers = 4", "handlers", "accepted: a table"),
@@ -123,7 +127,7 @@ def test_handlers_get_every_default(tmp_path: Path) -> None:
     handlers = load(file).runtime_handlers()
     assert list(handlers) == ["", "big", "small"]
     assert (handlers[""].name, handlers[""].memory_mib) == ("", 4096)
-    assert (handlers["small"].machine, handlers["small"].accelerator) == ("q35", "auto")
+    assert (handlers["small"].hypervisor, handlers["small"].accelerator) == ("qemu", "auto")
 
 
 def test_what_is_printed_reads_back_as_the_same(tmp_path: Path) -> None:
@@ -146,3 +150,22 @@ def test_the_reference_lists_every_key() -> None:
         for field in msgspec.structs.fields(table):
             if field.name not in tables and field.name != "handlers":
                 assert f"| `{field.name}` |" in keys[name], f"{name}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("text", "machine"),
+    [
+        ("machine = 'pc'", "pc"),
+        ("options.machine = 'pc'", "pc"),
+        ("machine = 'pc'\noptions.machine = 'microvm'", "microvm"),
+    ],
+)
+def test_machine_of_a_handler_becomes_an_option_of_its_driver(
+    tmp_path: Path, text: str, machine: str
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f"[handlers.small]\n{text}\n")
+    config = load(file)
+    assert config.runtime_handlers()["small"].options == {"machine": machine}
+    file.write_text(to_toml(config))
+    assert load(file) == config

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from cri.cli import doctor
-from cri.cli.doctor import Check, CheckResult, Finding, Host
+from cri.cli.doctor import Check, Host
 from cri.config import Cni, Config, HandlerTable
+from sandbox.host.findings import CheckResult, Finding, fail, ok
 from sandbox.vmm import virtiofsd
 from sandbox.vmm.qemu import host as qemu_host
 from tests.kit.leaks import mounts_naming
@@ -41,7 +42,9 @@ LIST = json.dumps(
 
 async def test_every_check_has_one_finding_under_its_name(tmp_path: Path) -> None:
     findings = await doctor.examine(host(tmp_path))
-    assert [finding.name for finding in findings] == [check.name for check in doctor.CHECKS]
+    assert [finding.name for finding in findings] == [
+        check.name for check in doctor.checks_of(host(tmp_path))
+    ]
     assert all(finding.detail for finding in findings)
 
 
@@ -72,9 +75,9 @@ async def test_a_check_that_breaks_does_not_end_the_others(
         raise RuntimeError("surprise")
 
     async def fine(host: Host) -> Finding:
-        return doctor.ok("fine", "well")
+        return ok("fine", "well")
 
-    monkeypatch.setattr(doctor, "CHECKS", (Check("broken", broken), Check("fine", fine)))
+    monkeypatch.setattr(doctor, "checks_of", lambda host: (Check("broken", broken), Check("fine", fine)))
     findings = await doctor.examine(host(tmp_path))
     assert [(finding.name, finding.verdict) for finding in findings] == [
         ("broken", CheckResult.FAIL),
@@ -86,8 +89,9 @@ async def test_a_check_that_breaks_does_not_end_the_others(
 async def test_missing_programs_name_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(qemu_host, "PROGRAM", "qemu-that-is-not-there")
     monkeypatch.setattr(virtiofsd.Prober.__init__, "__defaults__", ((str(tmp_path / "virtiofsd"),),))
-    for check, package in ((doctor.hypervisor, "qemu-system-x86"), (doctor.file_server, "virtiofsd")):
-        finding = await check(host(tmp_path))
+    checks = {check.name: check.look for check in doctor.checks_of(host(tmp_path))}
+    for name, package in (("qemu", "qemu-system-x86"), ("virtiofsd", "virtiofsd")):
+        finding = await checks[name](host(tmp_path))
         assert finding.verdict is CheckResult.FAIL
         assert package in finding.fix
 
@@ -106,12 +110,12 @@ async def test_a_kernel_of_a_handler_that_is_not_there(tmp_path: Path) -> None:
 async def test_without_kvm_emulation_is_fine(tmp_path: Path) -> None:
     finding = await doctor.accelerator(host(tmp_path))
     assert finding.verdict is CheckResult.OK
-    assert "TCG" in finding.detail and "there is no" in finding.detail
+    assert "tcg" in finding.detail and "there is no" in finding.detail
 
 
 async def test_devices(tmp_path: Path) -> None:
-    checks = {check.name: check.look for check in doctor.CHECKS}
     missing = host(tmp_path)
+    checks = {check.name: check.look for check in doctor.checks_of(missing)}
     assert (await checks["tun"](missing)).verdict is CheckResult.FAIL
     assert (await checks["vhost-net"](missing)).verdict is CheckResult.WARN
     assert (await checks["vhost-vsock"](missing)).verdict is CheckResult.OK
@@ -192,7 +196,7 @@ async def test_space(
 
 
 def test_output_for_people_and_programs() -> None:
-    findings = [doctor.ok("a", "well"), doctor.fail("longer", "gone", "apt-get install it")]
+    findings = [ok("a", "well"), fail("longer", "gone", "apt-get install it")]
     assert list(doctor.as_text(findings)) == [
         "ok   a       well",
         "fail longer  gone  [fix: apt-get install it]",

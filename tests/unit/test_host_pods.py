@@ -25,9 +25,7 @@ from sandbox.pods import isolation_of
 from sandbox.spec import ContainerSpec, DeviceSpec, Handler, Isolation, PidMode, PodSpec, Resources
 from sandbox.usage import CGROUP_FILES
 
-HANDLER = Handler(
-    name="vms", kernel="", initramfs="", memory_mib=256, vcpus=1, accelerator="auto", machine="q35"
-)
+HANDLER = Handler(name="vms", kernel="", initramfs="", memory_mib=256, vcpus=1, accelerator="auto")
 
 
 def pod(**fields: object) -> PodSpec:

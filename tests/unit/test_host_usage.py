@@ -46,7 +46,6 @@ def handle(pid: int, *helpers: int) -> VmHandle:
         run_dir="/r",
         kernel="",
         initramfs="",
-        machine="",
         accelerator="tcg",
         memory_mib=1,
         vcpus=1,

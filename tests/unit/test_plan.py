@@ -374,9 +374,7 @@ def test_a_hostname_that_no_kernel_or_file_takes_is_refused(hostname: str) -> No
 
 # --------------------------------------------------------------------------------------- size
 
-HANDLER = Handler(
-    name="", kernel="", initramfs="", memory_mib=512, vcpus=1, accelerator="auto", machine="q35"
-)
+HANDLER = Handler(name="", kernel="", initramfs="", memory_mib=512, vcpus=1, accelerator="auto")
 MIB = 1 << 20
 
 
@@ -418,7 +416,7 @@ def test_no_vm_is_below_the_boot_floor(limit: int, overhead: int) -> None:
         resources=Resources(memory_limit=limit),
         overhead=Resources(memory_limit=overhead),
     )
-    small = Handler(name="", kernel="", initramfs="", memory_mib=8, vcpus=0, accelerator="tcg", machine="q35")
+    small = Handler(name="", kernel="", initramfs="", memory_mib=8, vcpus=0, accelerator="tcg")
     size = vm_size(pod, small)
     assert size.memory_mib >= BOOT_FLOOR_MIB
     assert size.memory_mib * MIB >= limit

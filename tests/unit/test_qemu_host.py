@@ -11,17 +11,18 @@ import pytest
 
 from sandbox.errors import InvalidSpec, MissingProgram, VmmGone
 from sandbox.host import process, unix_sockets
-from sandbox.vmm import find_hypervisor, find_hypervisors
 from sandbox.vmm.console import LIMIT, Console, printable, read_tail
+from sandbox.vmm.drivers import find_host, find_hypervisor, find_hypervisors
 from sandbox.vmm.qemu import host
 from sandbox.vmm.qemu.qmp import Monitor
 
 
-def test_hypervisors_are_found_by_their_files() -> None:
-    assert find_hypervisors() == ["qemu"]
-    assert find_hypervisor("qemu").name == "qemu"
-    with pytest.raises(InvalidSpec, match="qemu"):
-        find_hypervisor("qmp")
+def test_drivers_are_found_by_their_folders() -> None:
+    assert find_hypervisors()[0] == "qemu"
+    assert find_hypervisor("qemu") and find_host("qemu")
+    for name in ("console", "qmp", ""):
+        with pytest.raises(InvalidSpec, match="accepted: qemu"):
+            find_hypervisor(name)
 
 
 def test_missing_parts_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:

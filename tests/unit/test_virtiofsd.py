@@ -10,7 +10,7 @@ import pytest
 from sandbox.errors import MissingProgram
 from sandbox.host import process
 from sandbox.vmm import virtiofsd
-from sandbox.vmm.virtiofsd import Flavour, Prober, Share, Virtiofsd
+from sandbox.vmm.virtiofsd import Implementation, Prober, Share, Virtiofsd
 
 
 def program(directory: Path, line: str) -> str:
@@ -21,16 +21,16 @@ def program(directory: Path, line: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("line", "flavour"),
+    ("line", "implementation"),
     [
-        ("virtiofsd version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", Flavour.C),
-        ("virtiofsd 1.13.2", Flavour.RUST),
+        ("virtiofsd version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", Implementation.C),
+        ("virtiofsd 1.13.2", Implementation.RUST),
     ],
 )
-async def test_told_apart_by_asking(tmp_path: Path, line: str, flavour: Flavour) -> None:
+async def test_told_apart_by_asking(tmp_path: Path, line: str, implementation: Implementation) -> None:
     finder = Prober([str(tmp_path / "missing"), program(tmp_path, line)])
     found = await finder.find()
-    assert (found.flavour, found.version) == (flavour, line)
+    assert (found.implementation, found.version) == (implementation, line)
     assert await finder.find() == found
     assert (tmp_path / "runs").read_text() == "run\n", "asked once, until the program changes"
 
@@ -41,16 +41,18 @@ async def test_a_missing_one_is_named_with_its_package(tmp_path: Path) -> None:
     assert "apt-get install" in caught.value.package
 
 
-@pytest.mark.parametrize("flavour", list(Flavour))
+@pytest.mark.parametrize("implementation", list(Implementation))
 @pytest.mark.parametrize("cache", ["always", "auto"])
-def test_both_are_told_the_same(flavour: Flavour, cache: str) -> None:
-    daemon = Virtiofsd(path="/x/virtiofsd", flavour=flavour, version="")
+def test_both_are_told_the_same(implementation: Implementation, cache: str) -> None:
+    daemon = Virtiofsd(path="/x/virtiofsd", implementation=implementation, version="")
     argv = virtiofsd.plan_virtiofsd(daemon, Share(source="/pod/share", cache=cache), 7)
     text = " ".join(argv)
     assert argv[0] == "/x/virtiofsd"
     for expected in ("--fd=7", f"cache={cache}", "sandbox=namespace", "xattr"):
         assert expected in text
-    announced = ("announce_submounts" if flavour is Flavour.C else "--announce-submounts") in argv
+    announced = (
+        "announce_submounts" if implementation is Implementation.C else "--announce-submounts"
+    ) in argv
     assert announced == (cache == "auto"), "where the host mounts things while the guest runs"
     assert "/pod/share" in text
     assert "modcaps" not in text, "no capability beyond its own choice"

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from sandbox.host import cgroup, mounts, process, syscalls, unix_sockets
-from sandbox.vmm import Machine, ShareSpec, VmHandle, VmSpec, find_hypervisor
+from sandbox.vmm import Machine, ShareSpec, VmHandle, VmSpec
+from sandbox.vmm.drivers import find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
 
 pytestmark = pytest.mark.vm
@@ -82,7 +83,6 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
         run_dir=str(run_dir),
         kernel=str(vmlinux),
         initramfs=str(initramfs),
-        machine="q35",
         accelerator="tcg",
         memory_mib=256,
         vcpus=1,

@@ -1,12 +1,17 @@
-"""The command line of a QEMU that runs a pod, worked out from values alone.
+"""The command line of a QEMU that runs a pod, computed from values alone.
 
-Pure and pinned by golden files: what a VM is made of can be read, reviewed and compared there.
-QEMU gets every file, socket and tap as an inherited descriptor, so it needs to open nothing, may be
-an unprivileged user, and the paths of the host are none of its business.
+Pure and pinned by golden files, where what a VM is made of can be read, reviewed and compared.
+QEMU gets every file, socket, disk and tap as an inherited descriptor: it opens nothing by name, so it can
+run as an unprivileged user, and no path of the host reaches it.
 
-A VM that continues a template (`spec.template`) has the same devices in the same places as the one
-that was saved, with two differences: it needs no kernel, and its shares are not there yet, as QEMU
-before 8.2 cannot save a VM with them. They are plugged into the ports that are kept free for that.
+A VM that is restored from a template (`spec.template`) has the same devices in the same slots as the one
+that was saved, with two differences: it needs no kernel, and its shares are missing, as QEMU before 8.2
+cannot migrate a VM with vhost-user-fs devices. They are hot-plugged into the ports reserved for them.
+
+The driver's own options (VmSpec.options):
+
+    machine   the machine type, `-machine`; "q35" without it
+    cpu       the CPU model, `-cpu`; without it "host" under KVM, and "max" less some features under TCG
 """
 
 from __future__ import annotations
@@ -17,15 +22,19 @@ import msgspec
 
 from sandbox.errors import InvalidSpec
 from sandbox.spec import Value
-from sandbox.vmm import VmSpec
+from sandbox.vmm import DiskSpec, VmSpec
 
 CHANNEL_PORT = "husk.0"
-GROWING = "growing"  # the device that memory is given by
+GROWING = "growing"  # id of the virtio-mem device
 ACCELERATORS = ("kvm", "tcg")
+OPTIONS = ("machine", "cpu")
+DEFAULT_MACHINE = "q35"
+SHARE_PORTS = 2  # PCIe ports reserved for shares, which are plugged in after a restore
+SERIAL_MAX = 20  # bytes; VIRTIO_BLK_ID_BYTES
 
-# What every guest is told. A panic or a reboot ends the VM (with -no-reboot) instead of a second
-# boot that nobody asked for; the rest only saves time: probing a clock that is known to be good,
-# self-tests of ciphers, serial ports that do not exist, and waiting for grace periods.
+# Kernel arguments of every guest. A panic or a reboot ends the VM (with -no-reboot) instead of booting
+# again; the rest saves time: probing a clock that is known to be good, self-tests of ciphers, serial
+# ports that do not exist, and waiting for RCU grace periods.
 _KERNEL_ARGS = (
     "console=ttyS0",
     "quiet",
@@ -40,41 +49,55 @@ _KERNEL_ARGS = (
     "memhp_default_state=online",
     f"husk.channel=serial:{CHANNEL_PORT}",
 )
-# Emulation has no speculation to guard against; under KVM the guest decides for itself. A single CPU
-# gains nothing there from having its lock prefixes patched out, which takes a tenth of the boot.
+# Emulation does not speculate, so there is nothing to mitigate; under KVM the guest decides for itself. A
+# single CPU gains nothing there from having its lock prefixes patched out, which takes a tenth of the boot.
 _TCG_KERNEL_ARGS = ("mitigations=off", "noreplace-smp")
 
 
 class NicFds(msgspec.Struct, frozen=True, kw_only=True):
+    """Descriptors of one network interface."""
+
     tap: int
     vhost: int = -1  # of /dev/vhost-net; -1: packets go through QEMU
 
 
+class DiskFd(msgspec.Struct, frozen=True, kw_only=True):
+    """Descriptor of one disk, opened for reading or for both as its DiskSpec says."""
+
+    fd: int
+    device: bool = False  # a block device, not a regular file
+
+
 class Fds(msgspec.Struct, frozen=True, kw_only=True):
-    """Descriptors that QEMU inherits: files open for reading, sockets listening unless said."""
+    """Descriptors that QEMU inherits: files open for reading and sockets listening, unless said otherwise."""
 
     monitor: int
     console: int
     channel: int
     kernel: int = -1  # with `initramfs`: to boot from
     initramfs: int = -1
-    ram: int = -1  # the file that is the guest's RAM; -1: memory that QEMU makes
+    ram: int = -1  # the file that holds the guest's RAM; -1: QEMU allocates it
     shares: Mapping[str, int] = {}  # by tag: connected to the share's virtiofsd
     nics: tuple[NicFds, ...] = ()
+    disks: tuple[DiskFd, ...] = ()
 
     def all(self) -> tuple[int, ...]:
+        """Return every descriptor, in no particular order."""
         single = (self.monitor, self.console, self.channel, self.kernel, self.initramfs, self.ram)
         nics = (fd for nic in self.nics for fd in (nic.tap, nic.vhost))
-        return tuple(fd for fd in (*single, *self.shares.values(), *nics) if fd >= 0)
+        disks = (disk.fd for disk in self.disks)
+        return tuple(fd for fd in (*single, *self.shares.values(), *nics, *disks) if fd >= 0)
 
 
 class LaunchPlan(Value, frozen=True, kw_only=True):
+    """A command line and the descriptors that it mentions."""
+
     argv: tuple[str, ...]
     pass_fds: tuple[int, ...]
 
 
 def plan(program: str, spec: VmSpec, fds: Fds) -> LaunchPlan:
-    """How to run `spec`. Raises InvalidSpec for what QEMU could not be asked for safely."""
+    """Return how to run `spec`. Raises InvalidSpec for values that could not be passed to QEMU safely."""
     check(spec)
     argv = [
         program,
@@ -93,68 +116,107 @@ def plan(program: str, spec: VmSpec, fds: Fds) -> LaunchPlan:
             argv += ["-device", _written(share_device(tag))]
     for number, (nic, nic_fds) in enumerate(zip(spec.nics, fds.nics, strict=True)):
         argv += _nic(number, nic.mac, nic.mtu, nic_fds)
-    # spawn: no child processes. elevateprivileges: no set-user-id. resourcecontrol: no scheduler games.
+    for number, (disk, disk_fd) in enumerate(zip(spec.disks, fds.disks, strict=True)):
+        argv += _disk(number, disk, disk_fd)
+    # spawn: no child processes. elevateprivileges: no set-user-id. resourcecontrol: no change of scheduling.
     argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     return LaunchPlan(argv=tuple(argv), pass_fds=fds.all())
 
 
 def process_name(pod_id: str) -> str:
+    """Return the argument by which the processes of a pod are found."""
     return f"husk-{pod_id}"
 
 
+# --------------------------------------------------------------------------------------- checks
+
+
+def check_settings(accelerator: str, options: Mapping[str, str]) -> None:
+    """Check an accelerator and options. Raises InvalidSpec."""
+    if accelerator not in ACCELERATORS:
+        raise InvalidSpec("accelerator", f"{accelerator!r} is unknown", " or ".join(ACCELERATORS))
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise InvalidSpec(f"options.{name}", "is not an option of QEMU's driver", ", ".join(OPTIONS))
+        # a CPU model is a list of features with values
+        _check_text(f"options.{name}", value.replace(",", "").replace("=", "") if name == "cpu" else value)
+
+
 def check(spec: VmSpec) -> None:
-    """QEMU's options are separated by commas, so none may come in with a value."""
-    if spec.accelerator not in ACCELERATORS:
-        raise InvalidSpec("accelerator", f"{spec.accelerator!r} is not known", " or ".join(ACCELERATORS))
+    """Check that no value can add an option of its own: QEMU separates options by commas.
+
+    Raises InvalidSpec.
+    """
+    check_settings(spec.accelerator, spec.options)
     for field, text in (
-        ("machine", spec.machine),
         ("pod_id", spec.pod_id),
-        ("cpu", (spec.cpu or "default").replace(",", "").replace("=", "")),
         *(("share", share.tag) for share in spec.shares),
         *(("mac", nic.mac) for nic in spec.nics),
     ):
-        if not text or not all(c.isascii() and (c.isalnum() or c in "-_.:") for c in text):
-            raise InvalidSpec(field, f"{text!r} cannot be given to QEMU", "letters, digits and -_.:")
+        _check_text(field, text)
+    for disk in spec.disks:
+        _check_disk(disk)
+    if spec.disks and (spec.savable or spec.template):
+        raise InvalidSpec("disks", "a template has no disks, as their content would be shared", "none")
     if spec.memory_mib < 64 or spec.vcpus < 1:
-        raise InvalidSpec("size", f"{spec.memory_mib} MiB and {spec.vcpus} CPUs", "64 MiB and 1 CPU at least")
-    if spec.template and len(spec.shares) > spec.ports:
-        raise InvalidSpec("ports", f"{spec.ports} are too few for what is plugged in", f"{len(spec.shares)}")
+        raise InvalidSpec("size", f"{spec.memory_mib} MiB and {spec.vcpus} CPUs", "at least 64 MiB and 1 CPU")
+    if spec.template and len(spec.shares) > SHARE_PORTS:
+        raise InvalidSpec(
+            "shares", f"{len(spec.shares)} shares with a template", f"at most {SHARE_PORTS} of them"
+        )
+
+
+def _check_disk(disk: DiskSpec) -> None:
+    _check_text("disks.serial", disk.serial)
+    if len(disk.serial) > SERIAL_MAX:
+        raise InvalidSpec("disks.serial", f"{disk.serial!r} is too long", f"at most {SERIAL_MAX} bytes")
+    if disk.format != "raw":
+        raise InvalidSpec("disks.format", f"{disk.format!r} is not supported", "raw")
+
+
+def _check_text(field: str, text: str) -> None:
+    if not text or not all(c.isascii() and (c.isalnum() or c in "-_.:") for c in text):
+        raise InvalidSpec(field, f"{text!r} cannot be passed to QEMU", "letters, digits and -_.:")
+
+
+# -------------------------------------------------------------------------------------- devices
 
 
 def _machine(spec: VmSpec) -> list[str]:
-    """A q35 without what a pod has no use for; each thing left out is one less to attack and probe."""
+    """A machine without the devices that no pod needs: each is something less to attack and to probe."""
     off = ("sata", "usb", "vmport", "smbus", "hpet", "i8042")
     devices = ",".join(f"{name}=off" for name in off)
     if spec.accelerator == "kvm":
         accelerator, cpu = "kvm", "host"
     else:
         # All that emulation can do, as images may be built for newer CPUs; a fifth level of page
-        # tables only makes each walk longer. A CPU that says that its byte-wise string instructions
-        # are quick makes the kernel clear and copy pages with them, and emulated they go byte by byte:
-        # without the promise, memory is zeroed 5 times and files are read 3 times as fast.
-        # The bound on translated code bounds resident memory.
+        # tables only makes each translation longer. A CPU that advertises fast byte-wise string
+        # instructions (erms, fsrm) makes the kernel clear and copy pages with them, and emulated they go
+        # byte by byte: without them, memory is zeroed 5 times and files are read 3 times as fast.
+        # tb-size bounds the cache of translated code, and with it resident memory.
         accelerator, cpu = "tcg,thread=multi,tb-size=128", "max,la57=off,erms=off,fsrm=off"
+    machine = spec.options.get("machine", DEFAULT_MACHINE)
     return [
-        *("-machine", f"{spec.machine},memory-backend=ram,{devices}"),
+        *("-machine", f"{machine},memory-backend=ram,{devices}"),
         *("-accel", accelerator),
-        *("-cpu", spec.cpu or cpu),
+        *("-cpu", spec.options.get("cpu", cpu)),
         *("-smp", _cpus(spec)),
     ]
 
 
 def _cpus(spec: VmSpec) -> str:
-    """Under KVM those that are given later are plugged in then. Kernels since 6.9 that run on no hypervisor
-    they know of, and emulation is none, reckon with no CPU that is not there yet: so all are there, the
-    kernel is told to leave the others alone (`maxcpus=`), and the agent wakes them."""
+    """Under KVM, further CPUs are hot-plugged. Under TCG all exist from the start: kernels since 6.9 that
+    detect no hypervisor (emulation is none) ignore CPUs that appear later. The guest's kernel leaves the
+    others offline (`maxcpus=`), and the agent brings them online."""
     most = max(spec.vcpus, spec.max_vcpus)
     return f"{spec.vcpus},maxcpus={most}" if spec.accelerator == "kvm" else f"{most}"
 
 
 def _memory(spec: VmSpec, fds: Fds) -> list[str]:
-    """Shared, because virtiofsd reads and writes it; what the guest frees goes back to the host.
+    """Shared, as virtiofsd reads and writes it; pages that the guest frees go back to the host.
 
-    Memory that is given later is a device (virtio-mem), which hands out parts of a range that is
-    there from the start and takes nothing as long as nothing is given.
+    Memory added later comes from a virtio-mem device, which hands out parts of a range that is reserved
+    from the start and costs nothing until it is used.
     """
     size = f"size={spec.memory_mib}M,share=on"
     if fds.ram >= 0:
@@ -175,7 +237,7 @@ def _memory(spec: VmSpec, fds: Fds) -> list[str]:
 
 def _boot(spec: VmSpec, fds: Fds) -> list[str]:
     if spec.template:
-        # what the kernel was read from is in its RAM; -no-reboot sees to it that it never boots again
+        # the kernel is in the restored RAM, and with -no-reboot it is never loaded again
         return ["-bios", "qboot.rom", "-incoming", "defer"]
     extra = (*_TCG_KERNEL_ARGS, f"maxcpus={spec.vcpus}") if spec.accelerator == "tcg" else ()
     return [
@@ -202,34 +264,45 @@ def _channels(fds: Fds) -> list[str]:
 
 
 def _ports(spec: VmSpec) -> list[str]:
-    """Where devices are plugged in: each port takes one."""
-    device = "pcie-root-port,id={port},chassis={number},addr={slot}.{function}"
-    if spec.ports:
-        # eight to a slot, in slots of their own: what else there is keeps its place, however many they are
-        device += ",multifunction=on"
+    """PCIe ports for hot-plugged devices, one device each: shares first, then NICs beyond the first."""
+    nics = max(0, spec.max_nics - 1)
+    ports = SHARE_PORTS + nics if nics or spec.savable or spec.template else 0
+    device = "pcie-root-port,id={port},chassis={number},addr={slot}.{function},multifunction=on"
     return [
         part
-        for number in range(spec.ports)
+        for number in range(ports)
         for part in (
             "-device",
+            # eight functions to a slot, in slots of their own: all other devices keep their addresses,
+            # whatever the number of ports
             device.format(
-                port=port_name(number), number=number + 1, slot=hex(0x10 + number // 8), function=number % 8
+                port=_port(number), number=number + 1, slot=hex(0x10 + number // 8), function=number % 8
             ),
         )
     ]
 
 
-def port_name(number: int) -> str:
+def _port(number: int) -> str:
     return f"port{number}"
 
 
+def share_port(number: int) -> str:
+    """Return the port of share `number`, from 0 on."""
+    return _port(number)
+
+
+def nic_port(number: int) -> str:
+    """Return the port of network interface `number`, from 1 on."""
+    return _port(SHARE_PORTS + number - 1)
+
+
 def share_device(tag: str) -> dict[str, object]:
-    """The device of a share, as -device and device_add take it."""
+    """Return a share's device as -device and device_add take it."""
     return {"driver": "vhost-user-fs-pci", "chardev": f"fs-{tag}", "tag": tag, "queue-size": 1024}
 
 
 def nic_device(number: int, mac: str, mtu: int) -> dict[str, object]:
-    """The device of a NIC whose other end is `netNUMBER`."""
+    """Return the device of a NIC whose other end is the netdev `netNUMBER`."""
     device: dict[str, object] = {"driver": "virtio-net-pci", "netdev": f"net{number}", "mac": mac}
     return device | ({"host_mtu": mtu} if mtu else {}) | {"romfile": ""}
 
@@ -242,6 +315,21 @@ def _nic(number: int, mac: str, mtu: int, fds: NicFds) -> list[str]:
     ]
 
 
+def _disk(number: int, disk: DiskSpec, fd: DiskFd) -> list[str]:
+    """A disk by a set of one descriptor: opening /dev/fdset/N duplicates it, where opening
+    /proc/self/fd/N would check the permissions of QEMU's user again. The descriptor has to be open in the
+    mode that `read-only` implies."""
+    name, number_of_set = f"disk{number}", number + 1
+    readonly = "on" if disk.readonly else "off"
+    file = f"file.driver={'host_device' if fd.device else 'file'},file.filename=/dev/fdset/{number_of_set}"
+    node = f"driver=raw,node-name={name},read-only={readonly},{file}"
+    return [
+        *("-add-fd", f"fd={fd.fd},set={number_of_set}"),
+        *("-blockdev", node if disk.readonly else f"{node},discard=unmap"),
+        *("-device", f"virtio-blk-pci,id={name},drive={name},serial={disk.serial}"),
+    ]
+
+
 def _written(device: Mapping[str, object]) -> str:
-    """As -device has it: the driver's name first and alone."""
+    """The value of -device: the driver's name comes first, without a key."""
     return ",".join([str(device["driver"]), *(f"{k}={v}" for k, v in device.items() if k != "driver")])

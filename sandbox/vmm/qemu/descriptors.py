@@ -1,30 +1,32 @@
-"""What a QEMU inherits: files, listening sockets and the memory of its guest."""
+"""What a QEMU inherits: files, disks, listening sockets and the memory of its guest."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import stat
 from pathlib import Path
 
 from sandbox.errors import MissingProgram, VmmError
 from sandbox.host import unix_sockets
 from sandbox.host.process import User
-from sandbox.vmm import VmSpec
+from sandbox.vmm import DiskSpec, VmSpec
 from sandbox.vmm.qemu import snapshot
-from sandbox.vmm.qemu.argv import Fds, NicFds
+from sandbox.vmm.qemu.argv import DiskFd, Fds, NicFds
 
 VHOST_NET = "/dev/vhost-net"
 LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
 
 def keep(held: contextlib.ExitStack, fd: int) -> int:
+    """Let `held` close a descriptor; returns it."""
     held.callback(os.close, fd)
     return fd
 
 
 def open_files(spec: VmSpec, taps: tuple[int, ...], held: contextlib.ExitStack) -> Fds:
-    """All but memory and shares. Raises MissingProgram, VmmError, OSError; `held` closes them."""
+    """Open everything but memory and shares; `held` closes it. Raises MissingProgram, VmmError, OSError."""
     run_dir = Path(spec.run_dir)
 
     def listening(name: str) -> int:
@@ -38,6 +40,7 @@ def open_files(spec: VmSpec, taps: tuple[int, ...], held: contextlib.ExitStack) 
         kernel=kernel,
         initramfs=initramfs,
         nics=tuple(NicFds(tap=tap, vhost=_open_vhost(held)) for tap in taps),
+        disks=tuple(_open_disk(disk, held) for disk in spec.disks),
     )
 
 
@@ -50,15 +53,27 @@ def _open_guest(spec: VmSpec, held: contextlib.ExitStack) -> tuple[int, int]:
 
     kernel = readable(spec.kernel, "guest kernel")
     if os.pread(kernel, 4, 0) != b"\x7fELF":
-        # QEMU would take it for a boot sector of 1991 and run it
+        # QEMU would run anything else as a boot sector
         raise VmmError(f"{spec.kernel} is not an ELF kernel (vmlinux); husk guest build makes one")
     return kernel, readable(spec.initramfs, "guest initramfs")
 
 
-async def open_ram(spec: VmSpec, user: User, held: contextlib.ExitStack) -> int:
-    """Memory that is a file: a copy of a template's, or what a template is to be made of; else -1.
+def _open_disk(disk: DiskSpec, held: contextlib.ExitStack) -> DiskFd:
+    mode = os.O_RDONLY if disk.readonly else os.O_RDWR
+    try:
+        fd = keep(held, os.open(disk.path, mode | os.O_CLOEXEC))
+    except OSError as error:
+        raise VmmError(f"disk {disk.serial}: {disk.path}: {error.strerror}") from error
+    kind = os.fstat(fd).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+        raise VmmError(f"disk {disk.serial}: {disk.path} is neither a regular file nor a block device")
+    return DiskFd(fd=fd, device=stat.S_ISBLK(kind))
 
-    Raises VmmError.
+
+async def open_ram(spec: VmSpec, user: User, held: contextlib.ExitStack) -> int:
+    """Open the RAM if it is a file: a copy of a template's, or the file that a template will be made of.
+
+    Returns -1 for a VM that is neither. `held` closes it. Raises VmmError.
     """
     try:
         if spec.template:
@@ -75,11 +90,12 @@ async def open_ram(spec: VmSpec, user: User, held: contextlib.ExitStack) -> int:
 
 
 def has_vhost() -> bool:
+    """Return whether packets can bypass QEMU (vhost-net)."""
     return os.access(VHOST_NET, os.R_OK | os.W_OK)
 
 
 def identify(path: str) -> tuple[str, int, int, int]:
-    """A file and its content, as far as can be told without reading it. Raises MissingProgram."""
+    """Return what identifies a file and its content without reading it. Raises MissingProgram."""
     try:
         found = Path(path).stat()
     except OSError as error:

@@ -1,15 +1,15 @@
 """QEMU: one process per pod, unprivileged, in the pod's network namespace and cgroups.
 
-    RUN_DIR/qmp.sock      monitor        mode 0600, owned by root; made and bound by us and
-    RUN_DIR/agent.sock    guest channel  listening before QEMU starts, so nobody ever waits for
-    RUN_DIR/console.sock  console        one to appear
-    RUN_DIR/qemu.log      what QEMU and the virtiofsds say on stderr
+    RUN_DIR/qmp.sock      monitor        mode 0600, owned by root; bound and listening before
+    RUN_DIR/agent.sock    guest channel  QEMU starts, so no client has to poll for a socket
+    RUN_DIR/console.sock  console        to appear
+    RUN_DIR/qemu.log      stderr of QEMU and the virtiofsds
     RUN_DIR/console.log   see `console`
 
-QEMU opens nothing by name: all it gets is descriptors (see `opening`). Whom it runs as is in `host`.
+QEMU opens nothing by name: it inherits descriptors (see `descriptors`). `host` chooses its user.
 
 Crash story: a VM is found by its handle, or by the run directory and the pod id in the command lines
-of its processes. `destroy` needs no more than that and may be repeated.
+of its processes. `destroy` needs no more than that and is idempotent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -27,12 +27,13 @@ from sandbox.errors import VmmError, VmmGone
 from sandbox.host import process, unix_sockets
 from sandbox.host.process import ProcessIdentity, User
 from sandbox.host.tasks import end, together
-from sandbox.vmm import Hypervisor, Machine, ShareSpec, VmHandle, VmSpec, virtiofsd
+from sandbox.vmm import Feature, Machine, ShareSpec, VmHandle, VmSpec, virtiofsd
 from sandbox.vmm.console import Console
+from sandbox.vmm.qemu import NAME
 from sandbox.vmm.qemu.argv import Fds, NicFds, check, plan
 from sandbox.vmm.qemu.descriptors import LOG_FLAGS, has_vhost, identify, keep, open_files, open_ram
 from sandbox.vmm.qemu.host import find_firmware, find_program, find_user, private_kvm
-from sandbox.vmm.qemu.machine import QemuMachine, end_all, kill_all, said
+from sandbox.vmm.qemu.machine import QemuMachine, end_all, kill_all, log_tail
 from sandbox.vmm.qemu.qmp import Monitor
 
 START_TIMEOUT_S = 20.0
@@ -40,12 +41,17 @@ MONITOR_TIMEOUT_S = 10.0
 
 
 class Qemu:
-    name = "qemu"
+    """The driver: see `sandbox.vmm.Hypervisor`. It keeps no state about VMs."""
 
     def __init__(self) -> None:
         self._virtiofsd = virtiofsd.Prober()
 
+    def features(self, spec: VmSpec) -> Collection[Feature]:
+        """See Hypervisor: QEMU has all of them."""
+        return frozenset(Feature)
+
     async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> Machine:
+        """See Hypervisor. Helpers and RAM are prepared at the same time."""
         check(spec)
         program = find_program()
         find_firmware()
@@ -66,10 +72,10 @@ class Qemu:
                 begun += identities.values()
                 vmm = await _launch(program, spec, fds, user, log)
                 begun.append(vmm)
-                held.close()  # whatever only QEMU should hold: it sees a helper's end at once
-                monitor = await _until_it_answers(run_dir, vmm, identities)
+                held.close()  # so that QEMU alone holds its ends, and notices a helper's exit at once
+                monitor = await _connect_monitor(run_dir, vmm, identities)
                 handle = VmHandle(
-                    hypervisor=self.name,
+                    hypervisor=NAME,
                     spec=spec,
                     vmm=vmm,
                     helpers=identities,
@@ -77,17 +83,17 @@ class Qemu:
                 )
                 machine = await _assemble(handle, monitor)
                 if spec.template:
-                    await _continue(machine)
+                    await _restore(machine)
             except BaseException:
                 await self.destroy(spec.pod_id, run_dir)
-                await kill_all(begun)  # what is ending by itself has no name any more to be found by
+                await kill_all(begun)  # a process that is exiting cannot be found by its arguments any more
                 raise
         return machine
 
     async def _start_helpers(
         self, spec: VmSpec, log: int, held: contextlib.ExitStack
     ) -> Mapping[str, tuple[ProcessIdentity, int]]:
-        """A virtiofsd per share, and our end of its connection."""
+        """Start a virtiofsd for each share. Returns it with the descriptor of the connection to it."""
         if not spec.shares:
             return {}
         daemon = await self._virtiofsd.find()
@@ -106,6 +112,7 @@ class Qemu:
         return {share.tag: each for share, each in zip(spec.shares, started, strict=True)}
 
     async def fingerprint(self, spec: VmSpec) -> str:
+        """See Hypervisor. Files count by inode, size and modification time, not by content."""
         program = find_program()
         fds = Fds(monitor=3, console=4, channel=5, kernel=6, initramfs=7, ram=8)
         nics = tuple(NicFds(tap=9, vhost=10 if has_vhost() else -1) for _ in spec.nics)
@@ -117,24 +124,22 @@ class Qemu:
         return hashlib.sha256(msgspec.json.encode([argv, files])).hexdigest()[:32]
 
     async def attach(self, handle: VmHandle) -> Machine:
+        """See Hypervisor."""
         run_dir = Path(handle.spec.run_dir)
         if not process.alive(handle.vmm):
-            raise VmmGone(f"QEMU (process {handle.vmm.pid}) does not run any more{said(run_dir)}")
+            raise VmmGone(f"QEMU (process {handle.vmm.pid}) has exited{log_tail(run_dir)}")
         try:
             monitor = await Monitor.connect(run_dir / "qmp.sock", MONITOR_TIMEOUT_S)
         except VmmGone as error:
-            raise VmmGone(f"{error}{said(run_dir)}") from error
+            raise VmmGone(f"{error}{log_tail(run_dir)}") from error
         return await _assemble(handle, monitor)
 
-    async def destroy(self, spec_pod_id: str, run_dir: Path) -> None:
-        await end_all(spec_pod_id, run_dir)
+    async def destroy(self, pod_id: str, run_dir: Path) -> None:
+        """See Hypervisor."""
+        await end_all(pod_id, run_dir)
         for name in ("qmp.sock", "agent.sock", "console.sock"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 (run_dir / name).unlink()
-
-
-def make() -> Hypervisor:
-    return Qemu()
 
 
 # ----------------------------------------------------------------------------------- starting
@@ -159,7 +164,7 @@ async def _launch(program: str, spec: VmSpec, fds: Fds, user: User, log: int) ->
 
 
 async def _assemble(handle: VmHandle, monitor: Monitor) -> QemuMachine:
-    """Takes over the monitor. Raises VmmGone."""
+    """Connect to the console. Owns `monitor`, also when it raises VmmGone."""
     run_dir = Path(handle.spec.run_dir)
     try:
         connection = unix_sockets.connect(run_dir / "console.sock")
@@ -169,25 +174,26 @@ async def _assemble(handle: VmHandle, monitor: Monitor) -> QemuMachine:
     return QemuMachine(handle, monitor, Console(connection, run_dir))
 
 
-async def _continue(machine: QemuMachine) -> None:
-    """Load the state of the template, and plug in what could not be saved with it.
+async def _restore(machine: QemuMachine) -> None:
+    """Load the template's state and plug in the shares, which could not be saved with it.
 
-    Raises VmmError with what QEMU said of a state that it does not like; the machine is closed then.
+    Raises VmmError with QEMU's output when it rejects the state; the machine is closed then.
     """
     try:
         await machine.restore()
     except BaseException as error:
         await machine.close()
         if isinstance(error, VmmGone | OSError):
-            tail = said(Path(machine.handle.spec.run_dir))
-            raise VmmError(f"the template cannot be continued: {error}{tail}") from error
+            tail = log_tail(Path(machine.handle.spec.run_dir))
+            raise VmmError(f"the template cannot be restored: {error}{tail}") from error
         raise
 
 
-async def _until_it_answers(
+async def _connect_monitor(
     run_dir: Path, vmm: ProcessIdentity, helpers: Mapping[str, ProcessIdentity]
 ) -> Monitor:
-    """QEMU greets on its monitor when all devices are made; if it ends before, it has said why."""
+    """Wait for QEMU's greeting, which it sends once all devices exist. Raises VmmError with its output when
+    it or a helper exits before, or after START_TIMEOUT_S."""
     greeting = asyncio.create_task(Monitor.connect(run_dir / "qmp.sock", START_TIMEOUT_S))
     ends = {"QEMU": asyncio.create_task(process.wait_exit(vmm))}
     ends |= {f"virtiofsd for {tag}": asyncio.create_task(process.wait_exit(h)) for tag, h in helpers.items()}
@@ -197,13 +203,13 @@ async def _until_it_answers(
         )
         if not any(end.done() for end in ends.values()):
             if not greeting.done():
-                raise VmmError(f"QEMU was not ready within {START_TIMEOUT_S:g} s{said(run_dir)}")
+                raise VmmError(f"QEMU was not ready within {START_TIMEOUT_S:g} s{log_tail(run_dir)}")
             if greeting.exception() is None:
                 return greeting.result()
-        # One end brings the others about: wait for them, so that what is told is the whole story.
+        # One exit causes the others: wait for them, so that the message names all of them.
         await asyncio.wait(ends.values(), timeout=0.5)
         ended = [f"{name} (status {each.result()})" for name, each in ends.items() if each.done()]
-        raise VmmError(f"ended while starting: {', '.join(ended) or 'monitor'}{said(run_dir)}")
+        raise VmmError(f"exited while starting: {', '.join(ended) or 'monitor'}{log_tail(run_dir)}")
     except BaseException:
         if greeting.done() and not greeting.cancelled() and greeting.exception() is None:
             await greeting.result().close()

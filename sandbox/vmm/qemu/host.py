@@ -1,7 +1,11 @@
-"""What QEMU needs of the host: its program, its firmware, whom it runs as, and /dev/kvm.
+"""What QEMU needs of the host: its program, its firmware, the user that it runs as, and /dev/kvm.
 
-It runs as the user `husk-vm`, or without such a user under a number of its own that no distribution
-gives out, so that neither files nor processes of anybody are within its reach.
+It runs as the user `husk-vm`, or without such a user under a number that no distribution assigns, so
+that it can reach neither files nor processes of anybody.
+
+Accelerators: that /dev/kvm opens means little. On some hosts it creates a VM and then never runs a
+guest's 64-bit code, or aborts over a register that KVM advertises and does not let QEMU set. Hence a
+trial (`candidates`) with the default CPU model and with one that lacks that register, and TCG otherwise.
 """
 
 from __future__ import annotations
@@ -11,22 +15,121 @@ import os
 import pwd
 import shutil
 import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sandbox.errors import MissingProgram, VmmError
-from sandbox.host import process
+from sandbox.errors import InvalidSpec, MissingProgram, VmmError
+from sandbox.host import findings, process
+from sandbox.host.findings import Finding, HostCheck
 from sandbox.host.process import User
+from sandbox.vmm import Candidate, virtiofsd
 from sandbox.vmm.console import printable
+from sandbox.vmm.qemu.argv import ACCELERATORS, check_settings
 
 PROGRAM = "qemu-system-x86_64"
 PACKAGE = "apt-get install qemu-system-x86"
 USER = "husk-vm"
 FALLBACK_ID = 60606  # in a range that no distribution assigns: systemd, "Users, Groups, UIDs and GIDs"
 FIRMWARE = ("/usr/share/qemu/qboot.rom", "/usr/share/qboot/qboot.rom", "/usr/local/share/qemu/qboot.rom")
+# The second is for hosts where KVM advertises IA32_ARCH_CAPABILITIES and does not let QEMU set it.
+KVM_CPU_MODELS = ("", "host,-arch-capabilities")
+
+
+class QemuHost:
+    """QEMU's view of a machine: see `sandbox.vmm.Host`."""
+
+    def __init__(self, fs: Path = Path("/")) -> None:
+        self._fs = fs
+
+    def check(self, accelerator: str, options: Mapping[str, str]) -> None:
+        """See Host."""
+        if accelerator == "auto":
+            accelerator = ACCELERATORS[0]
+        elif accelerator not in ACCELERATORS:
+            raise InvalidSpec(
+                "accelerator", f"{accelerator!r} is unknown", f"auto, {', '.join(ACCELERATORS)}"
+            )
+        check_settings(accelerator, options)
+
+    async def version(self) -> str:
+        """See Host."""
+        return await find_version(find_program())
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Return KVM with each CPU model, unless /dev/kvm rules it out, then TCG."""
+        obstacle = find_obstacle(str(self._fs / "dev/kvm"))
+        if obstacle is not None:
+            return (Candidate(accelerator="tcg", reason=obstacle, trial=False),)
+        kvm = (
+            Candidate(accelerator="kvm", options={"cpu": model} if model else {}) for model in KVM_CPU_MODELS
+        )
+        return (
+            *kvm,
+            Candidate(accelerator="tcg", reason="/dev/kvm opens, but no guest runs under it", trial=False),
+        )
+
+    def checks(self) -> Sequence[HostCheck]:
+        """See Host."""
+        return (
+            HostCheck("qemu", check_program),
+            HostCheck("virtiofsd", check_virtiofsd),
+            findings.device_check(
+                self._fs / "dev/vhost-net",
+                use="faster networking",
+                missing=findings.warn(
+                    "vhost-net", "/dev/vhost-net is missing: networking is slower", "modprobe vhost_net"
+                ),
+            ),
+            findings.device_check(
+                self._fs / "dev/vhost-vsock",
+                use="may carry the guest channel",
+                # nothing to fix: virtio-serial serves as well
+                missing=findings.ok(
+                    "vhost-vsock", "/dev/vhost-vsock is missing: virtio-serial is used, which does as well"
+                ),
+            ),
+        )
+
+
+# -------------------------------------------------------------------------------------- checks
+
+
+async def check_program() -> Finding:
+    """Find QEMU and its firmware."""
+    try:
+        program = find_program()
+        find_firmware()
+        version = await find_version(program)
+    except MissingProgram as error:
+        return findings.fail("qemu", str(error), error.package)
+    return findings.ok("qemu", f"{version} ({program})")
+
+
+async def check_virtiofsd() -> Finding:
+    """Find a virtiofsd."""
+    try:
+        found = await virtiofsd.Prober().find()
+    except MissingProgram as error:
+        return findings.fail("virtiofsd", str(error), error.package)
+    return findings.ok("virtiofsd", f"{found.version} ({found.path})")
+
+
+def find_obstacle(device: str = "/dev/kvm") -> str | None:
+    """Return what rules KVM out without a trial, in words; None: only a trial can tell."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return f"there is no {device}"
+    except OSError as error:
+        return f"{device} cannot be opened: {error.strerror}"
+    return None
+
+
+# ------------------------------------------------------------------------------------- programs
 
 
 def find_program() -> str:
-    """Raises MissingProgram."""
+    """Return the path of QEMU. Raises MissingProgram."""
     found = shutil.which(PROGRAM, path=process.ENVIRONMENT["PATH"])
     if found is None:
         raise MissingProgram("QEMU", PACKAGE)
@@ -34,7 +137,7 @@ def find_program() -> str:
 
 
 def find_firmware() -> str:
-    """qboot, the firmware that does the least; QEMU finds it by its name. Raises MissingProgram."""
+    """Return the path of qboot, a minimal firmware; QEMU finds it by its name. Raises MissingProgram."""
     for place in FIRMWARE:
         if os.access(place, os.R_OK):
             return place
@@ -42,17 +145,20 @@ def find_firmware() -> str:
 
 
 async def find_version(program: str) -> str:
-    """Its first line, without the copyright. Raises VmmError."""
+    """Return the first line of `--version`, without the copyright. Raises VmmError, DeadlineExceeded."""
     said = await process.run([program, "--version"], timeout_s=10)
     if said.status != 0 or not said.stdout:
         raise VmmError(f"{program} --version: {printable(said.stderr[-500:])}")
     return said.stdout.decode(errors="replace").splitlines()[0].removeprefix("QEMU emulator version ")
 
 
-def find_user(accelerator: str) -> User:
-    """Whom QEMU runs as: `husk-vm` where quickstart made it, else a number that is nobody's.
+# ----------------------------------------------------------------------------------------- user
 
-    The group of /dev/kvm comes along when that is what lets a user in (udev's rules do it so).
+
+def find_user(accelerator: str) -> User:
+    """Return the user that QEMU runs as: `husk-vm` where quickstart made it, else an unassigned number.
+
+    Under KVM the group of /dev/kvm is added where it may open the device (udev's rules make it so).
     """
     try:
         entry = pwd.getpwnam(USER)
@@ -74,10 +180,11 @@ def _kvm_node() -> os.stat_result | None:
 
 
 def private_kvm(run_dir: Path, user: User) -> dict[str, str]:
-    """A /dev/kvm of QEMU's own where the host's is for root alone, instead of loosening that one.
+    """Make a /dev/kvm for this QEMU alone where the host's is restricted to root, instead of loosening that.
 
-    It is a node in the pod's directory that QEMU's user owns, bound over /dev/kvm in a mount
-    namespace that only QEMU has. Removed with the directory.
+    It is a device node in the pod's directory, owned by QEMU's user. Returns the binds for
+    `process.start`, which mounts it over /dev/kvm in a mount namespace that only this QEMU has; empty
+    where the host's node is accessible. It is removed with the directory. Raises VmmError, OSError.
     """
     node = _kvm_node()
     if node is None:

@@ -1,4 +1,4 @@
-"""A QEMU that runs, just started or adopted: its verbs, what it says, and its end."""
+"""A running QEMU, just started or reattached to: its verbs, its output, and its exit."""
 
 from __future__ import annotations
 
@@ -12,86 +12,97 @@ from sandbox.errors import DeadlineExceeded, VmmError
 from sandbox.host import process
 from sandbox.host.process import ProcessIdentity
 from sandbox.host.tasks import end
-from sandbox.vmm import NicSpec, VmHandle
+from sandbox.vmm import Machine, NicSpec, VmHandle
 from sandbox.vmm.console import Console, printable
-from sandbox.vmm.qemu import hotplug, snapshot
-from sandbox.vmm.qemu.argv import nic_device, port_name, process_name, share_device
+from sandbox.vmm.qemu import NAME, hotplug, snapshot
+from sandbox.vmm.qemu.argv import nic_device, nic_port, process_name, share_device, share_port
 from sandbox.vmm.qemu.qmp import Monitor
 
 LOG_LIMIT = 256 << 10
 
 
-class QemuMachine:
-    """A running QEMU, just started or adopted."""
+class QemuMachine(Machine):
+    """See `sandbox.vmm.Machine`. Owns the monitor and the console that it is given."""
 
     def __init__(self, handle: VmHandle, monitor: Monitor, console: Console) -> None:
         self.handle = handle
         self._monitor = monitor
         self._console = console
         self._run_dir = Path(handle.spec.run_dir)
-        self._trim = asyncio.create_task(_keep_short(self._run_dir / "qemu.log"), name="qemu-log")
+        self._trim = asyncio.create_task(_limit_log(self._run_dir / "qemu.log"), name="qemu-log")
 
     async def wait(self) -> str:
+        """See RunningVm. The reason ends with the tail of QEMU's log."""
         status = await process.wait_exit(self.handle.vmm)
         await self._console.drain()
-        reason = self._monitor.ending or "QEMU ended"
+        reason = self._monitor.ending or "QEMU exited"
         if status is not None and status < 0:
             reason += f" (signal {-status})"
         elif status:
             reason += f" (status {status})"
         for tag, helper in self.handle.helpers.items():
-            # They end with the connection; one that went first is the likely cause.
+            # They exit with the connection; one that failed is the likely cause.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     ended = await process.wait_exit(helper)
                     reason += f"; virtiofsd for {tag} failed ({ended})" if ended else ""
-        return reason + said(self._run_dir)
+        return reason + log_tail(self._run_dir)
 
     # ----------------------------------------------------------------------------- verbs
 
     async def pause(self) -> None:
+        """See Pausable: QMP `stop`."""
         await self._monitor.execute("stop")
 
     async def resume(self) -> None:
+        """See Pausable: QMP `cont`."""
         await self._monitor.execute("cont")
 
     async def grow(self, memory_mib: int, vcpus: int) -> None:
+        """See Growable: virtio-mem for memory, device_add for CPUs."""
         spec = self.handle.spec
         if memory_mib > max(spec.memory_mib, spec.max_memory_mib) or vcpus > max(spec.vcpus, spec.max_vcpus):
             raise VmmError(
-                f"{memory_mib} MiB and {vcpus} CPUs are more than this VM can be given"
+                f"{memory_mib} MiB and {vcpus} CPUs are more than this VM can have"
                 f" ({spec.max_memory_mib} MiB, {spec.max_vcpus} CPUs)"
             )
         await hotplug.plug_cpus(self._monitor, vcpus)
-        await hotplug.give_memory(self._monitor, (memory_mib - spec.memory_mib) << 20)
+        await hotplug.add_memory(self._monitor, (memory_mib - spec.memory_mib) << 20)
 
     async def plug_nic(self, number: int, nic: NicSpec, tap: int) -> None:
+        """See Growable."""
+        if not 1 <= number < self.handle.spec.max_nics:
+            limit = max(self.handle.spec.max_nics, len(self.handle.spec.nics))
+            raise VmmError(f"network interface {number + 1} is more than this VM can have ({limit})")
         name = f"net{number}"
         await self._monitor.pass_descriptor(name, tap)
         await self._monitor.execute("netdev_add", {"type": "tap", "id": name, "fd": name})
         device = nic_device(number, nic.mac, nic.mtu)
-        await self._monitor.execute("device_add", device | {"bus": port_name(number)})
+        await self._monitor.execute("device_add", device | {"bus": nic_port(number)})
 
     async def restore(self) -> None:
-        """Continue the template, and plug the shares in, which could not be saved with it.
+        """Load the template's state, then plug in the shares, which could not be saved with it.
 
         Raises VmmError, VmmGone, DeadlineExceeded, OSError.
         """
         spec = self.handle.spec
         await snapshot.restore(self._monitor, Path(spec.template))
         for number, share in enumerate(spec.shares):
-            device = share_device(share.tag) | {"id": f"share-{share.tag}", "bus": port_name(number)}
+            device = share_device(share.tag) | {"id": f"share-{share.tag}", "bus": share_port(number)}
             await self._monitor.execute("device_add", device)
 
     async def save(self, directory: Path) -> None:
+        """See Savable and `snapshot`."""
         await snapshot.save(self._monitor, self._run_dir / snapshot.RAM, directory)
 
     def console_tail(self) -> str:
+        """See RunningVm."""
         return self._console.tail()
 
     async def describe(self) -> Mapping[str, str]:
+        """See RunningVm. `disk.SERIAL` is the size of each disk in bytes and its access mode."""
         facts = {
-            "hypervisor": "qemu",
+            "hypervisor": NAME,
             "accelerator": self.handle.spec.accelerator,
             "memoryMiB": str(self.handle.spec.memory_mib),
             "vcpus": str(self.handle.spec.vcpus),
@@ -101,6 +112,7 @@ class QemuMachine:
         try:
             status = await self._monitor.execute("query-status")
             version = await self._monitor.execute("query-version")
+            facts |= await self._describe_disks()
         except (VmmError, DeadlineExceeded) as error:
             return facts | {"state": f"unknown: {error}"}
         if isinstance(status, dict):
@@ -110,18 +122,28 @@ class QemuMachine:
             facts["version"] = ".".join(str(numbers.get(part)) for part in ("major", "minor", "micro"))
         return facts
 
+    async def _describe_disks(self) -> Mapping[str, str]:
+        disks = self.handle.spec.disks
+        nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True}) if disks else []
+        found = {node["node-name"]: node for node in nodes} if isinstance(nodes, list) else {}
+        return {
+            f"disk.{disk.serial}": f"{node['image']['virtual-size']} {'ro' if node['ro'] else 'rw'}"
+            for number, disk in enumerate(disks)
+            if (node := found.get(f"disk{number}")) is not None
+        }
+
     async def close(self) -> None:
-        """Idempotent."""
+        """See RunningVm."""
         await end(self._trim)
         await self._monitor.close()
         await self._console.close()
 
 
 async def end_all(pod_id: str, run_dir: Path) -> None:
-    """End every process of a pod's VM, found by name alone.
+    """Kill every process of a pod's VM, found by name alone.
 
-    A virtiofsd may fork its child, which runs in namespaces of its own, between the look and the
-    kill, so the last look is one that finds nothing. Raises DeadlineExceeded as `process.kill` does.
+    A virtiofsd forks a child into namespaces of its own, possibly between the scan of /proc and the
+    kill, so this repeats until a scan finds nothing. Raises DeadlineExceeded as `process.kill` does.
     """
     names = (process_name(pod_id), f"{run_dir}/")
     while found := await asyncio.to_thread(process.find_by_argument, *names):
@@ -129,30 +151,31 @@ async def end_all(pod_id: str, run_dir: Path) -> None:
 
 
 async def kill_all(identities: list[ProcessIdentity]) -> None:
-    """Kill them all before waiting for any. Raises the first failure once all have been tried."""
+    """Kill all of them before waiting for any. Raises the first failure, after all have been tried."""
     results = await asyncio.gather(*(process.kill(i) for i in identities), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
             raise result
 
 
-def said(run_dir: Path) -> str:
-    """The end of what QEMU and its helpers wrote, as the tail of a message."""
+def log_tail(run_dir: Path) -> str:
+    """Return ": " and the last 4 KiB that QEMU and its helpers wrote, for the end of a message; or ""."""
     try:
-        said = printable((run_dir / "qemu.log").read_bytes()[-4096:])
+        text = printable((run_dir / "qemu.log").read_bytes()[-4096:])
     except OSError:
         return ""
-    return f": {said}" if said else ""
+    return f": {text}" if text else ""
 
 
-async def _keep_short(log: Path) -> None:
-    """A guest can make QEMU complain without end. It writes at the end, so cutting is safe."""
+async def _limit_log(log: Path) -> None:
+    """Truncate the log every 30 s if it has grown beyond LOG_LIMIT, as a guest can make QEMU complain
+    without end. Safe, as QEMU writes with O_APPEND."""
     while True:
         await asyncio.sleep(30)
         with contextlib.suppress(OSError):
-            _cut(log)
+            _truncate(log)
 
 
-def _cut(log: Path) -> None:
+def _truncate(log: Path) -> None:
     if log.stat().st_size > LOG_LIMIT:
         os.truncate(log, 0)

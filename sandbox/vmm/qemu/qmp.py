@@ -1,7 +1,7 @@
-"""A conversation with QEMU's monitor: bounded in time, and with our errors.
+"""A connection to QEMU's monitor (QMP): every wait is bounded, and errors are ours.
 
-The only file that knows the `qemu.qmp` package. Why the VM ended is remembered from the monitor's
-events, as it can no longer be asked for then.
+The only file that uses the `qemu.qmp` package. Why the VM stopped is kept from the monitor's events, as
+it cannot be queried afterwards.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ from sandbox.errors import DeadlineExceeded, VmmError, VmmGone
 from sandbox.host import unix_sockets
 from sandbox.host.tasks import end
 
-# What QEMU gives as the reason of SHUTDOWN (its qapi/run-state.json, ShutdownCause), for people.
+# Values of ShutdownCause (QEMU's qapi/run-state.json), the reason of the event SHUTDOWN, in words.
 _CAUSES = {
     "guest-shutdown": "the guest powered itself off",
     "guest-reset": "the guest rebooted, as it does after a kernel panic",
     "guest-panic": "the guest's kernel panicked",
-    "host-qmp-quit": "it was told to quit",
-    "host-signal": "a signal ended it",
-    "host-error": "QEMU met an error of the host",
+    "host-qmp-quit": "QMP quit",
+    "host-signal": "QEMU received a signal",
+    "host-error": "QEMU hit an error of the host",
 }
 
 
 class _Client(QMPClient):
-    """Without the text of each message, which the package would make for its debug log also where
-    nobody keeps that."""
+    """Skips formatting messages for the package's debug log, which it does even when nothing is logged."""
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
@@ -50,20 +49,21 @@ class _Client(QMPClient):
 
 
 class Monitor:
-    """One connection; QEMU serves one at a time and lets the next wait."""
+    """One connection. QEMU serves one at a time; further ones wait until it is closed."""
 
     def __init__(self, client: QMPClient, connection: socket.socket, listener: EventListener) -> None:
         self._client = client
         self._connection = connection
         self._listener = listener
         self._watch = asyncio.create_task(self._follow(), name="qmp-events")
-        self.ending = ""  # why the VM stopped, once it has
+        self.ending = ""  # why the VM stopped; empty while it runs
 
     @classmethod
     async def connect(cls, path: Path, timeout_s: float) -> Monitor:
-        """Raises VmmGone when nobody listens, DeadlineExceeded when nobody answers."""
+        """Connect and negotiate capabilities. Raises VmmGone when nothing listens at `path`, DeadlineExceeded
+        when QEMU does not answer in time."""
         client = _Client("husk")
-        client.logger.setLevel(logging.CRITICAL)  # it warns of every disconnect
+        client.logger.setLevel(logging.CRITICAL)  # it warns about every disconnect
         listener = EventListener(names=("SHUTDOWN", "GUEST_PANICKED"))
         client.register_listener(listener)
         try:
@@ -79,7 +79,10 @@ class Monitor:
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 10.0
     ) -> object:
-        """Raises VmmError when QEMU refuses, VmmGone when it ends meanwhile, DeadlineExceeded."""
+        """Run a QMP command and return its result.
+
+        Raises VmmError when QEMU reports an error, VmmGone when it exits meanwhile, DeadlineExceeded.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command, dict(arguments or {}))
@@ -91,18 +94,18 @@ class Monitor:
             raise VmmGone(f"QMP {command}: QEMU closed its monitor") from error
 
     async def pass_descriptor(self, name: str, fd: int) -> None:
-        """Give QEMU a copy of a descriptor, called `name` from now on. Raises as `execute` does."""
+        """Give QEMU a duplicate of a descriptor under `name` (QMP `getfd`). Raises as `execute` does."""
         try:
-            # Directly, as uvloop hides the socket from the package. A space means nothing to QEMU.
+            # Directly, as uvloop hides the socket from the package. QEMU ignores white space.
             socket.send_fds(self._connection, [b" "], [fd])
         except OSError as error:
-            raise VmmGone(f"a descriptor cannot be passed to QEMU: {error}") from error
+            raise VmmGone(f"passing a descriptor to QEMU: {error}") from error
         await self.execute("getfd", {"fdname": name})
 
     async def close(self) -> None:
-        """Let go of the monitor; the VM runs on. Idempotent."""
+        """Close the connection; the VM runs on. Idempotent."""
         await end(self._watch)
-        # Disconnecting reports why the connection was lost, if it was: known by then.
+        # disconnect() raises the reason of an earlier loss of the connection, which was reported already
         with contextlib.suppress(QMPError, OSError, EOFError):
             await self._client.disconnect()
 

@@ -1,13 +1,13 @@
-"""A saved VM: writing it, and continuing a copy of it.
+"""Saving a VM as a template, and restoring copies of it.
 
     DIRECTORY/ram     the guest's memory, sparse: what is all zeroes is a hole
-    DIRECTORY/state   what QEMU knows of the devices (some 200 kB), as its migration writes it
+    DIRECTORY/state   the devices' state (some 200 kB), as QEMU's migration writes it
 
-The memory is not part of the migration (`x-ignore-shared`): it is a file already, and a copy of that
-file is quicker than a stream. Each continued VM gets a copy of its own, in memory that ends with it,
-so it can be shared with virtiofsd like any other's.
+The memory is not part of the migration (`x-ignore-shared`): it is a file already, and copying that
+file is faster than a stream. Each restored VM gets a private copy, in a memfd that is freed with it, so
+it can be shared with virtiofsd as in any other VM.
 
-Crash story: nothing here is left but what is in DIRECTORY, which belongs to the caller.
+Crash story: a crash leaves only parts of DIRECTORY, which belongs to the caller.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAVE_TIMEOUT_S = 60.0
 RESTORE_TIMEOUT_S = 30.0
 MAX_STATE = 64 << 20
 _POLL_S = 0.002
-_UNIT = 64 << 10  # of memory that is looked at as a whole: smaller ones are many stretches to copy
+_UNIT = 64 << 10  # granularity of the search for zeroes: smaller units make too many extents to copy
 _CAPABILITIES = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
 
 
@@ -37,7 +37,7 @@ _CAPABILITIES = {"capabilities": [{"capability": "x-ignore-shared", "state": Tru
 
 
 async def save(monitor: Monitor, ram: Path, directory: Path) -> None:
-    """Stop the VM, whose memory is the file `ram`, and write it to the new `directory`.
+    """Stop the VM, whose RAM is the file `ram`, and write both parts to the new `directory`.
 
     Raises VmmError, DeadlineExceeded, OSError.
     """
@@ -48,7 +48,7 @@ async def save(monitor: Monitor, ram: Path, directory: Path) -> None:
         try:
             await monitor.pass_descriptor("state", write_end)
         finally:
-            os.close(write_end)  # QEMU has one of its own, and the end of that one is the end
+            os.close(write_end)  # QEMU has a duplicate: end of file comes when it closes that one
         await monitor.execute("migrate", {"uri": "fd:state"})
         await _until_migrated(monitor, SAVE_TIMEOUT_S)
         state = await reading
@@ -60,7 +60,8 @@ async def save(monitor: Monitor, ram: Path, directory: Path) -> None:
 
 
 def _write(directory: Path, ram: Path, state: bytes) -> None:
-    """More than half of what a guest touches while it boots it leaves behind as zeroes."""
+    """Write the state, and the RAM with a hole for each unit of zeroes: more than half of the memory that a
+    guest touches while it boots is zero afterwards."""
     directory.mkdir(mode=0o700)
     (directory / STATE).write_bytes(state)
     with ram.open("rb", buffering=0) as source, (directory / RAM).open("xb", buffering=0) as target:
@@ -74,7 +75,8 @@ def _write(directory: Path, ram: Path, state: bytes) -> None:
 
 
 def _read_all(fd: int) -> bytes:
-    """To the end of a pipe, which QEMU closes in any case when it ends."""
+    """Read a pipe to its end; QEMU closes its end at the latest when it exits. Blocks. Raises VmmError beyond
+    MAX_STATE."""
     content = bytearray()
     with os.fdopen(fd, "rb", buffering=0) as pipe:
         while chunk := pipe.read(1 << 20):
@@ -85,7 +87,7 @@ def _read_all(fd: int) -> bytes:
 
 
 async def _until_migrated(monitor: Monitor, timeout_s: float) -> None:
-    """Raises VmmError with what QEMU says, DeadlineExceeded."""
+    """Poll until the migration has completed. Raises VmmError with QEMU's reason, DeadlineExceeded."""
     deadline = time.monotonic() + timeout_s
     while True:
         answer = await monitor.execute("query-migrate")
@@ -94,7 +96,7 @@ async def _until_migrated(monitor: Monitor, timeout_s: float) -> None:
             case "completed":
                 return
             case "failed" | "cancelled" as status:
-                raise VmmError(f"QEMU's migration {status}: {facts.get('error-desc', 'no reason is told')}")
+                raise VmmError(f"QEMU's migration {status}: {facts.get('error-desc', 'no reason was given')}")
         if time.monotonic() > deadline:
             raise DeadlineExceeded("QEMU's migration", timeout_s)
         await asyncio.sleep(_POLL_S)
@@ -104,7 +106,7 @@ async def _until_migrated(monitor: Monitor, timeout_s: float) -> None:
 
 
 def copy_ram(directory: Path) -> int:
-    """A memfd with the RAM of a saved VM; the caller owns it. Blocks while it copies. Raises OSError."""
+    """Copy the RAM of a saved VM to a new memfd, which the caller owns. Blocks. Raises OSError."""
     with (directory / RAM).open("rb") as saved:
         copy = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
         try:
@@ -122,12 +124,12 @@ def _copy(source: int, target: int, begin: int, end: int) -> None:
     while begin < end:
         copied = os.sendfile(target, source, begin, end - begin)
         if copied == 0:
-            raise OSError(errno.EIO, "the saved RAM has become shorter")
+            raise OSError(errno.EIO, "the file of the saved RAM was truncated")
         begin += copied
 
 
 def _data(file: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of each stretch that is no hole (lseek(2), SEEK_DATA)."""
+    """Begin and end of each extent that is not a hole (lseek(2), SEEK_DATA)."""
     end = 0
     while True:
         try:
@@ -141,11 +143,11 @@ def _data(file: int) -> Iterator[tuple[int, int]]:
 
 
 def _open_state(directory: Path) -> int:
-    """A descriptor from which QEMU reads the state, with all of it in it already. Raises OSError."""
+    """Return the read end of a pipe that holds the whole state. The caller owns it. Raises OSError."""
     state = (directory / STATE).read_bytes()
     read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        # root may make a pipe as large as it likes (pipe(7))
+        # root may exceed pipe-max-size (pipe(7))
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, len(state))
         if os.write(write_end, state) < len(state):
             raise OSError(errno.ENOSPC, "the device state does not fit into a pipe")
@@ -159,12 +161,12 @@ def _open_state(directory: Path) -> int:
 
 
 async def restore(monitor: Monitor, directory: Path) -> None:
-    """Let a QEMU that waits with `-incoming defer`, and has the RAM, continue with the saved state.
+    """Load the saved state into a QEMU that was started with `-incoming defer` and a copy of the RAM.
 
-    Raises VmmError, VmmGone (QEMU ends when it does not like the state), DeadlineExceeded, OSError.
+    Raises VmmError, VmmGone (QEMU exits when it rejects the state), DeadlineExceeded, OSError.
     """
     await monitor.execute("migrate-set-capabilities", _CAPABILITIES)
-    # nobody is to hear of the address that all copies of a template have until they are configured
+    # no gratuitous ARP: all copies of a template have the same address until they are configured
     await monitor.execute("migrate-set-parameters", {"announce-rounds": 0})
     state = _open_state(directory)
     try:
