@@ -30,7 +30,7 @@ from cri.server import Server, Service
 from cri.services.image_service import image_service, transfer_service
 from cri.services.runtime_service import runtime_service
 from cri.services.sessions import SandboxBackend
-from cri.streaming.server import Settings, StreamingServer
+from cri.streaming.server import StreamingOptions, StreamingServer
 from cri.version import version
 from image.image_store import ImageStore
 from image.index import Image
@@ -268,7 +268,7 @@ class _Builder:
         stats = StatsCollector(self.inventory, self.engines, LayerUsage(self.rootfs))
         streaming = StreamingServer(
             SandboxBackend(self.pods, self.containers),
-            Settings(
+            StreamingOptions(
                 address=self.config.streaming.address,
                 port=self.config.streaming.port,
                 idle_timeout_s=self.config.streaming.idle_timeout_s,

@@ -74,7 +74,7 @@ class Events(Protocol):
 
 
 class Streaming(Protocol):
-    def url(self, wish: SessionOptions) -> str:
+    def url(self, options: SessionOptions) -> str:
         """Where a client finds its session, once and soon. Raises TooManyTokens."""
 
 

@@ -25,7 +25,7 @@ class StreamCalls:
         _check_streams(request)
         if not request.cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
-        wish = ExecOptions(
+        options = ExecOptions(
             container_id=self._running(request.container_id).id,
             cmd=tuple(request.cmd),
             tty=request.tty,
@@ -33,18 +33,18 @@ class StreamCalls:
             stdout=request.stdout,
             stderr=request.stderr,
         )
-        return pb.ExecResponse(url=self._streaming.url(wish))
+        return pb.ExecResponse(url=self._streaming.url(options))
 
     async def Attach(self, request: pb.AttachRequest) -> pb.AttachResponse:
         _check_streams(request)
-        wish = AttachOptions(
+        options = AttachOptions(
             container_id=self._running(request.container_id).id,
             tty=request.tty,
             stdin=request.stdin,
             stdout=request.stdout,
             stderr=request.stderr,
         )
-        return pb.AttachResponse(url=self._streaming.url(wish))
+        return pb.AttachResponse(url=self._streaming.url(options))
 
     async def PortForward(self, request: pb.PortForwardRequest) -> pb.PortForwardResponse:
         _check_ports(request.port)
@@ -52,8 +52,8 @@ class StreamCalls:
         set_pod_context(record.id[:13])
         if not record.ready:
             raise WrongState("sandbox", record.id, record.state, "ready")
-        wish = PortForwardOptions(pod_id=record.id, ports=tuple(request.port))
-        return pb.PortForwardResponse(url=self._streaming.url(wish))
+        options = PortForwardOptions(pod_id=record.id, ports=tuple(request.port))
+        return pb.PortForwardResponse(url=self._streaming.url(options))
 
     def _running(self, id: str) -> ContainerRecord:
         """Raises NotFound, WrongState."""
@@ -84,19 +84,19 @@ class SandboxBackend:
         self._pods = pods
         self._containers = containers
 
-    async def exec(self, wish: ExecOptions) -> Session:
+    async def exec(self, options: ExecOptions) -> Session:
         return await self._containers.exec(
-            wish.container_id,
-            wish.cmd,
-            tty=wish.tty,
-            stdin=wish.stdin,
-            stdout=wish.stdout,
-            stderr=wish.stderr,
+            options.container_id,
+            options.cmd,
+            tty=options.tty,
+            stdin=options.stdin,
+            stdout=options.stdout,
+            stderr=options.stderr,
         )
 
-    async def attach(self, wish: AttachOptions) -> Session:
+    async def attach(self, options: AttachOptions) -> Session:
         return await self._containers.attach(
-            wish.container_id, stdin=wish.stdin, stdout=wish.stdout, stderr=wish.stderr
+            options.container_id, stdin=options.stdin, stdout=options.stdout, stderr=options.stderr
         )
 
     async def dial(self, pod_id: str, port: int) -> PortConnection:

@@ -1,8 +1,9 @@
-"""Exec, Attach and PortForward: the streams themselves, beside the gRPC socket that hands out their URLs.
+"""Exec, Attach and PortForward: the streams themselves. The gRPC calls hand out their URLs.
 
-server        HTTP, tokens, upgrades; one task per connection
-spdy*         SPDY/3.1, whose framing is ours          websocket*    WebSocket, by wsproto
-channels      what both give: named byte streams with back-pressure
-remote_command, port_forward       what is spoken over them
-session       all that this package knows of pods and containers
+server              HTTP, tokens; one task per connection
+upgrade             from the HTTP request to SPDY or WebSocket, and the session over it
+spdy*               SPDY/3.1, with framing of our own      websocket*    WebSocket, by wsproto
+channels            what both provide: named byte streams with back-pressure
+remote_command, port_forward       the protocols over those channels
+session             the interface to pods and containers
 """

@@ -1,8 +1,8 @@
-"""What SPDY and WebSocket clients have in common: named byte streams over one connection.
+"""What SPDY and WebSocket connections have in common: named byte streams, here called channels.
 
-A channel is read by one task and written by one task. What its reader has not taken yet is bounded: a
-peer that minds windows stops at its own; with any other the whole connection is read no further until
-there is room again, since nothing finer would hold it back.
+One task reads a channel and one task writes it. What its reader has not consumed is bounded by BUFFER_MAX: a
+peer with flow control stops at its own window first; for any other the whole connection is not read until
+the buffer has space again, as nothing finer would stop it.
 """
 
 from __future__ import annotations
@@ -12,58 +12,64 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
-INBOX_MAX = 256 << 10
-PATIENCE_S = 5.0  # between looks whether a peer that is not read has gone
+BUFFER_MAX = 256 << 10
 
 
 class ConnectionLost(Exception):
-    """The client is gone, or broke the protocol."""
+    """The client disconnected, or violated the protocol."""
 
 
 class ChannelClosed(Exception):
-    """The client wants no more of this channel, in either direction."""
+    """The client closed this channel in both directions."""
 
 
 class Channel(Protocol):
+    """A byte stream in both directions within a connection."""
+
     @property
-    def headers(self) -> Mapping[str, str]: ...
+    def headers(self) -> Mapping[str, str]:
+        """Headers that the client opened it with, names in lower case."""
 
     async def read(self) -> bytes:
-        """b"" at the end. Raises ChannelClosed, ConnectionLost."""
+        """Return received bytes; b"" at the end. Raises ChannelClosed, ConnectionLost."""
 
     async def write(self, data: bytes) -> None:
-        """Returns once it is on its way. Raises ChannelClosed, ConnectionLost."""
+        """Return once the data is with the transport. Raises ChannelClosed, ConnectionLost."""
 
     async def close(self) -> None:
-        """No more from us. Idempotent. Raises ConnectionLost."""
+        """End our direction. Idempotent. Raises ConnectionLost."""
 
     def reset(self) -> None:
-        """End both directions, dropping what is under way. Idempotent."""
+        """Close both directions and drop what is buffered. Idempotent."""
 
 
-class Peer(Protocol):
+class ChannelListener(Protocol):
     """A connection whose channels the client opens (SPDY)."""
 
-    def arrivals(self) -> AsyncIterator[Channel]:
-        """Channels as the client opens them. Raises ConnectionLost."""
+    def accept(self) -> AsyncIterator[Channel]:
+        """Yield channels as the client opens them, until it opens no more. Raises ConnectionLost."""
 
 
-class Inbox:
-    """What has come for one channel and was not read yet."""
+class ReceiveBuffer:
+    """Received bytes of one channel that were not read yet.
 
-    def __init__(self, taken: Callable[[int], None]) -> None:
-        self._taken = taken  # told when the reader has dealt with so many bytes
+    `on_consumed` is called with the size of each chunk, when its reader comes back for the next one.
+    """
+
+    def __init__(self, on_consumed: Callable[[int], None]) -> None:
+        self._on_consumed = on_consumed
         self._chunks: deque[bytes] = deque()
-        self._size = 0
+        self._size = 0  # with the chunk that is being read
         self._reading = 0
         self._ended = False
         self._error: Exception | None = None
         self._changed = asyncio.Event()
-        self._roomy = asyncio.Event()
-        self._roomy.set()
+        self._has_space = asyncio.Event()
+        self._has_space.set()
 
     async def read(self) -> bytes:
-        self._deal_with_last()
+        """Return the next chunk; b"" at the end. Raises the error that `fail` was given."""
+        self._consume_last_chunk()
         while not self._chunks:
             if self._error is not None:
                 raise self._error
@@ -75,34 +81,36 @@ class Inbox:
         self._reading = len(chunk)
         return chunk
 
-    def _deal_with_last(self) -> None:
+    def _consume_last_chunk(self) -> None:
         count, self._reading = self._reading, 0
         self._size -= count
-        if self._size < INBOX_MAX:
-            self._roomy.set()
+        if self._size < BUFFER_MAX:
+            self._has_space.set()
         if count:
-            self._taken(count)
+            self._on_consumed(count)
 
     def put(self, data: bytes) -> None:
+        """Append a chunk, also beyond BUFFER_MAX; dropped after `end` or `fail`."""
         if self._ended or self._error is not None:
             return
         self._chunks.append(data)
         self._size += len(data)
-        if self._size >= INBOX_MAX:
-            self._roomy.clear()
+        if self._size >= BUFFER_MAX:
+            self._has_space.clear()
         self._changed.set()
 
     def end(self) -> None:
+        """Let the reader see the end after the last chunk. Idempotent."""
         self._ended = True
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
-        """What was not read yet is dropped."""
+        """Drop what was not read, and let the reader raise `error`. The first error counts."""
         self._error = self._error or error
         self._chunks.clear()
-        self._roomy.set()
+        self._has_space.set()
         self._changed.set()
 
-    async def room(self) -> None:
-        """Wait until more may be put."""
-        await self._roomy.wait()
+    async def wait_for_space(self) -> None:
+        """Wait until less than BUFFER_MAX is buffered."""
+        await self._has_space.wait()

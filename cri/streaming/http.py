@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, by h11: all that is spoken of HTTP before a connection is upgraded."""
+"""The HTTP request of a client and its response, by h11: everything before the connection is upgraded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import h11
 
 HEADER_MAX = 64 << 10
-BODY_MAX = 64 << 10  # of a POST, whose body means nothing
+BODY_MAX = 64 << 10  # of a POST, whose body is ignored
 
 
-class Refused(Exception):
-    """The request is answered with this and no more."""
+class Rejected(Exception):
+    """The request is answered with this error, and the connection is closed."""
 
     def __init__(self, code: int, text: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(text)
@@ -24,38 +24,40 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """A complete request."""
+
     method: str
-    path: str
+    path: str  # without the query
     headers: Sequence[tuple[bytes, bytes]]
-    early: bytes  # came behind the request
+    trailing: bytes  # bytes after the request, of the protocol to be upgraded to
 
     def values(self, name: str) -> list[str]:
-        """Every value of a header, in order; values of one line are parted by commas."""
+        """Return every value of a header, in order; a line may have several, separated by commas."""
         wanted = name.lower().encode()
         lines = [value.decode("latin-1") for key, value in self.headers if key == wanted]
         return [part.strip() for line in lines for part in line.split(",") if part.strip()]
 
 
-class Exchange:
-    """A connection that has not been upgraded yet."""
+class HttpConnection:
+    """A connection that was not upgraded yet: one request, one response."""
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
         self._reader = reader
         self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEADER_MAX)
 
-    async def request(self) -> Request | None:
-        """None when nothing came. Raises Refused, OSError."""
+    async def receive_request(self) -> Request | None:
+        """Read the request; None if the client closed without one. Raises Rejected, OSError."""
         try:
-            head = await self._event()
+            head = await self._next_event()
             if not isinstance(head, h11.Request):
                 return None
             body = 0
-            while isinstance(event := await self._event(), h11.Data):
+            while isinstance(event := await self._next_event(), h11.Data):
                 body += len(event.data)
                 if body > BODY_MAX:
-                    raise Refused(413, "the body is too large")
+                    raise Rejected(413, f"the body is larger than {BODY_MAX} bytes")
         except h11.RemoteProtocolError as error:
-            raise Refused(error.error_status_hint, f"no HTTP request: {error}") from error
+            raise Rejected(error.error_status_hint, f"not a valid HTTP request: {error}") from error
         return Request(
             head.method.decode(),
             head.target.decode("latin-1").partition("?")[0],
@@ -63,29 +65,30 @@ class Exchange:
             bytes(self._connection.trailing_data[0]),
         )
 
-    async def _event(self) -> object:
+    async def _next_event(self) -> object:
         while (event := self._connection.next_event()) is h11.NEED_DATA:
             self._connection.receive_data(await self._reader.read(HEADER_MAX))
         return event
 
-    def refusal(self, refused: Refused) -> bytes:
+    def rejection(self, rejected: Rejected) -> bytes:
+        """Return the bytes of the error response; empty when HTTP does not allow one any more."""
         if self._connection.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return b""
-        body = (refused.text + "\n").encode()
+        body = (rejected.text + "\n").encode()
         headers = [
-            *refused.headers,
+            *rejected.headers,
             ("Content-Type", "text/plain; charset=utf-8"),
             ("Content-Length", str(len(body))),
             ("Connection", "close"),
         ]
-        pieces = [
-            self._connection.send(h11.Response(status_code=refused.code, headers=headers)),
+        parts = [
+            self._connection.send(h11.Response(status_code=rejected.code, headers=headers)),
             self._connection.send(h11.Data(data=body)),
             self._connection.send(h11.EndOfMessage()),
         ]
-        return b"".join(piece for piece in pieces if piece)
+        return b"".join(part for part in parts if part)
 
-    def switch(self, headers: Sequence[tuple[str, str]]) -> bytes:
-        """101, after which the connection speaks another protocol."""
-        answer = h11.InformationalResponse(status_code=101, headers=list(headers))
-        return self._connection.send(answer) or b""
+    def switch_protocols(self, headers: Sequence[tuple[str, str]]) -> bytes:
+        """Return the bytes of the response 101, after which the connection speaks another protocol."""
+        response = h11.InformationalResponse(status_code=101, headers=list(headers))
+        return self._connection.send(response) or b""

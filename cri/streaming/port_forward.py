@@ -1,4 +1,4 @@
-"""PortForward: connections of a client, each to a port in the pod, each alone in failing."""
+"""PortForward: connections of a client, each to a port in the pod; a failure ends only its connection."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cri.streaming.channels import Channel, ChannelClosed, ConnectionLost, Peer
+from cri.streaming.channels import Channel, ChannelClosed, ChannelListener, ConnectionLost
 from sandbox.errors import SandboxError, StreamReset
 from sandbox.session import PortConnection
 
@@ -21,37 +21,40 @@ Dial = Callable[[int], Awaitable[PortConnection]]
 
 @dataclass(slots=True)
 class _Pair:
-    """Both channels of one connection, as they come."""
+    """The two channels of one connection, as they are opened."""
 
     data: Channel | None = None
     error: Channel | None = None
-    late: asyncio.TimerHandle | None = None
+    timeout: asyncio.TimerHandle | None = None
 
 
-class ForwardedStreams:
-    """Pairs the streams of a SPDY client by their request id, and carries each connection."""
+class PortForwarder:
+    """Pairs the streams of a SPDY client by their request id, and forwards each pair as one connection."""
 
     def __init__(self, dial: Dial) -> None:
         self._dial = dial
         self._pairs: dict[str, _Pair] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self, peer: Peer) -> None:
-        """Until the client opens no more and all is carried. Raises ConnectionLost."""
+    async def run(self, listener: ChannelListener) -> None:
+        """Forward until the client opens no more streams and every connection has ended.
+
+        Raises ConnectionLost.
+        """
         try:
-            async for channel in peer.arrivals():
-                self._take(channel)
+            async for channel in listener.accept():
+                self._add(channel)
             if self._tasks:
                 await asyncio.wait(self._tasks)
         finally:
             for pair in self._pairs.values():
-                if pair.late is not None:
-                    pair.late.cancel()
+                if pair.timeout is not None:
+                    pair.timeout.cancel()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _take(self, channel: Channel) -> None:
+    def _add(self, channel: Channel) -> None:
         headers = channel.headers
         kind, request = headers.get("streamtype", ""), _request_of(channel)
         if kind not in ("data", "error") or _port_of(headers.get("port", "")) is None:
@@ -64,15 +67,15 @@ class ForwardedStreams:
         setattr(pair, kind, channel)
         if pair.data is None or pair.error is None:
             loop = asyncio.get_running_loop()
-            pair.late = loop.call_later(PAIR_TIMEOUT_S, self._give_up, request, channel)
+            pair.timeout = loop.call_later(PAIR_TIMEOUT_S, self._drop_half, request, channel)
             return
-        if pair.late is not None:
-            pair.late.cancel()
+        if pair.timeout is not None:
+            pair.timeout.cancel()
         del self._pairs[request]
         self._spawn(pair.data, pair.error)
 
-    def _give_up(self, request: str, channel: Channel) -> None:
-        """Its other half did not come."""
+    def _drop_half(self, request: str, channel: Channel) -> None:
+        """Reset a stream whose other half was not opened within PAIR_TIMEOUT_S."""
         self._pairs.pop(request, None)
         channel.reset()
 
@@ -81,68 +84,68 @@ class ForwardedStreams:
         assert port is not None
         task = asyncio.create_task(forward(self._dial, port, data, error))
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._on_done)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (broken := task.exception()) is not None:
-            log.error("a forwarded connection broke: %s", broken, exc_info=broken)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("port-forward: a connection failed unexpectedly: %s", error, exc_info=error)
 
 
 async def forward(dial: Dial, port: int, data: Channel, error: Channel) -> None:
-    """One connection, from dialling to its end; what goes wrong is told on its error channel."""
+    """Forward one connection from dialling to its end; a failure is written to its error channel."""
     try:
         try:
-            await _connect_and_carry(dial, port, data)
+            await _dial_and_copy(dial, port, data)
         except SandboxError as problem:
-            await _tell(error, f"port {port} of the pod: {problem}")
+            await _send_error(error, f"port {port} of the pod: {problem}")
         await error.close()
     except ConnectionLost:
-        pass  # nobody is left to be told
+        pass  # the client is gone, so an error cannot reach it
     finally:
         data.reset()
         error.reset()
 
 
-async def _connect_and_carry(dial: Dial, port: int, data: Channel) -> None:
+async def _dial_and_copy(dial: Dial, port: int, data: Channel) -> None:
     connection = await dial(port)
-    up = asyncio.create_task(_up(data, connection))
-    down = asyncio.create_task(_down(connection, data))
+    to_pod = asyncio.create_task(_copy_to_pod(data, connection))
+    to_client = asyncio.create_task(_copy_to_client(connection, data))
     try:
-        done, _ = await asyncio.wait({up, down}, return_when=asyncio.FIRST_EXCEPTION)
+        done, _ = await asyncio.wait({to_pod, to_client}, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
     except ChannelClosed:
-        pass  # the client wants no more of this connection
+        pass  # the client closed this connection
     finally:
         connection.close()
-        for task in (up, down):
+        for task in (to_pod, to_client):
             task.cancel()
-        await asyncio.gather(up, down, return_exceptions=True)
+        await asyncio.gather(to_pod, to_client, return_exceptions=True)
 
 
-async def _up(data: Channel, connection: PortConnection) -> None:
+async def _copy_to_pod(data: Channel, connection: Connection) -> None:
     try:
         while chunk := await data.read():
             await connection.writer.write(chunk)
         connection.writer.close()
     except StreamReset:
-        pass  # nothing in the pod reads it; what it still has to say goes on coming
+        pass  # the pod's process reads no more; what it still writes is copied on
 
 
-async def _down(connection: PortConnection, data: Channel) -> None:
+async def _copy_to_client(connection: PortConnection, data: Channel) -> None:
     while chunk := await connection.reader.read():
         await data.write(chunk)
     await data.close()
 
 
-async def _tell(error: Channel, message: str) -> None:
+async def _send_error(error: Channel, message: str) -> None:
     with suppress(ChannelClosed):
         await error.write(message.encode())
 
 
 def _request_of(channel: Channel) -> str:
-    """Old clients name none, and open the error stream just before the data stream."""
+    """Return the request id. Old clients send none, and open the error stream just before the data stream."""
     named = channel.headers.get("requestid", "")
     if named:
         return named

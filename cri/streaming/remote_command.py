@@ -1,7 +1,7 @@
-"""Exec and Attach: a process and a client, joined stream by stream.
+"""Exec and Attach: the streams of a process, copied to and from the channels of a client.
 
-Outputs are carried to their end, then the exit status is told, then all is closed. A client that goes
-away ends it at any moment, by cancellation; the session is hung up then.
+Outputs are copied to their end, then the exit status is sent, then everything is closed. A client that
+disconnects cancels this at any point; the session is closed then.
 """
 
 from __future__ import annotations
@@ -17,61 +17,64 @@ from cri.streaming.channels import Channel, ChannelClosed
 from sandbox.errors import SandboxError, StreamReset
 from sandbox.session import Session, Sink, Source
 
-RESIZE_TEXT_MAX = 4096  # of one size, which needs 30 bytes
+RESIZE_TEXT_MAX = 4096  # characters of one terminal size, which needs 30
 
 
 @dataclass(frozen=True, slots=True)
 class CommandChannels:
-    """Those that the client opened."""
+    """The channels that the client opened."""
 
     error: Channel
     stdin: Channel | None = None
     stdout: Channel | None = None
     stderr: Channel | None = None
     resize: Channel | None = None
-    plain_status: bool = False  # text instead of metav1.Status, and nothing on success
+    plain_status: bool = False  # text in place of metav1.Status, and nothing on success
 
 
-async def run(begin: Callable[[], Awaitable[Session]], channels: CommandChannels) -> str:
-    """Returns how it ended, for the log. Raises ConnectionLost."""
+async def run(start: Callable[[], Awaitable[Session]], channels: CommandChannels) -> str:
+    """Start a session, copy its streams and send its exit status.
+
+    Returns how it ended, for the log. Raises ConnectionLost.
+    """
     try:
-        session = await begin()
+        session = await start()
     except SandboxError as error:
-        await _tell_failure(channels, f"cannot be begun: {error}")
+        await _send_failure(channels, f"could not start: {error}")
         return str(error)
     try:
-        code = await _carry(session, channels)
+        code = await _copy_streams(session, channels)
     except SandboxError as error:
-        await _tell_failure(channels, str(error))
+        await _send_failure(channels, str(error))
         return str(error)
     finally:
         session.close()
-    await _tell_exit(channels, code)
+    await _send_exit_code(channels, code)
     return f"exit code {code}"
 
 
-async def _carry(session: Session, channels: CommandChannels) -> int:
+async def _copy_streams(session: Session, channels: CommandChannels) -> int:
     outputs = [
-        _output(source, channel)
+        _copy_output(source, channel)
         for source, channel in ((session.stdout, channels.stdout), (session.stderr, channels.stderr))
     ]
     inputs: list[Coroutine[None, None, None]] = []
     if channels.stdin is not None:
-        inputs.append(_input(channels.stdin, session.stdin))
+        inputs.append(_copy_input(channels.stdin, session.stdin))
     if channels.resize is not None:
         inputs.append(_resize(channels.resize, session))
-    running = [asyncio.create_task(work) for work in inputs]
-    ending = [asyncio.create_task(work) for work in outputs]
+    input_tasks = [asyncio.create_task(work) for work in inputs]
+    output_tasks = [asyncio.create_task(work) for work in outputs]
     try:
-        await asyncio.gather(*ending)
+        await asyncio.gather(*output_tasks)
         return await session.wait()
     finally:
-        for task in (*running, *ending):
+        for task in (*input_tasks, *output_tasks):
             task.cancel()
-        await asyncio.gather(*running, *ending, return_exceptions=True)
+        await asyncio.gather(*input_tasks, *output_tasks, return_exceptions=True)
 
 
-async def _output(source: Source | None, channel: Channel | None) -> None:
+async def _copy_output(source: Source | None, channel: Channel | None) -> None:
     if source is not None and channel is None:
         source.stop()
     if channel is None:
@@ -85,15 +88,15 @@ async def _output(source: Source | None, channel: Channel | None) -> None:
             source.stop()
 
 
-async def _input(channel: Channel, sink: Sink | None) -> None:
-    """A reader that wants no more does not end the session: what still comes is dropped."""
+async def _copy_input(channel: Channel, sink: Sink | None) -> None:
+    """Copy stdin. A process that closed its stdin does not end the session: further input is dropped."""
     with suppress(ChannelClosed):
         try:
             while sink is not None and (data := await channel.read()):
                 await sink.write(data)
         except SandboxError as error:
             if not isinstance(error, StreamReset):
-                return  # the outputs tell
+                return  # the outputs fail with the same error, which is reported there
         if sink is not None:
             sink.close()
         while await channel.read():
@@ -101,7 +104,7 @@ async def _input(channel: Channel, sink: Sink | None) -> None:
 
 
 async def _resize(channel: Channel, session: Session) -> None:
-    """JSON objects, one behind the other, cut anywhere."""
+    """Apply terminal sizes: concatenated JSON objects, split anywhere."""
     text = ""
     decoder = json.JSONDecoder()
     with suppress(ChannelClosed):
@@ -122,27 +125,27 @@ async def _resize_to(session: Session, size: object) -> None:
         return
     rows, columns = size.get("Height"), size.get("Width")
     if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
-        with suppress(SandboxError):  # it has just ended, or has no terminal: nothing to tell
+        with suppress(SandboxError):  # the process has just ended or has no terminal, which is no failure
             await session.resize(rows, columns)
 
 
-async def _tell_exit(channels: CommandChannels, code: int) -> None:
+async def _send_exit_code(channels: CommandChannels, code: int) -> None:
     if not channels.plain_status:
-        await _tell(channels, status.exit_status(code))
+        await _send_status(channels, status.exit_status(code))
     elif code:
-        await _tell(channels, status.exit_text(code).encode())
+        await _send_status(channels, status.exit_text(code).encode())
     else:
         await channels.error.close()
 
 
-async def _tell_failure(channels: CommandChannels, message: str) -> None:
+async def _send_failure(channels: CommandChannels, message: str) -> None:
     for channel in (channels.stdout, channels.stderr):
         if channel is not None:
             await channel.close()
-    await _tell(channels, message.encode() if channels.plain_status else status.failure(message))
+    await _send_status(channels, message.encode() if channels.plain_status else status.failure(message))
 
 
-async def _tell(channels: CommandChannels, data: bytes) -> None:
+async def _send_status(channels: CommandChannels, data: bytes) -> None:
     with suppress(ChannelClosed):
         await channels.error.write(data)
         await channels.error.close()

@@ -1,4 +1,4 @@
-"""What the streaming server asks of pods and containers: the seam to `sandbox`, as it sees it."""
+"""What the streaming server knows of pods and containers: the options of a session, and its backend."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from sandbox.session import PortConnection, Session
 
 @dataclass(frozen=True, slots=True)
 class ExecOptions:
+    """A command to run in a container, and which of its streams the client opens."""
+
     container_id: str
     cmd: tuple[str, ...]
     tty: bool
@@ -20,6 +22,8 @@ class ExecOptions:
 
 @dataclass(frozen=True, slots=True)
 class AttachOptions:
+    """A container's first process to attach to, and which of its streams the client opens."""
+
     container_id: str
     tty: bool
     stdin: bool
@@ -29,16 +33,23 @@ class AttachOptions:
 
 @dataclass(frozen=True, slots=True)
 class PortForwardOptions:
+    """A pod whose ports may be connected to."""
+
     pod_id: str
-    ports: tuple[int, ...]  # only WebSocket clients need them; in SPDY each connection names its own
+    ports: tuple[int, ...]  # used by WebSocket clients only; in SPDY each connection names its port
 
 
 SessionOptions = ExecOptions | AttachOptions | PortForwardOptions
 
 
 class Backend(Protocol):
-    """Every call may raise SandboxError, and then holds nothing."""
+    """Starts sessions in pods. Every method raises SandboxError on failure and then holds nothing."""
 
-    async def exec(self, wish: ExecOptions) -> Session: ...
-    async def attach(self, wish: AttachOptions) -> Session: ...
-    async def dial(self, pod_id: str, port: int) -> PortConnection: ...
+    async def exec(self, options: ExecOptions) -> Session:
+        """Start the command. The caller closes the session."""
+
+    async def attach(self, options: AttachOptions) -> Session:
+        """Attach to the container's first process. The caller closes the session."""
+
+    async def dial(self, pod_id: str, port: int) -> PortConnection:
+        """Connect to a TCP port in the pod. The caller closes the connection."""

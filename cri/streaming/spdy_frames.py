@@ -1,12 +1,12 @@
-"""The bytes of SPDY/3.1, both ways. Pure.
+"""Frames of SPDY/3.1: parsing and encoding. Pure.
 
     control   |1|  version 3  |     type     |     data      |0|       stream id            |
               | flags |        length         |    | flags |        length                  |
               | payload ...                        | payload ...
 
-Control frames are small and are parsed once they are whole; the payload of a data frame is handed on
-as it comes, so that no frame makes us keep 16 MiB. Header blocks are zlib streams that last as long as
-the connection, primed with the dictionary of the SPDY/3 specification.
+Control frames are small and are parsed once they are complete. The payload of a DATA frame is passed on
+as it arrives, so that no frame makes us buffer its 16 MiB. The header blocks of one direction are one zlib
+stream for the whole connection, with the dictionary of the SPDY/3 specification.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
-CONTROL_MAX = 64 << 10  # of a control frame's payload; ours stay far below, as do all clients'
-HEADERS_MAX = 64 << 10  # of a header block, inflated
+CONTROL_MAX = 64 << 10  # bytes of a control frame's payload; ours and those of all clients are far smaller
+HEADERS_MAX = 64 << 10  # bytes of a header block, decompressed
 DATA_MAX = (1 << 24) - 1
 FIN = 0x01
 HEADER_BYTES = 8
@@ -49,10 +49,12 @@ DICTIONARY = (
 
 
 class SpdyError(Exception):
-    """The peer sent bytes that are no SPDY/3.1; the connection cannot go on."""
+    """The peer violated SPDY/3.1; the connection cannot continue."""
 
 
 class Kind(IntEnum):
+    """Types of control frames."""
+
     SYN_STREAM = 1
     SYN_REPLY = 2
     RST_STREAM = 3
@@ -66,7 +68,9 @@ class Kind(IntEnum):
 _KINDS = frozenset(Kind)
 
 
-class Reset(IntEnum):
+class Status(IntEnum):
+    """Status codes of RST_STREAM."""
+
     PROTOCOL_ERROR = 1
     INVALID_STREAM = 2
     REFUSED_STREAM = 3
@@ -80,14 +84,16 @@ Headers = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    kind: int  # a Kind, of those that are handed on
+    """A complete control frame."""
+
+    kind: int  # the value of a Kind, as the parser skips other types
     flags: int
     payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A piece of a data frame; `fin` with the last piece."""
+    """Part of a DATA frame; `fin` is set on its last part if the frame has FLAG_FIN."""
 
     stream: int
     payload: bytes
@@ -95,25 +101,28 @@ class Data:
 
 
 class Parser:
-    """Cuts what comes into frames. After a SpdyError it is of no more use."""
+    """Splits received bytes into frames. Unusable after a SpdyError."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._stream = 0  # of the data frame under way
+        self._stream = 0  # of the DATA frame whose payload is being received
         self._fin = False
-        self._left = 0  # of its payload
+        self._left = 0  # bytes of its payload
 
     def feed(self, data: bytes) -> Iterator[Control | Data]:
-        """Raises SpdyError. Control frames of an unknown type are skipped, as SPDY wants it."""
+        """Yield the frames that these bytes complete, and the parts of DATA frames in them.
+
+        Control frames of an unknown type are skipped, as the specification requires. Raises SpdyError.
+        """
         self._buffer += data
         while True:
-            frame = self._piece() if self._left else self._frame()
+            frame = self._data_part() if self._left else self._frame()
             if frame is None:
                 return
             if isinstance(frame, Data) or frame.kind in _KINDS:
                 yield frame
 
-    def _piece(self) -> Data | None:
+    def _data_part(self) -> Data | None:
         if not self._buffer:
             return None
         payload = bytes(self._buffer[: self._left])
@@ -130,9 +139,9 @@ class Parser:
             return self._begin_data(first, flags, length)
         version, kind = first >> 16 & 0x7FFF, first & 0xFFFF
         if version != VERSION:
-            raise SpdyError(f"a frame of version {version}")
+            raise SpdyError(f"control frame of SPDY version {version}, expected {VERSION}")
         if length > CONTROL_MAX:
-            raise SpdyError(f"a control frame of {length} bytes")
+            raise SpdyError(f"control frame of {length} bytes, at most {CONTROL_MAX} are accepted")
         if len(self._buffer) < HEADER_BYTES + length:
             return None
         payload = bytes(self._buffer[HEADER_BYTES : HEADER_BYTES + length])
@@ -142,16 +151,17 @@ class Parser:
     def _begin_data(self, stream: int, flags: int, length: int) -> Data | None:
         del self._buffer[:HEADER_BYTES]
         self._stream, self._fin, self._left = stream, bool(flags & FIN), length
-        return Data(stream, b"", self._fin) if length == 0 else self._piece()
+        return Data(stream, b"", self._fin) if length == 0 else self._data_part()
 
 
-class Deflater:
-    """Header blocks of one direction, in order."""
+class HeaderCompressor:
+    """Compresses the header blocks of one direction. Blocks must be sent in the order of the calls."""
 
     def __init__(self) -> None:
         self._zlib = zlib.compressobj(zdict=DICTIONARY)
 
-    def pack(self, headers: Headers) -> bytes:
+    def compress(self, headers: Headers) -> bytes:
+        """Encode names (in lower case) and values as the next header block."""
         block = bytearray(struct.pack(">I", len(headers)))
         for name, value in headers.items():
             for text in (name.lower(), value):
@@ -160,22 +170,24 @@ class Deflater:
         return self._zlib.compress(bytes(block)) + self._zlib.flush(zlib.Z_SYNC_FLUSH)
 
 
-class Inflater:
+class HeaderDecompressor:
+    """Decompresses the header blocks of one direction, each of them and in order."""
+
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(zdict=DICTIONARY)
 
-    def unpack(self, block: bytes) -> Headers:
-        """Names in lower case; of several values the first. Raises SpdyError."""
+    def decompress(self, block: bytes) -> Headers:
+        """Return the headers with names in lower case, and of several values the first. Raises SpdyError."""
         try:
             plain = self._zlib.decompress(block, HEADERS_MAX)
         except zlib.error as cause:
-            raise SpdyError(f"a header block that cannot be inflated: {cause}") from cause
+            raise SpdyError(f"header block cannot be decompressed: {cause}") from cause
         if self._zlib.unconsumed_tail:
-            raise SpdyError(f"a header block of more than {HEADERS_MAX} bytes")
-        return _unpack(plain)
+            raise SpdyError(f"header block is larger than {HEADERS_MAX} bytes")
+        return _parse_headers(plain)
 
 
-def _unpack(plain: bytes) -> Headers:
+def _parse_headers(plain: bytes) -> Headers:
     headers: dict[str, str] = {}
     try:
         (count,) = struct.unpack_from(">I", plain)
@@ -185,7 +197,7 @@ def _unpack(plain: bytes) -> Headers:
             value, at = _text(plain, at)
             headers.setdefault(name.lower(), value.split("\0", 1)[0])
     except (struct.error, UnicodeDecodeError) as cause:
-        raise SpdyError(f"a broken header block: {cause}") from cause
+        raise SpdyError(f"malformed header block: {cause}") from cause
     return headers
 
 
@@ -193,52 +205,61 @@ def _text(plain: bytes, at: int) -> tuple[str, int]:
     (length,) = struct.unpack_from(">I", plain, at)
     end = at + 4 + length
     if end > len(plain):
-        raise SpdyError("a header block that ends within a header")
+        raise SpdyError("header block ends within a header")
     return plain[at + 4 : end].decode(), end
 
 
-# -------------------------------------------------------------------------------- as written
+# ----------------------------------------------------------------------------------- encoding
 
 
 def control(kind: Kind, payload: bytes, flags: int = 0) -> bytes:
+    """Encode a control frame."""
     return struct.pack(">HHI", 0x8000 | VERSION, kind, flags << 24 | len(payload)) + payload
 
 
 def data(stream: int, payload: bytes | memoryview, fin: bool = False) -> bytes:
+    """Encode a DATA frame; the payload has at most DATA_MAX bytes."""
     return struct.pack(">II", stream, (FIN if fin else 0) << 24 | len(payload)) + payload
 
 
 def syn_stream(stream: int, block: bytes, fin: bool = False) -> bytes:
+    """Encode SYN_STREAM without an associated stream and with priority 0."""
     return control(Kind.SYN_STREAM, struct.pack(">IIBB", stream, 0, 0, 0) + block, FIN if fin else 0)
 
 
 def syn_reply(stream: int, block: bytes, fin: bool = False) -> bytes:
+    """Encode SYN_REPLY with a compressed header block."""
     return control(Kind.SYN_REPLY, struct.pack(">I", stream) + block, FIN if fin else 0)
 
 
-def rst_stream(stream: int, status: Reset) -> bytes:
+def rst_stream(stream: int, status: Status) -> bytes:
+    """Encode RST_STREAM."""
     return control(Kind.RST_STREAM, struct.pack(">II", stream, status))
 
 
 def ping(id: int) -> bytes:
+    """Encode PING."""
     return control(Kind.PING, struct.pack(">I", id))
 
 
 def go_away(last_stream: int) -> bytes:
+    """Encode GOAWAY with status OK; `last_stream` is the last one of the peer that was accepted."""
     return control(Kind.GOAWAY, struct.pack(">II", last_stream, 0))
 
 
 def window_update(stream: int, delta: int) -> bytes:
+    """Encode WINDOW_UPDATE; stream 0 is the connection."""
     return control(Kind.WINDOW_UPDATE, struct.pack(">II", stream, delta))
 
 
 def settings(values: Mapping[int, int]) -> bytes:
+    """Encode SETTINGS with these values by id."""
     entries = b"".join(struct.pack(">II", id, value) for id, value in values.items())
     return control(Kind.SETTINGS, struct.pack(">I", len(values)) + entries)
 
 
-def words(payload: bytes, count: int) -> tuple[int, ...]:
-    """The first `count` 32-bit numbers of a control frame. Raises SpdyError."""
+def uint32s(payload: bytes, count: int) -> tuple[int, ...]:
+    """Return the first `count` 32-bit numbers of a control frame's payload. Raises SpdyError."""
     if len(payload) < 4 * count:
-        raise SpdyError(f"a control frame of only {len(payload)} bytes")
+        raise SpdyError(f"control frame of {len(payload)} bytes, at least {4 * count} are needed")
     return struct.unpack_from(f">{count}I", payload)

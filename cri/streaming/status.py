@@ -1,4 +1,4 @@
-"""How a remote command ended, as its client wants to read it on the error channel."""
+"""The result of a remote command on the error channel, in the forms that clients parse."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 
 
 def success() -> bytes:
+    """Return metav1.Status for exit code 0."""
     return _encoded({"metadata": {}, "status": "Success"})
 
 
 def exit_status(code: int) -> bytes:
-    """metav1.Status; clients take the exit code out of its causes."""
+    """Return metav1.Status for an exit code. Clients read the code from its causes."""
     if code == 0:
         return success()
     return _encoded(
@@ -25,6 +26,7 @@ def exit_status(code: int) -> bytes:
 
 
 def failure(message: str) -> bytes:
+    """Return metav1.Status for a command that did not start, or whose session broke."""
     return _encoded(
         {
             "metadata": {},
@@ -38,7 +40,7 @@ def failure(message: str) -> bytes:
 
 
 def exit_text(code: int) -> str:
-    """For clients of the protocols before v4, which read plain text."""
+    """Return the message for a non-zero exit code; clients of protocols before v4 get it as plain text."""
     return f"command terminated with exit code {code}"
 
 

@@ -641,7 +641,7 @@ async def test_urls_of_streams(runtime: Runtime) -> None:
     assert (await runtime.call("Attach", attach)).url == "http://127.0.0.1:1/2"
     forward = pb.PortForwardRequest(pod_sandbox_id=pod[:13], port=[80, 65535])
     assert (await runtime.call("PortForward", forward)).url == "http://127.0.0.1:1/3"
-    assert runtime.streaming.wishes == [
+    assert runtime.streaming.requests == [
         ExecOptions(id, ("sh", "-c", "x"), tty=True, stdin=True, stdout=True, stderr=False),
         AttachOptions(id, tty=False, stdin=False, stdout=True, stderr=True),
         PortForwardOptions(pod, (80, 65535)),

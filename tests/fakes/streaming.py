@@ -1,4 +1,4 @@
-"""Stand-ins for what runs behind a streaming session: pipes in memory, and a program that the test plays."""
+"""Fakes of what a streaming session runs: pipes in memory, and a program that the test plays."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ PIPE_BYTES = 256 << 10
 
 
 class Pipe:
-    """Both ends of a byte stream, with as much room as a guest's window."""
+    """Both ends of a byte stream that holds as much as a guest's window."""
 
     def __init__(self) -> None:
         self._data = bytearray()
         self._closed = False
         self._stopped = False
         self._changed = asyncio.Condition()
-        self.most = 0  # bytes that ever waited in it
+        self.most = 0  # the most bytes that ever waited in it
+
+    def __len__(self) -> int:
+        """Return the number of bytes that wait to be read."""
+        return len(self._data)
 
     async def write(self, data: bytes) -> None:
         async with self._changed:
@@ -72,6 +76,8 @@ class Pipe:
 
 @dataclass
 class FakeSession:
+    """A process that the test plays: it reads and writes the pipes, and calls `finish`."""
+
     stdin: Pipe | None = None
     stdout: Pipe | None = None
     stderr: Pipe | None = None
@@ -110,6 +116,7 @@ class FakeSession:
     # ----------------------------------------------------------------------- for the program
 
     def finish(self, code: int = 0, error: SandboxError | None = None) -> None:
+        """Close the outputs and exit with `code`, or break the session with `error`."""
         for source in (self.stdout, self.stderr):
             if source is not None:
                 source.close()
@@ -121,6 +128,8 @@ class FakeSession:
 
 @dataclass
 class FakeConnection:
+    """A connection to a port in the pod; the test plays the service."""
+
     writer: Pipe = field(default_factory=Pipe)
     reader: Pipe = field(default_factory=Pipe)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -142,28 +151,28 @@ class FakeBackend:
     service: Callable[[FakeConnection], Awaitable[None]] | None = None
     failure: SandboxError | None = None
     refused: frozenset[int] = frozenset()
-    wishes: list[SessionOptions] = field(default_factory=list)
+    requests: list[SessionOptions] = field(default_factory=list)
     sessions: list[FakeSession] = field(default_factory=list)
     dialled: list[tuple[str, int]] = field(default_factory=list)
     connections: list[FakeConnection] = field(default_factory=list)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
-    async def exec(self, wish: ExecOptions) -> FakeSession:
-        return self._begin(wish, wish.cmd)
+    async def exec(self, options: ExecOptions) -> FakeSession:
+        return self._start(options, options.cmd)
 
-    async def attach(self, wish: AttachOptions) -> FakeSession:
-        return self._begin(wish, ())
+    async def attach(self, options: AttachOptions) -> FakeSession:
+        return self._start(options, ())
 
-    def _begin(self, wish: ExecOptions | AttachOptions, cmd: Sequence[str]) -> FakeSession:
+    def _start(self, options: ExecOptions | AttachOptions, cmd: Sequence[str]) -> FakeSession:
         if self.failure is not None:
             raise self.failure
-        self.wishes.append(wish)
+        self.requests.append(options)
         session = FakeSession.made(
-            stdin=wish.stdin, stdout=wish.stdout, stderr=wish.stderr, tty=wish.tty, cmd=cmd
+            stdin=options.stdin, stdout=options.stdout, stderr=options.stderr, tty=options.tty, cmd=cmd
         )
         self.sessions.append(session)
         if self.program is not None:
-            self._play(self.program(session))
+            self._spawn(self.program(session))
         return session
 
     async def dial(self, pod_id: str, port: int) -> FakeConnection:
@@ -173,25 +182,25 @@ class FakeBackend:
         connection = FakeConnection()
         self.connections.append(connection)
         if self.service is not None:
-            self._play(self.service(connection))
+            self._spawn(self.service(connection))
         return connection
 
-    def _play(self, part: Awaitable[None]) -> None:
-        async def play() -> None:
+    def _spawn(self, part: Awaitable[None]) -> None:
+        async def run() -> None:
             await part
 
-        self.tasks.append(asyncio.ensure_future(play()))
+        self.tasks.append(asyncio.ensure_future(run()))
 
 
 @dataclass
 class FakeStreaming:
-    """Hands out URLs with nothing behind them."""
+    """Returns URLs that nothing serves."""
 
-    wishes: list[SessionOptions] = field(default_factory=list)
+    requests: list[SessionOptions] = field(default_factory=list)
     full: bool = False
 
-    def url(self, wish: SessionOptions) -> str:
+    def url(self, options: SessionOptions) -> str:
         if self.full:
             raise TooManyTokens
-        self.wishes.append(wish)
-        return f"http://127.0.0.1:1/{len(self.wishes)}"
+        self.requests.append(options)
+        return f"http://127.0.0.1:1/{len(self.requests)}"

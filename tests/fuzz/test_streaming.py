@@ -12,11 +12,17 @@ from wsproto.events import BytesMessage, TextMessage
 
 from cri.streaming import spdy_frames as frames
 from cri.streaming.channels import ConnectionLost
-from cri.streaming.server import Settings, StreamingServer
+from cri.streaming.server import StreamingOptions, StreamingServer
 from cri.streaming.session import ExecOptions, PortForwardOptions
-from cri.streaming.spdy import Ended, Received, Spdy
-from cri.streaming.spdy_frames import Kind, Reset, SpdyError
-from cri.streaming.websocket import COMMAND_FORMS, ChannelError, Decoder, Form, Piece
+from cri.streaming.spdy import DataReceived, FinReceived, SpdyProtocol
+from cri.streaming.spdy_frames import Kind, SpdyError, Status
+from cri.streaming.websocket_messages import (
+    COMMAND_SUBPROTOCOLS,
+    ChannelData,
+    Decoder,
+    Subprotocol,
+    SubprotocolError,
+)
 from tests.fakes.streaming import FakeBackend
 from tests.kit.streams import connect, spdy_headers
 
@@ -38,14 +44,16 @@ class _Wire:
     """Header blocks build on each other, so frames are drawn as plans and written in order."""
 
     def __init__(self) -> None:
-        self.deflater = frames.Deflater()
+        self.compressor = frames.HeaderCompressor()
 
     def bytes(self, plan: tuple[Any, ...]) -> bytes:
         match plan:
             case ("syn", id, headers, fin):
-                return frames.syn_stream(id, self.deflater.pack(headers), fin)
+                return frames.syn_stream(id, self.compressor.compress(headers), fin)
             case ("headers", id, headers):
-                return frames.control(Kind.HEADERS, id.to_bytes(4, "big") + self.deflater.pack(headers), 1)
+                return frames.control(
+                    Kind.HEADERS, id.to_bytes(4, "big") + self.compressor.compress(headers), 1
+                )
             case ("raw", data):
                 return bytes(data)
         raise AssertionError(plan)
@@ -58,7 +66,7 @@ plans = st.one_of(
         st.just("raw"),
         st.one_of(
             st.builds(frames.data, _ID, st.binary(max_size=2000), st.booleans()),
-            st.builds(frames.rst_stream, _ID, st.sampled_from(Reset)),
+            st.builds(frames.rst_stream, _ID, st.sampled_from(Status)),
             st.builds(frames.ping, _ID),
             st.builds(frames.window_update, _ID, st.integers(0, 2**31 - 1)),
             st.builds(
@@ -79,15 +87,15 @@ def test_any_bytes_are_understood_or_refused(plan: list[tuple[Any, ...]], cuts: 
     data = b"".join(wire.bytes(each) for each in plan)
 
     def run(parts: list[bytes]) -> tuple[dict[int, bytes], bool]:
-        server, seen = Spdy(), dict[int, bytes]()
+        server, seen = SpdyProtocol(), dict[int, bytes]()
         answers = frames.Parser()
         try:
             for part in parts:
                 for event in server.receive(part):
-                    if isinstance(event, Received):
+                    if isinstance(event, DataReceived):
                         seen[event.stream] = seen.get(event.stream, b"") + event.data
-                        server.taken(event.stream, len(event.data))
-                    if isinstance(event, Ended):
+                        server.consumed(event.stream, len(event.data))
+                    if isinstance(event, FinReceived):
                         server.end(event.stream)
                 list(answers.feed(server.output()))
         except SpdyError:
@@ -102,7 +110,7 @@ def test_any_bytes_are_understood_or_refused(plan: list[tuple[Any, ...]], cuts: 
 )
 @settings(deadline=None)
 def test_what_one_end_sends_the_other_gets(writes: list[tuple[int, bytes]], cuts: list[int]) -> None:
-    client, server = Spdy(client=True), Spdy()
+    client, server = SpdyProtocol(client=True), SpdyProtocol()
     ids = [client.open({"n": str(number)}) for number in range(4)]
     wanted = dict.fromkeys(ids, b"")
     for number, data in writes:
@@ -114,9 +122,9 @@ def test_what_one_end_sends_the_other_gets(writes: list[tuple[int, bytes]], cuts
     ended = []
     for part in pieces(client.output(), cuts):
         for event in server.receive(part):
-            if isinstance(event, Received):
+            if isinstance(event, DataReceived):
                 got[event.stream] += event.data
-            if isinstance(event, Ended):
+            if isinstance(event, FinReceived):
                 ended.append(event.stream)
     assert got == wanted
     assert ended == ids
@@ -132,18 +140,18 @@ messages = st.one_of(
 )
 
 
-@given(st.sampled_from(sorted(COMMAND_FORMS)), st.lists(messages, max_size=20))
+@given(st.sampled_from(sorted(COMMAND_SUBPROTOCOLS)), st.lists(messages, max_size=20))
 def test_any_messages_are_decoded_or_refused(name: str, sent: list[Any]) -> None:
-    form: Form = COMMAND_FORMS[name]
-    decoder = Decoder(form)
+    subprotocol: Subprotocol = COMMAND_SUBPROTOCOLS[name]
+    decoder = Decoder(subprotocol)
     total = 0
     try:
         for message in sent:
             for event in decoder.feed(message):
                 assert 0 <= event.channel <= 255
-                if isinstance(event, Piece):
+                if isinstance(event, ChannelData):
                     total += len(event.data)
-    except ChannelError:
+    except SubprotocolError:
         pass
     assert total <= sum(len(each.data) for each in sent)
 
@@ -155,16 +163,16 @@ def test_a_server_survives_any_client(plan: list[tuple[Any, ...]], forwards: boo
 
     async def attack() -> None:
         backend = FakeBackend()
-        server = StreamingServer(backend, Settings("127.0.0.1", 0, 60))
+        server = StreamingServer(backend, StreamingOptions("127.0.0.1", 0, 60))
         await server.start()
-        wish = (
+        options = (
             PortForwardOptions("p", (80,)) if forwards else ExecOptions("c", ("x",), False, True, True, True)
         )
         wire = _Wire()
-        reader, writer = await connect(server.url(wish))
+        reader, writer = await connect(server.url(options))
         protocol = "portforward.k8s.io" if forwards else "v4.channel.k8s.io"
         if greets:
-            path = server.url(wish).split("/", 3)[3]
+            path = server.url(options).split("/", 3)[3]
             head = "".join(f"{name}: {value}\r\n" for name, value in spdy_headers(protocol))
             writer.write(f"GET /{path} HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
         writer.write(b"".join(wire.bytes(each) for each in plan))

@@ -24,7 +24,7 @@ from wsproto.events import (
     TextMessage,
 )
 
-from cri.streaming.spdy import Broken, Ended, Event, GoneAway, Received, Spdy
+from cri.streaming.spdy import DataReceived, Event, FinReceived, GoAway, RstStream, SpdyProtocol
 from tests.kit.eventually import eventually
 
 READ_BYTES = 1 << 16
@@ -104,12 +104,12 @@ class Stream:
     hold: bool = False  # give no credit back
 
 
-class _Heedless(Spdy):
+class _Heedless(SpdyProtocol):
     """As the library of Kubernetes's own clients."""
 
     def __init__(self) -> None:
         super().__init__(client=True)
-        self._counts = False
+        self._peer_has_windows = False
 
     def _on_window_update(self, id: int, delta: int) -> Iterator[Event]:
         return iter(())
@@ -121,7 +121,7 @@ class SpdyClient:
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool = True
     ) -> None:
-        self.spdy = Spdy(client=True) if counts else _Heedless()
+        self.spdy = SpdyProtocol(client=True) if counts else _Heedless()
         self.streams: dict[int, Stream] = {}
         self.gone_away = False
         self.received = b""  # the last bytes of it
@@ -156,7 +156,7 @@ class SpdyClient:
 
     def begin(self) -> None:
         if self._counts:
-            self.spdy.begin()
+            self.spdy.send_settings()
         self._task = asyncio.ensure_future(self._read())
 
     async def _read(self) -> None:
@@ -164,16 +164,16 @@ class SpdyClient:
             self.received = (self.received + data)[-64:]
             for event in self.spdy.receive(data):
                 match event:
-                    case Received(id, piece):
+                    case DataReceived(id, piece):
                         self.streams[id].seen += piece
                         if self._counts and not self.streams[id].hold:
-                            self.spdy.taken(id, len(piece))
-                    case Ended(id):
+                            self.spdy.consumed(id, len(piece))
+                    case FinReceived(id):
                         self.streams[id].ended.set()
-                    case Broken(id):
+                    case RstStream(id):
                         self.streams[id].broken = True
                         self.streams[id].ended.set()
-                    case GoneAway():
+                    case GoAway():
                         self.gone_away = True
             self._write()  # reading does not wait for writing
             self._news.set()
@@ -204,7 +204,7 @@ class SpdyClient:
         """Waits for credit where the client minds it."""
         rest = memoryview(data)
         while rest:
-            room = self.spdy.room(id) if self._counts else len(rest)
+            room = self.spdy.send_capacity(id) if self._counts else len(rest)
             if room == 0:
                 self._news.clear()
                 await asyncio.wait_for(self._news.wait(), 20)

@@ -12,23 +12,23 @@ from cri.streaming import spdy_frames as frames
 from cri.streaming.spdy import (
     STREAMS_MAX,
     WINDOW,
-    Broken,
-    Ended,
+    DataReceived,
     Event,
-    GoneAway,
-    Opened,
-    Received,
-    Spdy,
-    Widened,
+    FinReceived,
+    GoAway,
+    RstStream,
+    SpdyProtocol,
+    SynStream,
+    WindowUpdate,
 )
-from cri.streaming.spdy_frames import Kind, Reset, SpdyError
+from cri.streaming.spdy_frames import Kind, SpdyError, Status
 
 
 class Both:
     """A client, a server, and what each was told."""
 
     def __init__(self) -> None:
-        self.client, self.server = Spdy(client=True), Spdy()
+        self.client, self.server = SpdyProtocol(client=True), SpdyProtocol()
         self.client_saw: list[Event] = []
         self.server_saw: list[Event] = []
 
@@ -70,7 +70,7 @@ def test_the_dictionary_is_the_one_of_the_specification() -> None:
         (frames.data(5, b"", fin=True), "00000005 01000000"),
         (frames.syn_stream(1, b"BLOCK", fin=True), "80030001 0100000f 00000001 00000000 0000 424c4f434b"),
         (frames.syn_reply(1, b"BLOCK"), "80030002 00000009 00000001 424c4f434b"),
-        (frames.rst_stream(3, Reset.CANCEL), "80030003 00000008 00000003 00000005"),
+        (frames.rst_stream(3, Status.CANCEL), "80030003 00000008 00000003 00000005"),
         (frames.settings({7: 65536}), "80030004 0000000c 00000001 00000007 00010000"),
         (frames.ping(9), "80030006 00000004 00000009"),
         (frames.go_away(7), "80030007 00000008 00000007 00000000"),
@@ -82,12 +82,12 @@ def test_frames_as_drawn_in_the_specification(frame: bytes, bytes: str) -> None:
 
 
 def test_header_blocks_build_on_each_other() -> None:
-    deflater, inflater = frames.Deflater(), frames.Inflater()
-    first = deflater.pack({"StreamType": "error", "empty": ""})
-    second = deflater.pack({"StreamType": "error", "empty": ""})
+    deflater, inflater = frames.HeaderCompressor(), frames.HeaderDecompressor()
+    first = deflater.compress({"StreamType": "error", "empty": ""})
+    second = deflater.compress({"StreamType": "error", "empty": ""})
     assert len(second) < len(first)
     for block in (first, second):
-        assert inflater.unpack(block) == {"streamtype": "error", "empty": ""}
+        assert inflater.decompress(block) == {"streamtype": "error", "empty": ""}
 
 
 def block_of(plain: bytes) -> bytes:
@@ -97,7 +97,7 @@ def block_of(plain: bytes) -> bytes:
 
 def test_of_several_values_the_first() -> None:
     plain = struct.pack(">II1sI3s", 1, 1, b"a", 3, b"x\0y")
-    assert frames.Inflater().unpack(block_of(plain)) == {"a": "x"}
+    assert frames.HeaderDecompressor().decompress(block_of(plain)) == {"a": "x"}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_of_several_values_the_first() -> None:
 )
 def test_broken_header_blocks(block: bytes) -> None:
     with pytest.raises(SpdyError):
-        frames.Inflater().unpack(block)
+        frames.HeaderDecompressor().decompress(block)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_broken_header_blocks(block: bytes) -> None:
 )
 def test_what_is_no_spdy(bytes: bytes) -> None:
     with pytest.raises(SpdyError):
-        list(Spdy().receive(bytes))
+        list(SpdyProtocol().receive(bytes))
 
 
 def test_unknown_control_frames_are_passed_over(both: Both) -> None:
@@ -144,7 +144,7 @@ def test_unknown_control_frames_are_passed_over(both: Both) -> None:
     credential = frames.control(Kind.PING, bytes(10)).replace(b"\x80\x03\x00\x06", b"\x80\x03\x00\x05")
     assert list(both.server.receive(unknown + credential)) == []
     both.client.open({"a": "b"})
-    assert both.take() == [Opened(1, {"a": "b"})]
+    assert both.take() == [SynStream(1, {"a": "b"})]
 
 
 # -------------------------------------------------------------------------------- conversations
@@ -152,16 +152,16 @@ def test_unknown_control_frames_are_passed_over(both: Both) -> None:
 
 def test_a_stream_from_open_to_end(both: Both) -> None:
     id = both.client.open({"streamType": "stdin"})
-    assert both.take() == [Opened(1, {"streamtype": "stdin"})]
+    assert both.take() == [SynStream(1, {"streamtype": "stdin"})]
     both.server.reply(id)
     both.client.send(id, b"question")
     both.client.end(id)
-    assert both.take() == [Received(1, b"question"), Ended(1)]
+    assert both.take() == [DataReceived(1, b"question"), FinReceived(1)]
     both.server.send(id, b"answer")
     both.server.end(id)
     both.server.end(id)
     both.exchange()
-    assert both.client_saw == [Received(1, b"answer"), Ended(1)]
+    assert both.client_saw == [DataReceived(1, b"answer"), FinReceived(1)]
     assert not both.server._streams
     assert not both.client._streams
     assert not both.server.is_open(id)
@@ -169,7 +169,7 @@ def test_a_stream_from_open_to_end(both: Both) -> None:
 
 def test_opened_and_ended_at_once(both: Both) -> None:
     both.client.open({}, fin=True)
-    assert both.take() == [Opened(1, {}), Ended(1)]
+    assert both.take() == [SynStream(1, {}), FinReceived(1)]
 
 
 def test_pieces_of_a_data_frame_come_as_they_arrive(both: Both) -> None:
@@ -177,7 +177,7 @@ def test_pieces_of_a_data_frame_come_as_they_arrive(both: Both) -> None:
     both.take()
     frame = frames.data(1, b"abcdef", fin=True)
     seen = [event for at in range(len(frame)) for event in both.server.receive(frame[at : at + 1])]
-    assert seen == [*(Received(1, b"%c" % byte) for byte in b"abcdef"), Ended(1)]
+    assert seen == [*(DataReceived(1, b"%c" % byte) for byte in b"abcdef"), FinReceived(1)]
 
 
 def test_resets(both: Both) -> None:
@@ -186,8 +186,8 @@ def test_resets(both: Both) -> None:
     both.take()
     both.client.reset(1)
     both.server.reset(3)
-    assert both.take() == [Broken(1)]
-    assert both.client_saw == [Broken(3)]
+    assert both.take() == [RstStream(1)]
+    assert both.client_saw == [RstStream(3)]
     both.server.reset(3)
     assert both.server.output() == b"", "once is enough"
 
@@ -210,22 +210,22 @@ def test_pings(both: Both) -> None:
 
 def test_streams_may_come_out_of_order(both: Both) -> None:
     """Kubernetes's library numbers them before it queues them."""
-    deflater = frames.Deflater()
-    blocks = [frames.syn_stream(id, deflater.pack({"n": str(id)})) for id in (3, 1)]
-    assert list(both.server.receive(b"".join(blocks))) == [Opened(3, {"n": "3"}), Opened(1, {"n": "1"})]
+    deflater = frames.HeaderCompressor()
+    blocks = [frames.syn_stream(id, deflater.compress({"n": str(id)})) for id in (3, 1)]
+    assert list(both.server.receive(b"".join(blocks))) == [SynStream(3, {"n": "3"}), SynStream(1, {"n": "1"})]
 
 
 def test_a_stream_that_is_open_already_is_broken(both: Both) -> None:
-    deflater = frames.Deflater()
-    twice = b"".join(frames.syn_stream(1, deflater.pack({})) for _ in range(2))
-    assert list(both.server.receive(twice)) == [Opened(1, {}), Broken(1)]
-    assert both.server.output() == frames.rst_stream(1, Reset.PROTOCOL_ERROR)
+    deflater = frames.HeaderCompressor()
+    twice = b"".join(frames.syn_stream(1, deflater.compress({})) for _ in range(2))
+    assert list(both.server.receive(twice)) == [SynStream(1, {}), RstStream(1)]
+    assert both.server.output() == frames.rst_stream(1, Status.PROTOCOL_ERROR)
 
 
 @pytest.mark.parametrize("id", [0, 2])
 def test_streams_that_are_not_the_clients_to_open(both: Both, id: int) -> None:
     with pytest.raises(SpdyError):
-        list(both.server.receive(frames.syn_stream(id, frames.Deflater().pack({}))))
+        list(both.server.receive(frames.syn_stream(id, frames.HeaderCompressor().compress({}))))
 
 
 def test_streams_are_bounded(both: Both) -> None:
@@ -234,10 +234,10 @@ def test_streams_are_bounded(both: Both) -> None:
     assert len(both.take()) == STREAMS_MAX
     id = both.client.open({"one": "more"})
     assert both.take() == []
-    assert both.client_saw == [Broken(id)]
+    assert both.client_saw == [RstStream(id)]
     both.client.reset(1)
     both.client.open({"again": "room"})
-    assert both.take() == [Broken(1), Opened(id + 2, {"again": "room"})]
+    assert both.take() == [RstStream(1), SynStream(id + 2, {"again": "room"})]
 
 
 def test_going_away(both: Both) -> None:
@@ -246,11 +246,11 @@ def test_going_away(both: Both) -> None:
     both.server.go_away()
     both.server.go_away()
     both.exchange()
-    assert both.client_saw == [GoneAway()]
+    assert both.client_saw == [GoAway()]
     late = both.client.open({})
     both.client.send(id, b"still heard")
-    assert Received(id, b"still heard") in both.take()
-    assert both.client_saw == [GoneAway(), Broken(late)]
+    assert DataReceived(id, b"still heard") in both.take()
+    assert both.client_saw == [GoAway(), RstStream(late)]
 
 
 # -------------------------------------------------------------------------------------- windows
@@ -260,37 +260,37 @@ def test_a_peer_without_windows_is_not_held_to_any(both: Both) -> None:
     both.client.open({})
     both.take()
     for _ in range(10):
-        both.server.send(1, bytes(both.server.room(1)))
-    assert both.server.room(1) > 0
+        both.server.send(1, bytes(both.server.send_capacity(1)))
+    assert both.server.send_capacity(1) > 0
 
 
 @pytest.mark.parametrize("early", [True, False])
 def test_a_peer_with_windows_is(both: Both, early: bool) -> None:
     if early:
-        both.client.begin()
+        both.client.send_settings()
     both.client.open({})
     both.client.open({})
     both.take()
     if not early:
-        assert list(both.server.receive(frames.window_update(0, 1))) == [Widened()]
-    room = both.server.room(1)
+        assert list(both.server.receive(frames.window_update(0, 1))) == [WindowUpdate()]
+    room = both.server.send_capacity(1)
     assert room == WINDOW
     both.server.send(1, bytes(room))
-    assert both.server.room(1) == 0
-    assert both.server.room(3) == (0 if early else 1), "the connection has a window too"
+    assert both.server.send_capacity(1) == 0
+    assert both.server.send_capacity(3) == (0 if early else 1), "the connection has a window too"
     both.exchange()
-    assert both.server.room(3) == WINDOW, "which is given back at once"
-    assert both.server.room(1) == 0, "and that of a stream by its reader"
-    both.client.taken(1, WINDOW // 2 - 1)
+    assert both.server.send_capacity(3) == WINDOW, "which is given back at once"
+    assert both.server.send_capacity(1) == 0, "and that of a stream by its reader"
+    both.client.consumed(1, WINDOW // 2 - 1)
     both.exchange()
-    assert both.server.room(1) == 0, "in large pieces"
-    both.client.taken(1, 1)
+    assert both.server.send_capacity(1) == 0, "in large pieces"
+    both.client.consumed(1, 1)
     both.exchange()
-    assert both.server.room(1) == WINDOW // 2
+    assert both.server.send_capacity(1) == WINDOW // 2
 
 
 def test_a_peer_that_overruns_its_window(both: Both) -> None:
-    both.client.begin()
+    both.client.send_settings()
     both.client.open({})
     both.client.open({})
     both.take()
@@ -298,30 +298,30 @@ def test_a_peer_that_overruns_its_window(both: Both) -> None:
     both.client.send(1, b"x")
     both.client.send(3, b"alive")
     seen = both.take()
-    assert seen[-2:] == [Broken(1), Received(3, b"alive")]
-    assert both.client_saw[-1] == Broken(1)
+    assert seen[-2:] == [RstStream(1), DataReceived(3, b"alive")]
+    assert both.client_saw[-1] == RstStream(1)
 
 
 def test_initial_windows_of_the_peer(both: Both) -> None:
     both.client.open({})
     both.take()
     list(both.server.receive(frames.settings({7: 1000})))
-    assert both.server.room(1) == 1000
+    assert both.server.send_capacity(1) == 1000
     both.server.send(1, bytes(900))
     list(both.server.receive(frames.settings({7: 10})))
-    assert both.server.room(1) == 0, "less than was sent already"
+    assert both.server.send_capacity(1) == 0, "less than was sent already"
     list(both.server.receive(frames.settings({4: 5, 7: 2000})))
-    assert both.server.room(1) == 1100
+    assert both.server.send_capacity(1) == 1100
     both.client.open({})
     both.exchange()
-    assert both.server.room(3) == 2000
+    assert both.server.send_capacity(3) == 2000
 
 
 def test_windows_beyond_their_bound(both: Both) -> None:
     both.client.open({})
     both.take()
     most = (1 << 31) - 1
-    assert Broken(1) in list(both.server.receive(frames.window_update(1, most)))
+    assert RstStream(1) in list(both.server.receive(frames.window_update(1, most)))
     with pytest.raises(SpdyError):
         list(both.server.receive(frames.window_update(0, most)))
     with pytest.raises(SpdyError):
@@ -329,6 +329,6 @@ def test_windows_beyond_their_bound(both: Both) -> None:
 
 
 def test_windows_of_streams_that_are_gone(both: Both) -> None:
-    assert list(both.server.receive(frames.window_update(5, 100))) == [Widened()]
-    both.server.taken(5, WINDOW)
+    assert list(both.server.receive(frames.window_update(5, 100))) == [WindowUpdate()]
+    both.server.consumed(5, WINDOW)
     assert both.server.output() == b""

@@ -1,0 +1,168 @@
+"""A SPDY connection over a transport, and its streams as channels."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from cri.streaming.channels import Channel, ChannelClosed, ConnectionLost, ReceiveBuffer
+from cri.streaming.spdy import (
+    DataReceived,
+    FinReceived,
+    GoAway,
+    RstStream,
+    SpdyProtocol,
+    SynStream,
+    WindowUpdate,
+)
+from cri.streaming.spdy_frames import Headers, SpdyError
+from cri.streaming.transport import IdleTimer, Transport, wait_for_space
+
+
+class SpdyChannel:
+    """One stream, opened by the client. See `Channel`."""
+
+    def __init__(self, connection: SpdyConnection, id: int, headers: Headers) -> None:
+        self.id = id
+        self.headers = headers
+        self.buffer = ReceiveBuffer(self._on_consumed)
+        self._connection = connection
+
+    def _on_consumed(self, count: int) -> None:
+        self._connection.spdy.consumed(self.id, count)
+        self._connection.flush_nowait()
+
+    async def read(self) -> bytes:
+        """See `Channel.read`."""
+        return await self.buffer.read()
+
+    async def write(self, data: bytes) -> None:
+        """See `Channel.write`. Waits for the peer's window, if it has any."""
+        rest = memoryview(data)
+        while rest:
+            count = min(len(rest), await self._connection.wait_for_window(self.id))
+            self._connection.spdy.send(self.id, rest[:count])
+            rest = rest[count:]
+            await self._connection.flush()
+
+    async def close(self) -> None:
+        """See `Channel.close`. Sends FLAG_FIN."""
+        self._connection.spdy.end(self.id)
+        await self._connection.flush()
+
+    def reset(self) -> None:
+        """See `Channel.reset`. Sends RST_STREAM."""
+        self._connection.spdy.reset(self.id)
+        self.buffer.fail(ChannelClosed())
+        self._connection.forget(self.id)
+        self._connection.flush_nowait()
+
+
+class SpdyConnection:
+    """The connection of one client. `run` receives for every stream, so it must run while any is in use."""
+
+    def __init__(self, transport: Transport, idle: IdleTimer) -> None:
+        self.spdy = SpdyProtocol()
+        self._transport = transport
+        self._idle = idle
+        self._channels: dict[int, SpdyChannel] = {}
+        self._opened: asyncio.Queue[SpdyChannel | None] = asyncio.Queue()
+        self._window_changed = asyncio.Event()
+        self._lost: ConnectionLost | None = None
+
+    async def run(self) -> None:
+        """Receive until the client disconnects. Always raises ConnectionLost."""
+        try:
+            while data := await self._transport.receive():
+                await self._handle(data)
+            raise ConnectionLost("the client disconnected")
+        except SpdyError as cause:
+            lost = ConnectionLost(f"the client violated SPDY: {cause}")
+            self._fail(lost)
+            raise lost from cause
+        except ConnectionLost as lost:
+            self._fail(lost)
+            raise
+
+    async def _handle(self, data: bytes) -> None:
+        received: list[SpdyChannel] = []
+        for event in self.spdy.receive(data):
+            match event:
+                case SynStream(id, headers):
+                    self.spdy.reply(id)
+                    self._channels[id] = SpdyChannel(self, id, headers)
+                    self._opened.put_nowait(self._channels[id])
+                case DataReceived(id, part) if id in self._channels:
+                    self._idle.touch()
+                    self._channels[id].buffer.put(part)
+                    received.append(self._channels[id])
+                case FinReceived(id) if id in self._channels:
+                    self._channels[id].buffer.end()
+                case RstStream(id) if id in self._channels:
+                    self._channels.pop(id).buffer.fail(ChannelClosed())
+                    self._window_changed.set()
+                case WindowUpdate():
+                    self._window_changed.set()
+                case GoAway():
+                    self._opened.put_nowait(None)
+        self._send_output()
+        for channel in received:
+            await wait_for_space(channel.buffer, self._transport)
+
+    def _fail(self, lost: ConnectionLost) -> None:
+        self._lost = lost
+        for channel in self._channels.values():
+            channel.buffer.fail(lost)
+        self._channels.clear()
+        self._window_changed.set()
+        self._opened.put_nowait(None)
+
+    async def accept(self) -> AsyncIterator[Channel]:
+        """See `ChannelListener.accept`. Ends at GOAWAY."""
+        while (channel := await self._opened.get()) is not None:
+            yield channel
+        if self._lost is not None:
+            raise self._lost
+
+    # --------------------------------------------------------------------------- for channels
+
+    async def wait_for_window(self, id: int) -> int:
+        """Wait until data may be sent on a stream, and return how many bytes.
+
+        Raises ChannelClosed, ConnectionLost.
+        """
+        while True:
+            if self._lost is not None:
+                raise self._lost
+            if not self.spdy.is_open(id):
+                raise ChannelClosed
+            if capacity := self.spdy.send_capacity(id):
+                return capacity
+            self._window_changed.clear()
+            await self._window_changed.wait()
+
+    async def flush(self) -> None:
+        """Send what SPDY has to send. Raises ConnectionLost."""
+        self._idle.touch()
+        if data := self.spdy.output():
+            await self._transport.send(data)
+
+    def flush_nowait(self) -> None:
+        """Send as `flush` does, without waiting. A lost connection fails `run` and the channels instead."""
+        try:
+            self._send_output()
+        except ConnectionLost as lost:
+            self._fail(lost)
+
+    def _send_output(self) -> None:
+        if data := self.spdy.output():
+            self._transport.send_nowait(data)
+
+    def forget(self, id: int) -> None:
+        """Drop events of a stream that was reset here. Idempotent."""
+        self._channels.pop(id, None)
+
+    async def close(self) -> None:
+        """Send GOAWAY. Raises ConnectionLost."""
+        self.spdy.go_away()
+        self._send_output()
