@@ -124,7 +124,7 @@ async def _dial_and_copy(dial: Dial, port: int, data: Channel) -> None:
         await asyncio.gather(to_pod, to_client, return_exceptions=True)
 
 
-async def _copy_to_pod(data: Channel, connection: Connection) -> None:
+async def _copy_to_pod(data: Channel, connection: PortConnection) -> None:
     try:
         while chunk := await data.read():
             await connection.writer.write(chunk)
