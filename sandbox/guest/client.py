@@ -31,10 +31,8 @@ from sandbox.errors import (
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest import transports
 from sandbox.guest.connection import Connection
-from sandbox.guest.execs import run_exec
 from sandbox.guest.frames import MIN_VERSION, NONCE_BYTES, VERSION, Frame, Kind, preamble
 from sandbox.guest.streams import Inputs, OutputStream, StreamSink
-from sandbox.session import ExecResult
 
 RequestId = NewType("RequestId", int)
 M = TypeVar("M", pb.Welcome, pb.Reply, pb.Event)
@@ -265,16 +263,6 @@ class GuestClient:
         """Also good for an attachment."""
         self._last_exec += 1
         return f"{self._epoch}-{self._last_exec}"
-
-    async def exec_sync(
-        self, container_id: str, process: pb.Process, timeout_s: float | None, limit: int
-    ) -> ExecResult:
-        """Run a process to its end; of each output the first `limit` bytes are kept.
-
-        Raises GuestError when it cannot be started, GuestUnreachable, and DeadlineExceeded once
-        everything that it started is dead (CRI, ExecSync: "the process ... must be killed").
-        """
-        return await run_exec(self, container_id, process, timeout_s, limit)
 
     # ----------------------------------------------------------------------- what the guest says
 

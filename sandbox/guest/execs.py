@@ -1,4 +1,4 @@
-"""One command in a container, run to its end: what `GuestClient.exec_sync` does.
+"""One command in a container, run to its end.
 
 The process, and all that it started, is gone when this returns or raises, with one exception: a
 child that a successful command left in the background lives on (`sh -c 'daemon &'`), as with any
@@ -11,14 +11,11 @@ import asyncio
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable
 from sandbox.guest import guest_pb2 as pb
+from sandbox.guest.client import GuestClient
 from sandbox.session import ExecResult
-
-if TYPE_CHECKING:
-    from sandbox.guest.client import GuestClient
 
 WINDOW = 256 << 10  # of each output; round trips under emulation are long, four frames hide them
 DRAIN_IDLE_S = 0.3  # an output that stays open this long without a byte belongs to a background child
@@ -120,7 +117,11 @@ class _Run:
 async def run_exec(
     client: GuestClient, container_id: str, process: pb.Process, timeout_s: float | None, limit: int
 ) -> ExecResult:
-    """See `GuestClient.exec_sync`."""
+    """Run a process to its end; of each output the first `limit` bytes are kept.
+
+    Raises GuestError when it cannot be started, GuestUnreachable, and DeadlineExceeded once everything
+    that it started is dead (CRI, ExecSync: "the process ... must be killed").
+    """
     run = _Run(client, container_id, process, limit)
     try:
         async with asyncio.timeout(timeout_s):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sandbox.container import Container
+from sandbox.guest.execs import run_exec
 from sandbox.guest.sessions import AttachSession, ExecSession, Forwarded
 from sandbox.plan.encode import encode_process
 from sandbox.plan.values import ProcessPlan
@@ -23,7 +24,7 @@ class VmSessions:
         self, container: Container, process: ProcessPlan, timeout_s: float | None, limit: int
     ) -> ExecResult:
         client = await container.pod.guest()
-        result = await client.exec_sync(container.id, encode_process(process), timeout_s, limit)
+        result = await run_exec(client, container.id, encode_process(process), timeout_s, limit)
         # a command that mounted something on a bidirectional volume expects to find it on the host now
         await self._propagation.look(container)
         return result

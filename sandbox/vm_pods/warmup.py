@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from network.spec import Attachment, Interface, Route
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
+from sandbox.guest.execs import run_exec
 from sandbox.host import syscalls
 from sandbox.plan import compile_exec, compile_identity, compile_network, compile_start
 from sandbox.plan.device_filter import device_filter_for
@@ -91,7 +92,7 @@ async def warm_up(
     plan = await asyncio.to_thread(_prepare, root, guest_root, errand)
     try:
         await client.call(pb.Request(start=encode_container(plan)), TIMEOUT_S)
-        await client.exec_sync(NAME, encode_process(compile_exec(plan, errand.ends)), TIMEOUT_S, OUTPUT_LIMIT)
+        await run_exec(client, NAME, encode_process(compile_exec(plan, errand.ends)), TIMEOUT_S, OUTPUT_LIMIT)
     finally:
         await client.call(pb.Request(remove=pb.Remove(container_id=NAME)), TIMEOUT_S)
         await asyncio.to_thread(remove_tree, root)

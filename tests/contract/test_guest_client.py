@@ -23,6 +23,7 @@ from sandbox.guest import client as client_module
 from sandbox.guest import connection, execs
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
+from sandbox.guest.execs import run_exec
 from sandbox.guest.frames import MIN_VERSION, VERSION, Kind, encode
 from tests.fakes.guest import FakeAgent, FakeProgram
 
@@ -254,7 +255,7 @@ async def test_every_waiter_wakes_when_the_connection_is_lost(agent: FakeAgent, 
     output = client.open_output()
     waiters = [
         asyncio.create_task(client.call(PING, 60)),
-        asyncio.create_task(client.exec_sync("c1", pb.Process(argv=["sleep"]), None, 10)),
+        asyncio.create_task(run_exec(client, "c1", pb.Process(argv=["sleep"]), None, 10)),
         asyncio.create_task(output.write(b"no credit for this")),
     ]
     closed = asyncio.create_task(client.wait_closed())
@@ -307,7 +308,7 @@ async def test_a_stopped_reader_blocks_only_its_stream(agent: FakeAgent, host: H
     stream = client.open_input(sink, 1)
     await client.call(pb.Request(open_log=pb.OpenLog(container_id="c1", stream=stream, window=1)), 5)
     agent.programs["yes"] = FakeProgram(stdout=b"y" * 700_000)
-    result = await client.exec_sync("c1", pb.Process(argv=["yes"]), 5, 1 << 20)
+    result = await run_exec(client, "c1", pb.Process(argv=["yes"]), 5, 1 << 20)
     assert len(result.stdout) == 700_000
     assert len(sink.got) == 1
 
@@ -368,7 +369,7 @@ async def test_a_reader_that_wants_no_more_stops_the_writer(agent: FakeAgent, ho
 async def test_exec_returns_outputs_and_code(agent: FakeAgent, host: Host) -> None:
     agent.programs["sh"] = FakeProgram(stdout=b"out", stderr=b"err", exit_code=3)
     client = await host.connect()
-    result = await client.exec_sync("c1", pb.Process(argv=["sh"]), 5, 100)
+    result = await run_exec(client, "c1", pb.Process(argv=["sh"]), 5, 100)
     assert (result.exit_code, result.stdout, result.stderr) == (3, b"out", b"err")
     assert host.events == []
 
@@ -376,7 +377,7 @@ async def test_exec_returns_outputs_and_code(agent: FakeAgent, host: Host) -> No
 async def test_exec_with_a_tty_has_one_output(agent: FakeAgent, host: Host) -> None:
     agent.programs["sh"] = FakeProgram(stdout=b"out")
     client = await host.connect()
-    result = await client.exec_sync("c1", pb.Process(argv=["sh"], tty=True), 5, 100)
+    result = await run_exec(client, "c1", pb.Process(argv=["sh"], tty=True), 5, 100)
     assert (result.stdout, result.stderr) == (b"out", b"")
     assert agent.requests[-1].exec.stderr_stream == 0
 
@@ -384,14 +385,14 @@ async def test_exec_with_a_tty_has_one_output(agent: FakeAgent, host: Host) -> N
 async def test_exec_keeps_the_first_bytes_and_reads_on(agent: FakeAgent, host: Host) -> None:
     agent.programs["yes"] = FakeProgram(stdout=b"ab" * 1_000_000, stderr=b"e" * 50)
     client = await host.connect()
-    result = await client.exec_sync("c1", pb.Process(argv=["yes"]), 5, 101)
+    result = await run_exec(client, "c1", pb.Process(argv=["yes"]), 5, 101)
     assert (result.stdout, result.stderr) == (b"ab" * 50 + b"a", b"e" * 50)
 
 
 async def test_exec_of_nothing_is_an_error(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     with pytest.raises(GuestError, match="no such program"):
-        await client.exec_sync("c1", pb.Process(argv=["absent"]), 5, 100)
+        await run_exec(client, "c1", pb.Process(argv=["absent"]), 5, 100)
     assert client._exits == {}
 
 
@@ -399,7 +400,7 @@ async def test_exec_in_time_or_killed_with_its_tree(agent: FakeAgent, host: Host
     agent.programs["sleep"] = FakeProgram(until_killed=True)
     client = await host.connect()
     with pytest.raises(DeadlineExceeded, match=r"exec: not done within 0\.05 s"):
-        await client.exec_sync("c1", pb.Process(argv=["sleep"]), 0.05, 100)
+        await run_exec(client, "c1", pb.Process(argv=["sleep"]), 0.05, 100)
     assert [(s.container_id, s.signal, s.all) for s in agent.signals] == [("c1", 9, True)]
     assert agent._execs == {}
     await client.call(PING, 5)
@@ -408,7 +409,7 @@ async def test_exec_in_time_or_killed_with_its_tree(agent: FakeAgent, host: Host
 async def test_a_cancelled_exec_is_killed(agent: FakeAgent, host: Host) -> None:
     agent.programs["sleep"] = FakeProgram(until_killed=True)
     client = await host.connect()
-    running = asyncio.create_task(client.exec_sync("c1", pb.Process(argv=["sleep"]), None, 100))
+    running = asyncio.create_task(run_exec(client, "c1", pb.Process(argv=["sleep"]), None, 100))
     await until(lambda: bool(agent._execs))
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -423,7 +424,7 @@ async def test_a_background_child_does_not_hold_exec_up(
     monkeypatch.setattr(execs, "DRAIN_IDLE_S", 0.02)
     agent.programs["daemon"] = FakeProgram(stdout=b"started", keeps_outputs_open=True)
     client = await host.connect()
-    result = await client.exec_sync("c1", pb.Process(argv=["daemon"]), 5, 100)
+    result = await run_exec(client, "c1", pb.Process(argv=["daemon"]), 5, 100)
     assert (result.exit_code, result.stdout) == (0, b"started")
     await client.call(PING, 5)
     assert sorted(agent.resets) == [1, 2]
@@ -436,7 +437,7 @@ async def test_an_unkillable_exec_is_given_up(
     client = await host.connect()
     agent.answer = lambda request: None
     with pytest.raises(DeadlineExceeded, match="killing what exec started"):
-        await client.exec_sync("c1", pb.Process(argv=["sleep"]), 0.02, 100)
+        await run_exec(client, "c1", pb.Process(argv=["sleep"]), 0.02, 100)
 
 
 async def test_other_exits_are_events(agent: FakeAgent, host: Host) -> None:

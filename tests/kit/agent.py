@@ -20,6 +20,7 @@ from typing import Any
 
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
+from sandbox.guest.execs import run_exec
 from sandbox.guest.frames import MIN_VERSION, VERSION
 
 TREE = Path(__file__).parents[2]
@@ -288,7 +289,7 @@ class Guest:
     async def exec(
         self, id: str, argv: Sequence[str], *, timeout_s: float = 20, limit: int = 1 << 20, **more: Any
     ) -> tuple[int, str, str]:
-        result = await self.client.exec_sync(id, process(argv, **more), timeout_s, limit)
+        result = await run_exec(self.client, id, process(argv, **more), timeout_s, limit)
         return result.exit_code, result.stdout.decode(), result.stderr.decode()
 
     async def remove(self, id: str) -> None:
