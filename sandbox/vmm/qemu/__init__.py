@@ -6,8 +6,6 @@ from pathlib import Path
 
 from sandbox.vmm import Host, Hypervisor
 
-NAME = "qemu"
-
 
 def make() -> Hypervisor:
     """Return the driver."""

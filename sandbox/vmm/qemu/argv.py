@@ -24,6 +24,7 @@ from sandbox.errors import InvalidSpec
 from sandbox.spec import Value
 from sandbox.vmm import DiskSpec, VmSpec
 
+NAME = "qemu"  # of the driver, in handles and facts
 CHANNEL_PORT = "husk.0"
 GROWING = "growing"  # id of the virtio-mem device
 ACCELERATORS = ("kvm", "tcg")

@@ -29,8 +29,7 @@ from sandbox.host.process import ProcessIdentity, User
 from sandbox.host.tasks import end, together
 from sandbox.vmm import Feature, Machine, ShareSpec, VmHandle, VmSpec, virtiofsd
 from sandbox.vmm.console import Console
-from sandbox.vmm.qemu import NAME
-from sandbox.vmm.qemu.argv import Fds, NicFds, check, plan
+from sandbox.vmm.qemu.argv import NAME, Fds, NicFds, check, plan
 from sandbox.vmm.qemu.descriptors import LOG_FLAGS, has_vhost, identify, keep, open_files, open_ram
 from sandbox.vmm.qemu.host import find_firmware, find_program, find_user, private_kvm
 from sandbox.vmm.qemu.machine import QemuMachine, end_all, kill_all, log_tail

@@ -14,8 +14,8 @@ from sandbox.host.process import ProcessIdentity
 from sandbox.host.tasks import end
 from sandbox.vmm import Machine, NicSpec, VmHandle
 from sandbox.vmm.console import Console, printable
-from sandbox.vmm.qemu import NAME, hotplug, snapshot
-from sandbox.vmm.qemu.argv import nic_device, nic_port, process_name, share_device, share_port
+from sandbox.vmm.qemu import hotplug, snapshot
+from sandbox.vmm.qemu.argv import NAME, nic_device, nic_port, process_name, share_device, share_port
 from sandbox.vmm.qemu.qmp import Monitor
 
 LOG_LIMIT = 256 << 10
