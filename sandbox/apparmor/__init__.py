@@ -1,12 +1,11 @@
-"""AppArmor: from what a client asks for to the policy that the guest's kernel loads.
+"""AppArmor: from a client's profile type to the policy that the guest's kernel loads.
 
     loaded      profiles that are loaded in the host's kernel (Localhost)
-    profile     the RuntimeDefault profile
-    compiler    a profile's text to policy, by apparmor_parser
+    profile     the RuntimeDefault profile, which `guest_image.apparmor` compiles at build time
 
-A profile travels as its compiled policy, in the message that starts the container; the agent loads it
-into the guest's kernel, which enforces it. So Localhost takes a host whose kernel has AppArmor, to load
-profiles into, and both take a guest whose kernel has it. Nothing is kept here.
+A profile is sent as its compiled policy, in the request that starts the container; the agent loads it into
+the guest's kernel, which enforces it. So Localhost needs AppArmor in the host's kernel, where the profile
+is loaded, and both need it in the guest's. No state is kept here.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _FIELD = "config.linux.security_context.apparmor"
 
 
 def policy_for(wanted: AppArmor, default: Path, host: Path = HOST_POLICY) -> Policy:
-    """What a container is given; an empty one when it is unconfined. `default` holds the compiled
-    RuntimeDefault profile, where there is one.
+    """Return a container's policy; an empty one when it is unconfined.
 
-    Reads files, so call it in a thread. Raises InvalidSpec: the profile cannot be had, and why.
+    `default` is the file of the compiled RuntimeDefault profile, which need not exist. Blocking. Raises
+    InvalidSpec with the reason when the profile is not available.
     """
     match wanted.kind:
         case AppArmorKind.UNCONFINED:
@@ -39,13 +38,13 @@ def policy_for(wanted: AppArmor, default: Path, host: Path = HOST_POLICY) -> Pol
     except FileNotFoundError as error:
         raise InvalidSpec(
             f"{_FIELD}.profile_type",
-            "RuntimeDefault: the guest image was built without AppArmor's profile, for want of its parser",
+            "RuntimeDefault: the guest image was built without the profile, as there was no apparmor_parser",
             "Unconfined, or RuntimeDefault after a `husk guest build` where apt knows the package apparmor",
         ) from error
 
 
 def profile_name(wanted: AppArmor) -> str:
-    """The profile's name in the guest."""
+    """Return the profile's name in the guest; "unconfined" for none."""
     if wanted.kind is AppArmorKind.UNCONFINED:
         return "unconfined"
     return wanted.name if wanted.kind is AppArmorKind.LOCALHOST else NAME

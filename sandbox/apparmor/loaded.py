@@ -1,6 +1,6 @@
 """Profiles that are loaded in the host's kernel, as its securityfs shows them.
 
-policy/profiles/DIRECTORY/name            of the profile; DIRECTORY is made of it and a number
+policy/profiles/DIRECTORY/name            the profile's name; DIRECTORY is made of it and a number
 policy/profiles/DIRECTORY/raw_data        the policy with which it was loaded, not compressed
 policy/profiles/DIRECTORY/profiles/       its children: the profile a//b is b in the directory of a
 """
@@ -18,11 +18,14 @@ _FIELD = "config.linux.security_context.apparmor.localhost_ref"
 
 
 def read_policy(name: str, policy: Path = HOST_POLICY) -> bytes:
-    """Raises InvalidSpec."""
+    """Return the policy with which the profile was loaded; `name` may name a child as "parent//child".
+
+    Blocking. Raises InvalidSpec when the profile is not loaded or its policy cannot be read.
+    """
     if not policy.is_dir():
         raise InvalidSpec(
             _FIELD,
-            f"{name!r}: this host's kernel has no AppArmor into which a profile could be loaded",
+            f"{name!r}: this host's kernel has no AppArmor to load a profile into",
             "profile_type Unconfined or RuntimeDefault",
         )
     place = policy
@@ -43,7 +46,7 @@ def _find(name: str, profiles: Path) -> Path | None:
         try:
             if (directory / "name").read_text(errors="surrogateescape").removesuffix("\n") == name:
                 return directory
-        except FileNotFoundError:  # unloaded meanwhile
+        except FileNotFoundError:  # unloaded since
             continue
     return None
 
@@ -56,7 +59,7 @@ def _read(name: str, raw_data: Path) -> bytes:
         # CONFIG_SECURITY_APPARMOR_EXPORT_BINARY, apparmor.export_binary
         raise InvalidSpec(
             _FIELD,
-            f"{name!r}: this host's kernel does not give its policy ({error.strerror})",
+            f"{name!r}: this host's kernel does not export its policy ({error.strerror})",
             "a kernel that exports it (apparmor.export_binary=1)",
         ) from error
     if len(content) > MAX_POLICY_BYTES:

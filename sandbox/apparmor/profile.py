@@ -1,8 +1,8 @@
-"""What a container is given, and the RuntimeDefault profile.
+"""The RuntimeDefault profile, and what a policy is. Pure.
 
-The VM is the fence. Inside of it that profile keeps a container, also its root, from the guest's kernel:
-no mounts, no writing to what /proc and /sys show of the whole system. Control groups, the sysctls of
-namespaces and everything that belongs to processes are left to how they are mounted. Pure.
+The VM isolates the pod. Inside of it this profile protects the guest's kernel from a container, also from
+its root user: no mounts, and no writing to files of /proc and /sys that concern the whole system. Access to
+cgroups, sysctls of namespaces and files of processes is left to how they are mounted.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ NAME = "husk-default"
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """Compiled, and the profile of it that is entered."""
+    """A compiled policy, and which of its profiles a container enters; both empty: unconfined."""
 
     profile: str = ""
     binary: bytes = b""
 
 
 UNCONFINED = Policy()
-
 
 PROFILE = f"""\
 profile {NAME} flags=(attach_disconnected, mediate_deleted) {{

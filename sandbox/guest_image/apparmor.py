@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from sandbox import capabilities
 from sandbox.apparmor.profile import PROFILE
 from sandbox.errors import MissingProgram
 from sandbox.guest_image.packages import (
@@ -26,17 +27,12 @@ PACKAGE = "apparmor"
 PROGRAM = "apparmor_parser"
 WHERE = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin"
 
-_CAPABILITIES = """
-chown dac_override dac_read_search fowner fsetid kill setgid setuid setpcap linux_immutable net_bind_service
-net_broadcast net_admin net_raw ipc_lock ipc_owner sys_module sys_rawio sys_chroot sys_ptrace sys_pacct
-sys_admin sys_boot sys_nice sys_resource sys_time sys_tty_config mknod lease audit_write audit_control setfcap
-mac_override mac_admin syslog wake_alarm block_suspend audit_read perfmon bpf checkpoint_restore
-"""
 _FAMILIES = """
 unspec unix inet ax25 ipx appletalk netrom bridge atmpvc x25 inet6 rose netbeui security key netlink packet
 ash econet atmsvc rds sna irda pppox wanpipe llc ib mpls can tipc bluetooth iucv rxrpc isdn phonet ieee802154
 caif alg nfc vsock kcm qipcrtr smc xdp
 """
+# AppArmor's own names, two of them for signals that no architecture of ours has
 _SIGNALS = """
 hup int quit ill trap abrt bus fpe kill usr1 segv usr2 pipe alrm term stkflt chld cont stop stp ttin ttou urg
 xcpu xfsz vtalrm prof winch io pwr sys emt lost
@@ -72,7 +68,7 @@ mount {{mask {{mount umount pivot_root
 ptrace {{mask {{read trace
 }}
 }}
-caps {{mask {{{" ".join(_CAPABILITIES.split())}
+caps {{mask {{{" ".join(capabilities.NAMES).lower()}
 }}
 }}
 network_v8 {{af_mask {{{" ".join(_FAMILIES.split())}
@@ -93,7 +89,7 @@ async def compile_default(parser: Path | None, packages: Path, scratch: Path, pr
     try:
         parser = parser or await find_parser(packages, scratch, progress)
     except (BuildFailed, MissingProgram) as error:
-        progress(f"AppArmor's RuntimeDefault will be refused, as there is no {PROGRAM}: {error}")
+        progress(f"AppArmor's RuntimeDefault will be rejected, as {PROGRAM} was not found: {error}")
         return b""
     return await compile_policy(parser, PROFILE, scratch)
 

@@ -12,7 +12,7 @@ from sandbox.container import Container
 from sandbox.errors import InvalidSpec
 from sandbox.host_pods.oci import NodeLimits
 from sandbox.plan import MountSource
-from sandbox.plan.devices import Wanted
+from sandbox.plan.devices import RequestedDevice
 from sandbox.plan.paths import container_path
 from sandbox.plan.values import DevicePlan
 from sandbox.spec import ContainerSpec, Propagation
@@ -53,7 +53,7 @@ def _is_shared(source: int) -> bool:
         return any(fields[0] == id and any("shared:" in each for each in fields[6:8]) for fields in lines)
 
 
-def find_devices(container: ContainerSpec) -> Sequence[Wanted]:
+def find_devices(container: ContainerSpec) -> Sequence[RequestedDevice]:
     """A directory stands for all devices in it. Raises InvalidSpec."""
     found = []
     for number, device in enumerate(container.devices):
@@ -72,7 +72,7 @@ def find_devices(container: ContainerSpec) -> Sequence[Wanted]:
             nodes = [node] if node else []
         if not nodes:
             raise InvalidSpec(f"{field}.host_path", f"{device.host_path!r} is no device", "a device's path")
-        found += [Wanted(node, device.permissions) for node in nodes]
+        found += [RequestedDevice(node, device.permissions) for node in nodes]
     return found
 
 

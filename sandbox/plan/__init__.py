@@ -1,13 +1,19 @@
-"""From what a client asked for to what the agent executes: every decision, none of the doing.
+"""The compiler of plans: from a client's specification to what the agent, or crun, carries out.
 
-    start       a container: Start, with the parts below
-    process     argv, environment, ids, capabilities, limits of a process
+    values      what a plan is; `encode` turns it into the agent's messages, `oci` into an OCI configuration
+    start       a container, made of the parts below
+    process     argv, environment, ids, capabilities and limits of a process
+    users       ids of a process, from the image's passwd and group files
     mounts      what is mounted where, in order
-    configure   a pod: names and all else that makes it itself; sysctls, network
-    size        a VM: memory and CPUs
+    devices     device nodes; `device_filter`: which devices the container's cgroup allows
+    resources   limits, as files of cgroup v2
+    cdi         devices that are named by Container Device Interface
+    pod_files   hosts, hostname and resolv.conf
+    configure   a pod: its identity, sysctls and network
+    size, vm    the VM of a pod, and of a handler
 
-Pure: no clock, files or loop, so a plan is a function of its arguments and the golden tests pin it
-(tests/golden/plan). Whatever is wrong with a request is found here, as InvalidSpec with the field,
+Pure: no clock, files or event loop, so a plan is a function of its arguments, and golden tests pin it
+(tests/golden/plan). An error in a request is found here and raised as InvalidSpec with the field,
 before anything is made. What a plan needs of the node (files of images, devices, CDI specifications, the
 seccomp profile) is read by `steps` and passed in.
 """

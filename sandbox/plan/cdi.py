@@ -1,12 +1,12 @@
-"""Container Device Interface: what the node's specifications say that a named device brings. Pure.
+"""Container Device Interface: what the node's specifications add to a container for a named device. Pure.
 
-A name is VENDOR/CLASS=DEVICE. A file describes one VENDOR/CLASS (its `kind`); where two describe the same
-device, the one in the later directory stands, and two in one directory make the name unusable.
+A name is VENDOR/CLASS=DEVICE. A file describes one VENDOR/CLASS (its `kind`). Where two files describe the
+same device, the one in the later directory counts; two in one directory make the name ambiguous, so unusable.
 
-A pod's VM is given what another kernel can have: environment, mounts of the host's files, group ids,
-and nodes of devices that the guest has itself; a pod without a VM has all nodes of the host. The rest is
-refused with its reason. Source: the CDI
-specification (SPEC.md of its project), versions up to 1.1.
+A container in a VM gets what another kernel can provide: environment variables, mounts of the host's files,
+group ids, and nodes of devices that the guest has too. A pod without a VM can have any node of the host.
+Anything else is rejected with the reason. Source: the CDI specification (SPEC.md of its project), versions
+up to 1.1.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _KIND = re.compile(
     r"[A-Za-z](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?/[A-Za-z](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?", re.ASCII
 )
 _DEVICE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.:-]*[A-Za-z0-9])?", re.ASCII)
-# what a bind is in any case, or here
-_HEARD = ("bind", "rbind", "ro", "rw", "suid", "dev", "exec", "relatime")
+# options that a bind mount of Husk has in any case, or that other fields express
+_IMPLIED = ("bind", "rbind", "ro", "rw", "suid", "dev", "exec", "relatime")
 _MODES = {
     "private": Propagation.PRIVATE,
     "slave": Propagation.HOST_TO_CONTAINER,
@@ -43,17 +43,19 @@ _MODES = {
 
 
 class SpecBroken(Exception):
-    """A file that is no CDI specification."""
+    """A file is not a valid CDI specification."""
 
 
 # ------------------------------------------------------------------------------------ the file
 
 
 class _Part(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """Of a file. What is not known here could change what a device means, so it is an error."""
+    """A part of a file. An unknown field could change what a device means, so it is an error."""
 
 
 class DeviceNode(_Part, frozen=True):
+    """A device node; `path` is in the container, `host_path`, if it differs, on the node."""
+
     path: str
     host_path: str = ""
     type: str = ""
@@ -66,6 +68,8 @@ class DeviceNode(_Part, frozen=True):
 
 
 class Mount(_Part, frozen=True):
+    """A bind mount."""
+
     host_path: str
     container_path: str
     type: str = ""
@@ -73,7 +77,10 @@ class Mount(_Part, frozen=True):
 
 
 class Edits(_Part, frozen=True):
-    """`hooks`, `intel_rdt` and `net_devices` are only told of, so their shape does not matter."""
+    """What a device adds to a container.
+
+    `hooks`, `intel_rdt` and `net_devices` are rejected, so their content is not checked.
+    """
 
     env: tuple[str, ...] = ()
     device_nodes: tuple[DeviceNode, ...] = ()
@@ -81,18 +88,22 @@ class Edits(_Part, frozen=True):
     hooks: tuple[dict[str, object], ...] = ()
     intel_rdt: dict[str, object] | None = None
     net_devices: tuple[dict[str, object], ...] = ()
-    # the specification's text and its own library differ in the case
+    # spelled differently in the specification's text and in its Go library
     additional_gids: tuple[int, ...] = ()
-    additional_gids_too: tuple[int, ...] = msgspec.field(default=(), name="additionalGIDs")
+    additional_gids_of_library: tuple[int, ...] = msgspec.field(default=(), name="additionalGIDs")
 
 
 class Device(_Part, frozen=True):
+    """One device of a kind."""
+
     name: str
     container_edits: Edits
     annotations: dict[str, str] = {}
 
 
 class Spec(_Part, frozen=True):
+    """A file: the devices of one kind, and what each of them adds besides."""
+
     cdi_version: str
     kind: str
     devices: tuple[Device, ...]
@@ -101,7 +112,10 @@ class Spec(_Part, frozen=True):
 
 
 def parse(data: bytes, name: str) -> Spec:
-    """Raises SpecBroken."""
+    """Return the specification in a file's content; `name` says by its suffix whether it is JSON or YAML.
+
+    Raises SpecBroken with the reason.
+    """
     try:
         tree = json.loads(data) if name.endswith(".json") else yaml.safe_load(data)
         spec = msgspec.convert(tree, Spec)
@@ -126,14 +140,17 @@ def parse(data: bytes, name: str) -> Spec:
 
 
 class Found(Value, frozen=True, kw_only=True):
-    """What the directories hold: the devices by their qualified names, and what is wrong with others."""
+    """The devices of all directories by their qualified names, and what is wrong with others."""
 
     devices: dict[str, tuple[Spec, Device]]
-    problems: dict[str, str]  # of names, and of files
+    problems: dict[str, str]  # by device name, or by the file's path
 
 
 def gather(directories: Iterable[Sequence[tuple[str, Spec]]]) -> Found:
-    """Of each directory its files by their paths, the directory that counts least first."""
+    """Return what the directories hold.
+
+    Each is a list of files' paths and specifications; the directory of the least precedence comes first.
+    """
     devices: dict[str, tuple[Spec, Device]] = {}
     problems: dict[str, str] = {}
     for files in directories:
@@ -155,10 +172,10 @@ def gather(directories: Iterable[Sequence[tuple[str, Spec]]]) -> Found:
 
 
 def apply(container: ContainerSpec, found: Found, *, in_vm: bool = True) -> ContainerSpec:
-    """The container with all that its CDI devices bring. Raises InvalidSpec with the field."""
+    """Return the container with all that its CDI devices add. Raises InvalidSpec with the field."""
     nodes = frozenset(GUEST_DEVICES) if in_vm else None
-    once: set[int] = set()  # a file's own edits count once, however many of its devices are asked for
-    for name, field in {wish.name: wish.field for wish in container.cdi_devices}.items():
+    once: set[int] = set()  # a file's own edits apply once, however many of its devices are requested
+    for name, field in {request.name: request.field for request in container.cdi_devices}.items():
         spec, device = _look_up(name, field, found)
         if id(spec) not in once:
             container = _edited(container, spec.container_edits, nodes, _refusal(name, field))
@@ -168,14 +185,14 @@ def apply(container: ContainerSpec, found: Found, *, in_vm: bool = True) -> Cont
 
 
 def _refusal(name: str, field: str) -> Refuse:
-    accepted = "devices that bring variables, files of the host, groups, and devices that are there"
-    return lambda problem: InvalidSpec(field, f"{name!r} cannot be given: {problem}", accepted)
+    accepted = "devices that add variables, files of the host, groups, and device nodes that exist there"
+    return lambda problem: InvalidSpec(field, f"{name!r} cannot be provided: {problem}", accepted)
 
 
 def _look_up(name: str, field: str, found: Found) -> tuple[Spec, Device]:
     kind, equals, device = name.partition("=")
     if not (equals and _KIND.fullmatch(kind) and _DEVICE.fullmatch(device)):
-        raise InvalidSpec(field, f"{name!r} is not a CDI device's name", "VENDOR/CLASS=DEVICE")
+        raise InvalidSpec(field, f"{name!r} is not the name of a CDI device", "VENDOR/CLASS=DEVICE")
     if name in found.devices:
         return found.devices[name]
     problem = found.problems.get(name) or "no CDI specification of this node describes it"
@@ -188,7 +205,7 @@ def _known(found: Found) -> str:
     shown = ", ".join(names[:SHOWN_MAX]) + (
         f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
     )
-    return shown or "none, as this node has no CDI devices"
+    return shown or "none: this node has no CDI devices"
 
 
 Refuse = Callable[[str], InvalidSpec]
@@ -197,25 +214,25 @@ Refuse = Callable[[str], InvalidSpec]
 def _edited(
     container: ContainerSpec, edits: Edits, nodes: frozenset[str] | None, refuse: Refuse
 ) -> ContainerSpec:
-    """`nodes` are the devices that there are; None: what the host has."""
+    """Return the container with these edits. `nodes` are the devices that exist; None: all of the host's."""
     if edits.hooks:
         hooks = ", ".join(str(hook.get("path", "?")) for hook in edits.hooks)
-        raise refuse(f"its hooks ({hooks}) are not run")
+        raise refuse(f"its hooks ({hooks}) are not supported")
     if edits.intel_rdt is not None:
-        raise refuse("its intelRdt divides caches of the host's CPUs, which is not done")
+        raise refuse("its intelRdt, which partitions caches of the host's CPUs, is not supported")
     if edits.net_devices:
-        raise refuse("its netDevices are interfaces of the host, which stay there")
+        raise refuse("its netDevices, which move interfaces of the host, are not supported")
     envs = dict(container.envs)
     for text in edits.env:
         key, equals, value = text.partition("=")
         if not key or not equals or "\0" in text:
             raise refuse(f"its env {text!r} is not NAME=VALUE")
         envs[key] = value.encode()
-    # 0 would be a way to more rights; the specification has it ignored
-    gids = [gid for gid in (*edits.additional_gids, *edits.additional_gids_too) if gid]
+    # the specification says to ignore 0, which would grant root's group
+    gids = [gid for gid in (*edits.additional_gids, *edits.additional_gids_of_library) if gid]
     for gid in gids:
         if not 0 < gid <= ID_MAX:
-            raise refuse(f"its group {gid} is not an id")
+            raise refuse(f"its group {gid} is not a valid id")
     groups = tuple(dict.fromkeys((*container.security.supplemental_groups, *gids)))
     mounts = [_mount(mount, container.security.privileged, refuse) for mount in edits.mounts]
     devices = [_device(node, nodes, refuse) for node in edits.device_nodes]
@@ -233,14 +250,14 @@ def _mount(mount: Mount, privileged: bool, refuse: Refuse) -> MountSpec:
         raise refuse(f"its mount on {mount.container_path!r} is of type {mount.type!r}, not a bind")
     for path in (mount.host_path, mount.container_path):
         if not path.startswith("/") or "\0" in path:
-            raise refuse(f"its mount of {path!r} is not of an absolute path")
+            raise refuse(f"its mount of {path!r} does not have an absolute path")
     propagation = Propagation.PRIVATE
     for option in mount.options:
         if (mode := _MODES.get(option.removeprefix("r"))) is not None:
             propagation = mode
-        elif option not in (*_HEARD, *MOUNT_OPTIONS):
+        elif option not in (*_IMPLIED, *MOUNT_OPTIONS):
             raise refuse(
-                f"its mount on {mount.container_path!r} has the option {option!r}, which is not offered"
+                f"its mount on {mount.container_path!r} has the option {option!r}, which is not supported"
             )
     if propagation is Propagation.BIDIRECTIONAL and not privileged:
         raise refuse(f"its mount on {mount.container_path!r} is shared, and the container is not privileged")
@@ -262,6 +279,6 @@ def _device(node: DeviceNode, nodes: frozenset[str] | None, refuse: Refuse) -> D
     permissions = node.permissions or "rwm"
     if set(permissions) - set("rwm"):
         raise refuse(
-            f"its node {node.path!r} has the permissions {permissions!r}, which are not of r, w and m"
+            f"its node {node.path!r} has the permissions {permissions!r}, which are not letters of rwm"
         )
     return DeviceSpec(container_path=node.path, host_path=host_path, permissions=permissions)

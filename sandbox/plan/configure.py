@@ -1,4 +1,7 @@
-"""A pod's two Configure messages: what is set once in its VM, before its network is known and then."""
+"""A pod's identity, sysctls and network: what is configured once in its VM, in two parts.
+
+The identity is known at once, the network when CNI has answered.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ MAX_HOSTNAME = 64  # HOST_NAME_MAX
 _MAX_VALUE_BYTES = 4095  # the kernel reads one page
 _FIELD = "config.linux.sysctls"
 
-# Since containers have no capabilities over their pod's network by default, these are what let an
-# ordinary user serve port 80 and ping; containerd and Docker set the same.
+# By default containers have no capabilities over their pod's network; these let an unprivileged user
+# listen on port 80 and ping. containerd and Docker set the same.
 _DEFAULT_SYSCTLS = (
     Sysctl(path="net/ipv4/ip_unprivileged_port_start", value="0"),
     Sysctl(path="net/ipv4/ping_group_range", value="0 2147483647"),
@@ -25,9 +28,12 @@ _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*", re.ASCII)
 
 
 def compile_identity(pod: PodSpec, *, entropy: bytes, machine_id: str, wall_ns: int) -> IdentityPlan:
-    """What tells the VM from every other. Raises InvalidSpec with the field."""
+    """Return what distinguishes the VM from every other copy of its template. Raises InvalidSpec.
+
+    `entropy` is for the kernel's pool, `wall_ns` the host's CLOCK_REALTIME.
+    """
     return IdentityPlan(
-        # a pod that names none is called as /etc/hostname calls it (see `environment`)
+        # without a hostname, what /etc/hostname says of the pod (see `pod_files`)
         hostname=_hostname(pod.hostname) or machine_id[:12],
         entropy=entropy,
         machine_id=machine_id,
@@ -36,12 +42,11 @@ def compile_identity(pod: PodSpec, *, entropy: bytes, machine_id: str, wall_ns: 
 
 
 def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str) -> NetworkPlan:
-    """Without a network the pod has only its loopback. `first_mac` is what the VM was started with, for
-    whichever interface is the first. Sysctls come with it, as some belong to an interface.
-    Raises InvalidSpec with the field.
+    """Return the network of the guest and the pod's sysctls, some of which belong to an interface.
 
-    Every sysctl is taken that is spelled like one: the kernel is the pod's own, so none of them
-    can reach a neighbour.
+    Without `network` the pod has only its loopback. `first_mac` is the address with which the VM's first
+    NIC was started. Every sysctl that is spelled like one is accepted: the kernel is the pod's own, so
+    none can affect another pod. Raises InvalidSpec with the field.
     """
     interfaces = network.interfaces if network else ()
     routes = network.routes if network else ()
@@ -74,7 +79,9 @@ def compile_network(pod: PodSpec, network: Attachment | None, *, first_mac: str)
 def _hostname(name: str) -> str:
     checked(name, "config.hostname")
     if len(name.encode()) > MAX_HOSTNAME or any(each.isspace() or each == "/" for each in name):
-        raise InvalidSpec("config.hostname", f"{name!r} cannot name a host", f"at most {MAX_HOSTNAME} bytes")
+        raise InvalidSpec(
+            "config.hostname", f"{name!r} is not a valid hostname", f"at most {MAX_HOSTNAME} bytes"
+        )
     return name
 
 

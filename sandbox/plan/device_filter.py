@@ -1,12 +1,12 @@
-"""Which devices a container may open or make: an eBPF program for its cgroup in the guest.
+"""Which devices a container may open or make: an eBPF program for its cgroup. Pure.
 
-Device nodes are only names: with CAP_MKNOD, which containers have by default, a process makes a
-node for any device. So the cgroup decides. Nothing may reach the agent's own port, the guest's
-memory (/dev/mem) or its console.
+A device node is only a name: with CAP_MKNOD, which containers have by default, a process makes a
+node for any device. So the cgroup decides. No container may open the agent's port, the guest's memory
+(/dev/mem) or its console.
 
 The program gets struct bpf_cgroup_dev_ctx { u32 access_type; u32 major; u32 minor } in r1, where
-access_type is access << 16 | type, and answers 1 (allowed) or 0 (EPERM): linux/bpf.h. Each rule
-becomes a block that answers 1 or falls to the next; after the last one the answer is 0.
+access_type is access << 16 | type, and returns 1 (allowed) or 0 (EPERM): linux/bpf.h. Each rule
+is a block that returns 1 or falls through to the next; after the last one 0 is returned.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from sandbox.plan.devices import STANDARD, Wanted
+from sandbox.plan.devices import STANDARD, RequestedDevice
 from sandbox.spec import ContainerSpec
 
 
 class Type(IntEnum):
+    """The kind of a device, as the kernel numbers it."""
+
     BLOCK = 1  # BPF_DEVCG_DEV_BLOCK
     CHARACTER = 2  # BPF_DEVCG_DEV_CHAR
 
@@ -35,7 +37,7 @@ _EVERY_ACCESS = MKNOD | READ | WRITE
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Allows; None stands for any number."""
+    """Allows `access`, a mask of MKNOD, READ and WRITE, to a device; None stands for any number."""
 
     type: Type
     major: int | None
@@ -43,8 +45,8 @@ class Rule:
     access: int
 
 
-# As the OCI runtimes allow: nodes may be made (not opened) at will, the standard ones and
-# pseudo-terminals may be used (config-linux.md, "Default Devices").
+# As OCI runtimes allow: any node may be made (not opened); the standard devices and pseudo-terminals
+# may be used (config-linux.md, "Default Devices").
 DEFAULT_RULES = (
     Rule(Type.CHARACTER, None, None, MKNOD),
     Rule(Type.BLOCK, None, None, MKNOD),
@@ -54,13 +56,14 @@ DEFAULT_RULES = (
 )
 
 
-def device_filter_for(container: ContainerSpec, devices: Sequence[Wanted]) -> bytes:
-    """The program for this container; empty (no filter) when it is privileged."""
+def device_filter_for(container: ContainerSpec, devices: Sequence[RequestedDevice]) -> bytes:
+    """Return the program for this container; empty (no filter) when it is privileged."""
     return b"" if container.security.privileged else compile_rules(device_rules(devices))
 
 
-def device_rules(devices: Sequence[Wanted]) -> tuple[Rule, ...]:
-    asked = (
+def device_rules(devices: Sequence[RequestedDevice]) -> tuple[Rule, ...]:
+    """Return what every container may use, and the devices that this one requests."""
+    requested = (
         Rule(
             Type.BLOCK if stat.S_ISBLK(each.node.type) else Type.CHARACTER,
             each.node.major,
@@ -69,7 +72,7 @@ def device_rules(devices: Sequence[Wanted]) -> tuple[Rule, ...]:
         )
         for each in devices
     )
-    return (*DEFAULT_RULES, *asked)
+    return (*DEFAULT_RULES, *requested)
 
 
 # Opcodes: class | size or operation | source (Documentation/bpf/instruction-set.rst).
@@ -88,7 +91,7 @@ def _instruction(opcode: int, dst: int = 0, src: int = 0, offset: int = 0, immed
 
 
 def compile_rules(rules: Sequence[Rule]) -> bytes:
-    """struct bpf_insn[] that allows what any rule allows and denies the rest."""
+    """Return an array of struct bpf_insn that allows what any rule allows and denies the rest."""
     program = [
         _instruction(_LOAD_WORD, _R2, _R1, 0),
         _instruction(_LOAD_WORD, _R4, _R1, 4),
@@ -116,7 +119,7 @@ def _block(rule: Rule) -> list[bytes]:
         tests.append(([], _R4, rule.major))
     if rule.minor is not None:
         tests.append(([], _R5, rule.minor))
-    # built from the end: a jump skips what already stands behind it
+    # built from the end: a jump skips the instructions that are in the block already
     block = [_instruction(_MOVE, _R0, immediate=1), _instruction(_EXIT)]
     for computation, register, value in reversed(tests):
         jump = _instruction(_JUMP_UNLESS_EQUAL, register, offset=len(block), immediate=value)

@@ -1,7 +1,7 @@
-"""Device nodes of a container: the standard ones, and what a client may ask for besides.
+"""Device nodes of a container: the standard ones, and those that a client may request. Pure.
 
-A VM has devices of its own: a node is only passed on when the guest's kernel has the same device
-under the same fixed numbers (Documentation/admin-guide/devices.txt). Everything else is refused.
+A VM has its own devices: a requested node is made only when the guest's kernel has the same device
+under the same fixed numbers (Documentation/admin-guide/devices.txt). Any other is rejected.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sandbox.plan.paths import container_path
 from sandbox.plan.values import DevicePlan
 from sandbox.spec import ContainerSpec
 
-# OCI runtime-spec, config-linux.md, "Default Devices"; ptmx and console are not nodes of their own
+# OCI runtime-spec, config-linux.md, "Default Devices"; ptmx is a link and the console a bind mount
 STANDARD = (
     DevicePlan("/dev/null", 1, 3),
     DevicePlan("/dev/zero", 1, 5),
@@ -23,25 +23,28 @@ STANDARD = (
     DevicePlan("/dev/urandom", 1, 9),
     DevicePlan("/dev/tty", 5, 0),
 )
-# every guest has it: its root filesystems come by virtio-fs, which is FUSE
+# every guest has it: virtio-fs, which carries root filesystems, is FUSE
 FUSE = DevicePlan("/dev/fuse", 10, 229)
-# its driver is a module that the guest's kernel loads when the node is opened
+# the guest's kernel loads its module when the node is opened
 TUN = DevicePlan("/dev/net/tun", 10, 200)
 
 GUEST_DEVICES = {node.path: node for node in (*STANDARD, FUSE, TUN)}
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A device that the specification asks for, as a node of the guest."""
+class RequestedDevice:
+    """A device of the specification, as a node where the container runs."""
 
     node: DevicePlan
-    permissions: str
+    permissions: str  # letters of rwm
 
 
-def wanted_devices(container: ContainerSpec) -> Sequence[Wanted]:
-    """Raises InvalidSpec for a device that a VM cannot be given, and for malformed permissions."""
-    wanted = []
+def guest_devices(container: ContainerSpec) -> Sequence[RequestedDevice]:
+    """Return the requested devices as nodes of the guest.
+
+    Raises InvalidSpec for a device that a VM cannot be given, and for malformed permissions.
+    """
+    requested = []
     for number, device in enumerate(container.devices):
         field = f"config.devices[{number}]"
         node = GUEST_DEVICES.get(device.host_path)
@@ -55,5 +58,5 @@ def wanted_devices(container: ContainerSpec) -> Sequence[Wanted]:
         if not set(permissions) <= set("rwm"):
             raise InvalidSpec(f"{field}.permissions", f"{permissions!r} is malformed", "letters of rwm")
         path = container_path(device.container_path or device.host_path, f"{field}.container_path")
-        wanted.append(Wanted(DevicePlan(path, node.major, node.minor), permissions))
-    return wanted
+        requested.append(RequestedDevice(DevicePlan(path, node.major, node.minor), permissions))
+    return requested

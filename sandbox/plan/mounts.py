@@ -1,14 +1,14 @@
-"""What is mounted in a container, and in which order.
+"""What is mounted in a container, and in which order. Pure.
 
 The standard file systems (OCI runtime-spec, config-linux.md, "Default Filesystems", and what
 containerd and CRI-O add), then the client's mounts, sorted so that a target is mounted after those
-it lies beneath. A client's mount takes the place of a standard one at or beneath its target.
+that it lies beneath. A client's mount replaces a standard one at or beneath its target.
 
-Propagation ends at the guest: with BIDIRECTIONAL a container sees the host's later mounts and shares
-its own with namespaces that it makes itself; what of it the host shows, `propagation` says.
+The kernel propagates mounts no further than the guest: with BIDIRECTIONAL a container sees the host's later
+mounts and shares its own with the namespaces that it makes. `vm_pods.propagation` repeats them on the host.
 
-An image's VOLUME needs no mount: the writable layer that it would be copied out of lives exactly as
-long. Only where the root is read-only does it get one, an empty tmpfs.
+An image's VOLUME needs no mount: the writable layer lives exactly as long. Only where the root is
+read-only it gets one, an empty tmpfs.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ _PROPAGATION = {
 
 
 class MountSource(Value, frozen=True, kw_only=True):
-    """Where in the guest the source of a specification's mount is found, and what it is."""
+    """The source of a specification's mount, where the container runs."""
 
     path: str
     is_directory: bool
-    # What the host has mounted below it, relative to it: named where this must not become read-only
-    # with the source itself. The guest looks them up first; they would inherit it from their parent.
+    # Mount points of the host below it, relative to it, where they must not become read-only with it. The
+    # guest looks them up before it sets the flag, as they would inherit the flag from their parent.
     submounts: tuple[str, ...] = ()
 
 
 def mount_targets(container: ContainerSpec) -> list[str]:
-    """Targets of the client's mounts, one spelling each. Raises InvalidSpec."""
+    """Return the targets of the client's mounts, normalized. Raises InvalidSpec."""
     targets = []
     for number, mount in enumerate(container.mounts):
         field = f"config.mounts[{number}].container_path"
@@ -78,20 +78,25 @@ def mount_targets(container: ContainerSpec) -> list[str]:
 def compile_mounts(
     container: ContainerSpec, defaults: ImageDefaults, sources: Sequence[MountSource]
 ) -> tuple[MountPlan, ...]:
-    """In the order of mounting. Raises InvalidSpec."""
+    """Return all mounts in the order of mounting; `sources` are those of the client's mounts.
+
+    Raises InvalidSpec with the field.
+    """
     targets = mount_targets(container)
-    asked = [
+    requested = [
         _bind(number, mount, target, source)
         for number, (mount, target, source) in enumerate(zip(container.mounts, targets, sources, strict=True))
     ]
     ours = [*_standard(container.security), *_volumes(container, defaults)]
     kept = [mount for mount in ours if not any(covers(target, mount.target) for target in targets)]
-    return tuple(sorted([*kept, *asked], key=lambda mount: depth(mount.target)))  # stable
+    return tuple(sorted([*kept, *requested], key=lambda mount: depth(mount.target)))  # stable
 
 
 def rootfs_propagation(container: ContainerSpec) -> int:
-    """What the root must be for mounts to receive anything: a slave of the guest's tree. Never its
-    peer: what the container mounts is not the guest's business."""
+    """Return how the root propagates: as a slave of the guest's tree where a mount must receive from it.
+
+    It is never a peer, as mounts of the container must not appear in the guest.
+    """
     if all(mount.propagation is Propagation.PRIVATE for mount in container.mounts):
         return 0
     return MS_SLAVE | MS_REC
@@ -122,7 +127,7 @@ def _standard(security: SecuritySpec) -> list[MountPlan]:
     privileged = security.privileged
     kernel_tree = _INERT if privileged else _INERT | MS_RDONLY
     space = security.user_namespace
-    # gid 5 is tty everywhere; mounts are made outside of a user namespace, with the ids there
+    # gid 5 is tty on every distribution; mounts are made outside of the user namespace, with ids from there
     tty = _outside(space.gids if space else (), 5)
     return [
         _file_system("proc", "/proc", _INERT),
@@ -146,7 +151,7 @@ def _devices_of_container(space: UserNamespace | None) -> MountPlan:
 
 
 def _outside(ranges: Sequence[IdRange], id: int) -> int:
-    """What an id of the container is in the guest; itself where it is not mapped."""
+    """Return what an id of the container is in the guest; the id itself where it is not mapped."""
     for each in ranges:
         if each.inside <= id < each.inside + each.length:
             return each.outside + id - each.inside
@@ -154,7 +159,7 @@ def _outside(ranges: Sequence[IdRange], id: int) -> int:
 
 
 def _devices_of_guest() -> MountPlan:
-    """For a privileged container: "all devices of the host" are the guest's, also later ones."""
+    """Return the /dev of a privileged container: all devices of the guest, those to come included."""
     return _file_system("devtmpfs", "/dev", MS_NOSUID | MS_NOEXEC)
 
 
@@ -169,7 +174,7 @@ def _volumes(container: ContainerSpec, defaults: ImageDefaults) -> list[MountPla
         return []
     targets = (container_path(path, "the image's Volumes") for path in defaults.volumes)
     return [
-        # anyone's, as the image's own user is to write there
+        # writable for everyone, as the image's user may be anyone
         _file_system("tmpfs", target, MS_NOSUID | MS_NODEV, "mode=1777")
         for target in dict.fromkeys(targets)
         if target != "/"

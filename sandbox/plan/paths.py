@@ -1,4 +1,4 @@
-"""Texts and paths that come from a client and go into a plan: what the kernel can take at all. Pure."""
+"""Texts and paths from a client: what a system call and a protobuf string can take. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_PATH_BYTES = 4095  # PATH_MAX without its zero byte
 
 
 def checked(text: str, field: str) -> str:
-    """`text`, if it can be an argument of a system call and a protobuf string.
+    """Return `text` if it can be an argument of a system call and a protobuf string.
 
     Raises InvalidSpec for a zero byte and for what UTF-8 cannot encode (lone surrogates of JSON).
     """
@@ -24,9 +24,9 @@ def checked(text: str, field: str) -> str:
 
 
 def container_path(path: str, field: str) -> str:
-    """An absolute path, in one spelling: no `..`, no doubled or trailing slashes. Raises InvalidSpec.
+    """Return an absolute path normalized: no `..`, no doubled or trailing slashes. Raises InvalidSpec.
 
-    Only spelling: links are followed by the agent, beneath the container's root.
+    Symbolic links are not resolved here: the agent follows them, beneath the container's root.
     """
     checked(path, field)
     if not path.startswith("/"):
@@ -37,9 +37,10 @@ def container_path(path: str, field: str) -> str:
 
 
 def covers(above: str, path: str) -> bool:
-    """Whether `path` is `above` or lies beneath it; both as `container_path` spells them."""
+    """Return whether `path` is `above` or lies beneath it; both as `container_path` returns them."""
     return path == above or above == "/" or path.startswith(above + "/")
 
 
 def depth(path: str) -> int:
+    """Return the number of a normalized path's components."""
     return 0 if path == "/" else path.count("/")

@@ -1,4 +1,4 @@
-"""The process of a container, and every other that is run in it."""
+"""The first process of a container, and its execs. Pure."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TERM = b"xterm"
 UMASK = 0o022
 
 RLIMIT_NOFILE = 7  # asm-generic/resource.h
-# As systemd gives a service: enough for servers, and no million of descriptors for the programs
-# that close every possible one. PID 1 of a kernel has 1024 and 4096.
+# As systemd gives a service: enough for servers, and not a million for programs that close every possible
+# descriptor. PID 1 of a kernel has 1024 and 4096.
 _NOFILE = (1024, 524288)
 _OOM_SCORES = (-1000, 1000)
 
@@ -35,7 +35,7 @@ def compile_process(
     seccomp: Filter,
     apparmor: Policy,
 ) -> ProcessPlan:
-    """The container's first process. Raises InvalidSpec."""
+    """Return the container's first process. Raises InvalidSpec with the field."""
     caps = capability_sets(container.security)
     space = container.security.user_namespace
     return ProcessPlan(
@@ -67,8 +67,11 @@ def compile_process(
 def compile_exec(
     plan: ContainerPlan, argv: Sequence[str], *, tty: bool = False, rows: int = 0, columns: int = 0
 ) -> ProcessPlan:
-    """One more process in a container, with the user, capabilities, filter, profile, environment and working
-    directory that its first one was given. Raises InvalidSpec."""
+    """Return an exec: `argv` with the user, capabilities, filters, environment and working directory of the
+    container's first process.
+
+    `rows` and `columns` are the terminal's size; 0: the default. Raises InvalidSpec for an empty `argv`.
+    """
     if not argv:
         raise InvalidSpec("cmd", "is empty", "a program and its arguments")
     env = plan.process.env
@@ -86,15 +89,18 @@ def compile_exec(
 
 
 def _argv(container: ContainerSpec, defaults: ImageDefaults) -> tuple[str, ...]:
-    """`command` replaces ENTRYPOINT and, given alone, drops CMD; `args` replaces CMD (CRI,
-    ContainerConfig; the table in Kubernetes' "Define a Command and Arguments")."""
+    """Return the program and its arguments.
+
+    `command` replaces ENTRYPOINT and, given alone, drops CMD; `args` replaces CMD (CRI, ContainerConfig;
+    the table in Kubernetes, "Define a Command and Arguments for a Container").
+    """
     if container.command:
         argv = [*container.command, *container.args]
     else:
         argv = [*defaults.entrypoint, *(container.args or defaults.cmd)]
     if not argv or not argv[0]:
         raise InvalidSpec(
-            "config.command", "no program: neither command, args nor the image name one", "a program to run"
+            "config.command", "no program: neither command, args nor the image names one", "a program to run"
         )
     return tuple(checked(word, "config.command or config.args") for word in argv)
 
@@ -102,8 +108,10 @@ def _argv(container: ContainerSpec, defaults: ImageDefaults) -> tuple[str, ...]:
 def _environment(
     container: ContainerSpec, defaults: ImageDefaults, user: ResolvedUser, hostname: str
 ) -> tuple[bytes, ...]:
-    """Defaults, then the image's, then the client's: of one name the last counts. HOME is the user's
-    unless somebody said otherwise, as the OCI runtimes do it."""
+    """Return the defaults, then the image's variables, then the client's: the last of a name counts.
+
+    HOME is the user's home directory unless the image or the client sets it, as with OCI runtimes.
+    """
     merged = {b"PATH": PATH.encode(), b"HOSTNAME": hostname.encode()}
     if container.tty:
         merged[b"TERM"] = TERM
@@ -120,7 +128,7 @@ def _environment(
 def _env_name(name: str, value: bytes, field: str) -> bytes:
     checked(name, f"{field}.key")
     if not name or "=" in name:
-        raise InvalidSpec(f"{field}.key", f"{name!r} cannot name a variable", "a name without =")
+        raise InvalidSpec(f"{field}.key", f"{name!r} is not a valid name of a variable", "a name without =")
     if b"\0" in value:
         raise InvalidSpec(f"{field}.value", f"the value of {name} has a zero byte")
     return name.encode()
@@ -129,7 +137,7 @@ def _env_name(name: str, value: bytes, field: str) -> bytes:
 def _cwd(container: ContainerSpec, defaults: ImageDefaults) -> str:
     if container.working_dir:
         return container_path(container.working_dir, "config.working_dir")
-    # a relative WORKDIR counts from the root, as for Docker
+    # a relative WORKDIR is relative to the root, as with Docker
     return container_path(posixpath.join("/", defaults.working_dir), "the image's WorkingDir")
 
 

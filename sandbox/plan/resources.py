@@ -1,7 +1,7 @@
-"""Limits of a container as files of its cgroup v2 directory in the guest.
+"""Limits of a container as files of its cgroup v2 directory. Pure.
 
 Sources: Documentation/admin-guide/cgroup-v2.rst of the kernel; config-linux.md of the OCI
-runtime-spec for the meaning of the CRI's (cgroup v1 shaped) fields. Pure.
+runtime-spec for the meaning of the CRI's fields, which are those of cgroup v1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_SHARES = 262_144
 
 _FIELD = "config.linux.resources"
 _CONTROLLERS = ("cpu", "cpuset", "hugetlb", "io", "memory", "misc", "pids", "rdma")
-# No slash, no leading dot: it is the name of a file in the container's own directory.
+# Without a slash or a leading dot: the name of a file in the container's directory.
 _UNIFIED = re.compile(r"([a-z]+)(?:\.[A-Za-z0-9_]+)+", re.ASCII)
 _PAGE_SIZE = re.compile(r"[1-9][0-9]*[KMGT]?B", re.ASCII)
 _LIST = re.compile(r"[0-9]{1,5}(?:-[0-9]{1,5})?(?:,[0-9]{1,5}(?:-[0-9]{1,5})?)*", re.ASCII)
@@ -29,14 +29,13 @@ _MAX_VALUE_BYTES = 4096
 
 
 def compile_resources(resources: Resources, *, vcpus: int = 0) -> tuple[CgroupFile, ...]:
-    """Files in the order in which they are to be written. Raises InvalidSpec with the field.
+    """Return the files in the order in which to write them. Raises InvalidSpec with the field.
 
-    A cpuset counts the host's CPUs, which is where the CPU manager of a kubelet deals them out. With
-    `vcpus` known, a set that names CPUs (or memory nodes) which the guest does not have is left to
-    the host and not sent; the kernel would refuse it.
-    `unified` comes last and wins over the dedicated fields.
+    A cpuset names CPUs of the host, as the kubelet's CPU manager assigns those. With `vcpus`, a set that
+    names CPUs or memory nodes which the guest does not have is left out, as the guest's kernel would
+    reject it. `unified` comes last and overrides the dedicated fields.
     """
-    # an OOM kill takes the whole container, as for every runtime on cgroup v2 (KEP 3570 aside)
+    # an OOM kill ends the whole container, as with every runtime on cgroup v2 (KEP 3570 aside)
     files = {"memory.oom.group": "1"}
     files |= _cpu(resources)
     files |= _memory(resources)
@@ -49,38 +48,43 @@ def compile_resources(resources: Resources, *, vcpus: int = 0) -> tuple[CgroupFi
     return tuple(
         CgroupFile(name=name, value=line)
         for name, value in files.items()
-        for line in value.split("\n")  # io.max and its like take one line a write
+        for line in value.split("\n")  # io.max, for one, takes a line per write
         if line.strip()
     )
 
 
 def compile_pod_resources(resources: Resources, *, vcpus: int = 0) -> tuple[CgroupFile, ...]:
-    """The same for the cgroup that holds all containers. When that is full, one of them is killed, as
-    on a host whose kubelet limits the pod; not all of them."""
+    """Return the same for the cgroup that holds all containers of a pod.
+
+    At its memory limit one process is killed, as on a host whose kubelet limits the pod, and not all.
+    """
     return tuple(
         file for file in compile_resources(resources, vcpus=vcpus) if file.name != "memory.oom.group"
     )
 
 
-def merge_resources(current: Resources, wanted: Resources) -> Resources:
-    """`wanted` over `current`: 0 and "" mean "leave as it is" (CRI, LinuxContainerResources)."""
+def merge_resources(current: Resources, requested: Resources) -> Resources:
+    """Return `current` with what is requested.
+
+    0 and "" mean "leave as it is" (CRI, LinuxContainerResources).
+    """
     changes = {
         name: value
         for name in Resources.__struct_fields__
-        if (value := getattr(wanted, name)) and name not in ("unified", "hugepage_limits")
+        if (value := getattr(requested, name)) and name not in ("unified", "hugepage_limits")
     }
     return Resources(
         **{name: getattr(current, name) for name in Resources.__struct_fields__}
         | changes
         | {
-            "unified": current.unified | wanted.unified,
-            "hugepage_limits": current.hugepage_limits | wanted.hugepage_limits,
+            "unified": current.unified | requested.unified,
+            "hugepage_limits": current.hugepage_limits | requested.hugepage_limits,
         }
     )
 
 
 def weight_of_shares(shares: int) -> int:
-    """cpu.weight (1 to 10000) for cpu.shares (2 to 262144): the line that all runtimes draw."""
+    """Return cpu.weight (1 to 10000) for cpu.shares (2 to 262144), linearly, as all OCI runtimes do."""
     bounded = min(max(shares, MIN_SHARES), MAX_SHARES)
     return 1 + (bounded - MIN_SHARES) * 9999 // (MAX_SHARES - MIN_SHARES)
 
@@ -146,7 +150,7 @@ def _members(text: str, name: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
-            raise InvalidSpec(f"{_FIELD}.{name}", f"{part!r} runs backwards", "such as 0-3,7")
+            raise InvalidSpec(f"{_FIELD}.{name}", f"{part!r} ends before it begins", "such as 0-3,7")
         bounds += [int(first), int(last or first)]
     return tuple(bounds)
 
@@ -158,10 +162,10 @@ def _hugepages(resources: Resources) -> dict[str, str]:
             raise InvalidSpec(
                 f"{_FIELD}.hugepage_limits", f"page size {size!r} is malformed", "such as 2MB or 1GB"
             )
-        # Clients send 0 for each page size of the host; the guest may not even know that size.
+        # Clients send 0 for each page size of the host, which the guest's kernel may not support.
         if limit > 0:
             files[f"hugetlb.{size}.max"] = str(limit)
-            # else a mapping beyond the limit is granted, and touching it is a bus error
+            # or a mapping beyond the limit succeeds, and touching it raises SIGBUS
             files[f"hugetlb.{size}.rsvd.max"] = str(limit)
     return files
 

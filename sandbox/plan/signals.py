@@ -1,7 +1,7 @@
-"""Names and numbers of signals, and the exit codes that they leave.
+"""Names and numbers of signals, and the exit codes of processes that they end. Pure.
 
-Numbers are Linux's for x86 and Arm. Real-time signals count from 34, as programs built with glibc
-see SIGRTMIN (signal(7)); the two below are the C library's own.
+Numbers are Linux's for x86 and Arm. Real-time signals begin at 34, which glibc calls SIGRTMIN
+(signal(7)); the C library uses the two below.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ _ACCEPTED = "a name such as SIGTERM, TERM or SIGRTMIN+3, or a number from 1 to 6
 
 
 def signal_number(name: str, field: str = "config.stop_signal") -> int:
-    """Raises InvalidSpec, with `field`, for what is no signal."""
+    """Return the number for a name such as SIGTERM, TERM or SIGRTMIN+3, or for a number as text.
+
+    Raises InvalidSpec with `field` for anything else.
+    """
     bare = name.strip().upper().removeprefix("SIG")
     number = _NUMBERS.get(bare, 0)
     if bare.isascii() and bare.isdigit() and len(bare) <= 3:
@@ -49,7 +52,7 @@ def signal_number(name: str, field: str = "config.stop_signal") -> int:
 
 
 def signal_name(number: int) -> str:
-    """The one name under which we report it: "SIGTERM", "SIGRTMIN+3"."""
+    """Return the canonical name: "SIGTERM", "SIGRTMIN+3"; the number as text where there is none."""
     if 1 <= number <= len(_FIXED):
         return f"SIG{_FIXED[number - 1]}"
     if number in (RTMIN, RTMAX):
@@ -61,22 +64,22 @@ def signal_name(number: int) -> str:
     return str(number)
 
 
-def resolve_stop_signal(wanted: str, image: str) -> str:
-    """The container's own, else the image's, else SIGTERM. Raises InvalidSpec for no signal."""
-    if wanted:
-        return signal_name(signal_number(wanted))
+def resolve_stop_signal(requested: str, image: str) -> str:
+    """Return the name of the requested stop signal, else of the image's, else SIGTERM. Raises InvalidSpec."""
+    if requested:
+        return signal_name(signal_number(requested))
     if image:
         return signal_name(signal_number(image, "the image's StopSignal"))
     return DEFAULT
 
 
 def exit_code_of(number: int) -> int:
-    """Of a process that this signal ended (CRI, ContainerStatus.exit_code, as shells have it)."""
+    """Return the exit code of a process that this signal ended, as shells and the CRI count it."""
     return 128 + number
 
 
 def describe_exit(code: int) -> str:
-    """For messages: "exit code 3", "exit code 137 (SIGKILL)"."""
+    """Return the exit code for a message: "exit code 3", "exit code 137 (SIGKILL)"."""
     ending = code - 128
     if 1 <= ending <= len(_FIXED) or RTMIN <= ending <= RTMAX:
         return f"exit code {code} ({signal_name(ending)})"

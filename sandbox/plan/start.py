@@ -1,4 +1,4 @@
-"""A container's Start message."""
+"""A whole container: namespaces, root, devices, files and limits around its first process. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.errors import InvalidSpec
-from sandbox.plan.devices import STANDARD, Wanted
+from sandbox.plan.devices import STANDARD, RequestedDevice
 from sandbox.plan.mounts import MountSource, compile_mounts, mount_targets, rootfs_propagation
 from sandbox.plan.paths import container_path, covers
 from sandbox.plan.pod_files import PodFiles
@@ -43,13 +43,13 @@ def compile_start(
     device_filter: bytes,
     apparmor: Policy = UNCONFINED,
     vcpus: int = 0,
-    devices: Sequence[Wanted],
+    devices: Sequence[RequestedDevice],
 ) -> ContainerPlan:
-    """Everything but the log stream, which the caller opens. Raises InvalidSpec with the field.
+    """Return the container's plan. Raises InvalidSpec with the field.
 
-    A privileged container gets the guest's own devices, a writable /sys and cgroup tree, and none
-    of its paths hidden (containerd, WithPrivileged). The guest is the fence, so the pod need not
-    be privileged for that.
+    A privileged container gets all devices of the guest, a writable /sys and cgroup tree, and no masked
+    or read-only paths (containerd, WithPrivileged). The VM isolates it, so the pod need not be privileged
+    for that.
     """
     security = container.security
     _check_namespaces(security, pod)
@@ -89,15 +89,18 @@ def limited(plan: ContainerPlan, resources: Resources, *, vcpus: int = 0) -> Con
 
 
 def _check_namespaces(security: SecuritySpec, pod: PodSpec) -> None:
-    """POD means what the pod has, which may be the node's; NODE must have been asked for with the pod."""
+    """Raise InvalidSpec for a namespace of the node that the pod was not started with.
+
+    POD means what the pod has, which may be the node's.
+    """
     at = "config.linux.security_context.namespace_options"
-    asked = {
+    requested = {
         "network": security.host_network,
         "pid": security.pid_mode is PidMode.NODE,
         "ipc": security.host_ipc,
     }
-    for field, wanted in asked.items():
-        if wanted and field not in pod.host_namespaces:
+    for field, is_requested in requested.items():
+        if is_requested and field not in pod.host_namespaces:
             raise InvalidSpec(f"{at}.{field}", "NODE: the sandbox was not started with it", "POD")
 
 
@@ -115,24 +118,29 @@ def _pid_target(container: ContainerSpec) -> str:
     return security.pid_target
 
 
-def _devices(container: ContainerSpec, wanted: Sequence[Wanted], own_dev: bool) -> tuple[DevicePlan, ...]:
-    """The standard nodes where /dev is ours to fill (a privileged one comes filled), then the asked."""
+def _devices(
+    container: ContainerSpec, requested: Sequence[RequestedDevice], own_dev: bool
+) -> tuple[DevicePlan, ...]:
+    """Return the standard nodes, then the requested ones.
+
+    A client's /dev gets no standard nodes, and a privileged container's has them already.
+    """
     standard = STANDARD if own_dev and not container.security.privileged else ()
     nodes = {node.path: node for node in standard}
-    nodes |= {each.node.path: each.node for each in wanted}
+    nodes |= {each.node.path: each.node for each in requested}
     return tuple(nodes.values())
 
 
 def _links(container: ContainerSpec, own_dev: bool) -> tuple[LinkPlan, ...]:
     if not own_dev:
         return ()
-    # the guest's own /dev has a ptmx, which finds the pts beside it
+    # the devtmpfs has a ptmx, which uses the pts next to it
     links = _LINKS[1:] if container.security.privileged else _LINKS
     return tuple(LinkPlan(path=path, target=target) for path, target in links)
 
 
 def _files(container: ContainerSpec, files: PodFiles, targets: Sequence[str]) -> tuple[FilePlan, ...]:
-    """A mount of the client's over the same path stands (the kubelet brings its own hosts file)."""
+    """Return the pod's files, less those that a mount of the client's covers (the kubelet's hosts file)."""
     ours = {
         "/etc/hostname": files.hostname,
         "/etc/hosts": files.hosts,
@@ -146,7 +154,7 @@ def _files(container: ContainerSpec, files: PodFiles, targets: Sequence[str]) ->
 
 
 def _hidden(container: ContainerSpec, paths: Sequence[str], name: str) -> tuple[str, ...]:
-    """As given, in one spelling; clients send the usual ones, none is assumed (CRI, masked_paths)."""
+    """Return the paths normalized. No defaults are added: clients send the usual ones (CRI, masked_paths)."""
     field = f"config.linux.security_context.{name}"
     checked = [container_path(path, f"{field}[{number}]") for number, path in enumerate(paths)]
     if "/" in checked:

@@ -1,7 +1,7 @@
-"""Who a container runs as: ids and names against the image's own passwd and group files.
+"""The ids of a container's processes: numbers, or names from the image's passwd and group files. Pure.
 
-Both files come from an image, so from a stranger: lines that make no sense are skipped, and no line
-can do more than name numbers. passwd(5), group(5). Pure.
+Both files come from an image and are not trusted: malformed lines are skipped, and the others yield
+nothing but ids and a home directory. passwd(5), group(5).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_LINE_BYTES = 1 << 20  # groups may list thousands of members
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedUser:
-    """`groups` begins with `gid` and goes on in rising order."""
+    """The ids of a process. `groups` is `gid`, then the others in ascending order."""
 
     uid: int = 0
     gid: int = 0
@@ -48,15 +48,15 @@ class _UserRequest:
 
 
 def resolve_user(security: SecuritySpec, image_user: str, *, passwd: bytes, group: bytes) -> ResolvedUser:
-    """The ids of a container's processes (contract: run_as_user, or run_as_username looked up, else
-    the image's User, else root).
+    """Return the ids: of run_as_user, else of run_as_username, else of the image's User, else root's.
 
-    A number need not be in passwd; its group is then 0. Merge adds the groups that /etc/group gives
-    the user, Strict does not (CRI, SupplementalGroupsPolicy). Raises InvalidSpec with the field.
+    `passwd` and `group` are the image's files. A number need not be in passwd; its group is then 0. Merge
+    adds the groups that /etc/group gives the user, Strict does not (CRI, SupplementalGroupsPolicy).
+    Raises InvalidSpec with the field.
     """
-    wish = _wish(security, image_user)
-    account = _account(wish, passwd)
-    gid = _gid(wish, group) if wish.group else account.gid
+    request = _requested(security, image_user)
+    account = _account(request, passwd)
+    gid = _gid(request, group) if request.group else account.gid
     others = {
         _checked_id(number, f"{_CONTEXT}.supplemental_groups[{index}]")
         for index, number in enumerate(security.supplemental_groups)
@@ -79,13 +79,13 @@ def image_user(user: str) -> tuple[int | None, str]:
     return None, name
 
 
-def _wish(security: SecuritySpec, from_image: str) -> _UserRequest:
+def _requested(security: SecuritySpec, from_image: str) -> _UserRequest:
     uid, gid = security.run_as_user, security.run_as_group
     if uid is not None and security.run_as_username:
         raise InvalidSpec(f"{_CONTEXT}.run_as_username", "is given together with run_as_user", "one of them")
     if gid is not None and uid is None and not security.run_as_username:
         raise InvalidSpec(
-            f"{_CONTEXT}.run_as_group", "is given without a user", "run_as_user or run_as_username beside it"
+            f"{_CONTEXT}.run_as_group", "is given without a user", "run_as_user or run_as_username as well"
         )
     group_field = f"{_CONTEXT}.run_as_group"
     group = "" if gid is None else str(_checked_id(gid, group_field))
@@ -98,29 +98,33 @@ def _wish(security: SecuritySpec, from_image: str) -> _UserRequest:
     return _UserRequest(user or "0", _IMAGE, image_group, _IMAGE)
 
 
-def _account(wish: _UserRequest, passwd: bytes) -> _Account:
-    if _is_number(wish.user):
-        uid = _checked_id(int(wish.user), wish.user_field)
+def _account(request: _UserRequest, passwd: bytes) -> _Account:
+    if _is_number(request.user):
+        uid = _checked_id(int(request.user), request.user_field)
         known = next((each for each in _accounts(passwd) if each.uid == uid), None)
         return known or _Account(b"", uid, 0, b"")
-    name = wish.user.encode("utf-8", "surrogateescape")
+    name = request.user.encode("utf-8", "surrogateescape")
     found = next((each for each in _accounts(passwd) if each.name == name), None)
     if found is None:
         raise InvalidSpec(
-            wish.user_field, f"no user {wish.user!r} in the image", "a number or a name in its /etc/passwd"
+            request.user_field,
+            f"no user {request.user!r} in the image",
+            "a number or a name in its /etc/passwd",
         )
     return found
 
 
-def _gid(wish: _UserRequest, group: bytes) -> int:
-    if _is_number(wish.group):
-        return _checked_id(int(wish.group), wish.group_field)
-    name = wish.group.encode("utf-8", "surrogateescape")
+def _gid(request: _UserRequest, group: bytes) -> int:
+    if _is_number(request.group):
+        return _checked_id(int(request.group), request.group_field)
+    name = request.group.encode("utf-8", "surrogateescape")
     for known, number, _ in _groups(group):
         if known == name:
             return number
     raise InvalidSpec(
-        wish.group_field, f"no group {wish.group!r} in the image", "a number or a name in its /etc/group"
+        request.group_field,
+        f"no group {request.group!r} in the image",
+        "a number or a name in its /etc/group",
     )
 
 
@@ -167,7 +171,7 @@ def _checked_id(number: int, field: str) -> int:
 
 
 def _home(field: bytes) -> str:
-    """An absolute path in UTF-8, or the root: it becomes an environment variable."""
+    """Return an absolute path in UTF-8, else the root: it becomes an environment variable."""
     try:
         home = field.decode()
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
-"""A profile, for one container, as BPF.
+"""A profile compiled to BPF for one container.
 
-The work is libseccomp's; here is what it does not know: rules that depend on the container, and
-system calls that are newer than the profile.
+libseccomp generates the code. This module adds what it does not support: rules that depend on the
+container, and system calls that are newer than the profile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _EPERM = 1
 _ENOSYS = 38
 _MAX_INSTRUCTIONS = 4096  # BPF_MAXINSNS
 
-# AUDIT_ARCH_* of linux/audit.h, with libseccomp's own number for x32
+# AUDIT_ARCH_* of linux/audit.h; for x32, libseccomp's number
 X86_64 = 0xC000_003E
 X86 = 0x4000_0003
 X32 = 0x4000_003E
@@ -43,7 +43,7 @@ _ARCHITECTURES = {
     "SCMP_ARCH_AARCH64": AARCH64,
     "SCMP_ARCH_ARM": ARM,
 }
-# Names of the guest's architectures: libseccomp's token, and Go's word in includes and excludes.
+# The guest's architectures: libseccomp's token, and Go's name in includes and excludes.
 _GUESTS = {"x86_64": ("SCMP_ARCH_X86_64", "amd64"), "aarch64": ("SCMP_ARCH_AARCH64", "arm64")}
 _X32_BIT = 0x4000_0000
 
@@ -60,7 +60,7 @@ _ACTIONS = {
 }
 _OPERATORS = {operator: number for number, operator in enumerate(Operator, start=1)}
 _SPEC_ALLOW = 4
-# WAIT_KILLABLE_RECV goes with a listener, which no guest has
+# WAIT_KILLABLE_RECV concerns listeners, which are rejected
 _FLAGS = {Flag.TSYNC: 1, Flag.LOG: 2, Flag.SPEC_ALLOW: _SPEC_ALLOW, Flag.WAIT_KILLABLE_RECV: 0}
 
 
@@ -68,10 +68,10 @@ _FLAGS = {Flag.TSYNC: 1, Flag.LOG: 2, Flag.SPEC_ALLOW: _SPEC_ALLOW, Flag.WAIT_KI
 def compile_profile(
     profile: Profile, granted: int, *, kernel: tuple[int, int], architecture: str = "x86_64"
 ) -> Filter:
-    """The filter for a container with these capabilities (a mask) on this guest kernel.
+    """Return the filter for a container with these capabilities (a mask) on a guest kernel of this version.
 
-    A function of its arguments alone, so its answers are kept. Raises InvalidSpec for a profile that
-    libseccomp refuses, MissingProgram.
+    Results are cached, as they depend on the arguments alone. Raises InvalidSpec for a profile that
+    libseccomp rejects or that has more than 4096 instructions, MissingProgram.
     """
     default = _action(profile.default_action, profile.default_errno_ret)
     tokens = _tokens(profile, architecture)
@@ -79,7 +79,8 @@ def compile_profile(
         rule
         for rule in profile.syscalls or ()
         if _applies(rule, granted, kernel, _GUESTS[architecture][1])
-        and _action(rule.action, rule.errno_ret) != default  # libseccomp calls these errors
+        and _action(rule.action, rule.errno_ret)
+        != default  # libseccomp rejects a rule with the default action
     ]
     try:
         with libseccomp.Context(default) as context:
@@ -89,7 +90,7 @@ def compile_profile(
                 _add(context, rule)
             bpf = _newer_calls(profile, default, tokens) + context.export()
     except libseccomp.FilterFailed as error:
-        raise InvalidSpec(_FIELD, f"libseccomp refuses the profile: {error}") from error
+        raise InvalidSpec(_FIELD, f"libseccomp rejects the profile: {error}") from error
     if len(bpf) > 8 * _MAX_INSTRUCTIONS:
         raise InvalidSpec(_FIELD, "the profile is too large", f"{_MAX_INSTRUCTIONS} BPF instructions at most")
     return Filter(bpf=bpf, flags=_flags(profile))
@@ -97,7 +98,7 @@ def compile_profile(
 
 def _flags(profile: Profile) -> int:
     if profile.flags is None:
-        return _SPEC_ALLOW  # as runc: speculation control costs more than it gives here
+        return _SPEC_ALLOW  # as runc: the cost of speculation control exceeds its use
     total = 0
     for flag in profile.flags:
         total |= _FLAGS[flag]
@@ -113,7 +114,7 @@ def _action(action: Action, errno: int | None) -> int:
 
 
 def _tokens(profile: Profile, architecture: str) -> tuple[int, ...]:
-    """The guest's own, and those of the profile that its kernel can run besides."""
+    """Return the guest's architecture, and those of the profile that its kernel can run as well."""
     native = _GUESTS[architecture][0]
     names = [native, *(profile.architectures or ())]
     for entry in profile.arch_map or ():
@@ -140,7 +141,7 @@ def _add(context: libseccomp.Context, rule: Rule) -> None:
     action = _action(rule.action, rule.errno_ret)
     compares = [_compare(argument) for argument in rule.args or ()]
     repeated = len({index for index, *_ in compares}) < len(compares)
-    # One rule cannot test an argument twice; the OCI runtimes then take the tests as alternatives.
+    # A rule cannot test an argument twice; OCI runtimes then treat the tests as alternatives.
     alternatives = [[compare] for compare in compares] if repeated else [compares]
     for name in rule.all_names():
         for alternative in alternatives:
@@ -157,10 +158,10 @@ _NUMBER_OFFSET, _ARCHITECTURE_OFFSET = 0, 4
 
 
 def _newer_calls(profile: Profile, default: int, tokens: Sequence[int]) -> bytes:
-    """Instructions to stand in front of a filter that answers unknown calls with an error.
+    """Return instructions to prepend to a filter that fails unknown calls with an error.
 
-    A C library that tries a new system call falls back on ENOSYS but believes EPERM, so calls with
-    numbers above every one that the profile names, hence newer than it, must get ENOSYS.
+    A C library that tries a new system call falls back on ENOSYS and fails on EPERM. So calls whose
+    numbers are above all that the profile names, and which are therefore newer, must fail with ENOSYS.
     """
     if profile.default_action is not Action.ERRNO or default == _ACTIONS[Action.ERRNO] | _ENOSYS:
         return b""

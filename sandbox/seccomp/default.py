@@ -1,11 +1,11 @@
 """The RuntimeDefault profile: what programs in containers need, and nothing that manages a kernel.
 
-An allow list; everything else fails with EPERM, and calls newer than the list with ENOSYS (see
-`compiler`). It follows the behaviour that users of Docker, containerd and CRI-O rely on: system
-calls that manage the machine come with the capability for it, and only then.
+An allow list; any other call fails with EPERM, and one newer than the list with ENOSYS (see
+`compiler`). It behaves as users of Docker, containerd and CRI-O expect: system calls that manage the
+machine are allowed with the capability for them, and only then.
 
-The lists are ours to keep: a new kernel's calls are added here when they are harmless in a
-container. Names of other architectures stand among them; libseccomp knows which exist where.
+We maintain the lists: a new kernel's calls are added when they are harmless in a container. They include
+calls of other architectures; libseccomp knows which exist where.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ENOSYS = 38
 AF_VSOCK = 40
 # CLONE_NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWNS (sched(7), clone(2))
 NAMESPACE_FLAGS = 0x7E02_0000
-# PER_LINUX, PER_LINUX32, UNAME26 with either, and the question "which is it?" (personality(2))
+# PER_LINUX, PER_LINUX32, UNAME26 with either, and the query of the current one (personality(2))
 PERSONALITIES = (0x0, 0x0008, 0x2_0000, 0x2_0008, 0xFFFF_FFFF)
 
 _FILES = """
@@ -88,10 +88,10 @@ recvmmsg_time64 recvmsg send sendmmsg sendmsg sendto setsockopt shutdown socketc
 """
 # of x86 only
 _SEGMENTS = "arch_prctl modify_ldt"
-# Debuggers see the container's own processes; kernels before 4.8 let a tracer escape this filter.
+# Debuggers may trace the container's processes; before Linux 4.8 a tracer could bypass this filter.
 _TRACING = "process_vm_readv process_vm_writev ptrace"
 
-# What a capability opens besides.
+# Calls that a capability allows in addition.
 _MANAGING = {
     "CAP_BPF": "bpf",
     "CAP_DAC_READ_SEARCH": "open_by_handle_at",
@@ -116,6 +116,7 @@ _MANAGING = {
 
 @cache
 def default_profile() -> Profile:
+    """Return the RuntimeDefault profile."""
     everyone = (
         _FILES, _ATTRIBUTES, _WAITING, _MEMORY, _PROCESSES, _SIGNALS, _IDS, _TIME, _SYNCHRONISING, _NETWORK
     )  # fmt: skip
@@ -132,7 +133,7 @@ def default_profile() -> Profile:
                 _allow(("personality",), args=(Argument(index=0, value=value, op=Operator.EQ),))
                 for value in PERSONALITIES
             ),
-            # the guest's vsock, where there is one, belongs to its agent
+            # the guest's vsock, if any, is the agent's
             _allow(("socket",), args=(Argument(index=0, value=AF_VSOCK, op=Operator.NE),)),
             *_threads(),
             *(
@@ -144,8 +145,11 @@ def default_profile() -> Profile:
 
 
 def _threads() -> tuple[Rule, Rule]:
-    """New threads and processes, but no new namespaces. The flags of clone3 lie in memory, where
-    a filter cannot look, so it is hidden: C libraries then fall back to clone."""
+    """Allow new threads and processes without new namespaces.
+
+    The flags of clone3 are in memory, which a filter cannot read, so it fails with ENOSYS: C libraries
+    then fall back to clone.
+    """
     without = Circumstances(caps=("CAP_SYS_ADMIN",))
     same_namespaces = Argument(index=0, value=NAMESPACE_FLAGS, value_two=0, op=Operator.MASKED_EQ)
     return (

@@ -21,11 +21,11 @@ LIBRARY = "libseccomp.so.2"
 _ATTR_OPTIMIZE = 8  # SCMP_FLTATR_CTL_OPTIMIZE
 _BINARY_TREE = 2
 _NO_SUCH_CALL = -1  # __NR_SCMP_ERROR
-_API_LEVEL = 6  # of libseccomp 2.5: everything that we ask for, whatever the host's kernel is
+_API_LEVEL = 6  # of libseccomp 2.5: all that is used here, whatever the host's kernel supports
 
 
 class FilterFailed(SandboxError):
-    """libseccomp refused; `code` is an errno."""
+    """A call of libseccomp failed; `code` is an errno."""
 
     def __init__(self, call: str, code: int) -> None:
         super().__init__(f"{call}: {os.strerror(code)}")
@@ -44,7 +44,7 @@ class _Compare(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Raises MissingProgram."""
+    """Load the library. Raises MissingProgram."""
     try:
         library = ctypes.CDLL(LIBRARY)
     except OSError as error:
@@ -66,17 +66,20 @@ def _library() -> ctypes.CDLL:
     library.seccomp_syscall_resolve_name.argtypes = [ctypes.c_char_p]
     library.seccomp_syscall_resolve_name_arch.argtypes = [ctypes.c_uint32, ctypes.c_char_p]
     library.seccomp_export_bpf.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    library.seccomp_api_set(ctypes.c_uint(_API_LEVEL))  # an older library keeps its own, lower level
+    library.seccomp_api_set(ctypes.c_uint(_API_LEVEL))  # an older library keeps its lower level
     return library
 
 
 def resolve(name: str, architecture: int) -> int:
-    """Number of a system call there; negative when it has none. Raises MissingProgram."""
+    """Return the call's number on this architecture; negative: it has none. Raises MissingProgram."""
     return int(_library().seccomp_syscall_resolve_name_arch(architecture, name.encode()))
 
 
 class Context:
-    """Use as a context manager. Raises MissingProgram, and FilterFailed from every method."""
+    """A filter being built, as a context manager that frees it.
+
+    Creating one raises MissingProgram; every method raises FilterFailed.
+    """
 
     def __init__(self, default_action: int) -> None:
         self._library = _library()
@@ -94,22 +97,24 @@ class Context:
             self._library.seccomp_release(self._handle)
             self._handle = None
 
-    def use_architectures(self, wanted: Sequence[int]) -> None:
-        """Exactly these; a new context has the host's own."""
-        for token in wanted:
+    def use_architectures(self, tokens: Sequence[int]) -> None:
+        """Apply the filter to these architectures alone; a new one applies to the host's."""
+        for token in tokens:
             if self._library.seccomp_arch_exist(self._handle, token) != 0:
                 _check("seccomp_arch_add", self._library.seccomp_arch_add(self._handle, token))
         native = self._library.seccomp_arch_native() & 0xFFFF_FFFF
-        if native not in wanted:
+        if native not in tokens:
             _check("seccomp_arch_remove", self._library.seccomp_arch_remove(self._handle, native))
 
     def sort_as_tree(self) -> None:
-        """A search instead of a list for filters of hundreds of calls; libseccomp before 2.5 has none."""
+        """Find calls by binary search instead of in a list; no effect before libseccomp 2.5."""
         self._library.seccomp_attr_set(self._handle, _ATTR_OPTIMIZE, _BINARY_TREE)
 
     def add(self, name: str, action: int, compares: Sequence[CompareTriple]) -> None:
-        """A rule on every architecture that has the call; a name that libseccomp does not know is
-        skipped, as the OCI runtimes do (it may be of a newer kernel)."""
+        """Add a rule on every architecture that has the call.
+
+        A name that libseccomp does not know is skipped, as OCI runtimes do: a newer kernel may have it.
+        """
         number = self._library.seccomp_syscall_resolve_name(name.encode())
         if number == _NO_SUCH_CALL:
             return
@@ -118,7 +123,7 @@ class Context:
         _check(f"seccomp_rule_add({name})", code)
 
     def export(self) -> bytes:
-        """struct sock_filter[]."""
+        """Return the filter as an array of struct sock_filter."""
         file = os.memfd_create("husk-seccomp", os.MFD_CLOEXEC)
         try:
             _check("seccomp_export_bpf", self._library.seccomp_export_bpf(self._handle, file))

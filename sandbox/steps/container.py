@@ -17,7 +17,7 @@ from sandbox.apparmor import Policy
 from sandbox.container import Container
 from sandbox.host.openat import make_beneath
 from sandbox.plan import MountSource, compile_start, device_filter_for
-from sandbox.plan.devices import Wanted
+from sandbox.plan.devices import RequestedDevice
 from sandbox.plan.paths import covers
 from sandbox.plan.pod_files import PodFiles, pod_files
 from sandbox.plan.users import resolve_user
@@ -38,7 +38,7 @@ class CompiledPlan:
     store: RootfsStore
     rootfs: Callable[[Container], str]
     sources: Callable[[Container], Sequence[MountSource]]
-    devices: Callable[[ContainerSpec], Sequence[Wanted]]
+    devices: Callable[[ContainerSpec], Sequence[RequestedDevice]]
     policy: Callable[[AppArmor], Policy]
     name = "plan"
 

@@ -38,7 +38,7 @@ from sandbox.host.limiter import Limiter
 from sandbox.host.tasks import end
 from sandbox.lifecycle import Parallel, Steps
 from sandbox.plan import compile_identity, compile_network
-from sandbox.plan.devices import wanted_devices
+from sandbox.plan.devices import guest_devices
 from sandbox.plan.encode import encode_configuration
 from sandbox.plan.shares import GUEST_ROOTFS, GUEST_VOLUMES, ROOTFS_TAG, SHM_BYTES, VOLUMES_TAG
 from sandbox.plan.vm import FIRST_MAC, MAX_NICS, HostSize, base_size, can_grow, plan_vm
@@ -339,6 +339,6 @@ def plan_for_guest(store: RootfsStore, default_profile: Path) -> CompiledPlan:
         store,
         guest_root,
         find_sources,
-        wanted_devices,
+        guest_devices,
         lambda wanted: policy_for(wanted, default_profile),
     )

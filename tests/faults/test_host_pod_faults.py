@@ -185,7 +185,7 @@ def _struck(original: Callable[..., Any], moment: str) -> Callable[..., Awaitabl
 @pytest.mark.parametrize(
     "fields", [{}, {"pid_mode": PidMode.NODE}, {"host_ipc": True}], ids=["network", "pid too", "ipc too"]
 )
-async def test_a_pod_starts_and_goes_and_leaves_nothing(daemon: Daemon, fields: dict[str, Any]) -> None:
+async def test_pod_started_and_removed_leaves_nothing(daemon: Daemon, fields: dict[str, Any]) -> None:
     pod = await daemon.pods.run(pod_spec(**fields))
     container = await daemon.containers.create(pod, container_spec())
     await daemon.containers.start(container)
@@ -200,7 +200,7 @@ async def test_a_pod_starts_and_goes_and_leaves_nothing(daemon: Daemon, fields: 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("number", range(5))
-async def test_whichever_step_of_a_pod_fails_all_is_undone(
+async def test_failure_in_any_step_of_a_pod_undoes_all(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, number: int, moment: str
 ) -> None:
     step: Any = daemon.engine.pods.pod_steps[number]
@@ -214,7 +214,7 @@ async def test_whichever_step_of_a_pod_fails_all_is_undone(
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("number", range(5))
-async def test_killed_in_whichever_step_of_a_pod_the_next_start_undoes_it(
+async def test_daemon_killed_in_any_step_of_a_pod_is_undone_by_the_next(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, number: int, moment: str
 ) -> None:
     step: Any = daemon.engine.pods.pod_steps[number]
@@ -253,7 +253,7 @@ FAILURES = [(owner, name, "before" if name == "start" else moment) for owner, na
 @pytest.mark.parametrize(
     ("owner", "name", "moment"), FAILURES, ids=lambda each: getattr(each, "__name__", each)
 )
-async def test_a_start_that_fails_leaves_nothing(
+async def test_failed_container_start_leaves_nothing(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, moment: str
 ) -> None:
     pod = await daemon.pods.run(pod_spec())
@@ -273,7 +273,7 @@ async def test_a_start_that_fails_leaves_nothing(
 @pytest.mark.parametrize(
     ("owner", "name", "moment"), MOMENTS, ids=lambda each: getattr(each, "__name__", each)
 )
-async def test_killed_before_a_program_runs_the_container_can_be_started_again(
+async def test_daemon_killed_before_the_program_runs_leaves_a_startable_container(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, moment: str
 ) -> None:
     pod = await daemon.pods.run(pod_spec())
@@ -286,7 +286,7 @@ async def test_killed_before_a_program_runs_the_container_can_be_started_again(
 
 
 @pytest.mark.parametrize("ends", [False, True])
-async def test_killed_behind_the_start_the_container_is_taken_up(
+async def test_daemon_killed_after_the_start_recovers_the_container(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
     pod = await daemon.pods.run(pod_spec())
@@ -327,7 +327,7 @@ async def _kill_in_start(
     await daemon.restart()
 
 
-async def test_an_exec_of_a_daemon_that_was_killed_is_ended_by_the_next(daemon: Daemon) -> None:
+async def test_exec_of_a_killed_daemon_is_ended_by_the_next(daemon: Daemon) -> None:
     pod = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(pod, container_spec())
     await daemon.containers.start(container)
@@ -341,7 +341,7 @@ async def test_an_exec_of_a_daemon_that_was_killed_is_ended_by_the_next(daemon: 
     session.close()
 
 
-async def test_after_a_reboot_nothing_is_believed(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reboot_invalidates_recorded_processes(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     pod = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(pod, container_spec())
     await daemon.containers.start(container)
@@ -355,7 +355,7 @@ async def test_after_a_reboot_nothing_is_believed(daemon: Daemon, monkeypatch: p
         assert (ended.state, ended.exit_code) == (ContainerState.EXITED, 137)
 
 
-async def test_what_has_no_record_is_ended(daemon: Daemon) -> None:
+async def test_processes_without_record_are_ended(daemon: Daemon) -> None:
     pod = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(pod, container_spec())
     await daemon.containers.start(container)
@@ -370,7 +370,7 @@ async def test_what_has_no_record_is_ended(daemon: Daemon) -> None:
     daemon.assert_empty()
 
 
-async def test_a_pod_whose_first_process_ended_while_nobody_looked(daemon: Daemon) -> None:
+async def test_pod_whose_first_process_ended_without_a_daemon_is_not_ready(daemon: Daemon) -> None:
     pod = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(pod, container_spec())
     await daemon.containers.start(container)
@@ -391,7 +391,7 @@ async def test_a_pod_whose_first_process_ended_while_nobody_looked(daemon: Daemo
         ({"security": SecuritySpec(add_capabilities=("SYS_BOOT",))}, "add_capabilities: SYS_BOOT"),
     ],
 )
-async def test_what_cannot_be_had_is_refused_with_the_container(
+async def test_unavailable_request_fails_container_creation(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], problem: str
 ) -> None:
     few = NodeLimits(open_files=1024, capabilities=1)
@@ -402,7 +402,9 @@ async def test_what_cannot_be_had_is_refused_with_the_container(
     assert list(daemon.container_store) == []
 
 
-async def test_conmon_that_cannot_run(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_conmon_that_cannot_run_fails_the_start(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pod = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(pod, container_spec())
 
@@ -415,7 +417,7 @@ async def test_conmon_that_cannot_run(daemon: Daemon, monkeypatch: pytest.Monkey
             await daemon.containers.start(container)
 
 
-async def test_programs_that_are_missing_are_named_before_anything_is_made(
+async def test_missing_programs_are_named_before_anything_is_made(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conmon, "CRUN", "no-such-crun")

@@ -127,7 +127,7 @@ def _handle(pid: int) -> VmHandle:
     return VmHandle(hypervisor="", spec=spec, vmm=identity, helpers={"volumes": identity}, channel="")
 
 
-async def test_volumes_are_seen_by_who_exports_them_alone(site: Site) -> None:
+async def test_volumes_are_mounted_in_the_exporters_namespace_alone(site: Site) -> None:
     (site.root / "single").write_text("a file")
     single = MountSpec(container_path="/y", host_path=str(site.root / "single"))
     container = site.container(site.volume(), single)
@@ -140,7 +140,7 @@ async def test_volumes_are_seen_by_who_exports_them_alone(site: Site) -> None:
     assert site.mounted() == []
 
 
-async def test_a_second_volume_that_is_missing_undoes_the_first(site: Site) -> None:
+async def test_missing_second_volume_undoes_the_first(site: Site) -> None:
     gone = MountSpec(container_path="/y", host_path=str(site.root / "gone"))
     container = site.container(site.volume(), gone)
     with pytest.raises(InvalidSpec, match="does not exist"):
@@ -149,7 +149,7 @@ async def test_a_second_volume_that_is_missing_undoes_the_first(site: Site) -> N
     assert (site.mounted(), (site.root / "volume").is_dir()) == ([], True)
 
 
-async def test_undone_twice_and_never_done(site: Site) -> None:
+async def test_down_is_idempotent_also_without_up(site: Site) -> None:
     container = site.container(site.volume())
     await site.step.down(container)
     await site.step.up(container)
@@ -159,13 +159,13 @@ async def test_undone_twice_and_never_done(site: Site) -> None:
     assert (site.root / "volume/kept").read_text() == "of the host"
 
 
-async def test_undone_by_a_daemon_that_remembers_only_the_record(site: Site) -> None:
+async def test_down_after_restart_needs_the_record_alone(site: Site) -> None:
     await site.step.up(site.container(site.volume()))
     await site.step.down(site.container(site.volume()))
     assert site.mounted() == []
 
 
-async def test_undone_when_the_exporter_is_gone(site: Site) -> None:
+async def test_down_after_the_exporters_end_succeeds(site: Site) -> None:
     container = site.container(site.volume())
     await site.step.up(container)
     site.exporter.kill()
@@ -179,7 +179,7 @@ async def test_undone_when_the_exporter_is_gone(site: Site) -> None:
     await site.step.down(container)
 
 
-async def test_an_image_that_cannot_be_mounted_leaves_none(site: Site) -> None:
+async def test_image_that_cannot_be_mounted_leaves_no_mounts(site: Site) -> None:
     images = tuple(ImageVolume(mount=n, image_id="i", chain_ids=()) for n in (0, 1))
     wishes = [MountSpec(container_path=f"/{n}", host_path="", image="i", readonly=True) for n in (0, 1)]
     container = site.container(*wishes, images=images)
@@ -200,7 +200,7 @@ def huge(tmp_path: Path) -> Iterator[Path]:
     mounts.unmount_tree(path)
 
 
-async def test_huge_pages_are_told_and_attached_to_nothing(site: Site, huge: Path) -> None:
+async def test_huge_page_volume_is_requested_of_the_guest_and_not_attached(site: Site, huge: Path) -> None:
     """A hugetlbfs of the host cannot be exported: its files are only mapped."""
     wish = MountSpec(container_path="/huge", host_path=str(huge))
     container = site.container(wish, site.volume())
@@ -215,7 +215,7 @@ async def test_huge_pages_are_told_and_attached_to_nothing(site: Site, huge: Pat
 
 
 @pytest.mark.parametrize("problem", ["is a file on huge pages", "are not shifted"])
-async def test_huge_pages_that_cannot_be_had(site: Site, huge: Path, problem: str) -> None:
+async def test_unusable_huge_page_volume_is_rejected(site: Site, huge: Path, problem: str) -> None:
     (huge / "file").touch()
     ids = UserNamespace(uids=(IdRange(inside=0, outside=1000, length=10),), gids=())
     wish = MountSpec(container_path="/huge", host_path=str(huge), ids=ids)

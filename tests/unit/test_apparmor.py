@@ -1,4 +1,4 @@
-"""AppArmor on the host: what is loaded is found by its name, and the default profile compiles."""
+"""AppArmor: loaded profiles are found by name, and the default profile compiles."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load(parent: Path, directory: str, name: str, binary: bytes | None) -> Path:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
-    """As a kernel shows it: slashes and the like of names are gone from those of directories."""
+    """securityfs as a kernel shows it: special characters of names are replaced in those of directories."""
     policy = tmp_path / "policy"
     parent = load(policy, "usr.bin.man.1", "/usr/bin/man", b"of man")
     load(parent, "man_groff.2", "man_groff", b"of its child")
@@ -55,7 +55,7 @@ def host(tmp_path: Path) -> Path:
         ("spaced name", b"spaced"),
     ],
 )
-def test_a_loaded_profile_is_found(host: Path, name: str, binary: bytes) -> None:
+def test_localhost_profile_that_is_loaded_is_read(host: Path, name: str, binary: bytes) -> None:
     assert policy_for(local(name), Path("/nowhere"), host) == Policy(profile=name, binary=binary)
     assert profile_name(local(name)) == name
 
@@ -70,22 +70,22 @@ def test_a_loaded_profile_is_found(host: Path, name: str, binary: bytes) -> None
         ("../profiles/man.3", "not loaded"),
         ("*", "not loaded"),
         ("man//", "not loaded"),
-        ("hidden", "does not give its policy"),
+        ("hidden", "does not export its policy"),
         ("huge", "larger than"),
     ],
 )
-def test_what_cannot_be_had_is_refused(host: Path, name: str, problem: str) -> None:
+def test_unavailable_profile_is_rejected_with_reason(host: Path, name: str, problem: str) -> None:
     with pytest.raises(InvalidSpec, match=problem) as caught:
         policy_for(local(name), Path("/nowhere"), host)
     assert caught.value.field == "config.linux.security_context.apparmor.localhost_ref"
 
 
-def test_a_host_without_apparmor(tmp_path: Path) -> None:
+def test_localhost_profile_on_host_without_apparmor_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InvalidSpec, match="this host's kernel has no AppArmor"):
         policy_for(local("man"), Path("/nowhere"), tmp_path / "policy")
 
 
-def test_the_default_profile_is_the_compiled_one(tmp_path: Path) -> None:
+def test_runtime_default_is_the_compiled_profile(tmp_path: Path) -> None:
     compiled = tmp_path / "apparmor"
     with pytest.raises(InvalidSpec, match="husk guest build") as caught:
         policy_for(DEFAULT, compiled)
@@ -95,7 +95,7 @@ def test_the_default_profile_is_the_compiled_one(tmp_path: Path) -> None:
     assert profile_name(DEFAULT) == NAME
 
 
-def test_unconfined_looks_nowhere() -> None:
+def test_unconfined_reads_no_files() -> None:
     assert policy_for(AppArmor(), Path("/nowhere"), Path("/nowhere")) == UNCONFINED
     assert profile_name(AppArmor()) == "unconfined"
 
@@ -103,7 +103,7 @@ def test_unconfined_looks_nowhere() -> None:
 # ----------------------------------------------------------------------------------- compiling
 
 
-async def test_the_default_profile_compiles_to_the_same_bytes(tmp_path: Path) -> None:
+async def test_default_profile_compiles_reproducibly(tmp_path: Path) -> None:
     policies = [
         await compile_default(apparmor.parser(), tmp_path / "none", tmp_path, print) for _ in range(2)
     ]
@@ -112,8 +112,8 @@ async def test_the_default_profile_compiles_to_the_same_bytes(tmp_path: Path) ->
     assert NAME.encode() in policies[0]
 
 
-async def test_rules_are_kept(tmp_path: Path) -> None:
-    """One that the features know not would be dropped, and then both were the same."""
+async def test_rules_of_default_profile_are_in_the_policy(tmp_path: Path) -> None:
+    """A rule that the features do not include would be dropped, and the policy without it be the same."""
     policies = {PROFILE: await compile_policy(apparmor.parser(), PROFILE, tmp_path)}
     for rule in (line for line in PROFILE.splitlines() if line.startswith("  ") and line.endswith(",")):
         without = PROFILE.replace(f"{rule}\n", "")
@@ -122,12 +122,12 @@ async def test_rules_are_kept(tmp_path: Path) -> None:
     assert len(set(policies.values())) == len(policies)
 
 
-async def test_a_broken_profile_is_told(tmp_path: Path) -> None:
+async def test_invalid_profile_fails_the_build_with_reason(tmp_path: Path) -> None:
     with pytest.raises(packages.BuildFailed, match="syntax error"):
         await compile_policy(apparmor.parser(), "profile x { nonsense }", tmp_path)
 
 
-async def test_without_a_parser_there_is_no_default_profile(
+async def test_build_without_parser_has_no_default_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def unknown(package: str) -> str:
@@ -138,11 +138,11 @@ async def test_without_a_parser_there_is_no_default_profile(
     lines: list[str] = []
     assert await compile_default(None, tmp_path / "packages", tmp_path, lines.append) == b""
     assert len(lines) == 1
-    assert "RuntimeDefault will be refused" in lines[0]
+    assert "RuntimeDefault will be rejected" in lines[0]
     assert "apt-get update" in lines[0]
 
 
-async def test_an_installed_parser_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_installed_parser_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "WHERE", str(apparmor.parser().parent))
     assert await find_parser(tmp_path / "packages", tmp_path, print) == apparmor.parser()
     assert not (tmp_path / "packages").exists()

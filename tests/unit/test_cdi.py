@@ -1,4 +1,4 @@
-"""CDI: files, names, which description counts, and what of a device a VM can be given."""
+"""CDI: files, names, which specification counts, and which edits a VM supports."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def described(edits: dict[str, Any], common: dict[str, Any] | None = None, **fie
 
 
 def container(*names: str, **fields: Any) -> ContainerSpec:
-    wishes = tuple(
+    requests = tuple(
         CdiRequest(name=name, field=f"config.CDI_devices[{number}].name") for number, name in enumerate(names)
     )
-    return ContainerSpec(name="c", image="i", cdi_devices=wishes, **fields)
+    return ContainerSpec(name="c", image="i", cdi_devices=requests, **fields)
 
 
 def applied(tree: dict[str, Any], spec: ContainerSpec | None = None) -> ContainerSpec:
@@ -52,7 +52,7 @@ devices:
 """
 
 
-def test_yaml_is_json_written_otherwise() -> None:
+def test_yaml_specification_is_parsed_like_json() -> None:
     spec = parse(YAML, "a.yaml")
     assert (spec.kind, spec.devices[0].name, spec.annotations) == ("vendor.test/gpu", "0", {"a": "b"})
     (node,) = spec.devices[0].container_edits.device_nodes
@@ -77,16 +77,16 @@ def test_yaml_is_json_written_otherwise() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a.json", "a.yaml"])
-def test_files_that_are_none(data: Any, problem: str, name: str) -> None:
+def test_invalid_specification_is_rejected(data: Any, problem: str, name: str) -> None:
     raw = data if isinstance(data, bytes) else json.dumps(data).encode()
     with pytest.raises(SpecBroken, match=problem):
         parse(raw, name)
 
 
-# ---------------------------------------------------------------------------------- what is given
+# ------------------------------------------------------------------------------------- the edits
 
 
-def test_what_a_vm_can_have_is_added() -> None:
+def test_edits_that_a_vm_supports_are_added() -> None:
     edits = {
         "env": ["A=new", "B=x=y"],
         "mounts": [
@@ -124,7 +124,7 @@ def test_what_a_vm_can_have_is_added() -> None:
     assert after.security.supplemental_groups == (8, 9, 7)
 
 
-def test_what_all_devices_of_a_file_share_is_added_once() -> None:
+def test_edits_common_to_a_file_are_added_once() -> None:
     one = {"containerEdits": {"mounts": [{"hostPath": "/a", "containerPath": "/a"}]}}
     tree = described({}, {"mounts": [{"hostPath": "/b", "containerPath": "/b"}]})
     tree["devices"] = [{"name": "0", **one}, {"name": "1", **one}]
@@ -143,16 +143,16 @@ def test_what_all_devices_of_a_file_share_is_added_once() -> None:
         ({"intelRdt": {"closID": "x"}}, "intelRdt"),
         ({"netDevices": [{"hostInterfaceName": "eth9", "name": "x"}]}, "netDevices"),
         ({"env": ["NONE"]}, "'NONE' is not NAME=VALUE"),
-        ({"additionalGids": [2**32 - 1]}, "4294967295 is not an id"),
-        ({"additionalGIDs": [-1]}, "-1 is not an id"),
-        ({"mounts": [{"hostPath": "t", "containerPath": "/t"}]}, "not of an absolute path"),
+        ({"additionalGids": [2**32 - 1]}, "4294967295 is not a valid id"),
+        ({"additionalGIDs": [-1]}, "-1 is not a valid id"),
+        ({"mounts": [{"hostPath": "t", "containerPath": "/t"}]}, "does not have an absolute path"),
         ({"mounts": [{"hostPath": "/t", "containerPath": "/t", "type": "tmpfs"}]}, "of type 'tmpfs'"),
         ({"mounts": [{"hostPath": "/t", "containerPath": "/t", "options": ["sync"]}]}, "option 'sync'"),
         ({"mounts": [{"hostPath": "/t", "containerPath": "/t", "options": ["rshared"]}]}, "not privileged"),
     ],
 )
 @pytest.mark.parametrize("common", [False, True])
-def test_what_a_vm_cannot_have_is_refused_by_the_devices_name(
+def test_unsupported_edits_are_rejected_with_device_and_field(
     edits: dict[str, Any], problem: str, common: bool
 ) -> None:
     tree = described({}, edits) if common else described(edits)
@@ -162,7 +162,7 @@ def test_what_a_vm_cannot_have_is_refused_by_the_devices_name(
     assert "'vendor.test/gpu=0'" in caught.value.problem
 
 
-def test_a_pod_without_a_vm_has_the_hosts_devices() -> None:
+def test_pod_without_vm_gets_device_of_host() -> None:
     tree = described({"deviceNodes": [{"path": "/dev/card", "hostPath": "/dev/dri/card0"}]})
     found = gather([[("/etc/cdi/a.json", parse(json.dumps(tree).encode(), "a.json"))]])
     given = apply(container("vendor.test/gpu=0"), found, in_vm=False)
@@ -170,8 +170,8 @@ def test_a_pod_without_a_vm_has_the_hosts_devices() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu", "vendor.test/gpu", "vendor.test/gpu=", "=0", "v/c=a/b", ""])
-def test_names_that_are_none(name: str) -> None:
-    with pytest.raises(InvalidSpec, match="not a CDI device's name") as caught:
+def test_malformed_device_name_is_rejected(name: str) -> None:
+    with pytest.raises(InvalidSpec, match="not the name of a CDI device") as caught:
         applied(described({}), container(name))
     assert caught.value.field == FIELD
 
@@ -195,17 +195,17 @@ def marked(text: str) -> dict[str, Any]:
     return described({"env": [f"FROM={text}"]})
 
 
-def test_the_later_directory_counts(dirs: tuple[Path, Path, Path]) -> None:
+def test_device_in_two_directories_is_taken_from_the_later(dirs: tuple[Path, Path, Path]) -> None:
     etc, run, _ = dirs
     write(etc / "a.json", marked("etc"))
-    wish = container("vendor.test/gpu=0")
-    assert dict(with_devices(wish, dirs).envs) == {"FROM": b"etc"}
+    requesting = container("vendor.test/gpu=0")
+    assert dict(with_devices(requesting, dirs).envs) == {"FROM": b"etc"}
     write(run / "b.yaml", marked("run"))
-    assert dict(with_devices(wish, dirs).envs) == {"FROM": b"run"}
-    assert dict(with_devices(wish, (run, etc)).envs) == {"FROM": b"etc"}
+    assert dict(with_devices(requesting, dirs).envs) == {"FROM": b"run"}
+    assert dict(with_devices(requesting, (run, etc)).envs) == {"FROM": b"etc"}
 
 
-def test_two_in_one_directory_are_one_too_many(dirs: tuple[Path, Path, Path]) -> None:
+def test_device_twice_in_one_directory_is_rejected(dirs: tuple[Path, Path, Path]) -> None:
     etc, run, _ = dirs
     for name in ("a.json", "b.json", "c.json"):
         write(etc / name, marked(name))
@@ -215,7 +215,7 @@ def test_two_in_one_directory_are_one_too_many(dirs: tuple[Path, Path, Path]) ->
     assert dict(with_devices(container("vendor.test/gpu=0"), dirs).envs) == {"FROM": b"run"}
 
 
-def test_an_unknown_name_is_refused_with_what_is_known_and_what_is_broken(
+def test_unknown_device_is_rejected_with_known_names_and_broken_files(
     dirs: tuple[Path, Path, Path],
 ) -> None:
     etc, run, _ = dirs
@@ -230,11 +230,11 @@ def test_an_unknown_name_is_refused_with_what_is_known_and_what_is_broken(
     assert f"{run / 'broken.json'}: cannot be read" in caught.value.problem
     assert caught.value.accepted == "vendor.test/gpu=0"
     assert "other.txt" not in str(caught.value) and "folder" not in str(caught.value)
-    with pytest.raises(InvalidSpec, match="none, as this node has no CDI devices"):
+    with pytest.raises(InvalidSpec, match="none: this node has no CDI devices"):
         with_devices(container("vendor.test/gpu=1"), ())
 
 
-def test_many_names_are_cut_and_large_files_not_read(dirs: tuple[Path, Path, Path]) -> None:
+def test_error_names_twenty_devices_and_files_too_large(dirs: tuple[Path, Path, Path]) -> None:
     etc, run, _ = dirs
     devices = [{"name": str(number), "containerEdits": {}} for number in range(30)]
     write(etc / "a.json", described({}, devices=devices))
@@ -244,7 +244,7 @@ def test_many_names_are_cut_and_large_files_not_read(dirs: tuple[Path, Path, Pat
     assert "large.json: is larger than 4 MiB" in caught.value.problem
 
 
-def test_a_mount_without_a_source_is_told(dirs: tuple[Path, Path, Path]) -> None:
+def test_mount_of_missing_source_is_rejected(dirs: tuple[Path, Path, Path]) -> None:
     edits = {"mounts": [{"hostPath": str(dirs[2]), "containerPath": "/x"}]}
     write(dirs[0] / "a.json", described(edits))
     with pytest.raises(InvalidSpec, match=r"vendor\.test/gpu=0.*absent' does not exist"):

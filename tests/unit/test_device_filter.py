@@ -26,7 +26,7 @@ from sandbox.plan.device_filter import (
     compile_rules,
     device_filter_for,
 )
-from sandbox.plan.devices import wanted_devices
+from sandbox.plan.devices import guest_devices
 from sandbox.spec import ContainerSpec, DeviceSpec, SecuritySpec
 
 RW = READ | WRITE
@@ -34,7 +34,7 @@ CHAR, BLOCK = Type.CHARACTER, Type.BLOCK
 
 
 def run(program: bytes, type: int, access: int, major: int, minor: int) -> int:
-    """What the kernel's interpreter would answer; only the instructions that we emit."""
+    """Return what the kernel's interpreter would; it knows only the instructions that we emit."""
     registers = [0] * 11
     context = struct.pack("<III", access << 16 | type, major, minor)
     code = list(struct.iter_unpack("<BBhi", program))
@@ -83,7 +83,7 @@ def run(program: bytes, type: int, access: int, major: int, minor: int) -> int:
         (CHAR, RW, 240, 1, False),  # where virtio ports are
     ],
 )
-def test_the_default_allows_what_containers_use_and_nothing_of_the_guest(
+def test_default_filter_allows_standard_devices_alone(
     type: int, access: int, major: int, minor: int, allowed: bool
 ) -> None:
     assert (
@@ -91,15 +91,15 @@ def test_the_default_allows_what_containers_use_and_nothing_of_the_guest(
     )
 
 
-def test_privileged_has_no_filter() -> None:
+def test_privileged_container_has_no_filter() -> None:
     spec = ContainerSpec(name="c", image="i", security=SecuritySpec(privileged=True))
     assert device_filter_for(spec, ()) == b""
 
 
-def test_a_device_asked_for_is_allowed_as_far_as_asked() -> None:
+def test_requested_device_is_allowed_with_its_permissions() -> None:
     device = DeviceSpec(container_path="/dev/fuse", host_path="/dev/fuse", permissions="r")
     spec = ContainerSpec(name="c", image="i", devices=(device,))
-    program = device_filter_for(spec, wanted_devices(spec))
+    program = device_filter_for(spec, guest_devices(spec))
     assert run(program, CHAR, READ, 10, 229) == 1
     assert run(program, CHAR, RW, 10, 229) == 0
 
@@ -113,10 +113,10 @@ def test_a_device_asked_for_is_allowed_as_far_as_asked() -> None:
         (DeviceSpec(container_path="dev/x", host_path="/dev/null"), "container_path"),
     ],
 )
-def test_what_a_vm_cannot_be_given_is_refused(device: DeviceSpec, field: str) -> None:
+def test_device_that_no_guest_has_is_rejected_with_its_field(device: DeviceSpec, field: str) -> None:
     null = DeviceSpec(container_path="/dev/null", host_path="/dev/null")
     with pytest.raises(InvalidSpec) as caught:
-        wanted_devices(ContainerSpec(name="c", image="i", devices=(null, device)))
+        guest_devices(ContainerSpec(name="c", image="i", devices=(null, device)))
     assert caught.value.field == f"config.devices[1].{field}"
 
 
@@ -126,7 +126,7 @@ rules = st.builds(Rule, st.sampled_from(Type), st.none() | numbers, st.none() | 
 
 
 @given(st.lists(rules, max_size=6), st.sampled_from(Type), accesses, numbers, numbers)
-def test_programs_mean_their_rules(
+def test_any_rules_compile_to_their_meaning(
     rules: list[Rule], type: Type, access: int, major: int, minor: int
 ) -> None:
     allowed = any(
@@ -156,7 +156,7 @@ def bpf(command: int, attributes: bytes) -> int:
 
 
 def load(program: bytes) -> int:
-    """The verifier's judgement. Raises OSError."""
+    """Return the program's descriptor once the verifier has accepted it. Raises OSError."""
     log = ctypes.create_string_buffer(1 << 16)
     code = ctypes.create_string_buffer(program, len(program))
     licence = ctypes.create_string_buffer(b"Apache-2.0")
@@ -188,7 +188,7 @@ def loaded() -> Iterator[int]:
     try:
         load(compile_rules([]))
     except PermissionError:
-        pytest.skip("this kernel lets no one load programs")
+        pytest.skip("this kernel does not allow programs to be loaded")
     descriptor = load(compile_rules(DEFAULT_RULES))
     yield descriptor
     os.close(descriptor)
@@ -209,7 +209,7 @@ print(attempt("/dev/null"), attempt("/dev/urandom"), attempt(node))
 """
 
 
-def test_the_kernel_takes_and_enforces_it(loaded: int, tmp_path: Path) -> None:
+def test_kernel_accepts_and_enforces_default_filter(loaded: int, tmp_path: Path) -> None:
     root = cgroup2_root()
     if root is None:
         pytest.skip("no cgroup v2 here")

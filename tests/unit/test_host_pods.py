@@ -18,7 +18,7 @@ from sandbox.host_pods.host_files import find_devices
 from sandbox.host_pods.streams import FdReader, FdWriter
 from sandbox.host_pods.sysctls import pod_sysctls
 from sandbox.plan.device_filter import DEFAULT_RULES
-from sandbox.plan.devices import Wanted
+from sandbox.plan.devices import RequestedDevice
 from sandbox.plan.resources import compile_resources
 from sandbox.plan.values import CgroupFile, DevicePlan
 from sandbox.pods import isolation_of
@@ -32,7 +32,7 @@ def pod(**fields: object) -> PodSpec:
     return PodSpec(name="p", namespace="n", uid="u", **fields)  # type: ignore[arg-type]
 
 
-def test_the_handler_gives_or_refuses() -> None:
+def test_handler_accepts_or_rejects_namespaces_of_the_node() -> None:
     refusing = Handler(
         **{each: getattr(HANDLER, each) for each in HANDLER.__struct_fields__} | {"host_pods": "refuse"}
     )
@@ -51,7 +51,7 @@ def test_the_handler_gives_or_refuses() -> None:
 # ------------------------------------------------------------------------------------------ sysctls
 
 
-def test_sysctls_of_the_pods_own_namespaces() -> None:
+def test_sysctls_of_the_pods_namespaces_are_accepted() -> None:
     wanted = {"net.core.somaxconn": "1024", "kernel.shmmax": "1", "fs.mqueue.msg_max": "5"}
     found = pod_sysctls(pod(sysctls=wanted))
     assert found["net/core/somaxconn"] == "1024" and found["kernel/shmmax"] == "1"
@@ -67,32 +67,34 @@ def test_sysctls_of_the_pods_own_namespaces() -> None:
         ("kernel.hostname", {"host_network": True}, "is the node's"),
     ],
 )
-def test_sysctls_that_would_change_the_node(name: str, fields: dict[str, object], why: str) -> None:
+def test_sysctl_that_would_change_the_node_is_rejected(
+    name: str, fields: dict[str, object], why: str
+) -> None:
     with pytest.raises(InvalidSpec, match=why) as caught:
         pod_sysctls(pod(sysctls={name: "1"}, **fields))
     assert caught.value.field == f"config.linux.sysctls[{name!r}]"
 
 
-def test_the_nodes_network_gets_no_sysctls_unasked() -> None:
+def test_node_network_gets_no_default_sysctls() -> None:
     assert pod_sysctls(pod(host_network=True)) == {}
 
 
 # ------------------------------------------------------------------------------------------ devices
 
 
-def test_devices_are_those_of_the_host(tmp_path: Path) -> None:
-    def wanted(path: str, permissions: str = "rwm") -> list[Wanted]:
+def test_requested_device_is_found_on_the_host(tmp_path: Path) -> None:
+    def wanted(path: str, permissions: str = "rwm") -> list[RequestedDevice]:
         device = DeviceSpec(container_path="/dev/mine", host_path=path, permissions=permissions)
         return list(find_devices(ContainerSpec(name="c", image="i", devices=(device,))))
 
     mode = Path("/dev/null").stat().st_mode & 0o7777
-    assert wanted("/dev/null", "r") == [Wanted(DevicePlan("/dev/mine", 1, 3, mode=mode), "r")]
+    assert wanted("/dev/null", "r") == [RequestedDevice(DevicePlan("/dev/mine", 1, 3, mode=mode), "r")]
     with pytest.raises(InvalidSpec, match="is no device") as caught:
         wanted(str(tmp_path))
     assert caught.value.field == "config.devices[0].host_path"
 
 
-def test_rules_of_v1(tmp_path: Path) -> None:
+def test_device_rules_are_written_to_cgroup_v1(tmp_path: Path) -> None:
     for name in ("devices.deny", "devices.allow"):
         (tmp_path / "c" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "c" / name).touch()
@@ -114,7 +116,7 @@ def write_all(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-def test_readings_of_v1_have_the_names_of_v2(tmp_path: Path) -> None:
+def test_values_of_cgroup_v1_are_read_under_names_of_v2(tmp_path: Path) -> None:
     files = {
         "cpuacct.usage": "5000000\n",
         "cpuacct.usage_user": "3000000\n",
@@ -145,14 +147,14 @@ def test_readings_of_v1_have_the_names_of_v2(tmp_path: Path) -> None:
     assert control.oom_kills(v1(tmp_path), "/c") == 1
 
 
-def test_no_limit_of_v1_is_none(tmp_path: Path) -> None:
+def test_unlimited_memory_of_cgroup_v1_is_max(tmp_path: Path) -> None:
     most = str((1 << 63) - 4096)
     write_all(tmp_path / "c", {"memory.limit_in_bytes": most, "memory.memsw.limit_in_bytes": most})
     assert control.read(v1(tmp_path), "/c", "memory.max") == b"max\n"
     assert control.read(v1(tmp_path), "/c", "memory.swap.max") == b"max\n"
 
 
-def test_limits_of_v1(tmp_path: Path) -> None:
+def test_limits_are_written_to_cgroup_v1(tmp_path: Path) -> None:
     names = ("cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us", "memory.limit_in_bytes", "cpuset.cpus")
     write_all(tmp_path / "c", dict.fromkeys(names, ""))
     resources = Resources(cpu_shares=512, cpu_quota=20_000, memory_limit=1 << 20, cpuset_cpus="0")
@@ -161,7 +163,7 @@ def test_limits_of_v1(tmp_path: Path) -> None:
     assert found == dict(zip(names, ("512", "100000", "20000", str(1 << 20), "0"), strict=True))
 
 
-def test_limits_that_v1_does_not_have(tmp_path: Path) -> None:
+def test_limit_that_cgroup_v1_lacks_is_rejected(tmp_path: Path) -> None:
     write_all(tmp_path / "c", {})
     unified = Resources(unified={"memory.high": "1"})
     with pytest.raises(InvalidSpec, match="cgroup v1") as caught:
@@ -171,7 +173,7 @@ def test_limits_that_v1_does_not_have(tmp_path: Path) -> None:
         control.write_limits(v1(tmp_path), "/c", (), Resources(cpu_shares=2))
 
 
-def test_limits_and_readings_of_v2(tmp_path: Path) -> None:
+def test_limits_are_written_and_read_in_cgroup_v2(tmp_path: Path) -> None:
     v2 = Layout(mode=Mode.V2, hierarchies=(), unified=str(tmp_path))
     write_all(tmp_path / "c", {"memory.max": "", "cpu.stat": "usage_usec 1\n"})
     files = [CgroupFile(name=name, value="5") for name in ("memory.max", "memory.swap.max")]
@@ -182,7 +184,7 @@ def test_limits_and_readings_of_v2(tmp_path: Path) -> None:
     assert control.read(v2, "/c", "io.stat") == b""
 
 
-def test_what_a_process_has_started() -> None:
+def test_processes_started_by_a_leader_are_found_across_sessions() -> None:
     script = "sleep 1000 & setsid sleep 1001 & echo ready; wait"
     leader = subprocess.Popen(["sh", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
     try:
@@ -208,9 +210,7 @@ def wish(layout: Layout, **fields: object) -> ConmonOptions:
     return ConmonOptions(cgroups=(), layout=layout, **(usual | fields))  # type: ignore[arg-type]
 
 
-def test_stdin_stays_open_unless_it_is_for_one_client(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stdin_is_left_open_unless_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conmon, "find_program", lambda name: f"/bin/{name}")
     both = conmon.command(bundle(tmp_path), wish(v1(tmp_path), stdin=True, tty=True))
     assert {"--stdin", "--leave-stdin-open", "--terminal"} <= set(both)
@@ -219,7 +219,9 @@ def test_stdin_stays_open_unless_it_is_for_one_client(
     assert "k8s-file:/dev/null" in once
 
 
-def test_crun_is_told_of_no_controllers_beside_v1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_controllers_of_v2_beside_v1_are_hidden_from_crun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(conmon, "find_program", lambda name: f"/bin/{name}")
     (tmp_path / "cgroup.controllers").write_text("hugetlb\n")
     hybrid = Layout(mode=Mode.HYBRID, hierarchies=("/v1",), unified=str(tmp_path))
@@ -228,7 +230,7 @@ def test_crun_is_told_of_no_controllers_beside_v1(tmp_path: Path, monkeypatch: p
     assert conmon.command(bundle(tmp_path), wish(hybrid))[0] == "conmon"
 
 
-def test_an_exit_code_is_there_or_not(tmp_path: Path) -> None:
+def test_exit_code_is_read_once_it_is_complete(tmp_path: Path) -> None:
     one = bundle(tmp_path)
     assert one.exit_code() is None
     one.exit_file.parent.mkdir()
@@ -247,7 +249,7 @@ def pipe() -> tuple[int, int]:
     return reading, writing
 
 
-async def test_a_pipe_is_read_to_its_end() -> None:
+async def test_pipe_is_read_to_its_end() -> None:
     reading, writing = pipe()
     reader, writer = FdReader(reading), FdWriter(writing)
     waiting = asyncio.create_task(reader.read())
@@ -259,7 +261,7 @@ async def test_a_pipe_is_read_to_its_end() -> None:
     assert await reader.read() == b""
 
 
-async def test_a_full_pipe_holds_the_writer_until_it_is_read() -> None:
+async def test_full_pipe_blocks_its_writer_until_it_is_read() -> None:
     reading, writing = pipe()
     reader, writer = FdReader(reading), FdWriter(writing)
     size = 1 << 20
@@ -278,7 +280,7 @@ async def test_a_full_pipe_holds_the_writer_until_it_is_read() -> None:
     writer.close()
 
 
-async def test_what_a_child_in_the_background_holds_open_is_not_waited_for() -> None:
+async def test_pipe_held_open_by_a_background_child_ends_on_expire() -> None:
     reading, writing = pipe()
     reader = FdReader(reading)
     os.write(writing, b"last")
@@ -296,7 +298,7 @@ async def _all(reader: FdReader) -> bytes:
     return found
 
 
-async def test_a_reader_that_is_stopped_wakes_who_reads() -> None:
+async def test_stop_wakes_a_pending_read() -> None:
     reading, writing = pipe()
     reader = FdReader(reading)
     waiting = asyncio.create_task(reader.read())

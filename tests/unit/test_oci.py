@@ -57,7 +57,7 @@ MADE: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_golden(name: str) -> None:
+def test_configuration_equals_its_golden_file(name: str) -> None:
     text = json.dumps(MADE[name](), indent=1, ensure_ascii=False) + "\n"
     file = GOLDEN / f"{name}.json"
     if os.environ.get("HUSK_UPDATE_GOLDEN"):
@@ -66,21 +66,21 @@ def test_golden(name: str) -> None:
     assert text == file.read_text()
 
 
-def test_every_golden_file_has_its_plan() -> None:
+def test_every_golden_configuration_has_a_plan() -> None:
     assert {path.stem for path in GOLDEN.glob("*.json")} == set(MADE)
 
 
-def test_a_terminal_has_a_size() -> None:
+def test_process_with_terminal_has_console_size() -> None:
     process = ProcessPlan(argv=("sh",), tty=True, rows=50)
     assert compile_process(process, LIMITS)["consoleSize"] == {"height": 50, "width": 80}
 
 
-def test_text_that_json_cannot_say_is_refused_by_name() -> None:
+def test_variable_that_is_not_utf8_is_rejected_by_name() -> None:
     with pytest.raises(InvalidSpec, match="RAW: the value is not UTF-8"):
         compile_process(ProcessPlan(env=(b"RAW=\xff",)), LIMITS)
 
 
-def test_nobody_gets_more_than_the_daemon_has() -> None:
+def test_process_gets_no_more_than_the_daemon_has() -> None:
     limits = NodeLimits(open_files=1024, capabilities=0b11)
     process = plans.privileged().process
     found: Any = compile_process(process, limits)
@@ -96,7 +96,7 @@ def test_nobody_gets_more_than_the_daemon_has() -> None:
         (Propagation.BIDIRECTIONAL, "rshared"),
     ],
 )
-def test_the_root_lets_through_what_a_mount_shares(propagation: Propagation, root: str) -> None:
+def test_root_propagates_what_a_mount_shares(propagation: Propagation, root: str) -> None:
     mount = MountSpec(container_path="/m", host_path="/h", propagation=propagation)
     plan = plans.start(ContainerSpec(name="c", image="i", mounts=(mount,)))
     made = config(plan)

@@ -9,7 +9,7 @@ from sandbox.plan.oci import runtime_spec
 from sandbox.plan.values import CgroupFile, ContainerPlan, DevicePlan, MountPlan, ProcessPlan
 
 
-def test_a_plan() -> None:
+def test_plan_is_rendered_as_runtime_spec() -> None:
     process = ProcessPlan(
         argv=("sh", "-c", "true"),
         env=(b"A=b", b"B=\xff"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sandbox.errors import InvalidSpec
 from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start, vm_size
 from sandbox.plan.configure import sysctl_path
-from sandbox.plan.devices import wanted_devices
+from sandbox.plan.devices import guest_devices
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, compile_mounts
 from sandbox.plan.paths import container_path, covers, depth
 from sandbox.plan.pod_files import PodFiles
@@ -54,7 +54,7 @@ def start(
         files=FILES,
         seccomp=Filter(),
         device_filter=b"",
-        devices=wanted_devices(container),
+        devices=guest_devices(container),
     )
 
 
@@ -68,7 +68,7 @@ def environment(plan: ContainerPlan) -> dict[bytes, bytes]:
 
 
 # Kubernetes, "Define a Command and Arguments for a Container": the table
-def test_a_user_namespace_in_a_plan() -> None:
+def test_user_namespace_maps_ids_of_process_and_mounts() -> None:
     ids = (IdRange(inside=0, outside=70000, length=65536),)
     space = UserNamespace(uids=ids, gids=ids)
     pod = msgspec.structs.replace(POD, user_namespace=space)
@@ -87,14 +87,14 @@ def bind(wish: MountSpec, source: MountSource) -> MountPlan:
     return next(mount for mount in mounts if mount.target == wish.container_path)
 
 
-def test_options_and_submounts_of_a_mount() -> None:
+def test_mount_options_and_submounts_are_planned() -> None:
     wish = MountSpec(container_path="/a", host_path="/h", readonly=True, options=("noexec", "nodev"))
     mount = bind(wish, MountSource(path="/v/0", is_directory=True, submounts=("b/c",)))
     assert mount.flags & (MS_NOEXEC | MS_NODEV | MS_NOSUID) == MS_NOEXEC | MS_NODEV
     assert (list(mount.submounts), mount.recursive_readonly) == (["b/c"], False)
 
 
-def test_an_image_is_mounted_read_only_with_all_in_it() -> None:
+def test_image_volume_is_read_only_recursively() -> None:
     wish = MountSpec(container_path="/a", host_path="", readonly=True, image="i")
     mount = bind(wish, MountSource(path="/v/0", is_directory=True))
     assert (mount.flags & (MS_RDONLY | MS_NOEXEC), mount.recursive_readonly) == (MS_RDONLY, True)
@@ -109,7 +109,7 @@ def test_an_image_is_mounted_read_only_with_all_in_it() -> None:
         (("/ep-2",), ("zoo",), ["/ep-2", "zoo"]),
     ],
 )
-def test_command_and_args_replace_the_images(
+def test_command_and_args_replace_those_of_the_image(
     command: tuple[str, ...], args: tuple[str, ...], argv: list[str]
 ) -> None:
     image = ImageDefaults(entrypoint=("/ep-1",), cmd=("foo", "bar"))
@@ -117,13 +117,13 @@ def test_command_and_args_replace_the_images(
 
 
 @pytest.mark.parametrize("image", [ImageDefaults(), ImageDefaults(cmd=("",))])
-def test_no_program_at_all_is_refused(image: ImageDefaults) -> None:
+def test_container_without_program_is_rejected(image: ImageDefaults) -> None:
     with pytest.raises(InvalidSpec) as caught:
         start(image)
     assert caught.value.field == "config.command"
 
 
-def test_environment_of_an_image_that_has_none() -> None:
+def test_environment_without_any_of_the_image_has_defaults() -> None:
     found = environment(start())
     assert found[b"PATH"].startswith(b"/usr/local/sbin:")
     assert found[b"HOSTNAME"] == b"fallback"
@@ -131,7 +131,7 @@ def test_environment_of_an_image_that_has_none() -> None:
     assert b"TERM" not in found
 
 
-def test_the_client_wins_over_the_image_over_the_defaults() -> None:
+def test_environment_of_client_overrides_image_and_defaults() -> None:
     image = ImageDefaults(cmd=("x",), env=("PATH=/image", "A=image", "junk", "=x", "B=b=c", "N=\0"))
     found = environment(start(image, envs=(("A", b"first"), ("A", b"client"), ("HOSTNAME", b"h"))))
     assert found[b"PATH"] == b"/image"
@@ -145,11 +145,11 @@ def test_the_client_wins_over_the_image_over_the_defaults() -> None:
     ("image", "wanted", "cwd"),
     [("", "", "/"), ("app", "", "/app"), ("/app/", "", "/app"), ("/app", "/srv/../x", "/x")],
 )
-def test_working_directory(image: str, wanted: str, cwd: str) -> None:
+def test_working_directory_of_client_overrides_the_image(image: str, wanted: str, cwd: str) -> None:
     assert start(ImageDefaults(cmd=("x",), working_dir=image), working_dir=wanted).process.cwd == cwd
 
 
-def test_terminal() -> None:
+def test_container_with_terminal_has_term_unless_set() -> None:
     assert environment(start(tty=True))[b"TERM"] == b"xterm"
     assert environment(start(tty=True, envs=(("TERM", b"vt100"),)))[b"TERM"] == b"vt100"
 
@@ -162,20 +162,20 @@ def mount(path: str, **more: object) -> MountSpec:
     return MountSpec(container_path=path, host_path="/h", **more)  # type: ignore[arg-type]
 
 
-def test_a_clients_mount_takes_the_place_of_ours() -> None:
+def test_mount_of_client_replaces_the_standard_one() -> None:
     plan = start(mounts=(mount("/dev/shm/"), mount("/sys")))
     assert targets(plan).count("/dev/shm") == targets(plan).count("/sys") == 1
     assert "/sys/fs/cgroup" not in targets(plan)
     assert all(each.source == "/v" for each in plan.mounts if each.target in ("/dev/shm", "/sys"))
 
 
-def test_a_clients_hosts_file_stands() -> None:
+def test_mount_over_hosts_replaces_the_pods_file() -> None:
     plan = start(mounts=(mount("/etc//hosts"),), is_directory=False)
     assert [file.path for file in plan.files] == ["/etc/hostname", "/etc/resolv.conf"]
     assert next(each for each in plan.mounts if each.target == "/etc/hosts").make == Make.FILE
 
 
-def test_privileged_writes_to_sysfs_and_has_the_guests_devices() -> None:
+def test_privileged_container_writes_sysfs_and_has_devices_of_guest() -> None:
     def flags(plan: ContainerPlan, target: str) -> int:
         return next(each.flags for each in plan.mounts if each.target == target)
 
@@ -189,13 +189,13 @@ def test_privileged_writes_to_sysfs_and_has_the_guests_devices() -> None:
 
 
 @given(st.permutations(["/a", "/a/b", "/a/b/c", "/dev/shm/x", "/proc/sys/y", "/z"]))
-def test_no_mount_hides_one_made_before_it(paths: list[str]) -> None:
+def test_mounts_in_any_order_never_cover_an_earlier_one(paths: list[str]) -> None:
     found = targets(start(mounts=tuple(mount(path) for path in paths)))
     for position, target in enumerate(found):
         assert not any(covers(target, earlier) for earlier in found[:position])
 
 
-def test_volumes_of_the_image_stay_writable_on_a_read_only_root() -> None:
+def test_image_volumes_on_read_only_root_are_writable() -> None:
     image = ImageDefaults(cmd=("x",), volumes=("/data", "/cache/", "/data"))
     assert not {"/data", "/cache"} & set(targets(start(image)))
     plan = start(image, security=SecuritySpec(readonly_rootfs=True), mounts=(mount("/cache"),))
@@ -203,7 +203,7 @@ def test_volumes_of_the_image_stay_writable_on_a_read_only_root() -> None:
     assert [each.type for each in plan.mounts if each.target == "/cache"] == [""]
 
 
-def test_propagation_wants_a_root_that_receives() -> None:
+def test_root_is_a_slave_only_when_a_mount_receives() -> None:
     assert start(mounts=(mount("/a"),)).rootfs_propagation == 0
     receiving = start(mounts=(mount("/a"), mount("/b", propagation=Propagation.HOST_TO_CONTAINER)))
     assert receiving.rootfs_propagation == 1 << 19 | 0x4000
@@ -270,20 +270,20 @@ def test_pid_namespace_of_each_mode_is_planned(mode: PidMode, target: str) -> No
         ),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_with_its_field(spec: dict[str, object], field: str) -> None:
+def test_invalid_container_is_rejected_with_its_field(spec: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         start(**spec)  # type: ignore[arg-type]
     assert caught.value.field == field
 
 
-def test_exec_is_the_containers_process_with_other_words() -> None:
+def test_exec_is_the_first_process_with_other_arguments() -> None:
     plan = start(working_dir="/srv", security=SecuritySpec(no_new_privs=True, add_capabilities=("BPF",)))
     process = compile_exec(plan, ["ls", "-l"])
     assert process == msgspec.structs.replace(plan.process, argv=("ls", "-l"), make_cwd=False)
     assert list(plan.process.argv) == ["/bin/true"]  # untouched
 
 
-def test_exec_without_a_program_is_refused() -> None:
+def test_exec_without_program_is_rejected() -> None:
     with pytest.raises(InvalidSpec):
         compile_exec(start(), [])
 
@@ -292,7 +292,7 @@ def test_exec_without_a_program_is_refused() -> None:
 
 
 @given(st.text())
-def test_a_container_path_has_one_spelling(text: str) -> None:
+def test_container_path_of_any_text_is_normalized_or_rejected(text: str) -> None:
     try:
         path = container_path(text, "f")
     except InvalidSpec:
@@ -324,7 +324,7 @@ def test_pod_without_network_and_hostname_has_no_interfaces_and_is_named_by_its_
     assert identity().hostname == "0123456789ab"
 
 
-def test_a_pods_own_value_replaces_a_default_under_either_spelling() -> None:
+def test_sysctl_in_either_spelling_replaces_the_default() -> None:
     for name in ("net.ipv4.ip_unprivileged_port_start", "net/ipv4/ip_unprivileged_port_start"):
         sysctls = network(sysctls={name: "80"}).sysctls
         found = [each.value for each in sysctls if each.path.endswith("port_start")]
@@ -334,7 +334,7 @@ def test_a_pods_own_value_replaces_a_default_under_either_spelling() -> None:
 @pytest.mark.parametrize(
     "name", ["kernel.msgmax", "net/ipv4/conf/eth0.100/forwarding", "net.ipv4.conf.eth0/1.forwarding"]
 )
-def test_sysctls_of_any_kind_are_the_pods_own(name: str) -> None:
+def test_sysctl_of_any_kind_is_accepted_as_its_path(name: str) -> None:
     assert sysctl_path(name) in [each.path for each in network(sysctls={name: "1"}).sysctls]
 
 
@@ -353,20 +353,20 @@ def test_sysctls_of_any_kind_are_the_pods_own(name: str) -> None:
         "a/",
     ],
 )
-def test_a_name_that_is_no_sysctl_is_refused(name: str) -> None:
+def test_invalid_sysctl_name_is_rejected(name: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         network(sysctls={name: "1"})
     assert caught.value.field == f"config.linux.sysctls[{name!r}]"
 
 
 @pytest.mark.parametrize("value", ["1\n2", "1\0", "9" * 5000])
-def test_a_value_that_no_sysctl_takes_is_refused(value: str) -> None:
+def test_invalid_sysctl_value_is_rejected(value: str) -> None:
     with pytest.raises(InvalidSpec):
         network(sysctls={"kernel.msgmax": value})
 
 
 @pytest.mark.parametrize("hostname", ["a" * 65, "a b", "a\n", "a/b", "a\0"])
-def test_a_hostname_that_no_kernel_or_file_takes_is_refused(hostname: str) -> None:
+def test_invalid_hostname_is_rejected(hostname: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         identity(hostname=hostname)
     assert caught.value.field == "config.hostname"
@@ -402,13 +402,13 @@ MIB = 1 << 20
         (Resources(memory_limit=1), Resources(), VmSize(memory_mib=BOOT_FLOOR_MIB + 1, vcpus=1)),
     ],
 )
-def test_a_vm_fits_its_pod(resources: Resources, overhead: Resources, size: VmSize) -> None:
+def test_vm_size_follows_limits_and_overhead(resources: Resources, overhead: Resources, size: VmSize) -> None:
     pod = PodSpec(name="p", namespace="n", uid="u", resources=resources, overhead=overhead)
     assert vm_size(pod, HANDLER) == size
 
 
 @given(st.integers(-1, 1 << 40), st.integers(-1, 1 << 40))
-def test_no_vm_is_below_the_boot_floor(limit: int, overhead: int) -> None:
+def test_vm_size_is_never_below_the_boot_floor(limit: int, overhead: int) -> None:
     pod = PodSpec(
         name="p",
         namespace="n",

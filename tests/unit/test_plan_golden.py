@@ -16,7 +16,7 @@ from network.attach import Attachment, Interface, Route
 from sandbox import capabilities
 from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start
-from sandbox.plan.devices import wanted_devices
+from sandbox.plan.devices import guest_devices
 from sandbox.plan.encode import encode_configuration, encode_container, encode_process
 from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.users import ResolvedUser
@@ -76,7 +76,7 @@ def start(
         seccomp=seccomp or Filter(),
         device_filter=device_filter,
         apparmor=apparmor,
-        devices=wanted_devices(spec),
+        devices=guest_devices(spec),
     )
 
 
@@ -241,7 +241,7 @@ CASES: tuple[Callable[[], Plan], ...] = (
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.__name__ for case in CASES])
-def test_plan_is_as_recorded(case: Callable[[], Plan]) -> None:
+def test_plan_equals_its_golden_file(case: Callable[[], Plan]) -> None:
     file = GOLDEN / f"{case.__name__}.txt"
     text = "\n".join(lines(encoded(case()))) + "\n"
     if os.environ.get("HUSK_UPDATE_GOLDEN"):
@@ -249,11 +249,11 @@ def test_plan_is_as_recorded(case: Callable[[], Plan]) -> None:
     assert text == file.read_text(), f"read the difference, then run with HUSK_UPDATE_GOLDEN=1: {file}"
 
 
-def test_every_recorded_plan_has_its_case() -> None:
+def test_every_golden_file_has_a_case() -> None:
     assert {file.stem for file in GOLDEN.glob("*.txt")} == {case.__name__ for case in CASES}
 
 
-def test_a_plan_is_a_function_of_its_arguments() -> None:
+def test_same_arguments_compile_to_the_same_plan() -> None:
     for case in CASES:
         assert case() == case()
 

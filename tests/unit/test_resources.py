@@ -1,3 +1,5 @@
+"""Limits as files of cgroup v2."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,7 +15,7 @@ def files(resources: Resources, *, vcpus: int = 0) -> dict[str, str]:
     return {file.name: file.value for file in compile_resources(resources, vcpus=vcpus)}
 
 
-def test_without_limits_only_the_oom_group_is_set() -> None:
+def test_no_limits_set_the_oom_group_alone() -> None:
     assert files(Resources()) == {"memory.oom.group": "1"}
 
 
@@ -36,23 +38,23 @@ def test_without_limits_only_the_oom_group_is_set() -> None:
         (Resources(memory_limit=4096, unified={"memory.max": "8192"}), "memory.max", "8192"),
     ],
 )
-def test_fields_become_files(resources: Resources, name: str, value: str) -> None:
+def test_every_field_is_a_file_of_the_cgroup(resources: Resources, name: str, value: str) -> None:
     assert files(resources)[name] == value
 
 
-def test_a_zero_hugepage_limit_asks_nothing_of_a_guest_without_such_pages() -> None:
+def test_hugepage_limit_of_zero_is_left_out() -> None:
     assert "hugetlb.1GB.max" not in files(Resources(hugepage_limits={"1GB": 0}))
 
 
 @pytest.mark.parametrize(
     ("cpus", "vcpus", "sent"), [("0-1", 2, True), ("2-3", 2, False), ("0,7", 2, False), ("30", 0, True)]
 )
-def test_cpus_that_the_guest_lacks_are_left_to_the_host(cpus: str, vcpus: int, sent: bool) -> None:
+def test_cpuset_with_cpus_that_the_guest_lacks_is_left_out(cpus: str, vcpus: int, sent: bool) -> None:
     assert ("cpuset.cpus" in files(Resources(cpuset_cpus=cpus), vcpus=vcpus)) is sent
 
 
 @pytest.mark.parametrize(("shares", "weight"), [(2, 1), (1, 1), (262144, 10000), (1 << 40, 10000)])
-def test_ends_of_the_weight_scale(shares: int, weight: int) -> None:
+def test_cpu_weight_at_the_ends_of_its_scale(shares: int, weight: int) -> None:
     assert weight_of_shares(shares) == weight
 
 
@@ -76,14 +78,14 @@ def test_ends_of_the_weight_scale(shares: int, weight: int) -> None:
         (Resources(unified={"memory.max": "1\0"}), "unified['memory.max']"),
     ],
 )
-def test_what_a_kernel_would_refuse_is_refused_with_its_field(resources: Resources, field: str) -> None:
+def test_invalid_limit_is_rejected_with_its_field(resources: Resources, field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         compile_resources(resources)
     assert caught.value.field == f"config.linux.resources.{field}"
 
 
 @given(st.text(), st.text())
-def test_no_unified_entry_leaves_the_containers_directory(name: str, value: str) -> None:
+def test_unified_entry_never_leaves_the_containers_directory(name: str, value: str) -> None:
     try:
         compiled = compile_resources(Resources(unified={name: value}))
     except InvalidSpec:
@@ -92,7 +94,7 @@ def test_no_unified_entry_leaves_the_containers_directory(name: str, value: str)
 
 
 @given(st.integers(2, 262144), st.integers(2, 262144))
-def test_more_shares_never_weigh_less(one: int, other: int) -> None:
+def test_more_cpu_shares_never_weigh_less(one: int, other: int) -> None:
     assert (weight_of_shares(min(one, other)) <= weight_of_shares(max(one, other))) and weight_of_shares(
         one
     ) >= 1

@@ -1,4 +1,4 @@
-"""Seccomp filters, compiled and then tried: each runs in a process of its own."""
+"""Seccomp filters: compiled, and then each tried in a new process."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def localhost(
     return compile_profile(parse_profile(json.dumps(profile).encode(), "/p.json"), granted, kernel=kernel)
 
 
-def test_the_default_lets_programs_run_and_keeps_the_kernel_from_them() -> None:
+def test_default_profile_allows_ordinary_calls_and_denies_management() -> None:
     calls = {
         f"{GETPID}": 0,
         f"{MOUNT}:0:0:0:0:0": errno.EPERM,
@@ -86,9 +86,9 @@ def test_the_default_lets_programs_run_and_keeps_the_kernel_from_them() -> None:
     assert attempt(default(), *calls) == list(calls.values())
 
 
-def test_a_capability_opens_its_calls() -> None:
+def test_capability_allows_its_calls() -> None:
     granted = capabilities.DEFAULT | mask_of(["SYS_ADMIN"])
-    # EFAULT, EINVAL: the kernel itself has looked at them
+    # EFAULT, EINVAL: they reached the kernel
     answers = attempt(
         default(granted), f"{MOUNT}:0:1:0:0:0", f"{CLONE3}:0:0", f"{SETHOSTNAME}:0:-1", f"{REBOOT}:0:0:0"
     )
@@ -97,7 +97,7 @@ def test_a_capability_opens_its_calls() -> None:
     assert answers[3] == errno.EPERM
 
 
-def test_the_default_is_shown_as_a_filter() -> None:
+def test_process_under_default_profile_is_in_filter_mode() -> None:
     script = TRY.replace(
         "answers = []", "print([l for l in open('/proc/self/status') if l[:8] == 'Seccomp:'])\nanswers = []"
     )
@@ -107,7 +107,7 @@ def test_the_default_is_shown_as_a_filter() -> None:
     assert b"Seccomp:\\t2" in done.stdout
 
 
-def test_a_python_program_with_threads_and_children_works_under_the_default() -> None:
+def test_python_with_threads_and_children_runs_under_default_profile() -> None:
     script = (
         TRY
         + "import threading, subprocess, tempfile, socket\n"
@@ -120,7 +120,7 @@ def test_a_python_program_with_threads_and_children_works_under_the_default() ->
     assert b"fine" in done.stdout, done.stderr.decode()
 
 
-def test_a_profile_that_denies_one_call() -> None:
+def test_profile_that_denies_one_call_allows_the_others() -> None:
     filter = localhost(
         {
             "defaultAction": "SCMP_ACT_ALLOW",
@@ -145,7 +145,9 @@ def test_a_profile_that_denies_one_call() -> None:
         ("SCMP_CMP_MASKED_EQ", 0xF0, 0x20, 0x2F, 0x3F),
     ],
 )
-def test_operators(op: str, value: int, two: int, denied: int, allowed: int) -> None:
+def test_every_comparison_operator_is_applied(
+    op: str, value: int, two: int, denied: int, allowed: int
+) -> None:
     rule = {
         "names": ["getpriority"],
         "action": "SCMP_ACT_ERRNO",
@@ -158,7 +160,7 @@ def test_operators(op: str, value: int, two: int, denied: int, allowed: int) -> 
     assert answers[1] != 71
 
 
-def test_tests_of_one_argument_are_alternatives() -> None:
+def test_conditions_on_one_argument_are_alternatives() -> None:
     args = [{"index": 0, "value": value, "op": "SCMP_CMP_EQ"} for value in (4, 5)]
     rule = {"names": ["getpriority"], "action": "SCMP_ACT_ERRNO", "errnoRet": 71, "args": args}
     filter = localhost({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]})
@@ -185,7 +187,7 @@ def test_tests_of_one_argument_are_alternatives() -> None:
         ({"includes": None, "excludes": {}}, 0, (6, 1), True),
     ],
 )
-def test_rules_depend_on_the_container(
+def test_includes_and_excludes_select_rules(
     condition: dict[str, object], granted: int, kernel: tuple[int, int], applies: bool
 ) -> None:
     rule = {"names": ["chmod"], "action": "SCMP_ACT_ERRNO", **condition}
@@ -195,7 +197,7 @@ def test_rules_depend_on_the_container(
     assert localhost(profile, granted, kernel).bpf == localhost(plain).bpf
 
 
-def test_architectures_of_both_dialects() -> None:
+def test_architectures_of_both_dialects_are_compiled() -> None:
     rule = {"names": ["chmod"], "action": "SCMP_ACT_ERRNO"}
     body = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}
     oci = localhost({**body, "architectures": ["SCMP_ARCH_X86", "SCMP_ARCH_S390X"]})
@@ -211,7 +213,7 @@ def test_architectures_of_both_dialects() -> None:
     assert oci.bpf == docker.bpf != localhost(body).bpf
 
 
-def test_flags() -> None:
+def test_flags_of_profile_are_kept() -> None:
     assert localhost({"defaultAction": "SCMP_ACT_ALLOW"}).flags == 4
     assert localhost({"defaultAction": "SCMP_ACT_ALLOW", "flags": []}).flags == 0
     assert localhost({"defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_LOG"]}).flags == 2
@@ -254,7 +256,7 @@ def test_flags() -> None:
         (b'{"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/s"}', "$.listenerPath"),
     ],
 )
-def test_a_malformed_profile_is_refused_with_its_place(content: bytes, place: str) -> None:
+def test_malformed_profile_is_rejected_with_json_path(content: bytes, place: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         parse_profile(content, "/p.json")
     assert "/p.json" in str(caught.value)
@@ -262,7 +264,7 @@ def test_a_malformed_profile_is_refused_with_its_place(content: bytes, place: st
 
 
 @given(st.binary() | st.text().map(str.encode))
-def test_no_bytes_break_the_reader(content: bytes) -> None:
+def test_arbitrary_bytes_are_a_profile_or_rejected(content: bytes) -> None:
     with pytest.raises(InvalidSpec):
         parse_profile(content, "/p.json")
 
@@ -292,7 +294,7 @@ some_rules = st.fixed_dictionaries(
     st.sampled_from(["SCMP_ACT_ERRNO", "SCMP_ACT_ALLOW", "SCMP_ACT_TRAP", "SCMP_ACT_TRACE"]),
     st.lists(some_rules, max_size=4),
 )
-def test_any_well_formed_profile_compiles_or_is_refused(action: str, rules: list[object]) -> None:
+def test_any_well_formed_profile_compiles_or_is_rejected(action: str, rules: list[object]) -> None:
     try:
         filter = localhost({"defaultAction": action, "architectures": ["SCMP_ARCH_X86"], "syscalls": rules})
     except InvalidSpec as error:
@@ -305,42 +307,42 @@ def test_any_well_formed_profile_compiles_or_is_refused(action: str, rules: list
 # ----------------------------------------------------------------------- what a client asks for
 
 
-def wish(kind: SeccompKind, path: str = "", *, privileged: bool = False) -> SecuritySpec:
+def security(kind: SeccompKind, path: str = "", *, privileged: bool = False) -> SecuritySpec:
     return SecuritySpec(seccomp=Seccomp(kind=kind, path=path), privileged=privileged)
 
 
-def test_unconfined_and_privileged_have_none(tmp_path: Path) -> None:
-    assert seccomp_for(wish(SeccompKind.UNCONFINED)) == Filter()
-    assert seccomp_for(wish(SeccompKind.RUNTIME_DEFAULT, privileged=True)) == Filter()
-    assert seccomp_for(wish(SeccompKind.LOCALHOST, "/nowhere", privileged=True)) == Filter()
+def test_unconfined_and_privileged_containers_have_no_filter(tmp_path: Path) -> None:
+    assert seccomp_for(security(SeccompKind.UNCONFINED)) == Filter()
+    assert seccomp_for(security(SeccompKind.RUNTIME_DEFAULT, privileged=True)) == Filter()
+    assert seccomp_for(security(SeccompKind.LOCALHOST, "/nowhere", privileged=True)) == Filter()
 
 
-def test_runtime_default_follows_the_containers_capabilities() -> None:
-    assert seccomp_for(wish(SeccompKind.RUNTIME_DEFAULT)) == default()
+def test_runtime_default_depends_on_capabilities() -> None:
+    assert seccomp_for(security(SeccompKind.RUNTIME_DEFAULT)) == default()
     admin = SecuritySpec(seccomp=Seccomp(kind=SeccompKind.RUNTIME_DEFAULT), add_capabilities=("SYS_ADMIN",))
     assert seccomp_for(admin) != default()
 
 
-def test_a_localhost_profile_is_read_from_its_file(tmp_path: Path) -> None:
+def test_localhost_profile_is_read_from_its_file(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_text('{"defaultAction": "SCMP_ACT_ALLOW"}')
-    assert seccomp_for(wish(SeccompKind.LOCALHOST, str(file))) == localhost(
+    assert seccomp_for(security(SeccompKind.LOCALHOST, str(file))) == localhost(
         {"defaultAction": "SCMP_ACT_ALLOW"}
     )
 
 
 @pytest.mark.parametrize("path", ["", "profiles/p.json", "/no/such/file", "/dev/zero", "/", "/a\0b"])
-def test_a_localhost_profile_that_cannot_be_read_is_refused(path: str) -> None:
+def test_unreadable_localhost_profile_is_rejected(path: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
-        seccomp_for(wish(SeccompKind.LOCALHOST, path))
+        seccomp_for(security(SeccompKind.LOCALHOST, path))
     assert caught.value.field.endswith("seccomp.localhost_ref")
 
 
-def test_the_same_profile_is_compiled_once() -> None:
+def test_same_profile_is_compiled_once() -> None:
     assert default() is default()
 
 
-def test_a_host_without_the_library_is_told_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libseccomp_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     libseccomp._library.cache_clear()
     monkeypatch.setattr(libseccomp, "LIBRARY", "libseccomp-is-not-here.so")
     try:

@@ -1,3 +1,5 @@
+"""Names and numbers of signals, and the exit codes that they leave."""
+
 from __future__ import annotations
 
 import signal
@@ -10,7 +12,7 @@ from sandbox.errors import InvalidSpec
 from sandbox.plan.signals import describe_exit, exit_code_of, resolve_stop_signal, signal_name, signal_number
 
 
-def test_fixed_numbers_are_those_of_this_kernel() -> None:
+def test_signal_numbers_equal_those_of_this_kernel() -> None:
     for each in signal.Signals:
         if each.value < 32:
             assert signal_number(each.name) == each.value
@@ -32,7 +34,7 @@ def test_fixed_numbers_are_those_of_this_kernel() -> None:
         ("SIGCLD", 17),
     ],
 )
-def test_every_spelling(text: str, number: int) -> None:
+def test_signal_in_every_spelling_has_its_number(text: str, number: int) -> None:
     assert signal_number(text) == number
 
 
@@ -40,13 +42,13 @@ def test_every_spelling(text: str, number: int) -> None:
     "text",
     ["", "0", "65", "32", "33", "SIGRTMIN+31", "SIGRTMAX-31", "-9", "SIG", "TERMINATE", "٣", "9" * 5000],
 )
-def test_what_is_no_signal_is_refused(text: str) -> None:
+def test_unknown_signal_is_rejected(text: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         signal_number(text)
     assert caught.value.field == "config.stop_signal"
 
 
-def test_the_containers_signal_then_the_images_then_term() -> None:
+def test_stop_signal_is_the_containers_then_the_images_then_term() -> None:
     assert resolve_stop_signal("10", "SIGQUIT") == "SIGUSR1"
     assert resolve_stop_signal("", "quit") == "SIGQUIT"
     assert resolve_stop_signal("", "") == "SIGTERM"
@@ -55,13 +57,13 @@ def test_the_containers_signal_then_the_images_then_term() -> None:
 
 
 @given(st.integers(1, 64).filter(lambda number: number not in (32, 33)))
-def test_names_and_numbers_match(number: int) -> None:
+def test_signal_name_of_every_number_has_that_number(number: int) -> None:
     assert signal_number(signal_name(number)) == number
     assert signal_name(number) in describe_exit(exit_code_of(number))
 
 
 @given(st.text())
-def test_no_text_breaks_it(text: str) -> None:
+def test_arbitrary_text_is_a_signal_or_rejected(text: str) -> None:
     try:
         number = signal_number(text)
     except InvalidSpec:
@@ -69,7 +71,7 @@ def test_no_text_breaks_it(text: str) -> None:
     assert 1 <= number <= 64
 
 
-def test_exit_codes_in_words() -> None:
+def test_exit_code_is_described_with_its_signal() -> None:
     assert exit_code_of(9) == 137
     assert describe_exit(137) == "exit code 137 (SIGKILL)"
     assert describe_exit(3) == "exit code 3"

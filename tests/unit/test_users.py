@@ -1,3 +1,5 @@
+"""Ids of a process: every form of a user, and files that an attacker wrote."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,7 +12,7 @@ from sandbox.plan.users import ResolvedUser, image_user, resolve_user
 from sandbox.spec import GroupsPolicy, SecuritySpec
 
 PASSWD = b"""root:x:0:0:root:/root:/bin/sh
-# a comment, then lines that make no sense
+# a comment, then malformed lines
 +::::::
 broken
 bad:x:minus:0::/:
@@ -35,7 +37,7 @@ def resolve(image: str = "", **security: object) -> ResolvedUser:
     return resolve_user(SecuritySpec(**security), image, passwd=PASSWD, group=GROUP)  # type: ignore[arg-type]
 
 
-def test_nobody_named_is_root() -> None:
+def test_user_without_name_is_root() -> None:
     assert resolve() == ResolvedUser(uid=0, gid=0, groups=(0, 10), home="/root")
 
 
@@ -53,18 +55,20 @@ def test_nobody_named_is_root() -> None:
         (":staff", 0, 50, (50, 10)),
     ],
 )
-def test_every_form_of_an_images_user(image: str, uid: int, gid: int, groups: tuple[int, ...]) -> None:
+def test_image_user_in_every_form_is_resolved(
+    image: str, uid: int, gid: int, groups: tuple[int, ...]
+) -> None:
     user = resolve(image)
     assert (user.uid, user.gid, user.groups) == (uid, gid, groups)
 
 
-def test_the_client_wins_over_the_image() -> None:
+def test_user_of_client_overrides_the_image() -> None:
     assert resolve("app", run_as_user=33).home == "/var/www"
     assert resolve("app", run_as_username="www-data").uid == 33
     assert resolve("app:staff", run_as_user=33, run_as_group=7).gid == 7
 
 
-def test_merge_adds_the_images_groups_and_strict_does_not() -> None:
+def test_groups_of_image_are_added_by_merge_and_not_by_strict() -> None:
     assert resolve(run_as_user=1000, supplemental_groups=(1234,)).groups == (1000, 50, 1234, 50000)
     strict = resolve(run_as_user=1000, supplemental_groups=(1234,), groups_policy=GroupsPolicy.STRICT)
     assert strict.groups == (1000, 1234)
@@ -73,7 +77,7 @@ def test_merge_adds_the_images_groups_and_strict_does_not() -> None:
 @pytest.mark.parametrize(
     ("name", "home"), [("relative", "/"), ("latin", "/"), ("short", "/"), ("app", "/home/app")]
 )
-def test_home_is_an_absolute_path_or_the_root(name: str, home: str) -> None:
+def test_home_that_is_not_an_absolute_path_is_the_root(name: str, home: str) -> None:
     assert resolve(name).home == home
 
 
@@ -95,7 +99,7 @@ def test_home_is_an_absolute_path_or_the_root(name: str, home: str) -> None:
         (str(1 << 40), {}, "the image's User"),
     ],
 )
-def test_what_cannot_be_resolved_is_refused_with_its_field(
+def test_user_that_cannot_be_resolved_is_rejected_with_its_field(
     image: str, security: dict[str, object], field: str
 ) -> None:
     with pytest.raises(InvalidSpec) as caught:
@@ -115,12 +119,14 @@ def test_what_cannot_be_resolved_is_refused_with_its_field(
         ("", (None, "")),
     ],
 )
-def test_what_an_image_status_says_of_its_user(user: str, answer: tuple[int | None, str]) -> None:
+def test_image_user_is_reported_as_id_or_name(user: str, answer: tuple[int | None, str]) -> None:
     assert image_user(user) == answer
 
 
 @given(passwd=st.binary(), group=st.binary(), user=st.text(), uid=st.integers(0, ID_MAX))
-def test_no_file_and_no_name_breaks_it(passwd: bytes, group: bytes, user: str, uid: int) -> None:
+def test_arbitrary_files_and_names_are_resolved_or_rejected(
+    passwd: bytes, group: bytes, user: str, uid: int
+) -> None:
     found = resolve_user(SecuritySpec(run_as_user=uid), user, passwd=passwd, group=group)
     assert found.uid == uid
     try:
@@ -138,13 +144,13 @@ line = st.lists(
 
 
 @given(lines=st.lists(line))
-def test_lines_that_look_right_yield_only_valid_ids(lines: list[bytes]) -> None:
+def test_plausible_lines_yield_valid_ids_alone(lines: list[bytes]) -> None:
     content = b"\n".join([*lines, b"app:x:5:6::/app:"])
     user = resolve_user(SecuritySpec(run_as_username="app"), "", passwd=content, group=content)
     assert all(0 <= number <= ID_MAX for number in (user.uid, *user.groups))
 
 
-def test_a_huge_file_is_read_in_no_time() -> None:
+def test_huge_file_is_read_up_to_its_bound() -> None:
     content = b"a:x:1:1::/:\n" * 400_000 + b"app:x:5:6::/app:\n"
     with pytest.raises(InvalidSpec):  # beyond the bound, so not found rather than endless
         resolve_user(SecuritySpec(run_as_username="app"), "", passwd=content, group=b"")

@@ -95,14 +95,14 @@ def refusal(cri: Cri, pod: Pod, **fields: Any) -> str:
     [local("tmp-denied"), local("localhost/tmp-denied"), {"apparmor_profile": "localhost/tmp-denied"}],
     ids=["name", "prefixed", "older"],
 )
-def test_a_profile_of_the_host_denies(outcome: Outcome, wish: dict[str, Any]) -> None:
+def test_localhost_profile_denies(outcome: Outcome, wish: dict[str, Any]) -> None:
     code, output = outcome(f"{CURRENT}; echo x >/etc/new && echo x >/tmp/new", **wish)
     assert code != 0
     assert output.splitlines()[0] == "tmp-denied (enforce)"
     assert "/tmp/new: Permission denied" in output
 
 
-def test_execs_enter_it_too(cri: Cri, pod: Pod, host_policy: Path) -> None:
+def test_exec_enters_the_profile(cri: Cri, pod: Pod, host_policy: Path) -> None:
     box = cri.run(pod, BUSYBOX, SLEEP, linux=security(**local("tmp-denied")))
     done = cri.exec(box, "sh", "-c", f"{CURRENT}; echo x >/tmp/new")
     assert (done.code, done.stdout) == (1, "tmp-denied (enforce)\n")
@@ -112,7 +112,7 @@ def test_execs_enter_it_too(cri: Cri, pod: Pod, host_policy: Path) -> None:
     ] == ("tmp-denied")
 
 
-def test_with_everything_else_that_confines(outcome: Outcome) -> None:
+def test_profile_with_all_other_confinement_is_entered(outcome: Outcome) -> None:
     """A user, no_new_privs, seccomp and a root that is read-only."""
     seccomp = api.SecurityProfile(profile_type=api.SecurityProfile.RuntimeDefault)
     code, output = outcome(
@@ -127,7 +127,7 @@ def test_with_everything_else_that_confines(outcome: Outcome) -> None:
     assert output.split() == ["tmp-denied", "(enforce)", "NoNewPrivs:", "1", "Seccomp:", "2"]
 
 
-def test_containers_of_one_pod_each_have_their_own(cri: Cri, pod: Pod, host_policy: Path) -> None:
+def test_containers_of_one_pod_have_different_profiles(cri: Cri, pod: Pod, host_policy: Path) -> None:
     wishes: tuple[dict[str, Any], ...] = (local("tmp-denied"), DEFAULT, {}, UNCONFINED)
     boxes = [cri.run(pod, BUSYBOX, SLEEP, linux=security(**wish)) for wish in wishes]
     found = [cri.exec(box, *CURRENT.split()).stdout.strip() for box in boxes]
@@ -135,18 +135,18 @@ def test_containers_of_one_pod_each_have_their_own(cri: Cri, pod: Pod, host_poli
 
 
 @pytest.mark.parametrize("wish", [local("nonesuch"), {"apparmor_profile": "localhost/nonesuch"}])
-def test_one_that_is_not_loaded_is_refused(
+def test_profile_that_is_not_loaded_is_rejected(
     cri: Cri, pod: Pod, host_policy: Path, wish: dict[str, Any]
 ) -> None:
     assert "apparmor.localhost_ref: 'nonesuch' is not loaded" in refusal(cri, pod, **wish)
 
 
-def test_the_newer_field_wins(outcome: Outcome) -> None:
+def test_newer_field_overrides_the_older(outcome: Outcome) -> None:
     code, output = outcome(CURRENT, apparmor_profile="localhost/nonesuch", **local("tmp-denied"))
     assert (code, output.strip()) == (0, "tmp-denied (enforce)")
 
 
-def test_policy_that_the_guest_does_not_take(cri: Cri, pod: Pod, host_policy: Path) -> None:
+def test_policy_that_the_guest_rejects_fails_the_start(cri: Cri, pod: Pod, host_policy: Path) -> None:
     box = cri.create(pod, BUSYBOX, SLEEP, linux=security(**local("garbage")))
     with pytest.raises(grpc.RpcError) as fault:
         cri.start(box)
@@ -154,7 +154,9 @@ def test_policy_that_the_guest_does_not_take(cri: Cri, pod: Pod, host_policy: Pa
     assert cri.status(box).reason == "StartError"
 
 
-def test_a_host_without_apparmor_has_no_profiles(cri: Cri, pod: Pod, site: Site, host_policy: Path) -> None:
+def test_localhost_profile_on_host_without_apparmor_is_rejected(
+    cri: Cri, pod: Pod, site: Site, host_policy: Path
+) -> None:
     site.namespace.run("mount", "-t", "tmpfs", "none", str(HOST_POLICY.parents[1]))
     try:
         told = refusal(cri, pod, **local("tmp-denied"))
@@ -177,14 +179,14 @@ def test_a_host_without_apparmor_has_no_profiles(cri: Cri, pod: Pod, site: Site,
     ],
 )
 @pytest.mark.parametrize("wish", [DEFAULT, {"apparmor_profile": "runtime/default"}, UNCONFINED])
-def test_the_default_profile_denies(outcome: Outcome, deed: str, wish: dict[str, Any]) -> None:
+def test_default_profile_denies(outcome: Outcome, deed: str, wish: dict[str, Any]) -> None:
     """What a container's root could do without, with nothing masked or read-only."""
     script = f"mount -o remount,rw /proc/sys 2>/dev/null; mkdir -p /mnt; {deed}"
     code, output = outcome(script, **admin(), **wish)
     assert (code == 0) is (wish is UNCONFINED), output
 
 
-def test_the_default_profile_lets_ordinary_programs_be(outcome: Outcome) -> None:
+def test_default_profile_allows_ordinary_programs(outcome: Outcome) -> None:
     deeds = [
         "echo x >/tmp/file && mv /tmp/file /etc/file && rm /etc/file",
         "sleep 100 & kill $! && ! wait $!",
@@ -199,7 +201,7 @@ def test_the_default_profile_lets_ordinary_programs_be(outcome: Outcome) -> None
         assert code == 0, f"{deed}: {output}"
 
 
-def test_a_confined_container_hears_signals(cri: Cri, pod: Pod) -> None:
+def test_confined_container_receives_signals(cri: Cri, pod: Pod) -> None:
     script = "trap 'exit 5' TERM; echo ready; while :; do sleep 0.1; done"
     box = cri.run(pod, BUSYBOX, ["sh", "-c", script], linux=security(**DEFAULT))
     cri.wait_for(lambda: cri.log(box), bool)
@@ -207,7 +209,7 @@ def test_a_confined_container_hears_signals(cri: Cri, pod: Pod) -> None:
     assert cri.status(box).exit_code == 5
 
 
-def test_a_privileged_one_is_unconfined_unless_it_asks(outcome: Outcome) -> None:
+def test_privileged_container_is_unconfined_unless_requested(outcome: Outcome) -> None:
     script = f"{CURRENT}; mkdir -p /mnt; mount -t tmpfs none /mnt"
     assert outcome(script, privileged=True) == (0, "unconfined\n")
     code, output = outcome(script, privileged=True, **DEFAULT)
@@ -215,7 +217,7 @@ def test_a_privileged_one_is_unconfined_unless_it_asks(outcome: Outcome) -> None
     assert output.startswith("husk-default (enforce)\n")
 
 
-def test_with_a_terminal(cri: Cri, pod: Pod) -> None:
+def test_confined_container_has_a_terminal(cri: Cri, pod: Pod) -> None:
     command = ["sh", "-c", f"{CURRENT}; tty"]
     code, output = cri.run_to_end(pod, BUSYBOX, command, tty=True, linux=security(**DEFAULT))
     assert (code, output.split()) == (0, ["husk-default", "(enforce)", "/dev/pts/0"]), shlex.quote(output)

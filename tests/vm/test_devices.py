@@ -45,7 +45,7 @@ def named(*names: str) -> list[api.CDIDevice]:
     return [api.CDIDevice(name=name) for name in names]
 
 
-def test_a_cdi_device_brings_what_a_guest_can_have(cri: Cri, pod: Pod, cdi: Path) -> None:
+def test_cdi_device_adds_what_a_guest_supports(cri: Cri, pod: Pod, cdi: Path) -> None:
     library = scratch_dir("library")
     (library / "driver").write_text("driver of the card")
     describe(
@@ -77,7 +77,7 @@ def test_a_cdi_device_brings_what_a_guest_can_have(cri: Cri, pod: Pod, cdi: Path
     assert [mount.container_path for mount in cri.status(container).mounts] == ["/opt/card"]
 
 
-def test_the_later_directory_counts_and_annotations_are_heard(
+def test_cdi_device_is_taken_from_the_later_directory_and_from_annotations(
     daemon: Daemon, cri: Cri, pod: Pod, cdi: Path
 ) -> None:
     describe(cdi / "card.json", {"0": {"env": ["CARD=first"]}, "1": {}})
@@ -99,7 +99,7 @@ def test_the_later_directory_counts_and_annotations_are_heard(
         ("card", "VENDOR/CLASS=DEVICE"),
     ],
 )
-def test_what_a_guest_cannot_have_is_refused(cri: Cri, pod: Pod, cdi: Path, name: str, problem: str) -> None:
+def test_device_that_no_guest_has_is_rejected(cri: Cri, pod: Pod, cdi: Path, name: str, problem: str) -> None:
     hook = {"hookName": "createContainer", "path": "/usr/bin/hook"}
     describe(cdi / "card.json", {"disk": {"deviceNodes": [{"path": "/dev/sda"}]}, "hook": {"hooks": [hook]}})
     with pytest.raises(grpc.RpcError) as fault:
@@ -109,7 +109,7 @@ def test_what_a_guest_cannot_have_is_refused(cri: Cri, pod: Pod, cdi: Path, name
     assert "CDI_devices[0].name" in details and repr(name) in details and problem in details
 
 
-def test_a_container_may_make_a_tun_interface(cri: Cri, pod: Pod) -> None:
+def test_container_makes_a_tun_interface(cri: Cri, pod: Pod) -> None:
     """Its driver is loaded as the node is opened."""
     tun = api.Device(host_path="/dev/net/tun", container_path="/dev/net/tun", permissions="rw")
     container = cri.run(pod, BUSYBOX, SLEEP, devices=[tun])
@@ -117,7 +117,7 @@ def test_a_container_may_make_a_tun_interface(cri: Cri, pod: Pod) -> None:
     assert (told.code, told.stdout) == (0, "a:c8\nopen\n"), told
 
 
-def test_a_pod_without_a_vm_has_the_devices_of_the_host(cri: Cri, cdi: Path) -> None:
+def test_pod_without_vm_has_devices_of_the_host(cri: Cri, cdi: Path) -> None:
     describe(
         cdi / "card.json", {"0": {"deviceNodes": [{"path": "/dev/card", "hostPath": "/dev/loop-control"}]}}
     )

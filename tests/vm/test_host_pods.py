@@ -40,14 +40,14 @@ def security(**fields: Any) -> Any:
     return api.LinuxContainerConfig(security_context=api.LinuxContainerSecurityContext(**fields))
 
 
-def test_a_container_runs_to_its_end(cri: Cri) -> None:
+def test_container_runs_to_its_end(cri: Cri) -> None:
     pod = host_pod(cri, "ends", network=NODE)
     code, text = cri.run_to_end(pod, BUSYBOX, ["sh", "-c", "echo out; echo err >&2; exit 7"])
     assert (code, sorted(text.split())) == (7, ["err", "out"])
     assert cri.pod_ip(pod) == ""
 
 
-def test_the_namespaces_are_those_that_were_asked_for(cri: Cri, daemon: Any) -> None:
+def test_requested_namespaces_are_the_nodes(cri: Cri, daemon: Any) -> None:
     pod = host_pod(cri, "spaces", network=NODE, pid=NODE, ipc=NODE)
     container = cri.run(pod, BUSYBOX, ["sleep", "1000"], linux=security(namespace_options=pod_options(pod)))
     pid = pid_of(cri, pod, container)
@@ -63,7 +63,7 @@ def test_the_namespaces_are_those_that_were_asked_for(cri: Cri, daemon: Any) -> 
     assert cri.exec(container, "hostname").stdout.strip() == os.uname().nodename
 
 
-def test_what_is_not_the_nodes_is_the_pods(cri: Cri, daemon: Any) -> None:
+def test_other_namespaces_are_the_pods(cri: Cri, daemon: Any) -> None:
     pod = host_pod(cri, "ipc-only", ipc=NODE)
     assert re.match(r"\d+\.\d+\.\d+\.\d+", cri.pod_ip(pod))
     container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
@@ -75,7 +75,7 @@ def test_what_is_not_the_nodes_is_the_pods(cri: Cri, daemon: Any) -> None:
     assert shares(pid, pid_of(cri, pod, other), "net")
 
 
-def test_a_handler_may_refuse(site: Any) -> None:
+def test_handler_that_refuses_host_pods_rejects_the_pod(site: Any) -> None:
     from tests.kit.daemon import Daemon
 
     settings: dict[str, dict[str, object]] = {
@@ -99,21 +99,19 @@ def test_a_handler_may_refuse(site: Any) -> None:
         ({"ipc": NODE}, "vm.swappiness", "config.linux.sysctls['vm.swappiness']"),
     ],
 )
-def test_the_nodes_sysctls_are_not_for_a_pod(
-    cri: Cri, spaces: dict[str, Any], sysctl: str, field: str
-) -> None:
+def test_sysctl_of_the_node_is_rejected(cri: Cri, spaces: dict[str, Any], sysctl: str, field: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         host_pod(cri, "sysctls", linux={"sysctls": {sysctl: "1"}}, **spaces)
     assert str(caught.value.details()).startswith(field)
 
 
-def test_sysctls_of_its_own(cri: Cri) -> None:
+def test_sysctls_of_the_pod_are_set(cri: Cri) -> None:
     pod = host_pod(cri, "sysctls", ipc=NODE, linux={"sysctls": {"net.core.somaxconn": "321"}})
     container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
     assert cri.exec(container, "cat", "/proc/sys/net/core/somaxconn").stdout == "321\n"
 
 
-def test_shared_memory_is_the_pods_unless_it_is_the_nodes(cri: Cri) -> None:
+def test_shared_memory_is_the_pods_unless_ipc_is_the_nodes(cri: Cri) -> None:
     pod = host_pod(cri, "shm", network=NODE)
     one, two = (cri.run(pod, BUSYBOX, ["sleep", "1000"]) for _ in range(2))
     cri.exec(one, "sh", "-c", "echo seen > /dev/shm/file")
@@ -122,7 +120,7 @@ def test_shared_memory_is_the_pods_unless_it_is_the_nodes(cri: Cri) -> None:
     assert not Path("/dev/shm/file").exists()
 
 
-def test_logs_are_rotated_without_a_line_lost(cri: Cri) -> None:
+def test_log_rotation_loses_no_line(cri: Cri) -> None:
     pod = host_pod(cri, "logs", network=NODE)
     lines = 60_000
     script = f"n=0; while [ $n -lt {lines} ]; do n=$((n+1)); echo $n; done"
@@ -144,7 +142,7 @@ def test_logs_are_rotated_without_a_line_lost(cri: Cri) -> None:
     assert text == "".join(f"{number}\n" for number in range(1, lines + 1))
 
 
-def test_exec_and_its_end(cri: Cri) -> None:
+def test_exec_returns_output_and_exit_code(cri: Cri) -> None:
     pod = host_pod(cri, "exec", network=NODE)
     container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
     done = cri.exec(container, "sh", "-c", "echo out; echo err >&2; exit 3")
@@ -157,7 +155,7 @@ def test_exec_and_its_end(cri: Cri) -> None:
     assert "4321" not in cri.exec(container, "ps").stdout
 
 
-def test_a_program_that_is_not_there(cri: Cri) -> None:
+def test_missing_program_fails_the_start(cri: Cri) -> None:
     pod = host_pod(cri, "absent", network=NODE)
     container = cri.create(pod, BUSYBOX, ["/no/such/program"])
     with pytest.raises(grpc.RpcError, match="no/such/program"):
@@ -166,7 +164,7 @@ def test_a_program_that_is_not_there(cri: Cri) -> None:
     assert (status.state, status.exit_code, status.reason) == (api.CONTAINER_EXITED, 128, "StartError")
 
 
-def test_stop_asks_and_kills(cri: Cri) -> None:
+def test_stop_sends_the_signal_then_kills(cri: Cri) -> None:
     pod = host_pod(cri, "stops", network=NODE, pid=NODE)
     script = "trap 'echo ending; exit 5' TERM; echo ready; while :; do sleep 0.1; done"
     asked = cri.run(pod, BUSYBOX, ["sh", "-c", script], linux=security(namespace_options=pod_options(pod)))
@@ -184,7 +182,7 @@ def test_stop_asks_and_kills(cri: Cri) -> None:
     cri.wait_for(lambda: processes_naming("sleep 555"), lambda found: not found)
 
 
-def test_limits_and_what_is_used(cri: Cri) -> None:
+def test_limits_are_in_force_and_usage_is_reported(cri: Cri) -> None:
     pod = host_pod(cri, "limits", network=NODE)
     busy = "x=$(head -c 30000000 /dev/zero | tr '\\0' x); while :; do :; done"
     resources = api.LinuxContainerResources(memory_limit_in_bytes=200 << 20, cpu_shares=512)
@@ -217,7 +215,7 @@ def test_limits_and_what_is_used(cri: Cri) -> None:
     assert used / 1e9 / (ended - began) < 0.2, "a tenth of a CPU"
 
 
-def test_too_much_memory_is_an_oom_kill(cri: Cri) -> None:
+def test_container_above_its_memory_limit_is_oom_killed(cri: Cri) -> None:
     pod = host_pod(cri, "oom", network=NODE)
     resources = api.LinuxContainerResources(memory_limit_in_bytes=20 << 20)
     container = cri.run(
@@ -231,7 +229,7 @@ def test_too_much_memory_is_an_oom_kill(cri: Cri) -> None:
     assert status.exit_code != 0
 
 
-def test_a_port_of_the_node_is_reached(cri: Cri, daemon: Any) -> None:
+def test_port_forward_reaches_a_port_of_the_node(cri: Cri, daemon: Any) -> None:
     cri.pull(WEB)
     pod = host_pod(cri, "web", network=NODE)
     cri.run(pod, WEB, ["httpd", "-f", "-p", "127.0.0.1:18080", "-h", "/www"])
@@ -245,7 +243,7 @@ def test_a_port_of_the_node_is_reached(cri: Cri, daemon: Any) -> None:
     assert cri.wait_for(fetch, lambda got: got) == "hello from the pod\n"
 
 
-def test_mounts_are_what_was_asked_for(cri: Cri, tmp_path: Path) -> None:
+def test_requested_mounts_are_made(cri: Cri, tmp_path: Path) -> None:
     id = cri.pull(WEB)
     (tmp_path / "inner").mkdir()
     (tmp_path / "file").write_text("of the host\n")
@@ -285,7 +283,7 @@ def test_mounts_are_what_was_asked_for(cri: Cri, tmp_path: Path) -> None:
         )
 
 
-def test_a_process_is_as_confined_as_in_a_vm(cri: Cri) -> None:
+def test_process_is_confined_as_in_a_vm(cri: Cri) -> None:
     pod = host_pod(cri, "confined", network=NODE)
     container = cri.run(
         pod,
@@ -313,7 +311,7 @@ def test_a_process_is_as_confined_as_in_a_vm(cri: Cri) -> None:
     assert cri.exec(container, "sh", "-c", "head -c 1 /proc/kcore | wc -c").stdout.strip() == "0"
 
 
-def test_one_container_looks_into_another(cri: Cri) -> None:
+def test_container_in_the_pid_namespace_of_a_target_sees_its_processes(cri: Cri) -> None:
     pod = host_pod(cri, "target", network=NODE, pid=CONTAINER)
     seen = cri.run(
         pod,
@@ -327,7 +325,7 @@ def test_one_container_looks_into_another(cri: Cri) -> None:
     assert "sleep 2222" in cri.exec(looks, "ps").stdout
 
 
-def test_limits_of_the_whole_pod(cri: Cri) -> None:
+def test_limits_of_the_pod_are_in_force(cri: Cri) -> None:
     pod = host_pod(cri, "whole", network=NODE)
     cri.run(pod, BUSYBOX, ["sleep", "1000"])
     wish = api.LinuxContainerResources(memory_limit_in_bytes=300 << 20)
@@ -341,7 +339,7 @@ def test_limits_of_the_whole_pod(cri: Cri) -> None:
     assert limits == [str(300 << 20)] and info["cgroup"].endswith(f"husk-{pod.id}")
 
 
-def test_a_privileged_container_has_the_nodes_devices(cri: Cri) -> None:
+def test_privileged_container_has_devices_of_the_node(cri: Cri) -> None:
     pod = host_pod(cri, "devices", network=NODE, linux={})
     plain = cri.run(pod, BUSYBOX, ["sleep", "1000"])
     assert cri.exec(plain, "sh", "-c", "mknod /tmp/mem c 1 1 && head -c 1 /tmp/mem").code != 0
@@ -355,7 +353,7 @@ def test_a_privileged_container_has_the_nodes_devices(cri: Cri) -> None:
 
 
 @pytest.mark.parametrize("end", ["kill", "terminate"])
-def test_the_daemons_end_is_not_the_pods(cri: Cri, daemon: Any, end: str) -> None:
+def test_pod_outlives_the_daemon(cri: Cri, daemon: Any, end: str) -> None:
     pod = host_pod(cri, f"lives-{end}", network=NODE)
     script = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.05; done"
     writes = cri.run(pod, BUSYBOX, ["sh", "-c", script])
@@ -376,7 +374,7 @@ def test_the_daemons_end_is_not_the_pods(cri: Cri, daemon: Any, end: str) -> Non
     assert cri.wait_exited(made).exit_code == 4
 
 
-def test_without_its_supervisor_a_container_ends(cri: Cri) -> None:
+def test_container_whose_supervisor_is_killed_ends(cri: Cri) -> None:
     pod = host_pod(cri, "supervisor", network=NODE)
     container = cri.run(pod, BUSYBOX, ["sleep", "7777"])
     for each in processes_naming(f"--cid {container}"):
@@ -386,7 +384,7 @@ def test_without_its_supervisor_a_container_ends(cri: Cri) -> None:
     cri.wait_for(lambda: processes_naming("sleep 7777"), lambda found: not found)
 
 
-def test_without_its_first_process_a_pod_is_not_ready(cri: Cri) -> None:
+def test_pod_whose_first_process_is_killed_is_not_ready(cri: Cri) -> None:
     pod = host_pod(cri, "first", network=NODE)
     container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
     info = json.loads(cri.pod_status(pod, verbose=True).info["info"])

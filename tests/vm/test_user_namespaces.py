@@ -39,14 +39,14 @@ def pod(cri: Cri) -> Pod:
     return cri.run_pod("shifted", linux=api.LinuxPodSandboxConfig(security_context=security))
 
 
-def test_it_is_offered_and_told(cri: Cri, pod: Pod) -> None:
+def test_user_namespaces_are_offered_and_reported(cri: Cri, pod: Pod) -> None:
     (handler,) = [each for each in cri.call("Status").runtime_handlers if not each.name]
     assert handler.features.user_namespaces
     told = cri.pod_status(pod).status.linux.namespaces.options.userns_options
     assert (told.mode, told.uids[0].host_id) == (api.POD, BASE)
 
 
-def test_ids_and_files_of_the_image(cri: Cri, pod: Pod) -> None:
+def test_ids_and_image_files_are_mapped(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP, linux=linux())
     assert cri.exec(container, "cat", "/proc/self/uid_map").stdout.split() == ["0", str(BASE), str(LENGTH)]
     owners = cri.exec(container, "stat", "-c", "%u:%g", "/", "/bin/busybox", "/etc/hosts", "/dev/null").stdout
@@ -57,7 +57,7 @@ def test_ids_and_files_of_the_image(cri: Cri, pod: Pod) -> None:
     assert cri.exec(worker, "sh", "-c", "touch /tmp/x; stat -c %u /tmp/x; id -u").stdout == "1000\n1000\n"
 
 
-def test_volumes(cri: Cri, pod: Pod) -> None:
+def test_volumes_are_mapped(cri: Cri, pod: Pod) -> None:
     """Shifted where the kubelet asks for it, and as they are on the disk where it does not."""
     shifted, plain = scratch_dir("volume"), scratch_dir("volume")
     mounts = [
@@ -72,7 +72,7 @@ def test_volumes(cri: Cri, pod: Pod) -> None:
     assert not Path(plain / "file").exists()
 
 
-def test_a_container_shares_the_pods(cri: Cri, pod: Pod) -> None:
+def test_container_with_another_user_namespace_is_rejected(cri: Cri, pod: Pod) -> None:
     with pytest.raises(grpc.RpcError) as fault:
         cri.create(pod, BUSYBOX, SLEEP)
     assert "userns_options" in str(fault.value.details())

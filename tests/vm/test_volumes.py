@@ -47,7 +47,7 @@ def volume(folder: Path, **fields: Any) -> api.Mount:
 
 
 @pytest.mark.parametrize("recursive", [False, True])
-def test_read_only_goes_as_far_as_was_asked(
+def test_read_only_mount_is_recursive_only_on_request(
     cri: Cri, pod: Pod, folder: Path, mount: Mount, recursive: bool
 ) -> None:
     (folder / "sub").mkdir()
@@ -60,7 +60,7 @@ def test_read_only_goes_as_far_as_was_asked(
     assert (beneath.code == 0) is not recursive
 
 
-def test_what_is_unmounted_on_the_host_is_not_busy(
+def test_volume_unmounted_on_the_host_is_not_busy(
     site: Any, cri: Cri, pod: Pod, folder: Path, mount: Mount
 ) -> None:
     (folder / "sub").mkdir()
@@ -71,13 +71,13 @@ def test_what_is_unmounted_on_the_host_is_not_busy(
     site.namespace.run("rmdir", str(folder / "sub"))
 
 
-def test_no_volume_is_in_the_hosts_table(site: Any, cri: Cri, pod: Pod, folder: Path) -> None:
+def test_volumes_are_not_in_the_hosts_mount_table(site: Any, cri: Cri, pod: Pod, folder: Path) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP, mounts=[volume(folder)])
     table = site.namespace.run("cat", "/proc/self/mountinfo")
     assert not any("/volumes/" in line and container in line for line in table.splitlines())
 
 
-def test_a_later_mount_of_the_host_arrives_where_asked(
+def test_later_mount_of_the_host_is_propagated_on_request(
     site: Any, cri: Cri, pod: Pod, folder: Path, mount: Mount
 ) -> None:
     (folder / "sub").mkdir()
@@ -91,7 +91,7 @@ def test_a_later_mount_of_the_host_arrives_where_asked(
     assert cri.exec(alone, "ls", "/data/sub").stdout == ""
 
 
-def test_a_mount_of_the_container_is_shown_on_the_host_where_asked(
+def test_mount_of_the_container_is_propagated_to_the_host_on_request(
     site: Any, cri: Cri, pod: Pod, folder: Path, mount: Mount
 ) -> None:
     (folder / "point").mkdir()
@@ -110,13 +110,13 @@ def test_a_mount_of_the_container_is_shown_on_the_host_where_asked(
     cri.wait_for(lambda: site.namespace.run("ls", str(folder / "point")), lambda text: text == "", 5)
 
 
-def test_bidirectional_is_for_privileged_containers(cri: Cri, pod: Pod, folder: Path) -> None:
+def test_bidirectional_propagation_without_privilege_is_rejected(cri: Cri, pod: Pod, folder: Path) -> None:
     with pytest.raises(grpc.RpcError) as fault:
         cri.create(pod, BUSYBOX, SLEEP, mounts=[volume(folder, propagation=api.PROPAGATION_BIDIRECTIONAL)])
     assert "config.mounts[0].propagation" in str(fault.value.details())
 
 
-def test_options(cri: Cri, pod: Pod, folder: Path) -> None:
+def test_mount_options_are_in_force(cri: Cri, pod: Pod, folder: Path) -> None:
     (folder / "tool").write_text("#!/bin/sh\necho ran\n")
     (folder / "tool").chmod(0o755)
     options = ["noexec", "nosuid"]
@@ -135,7 +135,7 @@ def image(name: str, sub_path: str = "", readonly: bool = True) -> api.Mount:
     return api.Mount(container_path="/image", image=source, image_sub_path=sub_path, readonly=readonly)
 
 
-def test_an_image_as_a_volume(cri: Cri, pod: Pod) -> None:
+def test_image_volume_is_mounted_read_only(cri: Cri, pod: Pod) -> None:
     id = cri.pull(WEB)
     whole = cri.run(pod, BUSYBOX, SLEEP, mounts=[image(WEB)])
     assert cri.exec(whole, "cat", "/image/www/index.html").stdout == "hello from the pod\n"
@@ -158,7 +158,7 @@ def test_an_image_as_a_volume(cri: Cri, pod: Pod) -> None:
         (image(f"{HOST}/husk/absent:1"), grpc.StatusCode.NOT_FOUND, "husk/absent"),
     ],
 )
-def test_an_image_that_cannot_be_a_volume(
+def test_unusable_image_volume_is_rejected(
     cri: Cri, pod: Pod, wish: api.Mount, code: grpc.StatusCode, told: str
 ) -> None:
     cri.pull(WEB)
