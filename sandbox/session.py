@@ -9,6 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from sandbox.errors import SandboxError
+
+# How long an attached client that reads nothing may hold back a container's output: longer than a short
+# outage of the network, far shorter than a container may be blocked by a forgotten terminal.
+STALL_TIMEOUT_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class ExecResult:
@@ -17,6 +23,13 @@ class ExecResult:
     exit_code: int
     stdout: bytes
     stderr: bytes
+
+
+class AttachmentStalled(SandboxError):
+    """An attachment was ended: its client read nothing for STALL_TIMEOUT_S while output was waiting."""
+
+    def __init__(self) -> None:
+        super().__init__(f"detached: no output was read for {STALL_TIMEOUT_S:g} s")
 
 
 class Sink(Protocol):

@@ -1,13 +1,13 @@
-"""The host's end of the conversation with one agent.
+"""The host's end of a connection to an agent.
 
-A client is one connection: when it is lost, every waiter is woken with the reason, and the owner
-connects anew with a higher epoch; the Welcome then tells all that happened in between. A daemon
-that is killed leaves nothing behind: the guest ends the execs of the old connection, and keeps the
-containers and the log bytes that were not acknowledged.
+A client is one connection. When it is lost, every waiter is woken with the reason, and the owner connects
+again with a higher epoch; the Welcome then shows everything that happened in between. A daemon that is
+killed leaves no state in the guest but what the next one needs: the agent ends the execs of the old
+connection, and keeps the containers and the log bytes that were not acknowledged.
 
-The guest is hostile. Whatever breaks a rule (a frame that has no meaning now, an answer to no
-question, data on no stream or above its credit, a flood of events) is a ProtocolError and ends the
-connection; waits are bounded; nothing that the guest sends is kept without a bound.
+The guest is hostile. Any violation of the protocol (a frame that is not valid at this point, a reply to no
+request, data on an unknown stream or above its credit, more than MAX_EVENTS_PER_S events) is a ProtocolError
+and ends the connection; waits are bounded; nothing that the guest sends is kept without a bound.
 """
 
 from __future__ import annotations
@@ -30,32 +30,35 @@ from sandbox.errors import (
 )
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest import transports
-from sandbox.guest.connection import Connection
+from sandbox.guest.connection import GuestConnection
 from sandbox.guest.frames import MIN_VERSION, NONCE_BYTES, VERSION, Frame, Kind, preamble
 from sandbox.guest.streams import Inputs, OutputStream, StreamSink
 
 RequestId = NewType("RequestId", int)
 M = TypeVar("M", pb.Welcome, pb.Reply, pb.Event)
 
-MAX_CALLS = 1024  # unanswered, given-up ones included
+MAX_CALLS = 1024  # requests without a reply, those whose caller has gone included
 MAX_EVENTS_PER_S = 2000
 _MAX_TEXT = 1024  # of an error message that the guest wrote
-# Steps of the agent that do no more than what a client wrote down.
-_OF_WISHES = frozenset({"exec", "chdir", "cgroup", "sysctl", "huge"})
+# Steps of the agent that fail because of what the container's configuration or image says.
+_CONFIG_STEPS = frozenset({"exec", "chdir", "cgroup", "sysctl", "huge"})
 _MAX_ID = (1 << 32) - 1
 
 
 class GuestClient:
-    """Use `connect`. All methods belong to the event loop's thread."""
+    """A connection to an agent: requests, streams, execs and events. Make one with `connect`.
+
+    All methods must be called in the event loop's thread. The caller owns the client, and closes it.
+    """
 
     def __init__(self, on_event: Callable[[pb.Event], None], epoch: int, nonce: bytes) -> None:
         loop = asyncio.get_running_loop()
         self._on_event = on_event
         self._epoch = epoch
-        self._connection = Connection(nonce, self._on_frame, self._on_writable)
+        self._connection = GuestConnection(nonce, self._on_frame, self._on_writable)
         self._connection.lost.add_done_callback(self._on_lost)
         self._welcome: asyncio.Future[pb.Welcome] = loop.create_future()
-        self.welcomed_s = 0.0  # moment of the monotonic clock
+        self.welcomed_s = 0.0  # when the Welcome came, on the monotonic clock
         self._calls: dict[int, asyncio.Future[pb.Reply]] = {}
         self._exits: dict[str, asyncio.Future[pb.Exited]] = {}
         self._detached: dict[str, asyncio.Future[pb.Detached]] = {}
@@ -78,26 +81,30 @@ class GuestClient:
         timeout_s: float,
         snapshot: bool = False,
     ) -> GuestClient:
-        """Connect and greet; `on_event` may be called before this returns. With `snapshot` the VM is about
-        to become a template: its agent greets, and then waits for whoever meets a copy of it.
+        """Connect and exchange Hello and Welcome. `on_event` may be called before this returns.
 
-        Raises GuestUnreachable (ProtocolError, VersionMismatch), or DeadlineExceeded when the
-        agent does not answer in time.
+        `token` identifies the VM: the agent adopts the first one it receives and ignores connections with
+        any other. `epoch` must grow with each connection. With `snapshot` the VM is about to be saved as a
+        template: after the Welcome its agent waits for the first connection to a clone, and adopts that
+        one's token.
+
+        Raises GuestUnreachable (ProtocolError; VersionMismatch if there is no common protocol version), or
+        DeadlineExceeded when the agent does not answer within `timeout_s`.
         """
         nonce = os.urandom(NONCE_BYTES)
         client = cls(on_event, epoch, nonce)
         try:
             async with asyncio.timeout(timeout_s):
-                await client._greet(address, preamble(token, nonce), timeout_s, snapshot)
+                await client._exchange_hello(address, preamble(token, nonce), timeout_s, snapshot)
         except TimeoutError as cause:
-            client._connection.fail(GuestUnreachable(f"no answer of the agent at {address}"))
+            client._connection.fail(GuestUnreachable(f"the agent at {address} does not answer"))
             raise DeadlineExceeded(f"greeting the agent at {address}", timeout_s) from cause
         except BaseException:
-            client._connection.fail(GuestUnreachable("greeting was given up"))
+            client._connection.fail(GuestUnreachable("connecting to the agent was cancelled"))
             raise
         return client
 
-    async def _greet(self, address: str, opening: bytes, timeout_s: float, snapshot: bool) -> None:
+    async def _exchange_hello(self, address: str, opening: bytes, timeout_s: float, snapshot: bool) -> None:
         sock = await transports.connect(address, timeout_s)
         try:
             loop = asyncio.get_running_loop()
@@ -107,7 +114,7 @@ class GuestClient:
             raise
         self._connection.write(opening)
         await self._connection.ready
-        # Only now: a HELLO that waited in a queue while the guest booted would set its clock back.
+        # Not earlier: a HELLO that waited in a queue while the guest booted would set its clock back.
         hello = pb.Hello(
             version=VERSION,
             min_version=MIN_VERSION,
@@ -118,10 +125,11 @@ class GuestClient:
         self._connection.send(Kind.HELLO, 0, hello.SerializeToString())
         await self._welcome
 
-    # ------------------------------------------------------------------------------- its life
+    # ------------------------------------------------------------------------------ lifetime
 
     @property
     def welcome(self) -> pb.Welcome:
+        """The agent's Welcome, as the guest sent it: not trusted."""
         return self._welcome.result()
 
     @property
@@ -131,31 +139,35 @@ class GuestClient:
 
     @property
     def epoch(self) -> int:
+        """The number of this connection to the VM."""
         return self._epoch
 
     @property
     def lost(self) -> bool:
+        """Whether the connection is lost or closed."""
         return self._connection.lost.done()
 
     def on_lost(self, callback: Callable[[GuestUnreachable], None]) -> Callable[[], None]:
-        """Call back once, from the loop, with the reason; also when it is lost already.
-        What is returned takes the wish back."""
+        """Call `callback` once from the loop with the reason, also if the connection is lost already.
 
-        def told(lost: asyncio.Future[GuestUnreachable]) -> None:
+        Returns a function that removes the callback. Idempotent.
+        """
+
+        def on_done(lost: asyncio.Future[GuestUnreachable]) -> None:
             callback(lost.result())
 
-        def take_back() -> None:
-            self._connection.lost.remove_done_callback(told)
+        def remove() -> None:
+            self._connection.lost.remove_done_callback(on_done)
 
-        self._connection.lost.add_done_callback(told)
-        return take_back
+        self._connection.lost.add_done_callback(on_done)
+        return remove
 
     async def wait_closed(self) -> GuestUnreachable:
         """Return the reason once the connection is lost or closed."""
         return await asyncio.shield(self._connection.lost)
 
     async def close(self) -> None:
-        """Let go of the guest. Idempotent."""
+        """Send what is queued, then close the connection. Containers run on. Idempotent."""
         await self._connection.close()
 
     def _on_lost(self, lost: asyncio.Future[GuestUnreachable]) -> None:
@@ -165,7 +177,7 @@ class GuestClient:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(reason)
-                waiter.exception()  # seen, even if nobody waits any more
+                waiter.exception()  # marks it retrieved: there may be no waiter any more
         for output in self._outputs.values():
             output.wake()
         self._calls.clear()
@@ -176,8 +188,11 @@ class GuestClient:
     # ---------------------------------------------------------------------------------- calls
 
     async def call(self, request: pb.Request, timeout_s: float) -> pb.Reply:
-        """Raises GuestError when the agent refuses, GuestUnreachable when the connection is lost,
-        DeadlineExceeded when no reply came (what was asked for may still happen).
+        """Send a request and wait for its reply.
+
+        Raises GuestError when the agent reports a failure (InvalidContainerConfig: one of the container's
+        configuration or image), GuestUnreachable when the connection is lost, DeadlineExceeded when no reply
+        came in time (the request may still take effect).
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -186,9 +201,9 @@ class GuestClient:
             raise DeadlineExceeded(f"{request.WhichOneof('body')} in the guest", timeout_s) from cause
 
     def post(self, request: pb.Request) -> asyncio.Future[pb.Reply]:
-        """Send now, and return the reply to come; it ends in GuestError or GuestUnreachable.
+        """Queue a request and return the future of its reply; it may end in GuestError or GuestUnreachable.
 
-        A future that is cancelled still counts until the guest answers. Raises GuestUnreachable.
+        A cancelled future still counts towards MAX_CALLS until the guest replies. Raises GuestUnreachable.
         """
         if len(self._calls) >= MAX_CALLS:
             self._connection.fail(ProtocolError(f"the guest left {MAX_CALLS} requests unanswered"))
@@ -207,21 +222,27 @@ class GuestClient:
     # -------------------------------------------------------------------------------- streams
 
     def open_input(self, sink: StreamSink, window: int) -> int:
-        """Number a guest-to-host stream. The request that names it must give the same window."""
+        """Number a guest-to-host stream. The request that names it must carry the same window (bytes).
+
+        Raises GuestUnreachable.
+        """
         stream = self._next_stream()
         self._inputs.open(stream, sink, window)
         return stream
 
     def grant(self, stream: int, count: int) -> None:
-        """Return credit for what the sink has dealt with. Does nothing on a stream that has ended."""
+        """Return credit: `count` bytes that the sink has processed. Without effect on an ended stream."""
         self._inputs.grant(stream, count)
 
     def reset_input(self, stream: int) -> None:
-        """Tell the guest to stop this stream. Does nothing on a stream that has ended."""
+        """Send RESET, and discard what is still on its way. Without effect on an ended stream."""
         self._inputs.reset(stream)
 
     def open_output(self) -> OutputStream:
-        """Number a host-to-guest stream, to be named in a request. Close it in the end."""
+        """Number a host-to-guest stream, to be named in a request. The caller closes it.
+
+        Raises GuestUnreachable.
+        """
         self._outputs = {id: output for id, output in self._outputs.items() if not output.done}
         output = OutputStream(self._next_stream(), self._connection)
         self._outputs[output.id] = output
@@ -230,41 +251,43 @@ class GuestClient:
     def _next_stream(self) -> int:
         if self._connection.lost.done():
             raise self._connection.lost.result()
-        self._last_stream += 1  # 32 bits last for years of execs, and begin anew per connection
+        self._last_stream += 1  # 32 bits last for years of execs, and each connection starts at 1
         return self._last_stream
 
     # ---------------------------------------------------------------------------------- execs
 
     def expect_exit(self, exec_id: str) -> asyncio.Future[pb.Exited]:
-        """The exit of an exec about to be started, which then does not go to `on_event`.
+        """Return the future of the exit of an exec about to be started; `on_event` does not get that exit.
 
-        Raises GuestUnreachable. Take it back with `forget_exit`.
+        The caller ends this with `forget_exit`. Raises GuestUnreachable.
         """
         if self._connection.lost.done():
             raise self._connection.lost.result()
         return self._exits.setdefault(exec_id, asyncio.get_running_loop().create_future())
 
     def forget_exit(self, exec_id: str) -> None:
+        """Stop expecting an exit. Idempotent."""
         self._exits.pop(exec_id, None)
 
     def expect_detached(self, attach_id: str) -> asyncio.Future[pb.Detached]:
-        """The end of an attachment about to be made. Take it back with `forget_detached`.
+        """Return the future of the end of an attachment about to be made.
 
-        Raises GuestUnreachable.
+        The caller ends this with `forget_detached`. Raises GuestUnreachable.
         """
         if self._connection.lost.done():
             raise self._connection.lost.result()
         return self._detached.setdefault(attach_id, asyncio.get_running_loop().create_future())
 
     def forget_detached(self, attach_id: str) -> None:
+        """Stop expecting the end of an attachment. Idempotent."""
         self._detached.pop(attach_id, None)
 
     def next_exec_id(self) -> str:
-        """Also good for an attachment."""
+        """Return an id for an exec or an attachment, unique in the VM."""
         self._last_exec += 1
         return f"{self._epoch}-{self._last_exec}"
 
-    # ----------------------------------------------------------------------- what the guest says
+    # ---------------------------------------------------------------------------- incoming
 
     def _on_writable(self) -> None:
         self._inputs.flush()
@@ -286,30 +309,30 @@ class GuestClient:
         elif kind is Kind.WINDOW or kind is Kind.RESET:
             self._on_output_frame(kind, stream, payload)
         else:
-            raise ProtocolError(f"the guest sent {kind.name} where it has no meaning")
+            raise ProtocolError(f"the guest sent {kind.name}, which only the host may send")
 
     def _on_welcome(self, kind: Kind, payload: memoryview) -> None:
         if kind is not Kind.WELCOME:
-            raise ProtocolError(f"the guest sent {kind.name} in front of its WELCOME")
+            raise ProtocolError(f"the guest sent {kind.name} before its WELCOME")
         welcome = _decode(pb.Welcome, payload)
         if not MIN_VERSION <= welcome.version <= VERSION:
             spoken = (welcome.min_version or welcome.version, welcome.max_version or welcome.version)
             self._connection.fail(VersionMismatch(spoken, (MIN_VERSION, VERSION)))
         elif welcome.epoch != self._epoch:
-            raise ProtocolError(f"the guest welcomed epoch {welcome.epoch}, not {self._epoch}")
+            raise ProtocolError(f"the guest answered with epoch {welcome.epoch}, not {self._epoch}")
         else:
             self.welcomed_s = time.monotonic()
             self._welcome.set_result(welcome)
 
     def _on_reply(self, id: int, payload: memoryview) -> None:
-        reply = _decode(pb.Reply, payload)  # first: if it is broken, the waiter must wake all the same
+        reply = _decode(pb.Reply, payload)  # first: if this fails, the end of the connection wakes the waiter
         waiter = self._calls.pop(id, None)
         if waiter is None:
-            raise ProtocolError(f"the guest answered request {id}, which nobody made")
-        if waiter.done():  # given up
+            raise ProtocolError(f"the guest replied to request {id}, which is not pending")
+        if waiter.done():  # cancelled
             return
         if reply.HasField("failure"):
-            waiter.set_exception(_refusal(reply.failure))
+            waiter.set_exception(_error_of(reply.failure))
             waiter.exception()
         else:
             waiter.set_result(reply)
@@ -337,17 +360,17 @@ class GuestClient:
     def _on_output_frame(self, kind: Kind, stream: int, payload: memoryview) -> None:
         output = self._outputs.get(stream)
         if output is None:
-            # It may have been under way while we closed; a number never given out cannot.
+            # The frame may have crossed our CLOSE, but only on a stream that was opened once.
             if not 0 < stream <= self._last_stream:
-                raise ProtocolError(f"the guest sent {kind.name} on stream {stream}, which never was")
+                raise ProtocolError(f"the guest sent {kind.name} on stream {stream}, which was never opened")
         elif kind is Kind.WINDOW:
             output.window(payload)
         else:
             output.reset()
 
 
-def _refusal(failure: pb.Failure) -> GuestError:
-    kind = InvalidContainerConfig if failure.step.partition(" ")[0] in _OF_WISHES else GuestError
+def _error_of(failure: pb.Failure) -> GuestError:
+    kind = InvalidContainerConfig if failure.step.partition(" ")[0] in _CONFIG_STEPS else GuestError
     return kind(failure.step[:_MAX_TEXT], failure.errno, failure.message[:_MAX_TEXT])
 
 
@@ -355,4 +378,4 @@ def _decode(kind: type[M], payload: memoryview) -> M:
     try:
         return kind.FromString(bytes(payload))
     except DecodeError as cause:
-        raise ProtocolError(f"the guest sent a broken {kind.__name__}") from cause
+        raise ProtocolError(f"the guest sent a broken {kind.__name__} message") from cause

@@ -1,8 +1,8 @@
-"""One connection to an agent: bytes in, frames out, and the end of it.
+"""One connection to an agent: turns bytes into frames, and ends for exactly one reason.
 
-Invariants: frames are handed on in the order of arrival, none before the guest echoed our nonce and
-none after `lost` is set; `lost` is set exactly once, whatever ended the connection; what the guest
-does not read is bounded, so that it cannot make the daemon hoard bytes.
+Invariants: frames are passed on in the order of arrival, none before the guest echoed our nonce and none
+after `lost` is set; `lost` is set exactly once, whatever ended the connection; at most MAX_UNSENT bytes wait
+for a guest that does not read.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from typing import cast
 from sandbox.errors import GuestUnreachable, ProtocolError
 from sandbox.guest.frames import Frame, FrameParser, Kind, Resync, header
 
-MAX_UNSENT = 16 << 20  # a few of the largest requests
+MAX_UNSENT = 16 << 20  # four of the largest requests
 _HIGH_WATER = 1 << 20
 _FLUSH_S = 1.0  # how long `close` waits for a guest that does not read
 
 log = logging.getLogger(__name__)
 
 
-class Connection(asyncio.BufferedProtocol):
-    """Reads into the parser's own buffer: no copy of log data between the socket and the file."""
+class GuestConnection(asyncio.BufferedProtocol):
+    """The asyncio protocol of a connection.
+
+    It reads into the parser's buffer, so log data is not copied between the socket and the file.
+    """
 
     def __init__(
         self, nonce: bytes, on_frame: Callable[[Frame], None], on_writable: Callable[[], None]
@@ -38,28 +41,30 @@ class Connection(asyncio.BufferedProtocol):
         self.ready: asyncio.Future[None] = loop.create_future()  # nonce seen
         self.lost: asyncio.Future[GuestUnreachable] = loop.create_future()  # with the reason
 
-    # ----------------------------------------------------------------------- asyncio's calls
+    # ------------------------------------------------------------------- called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports behave as asyncio.Transport without being one
+        """See asyncio.BaseProtocol."""
+        # uvloop's transports behave like asyncio.Transport, but are not instances of it
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(_HIGH_WATER)
         self.writable.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        # Before the nonce nothing is parsed, and the empty parser serves as scratch space.
+        """See asyncio.BufferedProtocol. Before the nonce the empty parser's buffer is scratch space."""
         return self._parser.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
+        """See asyncio.BufferedProtocol. Any error ends the connection."""
         try:
             self._received(nbytes)
         except ProtocolError as error:
             self.fail(error)
         except Exception as cause:
-            # The edge: a sink or event handler broke. Going on would lose what it was told, so the
-            # connection ends, and whoever connects again finds the state in the Welcome.
-            log.exception("handling a frame of the guest")
-            broken = GuestUnreachable(f"handling a frame of the guest failed: {cause}")
+            # A sink or event handler has failed. To go on would lose the frame, so the connection ends, and
+            # the next one gets the state with its Welcome.
+            log.exception("failed to handle a frame of the guest; closing the connection")
+            broken = GuestUnreachable(f"failed to handle a frame of the guest: {cause}")
             broken.__cause__ = cause
             self.fail(broken)
 
@@ -80,32 +85,35 @@ class Connection(asyncio.BufferedProtocol):
             self._on_frame(frame)
 
     def eof_received(self) -> None:
-        return None  # close
+        """See asyncio.BufferedProtocol: returning None closes the transport."""
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.BaseProtocol."""
         error = GuestUnreachable("the connection to the agent was lost" + (f": {exc}" if exc else ""))
         error.__cause__ = exc
         self._end(error)
 
     def pause_writing(self) -> None:
+        """See asyncio.BaseProtocol."""
         self.writable.clear()
 
     def resume_writing(self) -> None:
+        """See asyncio.BaseProtocol."""
         self.writable.set()
         self._on_writable()
 
-    # ------------------------------------------------------------------------------- for us
+    # --------------------------------------------------------------- called by the client
 
     def send(self, kind: Kind, stream: int = 0, payload: bytes | memoryview = b"") -> None:
-        """Queue one frame; frames of one turn of the loop leave together.
+        """Queue one frame. Frames of one iteration of the loop leave together.
 
-        Raises GuestUnreachable when the connection is lost, or now broken because the guest
-        reads nothing; ValueError when the payload is too large.
+        Raises GuestUnreachable when the connection is lost, or ends now because the guest left MAX_UNSENT
+        bytes unread; ValueError when the payload is too large.
         """
         self.write(header(kind, stream, len(payload)), payload)
 
     def write(self, *pieces: bytes | memoryview) -> None:
-        """Queue raw bytes. Raises GuestUnreachable."""
+        """Queue raw bytes. Raises GuestUnreachable as `send` does."""
         if not self.lost.done() and self._transport is not None:
             self._transport.writelines(pieces)
             if self._transport.get_write_buffer_size() > MAX_UNSENT:
@@ -114,13 +122,13 @@ class Connection(asyncio.BufferedProtocol):
             raise self.lost.result()
 
     def fail(self, error: GuestUnreachable) -> None:
-        """End the connection at once, for this reason. Idempotent."""
+        """End the connection at once with this reason. Idempotent: the first reason stays."""
         self._end(error)
         if self._transport is not None:
             self._transport.abort()
 
     async def close(self) -> None:
-        """Send what is queued, then hang up. Idempotent."""
+        """Send what is queued, for at most 1 s, then close the connection. Idempotent."""
         if self._transport is not None:
             self._transport.close()
             await asyncio.wait({self.lost}, timeout=_FLUSH_S)
@@ -131,5 +139,5 @@ class Connection(asyncio.BufferedProtocol):
             self.lost.set_result(error)
         if not self.ready.done():
             self.ready.set_exception(error)
-            self.ready.exception()  # seen, even if nobody waits
+            self.ready.exception()  # marks it retrieved: there may be no waiter
         self.writable.set()  # writers wake up and find `lost`

@@ -1,8 +1,8 @@
-"""One command in a container, run to its end.
+"""Runs a command in a container to its end (CRI ExecSync).
 
-The process, and all that it started, is gone when this returns or raises, with one exception: a
-child that a successful command left in the background lives on (`sh -c 'daemon &'`), as with any
-container runtime; its output is not waited for.
+The process and everything that it started have ended when this returns or raises, with one exception: a
+child that a successful command leaves in the background lives on (`sh -c 'daemon &'`), as with any container
+runtime; its output is not waited for.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import asyncio
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable
 from sandbox.guest import guest_pb2 as pb
-from sandbox.guest.client import GuestClient
 from sandbox.session import ExecResult
 
-WINDOW = 256 << 10  # of each output; round trips under emulation are long, four frames hide them
-DRAIN_IDLE_S = 0.3  # an output that stays open this long without a byte belongs to a background child
-KILL_S = 10.0  # from SIGKILL to the exit of all; a busy emulated guest is slow
+if TYPE_CHECKING:
+    from sandbox.guest.client import GuestClient
+
+WINDOW = 256 << 10  # of each output: four frames hide the long round trips under emulation
+DRAIN_IDLE_S = 0.3  # an output that is open and idle this long is held by a background child
+KILL_S = 10.0  # from SIGKILL to the last exit; an emulated guest under load is slow
 
 
 @dataclass(slots=True)
 class _Output:
-    """Keeps the first bytes of one output, and goes on reading behind them."""
+    """Keeps the first `limit` bytes of one output, and reads and discards the rest."""
 
     client: GuestClient
     limit: int
@@ -43,6 +46,8 @@ class _Output:
 
 
 class _Run:
+    """An exec from its request to its end."""
+
     def __init__(self, client: GuestClient, container_id: str, process: pb.Process, limit: int) -> None:
         self.client = client
         self.container_id = container_id
@@ -72,7 +77,7 @@ class _Run:
         return ExecResult(exited.exit_code, stdout, stderr)
 
     async def drain(self) -> None:
-        """Take the rest of the outputs: until their end, or until nothing comes any more."""
+        """Wait until the outputs have ended, or until no byte comes for DRAIN_IDLE_S."""
         while not all(output.ended.is_set() for output in self.outputs):
             seen = sum(output.seen for output in self.outputs)
             ends = [asyncio.ensure_future(output.ended.wait()) for output in self.outputs]
@@ -85,10 +90,10 @@ class _Run:
                 return
 
     async def kill(self) -> None:
-        """End all that the command started. Raises GuestUnreachable, DeadlineExceeded."""
+        """Kill everything that the command started, and wait. Raises GuestUnreachable, DeadlineExceeded."""
         try:
             async with asyncio.timeout(KILL_S):
-                with suppress(GuestError):  # it was never started, or has just ended
+                with suppress(GuestError):  # it could not be started, or has just ended
                     await self.client.post(self._kill_request())
                     await asyncio.shield(self.started)
                     await asyncio.shield(self.exited)
@@ -117,10 +122,11 @@ class _Run:
 async def run_exec(
     client: GuestClient, container_id: str, process: pb.Process, timeout_s: float | None, limit: int
 ) -> ExecResult:
-    """Run a process to its end; of each output the first `limit` bytes are kept.
+    """Run a process in a container to its end; of each output the first `limit` bytes are kept.
 
-    Raises GuestError when it cannot be started, GuestUnreachable, and DeadlineExceeded once everything
-    that it started is dead (CRI, ExecSync: "the process ... must be killed").
+    Raises GuestError when it cannot be started, GuestUnreachable, and DeadlineExceeded after `timeout_s`,
+    once everything that it started was killed and has ended (CRI, ExecSync: "the process ... must be
+    killed"). When cancelled it sends the kill and does not wait.
     """
     run = _Run(client, container_id, process, limit)
     try:

@@ -1,13 +1,13 @@
-"""The bytes between host and agent (`agent/frame.h` draws the same). Pure.
+"""Frames: the byte layout of the channel between host and agent (as drawn in `agent/frame.h`). Pure.
 
-A new connection begins with a preamble of the host and the guest's echo of its second half:
+A new connection starts with the host's preamble and the guest's echo of its second half:
 
     host -> guest   | token 16 | nonce 16 |
-    guest -> host   (whatever it still owed to an older connection) | nonce 16 |
+    guest -> host   (rest of what was queued for an older connection) | nonce 16 |
 
-The token is what the guest read first after boot. Wherever it turns up in the stream, even inside
-a frame that a dead daemon left half sent, the guest starts afresh. The nonce is new for each
-connection; the host drops everything in front of it (`Resync`). From then on both send frames:
+The token is what the guest read first after boot. Wherever it occurs in the stream, even inside a frame that
+a dead daemon left half sent, the guest starts a new connection. The nonce is new for each connection; the
+host drops everything before it (`Resync`). From then on both send frames:
 
     byte  0        4      5          8          12                 12 + length
           | length | kind | 0  0  0  |  stream  |  payload ...     |
@@ -20,14 +20,14 @@ connection; the host drops everything in front of it (`Resync`). From then on bo
     4 REPLY   request id   Reply     guest to host, in any order
     5 EVENT   0            Event     guest to host
     6 DATA    stream       1 to 65536 bytes
-    7 WINDOW  stream       u32 LE: so many bytes more may be sent on this stream
-    8 CLOSE   stream       empty: the sender has no more
-    9 RESET   stream       empty: the receiver wants no more
+    7 WINDOW  stream       u32 LE: this many more bytes may be sent on this stream
+    8 CLOSE   stream       empty: the sender has finished
+    9 RESET   stream       empty: the receiver has stopped reading
 
-Streams have one direction and are numbered by the host. A sender never sends more than the credit
-that it was given, so a reader that stopped blocks its own stream and nothing else.
+Streams have one direction and are numbered by the host. A sender never sends more than the credit that it
+was granted, so a reader that stops blocks its own stream and no other.
 
-Every length and kind is checked before a byte of the payload is waited for: the guest is hostile.
+Every length and kind is checked before its payload is buffered: the guest is hostile.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ TOKEN_BYTES = 16
 NONCE_BYTES = 16
 MAX_PAYLOAD = 4 << 20
 MAX_DATA = 64 << 10
-MAX_STALE = 64 << 20  # bytes in front of the nonce; far above what any transport can hold back
-BUFFER_BYTES = 128 << 10  # two full DATA frames; also what one read may bring to the event loop
+MAX_STALE = 64 << 20  # bytes before the nonce; far above what any transport can buffer
+BUFFER_BYTES = 128 << 10  # two full DATA frames; also the most that one read returns
 
 _HEADER = struct.Struct("<III")  # length; kind and its three zero bytes in one; stream
 HEADER_BYTES = _HEADER.size
@@ -54,6 +54,8 @@ _CREDIT = struct.Struct("<I")
 
 
 class Kind(IntEnum):
+    """What a frame carries."""
+
     HELLO = 1
     WELCOME = 2
     REQUEST = 3
@@ -65,72 +67,77 @@ class Kind(IntEnum):
     RESET = 9
 
 
-# Bounds of the payload by kind; index 0 is no kind at all.
+# Bounds of the payload's length by kind; 0 is not a valid kind.
 _LEAST = (1, 0, 0, 0, 0, 0, 1, 4, 0, 0)
 _MOST = (0, *[MAX_PAYLOAD] * 5, MAX_DATA, 4, 0, 0)
-_KINDS = (Kind.HELLO, *Kind)  # by number, without the cost of calling the enum for each frame
+_KINDS = (Kind.HELLO, *Kind)  # by number: calling the enum for each frame is slow
 
 
 class Frame(NamedTuple):
+    """A whole frame. `stream` is the request's id in REQUEST and REPLY."""
+
     kind: Kind
     stream: int
     payload: memoryview | bytes
 
 
 def header(kind: Kind, stream: int, length: int) -> bytes:
-    """Raises ValueError when a payload of this length must not be sent in such a frame."""
+    """Return a frame's header. Raises ValueError when the kind does not allow a payload of this length."""
     if not _LEAST[kind] <= length <= _MOST[kind]:
         raise ValueError(f"{kind.name} frame with {length} bytes")
     return _HEADER.pack(length, kind, stream)
 
 
 def encode(kind: Kind, stream: int = 0, payload: bytes | memoryview = b"") -> bytes:
-    """One whole frame. For DATA, `header` and the payload side by side save a copy."""
+    """Return a whole frame. For DATA, sending `header` and the payload separately saves a copy."""
     return header(kind, stream, len(payload)) + bytes(payload)
 
 
 def encode_credit(stream: int, credit: int) -> bytes:
+    """Return a WINDOW frame that grants `credit` more bytes."""
     return encode(Kind.WINDOW, stream, _CREDIT.pack(credit))
 
 
 def decode_credit(payload: memoryview | bytes) -> int:
+    """Return the bytes that a WINDOW frame's payload grants."""
     credit: int = _CREDIT.unpack(payload)[0]
     return credit
 
 
 def preamble(token: bytes, nonce: bytes) -> bytes:
+    """Return the first bytes of a connection. Raises ValueError if one is not 16 bytes long."""
     if len(token) != TOKEN_BYTES or len(nonce) != NONCE_BYTES:
         raise ValueError(f"token of {len(token)} and nonce of {len(nonce)} bytes")
     return token + nonce
 
 
 class FrameParser:
-    """Cuts a stream of bytes into frames.
+    """Splits a stream of bytes into frames.
 
-    Bytes are read straight into `buffer()`, and payloads are views of it: a payload is good until
-    `buffer` is called again, whoever keeps it longer copies it. Frames must be taken to the end
-    before more bytes are brought. After a ProtocolError the parser is of no more use.
+    Bytes are read straight into `buffer()`, and payloads are views of it: a payload is valid until `buffer`
+    is called again, and must be copied to be kept longer. All frames must be consumed before more bytes are
+    added. After a ProtocolError the parser must not be used any more.
     """
 
     def __init__(self, capacity: int = BUFFER_BYTES) -> None:
         self._capacity = max(capacity, HEADER_BYTES)
         self._space = memoryview(bytearray(self._capacity))
-        self._start = 0  # of the first byte not yet handed out
+        self._start = 0  # of the first byte that was not yielded yet
         self._end = 0
-        self._need = HEADER_BYTES  # length of the frame under way, as far as it is known
+        self._need = HEADER_BYTES  # length of the incomplete frame, as far as it is known
 
     @property
     def pending(self) -> int:
-        """Bytes of a frame that is not whole yet; 0 at a frame's border."""
+        """Bytes of an incomplete frame; 0 between frames."""
         return self._end - self._start
 
     def buffer(self) -> memoryview:
-        """Room for the next bytes, never empty, enough for the rest of the frame under way."""
+        """Return space for the next bytes: never empty, and enough for the rest of the incomplete frame."""
         kept = self._end - self._start
         size = max(self._capacity, self._need)
         if kept == 0:
             self._start = self._end = 0
-        if len(self._space) != size:  # a large message comes, or has passed
+        if len(self._space) != size:  # grows for a large message, and shrinks after it
             self._move(bytearray(size))
         elif self._start + self._need > size:
             self._move(self._space.obj)
@@ -144,7 +151,7 @@ class FrameParser:
         self._start, self._end = 0, len(kept)
 
     def received(self, count: int) -> Iterator[Frame]:
-        """The frames that became whole by `count` more bytes in the buffer. Raises ProtocolError."""
+        """Yield the frames that `count` more bytes in the buffer complete. Raises ProtocolError."""
         self._end += count
         space = self._space
         while self._end - self._start >= HEADER_BYTES:
@@ -160,18 +167,18 @@ class FrameParser:
             yield Frame(_KINDS[kind], stream, space[begin : begin + length])
 
     def feed(self, data: bytes | memoryview) -> Iterator[Frame]:
-        """As `received`, for bytes that are already elsewhere. Raises ProtocolError."""
+        """Copy bytes into the buffer and yield frames as `received` does. Raises ProtocolError."""
         rest = memoryview(data)
         while rest:
-            room = self.buffer()
-            count = min(len(room), len(rest))
-            room[:count] = rest[:count]
+            space = self.buffer()
+            count = min(len(space), len(rest))
+            space[:count] = rest[:count]
             rest = rest[count:]
             yield from self.received(count)
 
 
 class Resync:
-    """Finds our nonce in what the guest sends, wherever the pieces are cut."""
+    """Finds our nonce in what the guest sends, however it is split into pieces."""
 
     def __init__(self, nonce: bytes) -> None:
         self._nonce = nonce
@@ -179,9 +186,9 @@ class Resync:
         self._dropped = 0
 
     def feed(self, data: bytes | memoryview) -> bytes | None:
-        """What follows the nonce, or None while it was not seen.
+        """Return the bytes after the nonce, or None while it has not come.
 
-        Raises ProtocolError when more came in front of it than any old connection can have owed.
+        Raises ProtocolError after MAX_STALE bytes without it.
         """
         seen = self._tail + bytes(data)
         at = seen.find(self._nonce)

@@ -57,7 +57,7 @@ Global___PidNamespace: _TypeAlias = PidNamespace  # noqa: Y015
 @_typing.final
 class Hello(_message.Message):
     """The host's first frame on a new connection, after the 32-byte preamble. Fields 1 and 2 keep their
-    meaning in all versions, so that any two sides can tell why they do not understand each other.
+    meaning in all versions, so that any two sides can report why they have no version in common.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1097,8 +1097,8 @@ class Mount(_message.Message):
     """mount_setattr(AT_RECURSIVE, RDONLY)"""
     @_builtins.property
     def submounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Paths beneath the source where virtio-fs announces separate mounts. They are mounted on first look-up
-        and then inherit their parent's flags, so the agent looks them up before it sets a flag on the parent.
+        """Paths beneath the source where virtio-fs announces separate mounts. They are mounted when they are first
+        opened and then inherit their parent's flags, so the agent opens them before it sets a flag on the parent.
         """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Conversations with what runs in a guest: an exec, an attachment, a forwarded connection.
+"""Sessions in a guest: an exec, an attachment, a connection to a port. They implement `sandbox.session`.
 
-Whoever holds one reads and writes at a pace of their own: credit goes back to the guest only for what
-was taken, so a reader that stops blocks this one stream and keeps no more than its window here. `close`
-is idempotent and gives everything back, in the guest too; after it, reads and writes fail.
+The reader sets the pace: credit returns to the guest only for bytes that were read, so a reader that stops
+blocks its own stream and buffers at most WINDOW bytes here. `close` is idempotent and releases everything, in
+the guest too; after it, reads and writes fail.
 
-Closing is hanging up. What an exec started is not killed by it, as with any container runtime: its
-stdin ends, its outputs are broken pipes, its terminal is hung up. With the connection to the agent
-(so also with the daemon) all execs of it are killed.
+Closing disconnects. It does not kill what an exec started, as with any container runtime: stdin ends, writes
+to the outputs fail with EPIPE, and a terminal is hung up. When the connection to the agent is lost (so also
+when the daemon ends), the agent kills all execs of the connection.
 """
 
 from __future__ import annotations
@@ -21,29 +21,22 @@ from sandbox.errors import DeadlineExceeded, GuestUnreachable, SandboxError, Str
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.guest.streams import OutputStream
+from sandbox.session import STALL_TIMEOUT_S, AttachmentStalled
 
 WINDOW = 256 << 10
 START_TIMEOUT_S = 60.0
 RESIZE_TIMEOUT_S = 10.0
-# Longer than a network's hiccup, far shorter than a container may be held up by a forgotten terminal.
-STALL_TIMEOUT_MS = 10_000
+STALL_TIMEOUT_MS = int(STALL_TIMEOUT_S * 1000)
 _SIZE_MAX = 0xFFFF  # struct winsize
 
 
-class Lagged(SandboxError):
-    """An attachment was cut off: its reader stopped, and the container was not to wait any longer."""
-
-    def __init__(self) -> None:
-        super().__init__(f"cut off: no output was taken for {STALL_TIMEOUT_MS / 1000:g} s")
-
-
 class Reader:
-    """A guest-to-host stream, read by one task."""
+    """A guest-to-host stream. Only one task may read at a time."""
 
     def __init__(self, client: GuestClient) -> None:
         self._client = client
         self._chunks: deque[bytes] = deque()
-        self._taken = 0  # read, and its credit not given back yet
+        self._unacknowledged = 0  # bytes of the last read
         self._ended = False
         self._error: SandboxError | None = None
         self._changed = asyncio.Event()
@@ -51,13 +44,13 @@ class Reader:
         self._forget = client.on_lost(self._fail)
 
     async def read(self) -> bytes:
-        """The next bytes, b"" at the end. Asking for more says that the last were dealt with.
+        """Return the next bytes; b"" at the end. Each call acknowledges the bytes of the one before.
 
         Raises GuestUnreachable, and StreamReset after `stop`.
         """
-        if self._taken:
-            self._client.grant(self.stream, self._taken)
-            self._taken = 0
+        if self._unacknowledged:
+            self._client.grant(self.stream, self._unacknowledged)
+            self._unacknowledged = 0
         while not self._chunks:
             if self._ended:
                 return b""
@@ -66,12 +59,12 @@ class Reader:
             self._changed.clear()
             await self._changed.wait()
         chunk = self._chunks.popleft()
-        self._taken = len(chunk)
+        self._unacknowledged = len(chunk)
         return chunk
 
     def stop(self) -> None:
-        """Want no more. Idempotent."""
-        self._fail(StreamReset("the stream is not read any more"))
+        """Reset the stream, and discard what is still to come. Idempotent."""
+        self._fail(StreamReset("the stream was closed by its reader"))
         self._chunks.clear()
         with suppress(GuestUnreachable):
             self._client.reset_input(self.stream)
@@ -81,13 +74,15 @@ class Reader:
         self._error = self._error or error
         self._changed.set()
 
-    # ------------------------------------------------------------------ told by the connection
+    # ------------------------------------------------------------ called by the connection
 
     def data(self, chunk: memoryview) -> None:
+        """See `StreamSink`."""
         self._chunks.append(bytes(chunk))
         self._changed.set()
 
     def closed(self) -> None:
+        """See `StreamSink`."""
         self._forget()
         self._ended = True
         self._changed.set()
@@ -95,7 +90,7 @@ class Reader:
 
 @dataclass(slots=True)
 class Streams:
-    """Those that were asked for."""
+    """The streams of a session; None where one was not requested."""
 
     stdin: OutputStream | None
     stdout: Reader | None
@@ -103,7 +98,7 @@ class Streams:
 
     @classmethod
     def open(cls, client: GuestClient, *, stdin: bool, stdout: bool, stderr: bool) -> Streams:
-        """Raises GuestUnreachable."""
+        """Number the requested streams. The caller closes them. Raises GuestUnreachable."""
         return cls(
             client.open_output() if stdin else None,
             Reader(client) if stdout else None,
@@ -111,6 +106,7 @@ class Streams:
         )
 
     def close(self) -> None:
+        """End all streams in both directions. Idempotent."""
         if self.stdin is not None:
             with suppress(GuestUnreachable):
                 self.stdin.close()
@@ -119,8 +115,8 @@ class Streams:
                 reader.stop()
 
 
-class ExecSession:
-    """One more process in a container."""
+class GuestExec:
+    """One more process in a container. A `session.Session`."""
 
     def __init__(self, client: GuestClient, container_id: str, streams: Streams) -> None:
         self._client = client
@@ -140,13 +136,17 @@ class ExecSession:
         stdin: bool,
         stdout: bool,
         stderr: bool,
-    ) -> ExecSession:
-        """Raises GuestError when it cannot be run, GuestUnreachable, DeadlineExceeded."""
+    ) -> GuestExec:
+        """Run a process; returns once it was executed. The caller closes the session.
+
+        Raises GuestError when it cannot be run, GuestUnreachable, and DeadlineExceeded after 60 s; then, and
+        when cancelled, the process is killed.
+        """
         session = cls(client, container_id, Streams.open(client, stdin=stdin, stdout=stdout, stderr=stderr))
         try:
             await client.call(session._request(process), START_TIMEOUT_S)
         except (asyncio.CancelledError, DeadlineExceeded):
-            session._kill_soon()  # nobody was told that it runs
+            session._kill_soon()  # the caller cannot know whether it runs
             session.close()
             raise
         except BaseException:
@@ -172,20 +172,24 @@ class ExecSession:
             self._client.post(pb.Request(signal=kill))
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Raises GuestError where there is no terminal (any more), GuestUnreachable, DeadlineExceeded."""
+        """Set the terminal's size, clamped to 0..65535.
+
+        Raises GuestError where there is no terminal (any more), GuestUnreachable, DeadlineExceeded.
+        """
         await _resize(self._client, rows, columns, self._container_id, self._id)
 
     async def wait(self) -> int:
-        """Its exit code; comes behind the end of its outputs. Raises GuestUnreachable."""
+        """Return the exit code, after the end of the outputs. Raises GuestUnreachable."""
         return (await asyncio.shield(self._exited)).exit_code
 
     def close(self) -> None:
+        """Disconnect the streams; the process is not killed. Idempotent."""
         self._client.forget_exit(self._id)
         self._streams.close()
 
 
-class AttachSession:
-    """Ears and voice of a running container, from now on."""
+class GuestAttachment:
+    """A running container's output from now on, and its stdin. A `session.Session`."""
 
     def __init__(self, client: GuestClient, container_id: str, streams: Streams) -> None:
         self._client = client
@@ -206,8 +210,12 @@ class AttachSession:
         stderr: bool,
         stdin_once: bool = False,
         stall_timeout_ms: int = STALL_TIMEOUT_MS,
-    ) -> AttachSession:
-        """Raises GuestError when the container does not run, GuestUnreachable, DeadlineExceeded."""
+    ) -> GuestAttachment:
+        """Attach to a container. The caller closes the session.
+
+        With `stdin_once` the end of this stdin closes the container's stdin. Raises GuestError when the
+        container is not running, GuestUnreachable, and DeadlineExceeded after 60 s.
+        """
         session = cls(client, container_id, Streams.open(client, stdin=stdin, stdout=stdout, stderr=stderr))
         attach = pb.Attach(
             container_id=container_id,
@@ -227,16 +235,23 @@ class AttachSession:
         return session
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Raises GuestError where there is no terminal (any more), GuestUnreachable, DeadlineExceeded."""
+        """Set the terminal's size, clamped to 0..65535.
+
+        Raises GuestError where there is no terminal (any more), GuestUnreachable, DeadlineExceeded.
+        """
         await _resize(self._client, rows, columns, self._container_id)
 
     async def wait(self) -> int:
-        """0 once the container has ended and all its output was read. Raises Lagged, GuestUnreachable."""
+        """Return 0 once the container has ended and all its output was read.
+
+        Raises AttachmentStalled, GuestUnreachable.
+        """
         if (await asyncio.shield(self._detached)).stalled:
-            raise Lagged
+            raise AttachmentStalled
         return 0
 
     def close(self) -> None:
+        """Detach; the container runs on. Idempotent."""
         self._client.forget_detached(self._id)
         self._streams.close()
 
@@ -251,16 +266,19 @@ async def _resize(client: GuestClient, rows: int, columns: int, container_id: st
     await client.call(pb.Request(resize=resize), RESIZE_TIMEOUT_S)
 
 
-class Forwarded:
-    """A connection to a port in the pod."""
+class GuestPortConnection:
+    """A connection to a TCP port in the pod. A `session.PortConnection`."""
 
     def __init__(self, writer: OutputStream, reader: Reader) -> None:
         self.writer = writer
         self.reader = reader
 
     @classmethod
-    async def dial(cls, client: GuestClient, port: int, timeout_s: float) -> Forwarded:
-        """Raises GuestError when nothing listens there, GuestUnreachable, DeadlineExceeded."""
+    async def dial(cls, client: GuestClient, port: int, timeout_s: float) -> GuestPortConnection:
+        """Connect to 127.0.0.1, then to ::1. The caller closes the connection.
+
+        Raises GuestError when no process listens there, GuestUnreachable, DeadlineExceeded.
+        """
         connection = cls(client.open_output(), Reader(client))
         dial = pb.Dial(
             port=port,
@@ -276,7 +294,7 @@ class Forwarded:
         return connection
 
     def close(self) -> None:
-        """Both directions at once, whatever is under way."""
+        """End both directions at once; bytes on their way are lost. Idempotent."""
         self.reader.stop()
         with suppress(GuestUnreachable):
             self.writer.close()

@@ -1,10 +1,10 @@
 """Streams within a connection, and their credit.
 
-Inputs come from the guest, outputs go to it. The guest is held to its credit: whoever opened an
-input decides by granting how much can be under way, so no sink needs a bound of its own.
+Inputs come from the guest, outputs go to it. The guest must not exceed its credit, so the opener of an input
+bounds by its grants what can be on its way, and no sink needs another bound.
 
     input:   OPEN ──CLOSE from guest──> gone
-               └──reset()──> DISCARDING ──CLOSE or RESET from guest, or enough newer ones──> gone
+               └──reset()──> DISCARDING ──CLOSE from guest, or 1024 newer ones──> gone
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sandbox.errors import GuestUnreachable, ProtocolError, StreamReset
-from sandbox.guest.connection import Connection
+from sandbox.guest.connection import GuestConnection
 from sandbox.guest.frames import MAX_DATA, Kind, decode_credit, encode_credit
 
 MAX_CREDIT = (1 << 32) - 1
@@ -23,16 +23,16 @@ _MAX_DISCARDING = 1024
 
 
 class StreamSink(Protocol):
-    """Takes what the guest sends on one stream. Called in the loop; must not block.
+    """Receives what the guest sends on one stream. Called in the loop; must not block.
 
-    An error ends the connection (ProtocolError: because the guest broke a rule of this stream).
+    An exception ends the connection (ProtocolError: the guest violated the rules of this stream).
     """
 
     def data(self, chunk: memoryview) -> None:
-        """`chunk` is good until this returns; copy what is to be kept."""
+        """Process bytes. `chunk` is valid until this returns: copy what is to be kept."""
 
     def closed(self) -> None:
-        """The guest has no more. Not called when the connection is lost."""
+        """The guest has closed the stream. Not called when the connection is lost."""
 
 
 @dataclass(slots=True)
@@ -44,20 +44,21 @@ class _Input:
 class Inputs:
     """The guest-to-host streams of one connection."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: GuestConnection) -> None:
         self._connection = connection
         self._open: dict[int, _Input] = {}
         self._discarding: dict[int, None] = {}  # in order of their reset
-        self._owed: dict[int, int] = {}  # granted, and not yet told to the guest
+        self._owed: dict[int, int] = {}  # granted, but not sent to the guest yet
         self._flush_due = False
 
     def open(self, stream: int, sink: StreamSink, window: int) -> None:
+        """Expect a stream with this first credit (bytes). Raises ValueError when it does not fit 32 bits."""
         if not 0 <= window <= MAX_CREDIT:
             raise ValueError(f"window of {window} bytes")
         self._open[stream] = _Input(sink, window)
 
     def data(self, stream: int, payload: memoryview) -> None:
-        """Raises ProtocolError on an unknown stream or too little credit."""
+        """Pass a DATA frame to its sink. Raises ProtocolError on an unknown stream or too little credit."""
         entry = self._open.get(stream)
         if entry is None:
             raise ProtocolError(f"the guest sent data on stream {stream}, which is not open")
@@ -68,7 +69,7 @@ class Inputs:
             entry.sink.data(payload)
 
     def closed(self, stream: int) -> None:
-        """CLOSE came. Raises ProtocolError on an unknown stream."""
+        """Handle a CLOSE frame. Raises ProtocolError on an unknown stream."""
         entry = self._open.pop(stream, None)
         if entry is None:
             raise ProtocolError(f"the guest closed stream {stream}, which is not open")
@@ -78,7 +79,7 @@ class Inputs:
             entry.sink.closed()
 
     def grant(self, stream: int, count: int) -> None:
-        """Let the guest send so much more. Grants of one turn of the loop leave in one frame."""
+        """Let the guest send `count` more bytes. Grants of one iteration of the loop leave in one frame."""
         entry = self._open.get(stream)
         if entry is None or entry.sink is None or count == 0:
             return
@@ -93,15 +94,19 @@ class Inputs:
         self.flush()
 
     def flush(self) -> None:
-        """Tell the guest its new credit, unless it does not read: then once it does."""
+        """Send the guest its new credit; if it does not read at the moment, once it does."""
         if self._connection.lost.done() or not self._connection.writable.is_set():
             return
         owed, self._owed = self._owed, {}
-        with suppress(GuestUnreachable):  # everyone learns that from `lost`
+        with suppress(GuestUnreachable):  # waiters are woken by `lost`
             self._connection.write(*(encode_credit(stream, count) for stream, count in owed.items()))
 
     def reset(self, stream: int) -> None:
-        """Want no more of this stream; what is under way is dropped. Idempotent."""
+        """Send RESET, and discard what is still on its way. Idempotent.
+
+        Of more than 1024 streams that the guest has not closed after a RESET, the oldest are forgotten:
+        data on them is a ProtocolError then.
+        """
         entry = self._open.get(stream)
         if entry is None or entry.sink is None:
             return
@@ -116,9 +121,9 @@ class Inputs:
 
 
 class OutputStream:
-    """A host-to-guest stream. One task writes at a time."""
+    """A host-to-guest stream. Only one task may write at a time."""
 
-    def __init__(self, id: int, connection: Connection) -> None:
+    def __init__(self, id: int, connection: GuestConnection) -> None:
         self.id = id
         self._connection = connection
         self._credit = 0  # the guest grants the first with WINDOW
@@ -127,9 +132,10 @@ class OutputStream:
         self._changed = asyncio.Event()
 
     async def write(self, data: bytes) -> None:
-        """Return once all is queued towards the guest.
+        """Write all of `data`, as the guest grants credit. Returns once it is queued.
 
-        Raises StreamReset when the guest wants no more, GuestUnreachable when it is gone.
+        Raises StreamReset when the guest has reset the stream or it was closed here, GuestUnreachable when
+        the connection is lost.
         """
         rest = memoryview(data)
         while rest:
@@ -152,29 +158,31 @@ class OutputStream:
             await self._changed.wait()
 
     def close(self) -> None:
-        """No more data: the reader sees the end. Idempotent; nothing happens on a lost connection."""
+        """Send CLOSE: the reader sees the end. Idempotent; without effect on a lost connection."""
         if not self._closed and not self._connection.lost.done():
             self._connection.send(Kind.CLOSE, self.id)
         self._closed = True
         self._changed.set()
 
-    # ------------------------------------------------------------------ told by the connection
+    # ----------------------------------------------------------- called by the connection
 
     def window(self, payload: memoryview | bytes) -> None:
-        """Raises ProtocolError when the credit grows beyond what its field could say."""
+        """Handle a WINDOW frame. Raises ProtocolError when the credit exceeds 32 bits."""
         self._credit += decode_credit(payload)
         if self._credit > MAX_CREDIT:
             raise ProtocolError(f"the guest granted too much on stream {self.id}")
         self._changed.set()
 
     def reset(self) -> None:
+        """Handle a RESET frame: writes fail from now on."""
         self._reset = True
         self._changed.set()
 
     def wake(self) -> None:
-        """The connection is lost."""
+        """Wake the writer, as the connection is lost."""
         self._changed.set()
 
     @property
     def done(self) -> bool:
+        """Whether it was closed or reset."""
         return self._closed or self._reset

@@ -1,4 +1,4 @@
-"""Finds the transport that an address names: `vsock:3:1024` is served by `vsock.py`, and so on."""
+"""Finds the transport that an address names: `vsock.py` serves `vsock:3:1024`, and so on."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from sandbox.guest import Transport
 
 
 def find_transport(scheme: str) -> Transport:
-    """Raises GuestUnreachable when no file of this folder serves the scheme."""
+    """Return the transport of a scheme. Raises GuestUnreachable when no file of this folder serves it."""
     if scheme in {module.name for module in pkgutil.iter_modules(sandbox.guest.__path__)}:
         module = importlib.import_module(f"sandbox.guest.{scheme}")
         if hasattr(module, "transport"):
             return cast(Transport, module.transport)
-    raise GuestUnreachable(f"no transport is called {scheme!r}")
+    raise GuestUnreachable(f"there is no transport {scheme!r}")
 
 
 async def connect(address: str, timeout_s: float) -> socket.socket:
-    """Connect to `scheme:rest`. Raises GuestUnreachable."""
+    """Connect to `scheme:rest`; see `Transport.connect`. Raises GuestUnreachable."""
     scheme, colon, rest = address.partition(":")
     if not colon:
-        raise GuestUnreachable(f"{address!r} is no transport address")
+        raise GuestUnreachable(f"{address!r} is not a transport address")
     return await find_transport(scheme).connect(rest, timeout_s)

@@ -15,7 +15,11 @@ _SUN_PATH_BYTES = 107  # of struct sockaddr_un, less the closing zero (unix(7))
 
 
 async def connect_unix(path: str, timeout_s: float) -> socket.socket:
-    """Raises GuestUnreachable: no such socket, nobody listens, or its queue stays full."""
+    """Connect to a unix socket, also one whose path is longer than sun_path.
+
+    Raises GuestUnreachable: there is no such socket, no process listens, or its queue stays full for
+    `timeout_s`.
+    """
     deadline = asyncio.get_running_loop().time() + timeout_s
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -24,8 +28,8 @@ async def connect_unix(path: str, timeout_s: float) -> socket.socket:
                 _connect_now(sock, path)
                 return sock
             except BlockingIOError:
-                # The listener's queue is full: a unix socket has no event for that, and the loop's
-                # own sock_connect takes EAGAIN for success.
+                # The listener's queue is full. A unix socket has no event for that, and the loop's
+                # sock_connect takes EAGAIN for success; hence the retries.
                 if asyncio.get_running_loop().time() >= deadline:
                     raise
             await asyncio.sleep(_RETRY_S)
@@ -50,6 +54,8 @@ def _connect_now(sock: socket.socket, path: str) -> None:
 
 
 class UnixTransport:
+    """Connects to an agent that listens on a unix socket."""
+
     async def connect(self, address: str, timeout_s: float) -> socket.socket:
         return await connect_unix(address, timeout_s)
 

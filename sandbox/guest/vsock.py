@@ -1,7 +1,7 @@
 """Transport over vsock: `vsock:CID:PORT`, where the host has /dev/vhost-vsock.
 
-The agent listens in the guest. Until it does, the kernel refuses or resets, and there is no event
-to wait for: the dial is tried again until the deadline.
+The agent listens in the guest. Until it does, the kernel refuses or resets connections, and there is no event
+to wait for: the connect is retried until the deadline.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from sandbox.guest import Transport
 from sandbox.host import threads
 
 _RETRY_S = 0.02
-# What a VM answers that is not up yet; anything else will not get better by waiting.
+# Errors while the VM is still booting; for any other one a retry is useless.
 _NOT_YET = {errno.ECONNRESET, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.ENODEV}
 
 
 def parse_address(address: str) -> tuple[int, int]:
-    """Raises GuestUnreachable when `address` is not CID:PORT."""
+    """Parse CID:PORT, each 32 bits. Raises GuestUnreachable."""
     try:
         cid, port = (int(part) for part in address.split(":"))
     except ValueError as cause:
@@ -31,7 +31,7 @@ def parse_address(address: str) -> tuple[int, int]:
 
 
 def dial(cid: int, port: int, timeout_s: float) -> socket.socket:
-    """Blocks for at most `timeout_s`. Raises GuestUnreachable."""
+    """Connect, with retries; blocks for at most `timeout_s`. Raises GuestUnreachable."""
     deadline = time.monotonic() + timeout_s
     while True:
         left_s = deadline - time.monotonic()
@@ -51,17 +51,21 @@ def dial(cid: int, port: int, timeout_s: float) -> socket.socket:
 
 
 def rewrap(sock: socket.socket) -> socket.socket:
-    """The same descriptor under the one family that the event loop accepts; reads and writes of a
-    stream do not look at the family."""
+    """Return the same descriptor as an AF_UNIX socket, the only family that the event loop accepts.
+
+    Reads and writes of a stream socket do not depend on the family.
+    """
     again = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=sock.detach())
     again.setblocking(False)
     return again
 
 
 class VsockTransport:
+    """Connects to an agent that listens on vsock."""
+
     async def connect(self, address: str, timeout_s: float) -> socket.socket:
         cid, port = parse_address(address)
-        # connect(2) on vsock blocks in the kernel even where epoll is used, hence the thread.
+        # connect(2) on vsock blocks in the kernel also for a non-blocking socket, hence the thread.
         # A cancelled caller does not wait: the thread ends at its own deadline, and then closes the socket.
         return rewrap(
             await threads.run(

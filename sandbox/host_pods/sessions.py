@@ -38,7 +38,6 @@ from sandbox.errors import (
     SandboxError,
     StreamReset,
 )
-from sandbox.guest.sessions import STALL_TIMEOUT_MS, Lagged
 from sandbox.host import process
 from sandbox.host.process import ProcessIdentity
 from sandbox.host.tasks import end
@@ -49,7 +48,7 @@ from sandbox.host_pods.oci import compile_process
 from sandbox.host_pods.streams import FdReader, FdWriter
 from sandbox.plan.signals import exit_code_of
 from sandbox.plan.values import ProcessPlan
-from sandbox.session import ExecResult
+from sandbox.session import STALL_TIMEOUT_S, AttachmentStalled, ExecResult
 
 START_TIMEOUT_S = 60.0
 _SIZE_MAX = 0xFFFF  # struct winsize
@@ -404,7 +403,10 @@ class AttachSession:
         await asyncio.to_thread(conmon.resize, self._bundle, *sizes)
 
     async def wait(self) -> int:
-        """0 once the container has ended and all its output was read. Raises Lagged, GuestUnreachable."""
+        """Return 0 once the container has ended and all its output was read.
+
+        Raises AttachmentStalled, GuestUnreachable.
+        """
         await asyncio.shield(self._pump)
         return 0
 
@@ -419,14 +421,14 @@ class AttachSession:
 
 
 async def _make_room(queue: _Queue) -> None:
-    """Raises Lagged."""
+    """Raises AttachmentStalled."""
     try:
-        async with asyncio.timeout(STALL_TIMEOUT_MS / 1000):
+        async with asyncio.timeout(STALL_TIMEOUT_S):
             while queue.size >= _WINDOW:
                 queue.taken.clear()
                 await queue.taken.wait()
     except TimeoutError:
-        raise Lagged from None
+        raise AttachmentStalled from None
 
 
 def _connect(bundle: Bundle) -> socket.socket:

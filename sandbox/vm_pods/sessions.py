@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sandbox.container import Container
 from sandbox.guest.execs import run_exec
-from sandbox.guest.sessions import AttachSession, ExecSession, Forwarded
+from sandbox.guest.sessions import GuestAttachment, GuestExec, GuestPortConnection
 from sandbox.plan.encode import encode_process
 from sandbox.plan.values import ProcessPlan
 from sandbox.pod import Pod
@@ -31,15 +31,17 @@ class VmSessions:
 
     async def exec(
         self, container: Container, process: ProcessPlan, *, stdin: bool, stdout: bool, stderr: bool
-    ) -> ExecSession:
+    ) -> GuestExec:
         client = await container.pod.guest()
-        return await ExecSession.start(
+        return await GuestExec.start(
             client, container.id, encode_process(process), stdin=stdin, stdout=stdout, stderr=stderr
         )
 
-    async def attach(self, container: Container, *, stdin: bool, stdout: bool, stderr: bool) -> AttachSession:
+    async def attach(
+        self, container: Container, *, stdin: bool, stdout: bool, stderr: bool
+    ) -> GuestAttachment:
         client = await container.pod.guest()
-        return await AttachSession.start(
+        return await GuestAttachment.start(
             client,
             container.id,
             stdin=stdin,
@@ -48,8 +50,8 @@ class VmSessions:
             stdin_once=container.record.spec.stdin_once,
         )
 
-    async def dial(self, pod: Pod, port: int) -> Forwarded:
-        return await Forwarded.dial(await pod.guest(), port, DIAL_TIMEOUT_S)
+    async def dial(self, pod: Pod, port: int) -> GuestPortConnection:
+        return await GuestPortConnection.dial(await pod.guest(), port, DIAL_TIMEOUT_S)
 
     async def reopen_log(self, container: Container) -> None:
         if container.relay is not None:

@@ -10,7 +10,8 @@ import pytest
 
 from sandbox.errors import GuestError, StreamReset
 from sandbox.guest import guest_pb2 as pb
-from sandbox.guest.sessions import AttachSession, ExecSession, Lagged, Reader
+from sandbox.guest.sessions import GuestAttachment, GuestExec, Reader
+from sandbox.session import AttachmentStalled
 from tests.kit.agent import Agent, Guest, Sink, process
 
 ECHO = "while read line; do echo out $line; echo err $line >&2; done; echo end of stdin; sleep 1000"
@@ -43,9 +44,9 @@ class Heard:
         return bytes(self.seen)
 
 
-async def attach(guest: Guest, id: str, **more: Any) -> AttachSession:
+async def attach(guest: Guest, id: str, **more: Any) -> GuestAttachment:
     wish = {"stdin": True, "stdout": True, "stderr": True} | more
-    return await AttachSession.start(guest.client, id, **wish)
+    return await GuestAttachment.start(guest.client, id, **wish)
 
 
 async def logged(guest: Guest, script: str, **more: Any) -> tuple[str, Sink]:
@@ -213,7 +214,7 @@ async def test_terminal(guest: Guest) -> None:
 async def test_resize(guest: Guest) -> None:
     id = await guest.start(["sleep", "1000"])
     argv = ["sh", "-c", "trap 'stty size; exit 5' WINCH; echo ready; while :; do sleep 0.01; done"]
-    session = await ExecSession.start(
+    session = await GuestExec.start(
         guest.client, id, process(argv, tty=True), stdin=True, stdout=True, stderr=False
     )
     out = Heard(session.stdout)
@@ -231,7 +232,7 @@ async def test_hanging_up_an_exec(guest: Guest, tty: bool) -> None:
     """It is not killed: stdin ends, outputs are broken, a terminal is hung up; most programs end by that."""
     id = await guest.start(["sleep", "1000"])
     argv = ["sh", "-c", "while :; do echo on and on; sleep 0.01; done"]
-    session = await ExecSession.start(
+    session = await GuestExec.start(
         guest.client, id, process(argv, tty=tty), stdin=True, stdout=True, stderr=not tty
     )
     await Heard(session.stdout).until(lambda seen: b"on and on" in seen)
@@ -272,7 +273,7 @@ async def test_a_stopped_reader_is_cut_off(guest: Guest) -> None:
     heard = Heard(other.stdout)
     assert stopped.stdin is not None
     await stopped.stdin.write(b"\n")
-    with pytest.raises(Lagged):
+    with pytest.raises(AttachmentStalled):
         await asyncio.wait_for(stopped.wait(), 20)
     before = len(heard.seen), len(log.seen)
     await heard.until(lambda seen: len(seen) > before[0] + (1 << 20))

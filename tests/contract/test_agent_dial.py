@@ -11,7 +11,7 @@ import pytest
 
 from sandbox.errors import DeadlineExceeded, GuestError, StreamReset
 from sandbox.guest import guest_pb2 as pb
-from sandbox.guest.sessions import Forwarded
+from sandbox.guest.sessions import GuestPortConnection
 from tests.kit.agent import Agent, Guest
 from tests.kit.namespace import enter_network
 
@@ -43,9 +43,9 @@ def listener(agent: Agent) -> Iterator[socket.socket]:
         yield made
 
 
-async def pair(guest: Guest, listener: socket.socket) -> tuple[Forwarded, socket.socket]:
+async def pair(guest: Guest, listener: socket.socket) -> tuple[GuestPortConnection, socket.socket]:
     """Both ends of a forwarded connection."""
-    connection = await Forwarded.dial(guest.client, listener.getsockname()[1], 10)
+    connection = await GuestPortConnection.dial(guest.client, listener.getsockname()[1], 10)
     peer, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(listener), 10)
     return connection, peer
 
@@ -60,7 +60,7 @@ async def receive(sock: socket.socket, count: int) -> bytes:
     return seen
 
 
-async def read_all(connection: Forwarded) -> bytes:
+async def read_all(connection: GuestPortConnection) -> bytes:
     seen = bytearray()
     async with asyncio.timeout(20):
         while chunk := await connection.reader.read():
@@ -143,7 +143,7 @@ async def test_refused(guest: Guest, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     listener.close()
     with pytest.raises(GuestError) as caught:
-        await Forwarded.dial(guest.client, port, 10)
+        await GuestPortConnection.dial(guest.client, port, 10)
     assert caught.value.errno == REFUSED
     assert str(port) in caught.value.step
 
@@ -151,7 +151,7 @@ async def test_refused(guest: Guest, listener: socket.socket) -> None:
 @pytest.mark.parametrize("port", [0, 65536, 1 << 31])
 async def test_no_port(guest: Guest, port: int) -> None:
     with pytest.raises(GuestError) as caught:
-        await Forwarded.dial(guest.client, port, 10)
+        await GuestPortConnection.dial(guest.client, port, 10)
     assert caught.value.errno == 22
 
 
@@ -171,9 +171,9 @@ async def test_called_off_while_connecting(agent: Agent, guest: Guest, listener:
     """A full backlog answers nothing; whoever waits may give up."""
     with listen_inside(agent, socket.AF_INET, "127.0.0.1", backlog=0) as full:
         port = full.getsockname()[1]
-        first = await Forwarded.dial(guest.client, port, 10)
+        first = await GuestPortConnection.dial(guest.client, port, 10)
         with pytest.raises(DeadlineExceeded):
-            await Forwarded.dial(guest.client, port, 0.3)
+            await GuestPortConnection.dial(guest.client, port, 0.3)
         first.close()
 
 
