@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class Overrides:
 
     hypervisor: Hypervisor | None = None
     choose_accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]] | None = None
-    find_handler: Callable[[str], Handler] | None = None  # raises InvalidSpec, MissingProgram
+    handlers: Mapping[str, Handler] | None = None  # by name; "" is the default
     networks: Networks | None = None
     images: ImageStore | None = None
     find_image: Callable[[str], Image] | None = None  # for containers; raises ImageNotFound
@@ -230,9 +230,12 @@ class _Builder:
             layout=cgroup.find_layout(), root=config.cgroup_root
         )
         self.node = HuskNode(
-            config, self.hypervisor, self.vm_cgroups.layout, choose_accelerator=overrides.choose_accelerator
+            config,
+            self.hypervisor,
+            self.vm_cgroups.layout,
+            handlers=overrides.handlers,
+            choose_accelerator=overrides.choose_accelerator,
         )
-        self.find_handler = overrides.find_handler or self.node.handler
         size = overrides.host_size or HostSize(memory_mib=memory_mib(), cpus=usable_cpus())
         # a VM keeps a CPU busy while it starts; a CNI plug-in mostly waits
         self.vm_starts = Limiter("vm", max(2, size.cpus))
@@ -259,7 +262,7 @@ class _Builder:
             self.engines,
             self.containers,
             PodDeps(
-                handler=self.find_handler,
+                handler=self.node.handler,
                 on_started=lambda record: record_start(self.metrics, record),
             ),
         )
@@ -324,7 +327,7 @@ class _Builder:
                 vm=self.vm_step,
                 steps=self.pod_steps,
                 handlers=self.node.handlers,
-                handler=self.find_handler,
+                handler=self.node.handler,
                 accelerator=self.node.accelerator,
                 inventory=self.inventory,
                 tasks=self.tasks,

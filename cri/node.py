@@ -30,7 +30,8 @@ HOW_TO_BUILD = "husk guest build"
 class HuskNode:
     """Handlers, accelerators and readiness of this node.
 
-    `choose_accelerator` replaces the probe of `sandbox.vm_pods.accelerator`.
+    `handlers` replaces those of the configuration, `choose_accelerator` the probe of
+    `sandbox.vm_pods.accelerator`.
     """
 
     features = Features()  # replaced at start, after the filesystem was examined
@@ -41,13 +42,14 @@ class HuskNode:
         hypervisor: Hypervisor,
         layout: Layout,
         *,
+        handlers: Mapping[str, Handler] | None = None,
         choose_accelerator: Callable[[Handler], Awaitable[AcceleratorChoice]] | None = None,
     ) -> None:
         self._config = config
         self._choose = choose_accelerator
         self.cgroup_driver = find_driver(layout)
         self._hypervisor = hypervisor
-        self._handlers = config.runtime_handlers()
+        self._handlers = handlers if handlers is not None else config.runtime_handlers()
         self._choices: dict[tuple[str, str, str], AcceleratorChoice] = {}
         self._probing = asyncio.Lock()
         self._problem: str | None = None

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
-from cri.config import Config, HandlerTable, Metrics
+from cri.config import Config, Metrics
 from cri.daemon import Daemon, Overrides, build
-from image.errors import ImageNotFound
 from image.image_store import ImageStore
 from image.index import Image, ImageSettings
 from network.attach import Networks
 from sandbox.host import cgroup
+from sandbox.host.mounts import mounts_below
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.spec import Handler, VmSize
@@ -33,7 +33,8 @@ IMAGE = Image(
     chain_ids=("sha256:" + "2" * 64,),
     config=ImageSettings(cmd=("/bin/true",)),
 )
-HANDLER = HandlerTable(
+HANDLER = Handler(
+    name="",
     kernel="/k",
     initramfs="/i",
     memory_mib=256,
@@ -65,7 +66,7 @@ class FakeHost:
     """What a daemon finds on its host: `root` for its files, and the fakes."""
 
     root: Path
-    handler: HandlerTable = HANDLER
+    handlers: dict[str, Handler] = field(default_factory=lambda: {"": HANDLER})  # read by daemons, also later
     ledger: Ledger = field(default_factory=Ledger)
     hypervisor: FakeHypervisor = field(init=False)
     grown: list[VmSize] = field(default_factory=list)  # sizes that pods were resized to
@@ -74,23 +75,24 @@ class FakeHost:
         self.hypervisor = FakeHypervisor(self.ledger)
 
     def build(self, images: ImageStore | None = None) -> Daemon:
-        """Build a daemon with the current `handler`, and start nothing.
+        """Build a daemon, and start nothing.
 
-        Containers find the image of each name in `images`, or IMAGE by the name example/web:1.
+        Containers find their image in `images`, or IMAGE by any name.
         """
         layout = cgroup.Layout(mode=cgroup.Mode.V2, hierarchies=(), unified="")
         return build(
             self.config(),
             Overrides(
                 hypervisor=self.hypervisor,
+                handlers=self.handlers,
                 choose_accelerator=_tcg,
                 networks=cast(Networks, FakeNetworks(self.ledger)),
                 images=images,
-                find_image=None if images else _find_image,
+                find_image=None if images else find_image,
                 rootfs=FakeRootfs(self.ledger),
                 vm_cgroups=LedgerCgroups(layout=layout, root="/husk-test", ledger=self.ledger),
                 host_size=HOST_SIZE,
-                grow_vm=self._grow,
+                grow_vm=lambda pod, size: self.grow(pod, size),  # a test may replace it
                 vm_usage=_no_usage,
             ),
         )
@@ -101,13 +103,64 @@ class FakeHost:
             root=str(self.root),
             run=str(self.root / "run"),
             socket=str(self.root / "husk.sock"),
-            default_handler="test",
             metrics=Metrics(port=0),
-            handlers={"test": self.handler},
         )
 
-    async def _grow(self, pod: Pod, size: VmSize) -> None:
+    async def grow(self, pod: Pod, size: VmSize) -> None:
+        """Record the size in place of hot-plugging memory and CPUs."""
         self.grown.append(size)
+
+
+class Host(Protocol):
+    """A host on which daemons can be built one after the other."""
+
+    root: Path
+
+    def build(self) -> Daemon:
+        """Build a daemon, and start nothing."""
+
+
+class RestartableDaemon:
+    """A daemon that can be killed and built again on the same host.
+
+    The objects of the current daemon are attributes. It recovers pods, and serves nothing.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.root = host.root
+        self.start()
+
+    def start(self) -> None:
+        """Build a daemon and load its records, without recovering them."""
+        self.built = self.host.build()
+        self.built.load()
+        self.tasks = self.built.tasks
+        self.inventory = self.built.inventory
+        self.events = self.built.events
+        self.engines = self.built.engines
+        self.pool = self.built.pool
+        self.pods = self.built.pods
+        self.containers = self.built.containers
+        self.pod_store = self.built.pod_store
+        self.container_store = self.built.container_store
+
+    async def kill(self) -> None:
+        """See `kill`."""
+        await kill(self.built)
+
+    async def restart(self) -> None:
+        """Kill the daemon, build the next one, and let it recover what it finds."""
+        await self.kill()
+        self.start()
+        await self.built.recover()
+
+    def assert_no_files(self) -> None:
+        """Assert that no pod and no container left a file, and nothing is mounted below the root."""
+        assert [path for path in (self.root / "run").rglob("*") if path.name != "pods"] == []
+        assert list((self.root / "pods").iterdir()) == []
+        assert list((self.root / "containers").iterdir()) == []
+        assert mounts_below(self.root) == []
 
 
 async def kill(daemon: Daemon) -> None:
@@ -118,9 +171,8 @@ async def kill(daemon: Daemon) -> None:
             await pod.client.close()
 
 
-def _find_image(name: str) -> Image:
-    if name not in IMAGE.repo_tags:
-        raise ImageNotFound(name)
+def find_image(name: str) -> Image:
+    """Return IMAGE, whatever the name."""
     return IMAGE
 
 

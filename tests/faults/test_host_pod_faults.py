@@ -11,37 +11,34 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import pytest
 
+from cri.config import Config, Metrics
+from cri.daemon import Daemon as BuiltDaemon
+from cri.daemon import Overrides, build
 from image.idmap import IdMap
 from image.rootfs import HostTree, Rootfs
 from image.stores import Usage
-from sandbox.containers import ContainerDeps, Containers
-from sandbox.engine import Engines
+from network.attach import Networks
+from sandbox.engine import Engine
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, SandboxError
-from sandbox.exits import Exits
-from sandbox.host import cgroup, mounts
-from sandbox.host.limiter import Limiter
+from sandbox.host import mounts
 from sandbox.host.openat import read_beneath
 from sandbox.host.process import alive
-from sandbox.host.tasks import Tasks
 from sandbox.host_pods import conmon
 from sandbox.host_pods.conmon import Bundle, Starting
-from sandbox.host_pods.engine import ProcessDeps, ProcessEngine, make_engine
+from sandbox.host_pods.engine import ProcessEngine
 from sandbox.host_pods.oci import NodeLimits
-from sandbox.inventory import Inventory
-from sandbox.pods import PodDeps, Pods, find_handler
-from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
+from sandbox.records import ContainerState, PodState
 from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec, SecuritySpec
-from sandbox.store import Store
+from tests.fakes.daemon import HANDLER, RestartableDaemon, find_image
 from tests.fakes.host import FakeNetworks, Ledger
-from tests.faults.test_pod_faults import HANDLER, FakeLibrary
 from tests.kit.leaks import cgroups_naming, mounts_naming, processes_naming
 
 pytestmark = pytest.mark.skipif(
@@ -49,7 +46,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs root, conmon, crun and busybox",
 )
 
-PROCESS = {"host_pods": "process"}
 FOREVER = ("/bin/sh", "-c", "echo begun; exec sleep 4242")
 
 
@@ -80,64 +76,53 @@ class HostRootfs:
     def usage(self, key: str) -> Usage:
         return Usage(bytes=0, inodes=0)
 
+    def keys(self) -> Collection[str]:
+        return ()
+
 
 @dataclass
-class Daemon:
-    """One life of the daemon over a host that outlives it."""
+class ProcessHost:
+    """A host with real cgroups, conmon and crun. Networks are fakes; every image has the same root."""
 
     root: Path
-    ledger: Ledger = field(default_factory=Ledger)
 
-    def __post_init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self.tasks = Tasks()
-        self.pod_store = Store(self.root / "pods", PodRecord)
-        self.container_store = Store(self.root / "containers", ContainerRecord)
-        self.pod_store.load()
-        self.container_store.load()
-        self.inventory = Inventory(self.pod_store, self.container_store, self.root / "run")
-        exits = Exits(self.inventory)
-        rootfs = cast(Any, HostRootfs(self.root / "image"))
-        layout = cgroup.find_layout(whole=True)
-        self.engine, _ = make_engine(
-            self.inventory,
-            exits,
-            ProcessDeps(
-                cgroups=cgroup.Cgroups(layout=layout, root=f"/{self.root.name}"),
-                networks=cast(Any, FakeNetworks(self.ledger)),
-                stage=Limiter("network", 2),
-                rootfs=rootfs,
-                tasks=self.tasks,
+    def build(self) -> BuiltDaemon:
+        """Build a daemon that runs pods without a VM, and start nothing."""
+        config = Config(
+            root=str(self.root),
+            run=str(self.root / "run"),
+            socket=str(self.root / "husk.sock"),
+            cgroup_root=f"/{self.root.name}",
+            metrics=Metrics(port=0),
+        )
+        return build(
+            config,
+            Overrides(
+                handlers={"": msgspec.structs.replace(HANDLER, host_pods="process")},
+                networks=cast(Networks, FakeNetworks(Ledger())),
+                find_image=find_image,
+                rootfs=HostRootfs(self.root / "image"),
             ),
         )
-        handler = type(HANDLER)(
-            **{name: getattr(HANDLER, name) for name in HANDLER.__struct_fields__} | PROCESS
-        )
-        engines = Engines({Isolation.PROCESS: self.engine})
-        deps = ContainerDeps(find_image=FakeLibrary.index.find, rootfs=rootfs)
-        self.containers = Containers(self.inventory, engines, exits, deps)
-        self.pods = Pods(
-            self.inventory,
-            engines,
-            self.containers,
-            PodDeps(handler=lambda name: find_handler({"": handler}, name), on_started=lambda record: None),
-        )
 
-    async def restart(self) -> None:
-        """After an end without a farewell."""
-        await self.tasks.close()
-        self.start()
-        await self.pods.adopt_all(list(self.container_store))
+
+class Daemon(RestartableDaemon):
+    """One daemon after the other on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(ProcessHost(root))
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of pods without a VM."""
+        return self.engines.for_isolation(Isolation.PROCESS)
 
     def assert_empty(self) -> None:
+        """Assert that nothing of a pod is left on this machine."""
         assert cgroups_naming(self.root.name) == frozenset()
         assert processes_naming(str(self.root)) == frozenset()
         assert mounts_naming(str(self.root)) == frozenset()
-        assert [path for path in (self.root / "run").rglob("*") if path.name != "pods"] == []
-        assert list((self.root / "pods").iterdir()) == []
-        assert list((self.root / "containers").iterdir()) == []
+        self.assert_no_files()
 
 
 @pytest.fixture

@@ -10,191 +10,49 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from image.index import Image, ImageSettings
-from sandbox.containers import ContainerDeps, Containers
-from sandbox.engine import Engines
+from sandbox.engine import Engine
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
-from sandbox.events import Events
-from sandbox.exits import Exits
 from sandbox.guest import guest_pb2 as pb
-from sandbox.host import cgroup
-from sandbox.host.limiter import Limiter
 from sandbox.host.mounts import mounts_below
-from sandbox.host.tasks import Tasks
-from sandbox.inventory import Inventory
 from sandbox.lifecycle import UndoFailed, step_names
-from sandbox.plan.vm import HostSize
-from sandbox.pod import Pod
-from sandbox.pods import PodDeps, Pods, find_handler
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
-from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, SecuritySpec, VmSize
-from sandbox.stats.host_usage import HostUsage, ProcessUsage
+from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, SecuritySpec
 from sandbox.steps.container import CompiledPlan
 from sandbox.steps.pod import Netns, Network, RunDir, Shares
 from sandbox.steps.rootfs import ContainerRootfs
-from sandbox.store import Store
-from sandbox.vm_pods.accelerator import AcceleratorChoice
-from sandbox.vm_pods.engine import VmDeps, make_engine
-from sandbox.vm_pods.pool import PoolDeps, VmPool
-from sandbox.vm_pods.resize import Resizer
-from sandbox.vm_pods.steps import Guest, Identity, Size, Vm, pod_steps
-from sandbox.vm_pods.templates import Templates
+from sandbox.vm_pods.steps import Guest, Identity, Size, Vm
 from sandbox.vm_pods.volumes import Volumes
+from tests.fakes.daemon import HANDLER, FakeHost, RestartableDaemon
 from tests.fakes.disk import small_disk
 from tests.fakes.guest import FakeAgent
-from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
 
 POD_STEPS: list[type[Any]] = [RunDir, Netns, Network, Shares, Vm, Size, Identity, Guest]
 CONTAINER_STEPS: list[type[Any]] = [ContainerRootfs, Volumes, CompiledPlan]
 POD_FAULTS = ["cgroup.create", "network.prepare", "network.up", "vm.start"]
-HANDLER = Handler(
-    name="",
-    kernel="/k",
-    initramfs="/i",
-    memory_mib=256,
-    vcpus=1,
-    accelerator="tcg",
-    source="boot",
-    host_pods="refuse",
-)
-HOST = HostSize(memory_mib=4096, cpus=4)
 
 
-class FakeIndex:
-    def find(self, ref: str) -> Image:
-        return Image(
-            id="sha256:" + "1" * 64,
-            repo_tags=("example/web:1",),
-            repo_digests=(),
-            size=1,
-            chain_ids=("sha256:" + "2" * 64,),
-            config=ImageSettings(cmd=("/bin/true",)),
-        )
+class Daemon(RestartableDaemon):
+    """One daemon after the other over a host of fakes."""
 
+    def __init__(self, root: Path, handler: Handler = HANDLER) -> None:
+        self.fakes = FakeHost(root, {"": handler})
+        self.ledger, self.hypervisor, self.grown = self.fakes.ledger, self.fakes.hypervisor, self.fakes.grown
+        super().__init__(self.fakes)
 
-class FakeLibrary:
-    index = FakeIndex()
-
-
-@dataclass
-class Daemon:
-    """One life of the daemon over a host that outlives it."""
-
-    root: Path
-    ledger: Ledger = field(default_factory=Ledger)
-    handler: Handler = HANDLER
-    hypervisor: FakeHypervisor = field(init=False)
-    grown: list[VmSize] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.hypervisor = FakeHypervisor(self.ledger)
-        self.start()
-
-    def start(self) -> None:
-        networks = cast(Any, FakeNetworks(self.ledger))
-        layout = cgroup.Layout(mode=cgroup.Mode.V2, hierarchies=(), unified="")
-        cgroups = LedgerCgroups(layout=layout, root="/husk-test", ledger=self.ledger)
-        self.tasks = Tasks()
-        self.pod_store = Store(self.root / "pods", PodRecord)
-        self.container_store = Store(self.root / "containers", ContainerRecord)
-        self.pod_store.load()
-        self.container_store.load()
-        self.inventory = Inventory(self.pod_store, self.container_store, self.root / "run")
-        self.events = Events(self.inventory)
-        exits = Exits(self.inventory)
-        rootfs = cast(Any, FakeRootfs(self.ledger))
-        templates = Templates(self.root / "run" / "templates", self.hypervisor, networks, cgroups)
-        vm = Vm(self.hypervisor, networks, cgroups, templates, Limiter("vm", 2), HOST)
-        steps = pod_steps(vm, Limiter("network", 2))
-        self.factory = VmPool(
-            PoolDeps(
-                templates=templates,
-                vm=vm,
-                steps=steps,
-                handlers=lambda: [self.handler.name],
-                handler=self._find_handler,
-                accelerator=_tcg,
-                inventory=self.inventory,
-                tasks=self.tasks,
-            )
-        )
-        self.engine = make_engine(
-            self.inventory,
-            exits,
-            VmDeps(
-                hypervisor=self.hypervisor,
-                steps=steps,
-                pool=self.factory,
-                accelerator=_tcg,
-                rootfs=rootfs,
-                tasks=self.tasks,
-                resizer=Resizer(self.inventory, self.grow),
-                default_profile=self.root / "apparmor",
-                host_usage=lambda pod: HostUsage(
-                    guest_memory_bytes=0, vmm=ProcessUsage(), helpers=ProcessUsage()
-                ),
-            ),
-        )
-        self.engines = Engines({Isolation.VM: self.engine})
-        deps = ContainerDeps(find_image=FakeLibrary.index.find, rootfs=rootfs)
-        self.containers = Containers(self.inventory, self.engines, exits, deps)
-        self.pods = Pods(
-            self.inventory,
-            self.engines,
-            self.containers,
-            PodDeps(handler=self._find_handler, on_started=lambda record: None),
-        )
-
-    async def grow(self, pod: Pod, size: VmSize) -> None:
-        """Stands in for hot-plug."""
-        self.grown.append(size)
-
-    def _find_handler(self, name: str) -> Handler:
-        return find_handler({"": self.handler}, name)
-
-    async def kill(self) -> None:
-        """End this life without a farewell; the host stays as it is."""
-        await self.tasks.close()
-        for pod in self.inventory.pods.values():
-            if pod.client is not None:
-                await pod.client.close()
-
-    async def restart(self) -> None:
-        await self.kill()
-        self.start()
-        await self.pods.adopt_all(list(self.container_store))
+    @property
+    def engine(self) -> Engine:
+        """The engine of pods in VMs."""
+        return self.engines.for_isolation(Isolation.VM)
 
     def assert_empty(self) -> None:
+        """Assert that nothing of a pod is left, on the host or in the records."""
         assert self.ledger.held == set()
-        assert [path for path in (self.root / "run").rglob("*") if path.name != "pods"] == []
-        assert list((self.root / "pods").iterdir()) == []
-        assert list((self.root / "containers").iterdir()) == []
-        assert mounts_below(self.root) == []
-
-
-async def _tcg(handler: Handler) -> AcceleratorChoice:
-    return AcceleratorChoice(accelerator="tcg", reason="the test says so")
-
-
-class LedgerCgroups(cgroup.Cgroups, frozen=True, kw_only=True):
-    """Real cgroups have tests of their own; here they are only counted."""
-
-    ledger: Ledger
-
-    def create_waiting(self, pod_id: str) -> None:
-        self.ledger.take("cgroup.create", f"cgroup {pod_id}")
-
-    def claim(self, pod_id: str, parent: str) -> None:
-        self.ledger.take("cgroup.create", f"cgroup {pod_id}")
-
-    def remove(self, pod_id: str, parent: str) -> None:
-        self.ledger.give("cgroup.remove", f"cgroup {pod_id}")
+        self.assert_no_files()
 
 
 @pytest.fixture

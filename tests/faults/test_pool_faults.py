@@ -18,8 +18,9 @@ import pytest
 from sandbox.errors import PhaseFailed
 from sandbox.records import PodRecord, PodState, Source
 from sandbox.spec import Resources
+from tests.fakes.daemon import HANDLER
 from tests.fakes.guest import FakeAgent
-from tests.faults.test_pod_faults import HANDLER, Daemon, pod_spec
+from tests.faults.test_pod_faults import Daemon, pod_spec
 
 POOL = msgspec.structs.replace(HANDLER, source="pool", pool_size=2)
 TEMPLATE = msgspec.structs.replace(HANDLER, source="template")
@@ -35,7 +36,7 @@ async def daemon() -> AsyncIterator[Daemon]:
     daemon.ledger.faults.clear()
     for record in list(daemon.pods.list()):
         await daemon.pods.remove(record.id)
-    await daemon.factory.close()
+    await daemon.pool.close()
     await daemon.kill()
     shutil.rmtree(root, ignore_errors=True)
 
@@ -59,7 +60,7 @@ def waiting(daemon: Daemon) -> list[PodRecord]:
 
 
 async def filled(daemon: Daemon, count: int = 2) -> list[PodRecord]:
-    await daemon.factory.start()
+    await daemon.pool.start()
     await until(lambda: len(waiting(daemon)) == count)
     return waiting(daemon)
 
@@ -162,8 +163,8 @@ async def test_a_vm_that_dies_while_it_waits_is_replaced(daemon: Daemon) -> None
 
 
 async def test_a_broken_template_is_given_up_and_made_anew(daemon: Daemon) -> None:
-    daemon.handler = TEMPLATE
-    await daemon.factory.start()
+    daemon.fakes.handlers[""] = TEMPLATE
+    await daemon.pool.start()
     await until(lambda: templates(daemon) == ["key1"])
     daemon.ledger.faults["vm.restore"] = "before"
     id = await daemon.pods.run(pod_spec())
@@ -190,8 +191,8 @@ async def test_a_template_of_another_guest_image_is_never_used(daemon: Daemon) -
 @pytest.mark.parametrize("fault", ["cgroup.create", "network.prepare", "vm.start", "vm.save"])
 async def test_a_template_that_cannot_be_made_leaves_nothing(daemon: Daemon, fault: str) -> None:
     daemon.ledger.faults[fault] = "after"
-    await daemon.factory.start()
-    await until(lambda: bool(daemon.factory._problems))
+    await daemon.pool.start()
+    await until(lambda: bool(daemon.pool._problems))
     assert templates(daemon) == []
     assert_nothing_but(daemon, 0)
     daemon.ledger.faults.clear()
@@ -202,8 +203,8 @@ async def test_a_template_that_cannot_be_made_leaves_nothing(daemon: Daemon, fau
 @pytest.mark.parametrize("fault", ["vm.pause"])
 async def test_a_vm_that_cannot_be_made_ahead_leaves_nothing(daemon: Daemon, fault: str) -> None:
     daemon.ledger.faults[fault] = "before"
-    await daemon.factory.start()
-    await until(lambda: bool(daemon.factory._problems))
+    await daemon.pool.start()
+    await until(lambda: bool(daemon.pool._problems))
     assert_nothing_but(daemon, 0)
     assert list(daemon.pod_store) == []
 
@@ -211,19 +212,19 @@ async def test_a_vm_that_cannot_be_made_ahead_leaves_nothing(daemon: Daemon, fau
 async def test_a_daemon_that_ends_takes_down_what_waits(daemon: Daemon) -> None:
     await filled(daemon)
     id = await daemon.pods.run(pod_spec())
-    await daemon.factory.close()
+    await daemon.pool.close()
     assert [record.id for record in daemon.pod_store] == [id]
     assert set(daemon.hypervisor.vms) == {id}
 
 
 async def test_a_daemon_that_ends_in_the_middle_of_making_one(daemon: Daemon) -> None:
     agent = daemon.hypervisor.make_agent()
-    await daemon.factory.start()
+    await daemon.pool.start()
     await until(lambda: templates(daemon) == ["key1"])
     agent.silent = True
     daemon.hypervisor.make_agent = lambda: agent
     await until(lambda: any(not vm.paused for vm in daemon.hypervisor.vms.values()))
-    await daemon.factory.close()
+    await daemon.pool.close()
     assert_nothing_but(daemon, 0)
     assert list(daemon.pod_store) == []
 
@@ -245,7 +246,7 @@ async def test_killed_while_a_template_is_made(daemon: Daemon) -> None:
     agent.silent = True
     make = daemon.hypervisor.make_agent
     daemon.hypervisor.make_agent = lambda: agent
-    await daemon.factory.start()
+    await daemon.pool.start()
     await until(lambda: bool(daemon.hypervisor.vms))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sandbox.vm_pods.templates.Templates.clean", _nothing)  # the process is dead

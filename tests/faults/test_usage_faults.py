@@ -428,7 +428,7 @@ async def test_a_vm_that_cannot_grow_keeps_its_limits(
     async def refuse(pod: Pod, size: VmSize) -> None:
         raise VmmError("no room")
 
-    monkeypatch.setattr(daemon, "grow", refuse)
+    monkeypatch.setattr(daemon.fakes, "grow", refuse)
     await daemon.restart()
     id, container, guest = await running(daemon)
     with pytest.raises(VmmError, match="no room"):

@@ -29,6 +29,7 @@ from tests.fakes.daemon import FakeHost, kill
 from tests.fakes.guest import FakeAgent, FakeProgram
 from tests.fakes.registry import FakeRegistry, make_layer
 from tests.faults.test_usage_faults import Guest
+from tests.kit.eventually import eventually
 from tests.kit.messages import message_class
 
 SERVICES = [*pb.DESCRIPTOR.services_by_name.values(), *husk.DESCRIPTOR.services_by_name.values()]
@@ -86,7 +87,7 @@ class Served:
         self.images.load()
         self.registry.sign_in = "bearer"
         await self.images.pull(IMAGE, AUTH)
-        await self.images.close()
+        await self._images_settled()
         self.host = FakeHost(self.root / "d")
         self.host.hypervisor.make_agent = self._agent
         self.daemon = self.host.build(self.images)
@@ -201,10 +202,10 @@ class Served:
         self.agents.clear()
 
     async def settle(self, wanted: Counter[str] | None = None) -> Counter[str]:
-        """What is held once the work of all calls has ended, or is what is wanted."""
+        """Return what is held once the work of all calls has ended, or once it is what is wanted."""
         until = asyncio.get_running_loop().time() + SETTLED_S
         while True:
-            await self.images.close()
+            await self._images_settled()
             now = self.census()
             quiet = not self.daemon.flights and not any(now[f"task {name}"] for name in HANDLERS)
             if quiet and (wanted is None or now == wanted):
@@ -213,6 +214,14 @@ class Served:
                 assert quiet, now
                 return now
             await asyncio.sleep(0.005)
+
+    async def _images_settled(self) -> None:
+        """Wait for pulls, which go on without their clients, and for what is written after them."""
+        await eventually(
+            lambda: not self.images.puller._flights and not self.images._background,
+            timeout_s=SETTLED_S,
+            describe="no pull is running, and everything pulled is on the disk",
+        )
 
     def census(self) -> Counter[str]:
         """Everything that could be left behind."""
