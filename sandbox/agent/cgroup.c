@@ -135,11 +135,12 @@ static int bpf(int command, union bpf_attr *attributes) {
 int cgroup_attach_device_filter(int cgroup, const ProtobufCBinaryData *program, struct error *error) {
     if (program->len == 0)
         return 0;
+    static const char license[] = "Apache-2.0";
     union bpf_attr load = {
         .prog_type = BPF_PROG_TYPE_CGROUP_DEVICE,
         .insn_cnt = (uint32_t)(program->len / sizeof(struct bpf_insn)),
         .insns = (uint64_t)(uintptr_t)program->data,
-        .license = (uint64_t)(uintptr_t) "Apache-2.0",
+        .license = (uint64_t)(uintptr_t)license,
     };
     autoclose int loaded = bpf(BPF_PROG_LOAD, &load);
     if (loaded < 0)

@@ -18,8 +18,12 @@ struct loop {
     int at, count;
 };
 
+static inline void *move_back(void *pointer, size_t bytes) {
+    return (char *)pointer - bytes;
+}
+
 // The object that holds a member.
-#define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
+#define container_of(pointer, type, member) ((type *)move_back(pointer, offsetof(type, member)))
 
 void loop_open(struct loop *loop);
 void loop_add(struct loop *loop, struct source *source, uint32_t events);
