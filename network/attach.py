@@ -72,7 +72,7 @@ class Networks:
         self._held = AttachmentCache(cache_dir)
         self._netns_dir = netns_dir
         self._pod_cidr_file = cache_dir / _POD_CIDR
-        self._turns = KeyedLock()
+        self._locks = KeyedLock()
 
     def status(self) -> NetworkStatus:
         """Whether a pod could be attached now; cheap, reads files only when they changed."""
@@ -83,7 +83,7 @@ class Networks:
 
         On failure, or when cancelled, nothing is left. Raises NetnsError, TapError, Unsatisfiable.
         """
-        async with self._turns.of(pod_id):
+        async with self._locks.hold(pod_id):
             return await threads.run(
                 lambda: self._prepare(pod_id),
                 "husk-network",
@@ -99,7 +99,7 @@ class Networks:
         Raises NetworkNotReady, Unsatisfiable, CniError, NetnsError, TapError.
         """
         cancelled = Event()
-        async with self._turns.of(wish.pod_id):
+        async with self._locks.hold(wish.pod_id):
             return await threads.run(
                 lambda: self._up(wish, cancelled.is_set),
                 "husk-network",
@@ -113,7 +113,7 @@ class Networks:
         Raises TeardownFailed when a plug-in would not DEL: what the next try needs is kept.
         """
         cancelled = Event()
-        async with self._turns.of(pod_id):
+        async with self._locks.hold(pod_id):
             await threads.run(
                 lambda: self._down(pod_id, cancelled.is_set), "husk-network", on_cancel=cancelled.set
             )
@@ -121,7 +121,7 @@ class Networks:
     async def detach(self, pod_id: str) -> None:
         """Undo `up`, and leave the namespace; idempotent. Raises TeardownFailed as `down` does."""
         cancelled = Event()
-        async with self._turns.of(pod_id):
+        async with self._locks.hold(pod_id):
             await threads.run(
                 lambda: self._detach(pod_id, cancelled.is_set), "husk-network", on_cancel=cancelled.set
             )
@@ -132,12 +132,12 @@ class Networks:
 
         In the order of Attachment.interfaces. Raises TapError, NetnsError.
         """
-        async with self._turns.of(pod_id):
+        async with self._locks.hold(pod_id):
             return await threads.run(lambda: self._open_taps(pod_id, begin), "husk-network", discard=_close)
 
     async def check(self, pod_id: str) -> None:
         """Ask the plug-ins whether the attachment is as they left it. Raises CniError, TapError."""
-        async with self._turns.of(pod_id):
+        async with self._locks.hold(pod_id):
             await threads.run(lambda: self._cni.check(self._attached(pod_id)), "husk-network")
 
     async def gc(self, valid: Iterable[str], *, ask_plugins: bool = True) -> None:
@@ -156,7 +156,7 @@ class Networks:
                 except TeardownFailed as error:
                     problems += error.problems
         if ask_plugins:
-            async with self._turns.alone():
+            async with self._locks.hold_all():
                 problems += await threads.run(lambda: self._collect(keep), "husk-network")
         if problems:
             raise TeardownFailed("(none)", problems)

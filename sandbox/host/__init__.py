@@ -1,4 +1,4 @@
-"""Linux helpers that know nothing of pods: processes, cgroups, mounts, descriptors, tasks.
+"""Linux helpers that know nothing of pods: system calls, processes, cgroups, mounts, files, tasks.
 
-Imports nothing of `sandbox` but its errors; `network` and `image` may use it too.
+Imports nothing of `sandbox` but its errors, so `network` and `image` may use it too.
 """

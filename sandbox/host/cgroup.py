@@ -1,20 +1,20 @@
-"""Control groups of pods on the host: where they are, making, joining and removing them.
+"""Control groups of pods on the host: find the hierarchies, create, join and remove a pod's cgroup.
 
-A pod's cgroup holds its VMM and helpers and nothing else; limits are the kubelet's, which sets
-them on the parent that it names. Being in it keeps the processes out of the daemon's own service
-group, so nobody ends them with the daemon. On cgroup v1 and in the hybrid layout that takes a
-directory in several hierarchies, the service manager's among them; on v2 one.
+A pod's cgroup holds its VMM and helpers and nothing else; limits are the kubelet's, which sets them on the
+parent that it names. Membership keeps the processes out of the daemon's service cgroup, so the service
+manager does not kill them with the daemon. On cgroup v1 and in the hybrid layout a cgroup is a directory in
+several hierarchies, the service manager's among them; on v2 in one.
 
-Crash story: the path derives from the parent and the pod id. `create` may be repeated, `remove`
-ends whatever is inside, and works when only some of the directories exist. The daemon's own root
-is made with the first pod that needs it and goes with the last one; daemons may share it.
+Crash story: the path derives from the parent and the pod id. `create` is idempotent; `remove` kills what is
+inside, and works when only some of the directories exist. The daemon's own root is created with the first pod
+that needs it and removed with the last one; several daemons may share it.
 
-    kubelet, cgroupfs driver:  /kubepods/burstable/podUID          taken as it is
+    kubelet, cgroupfs driver:  /kubepods/burstable/podUID          used as it is
     kubelet, systemd driver:   kubepods-burstable-podUID.slice     each dash is a level
     neither:                   the daemon's own root, "/husk"
-    a VM that waits for a pod: "/husk-waiting", which gets what CPU time nobody else wants
+    a pooled VM:               "/husk-waiting", with the lowest CPU weight
 
-What a VM has used before it is moved to its pod's cgroup stays accounted where it waited.
+What a pooled VM used before it was moved to its pod's cgroup stays accounted in the pool's.
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ import msgspec
 from sandbox.errors import DeadlineExceeded, InvalidSpec
 from sandbox.host.process import find_by_cgroup
 
-# Hierarchies of v1 worth a directory: what accounts or limits a pod as a whole, and the service
-# manager's own. Device access and block weights of a VMM are inherited from the parent.
+# The v1 hierarchies in which a pod gets a directory: those that account or limit it as a whole, and the
+# service manager's. Device access and block weights of a VMM are inherited from the parent.
 _V1_WANTED = frozenset({"cpu", "cpuacct", "cpuset", "memory", "pids", "hugetlb", "name=systemd"})
 _V1_WHOLE = _V1_WANTED | {"blkio", "devices", "freezer", "net_cls", "net_prio", "perf_event", "rdma", "misc"}
 _ATTEMPTS = 100
 
 
 class Mode(StrEnum):
+    """Which cgroup versions the host mounts; hybrid: v1 controllers, and v2 without controllers."""
+
     V1 = "v1"
     HYBRID = "hybrid"
     V2 = "v2"
 
 
 class Driver(StrEnum):
-    """What RuntimeConfig tells the kubelet; both forms of parent names are served anyway."""
+    """The cgroup driver that RuntimeConfig recommends to the kubelet; both forms of parents are accepted."""
 
     SYSTEMD = "systemd"
     CGROUPFS = "cgroupfs"
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """Mount points of the hierarchies that matter here. `unified` is empty without cgroup v2."""
+    """Mount points of the hierarchies in use: `hierarchies` of v1, `unified` of v2 (empty without it)."""
 
     mode: Mode
     hierarchies: tuple[str, ...]
@@ -62,12 +64,13 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def roots(self) -> tuple[str, ...]:
+        """All mount points, that of v2 last."""
         return (*self.hierarchies, self.unified) if self.unified else self.hierarchies
 
 
 def parse_layout(mountinfo: str, *, whole: bool = False) -> Layout:
-    """Read the layout out of /proc/PID/mountinfo (proc(5)): the first mount of each hierarchy. `whole`:
-    also of those that only an ordinary container needs."""
+    """Parse /proc/PID/mountinfo (proc(5)): the first mount of each hierarchy. `whole` includes those that
+    only a container without a VM needs (devices, freezer ...)."""
     hierarchies: dict[frozenset[str], str] = {}
     unified = ""
     for line in mountinfo.splitlines():
@@ -87,77 +90,84 @@ def parse_layout(mountinfo: str, *, whole: bool = False) -> Layout:
 
 
 def find_layout(*, whole: bool = False) -> Layout:
+    """Read the layout of this host, see `parse_layout`. Raises OSError."""
     return parse_layout(Path("/proc/self/mountinfo").read_text(), whole=whole)
 
 
 def find_driver(layout: Layout) -> Driver:
-    """On v2 a service manager wants to own the tree, so the kubelet should ask it for the parents
-    (Kubernetes documentation, "Container runtimes", cgroup drivers); elsewhere plain directories."""
+    """Return the driver to recommend: systemd where it is running on cgroup v2, whose tree it must own alone
+    (Kubernetes documentation, "Container runtimes", cgroup drivers), else cgroupfs."""
     booted = Path("/run/systemd/system").is_dir()  # sd_booted(3)
     return Driver.SYSTEMD if booted and layout.mode is Mode.V2 else Driver.CGROUPFS
 
 
 class Cgroups(msgspec.Struct, frozen=True, kw_only=True):
-    """The pods' cgroups on this host; `root` is where those go that come without a parent."""
+    """The cgroups of pods on this host; `root` is the parent of those for which the CRI names none."""
 
     layout: Layout
     root: str = "/husk"
 
     def create(self, pod_id: str, parent: str) -> None:
-        """Blocks a little. Raises OSError, InvalidSpec. May be repeated."""
+        """Create the pod's cgroup in every hierarchy. Idempotent. Blocking. Raises OSError, InvalidSpec."""
         create(self.layout, pod_path(parent, pod_id, root=self.root))
 
     @property
-    def waiting(self) -> str:
-        """The parent of pods that nobody has asked for yet."""
+    def pool_parent(self) -> str:
+        """The parent of pooled VMs and of those that templates are made of."""
         return f"{self.root}-waiting"
 
-    def create_waiting(self, pod_id: str) -> None:
-        """For a VM of the pool, or one that a template is made of. Raises OSError. May be repeated."""
-        self.create(pod_id, self.waiting)
-        _weaken(directories(self.layout, self.waiting))
+    def create_pooled(self, pod_id: str) -> None:
+        """Create the cgroup of a pooled VM, or of one that becomes a template. Idempotent. Raises OSError."""
+        self.create(pod_id, self.pool_parent)
+        _set_lowest_share(directories(self.layout, self.pool_parent))
 
     def claim(self, pod_id: str, parent: str) -> None:
-        """Move what waits to the pod's own cgroup. Raises OSError, InvalidSpec. May be repeated."""
+        """Move a pooled VM to the pod's cgroup, which is created. Idempotent. Raises OSError, InvalidSpec."""
         self.create(pod_id, parent)
-        _move(self.directories(pod_id, self.waiting), self.directories(pod_id, parent))
-        self._remove(pod_id, self.waiting)
+        _move(self.directories(pod_id, self.pool_parent), self.directories(pod_id, parent))
+        self._remove(pod_id, self.pool_parent)
 
     def remove(self, pod_id: str, parent: str) -> None:
-        """End what is inside, and remove it; blocks up to 5 s. Idempotent. See `remove` below."""
+        """Kill what is inside and remove it, also from the pool. Blocks up to 5 s. Idempotent.
+
+        Raises as the function `remove` does.
+        """
         self._remove(pod_id, parent)
-        self._remove(pod_id, self.waiting)
+        self._remove(pod_id, self.pool_parent)
 
     def _remove(self, pod_id: str, parent: str) -> None:
         remove(self.layout, pod_path(parent, pod_id, root=self.root))
-        if parent in ("", self.waiting):
+        if parent in ("", self.pool_parent):
             remove_empty(self.layout, parent or self.root)
 
     def directories(self, pod_id: str, parent: str) -> tuple[str, ...]:
-        """What a process of the pod has to join."""
+        """Return the directories that a process of the pod has to join."""
         return directories(self.layout, pod_path(parent, pod_id, root=self.root))
 
 
 def find_cgroups(root: str) -> Cgroups:
+    """Return the cgroups of this host with `root` as the default parent. Raises OSError."""
     return Cgroups(layout=find_layout(), root=root)
 
 
 def pod_path(parent: str, pod_id: str, *, root: str = "/husk") -> str:
-    """The pod's cgroup below each hierarchy's mount point.
+    """Return the path of the pod's cgroup, relative to each hierarchy's mount point.
 
-    Raises InvalidSpec for a parent that would lead out of the hierarchy.
+    Raises InvalidSpec for a parent that could leave the hierarchy, with a component "." or "..", or a NUL.
     """
     parent = parent or root
     if parent.endswith(".slice") and "/" not in parent:
         parent = expand_slice(parent)
     parts = [part for part in parent.split("/") if part]
     if ".." in parts or "." in parts or "\0" in parent:
-        raise InvalidSpec("cgroup_parent", f"{parent!r} is not a plain path")
+        raise InvalidSpec(
+            "cgroup_parent", f"{parent!r} is not a cgroup path: it has a component . or .., or a NUL"
+        )
     return "/" + "/".join([*parts, f"husk-{pod_id}"])
 
 
 def expand_slice(name: str) -> str:
-    """Directories of a slice: `a-b.slice` lies in `a.slice` (systemd.slice(5))."""
+    """Return the path of a slice: `a-b.slice` lies in `a.slice` (systemd.slice(5)). Raises InvalidSpec."""
     stem = name.removesuffix(".slice")
     if stem == "-":
         return "/"
@@ -168,26 +178,25 @@ def expand_slice(name: str) -> str:
 
 
 def directories(layout: Layout, path: str) -> tuple[str, ...]:
-    """What a process has to join, and what has to be made for it."""
+    """Return the directory of a cgroup in every hierarchy, in the order of `layout.roots`."""
     return tuple(root.rstrip("/") + path for root in layout.roots)
 
 
 def create(layout: Layout, path: str) -> None:
-    """Make the pod's cgroup in every hierarchy. May be repeated.
+    """Create a cgroup and its missing parents in every hierarchy. Idempotent. Raises OSError.
 
-    No controller is enabled on v2: limits sit on the parent, and what is accounted there includes
-    the pod. Raises OSError.
+    No controller is enabled on v2: limits are set on the parent, and its accounting includes the pod.
     """
     for root, directory in zip(layout.roots, directories(layout, path), strict=True):
-        _make_patiently(Path(root), Path(directory))
+        _make_with_retries(Path(root), Path(directory))
 
 
-def _make_patiently(root: Path, directory: Path) -> None:
+def _make_with_retries(root: Path, directory: Path) -> None:
     for attempt in range(_ATTEMPTS):
         try:
             _make_below(root, directory)
         except OSError as error:
-            # the last pod to go has just taken the empty parent away: missing, or gone while open
+            # the removal of the last other pod has just removed the empty parent: missing, or gone while open
             if error.errno not in (errno.ENOENT, errno.ENODEV) or attempt + 1 == _ATTEMPTS:
                 raise
         else:
@@ -203,9 +212,9 @@ def _make_below(root: Path, directory: Path) -> None:
         _fill_cpuset(current)
 
 
-def _weaken(directories: Sequence[str]) -> None:
-    """The least share of the CPUs (cgroup-v1/... cpu.shares; cgroup-v2, cpu.weight): where the
-    controller is not enabled, work that nobody waits for is as strong as any other."""
+def _set_lowest_share(directories: Sequence[str]) -> None:
+    """Set the lowest share of the CPUs (cpu.shares of v1, cpu.weight of cgroup-v2.rst). Where the controller
+    is not enabled, pooled VMs compete as equals."""
     for directory in directories:
         for name, least in (("cpu.shares", "2"), ("cpu.weight", "1")):
             with contextlib.suppress(FileNotFoundError, PermissionError):
@@ -213,7 +222,7 @@ def _weaken(directories: Sequence[str]) -> None:
 
 
 def _move(sources: Sequence[str], targets: Sequence[str]) -> None:
-    """All processes, hierarchy by hierarchy. One that forks meanwhile is seen by the next look."""
+    """Move all processes, hierarchy by hierarchy. The next read finds one that was forked meanwhile."""
     for source, target in zip(sources, targets, strict=True):
         while pids := _processes(Path(source)):
             for pid in pids:
@@ -229,7 +238,7 @@ def _processes(directory: Path) -> list[str]:
 
 
 def _fill_cpuset(directory: Path) -> None:
-    """A new v1 cpuset is empty and takes no process until it has CPUs and nodes (cpusets(7))."""
+    """Copy the parent's CPUs and nodes: a new v1 cpuset has none, and no process can join it (cpuset(7))."""
     for name in ("cpuset.cpus", "cpuset.mems"):
         file = directory / name
         if (directory / "cgroup.controllers").exists() or not file.exists():
@@ -239,10 +248,10 @@ def _fill_cpuset(directory: Path) -> None:
 
 
 def remove(layout: Layout, path: str, *, timeout_s: float = 5.0) -> None:
-    """End what is in the pod's cgroup and remove it; blocks up to `timeout_s`. Idempotent.
+    """Kill what is in a cgroup and remove it with all below it. Blocks up to `timeout_s`. Idempotent.
 
-    Parents are left alone: most are the kubelet's. Raises DeadlineExceeded when a process will not
-    go, and OSError when the kernel refuses for another reason.
+    Parents stay: most are the kubelet's. Raises DeadlineExceeded when a process does not exit in time, and
+    OSError when the kernel refuses for another reason.
     """
     deadline = time.monotonic() + timeout_s
     tops = [d for d in directories(layout, path) if Path(d).exists()]
@@ -256,17 +265,17 @@ def remove(layout: Layout, path: str, *, timeout_s: float = 5.0) -> None:
         if pending and time.monotonic() > deadline:
             raise DeadlineExceeded(f"removing cgroup {pending[0]}", timeout_s)
         if pending:
-            time.sleep(pause)  # the kernel gives no notice of the last exit that covers v1
+            time.sleep(pause)  # v1 has no notification of the last exit
             pause = min(pause * 2, 0.05)
 
 
 def tree(top: str) -> list[str]:
-    """A cgroup and all beneath it, the innermost first; those that are gone are left out."""
+    """List a cgroup's directory and all below it, children before parents; empty when it does not exist."""
     return [folder for folder, _, _ in os.walk(top, topdown=False)]
 
 
 def remove_empty(layout: Layout, path: str) -> None:
-    """Remove a cgroup wherever nothing is in it; one in use stays (EBUSY), as does what lies above."""
+    """Remove a cgroup from every hierarchy in which it is empty; one in use stays (EBUSY), as do parents."""
     for directory in directories(layout, path):
         with contextlib.suppress(OSError):
             Path(directory).rmdir()

@@ -1,7 +1,7 @@
-"""Whose turn it is: verbs of one pod one after the other, those of others beside them, GC alone.
+"""A lock for each key, and one that excludes all keys: a readers-writer lock whose readers have names.
 
-CNI SPEC, "Lifecycle & Ordering": no two operations on one container at a time, and none at all
-while GC runs.
+The networks use it for the ordering that the CNI SPEC demands (section "Lifecycle & Ordering"): no two
+operations on one container at a time, and none at all while GC runs.
 """
 
 from __future__ import annotations
@@ -12,34 +12,38 @@ from collections.abc import AsyncIterator, Callable
 
 
 class KeyedLock:
-    """For one event loop. Giving a turn back never waits, so a cancelled holder gives it back too."""
+    """Locks by key. For one event loop, and not reentrant.
+
+    Releasing never waits, so a cancelled holder releases too. Waiters of one key are not ordered.
+    """
 
     def __init__(self) -> None:
         self._waiters: set[asyncio.Future[None]] = set()
-        self._busy: set[str] = set()
-        self._collecting = False
+        self._held: set[str] = set()
+        self._exclusive = False
 
     @contextlib.asynccontextmanager
-    async def of(self, pod_id: str) -> AsyncIterator[None]:
-        await self._until(lambda: not self._collecting and pod_id not in self._busy)
-        self._busy.add(pod_id)
+    async def hold(self, key: str) -> AsyncIterator[None]:
+        """Hold the lock of one key. Waits while it is held, and while `hold_all` is held or waited for."""
+        await self._until(lambda: not self._exclusive and key not in self._held)
+        self._held.add(key)
         try:
             yield
         finally:
-            self._busy.discard(pod_id)
-            self._tell()
+            self._held.discard(key)
+            self._wake_waiters()
 
     @contextlib.asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """Waits for those that have begun, and lets none begin meanwhile."""
-        await self._until(lambda: not self._collecting)
-        self._collecting = True
+    async def hold_all(self) -> AsyncIterator[None]:
+        """Hold the locks of all keys. Waits until every holder has released; no key is granted meanwhile."""
+        await self._until(lambda: not self._exclusive)
+        self._exclusive = True
         try:
-            await self._until(lambda: not self._busy)
+            await self._until(lambda: not self._held)
             yield
         finally:
-            self._collecting = False
-            self._tell()
+            self._exclusive = False
+            self._wake_waiters()
 
     async def _until(self, free: Callable[[], bool]) -> None:
         while not free():
@@ -50,7 +54,7 @@ class KeyedLock:
             finally:
                 self._waiters.discard(waiter)
 
-    def _tell(self) -> None:
+    def _wake_waiters(self) -> None:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)

@@ -1,6 +1,7 @@
-"""Bounds on how much work of one kind runs at once, so that the excess waits instead of slowing everything.
+"""Limits how much work of one kind runs at once, so that the excess waits instead of slowing everything.
 
-First come, first served. Idle work, whose result no caller waits for (filling the pool), comes last.
+Slots are granted in the order of the calls. Idle work, whose result no caller waits for (filling the pool of
+VMs), is granted one only while no other work holds or wants one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from collections.abc import AsyncIterator
 
 
 class Limiter:
-    """At most `limit` holders at once. For one event loop; `name` is its label in the metrics."""
+    """A semaphore of `limit` slots with a queue that can be inspected. For one event loop.
+
+    `name` is its label in the metrics.
+    """
 
     def __init__(self, name: str, limit: int) -> None:
         self.name = name
@@ -28,7 +32,10 @@ class Limiter:
 
     @contextlib.asynccontextmanager
     async def slot(self, *, idle: bool = False) -> AsyncIterator[None]:
-        """Wait for a slot and hold it. Idle work gets one only while no slot is held or waited for."""
+        """Wait for a slot and hold it. Idle work gets one only while no slot is held or waited for.
+
+        A slot is released in any case, also when the caller is cancelled between the grant and its wake-up.
+        """
         if self.active >= self.limit or (idle and (self.active or self._queue)):
             await self._wait(self._idle_queue if idle else self._queue)
         else:

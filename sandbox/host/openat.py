@@ -1,4 +1,4 @@
-"""Open, read and make files of an image without leaving the image: its links are an attacker's."""
+"""Open, read and make files below a root without leaving it: an image's symbolic links are an attacker's."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def open_beneath(root: Path, name: str, flags: int, *, links: bool = True) -> in
 
 
 def make_beneath(root: Path, path: str, *, directory: bool) -> None:
-    """Make `path`, and directories on the way, as a process with that root would, where nothing is there.
+    """Create an empty file or directory at `path`, and missing parents, as a process with that root would.
 
-    What cannot be made, and what is there and is of another kind, is left for whoever needs it to tell.
+    Idempotent. Raises nothing: what cannot be created, and what exists as another kind of file, fails in the
+    step that needs it, whose error names the problem. Modes are 0644 and 0755 whatever the daemon's umask is.
     """
     try:
         os.close(open_beneath(root, path, os.O_PATH))
@@ -52,7 +53,7 @@ def make_beneath(root: Path, path: str, *, directory: bool) -> None:
 
 
 def _make(at: int, name: str, directory: bool) -> None:
-    """Modes do not depend on the daemon's umask. A dangling link is there, and stays."""
+    """Raises FileExistsError also for a dangling symbolic link, which stays as it is."""
     if directory:
         os.mkdir(name, dir_fd=at)
         os.chmod(name, 0o755, dir_fd=at)
@@ -65,19 +66,20 @@ def _make(at: int, name: str, directory: bool) -> None:
 
 
 def read_beneath(root: Path, name: str, limit: int) -> bytes:
-    """Contents of `name` as it would be found by a process whose root is `root`; empty when there is no
-    such regular file. Raises InvalidSpec over `limit` bytes."""
+    """Read the regular file `name` as a process with that root would find it; b"" where there is none.
+
+    Raises InvalidSpec for a file of more than `limit` bytes, and OSError when `root` itself cannot be opened.
+    """
     try:
-        # O_NONBLOCK: a FIFO in the image must not hold us
+        # O_NONBLOCK: opening a FIFO of the image must not block
         file = open_beneath(root, name, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.filename != name:
             raise  # the root itself
         return b""
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        return b""
-    with os.fdopen(file, "rb") as handle:  # which takes no directory
+    with os.fdopen(file, "rb") as handle:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            return b""
         content = handle.read(limit + 1)
     if len(content) > limit:
         raise InvalidSpec("config.image", f"its /{name} is larger than {limit} bytes")

@@ -1,17 +1,16 @@
-"""Processes that outlive the daemon: how they are started, known again, watched and ended.
+"""Processes that outlive the daemon: how they are started, recognized again, watched and killed.
 
-One door: nothing else in `sandbox` starts a process. Children are started with `subprocess` from
-threads of their own (never asyncio's: see below), detached into a session of their own, and are in
-their cgroups before the program that was asked for runs its first instruction.
+Nothing else in `sandbox` starts a process that outlives a call. Children are started with `subprocess`
+from threads of their own (never asyncio's child watchers: see below), detached into a session of their own,
+and are in their cgroups before the requested program executes its first instruction.
 
-Why no asyncio here: its child watchers fork on the event loop's thread, which under uvloop beside
-live gRPC calls crashed children. A plain thread also can enter a network namespace, start the
-child there, and end: it never needs to find its way back, so no thread of the daemon is ever left
-in a pod's namespace.
+Why not asyncio: its child watchers fork on the event loop's thread, which under uvloop beside live gRPC
+calls crashed 1.5 to 6 % of the children. A plain thread can also enter a network namespace, start the child
+there, and end: it never has to leave the namespace, so no thread of the daemon stays in a pod's namespace.
 
-Crash story: nothing is remembered in memory. A process is known again by its identity from the
-record; where the record was not written in time, by its cgroup, or by its command line together
-with a mark in its environment that `start` leaves.
+Crash story: nothing is kept in memory only. A process is recognized by its identity from the record; where
+the record was not written in time, by its cgroup, or by its command line together with a mark in its
+environment that `start` leaves.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ from sandbox.host.proc import boot_id, read_stat
 MARK = "HUSK_PROCESS"
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C"}
 _KILL_TIMEOUT_S = 5.0
-_LOOKS = 10
-_LOOK_AGAIN_S = 0.003
+_READS = 10
+_REREAD_S = 0.003
 
-# Runs before the program: what a child must be before it is exec'ed, done by the child itself, as
-# preexec_fn is not safe beside threads. No core dumps: they would hold a guest's memory.
+# What has to be done in the child before the exec, done by the child's own shell, as preexec_fn is not safe
+# beside threads. No core dumps: they would contain a guest's memory.
 _PRELUDE = """
 umask "$1" && ulimit -S -c 0 || exit 126
 echo "$2" 2>/dev/null >/proc/self/oom_score_adj
@@ -52,12 +51,12 @@ while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit 126; shift; done
 shift
 exec "$@"
 """
-# In a mount namespace of its own, which sees what the host unmounts.
+# Runs in a new mount namespace, to which the host's unmounts propagate.
 _BIND = 'while [ "$1" != -- ]; do mount --bind "$1" "$2" || exit 126; shift 2; done; shift; exec "$@"'
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """A process for good: pids are reused, (pid, start time, boot) is not.
+    """Identifies one process forever: pids are reused, the triple of pid, start time and boot is not.
 
     `start_time` is field 22 of /proc/PID/stat, in clock ticks since boot (proc(5)).
     """
@@ -68,13 +67,13 @@ class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def started_s(identity: ProcessIdentity) -> float:
-    """When a process of this boot started, on the monotonic clock; right to a clock tick (10 ms)."""
+    """Return when a process of this boot started, in seconds of CLOCK_MONOTONIC, to a clock tick (10 ms)."""
     asleep_s = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
     return identity.start_time / os.sysconf("SC_CLK_TCK") - asleep_s
 
 
-class User(msgspec.Struct, frozen=True, kw_only=True):
-    """Whom a program runs as; `groups` are the supplementary ones, and there are no others."""
+class Credentials(msgspec.Struct, frozen=True, kw_only=True):
+    """User and groups that a program runs with; `groups` are all of its supplementary groups."""
 
     uid: int
     gid: int
@@ -82,7 +81,7 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completed(msgspec.Struct, frozen=True, kw_only=True):
-    """A short-lived program that has ended. Negative `status`: the signal that ended it."""
+    """A short-lived program that has exited. A negative `status` is the signal that terminated it."""
 
     status: int
     stdout: bytes
@@ -94,7 +93,7 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def identify(pid: int) -> ProcessIdentity | None:
-    """Who has this pid now; None when nobody does, or only a zombie."""
+    """Identify the process that has this pid now; None when there is none, or only a zombie."""
     stat = read_stat(pid)
     if stat is None or stat.state in "ZX":
         return None
@@ -102,19 +101,20 @@ def identify(pid: int) -> ProcessIdentity | None:
 
 
 def alive(identity: ProcessIdentity) -> bool:
+    """Whether exactly this process exists and is not a zombie."""
     return identify(identity.pid) == identity
 
 
 def _pidfd(identity: ProcessIdentity) -> int | None:
-    """A descriptor of exactly this process, or of its zombie; None when it is gone."""
+    """Open a pidfd of exactly this process, or of its zombie; None when it is gone."""
     try:
         fd = os.pidfd_open(identity.pid)
     except OSError as error:
-        # EINVAL: many kernels say so when they come upon it in the moment of its going
+        # EINVAL: many kernels return it for a process that is being released at this moment
         if error.errno not in (errno.ESRCH, errno.EINVAL):
             raise
         return None
-    stat = read_stat(identity.pid)  # after pidfd_open: from here on the pid cannot change hands unnoticed
+    stat = read_stat(identity.pid)  # after pidfd_open: the pid cannot be reused unnoticed any more
     if stat is None or stat.start_time != identity.start_time or boot_id() != identity.boot_id:
         os.close(fd)
         return None
@@ -122,7 +122,7 @@ def _pidfd(identity: ProcessIdentity) -> int | None:
 
 
 def _reap(fd: int) -> int | None:
-    """Collect a child of ours, so that no zombie stays; somebody else's is their business."""
+    """Reap a child of ours, so that no zombie stays. None for a process that is not our child."""
     try:
         result = os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG)
     except ChildProcessError:
@@ -133,9 +133,10 @@ def _reap(fd: int) -> int | None:
 
 
 async def wait_exit(identity: ProcessIdentity) -> int | None:
-    """Return once the process is gone: its status where it was our child and not yet collected.
+    """Wait until the process has exited. Works for children and adopted processes.
 
-    A negative status is the signal that ended it. Works for children and adopted processes alike.
+    Returns the status of a child of ours that was not reaped yet (negative: the signal that terminated it),
+    None for any other process.
     """
     fd = _pidfd(identity)
     if fd is None:
@@ -152,7 +153,7 @@ async def wait_exit(identity: ProcessIdentity) -> int | None:
 
 
 async def kill(identity: ProcessIdentity, timeout_s: float = _KILL_TIMEOUT_S) -> None:
-    """End it with SIGKILL and wait. Idempotent. Raises DeadlineExceeded when it will not go."""
+    """Send SIGKILL and wait for the exit. Idempotent. Raises DeadlineExceeded after `timeout_s`."""
     fd = _pidfd(identity)
     if fd is None:
         return
@@ -165,7 +166,7 @@ async def kill(identity: ProcessIdentity, timeout_s: float = _KILL_TIMEOUT_S) ->
         async with asyncio.timeout(timeout_s):
             await wait_exit(identity)
     except TimeoutError as error:
-        raise DeadlineExceeded(f"ending process {identity.pid}", timeout_s) from error
+        raise DeadlineExceeded(f"killing process {identity.pid}", timeout_s) from error
 
 
 def _kill_and_reap(identity: ProcessIdentity) -> None:
@@ -177,7 +178,7 @@ def _kill_and_reap(identity: ProcessIdentity) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, signal.SIGKILL)
         if not readable_within(fd, _KILL_TIMEOUT_S):
-            raise DeadlineExceeded(f"ending process {identity.pid}", _KILL_TIMEOUT_S)
+            raise DeadlineExceeded(f"killing process {identity.pid}", _KILL_TIMEOUT_S)
         _reap(fd)
     finally:
         os.close(fd)
@@ -187,7 +188,7 @@ def _kill_and_reap(identity: ProcessIdentity) -> None:
 
 
 def find_by_cgroup(directories: Iterable[str]) -> list[ProcessIdentity]:
-    """Everything that runs in these cgroups; directories that are gone hold nothing."""
+    """List the processes in these cgroups (directories, not nested ones). A missing directory is empty."""
     pids: set[int] = set()
     for directory in directories:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, OSError):
@@ -197,28 +198,28 @@ def find_by_cgroup(directories: Iterable[str]) -> list[ProcessIdentity]:
 
 
 def find_by_argument(*needles: str) -> list[ProcessIdentity]:
-    """Processes made by `start` with one of these arguments; looks at all of /proc.
+    """List the processes that `start` made with one of these arguments; reads all of /proc.
 
-    A needle that ends in "/" is a directory, and arguments count that name something in it.
-    The mark in the environment keeps an editor or `tail` on the same file out of it. Finds a child
-    also before it is exec'ed, and children that it forked itself. Blocks for some milliseconds: in
-    the moment of an exec a process shows neither, so what shows nothing is looked at again.
+    A needle that ends in "/" is a directory, and matches arguments that contain it. The mark in the
+    environment excludes an editor or `tail` on the same file. Also finds a child before its exec, and
+    children that it forked itself. Blocks for some milliseconds: during execve(2) a process shows neither
+    arguments nor environment, so a process that shows none is read again, up to 10 times.
     """
     wanted = [os.fsencode(needle) for needle in needles]
     pending = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
     found = []
-    for _ in range(_LOOKS):
-        verdicts = {pid: _made_with(pid, wanted) for pid in pending}
-        found += [identify(pid) for pid, verdict in verdicts.items() if verdict]
-        pending = [pid for pid, verdict in verdicts.items() if verdict is None]
+    for _ in range(_READS):
+        matches = {pid: _made_with(pid, wanted) for pid in pending}
+        found += [identify(pid) for pid, match in matches.items() if match]
+        pending = [pid for pid, match in matches.items() if match is None]
         if not pending:
             break
-        time.sleep(_LOOK_AGAIN_S)
+        time.sleep(_REREAD_S)
     return [identity for identity in found if identity is not None]
 
 
 def _made_with(pid: int, wanted: Sequence[bytes]) -> bool | None:
-    """Whether `start` made it with one of these arguments; None: cannot be seen right now."""
+    """Whether `start` made it with one of these arguments; None: it shows neither at this moment."""
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
         if not arguments:
@@ -227,7 +228,7 @@ def _made_with(pid: int, wanted: Sequence[bytes]) -> bool | None:
             return False
         variables = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
-        return False  # ended while we looked
+        return False  # it has exited meanwhile
     if not variables:
         return None
     return any(variable.startswith(MARK.encode() + b"=") for variable in variables.split(b"\0"))
@@ -254,7 +255,7 @@ async def start(
     argv: Sequence[str],
     *,
     cgroups: Sequence[str] = (),
-    user: User | None = None,
+    user: Credentials | None = None,
     netns: str = "",
     pass_fds: Sequence[int] = (),
     stdin: int = subprocess.DEVNULL,
@@ -266,16 +267,16 @@ async def start(
     binds: Mapping[str, str] | None = None,
     new_privs: bool = False,
 ) -> ProcessIdentity:
-    """Start a program that shall outlive the daemon, and return before it has done anything.
+    """Start a program that outlives the daemon. Returns without waiting for its exec.
 
-    `cgroups` are directories, of several hierarchies on cgroup v1. Without `user` it stays root;
-    it can gain no new privileges, but with `new_privs`, which also what it starts may then gain.
-    `binds` (source by target) are mounted in a mount namespace of the child's own. Descriptors keep
-    their numbers.
-    `oom_score_adj` is set even when it is 0, as the daemon's own is inherited; where lowering it is
-    not allowed (no CAP_SYS_RESOURCE) it stays. A step before exec that fails ends the child with
-    status 126 and its reason on stderr.
-    Raises OSError when not even that could be started (netns is gone, no memory).
+    `cgroups` are the directories to join, of several hierarchies on cgroup v1. Without `user` it runs as
+    root. It runs with no_new_privs unless `new_privs`, which its children inherit. `binds` (source by target)
+    are mounted in the child's own mount namespace. `pass_fds` keep their numbers.
+    `oom_score_adj` is set even when it is 0, as the daemon's own would be inherited; where lowering it is not
+    permitted (no CAP_SYS_RESOURCE) it stays as it is. A preparation that fails before the exec ends the child
+    with status 126 and the reason on its stderr.
+    A caller that is cancelled leaves no process: the child is killed and reaped.
+    Raises OSError when the child cannot be started at all (netns is gone, no memory).
     """
     command = _wrapped(argv, cgroups, user, oom_score_adj, umask, binds or {}, new_privs)
     variables = {**ENVIRONMENT, **(environment or {}), MARK: "1"}
@@ -295,7 +296,7 @@ async def start(
         )
         stat = read_stat(child.pid)
         assert stat is not None, "a child that was not waited for cannot vanish"
-        # From here on it is known by its identity: Popen shall neither reap it nor complain.
+        # From here on its identity is used: Popen must neither reap it nor warn that it still runs.
         child.returncode = 0
         return ProcessIdentity(pid=child.pid, start_time=stat.start_time, boot_id=boot_id())
 
@@ -305,7 +306,7 @@ async def start(
 def _wrapped(
     argv: Sequence[str],
     cgroups: Sequence[str],
-    user: User | None,
+    user: Credentials | None,
     oom_score_adj: int,
     umask: int,
     binds: Mapping[str, str],
@@ -338,12 +339,13 @@ async def run(
     environment: Mapping[str, str] | None = None,
     cwd: str = "/",
     netns: str = "",
-    user: User | None = None,
+    user: Credentials | None = None,
 ) -> Completed:
-    """Run a program to its end; of each output the first `max_output` bytes are kept.
+    """Run a program to its exit; of each of its outputs the first `max_output` bytes are kept.
 
-    It is killed, with what it started, after `timeout_s` or when the caller is cancelled.
-    Raises DeadlineExceeded, and OSError when it cannot be started (FileNotFoundError: not there).
+    It is killed, with its process group, after `timeout_s` or when the caller is cancelled (which does not
+    wait for the exit). `netns` is the path of a network namespace to run it in.
+    Raises DeadlineExceeded, and OSError when it cannot be started (FileNotFoundError: no such program).
     """
     cancelled = threading.Event()
 
@@ -385,15 +387,17 @@ def _collect(
         outputs = list(kept.values())
         try:
             while selector.get_map():
-                _give_up_after(deadline, name, timeout_s, cancelled)
+                _check_deadline(deadline, name, timeout_s, cancelled)
                 for key, _ in selector.select(min(0.2, max(0.0, deadline - time.monotonic()))):
                     chunk = os.read(key.fd, 1 << 16)
                     if not chunk:
                         selector.unregister(key.fd)
-                    room = max_output - len(kept[key.fd])
-                    truncated = truncated or len(chunk) > room
-                    kept[key.fd] += chunk[:room]
-            _await_end(child.pid, functools.partial(_give_up_after, deadline, name, timeout_s, cancelled))
+                    left = max_output - len(kept[key.fd])
+                    truncated = truncated or len(chunk) > left
+                    kept[key.fd] += chunk[:left]
+            _wait_unreaped(
+                child.pid, functools.partial(_check_deadline, deadline, name, timeout_s, cancelled)
+            )
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -403,20 +407,20 @@ def _collect(
     return Completed(status=status, stdout=bytes(outputs[0]), stderr=bytes(outputs[1]), truncated=truncated)
 
 
-def _give_up_after(deadline: float, name: str, timeout_s: float, cancelled: Callable[[], bool]) -> None:
+def _check_deadline(deadline: float, name: str, timeout_s: float, cancelled: Callable[[], bool]) -> None:
     if cancelled():
-        raise InterruptedError(f"{name}: nobody waits for it any more")
+        raise InterruptedError(f"{name}: its caller was cancelled")
     if time.monotonic() >= deadline:
         raise DeadlineExceeded(name, timeout_s)
 
 
 def readable_within(fd: int, timeout_s: float) -> bool:
-    """Whether there is something to read, or the end, before so long; blocks."""
+    """Block until `fd` has data or end of file to read, at most `timeout_s` seconds; whether it has."""
     return bool(select.select([fd], [], [], timeout_s)[0])
 
 
-def _await_end(pid: int, check: Callable[[], None]) -> None:
-    """A program may close its outputs and go on; wait for its end without reaping it."""
+def _wait_unreaped(pid: int, check: Callable[[], None]) -> None:
+    """Wait for the exit without reaping: a program may close its outputs and go on."""
     fd = os.pidfd_open(pid)
     try:
         while not select.select([fd], [], [], 0.2)[0]:

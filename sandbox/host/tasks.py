@@ -1,4 +1,4 @@
-"""Background tasks that fail alone: one broken pod never cancels its neighbours."""
+"""Background tasks that fail alone: a failing pod must not cancel its neighbours."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ B = TypeVar("B")
 
 
 class Tasks:
-    """Owns every background task of the daemon; `close` cancels and awaits them."""
+    """Owns background tasks, and logs those that fail. For one event loop; `close` it at the end."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
+        """Start a task that nothing needs to await. `name` says what it does, for the log of its failure."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
 
     async def close(self) -> None:
+        """Cancel all tasks and wait for their end."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -35,22 +37,22 @@ class Tasks:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            log.error("%s broke: %s", task.get_name(), error)
-            log.debug("%s broke", task.get_name(), exc_info=error)
+            log.error("background task failed: %s: %s", task.get_name(), error)
+            log.debug("background task failed: %s", task.get_name(), exc_info=error)
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel them and wait for their end, whatever it is.
+    """Cancel tasks and wait for their end, whatever it is; at least one.
 
-    Awaiting a cancelled task with its CancelledError suppressed would also suppress the caller's own, and
-    whoever is to end would go on for ever.
+    Use it in place of awaiting a cancelled task with CancelledError suppressed: that would also suppress the
+    caller's own cancellation, and the caller would go on forever.
     """
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # seen
+            task.exception()  # retrieved, so that asyncio does not log it
 
 
 @overload
@@ -58,8 +60,11 @@ async def together(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]
 @overload
 async def together(*work: Coroutine[Any, Any, A]) -> tuple[A, ...]: ...
 async def together(*work: Coroutine[Any, Any, Any]) -> tuple[Any, ...]:
-    """The results of all, in order. When one fails the others are cancelled, and the failure is raised
-    once they have ended: nothing of them goes on behind the caller's back."""
+    """Run coroutines concurrently and return their results in order.
+
+    When one fails, or the caller is cancelled, the others are cancelled, and the failure is raised once they
+    have ended: none goes on after the call.
+    """
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         return tuple(await asyncio.gather(*tasks))

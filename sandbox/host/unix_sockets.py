@@ -1,7 +1,7 @@
 """Unix sockets that only root can connect to, under paths of any length.
 
-sockaddr_un holds 107 bytes (unix(7)) and a state directory may lie deep, so the directory is opened
-and the name is reached through /proc/self/fd.
+sockaddr_un holds paths of up to 107 bytes (unix(7)), and a state directory may have a longer one. So the
+directory is opened, and the name is reached through /proc/self/fd.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from pathlib import Path
 
 
 def listen(path: Path, *, backlog: int = 4) -> socket.socket:
-    """A listening stream socket at `path`, mode 0600; replaces what a crash left. Raises OSError."""
+    """Return a listening stream socket at `path`, mode 0600, which the caller owns.
+
+    Replaces a socket that a crash left there. Raises OSError.
+    """
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -31,7 +34,10 @@ def listen(path: Path, *, backlog: int = 4) -> socket.socket:
 
 
 def connect(path: Path) -> socket.socket:
-    """Connect without waiting: a listener with room in its queue answers at once. Raises OSError."""
+    """Return a connected, non-blocking stream socket, which the caller owns. Does not wait for accept(2).
+
+    Raises OSError: ConnectionRefusedError where nothing listens, BlockingIOError while the queue is full.
+    """
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         client.setblocking(False)

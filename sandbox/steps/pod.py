@@ -55,7 +55,7 @@ class Cgroup:
 
     async def up(self, pod: Pod) -> None:
         if pod.record.state is PodState.WAITING:
-            await asyncio.to_thread(self.cgroups.create_waiting, pod.id)
+            await asyncio.to_thread(self.cgroups.create_pooled, pod.id)
         else:
             await asyncio.to_thread(self.cgroups.claim, pod.id, pod.record.spec.cgroup_parent)
 

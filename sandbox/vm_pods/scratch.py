@@ -75,11 +75,11 @@ class WaitingCgroup:
 
     async def up(self, vm: ScratchVm) -> None:
         """See Step."""
-        await asyncio.to_thread(self.cgroups.create_waiting, vm.id)
+        await asyncio.to_thread(self.cgroups.create_pooled, vm.id)
 
     async def down(self, vm: ScratchVm) -> None:
         """See Step."""
-        await asyncio.to_thread(self.cgroups.remove, vm.id, self.cgroups.waiting)
+        await asyncio.to_thread(self.cgroups.remove, vm.id, self.cgroups.pool_parent)
 
 
 @dataclass(frozen=True, slots=True)

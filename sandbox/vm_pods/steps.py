@@ -164,7 +164,7 @@ class Vm:
 
     def directories(self, pod: Pod) -> tuple[str, ...]:
         waiting = pod.record.state is PodState.WAITING
-        parent = self.cgroups.waiting if waiting else pod.record.spec.cgroup_parent
+        parent = self.cgroups.pool_parent if waiting else pod.record.spec.cgroup_parent
         return self.cgroups.directories(pod.id, parent)
 
 

@@ -102,7 +102,7 @@ class Templates:
             pod_id=self._vm.id,
             run_dir=str(self._vm.run_dir),
             netns=str(self._networks.netns_of(self._vm.id)),
-            cgroups=self._cgroups.directories(self._vm.id, self._cgroups.waiting),
+            cgroups=self._cgroups.directories(self._vm.id, self._cgroups.pool_parent),
             savable=True,
         )
 

@@ -51,7 +51,7 @@ class LedgerCgroups(cgroup.Cgroups, frozen=True, kw_only=True):
 
     ledger: Ledger
 
-    def create_waiting(self, pod_id: str) -> None:
+    def create_pooled(self, pod_id: str) -> None:
         self.ledger.take("cgroup.create", f"cgroup {pod_id}")
 
     def claim(self, pod_id: str, parent: str) -> None:

@@ -1,6 +1,4 @@
-"""Layouts are told apart, parents of both drivers are understood, and cgroups come and go."""
-
-# ruff: noqa: ASYNC230 -- a test has its loop to itself
+"""Layouts are recognized, parents of both drivers are parsed, cgroups are created and removed."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ import pytest
 from sandbox.errors import InvalidSpec
 from sandbox.host import cgroup, process
 from sandbox.host.cgroup import Cgroups, Driver, Mode
+from tests.kit.eventually import eventually
 
 V2 = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = """\
@@ -35,13 +34,13 @@ UNIFIED = "30 25 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
         (V1 + UNIFIED, Mode.HYBRID, ("cpu,cpuacct", "memory", "systemd", "unified")),
     ],
 )
-def test_layouts(mountinfo: str, mode: Mode, roots: tuple[str, ...]) -> None:
+def test_layout_is_recognized(mountinfo: str, mode: Mode, roots: tuple[str, ...]) -> None:
     layout = cgroup.parse_layout(mountinfo)
     assert layout.mode is mode
     assert layout.roots == tuple(r if r.startswith("/") else f"/sys/fs/cgroup/{r}" for r in roots)
 
 
-def test_driver_is_cgroupfs_on_v1() -> None:
+def test_driver_on_v1_is_cgroupfs() -> None:
     assert cgroup.find_driver(cgroup.parse_layout(V1)) is Driver.CGROUPFS
 
 
@@ -60,12 +59,12 @@ def test_driver_is_cgroupfs_on_v1() -> None:
         ("/a.slice/b.slice", "/a.slice/b.slice/husk-p"),
     ],
 )
-def test_parents(parent: str, path: str) -> None:
+def test_parent_of_either_driver_gives_the_path(parent: str, path: str) -> None:
     assert cgroup.pod_path(parent, "p") == path
 
 
 @pytest.mark.parametrize("parent", ["/a/../../b", "a--b.slice", "/./x"])
-def test_parents_that_lead_astray(parent: str) -> None:
+def test_parent_that_leaves_the_hierarchy_is_rejected(parent: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         cgroup.pod_path(parent, "p")
     assert caught.value.field == "cgroup_parent"
@@ -82,20 +81,19 @@ def groups() -> Iterator[Cgroups]:
 
 
 def roots_of(groups: Cgroups) -> list[Path]:
-    """Where the root of pods without a parent is there."""
+    """The directories of the default parent that exist."""
     places = (Path(root + groups.root) for root in groups.layout.roots)
     return [place for place in places if place.exists()]
 
 
-async def test_made_joined_and_removed(groups: Cgroups) -> None:
+async def test_cgroup_is_created_joined_and_removed(groups: Cgroups) -> None:
     groups.create("p", "")
     groups.create("p", "")
     directories = groups.directories("p", "")
     assert directories and all(Path(each).is_dir() for each in directories)
     identity = await process.start(["sleep", "60"], cgroups=directories)
-    with Path(f"/proc/{identity.pid}/comm").open() as name:
-        while name.read().strip() != "sleep":
-            name.seek(0)
+    comm = Path(f"/proc/{identity.pid}/comm")
+    await eventually(lambda: comm.read_text() == "sleep\n", describe=f"exec of {identity.pid}")
     for each in directories:
         assert str(identity.pid) in (Path(each) / "cgroup.procs").read_text().split()
     assert process.find_by_cgroup(directories) == [identity]
@@ -103,11 +101,11 @@ async def test_made_joined_and_removed(groups: Cgroups) -> None:
     assert not process.alive(identity)
     assert not any(Path(each).exists() for each in directories)
     groups.remove("p", "")
-    await process.kill(identity)  # collects it
+    await process.kill(identity)  # reaps it
     assert process.find_by_cgroup(directories) == []
 
 
-def test_a_half_made_one_is_completed_and_removed(groups: Cgroups) -> None:
+def test_partial_cgroup_is_completed_and_removed(groups: Cgroups) -> None:
     groups.create("p", "")
     directories = [Path(each) for each in groups.directories("p", "")]
     directories[-1].rmdir()
@@ -118,7 +116,7 @@ def test_a_half_made_one_is_completed_and_removed(groups: Cgroups) -> None:
     assert not any(each.exists() for each in directories)
 
 
-def test_the_root_goes_with_the_last_pod(groups: Cgroups) -> None:
+def test_default_parent_is_removed_with_the_last_pod(groups: Cgroups) -> None:
     for pod in ("p", "q"):
         groups.create(pod, "")
     groups.remove("p", "")
@@ -129,7 +127,7 @@ def test_the_root_goes_with_the_last_pod(groups: Cgroups) -> None:
     groups.remove("q", "")
 
 
-def test_a_parent_that_was_given_stays(groups: Cgroups) -> None:
+def test_given_parent_stays(groups: Cgroups) -> None:
     groups.create("p", groups.root)
     groups.remove("p", groups.root)
     left = roots_of(groups)
@@ -137,8 +135,8 @@ def test_a_parent_that_was_given_stays(groups: Cgroups) -> None:
     cgroup.remove_empty(groups.layout, groups.root)
 
 
-def test_pods_come_while_others_go(groups: Cgroups) -> None:
-    """The root is taken away by one in the moment in which another needs it."""
+def test_concurrent_creation_and_removal_keep_the_parent(groups: Cgroups) -> None:
+    """One removes the default parent at the moment at which another needs it."""
 
     def lives(name: str) -> None:
         for number in range(100):

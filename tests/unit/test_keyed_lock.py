@@ -1,4 +1,4 @@
-"""Verbs of one pod wait for each other, GC for all; a cancelled caller loses nothing."""
+"""Holders of one key exclude each other, a holder of all keys excludes every other."""
 
 from __future__ import annotations
 
@@ -16,62 +16,66 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-class Verb:
-    """A holder of a turn that goes on until it is told to end."""
+class Holder:
+    """A task that holds a lock until `release` is set."""
 
-    def __init__(self, turn: contextlib.AbstractAsyncContextManager[None]) -> None:
-        self._turn = turn
-        self.begun, self.end = asyncio.Event(), asyncio.Event()
+    def __init__(self, lock: contextlib.AbstractAsyncContextManager[None]) -> None:
+        self._lock = lock
+        self.acquired, self.release = asyncio.Event(), asyncio.Event()
         self.task = asyncio.create_task(self._run())
 
+    @property
+    def holds(self) -> bool:
+        return self.acquired.is_set()
+
     async def _run(self) -> None:
-        async with self._turn:
-            self.begun.set()
-            await self.end.wait()
+        async with self._lock:
+            self.acquired.set()
+            await self.release.wait()
 
 
-async def test_one_pod_at_a_time_and_others_beside() -> None:
-    turns = KeyedLock()
-    first, second, other = Verb(turns.of("a")), Verb(turns.of("a")), Verb(turns.of("b"))
+async def test_one_holder_per_key_and_other_keys_concurrently() -> None:
+    locks = KeyedLock()
+    first, second, other = Holder(locks.hold("a")), Holder(locks.hold("a")), Holder(locks.hold("b"))
     await settle()
-    assert (first.begun.is_set(), second.begun.is_set(), other.begun.is_set()) == (True, False, True)
-    first.end.set()
-    await second.begun.wait()
-    second.end.set()
-    other.end.set()
+    assert (first.holds, second.holds, other.holds) == (True, False, True)
+    first.release.set()
+    await second.acquired.wait()
+    second.release.set()
+    other.release.set()
     await asyncio.gather(first.task, second.task, other.task)
 
 
-async def test_gc_waits_for_all_and_lets_none_begin() -> None:
-    turns = KeyedLock()
-    running = Verb(turns.of("a"))
+async def test_hold_all_waits_for_holders_and_blocks_new_ones() -> None:
+    locks = KeyedLock()
+    running = Holder(locks.hold("a"))
     await settle()
-    collecting, late = Verb(turns.alone()), Verb(turns.of("b"))
+    exclusive, late = Holder(locks.hold_all()), Holder(locks.hold("b"))
     await settle()
-    assert not collecting.begun.is_set() and not late.begun.is_set()
-    running.end.set()
-    await collecting.begun.wait()
-    assert not late.begun.is_set()
-    collecting.end.set()
-    await late.begun.wait()
-    late.end.set()
-    await asyncio.gather(running.task, collecting.task, late.task)
+    assert not exclusive.holds and not late.holds
+    running.release.set()
+    await exclusive.acquired.wait()
+    assert not late.holds
+    exclusive.release.set()
+    await late.acquired.wait()
+    late.release.set()
+    await asyncio.gather(running.task, exclusive.task, late.task)
 
 
-@pytest.mark.parametrize("waiting", ["of", "alone"])
-async def test_a_cancelled_waiter_blocks_nobody(waiting: str) -> None:
-    turns = KeyedLock()
-    running = Verb(turns.of("a"))
+@pytest.mark.parametrize("waiting_for", ["key", "all"])
+async def test_cancelled_waiter_blocks_no_other(waiting_for: str) -> None:
+    locks = KeyedLock()
+    running = Holder(locks.hold("a"))
     await settle()
-    waiter = Verb(turns.of("a") if waiting == "of" else turns.alone())
+    waiter = Holder(locks.hold("a") if waiting_for == "key" else locks.hold_all())
     await settle()
     waiter.task.cancel()
     await settle()
-    beside = Verb(turns.of("b"))
-    await asyncio.wait_for(beside.begun.wait(), 5)
+    other = Holder(locks.hold("b"))
+    await asyncio.wait_for(other.acquired.wait(), 5)
     running.task.cancel()
-    again = Verb(turns.of("a"))
-    await asyncio.wait_for(again.begun.wait(), 5)
-    beside.end.set()
-    again.end.set()
-    await asyncio.gather(running.task, waiter.task, beside.task, again.task, return_exceptions=True)
+    again = Holder(locks.hold("a"))
+    await asyncio.wait_for(again.acquired.wait(), 5)
+    other.release.set()
+    again.release.set()
+    await asyncio.gather(running.task, waiter.task, other.task, again.task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Limiter of a stage: bounded, in order, idle work last, and none lost to whoever gives up."""
+"""Limiter: bounded, in order, idle work last, and no slot is lost when a caller is cancelled."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 from sandbox.host.limiter import Limiter
 
 
-class Visitor:
-    """Enters a stage and stays until told to leave."""
+class Holder:
+    """A task that takes a slot and holds it until `release` is set."""
 
-    def __init__(self, stage: Limiter, *, idle: bool = False) -> None:
-        self.inside = False
-        self.leave = asyncio.Event()
-        self.task = asyncio.create_task(self._visit(stage, idle))
+    def __init__(self, limiter: Limiter, *, idle: bool = False) -> None:
+        self.holds = False
+        self.release = asyncio.Event()
+        self.task = asyncio.create_task(self._run(limiter, idle))
 
-    async def _visit(self, stage: Limiter, idle: bool) -> None:
-        async with stage.slot(idle=idle):
-            self.inside = True
-            await self.leave.wait()
-        self.inside = False
+    async def _run(self, limiter: Limiter, idle: bool) -> None:
+        async with limiter.slot(idle=idle):
+            self.holds = True
+            await self.release.wait()
+        self.holds = False
 
-    async def go(self) -> None:
-        self.leave.set()
+    async def end(self) -> None:
+        self.release.set()
         await self.task
         await settle()
 
@@ -34,62 +34,85 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_no_more_than_the_limit_and_in_order() -> None:
-    stage = Limiter("vm", 2)
-    visitors = [Visitor(stage) for _ in range(5)]
+async def test_slots_are_granted_up_to_the_limit_and_in_order() -> None:
+    limiter = Limiter("vm", 2)
+    holders = [Holder(limiter) for _ in range(5)]
     await settle()
-    assert [each.inside for each in visitors] == [True, True, False, False, False]
-    assert (stage.active, stage.waiting) == (2, 3)
-    await visitors[1].go()
-    assert [each.inside for each in visitors] == [True, False, True, False, False]
+    assert [each.holds for each in holders] == [True, True, False, False, False]
+    assert (limiter.active, limiter.waiting) == (2, 3)
+    await holders[1].end()
+    assert [each.holds for each in holders] == [True, False, True, False, False]
     for number in (0, 2, 3, 4):
-        await visitors[number].go()
-    assert (stage.active, stage.waiting) == (0, 0)
+        await holders[number].end()
+    assert (limiter.active, limiter.waiting) == (0, 0)
 
 
-async def test_idle_work_waits_until_nobody_is_there() -> None:
-    stage = Limiter("vm", 2)
-    first = Visitor(stage)
+async def test_idle_work_waits_until_no_slot_is_held_or_wanted() -> None:
+    limiter = Limiter("vm", 2)
+    first = Holder(limiter)
     await settle()
-    idle, second = Visitor(stage, idle=True), Visitor(stage)
+    idle, second = Holder(limiter, idle=True), Holder(limiter)
     await settle()
-    assert not idle.inside and second.inside, "there is a place, and it is not for idle work"
-    await first.go()
-    assert [idle.inside, second.inside] == [False, True]
-    await second.go()
-    assert [idle.inside, second.inside] == [True, False]
-    await idle.go()
+    assert not idle.holds and second.holds, "a slot is free, but not for idle work"
+    await first.end()
+    assert [idle.holds, second.holds] == [False, True]
+    await second.end()
+    assert [idle.holds, second.holds] == [True, False]
+    await idle.end()
 
 
-async def test_whoever_gives_up_in_the_queue_is_not_called() -> None:
-    stage = Limiter("vm", 1)
-    first, second, third = Visitor(stage), Visitor(stage), Visitor(stage)
+async def test_cancelled_waiter_is_skipped() -> None:
+    limiter = Limiter("vm", 1)
+    first, second, third = Holder(limiter), Holder(limiter), Holder(limiter)
     await settle()
     second.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second.task
-    await first.go()
-    assert third.inside
-    await third.go()
-    assert stage.active == 0
+    await first.end()
+    assert third.holds
+    await third.end()
+    assert limiter.active == 0
 
 
-async def test_a_place_given_to_one_who_is_just_leaving_goes_on() -> None:
-    stage = Limiter("vm", 1)
-    first, second, third = Visitor(stage), Visitor(stage), Visitor(stage)
+async def test_cancellation_between_grant_and_wake_up_passes_the_slot_on() -> None:
+    limiter = Limiter("vm", 1)
+    first, second, third = Holder(limiter), Holder(limiter), Holder(limiter)
     await settle()
-    first.leave.set()
-    await asyncio.sleep(0)  # it leaves, and calls the second
+    first.release.set()
+    await asyncio.sleep(0)  # it releases, which grants the slot to the second
     second.task.cancel()
     await settle()
-    assert third.inside
-    await third.go()
-    assert (stage.active, stage.waiting) == (0, 0)
+    assert third.holds
+    await third.end()
+    assert (limiter.active, limiter.waiting) == (0, 0)
 
 
-async def test_a_failure_inside_gives_the_place_back() -> None:
-    stage = Limiter("vm", 1)
+async def test_cancelled_holder_and_waiter_lose_no_slot() -> None:
+    limiter, release = Limiter("unpack", 2), asyncio.Event()
+    seen: list[int] = []
+
+    async def hold(number: int) -> None:
+        async with limiter.slot():
+            seen.append(number)
+            await release.wait()
+
+    tasks = [asyncio.create_task(hold(number)) for number in range(5)]
+    await settle()
+    assert (seen, limiter.active, limiter.waiting) == ([0, 1], 2, 3)
+    tasks[2].cancel()  # waits
+    tasks[0].cancel()  # holds
+    await settle()
+    assert (seen, limiter.active, limiter.waiting) == ([0, 1, 3], 2, 1)
+    release.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert (seen, limiter.active, limiter.waiting) == ([0, 1, 3, 4], 0, 0)
+
+
+async def test_failing_holder_releases_its_slot() -> None:
+    limiter = Limiter("vm", 1)
     with pytest.raises(ValueError):
-        async with stage.slot():
+        async with limiter.slot():
             raise ValueError
-    assert stage.active == 0
+    assert limiter.active == 0
+    async with asyncio.timeout(1), limiter.slot():
+        assert limiter.active == 1

@@ -1,4 +1,4 @@
-"""Mount points made in a root filesystem whose links are an attacker's."""
+"""Mount points are created in a root filesystem whose symbolic links are an attacker's."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def names(tmp_path: Path) -> set[str]:
     return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
 
 
-def test_files_and_directories_are_made_with_all_on_the_way(root: Path) -> None:
+def test_file_and_directory_are_created_with_missing_parents(root: Path) -> None:
     make_beneath(root, "/etc/hosts", directory=False)
     make_beneath(root, "/var/run/secrets/token", directory=True)
     assert (root / "etc/hosts").stat().st_mode & 0o777 == 0o644
     assert all((root / path).stat().st_mode & 0o777 == 0o755 for path in ("var", "var/run/secrets/token"))
 
 
-def test_again_changes_nothing(root: Path) -> None:
+def test_existing_file_is_unchanged(root: Path) -> None:
     (root / "etc/hosts").write_text("mine\n")
     for directory in (False, True):
         make_beneath(root, "/etc/hosts", directory=directory)
     assert (root / "etc/hosts").read_text() == "mine\n"
 
 
-def test_links_are_followed_within_the_root(root: Path, tmp_path: Path) -> None:
+def test_link_is_followed_within_the_root(root: Path, tmp_path: Path) -> None:
     (root / "var").symlink_to("/private")
     (root / "private").mkdir()
     (root / "up").symlink_to("../../..")
@@ -58,7 +58,7 @@ def test_links_are_followed_within_the_root(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["/nowhere", "../../outside", "loop"])
-def test_what_leads_nowhere_is_left_alone(root: Path, tmp_path: Path, target: str) -> None:
+def test_dangling_link_is_left_alone(root: Path, tmp_path: Path, target: str) -> None:
     (root / "loop").symlink_to(target)
     before = names(tmp_path)
     make_beneath(root, "/loop", directory=False)
@@ -66,13 +66,13 @@ def test_what_leads_nowhere_is_left_alone(root: Path, tmp_path: Path, target: st
     assert names(tmp_path) == before
 
 
-def test_a_file_on_the_way_is_left_for_the_guest_to_tell(root: Path) -> None:
+def test_file_in_place_of_a_parent_is_left_for_the_guest_to_report(root: Path) -> None:
     (root / "etc/file").touch()
     make_beneath(root, "/etc/file/below", directory=True)
     assert (root / "etc/file").is_file()
 
 
-def test_what_another_mount_covers_is_not_made(root: Path) -> None:
+def test_mount_point_below_another_mount_is_not_created(root: Path) -> None:
     made_at = {
         "/dev": Make.DIRECTORY,
         "/dev/shm": Make.DIRECTORY,

@@ -1,4 +1,4 @@
-"""Processes are started where they belong, known again, watched and ended."""
+"""Processes are started in their place, recognized again, watched and killed."""
 
 # ruff: noqa: ASYNC220, ASYNC221 -- a test has its loop to itself
 
@@ -19,7 +19,8 @@ import pytest
 
 from sandbox.errors import DeadlineExceeded
 from sandbox.host import process
-from sandbox.host.process import ProcessIdentity, User
+from sandbox.host.process import Credentials, ProcessIdentity
+from tests.kit.eventually import eventually
 
 PAUSE = "kill -STOP $$"  # a shell that keeps its arguments, without a child that would outlive it
 
@@ -29,10 +30,9 @@ async def sleeper(*extra: str, **options: object) -> ProcessIdentity:
 
 
 async def executed(identity: ProcessIdentity, program: str = "sleep") -> None:
-    """Wait until the wrapping is over; bounded, and by looking at what we wait for."""
-    async with asyncio.timeout(5):
-        while Path(f"/proc/{identity.pid}/comm").read_text().strip() != program:
-            await asyncio.sleep(0.005)
+    """Wait until the child has executed the program itself."""
+    comm = Path(f"/proc/{identity.pid}/comm")
+    await eventually(lambda: comm.read_text().strip() == program, describe=f"exec of {program}")
 
 
 def facts(identity: ProcessIdentity) -> dict[str, str]:
@@ -40,8 +40,8 @@ def facts(identity: ProcessIdentity) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-async def test_a_child_is_detached_and_unprivileged() -> None:
-    identity = await sleeper(user=User(uid=60606, gid=60606, groups=(60607,)), umask=0o027)
+async def test_child_is_detached_and_unprivileged() -> None:
+    identity = await sleeper(user=Credentials(uid=60606, gid=60606, groups=(60607,)), umask=0o027)
     try:
         await executed(identity)
         seen = facts(identity)
@@ -57,34 +57,35 @@ async def test_a_child_is_detached_and_unprivileged() -> None:
         await process.kill(identity)
 
 
-async def test_only_the_given_descriptors_are_inherited(tmp_path: Path) -> None:
+async def test_only_given_descriptors_are_inherited(tmp_path: Path) -> None:
     with (tmp_path / "given").open("wb") as given, (tmp_path / "kept").open("wb") as kept:
         os.set_inheritable(kept.fileno(), False)
         identity = await sleeper(pass_fds=(given.fileno(),))
         try:
             await executed(identity)
-            names = {entry.name for entry in Path(f"/proc/{identity.pid}/fd").iterdir()}
-            assert names == {"0", "1", "2", str(given.fileno())}
+            descriptors, expected = Path(f"/proc/{identity.pid}/fd"), {"0", "1", "2", str(given.fileno())}
+            # its dynamic loader may still have libraries open
+            await eventually(lambda: {entry.name for entry in descriptors.iterdir()} == expected)
         finally:
             await process.kill(identity)
 
 
-async def test_a_child_runs_in_the_given_network_namespace() -> None:
+async def test_child_runs_in_the_given_network_namespace(tmp_path: Path) -> None:
     with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as holder:
         try:
             path = Path(f"/proc/{holder.pid}/ns/net")
-            while path.readlink() == Path("/proc/self/ns/net").readlink():
-                await asyncio.sleep(0.005)
+            own = Path("/proc/self/ns/net").readlink()
+            await eventually(lambda: path.readlink() != own, describe="unshare")
             identity = await sleeper(netns=str(path))
             assert Path(f"/proc/{identity.pid}/ns/net").readlink() == path.readlink()
             await process.kill(identity)
         finally:
             holder.kill()
     with pytest.raises(FileNotFoundError):
-        await sleeper(netns="/nonexistent/netns")
+        await sleeper(netns=str(tmp_path / "absent"))
 
 
-async def test_a_bind_is_seen_by_the_child_alone(tmp_path: Path) -> None:
+async def test_bind_is_visible_to_the_child_alone(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_text("inside")
     target.write_text("outside")
@@ -96,14 +97,15 @@ async def test_a_bind_is_seen_by_the_child_alone(tmp_path: Path) -> None:
     assert target.read_text() == "outside"
 
 
-async def test_a_step_before_exec_that_fails_says_so(tmp_path: Path) -> None:
+async def test_failing_preparation_ends_the_child_with_126_and_a_reason(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
     with (tmp_path / "log").open("wb") as log:
-        identity = await sleeper(cgroups=["/nonexistent"], stderr=log.fileno())
+        identity = await sleeper(cgroups=[str(absent)], stderr=log.fileno())
         assert await process.wait_exit(identity) == 126
-    assert "/nonexistent/cgroup.procs" in (tmp_path / "log").read_text()
+    assert f"{absent}/cgroup.procs" in (tmp_path / "log").read_text()
 
 
-async def test_exit_status_and_signal_are_told() -> None:
+async def test_wait_exit_returns_status_or_signal() -> None:
     assert await process.wait_exit(await process.start(["sh", "-c", "exit 7"])) == 7
     identity = await sleeper()
     waiting = asyncio.create_task(process.wait_exit(identity))
@@ -115,7 +117,7 @@ async def test_exit_status_and_signal_are_told() -> None:
     assert await process.wait_exit(identity) is None  # long gone
 
 
-async def test_another_boot_or_start_time_is_another_process() -> None:
+async def test_other_boot_or_start_time_is_another_process() -> None:
     identity = await sleeper()
     try:
         assert process.alive(identity)
@@ -139,8 +141,10 @@ async def test_kill_is_idempotent_and_leaves_no_zombie() -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ESRCH, errno.EINVAL])
-async def test_one_that_goes_while_we_reach_for_it(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """The kernel has released it and not yet forgotten its number, which some versions call invalid."""
+async def test_process_that_is_released_meanwhile_counts_as_gone(
+    monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Its pid is still allocated for a moment, for which some kernels return EINVAL."""
     identity = await sleeper()
     with monkeypatch.context() as patch:
         patch.setattr(os, "pidfd_open", _failing(code))
@@ -160,8 +164,8 @@ def _failing(code: int) -> Callable[[int], int]:
     return fail
 
 
-async def test_an_adopted_process_is_waited_for() -> None:
-    """Not our child: started by a process that is gone, as after a daemon's crash."""
+async def test_wait_exit_of_an_adopted_process_returns_none() -> None:
+    """Not our child: started by a process that has exited, as after a crash of the daemon."""
     script = "import asyncio; from sandbox.host import process;"
     script += "i = asyncio.run(process.start(['sleep', '60'])); print(i.pid, i.start_time, i.boot_id)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
@@ -175,7 +179,7 @@ async def test_an_adopted_process_is_waited_for() -> None:
     assert not process.alive(identity)
 
 
-async def test_found_by_argument_when_we_made_it() -> None:
+async def test_find_by_argument_finds_only_what_start_made() -> None:
     needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
     with subprocess.Popen(["sh", "-c", PAUSE, needle], start_new_session=True) as other:
         try:
@@ -189,8 +193,8 @@ async def test_found_by_argument_when_we_made_it() -> None:
             os.killpg(other.pid, signal.SIGKILL)
 
 
-async def test_found_at_any_moment_of_its_start() -> None:
-    """It is exec'ed three times over, and in each of these moments shows no arguments at all."""
+async def test_process_is_found_at_any_moment_of_its_start() -> None:
+    """Its start has three execs, and during each of them it shows no arguments."""
     for number in range(30):
         needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
         identity = await process.start(["sh", "-c", PAUSE, needle])
@@ -202,7 +206,7 @@ async def test_found_at_any_moment_of_its_start() -> None:
             await process.kill(identity)
 
 
-async def test_cancelled_start_leaves_nothing() -> None:
+async def test_cancelled_start_leaves_no_process() -> None:
     needle = f"husk-test-{os.getpid()}-{time.monotonic_ns()}"
     starting = asyncio.create_task(process.start(["sh", "-c", PAUSE, needle]))
     await asyncio.sleep(0)
@@ -212,19 +216,19 @@ async def test_cancelled_start_leaves_nothing() -> None:
     assert process.find_by_argument(needle) == []
 
 
-async def test_run_collects_and_bounds() -> None:
+async def test_run_collects_status_and_bounded_output(tmp_path: Path) -> None:
     done = await process.run(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout_s=10)
     assert (done.status, done.stdout, done.stderr, done.truncated) == (3, b"out\n", b"err\n", False)
     done = await process.run(["head", "-c", "100000", "/dev/zero"], timeout_s=10, max_output=1000)
     assert (done.status, len(done.stdout), done.truncated) == (0, 1000, True)
-    done = await process.run(["id", "-u"], timeout_s=10, user=User(uid=60606, gid=60606))
+    done = await process.run(["id", "-u"], timeout_s=10, user=Credentials(uid=60606, gid=60606))
     assert done.stdout == b"60606\n"
     with pytest.raises(FileNotFoundError):
-        await process.run(["/nonexistent/program"], timeout_s=1)
+        await process.run([str(tmp_path / "absent")], timeout_s=1)
 
 
 @pytest.mark.parametrize("script", ["sleep 60", "exec >&- 2>&-; sleep 60"])
-async def test_run_gives_up_and_ends_what_it_started(script: str) -> None:
+async def test_run_kills_the_program_after_its_timeout(script: str) -> None:
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         await process.run(["sh", "-c", script], timeout_s=0.3)

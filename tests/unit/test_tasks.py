@@ -1,4 +1,4 @@
-"""Ending tasks, and running some beside each other."""
+"""Tasks are cancelled and awaited, and run concurrently."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from sandbox.host.tasks import end, together
+from sandbox.host.tasks import Tasks, end, together
 
 
-async def test_ending_waits_and_minds_no_failure() -> None:
+async def test_end_waits_and_ignores_failures() -> None:
     order: list[str] = []
 
     async def slow() -> None:
@@ -28,8 +28,8 @@ async def test_ending_waits_and_minds_no_failure() -> None:
     assert order == ["slow"] and all(task.done() for task in tasks)
 
 
-async def test_who_ends_another_can_be_ended_meanwhile() -> None:
-    """Its own cancellation is not taken for the other's."""
+async def test_caller_of_end_can_be_cancelled() -> None:
+    """Its own cancellation is not mistaken for that of the task that it ends."""
     release = asyncio.Event()
 
     async def stubborn() -> None:
@@ -50,7 +50,7 @@ async def test_who_ends_another_can_be_ended_meanwhile() -> None:
     await asyncio.wait({other})
 
 
-async def test_together_leaves_nobody_behind() -> None:
+async def test_together_ends_the_others_when_one_fails() -> None:
     ended = asyncio.Event()
 
     async def long() -> int:
@@ -68,7 +68,19 @@ async def test_together_leaves_nobody_behind() -> None:
         await together(long(), broken())
     assert ended.is_set()
 
-    async def say(word: str) -> str:
+
+async def test_together_returns_results_in_order() -> None:
+    async def echo(word: str) -> str:
         return word
 
-    assert await together(say("a"), say("b"), say("c")) == ("a", "b", "c")
+    assert await together(echo("a"), echo("b"), echo("c")) == ("a", "b", "c")
+
+
+async def test_failed_background_task_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken() -> None:
+        raise ValueError("no route")
+
+    tasks = Tasks()
+    await asyncio.wait({tasks.spawn(broken(), "watch of pod x")})
+    await tasks.close()
+    assert "background task failed: watch of pod x: no route" in caplog.text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sandbox.errors import MissingProgram, VmmError
 from sandbox.host import unix_sockets
-from sandbox.host.process import User
+from sandbox.host.process import Credentials
 from sandbox.vmm import DiskSpec, VmSpec
 from sandbox.vmm.qemu import snapshot
 from sandbox.vmm.qemu.argv import DiskFd, Fds, NicFds
@@ -70,7 +70,7 @@ def _open_disk(disk: DiskSpec, held: contextlib.ExitStack) -> DiskFd:
     return DiskFd(fd=fd, device=stat.S_ISBLK(kind))
 
 
-async def open_ram(spec: VmSpec, user: User, held: contextlib.ExitStack) -> int:
+async def open_ram(spec: VmSpec, user: Credentials, held: contextlib.ExitStack) -> int:
     """Open the RAM if it is a file: a copy of a template's, or the file that a template will be made of.
 
     Returns -1 for a VM that is neither. `held` closes it. Raises VmmError.

@@ -25,7 +25,7 @@ import msgspec
 
 from sandbox.errors import VmmError, VmmGone
 from sandbox.host import process, unix_sockets
-from sandbox.host.process import ProcessIdentity, User
+from sandbox.host.process import Credentials, ProcessIdentity
 from sandbox.host.tasks import end, together
 from sandbox.vmm import Feature, Machine, ShareSpec, VmHandle, VmSpec, virtiofsd
 from sandbox.vmm.console import Console
@@ -144,7 +144,7 @@ class Qemu:
 # ----------------------------------------------------------------------------------- starting
 
 
-async def _launch(program: str, spec: VmSpec, fds: Fds, user: User, log: int) -> ProcessIdentity:
+async def _launch(program: str, spec: VmSpec, fds: Fds, user: Credentials, log: int) -> ProcessIdentity:
     launch = plan(program, spec, fds)
     try:
         binds = private_kvm(Path(spec.run_dir), user) if spec.accelerator == "kvm" else {}

@@ -21,7 +21,7 @@ from pathlib import Path
 from sandbox.errors import InvalidSpec, MissingProgram, VmmError
 from sandbox.host import findings, process
 from sandbox.host.findings import Finding, HostCheck
-from sandbox.host.process import User
+from sandbox.host.process import Credentials
 from sandbox.vmm import Candidate, virtiofsd
 from sandbox.vmm.console import printable
 from sandbox.vmm.qemu.argv import ACCELERATORS, check_settings
@@ -155,7 +155,7 @@ async def find_version(program: str) -> str:
 # ----------------------------------------------------------------------------------------- user
 
 
-def find_user(accelerator: str) -> User:
+def find_user(accelerator: str) -> Credentials:
     """Return the user that QEMU runs as: `husk-vm` where quickstart made it, else an unassigned number.
 
     Under KVM the group of /dev/kvm is added where it may open the device (udev's rules make it so).
@@ -168,7 +168,7 @@ def find_user(accelerator: str) -> User:
     groups: tuple[int, ...] = ()
     if accelerator == "kvm" and (node := _kvm_node()) and node.st_gid and node.st_mode & 0o060 == 0o060:
         groups = (node.st_gid,)
-    return User(uid=uid, gid=gid, groups=groups)
+    return Credentials(uid=uid, gid=gid, groups=groups)
 
 
 def _kvm_node() -> os.stat_result | None:
@@ -179,7 +179,7 @@ def _kvm_node() -> os.stat_result | None:
     return node if stat.S_ISCHR(node.st_mode) else None
 
 
-def private_kvm(run_dir: Path, user: User) -> dict[str, str]:
+def private_kvm(run_dir: Path, user: Credentials) -> dict[str, str]:
     """Make a /dev/kvm for this QEMU alone where the host's is restricted to root, instead of loosening that.
 
     It is a device node in the pod's directory, owned by QEMU's user. Returns the binds for
