@@ -1,1 +1,1 @@
-"""Resource usage of pods and containers: kernel files are read, parsed and collected."""
+"""Resource usage of pods and containers: collected from engines, parsed, and measured on the host."""

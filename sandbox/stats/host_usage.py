@@ -1,8 +1,8 @@
-"""What a pod costs the host: its guest's memory, and apart from that the VMM and its helpers.
+"""What a pod costs the host: the memory of its guest, and the overhead of the VMM and its helpers.
 
-Read from /proc and the pod's cgroup alone, so that any thread may ask, and no guest is needed. The
-guest's RAM is shared memory that the VMM and each virtiofsd map, so resident sizes would count it
-several times: here it is counted once, as the VMM's shared pages.
+Read from /proc and the pod's cgroup alone, so that it works in any thread and without a guest. The guest's
+RAM is shared memory that the VMM and each virtiofsd map, so the sum of resident sizes would count it several
+times: here it is counted once, as the VMM's shared pages.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ from sandbox.vmm import VmHandle
 
 
 class ProcessUsage(Value, frozen=True, kw_only=True):
+    """Sums over some processes."""
+
     cpu_seconds: float = 0
-    own_bytes: int = 0  # resident, what is shared with others left out
+    own_bytes: int = 0  # resident, without shared memory
     shared_bytes: int = 0
 
 
 class HostUsage(Value, frozen=True, kw_only=True):
-    """CPU time of the VMM includes what its guest ran."""
+    """What one pod costs. The CPU time of the VMM includes that of its guest."""
 
     guest_memory_bytes: int
     vmm: ProcessUsage
-    helpers: ProcessUsage  # virtiofsd, with the children that it makes itself
+    helpers: ProcessUsage  # virtiofsd and its own children
 
     @property
     def overhead_memory_bytes(self) -> int:
+        """Memory of the VMM and its helpers beyond the guest's RAM."""
         return self.vmm.own_bytes + self.helpers.own_bytes
 
 
 def host_usage(vm: VmHandle, cgroups: Sequence[str]) -> HostUsage:
-    """Of what lives in the pod's cgroup; a process that has ended counts as nothing.
+    """Measure the processes of a VM and all others in the pod's cgroup. Blocking.
 
-    `cgroups`: the pod's directory in each hierarchy of the host; one of them tells enough.
+    `cgroups` are the pod's directories in the host's hierarchies, of which the first is read. A process that
+    has exited counts 0.
     """
     pids = {identity.pid for identity in find_by_cgroup(cgroups[:1])}
     pids |= {vm.vmm.pid, *(identity.pid for identity in vm.helpers.values())}
@@ -49,7 +53,7 @@ def host_usage(vm: VmHandle, cgroups: Sequence[str]) -> HostUsage:
 
 
 def process_usage(pids: Iterable[int]) -> ProcessUsage:
-    """Of all together (proc(5), stat and status)."""
+    """Sum over processes what proc(5) says in stat and status; those that have exited count 0."""
     ticks = own = shared = 0
     for pid in pids:
         with contextlib.suppress(OSError, IndexError, ValueError):

@@ -1,8 +1,8 @@
-"""Reads the kernel's accounting files as a guest sent them.
+"""Parsers of the kernel's accounting files, whose contents a guest may have sent.
 
-Sources: Documentation/admin-guide/cgroup-v2.rst, Documentation/accounting/psi.rst and proc(5). The
-guest is not trusted: what has no meaning counts as absent, numbers fit the wire, lines and entries are
-bounded, and only names that the host knows itself are taken from a file. Pure.
+Sources: the kernel's Documentation/admin-guide/cgroup-v2.rst and accounting/psi.rst, and proc(5). A guest is
+not trusted: malformed text counts as absent, numbers are capped to fit the wire, lines and entries are
+bounded, and no name is taken from a file unless the host knows it. The parsers raise nothing. Pure.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Collection, Mapping
 
 from sandbox.spec import Value
 
-NUMBER_MAX = 2**63 - 1  # beyond anything real
-TEXT_MAX = 64 << 10  # what the agent sends of one file
+NUMBER_MAX = 2**63 - 1  # int64 of the wire; no real number is larger
+TEXT_MAX = 64 << 10  # the agent sends no more of one file
 _LINES_MAX = 256
 _DEVICES_MAX = 32
 _AVERAGE = re.compile(rb"\d{1,3}\.\d{1,3}")
 _DEVICE = re.compile(rb"\d{1,4}:\d{1,7}")
-_NET_FIELDS = 16  # eight of what came in, eight of what went out
+_NET_FIELDS = 16  # eight received, eight transmitted
 
 
 class Pressure(Value, frozen=True, kw_only=True):
-    """Share of time lost, in percent, and all of it so far."""
+    """Share of time stalled in the last 10, 60 and 300 s in percent, and the total in microseconds."""
 
     avg10: float = 0
     avg60: float = 0
@@ -31,14 +31,14 @@ class Pressure(Value, frozen=True, kw_only=True):
 
 
 class Psi(Value, frozen=True, kw_only=True):
-    """Pressure stall information: `some` tasks, or `full`: all of them, waited."""
+    """Pressure stall information: the time in which `some` tasks, or all of them (`full`), waited."""
 
     some: Pressure = Pressure()
     full: Pressure = Pressure()
 
 
 class IoUsage(Value, frozen=True, kw_only=True):
-    """What went to and from one block device of the guest, named "major:minor"."""
+    """Bytes and requests of one block device of the guest, named "major:minor"."""
 
     device: str
     read_bytes: int = 0
@@ -48,6 +48,8 @@ class IoUsage(Value, frozen=True, kw_only=True):
 
 
 class InterfaceUsage(Value, frozen=True, kw_only=True):
+    """Counters of one network interface, as the pod sees them: rx is what it received."""
+
     name: str
     rx_bytes: int = 0
     rx_packets: int = 0
@@ -60,18 +62,18 @@ class InterfaceUsage(Value, frozen=True, kw_only=True):
 
 
 def number(text: bytes) -> int:
-    """0 for what is none."""
+    """Parse a number of at most 19 digits, capped to NUMBER_MAX; 0 for any other text."""
     text = text.strip()
     return min(int(text), NUMBER_MAX) if text.isdigit() and len(text) < 20 else 0
 
 
 def limit(text: bytes) -> int:
-    """A limit; 0 for "max" and what is none. (A limit of nothing at all reads as 1.)"""
+    """Parse a limit; 0, which means no limit, for "max" and malformed text. A limit of 0 becomes 1."""
     return max(1, number(text)) if text.strip().isdigit() else 0
 
 
 def flat_keyed(text: bytes) -> Mapping[bytes, int]:
-    """ "KEY VALUE" a line."""
+    """Parse a file of lines "KEY VALUE" (cgroup-v2.rst, "Flat keyed")."""
     found = {}
     for line in _lines(text):
         key, _, value = line.partition(b" ")
@@ -80,7 +82,7 @@ def flat_keyed(text: bytes) -> Mapping[bytes, int]:
 
 
 def meminfo(text: bytes) -> Mapping[bytes, int]:
-    """/proc/meminfo in bytes."""
+    """Parse /proc/meminfo, or /proc/PID/status, to bytes by key; sizes in the file are kB."""
     found = {}
     for line in _lines(text):
         key, _, value = line.partition(b":")
@@ -89,7 +91,7 @@ def meminfo(text: bytes) -> Mapping[bytes, int]:
 
 
 def psi(text: bytes) -> Psi | None:
-    """None where the guest's kernel does not keep it."""
+    """Parse a pressure file; None where the kernel does not keep it (no "some" line)."""
     kinds = {line.partition(b" ")[0]: line for line in _lines(text)}
     if b"some" not in kinds:
         return None
@@ -111,7 +113,7 @@ def _average(text: bytes) -> float:
 
 
 def io_stat(text: bytes) -> tuple[IoUsage, ...]:
-    """Nested-keyed: "8:0 rbytes=1 wbytes=2 ..." a line."""
+    """Parse io.stat, lines of "8:0 rbytes=1 wbytes=2 ..." ("Nested keyed"); at most 32 devices."""
     devices: dict[bytes, IoUsage] = {}
     for line in _lines(text):
         name, _, rest = line.partition(b" ")
@@ -128,7 +130,8 @@ def io_stat(text: bytes) -> tuple[IoUsage, ...]:
 
 
 def net_dev(text: bytes, names: Collection[str]) -> tuple[InterfaceUsage, ...]:
-    """/proc/net/dev, in the order of `names`: others (lo, and what a container made) are left out."""
+    """Parse /proc/net/dev. Returns the interfaces of `names` that exist, in that order: lo and those that a
+    container created are left out."""
     counts = {}
     for line in _lines(text):
         name, colon, rest = line.partition(b":")

@@ -1,4 +1,4 @@
-"""What processes of this machine use, by /proc."""
+"""CPU time and memory of processes are read from /proc and summed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sandbox.stats.host_usage import host_usage, process_usage
 from sandbox.vmm import VmHandle, VmSpec
 
 MIB = 1 << 20
-# holds 30 MiB of its own and 50 MiB of shared memory, says so, and burns a little CPU
+# holds 30 MiB of private and 50 MiB of shared memory, uses 0.2 s of CPU time, and then prints "ready"
 HOLDER = """
 import mmap, sys, time
 own = bytearray(b"x" * (30 << 20))
@@ -59,27 +59,29 @@ def handle(pid: int, *helpers: int) -> VmHandle:
     )
 
 
-def test_own_and_shared_memory_are_told_apart(holder: subprocess.Popen[bytes]) -> None:
+def test_private_and_shared_memory_are_counted_separately(holder: subprocess.Popen[bytes]) -> None:
     usage = process_usage([holder.pid])
     assert 30 * MIB <= usage.own_bytes < 75 * MIB
     assert 50 * MIB <= usage.shared_bytes < 55 * MIB
     assert 0.1 < usage.cpu_seconds < 5
 
 
-def test_shared_memory_counts_once_and_overhead_without_it(holder: subprocess.Popen[bytes]) -> None:
+def test_shared_memory_counts_once_and_not_as_overhead(holder: subprocess.Popen[bytes]) -> None:
     usage = host_usage(handle(holder.pid, os.getpid()), ())
     assert usage.guest_memory_bytes == process_usage([holder.pid]).shared_bytes
     assert usage.overhead_memory_bytes == usage.vmm.own_bytes + usage.helpers.own_bytes
     assert usage.helpers.own_bytes > MIB
 
 
-def test_children_of_helpers_are_found_by_the_cgroup(holder: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_children_of_helpers_are_found_by_their_cgroup(
+    holder: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
     (tmp_path / "cgroup.procs").write_text(f"{os.getpid()}\n{holder.pid}\n")
-    usage = host_usage(handle(os.getpid()), (str(tmp_path), "/not/looked/at"))
+    usage = host_usage(handle(os.getpid()), (str(tmp_path), "/never/read"))
     assert usage.helpers.own_bytes >= 30 * MIB
 
 
-def test_what_has_ended_counts_as_nothing(holder: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_exited_process_counts_zero(holder: subprocess.Popen[bytes], tmp_path: Path) -> None:
     holder.kill()
     holder.wait()
     assert process_usage([holder.pid]).own_bytes == 0
