@@ -175,7 +175,7 @@ class Daemon:
 
     async def _release_orphans(self) -> None:
         """Release what belongs to no record, which only a lost or unreadable record can leave behind."""
-        known = {record.id for record in self.pod_store}
+        known = {record.id for record in self.pod_store} | set(self.pod_store.quarantined)
         try:
             await self.networks.gc(known)
         except NetworkError as error:
@@ -355,9 +355,10 @@ class _Builder:
         """Read from files of the host alone, so any thread may call it."""
         if self.overrides.vm_usage is not None:
             return self.overrides.vm_usage(pod)
-        assert pod.record.vm is not None
+        handle = pod.record.vm_handle
+        assert handle is not None
         directories = self.vm_cgroups.directories(pod.id, pod.record.spec.cgroup_parent)
-        return host_usage(pod.record.vm, directories)
+        return host_usage(handle, directories)
 
     def _process_engine(self) -> tuple[Engine, ProcessEngine]:
         cgroups = self.overrides.process_cgroups or cgroup.Cgroups(

@@ -59,7 +59,7 @@ class MetricSources:
         return [self._usage_of(pod) for pod in ready]
 
     def _usage_of(self, pod: Pod) -> SandboxUsage:
-        if pod.record.vm is None:
+        if pod.record.vm_handle is None:
             cpu_seconds, memory_bytes = self.process_usage(pod)
             return _usage(pod, {"processes": cpu_seconds}, {"processes": memory_bytes})
         usage = self.vm_usage(pod)

@@ -19,8 +19,8 @@ from sandbox.errors import GuestUnreachable, WrongState
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.host.limiter import Limiter
-from sandbox.records import Phase, PodRecord, PodState
-from sandbox.spec import Handler, PodId, VmSize
+from sandbox.records import Phase, PodRecord, PodState, VmRuntime
+from sandbox.spec import Handler, Isolation, PodId
 from sandbox.store import Recorded, Store
 from sandbox.vmm import Machine
 
@@ -49,7 +49,9 @@ class Pod(Recorded[PodRecord]):
 
     @property
     def vcpus(self) -> int:
-        return self.record.size.vcpus if self.record.size else 0
+        """CPUs of its VM; 0 for a pod without one."""
+        runtime = self.record.runtime
+        return runtime.size.vcpus if isinstance(runtime, VmRuntime) and runtime.size else 0
 
     @property
     def rootfs_share(self) -> Path:
@@ -88,13 +90,20 @@ class Pod(Recorded[PodRecord]):
     def record_phases(self, *phases: Phase) -> None:
         self.record = msgspec.structs.replace(self.record, phases=(*self.record.phases, *phases))
 
-    def record_size(self, size: VmSize) -> None:
-        """Set the size that the pod needs; saved by the next `update`."""
-        self.record = msgspec.structs.replace(self.record, size=size)
+    def update_runtime(self, **changes: object) -> None:
+        """Write changes of what the pod runs in to its record. Raises OSError."""
+        self.update(runtime=msgspec.structs.replace(self.record.runtime, **changes))
+
+    def record_runtime(self, **changes: object) -> None:
+        """Change what the pod runs in; saved by the next `update`."""
+        runtime = msgspec.structs.replace(self.record.runtime, **changes)
+        self.record = msgspec.structs.replace(self.record, runtime=runtime)
 
     def record_first(self, name: str, begin_s: float, end_s: float) -> None:
         """Record a phase unless the pod has one of this name: the first container, the first exec."""
-        if self.record.vm is not None and not any(phase.name == name for phase in self.record.phases):
+        if self.record.isolation is Isolation.VM and not any(
+            phase.name == name for phase in self.record.phases
+        ):
             self.record_phase(name, begin_s, end_s)
 
     @contextlib.contextmanager

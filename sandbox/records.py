@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
+import msgspec
+
 from image.rootfs import Rootfs
 from network.attach import Attachment
 from sandbox.host.process import ProcessIdentity
@@ -32,7 +34,7 @@ from sandbox.spec import (
 )
 from sandbox.vmm import VmHandle
 
-VERSION = 1
+VERSION = 2  # of both kinds of records; see `migrations`
 
 
 class PodState(StrEnum):
@@ -64,34 +66,59 @@ class Phase(Value, frozen=True, kw_only=True):
     side: Side = Side.HOST  # whose doing it is, and whose clock told it
 
 
-class PodRecord(Value, frozen=True, kw_only=True):
-    version: int = VERSION
+class VmRuntime(Value, frozen=True, kw_only=True, tag="vm", forbid_unknown_fields=True):
+    """What a pod in a micro-VM runs in."""
+
+    size: VmSize | None = None  # requested and, once the VM runs, given
+    source: Source = Source.BOOT
+    accelerator: str = ""
+    options: Mapping[str, str] = {}  # of the hypervisor's driver, which the accelerator needs
+    handle: VmHandle | None = None  # None: the VM was not started yet
+    token: bytes = b""  # resync token of the guest channel, 16 bytes
+    epoch: int = 0  # of the last connection to the agent; each has a higher one
+    guest_kernel: str = ""
+
+
+class ProcessRuntime(Value, frozen=True, kw_only=True, tag="process", forbid_unknown_fields=True):
+    """What a pod without a VM runs in: namespaces, held by its first process."""
+
+    holder: ProcessIdentity | None = None  # started by the daemon; its end is the pod's
+    init: ProcessIdentity | None = None  # whose namespaces the containers share; may be the holder itself
+
+
+def _version() -> int:
+    """A factory, as a plain default would not be written to the file (omit_defaults)."""
+    return VERSION
+
+
+class PodRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that is known of a pod."""
+
+    version: int = msgspec.field(default_factory=_version)
     id: PodId
     spec: PodSpec
     created_at_ns: int
     state: PodState = PodState.STARTING
     steps: tuple[str, ...] = ()  # begun, in order
-    size: VmSize | None = None
-    isolation: Isolation = Isolation.VM
-    source: Source = Source.BOOT
-    accelerator: str = ""
-    options: Mapping[str, str] = {}  # of the hypervisor's driver, which the accelerator needs
+    runtime: VmRuntime | ProcessRuntime = VmRuntime()
     resources: Resources = Resources()  # in force, of all containers together
     overhead: Resources = Resources()  # what the pod's sandbox is reckoned to cost beyond these
     network: Attachment | None = None
-    vm: VmHandle | None = None
-    token: bytes = b""  # resync token of the guest channel, 16 bytes
-    epoch: int = 0
     phases: tuple[Phase, ...] = ()
-    guest_kernel: str = ""
-    # of a pod without a VM: the first process, whose namespaces its containers share, and who started it
-    init: ProcessIdentity | None = None
-    holder: ProcessIdentity | None = None
     problem: str = ""  # why it is NOT_READY, when nobody asked for it
 
     @property
     def ready(self) -> bool:
         return self.state is PodState.READY
+
+    @property
+    def isolation(self) -> Isolation:
+        return Isolation.VM if isinstance(self.runtime, VmRuntime) else Isolation.PROCESS
+
+    @property
+    def vm_handle(self) -> VmHandle | None:
+        """Its VM; None for a pod without one, or before it was started."""
+        return self.runtime.handle if isinstance(self.runtime, VmRuntime) else None
 
 
 class ContainerState(StrEnum):
@@ -143,8 +170,10 @@ class HostProcess(Value, frozen=True, kw_only=True):
     init: ProcessIdentity | None = None  # the container's first; None: conmon is making it
 
 
-class ContainerRecord(Value, frozen=True, kw_only=True):
-    version: int = VERSION
+class ContainerRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that is known of a container."""
+
+    version: int = msgspec.field(default_factory=_version)
     id: ContainerId
     pod_id: PodId
     spec: ContainerSpec

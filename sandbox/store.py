@@ -1,11 +1,14 @@
 """Records on disk: one JSON file per object, under `<root>/pods` and `<root>/containers`.
 
     <directory>/<id>.json       the record
-    <directory>/<id>.json.tmp   being written; left behind by a crash, swept at the next start
-    <directory>/<id>.json.bad   a file that could not be read, set aside for a person to look at
+    <directory>/<id>.json.tmp   being written; left by a crash, deleted at the next start
 
-A write is a rename, so a reader sees the old record or the new one. Nothing is fsynced: the records
-must outlive the daemon, not the machine, and after a reboot no VM is left that they could describe.
+A write is a rename, so a reader sees the old record or the new one. Nothing is fsynced: the records must
+outlive the daemon, not the machine, and after a reboot no VM is left that they could describe.
+
+A file that cannot be read, decoded or understood is quarantined: it stays in its place, untouched, and
+what belongs to its id is left alone until a client removes the object under that id (see `quarantine`).
+A record that is lost or broken must never free what it described.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from sandbox.host.files import write_json
+from sandbox.host import files
+from sandbox.migrations import migrate
+from sandbox.records import VERSION, ContainerRecord, PodRecord
 
 log = logging.getLogger(__name__)
 
@@ -33,40 +38,78 @@ class Identified(Protocol):
 
 
 R = TypeVar("R", bound=Identified)
+_KINDS: dict[type, str] = {PodRecord: "pod", ContainerRecord: "container"}
+
+
+class Unreadable(Exception):
+    """A record's file exists and does not hold a record of its id. The text says why."""
+
+
+class _Version(msgspec.Struct):
+    version: object = 1
 
 
 class Store(Generic[R]):
-    """All records of one kind, in memory as in `directory`."""
+    """All records of one kind, in memory as in `directory`. Belongs to one event loop; its methods block
+    for as long as small files take. `quarantined` says by id why a record could not be loaded."""
 
     def __init__(self, directory: Path, kind: type[R]) -> None:
         self.directory = directory
+        self.kind = _KINDS[kind]
+        self.quarantined: dict[str, str] = {}
+        self._type = kind
         self._decoder = msgspec.json.Decoder(kind)
         self._records: dict[str, R] = {}
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def load(self) -> None:
-        """Read what is on disk; one broken file is set aside and never blocks the rest."""
-        for leftover in self.directory.glob("*.json.tmp"):
-            leftover.unlink()
-        for path in sorted(self.directory.glob("*.json")):
-            try:
-                record = self._decoder.decode(path.read_bytes())
-            except (msgspec.DecodeError, OSError) as error:
-                log.error("record %s cannot be read and is set aside: %s", path, error)
-                path.rename(path.with_suffix(".json.bad"))
-                continue
-            self._records[record.id] = record
+        """Read what is on disk. A file that cannot be read is quarantined and never blocks the rest.
+        Raises OSError if the directory cannot be listed: then nothing may be taken for absent."""
+        for path in sorted(self.directory.iterdir()):
+            if path.name.endswith(f".json{files.TEMPORARY_SUFFIX}"):
+                path.unlink()
+            elif path.name.endswith(".json"):
+                self._load_one(path, path.name.removesuffix(".json"))
+
+    def _load_one(self, path: Path, id: str) -> None:
+        try:
+            self._records[id] = self._read(path, id)
+        except Unreadable as error:
+            self.quarantined[id] = str(error)
+
+    def _read(self, path: Path, id: str) -> R:
+        try:
+            text = path.read_bytes()
+            if msgspec.json.decode(text, type=_Version).version == VERSION:
+                record = self._decoder.decode(text)
+            else:
+                record = msgspec.convert(migrate(self.kind, msgspec.json.decode(text)), self._type)
+        except OSError as error:
+            raise Unreadable(f"it cannot be read: {error.strerror or error}") from error
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise Unreadable(str(error)) from error
+        if record.id != id:
+            raise Unreadable(f"it holds the record of another id, {record.id[:64]!r}")
+        return record
+
+    def set_aside(self, id: str, reason: str) -> None:
+        """Quarantine a record that was loaded, for a reason that only its users can see."""
+        self._records.pop(id, None)
+        self.quarantined[id] = reason
 
     def put(self, record: R) -> None:
-        """Write `record`, then make it the one that readers see."""
-        write_json(self._path(record.id), record)
+        """Write `record`, then make it the one that readers see. Raises OSError; then the old one stays."""
+        files.write_json(self.path(record.id), record)
         self._records[record.id] = record
 
     def drop(self, id: str) -> None:
-        self._path(id).unlink(missing_ok=True)
+        """Delete the record, a quarantined one too. Idempotent. Raises OSError."""
+        self.path(id).unlink(missing_ok=True)
         self._records.pop(id, None)
+        self.quarantined.pop(id, None)
 
     def get(self, id: str) -> R | None:
+        """Return the record with this id, if it is there and was not quarantined."""
         return self._records.get(id)
 
     def __iter__(self) -> Iterator[R]:
@@ -75,33 +118,58 @@ class Store(Generic[R]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def _path(self, id: str) -> Path:
+    def path(self, id: str) -> Path:
+        """Return the path of the record's file."""
         return self.directory / f"{id}.json"
 
 
+class Unwritten(Store[R]):
+    """A store that changes no file but deletes: for records that stand in for quarantined ones."""
+
+    def __init__(self, store: Store[R]) -> None:
+        self.directory = store.directory
+        self._store = store
+        self._records = {}
+
+    def put(self, record: R) -> None:
+        """Keep the record in memory alone; what is on disk is evidence."""
+        self._records[record.id] = record
+
+    def drop(self, id: str) -> None:
+        """Delete the quarantined file. Idempotent. Raises OSError."""
+        self._store.drop(id)
+        self._records.pop(id, None)
+
+
 class Recorded(Generic[R]):
-    """A thing in memory and the record that survives it; the record changes on disk first."""
+    """An object in memory and the record that survives it. The record changes on disk first."""
 
     def __init__(self, record: R, store: Store[R]) -> None:
         self.record = record
         self._store = store
 
+    @property
+    def quarantined(self) -> bool:
+        """Whether `record` only stands in for one that could not be loaded: hardly a field of it is true."""
+        return isinstance(self._store, Unwritten)
+
     def update(self, **changes: object) -> None:
+        """Write changes to the record. Raises OSError; then the record stays as it was."""
         record = msgspec.structs.replace(self.record, **changes)  # type: ignore[type-var]
         self._store.put(record)
         self.record = record
 
     def begin(self, steps: Iterable[str]) -> None:
-        """Save the names of steps, before their effects."""
+        """Save the names of steps, before their effects. Raises OSError."""
         new = [step for step in steps if step not in self.record.steps]
         if new:
             self.update(steps=(*self.record.steps, *new))
 
     def ended(self, steps: Collection[str]) -> None:
-        """These hold nothing any more.
+        """Remove the names of steps that hold nothing any more.
 
-        Where that cannot be written, they stay in the file: what holds nothing may be released again,
-        and a full disk must not keep anything from being released.
+        Where that cannot be written, they stay in the file: what holds nothing may be released again, and a
+        full disk must not keep anything from being released.
         """
         left = tuple(name for name in self.record.steps if name not in steps)
         if left == self.record.steps:
@@ -109,8 +177,9 @@ class Recorded(Generic[R]):
         try:
             self.update(steps=left)
         except OSError as error:
-            log.warning("record %s is older than what it tells of: %s", self.record.id, error)
+            log.warning("record %s could not be rewritten and is stale: %s", self.record.id, error)
             self.record = msgspec.structs.replace(self.record, steps=left)  # type: ignore[type-var]
 
     def forget(self) -> None:
+        """Delete the record. Idempotent. Raises OSError."""
         self._store.drop(self.record.id)

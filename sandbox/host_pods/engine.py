@@ -35,7 +35,7 @@ from sandbox.host_pods.conmon import Bundle
 from sandbox.host_pods.host_files import all_devices, find_devices, node_limits
 from sandbox.host_pods.oci import RuntimeEnv, compile_config
 from sandbox.host_pods.sessions import AttachSession, ExecSession, Forwarded, Place
-from sandbox.host_pods.steps import Processes, container_steps, pod_path, pod_steps, shm_of
+from sandbox.host_pods.steps import Processes, container_steps, pod_path, pod_steps, runtime_of, shm_of
 from sandbox.host_pods.sysctls import pod_sysctls
 from sandbox.inventory import Inventory
 from sandbox.lifecycle import Steps
@@ -44,9 +44,9 @@ from sandbox.plan.device_filter import device_rules
 from sandbox.plan.resources import compile_pod_resources, compile_resources
 from sandbox.plan.values import CgroupFile, ProcessPlan
 from sandbox.pod import Pod
-from sandbox.records import ContainerState, HostProcess, PodRecord, PodState
+from sandbox.records import ContainerState, HostProcess, PodRecord, PodState, ProcessRuntime
 from sandbox.session import ExecResult
-from sandbox.spec import ContainerId, ExitCode, Handler, Isolation, PidMode, PodId, PodSpec, Resources
+from sandbox.spec import ContainerId, ExitCode, Handler, PidMode, PodId, PodSpec, Resources
 from sandbox.stats.kernel_files import flat_keyed, number
 from sandbox.steps.pod import remove_tree
 from sandbox.usage import CGROUP_FILES, CgroupSample, UsageSample
@@ -90,7 +90,7 @@ class ProcessEngine:
                 id=PodId(secrets.token_hex(32)),
                 spec=spec,
                 created_at_ns=time.time_ns(),
-                isolation=Isolation.PROCESS,
+                runtime=ProcessRuntime(),
             )
         )
         return pod, self.pod_steps
@@ -103,8 +103,9 @@ class ProcessEngine:
 
     async def _await_first(self, pod: Pod) -> None:
         """Who holds the namespaces has ended: what is in its PID namespace has too."""
-        assert pod.record.holder is not None
-        await process.wait_exit(pod.record.holder)
+        holder = runtime_of(pod).holder
+        assert holder is not None
+        await process.wait_exit(holder)
         await self._gone(pod, "the pod's first process ended")
 
     async def _gone(self, pod: Pod, reason: str) -> None:
@@ -121,7 +122,7 @@ class ProcessEngine:
                 await self._adopt_container(container)
             except SandboxError as error:
                 log.error("container %s cannot be taken up: %s", container.id, error)
-        holder, init = pod.record.holder, pod.record.init
+        holder, init = runtime_of(pod).holder, runtime_of(pod).init
         if not (holder and init and process.alive(holder) and process.alive(init)):
             await self._gone(pod, "the pod's first process is gone")
             return
@@ -159,7 +160,7 @@ class ProcessEngine:
         return {"pid": held.init.pid} if container.running and held and held.init else {}
 
     async def describe(self, pod: Pod) -> Mapping[str, object]:
-        record = pod.record
+        record, init = pod.record, runtime_of(pod).init
         containers = {
             container.id: pids["pid"]
             for container in self._inventory.containers_of(pod)
@@ -168,7 +169,7 @@ class ProcessEngine:
         return {
             "hostNamespaces": list(record.spec.host_namespaces),
             "cgroup": self._path(pod),
-            "pid": record.init.pid if record.init else None,
+            "pid": init.pid if init else None,
             "containerPids": containers,
         }
 
@@ -244,7 +245,7 @@ class ProcessEngine:
         return compile_config(plan, around)
 
     def _namespaces(self, container: Container) -> Mapping[str, str]:
-        pod, first = container.pod.record, container.pod.record.init
+        pod, first = container.pod.record, runtime_of(container.pod).init
         assert first is not None
         shared = f"/proc/{first.pid}/ns"
         found = {"mount": "", "cgroup": "", "uts": f"{shared}/uts"}

@@ -37,6 +37,7 @@ from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
 from sandbox.plan.pod_files import pod_hostname
 from sandbox.plan.shares import SHM_BYTES
 from sandbox.pod import Pod
+from sandbox.records import ProcessRuntime
 from sandbox.spec import AppArmor, AppArmorKind, PidMode
 from sandbox.steps.container import CompiledPlan
 from sandbox.steps.pod import Cgroup, Network, RunDir, Shares
@@ -94,13 +95,15 @@ class Processes:
     async def up(self, pod: Pod) -> None:
         await asyncio.to_thread(_make_directories, pod)
         holder = await self._start(pod)
-        pod.update(holder=holder)
-        pod.update(init=await asyncio.to_thread(_first_process, holder, pod.record.spec.pid_mode))
+        pod.update_runtime(holder=holder)
+        init = await asyncio.to_thread(_first_process, holder, pod.record.spec.pid_mode)
+        pod.update_runtime(init=init)
 
     async def down(self, pod: Pod) -> None:
         await asyncio.to_thread(self.end_all, pod.run_dir, pod_path(self.cgroups, pod))
-        if pod.record.holder is not None:
-            await process.kill(pod.record.holder)  # a child of ours wants to be collected
+        holder = runtime_of(pod).holder
+        if holder is not None:
+            await process.kill(holder)  # a child of ours wants to be collected
         await asyncio.to_thread(mounts.unmount_tree, Path(shm_of(pod)))
 
     def end_all(self, run_dir: Path, path: str) -> None:
@@ -180,6 +183,13 @@ def _first_process(holder: ProcessIdentity, mode: PidMode) -> ProcessIdentity:
 
 def pod_path(cgroups: Cgroups, pod: Pod) -> str:
     return cgroup.pod_path(pod.record.spec.cgroup_parent, pod.id, root=cgroups.root)
+
+
+def runtime_of(pod: Pod) -> ProcessRuntime:
+    """Return the processes that hold the pod's namespaces."""
+    runtime = pod.record.runtime
+    assert isinstance(runtime, ProcessRuntime), "the engine of processes is given pods without a VM alone"
+    return runtime
 
 
 def shm_of(pod: Pod) -> str:

@@ -17,6 +17,7 @@ from sandbox.spec import ContainerId, Resources
 from sandbox.stats.host_usage import HostUsage
 from sandbox.usage import UsageSample
 from sandbox.vm_pods.resize import Resizer
+from sandbox.vm_pods.runtime import runtime_of
 from sandbox.vm_pods.usage import POD_CGROUP, decode_usage, usage_request
 
 
@@ -59,23 +60,23 @@ class VmControl:
 
     def pids(self, container: Container) -> Mapping[str, int]:
         """Return `pid`, the VMM's, and `guestPid`, the first process as the guest's kernel counts."""
-        vm = container.pod.record.vm
-        if not container.running or vm is None:
+        handle = runtime_of(container.pod).handle
+        if not container.running or handle is None:
             return {}
-        return {"pid": vm.vmm.pid, "guestPid": container.pid}
+        return {"pid": handle.vmm.pid, "guestPid": container.pid}
 
     async def describe(self, pod: Pod) -> Mapping[str, object]:
-        record = pod.record
+        runtime, handle = runtime_of(pod), runtime_of(pod).handle
         facts: dict[str, object] = {
-            "accelerator": record.accelerator,
-            "source": record.source,
-            "guestKernel": record.guest_kernel,
+            "accelerator": runtime.accelerator,
+            "source": runtime.source,
+            "guestKernel": runtime.guest_kernel,
             "size": {
-                "memoryMiB": record.size.memory_mib,
-                "vcpus": record.size.vcpus,
-                "hugePagesMiB": record.size.huge_mib,
+                "memoryMiB": runtime.size.memory_mib,
+                "vcpus": runtime.size.vcpus,
+                "hugePagesMiB": runtime.size.huge_mib,
             }
-            if record.size
+            if runtime.size
             else None,
             "console": str(pod.run_dir / "console.log"),
             "guestPids": {
@@ -84,9 +85,9 @@ class VmControl:
                 if container.running
             },
         }
-        if record.vm is not None:
-            facts["pid"] = record.vm.vmm.pid
-            facts["helpers"] = {name: identity.pid for name, identity in record.vm.helpers.items()}
+        if handle is not None:
+            facts["pid"] = handle.vmm.pid
+            facts["helpers"] = {name: identity.pid for name, identity in handle.helpers.items()}
             facts["hostUsage"] = _usage_facts(await asyncio.to_thread(self._host_usage, pod))
         if pod.machine is not None:
             facts["vmm"] = dict(await pod.machine.describe())

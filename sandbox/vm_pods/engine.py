@@ -23,7 +23,7 @@ from sandbox.inventory import Inventory
 from sandbox.lifecycle import Steps
 from sandbox.plan import vm_size
 from sandbox.pod import Pod
-from sandbox.records import PodRecord, PodState
+from sandbox.records import PodRecord, PodState, VmRuntime
 from sandbox.spec import Handler, PodId, PodSpec
 from sandbox.stats.host_usage import HostUsage
 from sandbox.steps.rootfs import ContainerRootfs
@@ -101,13 +101,15 @@ class VmPods:
                     id=PodId(secrets.token_hex(32)),
                     spec=spec,
                     created_at_ns=time.time_ns(),
-                    accelerator=choice.accelerator,
-                    options=choice.options,
-                    token=secrets.token_bytes(16),
+                    runtime=VmRuntime(
+                        accelerator=choice.accelerator,
+                        options=choice.options,
+                        token=secrets.token_bytes(16),
+                    ),
                 )
             )
         pod.on_event = self._containers.handle_event
-        pod.record_size(size)
+        pod.record_runtime(size=size)
         return pod, steps
 
     def replenish(self) -> None:

@@ -33,7 +33,7 @@ from sandbox.lifecycle import bring_up, held_steps, take_down
 from sandbox.plan.shares import GUEST_ROOTFS
 from sandbox.plan.vm import base_size, can_grow, plan_vm
 from sandbox.pod import Pod
-from sandbox.records import PodRecord, PodState, Source
+from sandbox.records import PodRecord, PodState, Source, VmRuntime
 from sandbox.spec import Handler, PodId, PodSpec, VmSize
 from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.steps import PodSteps, Vm
@@ -198,11 +198,13 @@ class VmPool:
             spec=PodSpec(name="", namespace="", uid="", handler=handler.name),
             created_at_ns=time.time_ns(),
             state=PodState.WAITING,
-            size=base_size(handler),
-            source=Source.POOL,
-            accelerator=choice.accelerator,
-            options=choice.options,
-            token=secrets.token_bytes(16),
+            runtime=VmRuntime(
+                size=base_size(handler),
+                source=Source.POOL,
+                accelerator=choice.accelerator,
+                options=choice.options,
+                token=secrets.token_bytes(16),
+            ),
         )
         pod = self._host.inventory.make_pod(record)
         pod.handler = handler

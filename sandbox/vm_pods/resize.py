@@ -17,6 +17,7 @@ from sandbox.plan.values import HugeDirectory
 from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.spec import ContainerId, Resources, VmSize
+from sandbox.vm_pods.runtime import runtime_of
 
 _ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)
 Grow = Callable[[Pod, VmSize], Awaitable[None]]
@@ -38,7 +39,7 @@ class Resizer:
         """For these limits of the pod, and of its containers as they are or are about to be (`changes`);
         and `directories` on huge pages. Raises VmmError when the VM cannot grow so far; nothing has
         changed then. Raises InvalidSpec, GuestError for huge pages that cannot be had."""
-        current = pod.record.size
+        current = runtime_of(pod).size
         if current is None:
             return
         limits = {

@@ -50,6 +50,7 @@ from sandbox.steps.pod import Cgroup, Netns, Network, RunDir, Shares
 from sandbox.vm_pods.boot_phases import guest_phases
 from sandbox.vm_pods.clock_sync import check_clock
 from sandbox.vm_pods.rootfs import guest_root
+from sandbox.vm_pods.runtime import handle_of, runtime_of
 from sandbox.vm_pods.templates import Templates
 from sandbox.vm_pods.volumes import find_sources
 from sandbox.vmm import Hypervisor, NicSpec, ShareSpec, VmSpec
@@ -94,25 +95,25 @@ class Vm:
 
     async def find_template(self, pod: Pod) -> Path | None:
         """That of the pod's handler, if it is there and the VM could be grown to the pod's size."""
-        handler, size = pod.require_handler(), pod.record.size
+        handler, size = pod.require_handler(), runtime_of(pod).size
         if handler.source == "boot" or size is None:
             return None
         base = self.plan(pod, base_size(handler))
         return self.templates.find(await self.hypervisor.fingerprint(base)) if can_grow(base, size) else None
 
     def plan(self, pod: Pod, size: VmSize) -> VmSpec:
-        record = pod.record
-        handler = pod.require_handler()
+        runtime, handler = runtime_of(pod), pod.require_handler()
         return plan_vm(
-            handler, accelerator=record.accelerator, options=record.options, size=size, host=self.host
+            handler, accelerator=runtime.accelerator, options=runtime.options, size=size, host=self.host
         )
 
     async def boot(self, pod: Pod) -> None:
         """A VM of the pod's own size, from the kernel on."""
-        assert pod.record.size is not None
+        size = runtime_of(pod).size
+        assert size is not None
         source = Source.POOL if pod.record.state is PodState.WAITING else Source.BOOT
-        pod.update(source=source)
-        spec = self.plan(pod, pod.record.size)
+        pod.update_runtime(source=source)
+        spec = self.plan(pod, size)
         await self._start(pod, spec, BOOT_TIMEOUT_S, "boot")
         try:
             self._check_clock(pod)
@@ -123,13 +124,13 @@ class Vm:
             self._check_clock(pod)
 
     def _check_clock(self, pod: Pod) -> None:
-        assert pod.client is not None and pod.record.vm is not None
-        check_clock(pod.client, pod.record.vm.vmm)
+        assert pod.client is not None
+        check_clock(pod.client, handle_of(pod).vmm)
 
     async def _continue(self, pod: Pod, template: Path) -> bool:
         spec = self.plan(pod, base_size(pod.require_handler()))
         if pod.record.state is not PodState.WAITING:
-            pod.update(source=Source.TEMPLATE)
+            pod.update_runtime(source=Source.TEMPLATE)
         try:
             spec = msgspec.structs.replace(spec, template=str(template))
             await self._start(pod, spec, RESTORE_TIMEOUT_S, "restore")
@@ -155,12 +156,12 @@ class Vm:
         )
         with pod.phase(phase):
             pod.machine = await self.hypervisor.start(own, (pod.require_tap(),))
-            pod.update(vm=pod.machine.handle)
+            pod.update_runtime(handle=pod.machine.handle)
         with pod.phase("agent"):
             welcome = await connect(self.hypervisor, pod, timeout_s)
         with pod.phase("mounts"):
             await pod.call(pb.Request(prepare=PREPARE), timeout_s)
-        pod.update(guest_kernel=welcome.kernel)
+        pod.update_runtime(guest_kernel=welcome.kernel)
 
     def directories(self, pod: Pod) -> tuple[str, ...]:
         waiting = pod.record.state is PodState.WAITING
@@ -193,14 +194,15 @@ class Size:
         pod.close_tap()
 
     async def _wake_and_grow(self, pod: Pod) -> None:
-        machine, size, vm = pod.machine, pod.record.size, pod.record.vm
-        if machine is None or vm is None:
+        machine, runtime = pod.machine, runtime_of(pod)
+        size, handle = runtime.size, runtime.handle
+        if machine is None or handle is None:
             raise VmmGone("the VM that waited is gone")
         assert size is not None
-        if pod.record.source is Source.POOL:
+        if runtime.source is Source.POOL:
             with pod.phase("resume"):
                 await machine.resume()
-        spec = vm.spec
+        spec = handle.spec
         if size.memory_mib > spec.memory_mib or size.vcpus > spec.vcpus:
             with pod.phase("grow"):
                 await grow(pod, size)
@@ -212,7 +214,7 @@ async def grow(pod: Pod, size: VmSize) -> None:
         raise VmmGone("its VM is gone")
     await pod.machine.grow(size.memory_mib, size.vcpus)
     await pod.call(pb.Request(online_cpus=pb.OnlineCpus(count=size.vcpus)))
-    pod.update(size=size)
+    pod.update_runtime(size=size)
 
 
 async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welcome:
@@ -221,16 +223,16 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welc
     The epoch is saved before it is used, so no two daemons ever share one.
     Raises VmmGone as soon as the VMM ends, GuestUnreachable at the deadline.
     """
-    handle = pod.record.vm
-    assert handle is not None
+    handle = handle_of(pod)
     if pod.machine is None:
         pod.machine = await hypervisor.attach(handle)
-    pod.update(epoch=pod.record.epoch + 1)
+    pod.update_runtime(epoch=runtime_of(pod).epoch + 1)
+    runtime = runtime_of(pod)
     greeting = asyncio.create_task(
         GuestClient.connect(
             handle.channel,
-            token=pod.record.token,
-            epoch=pod.record.epoch,
+            token=runtime.token,
+            epoch=runtime.epoch,
             on_event=pod.take_event,
             timeout_s=timeout_s,
         )
@@ -275,7 +277,7 @@ class Guest:
         await self._plug_nics(pod, network)
         configuration = compile_network(pod.record.spec, network, first_mac=FIRST_MAC)
         await pod.call(pb.Request(configure=encode_configuration(configuration)))
-        if pod.record.source is Source.BOOT:  # another guest is as old as its template
+        if runtime_of(pod).source is Source.BOOT:  # another guest is as old as its template
             record_guest_phases(pod)
 
     async def down(self, pod: Pod) -> None:
@@ -300,14 +302,14 @@ class Guest:
 
 def record_guest_phases(pod: Pod) -> None:
     """Record the phases of its boot that the guest reported when the connection was made."""
-    if pod.client is None or pod.record.vm is None:
+    if pod.client is None:
         return
     pod.record_phases(
         *guest_phases(
             pod.client.welcome,
             received_s=pod.client.welcomed_s,
             began_s=pod.began,
-            vmm_started_s=process.started_s(pod.record.vm.vmm),
+            vmm_started_s=process.started_s(handle_of(pod).vmm),
         )
     )
 

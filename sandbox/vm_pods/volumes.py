@@ -37,6 +37,7 @@ from sandbox.steps.rootfs import id_map
 from sandbox.steps.volumes import FIND, mount_images, open_source, unmount_images
 from sandbox.vm_pods.hugepages import find_directory, guest_path
 from sandbox.vm_pods.resize import Resizer
+from sandbox.vm_pods.runtime import runtime_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,8 @@ def _shape(tree: int, what: Path, mount: MountSpec) -> None:
 
 def _in_exporter(container: Container, trees: dict[int, int]) -> None:
     """Attach them where the share is exported. Raises VmmGone when that has ended."""
-    vm = container.pod.record.vm
-    exporter = vm.helpers.get(VOLUMES_TAG) if vm else None
+    handle = runtime_of(container.pod).handle
+    exporter = handle.helpers.get(VOLUMES_TAG) if handle else None
     if exporter is None:  # the VMM itself exports it, as the daemon sees it
         _attach(trees, container.volumes)
         return

@@ -35,7 +35,7 @@ from sandbox.host_pods import conmon
 from sandbox.host_pods.conmon import Bundle, Starting
 from sandbox.host_pods.engine import ProcessEngine
 from sandbox.host_pods.oci import NodeLimits
-from sandbox.records import ContainerState, PodState
+from sandbox.records import ContainerState, PodState, ProcessRuntime
 from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec, SecuritySpec
 from tests.fakes.daemon import HANDLER, RestartableDaemon, find_image
 from tests.fakes.host import FakeNetworks, Ledger
@@ -360,9 +360,9 @@ async def test_pod_whose_first_process_ended_without_a_daemon_is_not_ready(daemo
     container = await daemon.containers.create(pod, container_spec())
     await daemon.containers.start(container)
     await daemon.tasks.close()
-    init = daemon.pods.find(pod).init
-    assert init is not None
-    os.kill(init.pid, signal.SIGKILL)
+    runtime = daemon.pods.find(pod).runtime
+    assert isinstance(runtime, ProcessRuntime) and runtime.init is not None
+    os.kill(runtime.init.pid, signal.SIGKILL)
     await daemon.restart()
     await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
     assert daemon.pods.find(pod).state is PodState.NOT_READY

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from sandbox.errors import PhaseFailed
-from sandbox.records import PodRecord, PodState, Source
+from sandbox.records import PodRecord, PodState, Source, VmRuntime
 from sandbox.spec import Resources
 from tests.fakes.daemon import HANDLER
 from tests.fakes.guest import FakeAgent
@@ -81,13 +81,18 @@ def assert_nothing_but(daemon: Daemon, count: int) -> None:
     }
 
 
+def source_of(record: PodRecord) -> Source:
+    assert isinstance(record.runtime, VmRuntime)
+    return record.runtime.source
+
+
 async def test_a_pod_takes_the_vm_that_has_waited_longest(daemon: Daemon) -> None:
     first, second = await filled(daemon)
     assert templates(daemon) == ["key1"]
     id = await daemon.pods.run(pod_spec())
     assert id == first.id
     record = daemon.pods.find(id)
-    assert (record.source, record.state, record.spec.name) == (Source.POOL, PodState.READY, "web")
+    assert (source_of(record), record.state, record.spec.name) == (Source.POOL, PodState.READY, "web")
     assert not daemon.hypervisor.vms[id].paused
     assert second.id in {each.id for each in waiting(daemon)}
     await until(lambda: len(waiting(daemon)) == 2)
@@ -113,7 +118,7 @@ async def test_a_larger_pod_gets_a_grown_vm(daemon: Daemon) -> None:
     await filled(daemon)
     limits = Resources(memory_limit=512 << 20, cpu_quota=200_000, cpu_period=100_000)
     id = await daemon.pods.run(pod_spec(resources=limits))
-    assert daemon.pods.find(id).source is Source.POOL
+    assert source_of(daemon.pods.find(id)) is Source.POOL
     assert daemon.hypervisor.vms[id].grown == (640, 2)
 
 
@@ -121,8 +126,8 @@ async def test_a_pod_too_large_to_grow_boots(daemon: Daemon) -> None:
     await filled(daemon)
     id = await daemon.pods.run(pod_spec(resources=Resources(memory_limit=64 << 30)))
     record = daemon.pods.find(id)
-    assert record.source is Source.BOOT and record.vm is not None
-    assert record.vm.spec.memory_mib == (64 << 10) + 128
+    assert source_of(record) is Source.BOOT and record.vm_handle is not None
+    assert record.vm_handle.spec.memory_mib == (64 << 10) + 128
 
 
 @pytest.mark.parametrize("fault", ["vm.resume", "vm.grow"])
@@ -131,8 +136,12 @@ async def test_a_vm_that_cannot_be_used_is_replaced_by_one_that_boots(daemon: Da
     daemon.ledger.faults[fault] = "before"
     id = await daemon.pods.run(pod_spec(resources=Resources(memory_limit=512 << 20)))
     record = daemon.pods.find(id)
-    assert (record.source, record.state) == (Source.BOOT, PodState.READY)
-    assert record.vm is not None and record.vm.spec.memory_mib == 640 and not record.vm.spec.template
+    assert (source_of(record), record.state) == (Source.BOOT, PodState.READY)
+    assert (
+        record.vm_handle is not None
+        and record.vm_handle.spec.memory_mib == 640
+        and not record.vm_handle.spec.template
+    )
     await daemon.pods.remove(id)
     await until(lambda: len(waiting(daemon)) == 2)
     assert_nothing_but(daemon, 2)
@@ -169,11 +178,11 @@ async def test_a_broken_template_is_given_up_and_made_anew(daemon: Daemon) -> No
     daemon.ledger.faults["vm.restore"] = "before"
     id = await daemon.pods.run(pod_spec())
     record = daemon.pods.find(id)
-    assert (record.source, record.state) == (Source.BOOT, PodState.READY)
+    assert (source_of(record), record.state) == (Source.BOOT, PodState.READY)
     daemon.ledger.faults.clear()
     await until(lambda: templates(daemon) == ["key1"])
     again = await daemon.pods.run(pod_spec(name="again"))
-    assert daemon.pods.find(again).source is Source.TEMPLATE
+    assert source_of(daemon.pods.find(again)) is Source.TEMPLATE
 
 
 async def test_a_template_of_another_guest_image_is_never_used(daemon: Daemon) -> None:
@@ -181,7 +190,7 @@ async def test_a_template_of_another_guest_image_is_never_used(daemon: Daemon) -
     stale = {record.id for record in waiting(daemon)}
     daemon.hypervisor.generation = 2
     id = await daemon.pods.run(pod_spec())
-    assert id not in stale and daemon.pods.find(id).source is Source.BOOT
+    assert id not in stale and source_of(daemon.pods.find(id)) is Source.BOOT
     await until(lambda: templates(daemon) == ["key2"] and len(waiting(daemon)) == 2)
     assert not stale & {record.id for record in waiting(daemon)}
     await daemon.pods.remove(id)
@@ -197,7 +206,7 @@ async def test_a_template_that_cannot_be_made_leaves_nothing(daemon: Daemon, fau
     assert_nothing_but(daemon, 0)
     daemon.ledger.faults.clear()
     id = await daemon.pods.run(pod_spec())
-    assert daemon.pods.find(id).source is Source.BOOT, "pods boot meanwhile"
+    assert source_of(daemon.pods.find(id)) is Source.BOOT, "pods boot meanwhile"
 
 
 @pytest.mark.parametrize("fault", ["vm.pause"])
@@ -279,4 +288,4 @@ async def test_a_claim_that_cannot_be_written_down_gives_up_the_vm_and_the_name(
     assert daemon.inventory.pods == {}
     await until(lambda: first.id not in daemon.hypervisor.vms and len(waiting(daemon)) == 2)
     id = await daemon.pods.run(pod_spec())
-    assert daemon.pods.find(id).source is Source.POOL
+    assert source_of(daemon.pods.find(id)) is Source.POOL

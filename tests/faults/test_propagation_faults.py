@@ -48,9 +48,7 @@ class Site:
 @pytest.fixture
 def site() -> Iterator[Site]:
     root = Path(tempfile.mkdtemp(prefix="husk-faults-"))
-    pod_record = PodRecord(
-        id=PodId("p"), spec=PodSpec(name="p", namespace="n", uid="u"), created_at_ns=1, token=b""
-    )
+    pod_record = PodRecord(id=PodId("p"), spec=PodSpec(name="p", namespace="n", uid="u"), created_at_ns=1)
     pod = Pod(pod_record, cast(Any, None), root / "run")
     volume = MountSpec(
         container_path="/both", host_path=str(root / "volume"), propagation=Propagation.BIDIRECTIONAL

@@ -19,7 +19,7 @@ from sandbox.errors import InvalidSpec, VmmGone
 from sandbox.host import mounts, process, syscalls
 from sandbox.host.mounts import mounts_below
 from sandbox.pod import Pod
-from sandbox.records import ContainerRecord, ImageVolume, PodRecord
+from sandbox.records import ContainerRecord, ImageVolume, PodRecord, VmRuntime
 from sandbox.spec import (
     ContainerId,
     ContainerSpec,
@@ -86,16 +86,14 @@ class Site:
 @pytest.fixture
 async def site() -> AsyncIterator[Site]:
     root = Path(tempfile.mkdtemp(prefix="husk-faults-"))
-    record = PodRecord(
-        id=PodId("p"), spec=PodSpec(name="p", namespace="n", uid="u"), created_at_ns=1, token=b""
-    )
+    record = PodRecord(id=PodId("p"), spec=PodSpec(name="p", namespace="n", uid="u"), created_at_ns=1)
     pod = Pod(record, cast(Any, None), root / "run")
     pod.run_dir.mkdir()
     await Shares().up(pod)
     (pod.back_of(pod.volumes_share) / "old").mkdir()
     exporter = _start_exporter(pod)
     try:
-        pod.record = msgspec.structs.replace(record, vm=_handle(exporter.pid))
+        pod.record = msgspec.structs.replace(record, runtime=VmRuntime(handle=_handle(exporter.pid)))
         yield Site(root, pod, exporter, Ledger())
     finally:
         exporter.kill()
