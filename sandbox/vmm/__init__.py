@@ -36,7 +36,7 @@ class Unsupported(VmmError):
     """The driver lacks a feature. Retrying is useless."""
 
     def __init__(self, hypervisor: str, feature: Feature) -> None:
-        super().__init__(f"hypervisor {hypervisor!r} does not support {feature!r}")
+        super().__init__(f"hypervisor {hypervisor!r} does not support {feature.value!r}")
         self.hypervisor = hypervisor
         self.feature = feature
 

@@ -1,6 +1,7 @@
-"""What every hypervisor in sandbox/vmm has to do, with real VMs of a few bytes.
+"""What every hypervisor driver must do, ours and those of tests/drivers, each with its kit's guest.
 
-No guest system is needed for it: the kernel prints to the console, again and again or once.
+A guest here only prints a line, again and again or once: no daemon talks to it. What a driver lacks, it must
+refuse with Unsupported, and leave nothing behind.
 """
 
 # ruff: noqa: ASYNC220 -- a test has its loop to itself
@@ -8,15 +9,14 @@ No guest system is needed for it: the kernel prints to the console, again and ag
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import fcntl
 import os
 import secrets
 import signal
 import struct
 import subprocess
-import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,28 +24,35 @@ import msgspec
 import pytest
 
 from sandbox.errors import InvalidSpec, MissingProgram, VmmError, VmmGone
-from sandbox.host import cgroup, process, unix_sockets
+from sandbox.host import cgroup, process, syscalls, threads, unix_sockets
 from sandbox.host.cgroup import Cgroups
 from sandbox.host.process import ProcessIdentity
 from sandbox.vmm import (
+    DiskSpec,
+    Feature,
     Hypervisor,
     Machine,
     NicSpec,
     ShareSpec,
+    Unsupported,
     VmHandle,
     VmSpec,
 )
-from sandbox.vmm.drivers import find_hypervisor, find_hypervisors
-from tests.kit.tinykernel import make_kernel
+from sandbox.vmm.drivers import find_host, find_hypervisor, find_hypervisors
+from sandbox.vmm.qemu import hotplug
+from tests.drivers import Kit, find_kit
+from tests.kit.eventually import eventually
 
 DEADLINE_S = 20
+LINE = "the guest lives"
 
 
 @dataclass
 class Site:
-    """A pod's directory and cgroup, and the hypervisor under test."""
+    """A pod's directory and cgroup, and the driver under test."""
 
     name: str
+    kit: Kit
     hypervisor: Hypervisor
     spec: VmSpec
     cgroups: Cgroups
@@ -55,44 +62,61 @@ class Site:
     def run_dir(self) -> Path:
         return Path(self.spec.run_dir)
 
+    def supports(self, feature: Feature) -> bool:
+        return feature in self.hypervisor.features(self.spec)
+
     def processes(self) -> list[ProcessIdentity]:
         found = process.find_by_cgroup(self.spec.cgroups)
         return found + process.find_by_argument(f"husk-{self.spec.pod_id}", f"{self.run_dir}/")
 
     def guest(self, line: str, *, then: str = "repeat") -> None:
-        Path(self.spec.kernel).write_bytes(make_kernel(line, then=then))
+        self.kit.make_guest(self.run_dir.parent, line, then)
 
     async def start(self, **changes: object) -> Machine:
-        """Closed in the end, whatever a test does with it."""
+        """Start the VM with a changed spec. It is closed at the end, whatever the test does with it."""
         machine = await self.hypervisor.start(msgspec.structs.replace(self.spec, **changes), ())
         self.machines.append(machine)
         return machine
 
+    async def refuses(self, feature: Feature, **changes: object) -> bool:
+        """Whether the driver lacks a feature; then starting a VM that needs it must be refused cleanly."""
+        if self.supports(feature):
+            return False
+        with pytest.raises(Unsupported, match=feature) as refused:
+            await self.start(**changes)
+        assert (refused.value.hypervisor, refused.value.feature) == (self.name, feature)
+        assert self.processes() == []
+        return True
+
+
+@contextmanager
+def unsupported(site: Site, feature: Feature) -> Iterator[None]:
+    """Expect a verb to be refused, and the VM to be none the worse for it."""
+    with pytest.raises(Unsupported) as refused:
+        yield
+    assert (refused.value.hypervisor, refused.value.feature) == (site.name, feature)
+
 
 @pytest.fixture(params=find_hypervisors())
 async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Site]:
-    hypervisor = find_hypervisor(request.param)
+    name, hypervisor = request.param, find_hypervisor(request.param)
+    kit = find_kit(name)
     pod_id = f"test{secrets.token_hex(6)}"
     cgroups = cgroup.find_cgroups(f"/husk-{pod_id}")
     cgroups.create(pod_id, "")
     run_dir, shares = tmp_path / "run", []
-    for name, cache in (("rootfs", "always"), ("volumes", "auto")):
-        (run_dir / "share" / name).mkdir(parents=True)
-        shares.append(ShareSpec(tag=name, source=str(run_dir / "share" / name), cache=cache))
-    (tmp_path / "initramfs").write_bytes(b"")
-    spec = VmSpec(
+    for share, cache in (("rootfs", "always"), ("volumes", "auto")):
+        (run_dir / "share" / share).mkdir(parents=True)
+        shares.append(ShareSpec(tag=share, source=str(run_dir / "share" / share), cache=cache))
+    spec = msgspec.structs.replace(
+        kit.make_guest(tmp_path, LINE, "repeat"),
+        hypervisor=name,
         pod_id=pod_id,
         run_dir=str(run_dir),
-        kernel=str(tmp_path / "kernel"),
-        initramfs=str(tmp_path / "initramfs"),
-        accelerator="tcg",
-        memory_mib=64,
-        vcpus=1,
         shares=tuple(shares),
         cgroups=cgroups.directories(pod_id, ""),
     )
-    made = Site(request.param, hypervisor, spec, cgroups)
-    made.guest("the guest lives")
+    made = Site(name, kit, hypervisor, spec, cgroups)
     yield made
     for machine in made.machines:
         await machine.close()
@@ -103,42 +127,42 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
 
 
 async def until_printed(machine: Machine, line: str) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while line not in machine.console_tail():
-            await asyncio.sleep(0.02)
+    await eventually(machine.console_tail, until=lambda tail: line in tail, timeout_s=DEADLINE_S)
 
 
-async def test_a_vm_is_started_and_told_about(site: Site) -> None:
+async def test_started_vm_is_described_by_its_handle(site: Site) -> None:
     machine = await site.start()
     handle = machine.handle
     assert handle.hypervisor == site.name
-    assert set(handle.helpers) == {"rootfs", "volumes"}
-    for identity in (handle.vmm, *handle.helpers.values()):
+    assert set(handle.helpers) == site.kit.helpers(site.spec)
+    everyone = (handle.vmm, *handle.helpers.values())
+    for identity in everyone:
         assert identity in process.find_by_cgroup(site.spec.cgroups)
-        assert os.getsid(identity.pid) == identity.pid
-    status = Path(f"/proc/{handle.vmm.pid}/status").read_text()
-    assert "CapEff:\t" + "0" * 16 in status and "Seccomp:\t2" in status and "Uid:\t0\t" not in status
-    await until_printed(machine, "the guest lives")
+        assert os.getsid(identity.pid) in {each.pid for each in everyone}, "no signal of ours reaches it"
+    assert os.getsid(handle.vmm.pid) == handle.vmm.pid
+    site.kit.check_confinement(handle)
+    await until_printed(machine, LINE)
     described = await machine.describe()
-    assert described["state"] == "running" and described["accelerator"] == "tcg"
+    assert described["state"] == "running" and described["accelerator"] == site.kit.ACCELERATOR
+    assert described["pid"] == str(handle.vmm.pid)
     await machine.close()
 
 
-async def test_the_handle_is_enough_after_a_restart(site: Site) -> None:
+async def test_stored_handle_is_enough_to_attach_after_a_restart(site: Site) -> None:
     machine = await site.start()
     handle = machine.handle
-    await until_printed(machine, "the guest lives")
+    await until_printed(machine, LINE)
     await machine.close()
     await machine.close()
     stored = msgspec.json.decode(msgspec.json.encode(handle), type=VmHandle)
     again = await find_hypervisor(site.name).attach(stored)
-    assert "the guest lives" in again.console_tail(), "what it said before the restart"
+    assert LINE in again.console_tail(), "what it printed before the restart"
     assert (await again.describe())["state"] == "running"
     await again.close()
-    assert process.alive(handle.vmm), "letting go harms no VM"
+    assert process.alive(handle.vmm), "closing the connection does not end the VM"
 
 
-async def test_killed_twice(site: Site) -> None:
+async def test_destroy_ends_a_running_vm_and_is_idempotent(site: Site) -> None:
     machine = await site.start()
     waiting = asyncio.create_task(machine.wait())
     for _ in range(2):
@@ -151,19 +175,19 @@ async def test_killed_twice(site: Site) -> None:
         await site.hypervisor.attach(machine.handle)
 
 
-async def test_destroyed_twice_by_name_alone(site: Site) -> None:
+async def test_destroy_needs_the_name_alone(site: Site) -> None:
     await site.start()
     for _ in range(2):
-        await site.hypervisor.destroy(site.spec.pod_id, site.run_dir)
+        await find_hypervisor(site.name).destroy(site.spec.pod_id, site.run_dir)
         assert site.processes() == []
     assert not list(site.run_dir.glob("*.sock"))
 
 
-async def test_destroyed_when_nothing_was_ever_made(site: Site) -> None:
+async def test_destroy_of_a_vm_that_never_existed_succeeds(site: Site) -> None:
     await site.hypervisor.destroy("never", site.run_dir / "never")
 
 
-async def test_a_guest_that_resets_ends_its_vm(site: Site) -> None:
+async def test_guest_that_resets_ends_its_vm(site: Site) -> None:
     site.guest("last words", then="reset")
     try:
         machine = await site.start()
@@ -174,7 +198,7 @@ async def test_a_guest_that_resets_ends_its_vm(site: Site) -> None:
     await machine.close()
 
 
-async def test_a_vmm_that_dies_is_noticed_with_its_signal(site: Site) -> None:
+async def test_vmm_that_dies_is_reported_with_its_signal(site: Site) -> None:
     machine = await site.start()
     handle = machine.handle
     waiting = asyncio.create_task(machine.wait())
@@ -182,12 +206,12 @@ async def test_a_vmm_that_dies_is_noticed_with_its_signal(site: Site) -> None:
     os.kill(handle.vmm.pid, signal.SIGSEGV)
     async with asyncio.timeout(DEADLINE_S):
         assert "11" in await waiting
-    assert site.processes() == [], "helpers end with it"
+    assert site.processes() == [], "helpers exit with it"
     assert (await machine.describe())["state"].startswith("unknown")
     await machine.close()
 
 
-async def test_a_helper_that_fails_undoes_all(site: Site) -> None:
+async def test_start_with_a_share_that_does_not_exist_leaves_nothing(site: Site) -> None:
     shares = (site.spec.shares[0], ShareSpec(tag="volumes", source=f"{site.run_dir}/none", cache="auto"))
     with pytest.raises(VmmError):
         await site.start(shares=shares)
@@ -195,28 +219,24 @@ async def test_a_helper_that_fails_undoes_all(site: Site) -> None:
     await site.start()  # and nothing is in the way of the next
 
 
-async def test_a_kernel_that_is_none_undoes_all(site: Site) -> None:
+async def test_start_with_a_kernel_that_is_none_leaves_nothing(site: Site) -> None:
     Path(site.spec.kernel).write_bytes(b"rubbish")
     with pytest.raises(VmmError, match="kernel"):
         await site.start()
     assert site.processes() == []
 
 
-async def test_missing_files_say_how_to_get_them(site: Site) -> None:
+async def test_start_with_missing_or_unknown_parts_is_rejected(site: Site) -> None:
     with pytest.raises(MissingProgram, match="husk guest build"):
         await site.start(kernel="/nonexistent/vmlinux")
-    with pytest.raises(InvalidSpec):
+    with pytest.raises(InvalidSpec, match="accelerator"):
         await site.start(accelerator="magic")
+    with pytest.raises(InvalidSpec, match="options"):
+        await site.start(options=site.kit.UNKNOWN_OPTIONS)
     assert site.processes() == []
 
 
-async def test_a_machine_type_that_does_not_exist_is_named(site: Site) -> None:
-    with pytest.raises(VmmError, match="machine type"):
-        await site.start(options={"machine": "no-such-machine"})
-    assert site.processes() == []
-
-
-async def test_a_cancelled_start_leaves_nothing(site: Site) -> None:
+async def test_cancelled_start_leaves_nothing(site: Site) -> None:
     starting = asyncio.create_task(site.start())
     async with asyncio.timeout(DEADLINE_S):
         while not site.processes():
@@ -227,112 +247,190 @@ async def test_a_cancelled_start_leaves_nothing(site: Site) -> None:
     assert site.processes() == []
 
 
-async def test_a_nic_is_carried_by_a_tap_of_another_namespace(site: Site) -> None:
+async def test_nic_is_connected_to_a_tap_of_another_namespace(site: Site) -> None:
     script = "ip tuntap add dev tap0 mode tap vnet_hdr && ip link set tap0 up && echo made && exec sleep 60"
     with subprocess.Popen(["unshare", "--net", "sh", "-c", script], stdout=subprocess.PIPE) as holder:
         try:
             assert holder.stdout is not None and await asyncio.to_thread(holder.stdout.readline) == b"made\n"
             netns = f"/proc/{holder.pid}/ns/net"
-            tap = await asyncio.to_thread(open_tap, netns, "tap0")
+            tap = await asyncio.to_thread(open_tap, Path(netns), "tap0")
             try:
-                spec = msgspec.structs.replace(
-                    site.spec, netns=netns, nics=(NicSpec(mac="02:00:00:00:00:01"),)
-                )
+                nics = (NicSpec(mac="02:00:00:00:00:01"),)
+                spec = msgspec.structs.replace(site.spec, netns=netns, nics=nics)
                 machine = await site.hypervisor.start(spec, (tap,))
                 site.machines.append(machine)
                 handle = machine.handle
-                os.fstat(tap)  # what the caller gave is still the caller's
+                os.fstat(tap)  # still open: it belongs to the caller
             finally:
                 os.close(tap)
-            assert Path(f"/proc/{handle.vmm.pid}/ns/net").readlink() == Path(netns).readlink()
+            holding = site.kit.network_process(handle)
+            assert Path(f"/proc/{holding.pid}/ns/net").readlink() == Path(netns).readlink()
             command = ["nsenter", f"--net={netns}", "ip", "-o", "link", "show", "tap0"]
             shown = await process.run(command, timeout_s=10)
-            assert b"LOWER_UP" in shown.stdout, "somebody holds the other end"
+            assert b"LOWER_UP" in shown.stdout, "the other end is held"
         finally:
             holder.kill()
 
 
-def open_tap(netns: str, name: str) -> int:
-    """In a thread that ends with it: a thread that has entered a namespace is good for nothing else."""
-    opened: list[int] = []
-
-    def work() -> None:
-        with open(netns) as namespace:  # noqa: PTH123
-            assert ctypes.CDLL(None).setns(namespace.fileno(), 0x40000000) == 0
+def open_tap(netns: Path, name: str) -> int:
+    def work() -> int:
         tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         flags = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
         fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", name.encode(), flags))  # TUNSETIFF
-        opened.append(tap)
+        return tap
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    return opened[0]
+    return threads.call_in_namespace(netns, syscalls.CLONE_NEWNET, work, "tap")
 
 
-async def test_the_channel_listens_before_the_guest_does(site: Site) -> None:
+async def test_channel_accepts_a_connection_before_the_guest_is_ready(site: Site) -> None:
     handle = (await site.start()).handle
     scheme, _, address = handle.channel.partition(":")
-    assert scheme == "serial"
+    assert scheme in ("serial", "unix")
     with unix_sockets.connect(Path(address)):
         assert process.alive(handle.vmm)
 
 
-# ------------------------------------------------------------------------------------ templates
-
-ROOM = {"max_memory_mib": 192, "max_vcpus": 2, "max_nics": 2}
+# ------------------------------------------------------------------------------------------ disks
 
 
-async def save(site: Site, directory: Path) -> None:
-    """A template of the site's guest, by a VM that is gone afterwards."""
-    machine = await site.start(savable=True, shares=(), **ROOM)
-    await until_printed(machine, "the guest lives")
+async def test_disks_are_attached_as_requested(site: Site, tmp_path: Path) -> None:
+    for name, size in (("root", 1 << 20), ("scratch", 3 << 20)):
+        with (tmp_path / name).open("wb") as disk:
+            disk.truncate(size)
+        (tmp_path / name).chmod(0o600)
+    disks = (
+        DiskSpec(path=str(tmp_path / "root"), serial="root", readonly=True),
+        DiskSpec(path=str(tmp_path / "scratch"), serial="scratch-1"),
+    )
+    if await site.refuses(Feature.DISKS, disks=disks):
+        return
+    machine = await site.start(disks=disks)
+    described = await machine.describe()
+    assert described["disk.root"] == f"{1 << 20} ro"
+    assert described["disk.scratch-1"] == f"{3 << 20} rw"
+
+
+@pytest.mark.parametrize("path", ["/nonexistent/disk", "/dev/null"])
+async def test_start_with_a_path_that_is_no_disk_leaves_nothing(site: Site, path: str) -> None:
+    disks = (DiskSpec(path=path, serial="root"),)
+    if await site.refuses(Feature.DISKS, disks=disks):
+        return
+    with pytest.raises(VmmError, match=f"disk root: {path}"):
+        await site.start(disks=disks)
+    assert site.processes() == []
+
+
+# ---------------------------------------------------------------------------------------- pausing
+
+
+async def test_paused_vm_prints_nothing_until_it_is_resumed(site: Site) -> None:
+    machine = await site.start()
+    await until_printed(machine, LINE)
+    if not site.supports(Feature.PAUSE):
+        for verb in (machine.pause, machine.resume):
+            with unsupported(site, Feature.PAUSE):
+                await verb()
+        assert (await machine.describe())["state"] == "running"
+        return
+    for _ in range(2):
+        await machine.pause()
+    assert (await machine.describe())["state"] == "paused"
+    await asyncio.sleep(0.2)  # output that is on its way still arrives
+    printed = len(machine.console_tail())
+    await asyncio.sleep(0.2)
+    assert len(machine.console_tail()) == printed
+    for _ in range(2):
+        await machine.resume()
+    await eventually(machine.console_tail, until=lambda tail: len(tail) > printed, timeout_s=DEADLINE_S)
+    await machine.close()
+
+
+# ---------------------------------------------------------------------------------------- growing
+
+GROWTH = {"max_memory_mib": 192, "max_vcpus": 2, "max_nics": 2}
+
+
+async def test_vm_is_not_grown_beyond_its_spec(site: Site) -> None:
+    machine = await site.start(**GROWTH)
+    if not site.supports(Feature.GROW):
+        with unsupported(site, Feature.GROW):
+            await machine.grow(128, 2)
+        assert (await machine.describe())["state"] == "running"
+        return
+    for memory_mib, vcpus in ((256, 1), (64, 3)):
+        with pytest.raises(VmmError, match="more than"):
+            await machine.grow(memory_mib, vcpus)
+    await machine.grow(64, 1)  # no growth
+    await machine.grow(64, 2)
+    await machine.grow(64, 2)
+    await machine.close()
+
+
+async def test_guest_that_accepts_no_memory_fails_the_growth(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not site.supports(Feature.GROW):
+        pytest.skip("the test above has seen the refusal")
+    monkeypatch.setattr(hotplug, "MEMORY_TIMEOUT_S", 0.2)
+    machine = await site.start(**GROWTH)
+    with pytest.raises(VmmError, match="took 0 of 64 MiB"):
+        await machine.grow(128, 1)
+    await machine.close()
+
+
+async def test_nic_beyond_the_spec_is_rejected(site: Site) -> None:
+    machine = await site.start(**GROWTH)
+    nic = NicSpec(mac="02:00:00:00:00:02")
+    if not site.supports(Feature.PLUG_NIC):
+        with unsupported(site, Feature.PLUG_NIC):
+            await machine.plug_nic(1, nic, -1)
+        return
+    for number in (0, 2):
+        with pytest.raises(VmmError, match="more than"):
+            await machine.plug_nic(number, nic, -1)
+
+
+# -------------------------------------------------------------------------------------- templates
+
+
+async def save(site: Site, directory: Path) -> bool:
+    """Make a template of the site's guest, whose VM is gone afterwards. False: the driver refuses to."""
+    if await site.refuses(Feature.SAVE, savable=True, shares=(), **GROWTH):
+        assert await site.refuses(Feature.SAVE, template=str(directory), **GROWTH)
+        machine = await site.start()
+        with unsupported(site, Feature.SAVE):
+            await machine.save(directory)
+        assert not directory.exists() and (await machine.describe())["state"] == "running"
+        return False
+    machine = await site.start(savable=True, shares=(), **GROWTH)
+    await until_printed(machine, LINE)
     await machine.save(directory)
     await machine.close()
     await site.hypervisor.destroy(site.spec.pod_id, site.run_dir)
     assert site.processes() == []
+    return True
 
 
-def forget_console(site: Site) -> None:
-    (site.run_dir / "console.log").unlink()
-
-
-async def test_a_saved_vm_goes_on_as_often_as_asked(site: Site, tmp_path: Path) -> None:
-    await save(site, tmp_path / "template")
-    Path(site.spec.kernel).unlink()  # what goes on needs none
+async def test_template_is_restored_as_often_as_requested(site: Site, tmp_path: Path) -> None:
+    if not await save(site, tmp_path / "template"):
+        return
+    Path(site.spec.kernel).unlink()  # a restored VM needs none
     for _ in range(2):
-        forget_console(site)
-        machine = await site.start(template=str(tmp_path / "template"), **ROOM)
-        assert set(machine.handle.helpers) == {"rootfs", "volumes"}
+        (site.run_dir / "console.log").unlink()
+        machine = await site.start(template=str(tmp_path / "template"), **GROWTH)
+        assert set(machine.handle.helpers) == site.kit.helpers(site.spec)
         assert (await machine.describe())["state"] == "running"
-        await until_printed(machine, "the guest lives")
+        await until_printed(machine, LINE)
         await machine.close()
         await site.hypervisor.destroy(site.spec.pod_id, site.run_dir)
         assert site.processes() == []
 
 
-async def test_a_paused_vm_says_nothing_until_it_is_resumed(site: Site) -> None:
-    machine = await site.start()
-    await until_printed(machine, "the guest lives")
-    for _ in range(2):
-        await machine.pause()
-    assert (await machine.describe())["state"] == "paused"
-    await asyncio.sleep(0.2)  # what is under way still arrives
-    said = len(machine.console_tail())
-    await asyncio.sleep(0.2)
-    assert len(machine.console_tail()) == said
-    for _ in range(2):
-        await machine.resume()
-    async with asyncio.timeout(DEADLINE_S):
-        while len(machine.console_tail()) == said:
-            await asyncio.sleep(0.02)
-    await machine.close()
-
-
 @pytest.mark.parametrize("damage", ["state", "ram", "gone", "other-size"])
-async def test_a_template_that_is_damaged_undoes_all(site: Site, tmp_path: Path, damage: str) -> None:
+async def test_restore_of_a_damaged_template_leaves_nothing(site: Site, tmp_path: Path, damage: str) -> None:
     template = tmp_path / "template"
-    await save(site, template)
+    if not await save(site, template):
+        return
     changes: dict[str, object] = {}
     match damage:
         case "state":
@@ -344,14 +442,15 @@ async def test_a_template_that_is_damaged_undoes_all(site: Site, tmp_path: Path,
         case "other-size":
             changes["memory_mib"] = 128
     with pytest.raises(VmmError):
-        await site.start(**{"template": str(template), **ROOM, **changes})
+        await site.start(**{"template": str(template), **GROWTH, **changes})
     assert site.processes() == []
     await site.start()  # and nothing is in the way of the next
 
 
-async def test_a_cancelled_continuation_leaves_nothing(site: Site, tmp_path: Path) -> None:
-    await save(site, tmp_path / "template")
-    starting = asyncio.create_task(site.start(template=str(tmp_path / "template"), **ROOM))
+async def test_cancelled_restore_leaves_nothing(site: Site, tmp_path: Path) -> None:
+    if not await save(site, tmp_path / "template"):
+        return
+    starting = asyncio.create_task(site.start(template=str(tmp_path / "template"), **GROWTH))
     async with asyncio.timeout(DEADLINE_S):
         while not (site.run_dir / "agent.sock").exists():
             await asyncio.sleep(0.002)
@@ -361,35 +460,50 @@ async def test_a_cancelled_continuation_leaves_nothing(site: Site, tmp_path: Pat
     assert site.processes() == []
 
 
-async def test_a_vm_is_not_grown_beyond_its_room(site: Site) -> None:
-    machine = await site.start(**ROOM)
-    for memory_mib, vcpus in ((256, 1), (64, 3)):
-        with pytest.raises(VmmError, match="more than"):
-            await machine.grow(memory_mib, vcpus)
-    await machine.grow(64, 1)  # what it has anyway
-    await machine.grow(64, 2)
-    await machine.grow(64, 2)
-    await machine.close()
-
-
-async def test_a_guest_that_takes_no_memory_is_told_of(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sandbox.vmm.qemu.hotplug.MEMORY_TIMEOUT_S", 0.2)
-    machine = await site.start(**ROOM)
-    with pytest.raises(VmmError, match="took 0 of 64 MiB"):
-        await machine.grow(128, 1)
-    await machine.close()
-
-
-async def test_the_fingerprint_is_of_what_a_template_depends_on(site: Site) -> None:
+async def test_fingerprint_covers_what_a_template_depends_on(site: Site) -> None:
     async def fingerprint(**changes: object) -> str:
         return await site.hypervisor.fingerprint(msgspec.structs.replace(site.spec, **changes))
 
     first = await fingerprint()
     same = {"pod_id": "other", "run_dir": "/elsewhere", "shares": (), "netns": "/n", "cgroups": ()}
     assert await fingerprint(**same) == first
-    for changes in ({"memory_mib": 128}, {"vcpus": 2}, {"accelerator": "kvm"}, {"max_nics": 2}):
+    for changes in ({"memory_mib": 128}, {"vcpus": 2}, {"max_nics": 2}):
         assert await fingerprint(**changes) != first
     site.guest("another guest")
     assert await fingerprint() != first
     with pytest.raises(MissingProgram, match="husk guest build"):
         await fingerprint(kernel="/nonexistent/vmlinux")
+
+
+# ------------------------------------------------------------------------------------------- host
+
+
+async def test_host_of_each_driver_reports_version_accelerators_and_checks(site: Site) -> None:
+    host = find_host(site.name)
+    assert await host.version()
+    *_, last = host.candidates()
+    assert not last.trial and last.reason, "the last candidate is believed to work"
+    findings = [await check.run() for check in host.checks()]
+    assert findings and all(finding.detail for finding in findings)
+    for accelerator in ("auto", site.kit.ACCELERATOR):
+        host.check(accelerator, {})
+    with pytest.raises(InvalidSpec) as refused:
+        host.check("magic", {})
+    assert refused.value.field == "accelerator"
+    with pytest.raises(InvalidSpec, match="options"):
+        host.check("auto", site.kit.UNKNOWN_OPTIONS)
+
+
+async def test_qemu_names_a_machine_type_that_does_not_exist(site: Site) -> None:
+    if site.name != "qemu":
+        pytest.skip("an option of QEMU")
+    with pytest.raises(VmmError, match="machine type"):
+        await site.start(options={"machine": "no-such-machine"})
+    assert site.processes() == []
+
+
+async def test_qemu_fingerprint_covers_the_accelerator(site: Site) -> None:
+    if site.name != "qemu":
+        pytest.skip("the others have one accelerator")
+    kvm = msgspec.structs.replace(site.spec, accelerator="kvm")
+    assert await site.hypervisor.fingerprint(kvm) != await site.hypervisor.fingerprint(site.spec)
