@@ -277,7 +277,7 @@ def _read(path: Path) -> bytes:
 async def test_vm_that_dies_makes_its_pod_not_ready(node: Node) -> None:
     pod = await node.pod()
     container = await node.container(pod)
-    vm = node.daemon.pods.find(pod).vm
+    vm = node.daemon.pods.find(pod).vm_handle
     assert vm is not None
     await process.kill(vm.vmm)
     await eventually(
