@@ -1,4 +1,4 @@
-"""The files in examples/ are valid: crictl's by the CRI's messages and our translation, Kubernetes's as YAML."""
+"""The files in examples/ are valid: by the CRI's messages and our translation, Kubernetes's as YAML."""
 
 from __future__ import annotations
 
