@@ -381,7 +381,7 @@ class _Builder:
             runtime_service(
                 pods=self.pods,
                 containers=self.containers,
-                meter=stats,
+                stats=stats,
                 events=self.events,
                 networks=self.networks,
                 node=self.node,

@@ -1,8 +1,8 @@
-"""Errors as gRPC status codes: the only place that knows them.
+"""The gRPC status code of every error; no other file knows status codes.
 
-The codes of "gone", "reserved", "not offered" and the like are the ones that kubelets rely on; where
-the CRI fixes none, the nearest code of gRPC's own list is given (never NOT_FOUND, which a kubelet
-takes as "gone").
+The codes for objects that do not exist, reserved names, unimplemented rpcs and the like are those that
+kubelets rely on. Where the CRI specifies none, the closest code of gRPC's list is used, but never NOT_FOUND,
+which a kubelet takes for "already removed".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sandbox.spec import Value
 
 Code = grpc.StatusCode
 
-# The status travels in a trailer, and clients take about 8 KiB of them. The log has it whole.
+# Characters. The status is sent in a trailer, of which clients accept about 8 KiB. The log has the full text.
 MESSAGE_MAX = 3000
 
 CODES: Mapping[type[BaseException], grpc.StatusCode] = {
@@ -57,7 +57,7 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     TooManyTokens: Code.RESOURCE_EXHAUSTED,
 }
 
-# Whose fault it is decides how loud the log is.
+# Errors of the client rather than of Husk; they are logged at a lower level.
 CLIENT_CODES = frozenset(
     {
         Code.NOT_FOUND,
@@ -72,23 +72,24 @@ CLIENT_CODES = frozenset(
 
 
 class NotOffered(Exception):
-    """An rpc of the CRI that Husk does not serve."""
+    """An rpc of the CRI that Husk does not implement."""
 
     def __init__(self, method: str) -> None:
-        super().__init__(f"husk does not offer {method} yet")
+        super().__init__(f"husk does not implement {method}")
         self.method = method
 
 
 class Failure(Value, frozen=True, kw_only=True):
-    """An error as a client sees it (`message`) and as the log keeps it (`full`)."""
+    """An error as the client receives it (`code`, `message`) and as it is logged (`full`)."""
 
     code: grpc.StatusCode
     message: str
     full: str
-    expected: bool  # False: a bug, so its traceback is worth keeping
+    expected: bool  # False: a bug, so its traceback is logged too
 
 
 def failure_of(error: BaseException) -> Failure:
+    """Return the status for an error. One without a code is INTERNAL, with a tag to find it in the log by."""
     code = _code(error)
     if code is None:
         tag = secrets.token_hex(4)
@@ -102,7 +103,7 @@ def _code(error: BaseException) -> grpc.StatusCode | None:
     if isinstance(error, NotOffered):
         return Code.UNIMPLEMENTED
     if isinstance(error, sandbox.PhaseFailed) and error.__cause__ is not None:
-        # the phase says where, its cause says what a client can do about it
+        # the phase says where it failed; its cause decides what a client can do
         return _code(error.__cause__) or Code.INTERNAL
     for kind in type(error).__mro__:
         if kind in CODES:
@@ -111,7 +112,7 @@ def _code(error: BaseException) -> grpc.StatusCode | None:
 
 
 def _short(text: str) -> str:
-    """The beginning and, as a console's last lines are the telling ones, more of the end."""
+    """Cut the middle of a long text: the end may hold the last lines of a console, so it keeps two thirds."""
     if len(text) <= MESSAGE_MAX:
         return text
     head = MESSAGE_MAX // 3

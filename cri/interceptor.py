@@ -1,7 +1,7 @@
-"""The edge of every call: read it, time it, count it, log it once, turn its error into a status.
+"""Around every call: parse the request, time and count the call, log it once, convert its error to a status.
 
-Nothing behind it logs a call's failure or knows a status code. Requests are parsed here, not by gRPC,
-whose answer to bytes that are no message is INTERNAL, with a traceback in the log.
+No other code logs a call's failure or knows a status code. Requests are parsed here rather than by gRPC,
+which answers an unparsable request with INTERNAL and logs a traceback.
 """
 
 from __future__ import annotations
@@ -23,56 +23,65 @@ from sandbox.errors import InvalidSpec
 log = logging.getLogger("cri")
 
 Request = Any  # a message of the method's input type
-Answer = Any  # a message of its output type, or the bytes of one
+Response = Any  # a message of its output type, or an encoded one
 Context = grpc.aio.ServicerContext[Any, Any]
-Read = Callable[[bytes], Request]  # raises DecodeError
-Unary = Callable[[Request], Awaitable[Answer]]
-Stream = Callable[[Request], AsyncIterator[Answer]]
+Parse = Callable[[bytes], Request]  # raises DecodeError
+Unary = Callable[[Request], Awaitable[Response]]
+Stream = Callable[[Request], AsyncIterator[Response]]
 
-# Asked all day long by a kubelet, and they change nothing.
-_QUIET_BEGINNINGS = ("List", "Stream")
-_QUIET_ENDINGS = ("Status", "Stats", "Info", "Config", "Metrics", "Descriptors")
-_LOUD = frozenset({"UpdateRuntimeConfig"})
+# Rpcs that change nothing, and that a kubelet calls all the time: logged at DEBUG.
+_READ_PREFIXES = ("List", "Stream")
+_READ_SUFFIXES = ("Status", "Stats", "Info", "Config", "Metrics", "Descriptors")
+_WRITES = frozenset({"UpdateRuntimeConfig"})
 
 
-def is_quiet(method: str) -> bool:
-    reads = method == "Version" or method.startswith(_QUIET_BEGINNINGS) or method.endswith(_QUIET_ENDINGS)
-    return reads and method not in _LOUD
+def is_read_only(method: str) -> bool:
+    """Whether an rpc, by its name, changes nothing."""
+    reads = method == "Version" or method.startswith(_READ_PREFIXES) or method.endswith(_READ_SUFFIXES)
+    return reads and method not in _WRITES
 
 
 class Interceptor:
+    """Wraps the implementations of rpcs."""
+
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def unary(self, method: str, read: Read, call: Unary) -> Callable[[bytes, Context], Awaitable[Answer]]:
-        async def served(data: bytes, context: Context) -> Answer:
-            visit = self._begin(method)
+    def unary(
+        self, method: str, parse: Parse, call: Unary
+    ) -> Callable[[bytes, Context], Awaitable[Response]]:
+        """Wrap a unary rpc; `parse` reads its request."""
+
+        async def served(data: bytes, context: Context) -> Response:
+            running = self._begin(method)
             try:
-                answer = await call(_request(read, data))
+                response = await call(_parse_request(parse, data))
             except asyncio.CancelledError:
-                visit.left(context)
+                running.cancelled(context)
                 raise
             except Exception as error:
-                await context.abort(*visit.failed(error))
-            visit.done()
-            return answer
+                await context.abort(*running.failed(error))
+            running.succeeded()
+            return response
 
         return served
 
     def stream(
-        self, method: str, read: Read, call: Stream
-    ) -> Callable[[bytes, Context], AsyncIterator[Answer]]:
-        async def served(data: bytes, context: Context) -> AsyncIterator[Answer]:
-            visit = self._begin(method)
+        self, method: str, parse: Parse, call: Stream
+    ) -> Callable[[bytes, Context], AsyncIterator[Response]]:
+        """Wrap a server-streaming rpc; `parse` reads its request."""
+
+        async def served(data: bytes, context: Context) -> AsyncIterator[Response]:
+            running = self._begin(method)
             try:
-                async for answer in call(_request(read, data)):
-                    yield answer
+                async for response in call(_parse_request(parse, data)):
+                    yield response
             except (asyncio.CancelledError, GeneratorExit):
-                visit.left(context)
+                running.cancelled(context)
                 raise
             except Exception as error:
-                await context.abort(*visit.failed(error))
-            visit.done()
+                await context.abort(*running.failed(error))
+            running.succeeded()
 
         return served
 
@@ -82,18 +91,18 @@ class Interceptor:
 
 
 class _Call:
-    """One call under way."""
+    """A running call, until one of its three methods ends it."""
 
     def __init__(self, method: str, metrics: Metrics) -> None:
         self._method = method
         self._metrics = metrics
         self._began = time.monotonic()
 
-    def done(self) -> None:
-        self._end("OK", logging.DEBUG if is_quiet(self._method) else logging.INFO)
+    def succeeded(self) -> None:
+        self._end("OK", logging.DEBUG if is_read_only(self._method) else logging.INFO)
 
-    def left(self, context: Context) -> None:
-        """The client cancelled, or its deadline passed: it is told so by gRPC itself."""
+    def cancelled(self, context: Context) -> None:
+        """The client cancelled, or its deadline passed; gRPC sends the status in both cases."""
         remaining = context.time_remaining()
         late = remaining is not None and remaining <= 0
         self._end("DEADLINE_EXCEEDED" if late else "CANCELLED", logging.INFO)
@@ -108,7 +117,7 @@ class _Call:
     def _level(self, failure: Failure) -> int:
         if failure.code not in CLIENT_CODES:
             return logging.ERROR
-        return logging.DEBUG if is_quiet(self._method) else logging.INFO
+        return logging.DEBUG if is_read_only(self._method) else logging.INFO
 
     def _end(self, code: str, level: int, **fields: object) -> None:
         seconds = time.monotonic() - self._began
@@ -116,18 +125,18 @@ class _Call:
         log.log(level, self._method, extra={"fields": {"code": code, "seconds": seconds, **fields}})
 
 
-def _request(read: Read, data: bytes) -> Request:
-    """Raises InvalidSpec."""
+def _parse_request(parse: Parse, data: bytes) -> Request:
+    """Parse the request and set the pod of the call's log lines. Raises InvalidSpec."""
     try:
-        request = read(data)
+        request = parse(data)
     except DecodeError as error:
-        raise InvalidSpec("request", f"is no such message: {error}", "a message of the CRI v1") from error
+        raise InvalidSpec("request", f"cannot be parsed: {error}", "a message of the CRI v1") from error
     set_pod_context(_pod_of(request))
     return request
 
 
 def _pod_of(request: Request) -> str:
-    """What a request itself says about its pod, for the log; services may know better."""
+    """Return the pod that a request names, for the log; services replace it with the pod that they find."""
     pod_id = getattr(request, "pod_sandbox_id", "")
     if pod_id:
         return str(pod_id)[:13]

@@ -1,8 +1,8 @@
-"""One daemon to a state directory.
+"""A lock that allows one daemon per state directory.
 
-A second one would take up the pods of the first, end their conversations and undo what is just being
-started, long before it comes to the socket and finds that it is taken. The lock is the kernel's
-(flock(2)) on an open file, so it ends with its process, however that ends; children do not get it.
+A second daemon would recover the first one's pods, take over their connections and undo what is being
+started, long before it finds the socket in use. The lock is flock(2) on an open directory, so it ends with
+its process in any case; the descriptor is not inherited.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-# A daemon that was just killed may live on for a moment in a child that is about to exec.
-PATIENCE_S = 2.0
+# The lock of a daemon that was just killed is held a moment longer by a child that has not run exec yet.
+WAIT_S = 2.0
 PAUSE_S = 0.05
 
 
 class DirectoryTaken(Exception):
-    """Another daemon works with this directory."""
+    """Another daemon uses this directory."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{path}: another daemon works there; stop it, or choose another --root")
+        super().__init__(f"{path} is in use by another daemon; stop it, or choose another --root")
         self.path = path
 
 
 @contextmanager
-def hold(directories: Sequence[Path], patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Make the directories, if they are not there, and keep other daemons out of them.
+def hold(directories: Sequence[Path], wait_s: float = WAIT_S) -> Iterator[None]:
+    """Lock the directories for this process, and create those that do not exist (mode 0711).
 
-    Raises DirectoryTaken, OSError.
+    Waits up to `wait_s` seconds for a lock. Raises DirectoryTaken, OSError.
     """
     with ExitStack() as held:
         for directory in directories:
             directory.mkdir(mode=0o711, parents=True, exist_ok=True)
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             held.callback(os.close, fd)
-            _lock(fd, directory, time.monotonic() + patience_s)
+            _lock(fd, directory, time.monotonic() + wait_s)
         yield
 
 

@@ -1,4 +1,4 @@
-"""What the services need of the rest, as they see it. `cri/daemon.py` plugs the real objects in."""
+"""The interfaces through which the services use the rest of Husk. `cri/daemon.py` passes the objects in."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from sandbox.stats.parse import PodStats
 
 
 class ExecResult(Protocol):
+    """The end of a command."""
+
     @property
     def exit_code(self) -> int: ...
     @property
@@ -30,60 +32,118 @@ class ExecResult(Protocol):
 
 
 class Pods(Protocol):
-    """`find` raises NotFound; `stop` and `remove` do not mind an unknown id."""
+    """Pod sandboxes. Any id may be a unique prefix. See `sandbox.pods.Pods`."""
 
-    async def run(self, spec: PodSpec) -> PodId: ...
-    async def stop(self, id: str) -> None: ...
-    async def remove(self, id: str) -> None: ...
-    def find(self, id: str) -> PodRecord: ...
-    def list(self) -> Sequence[PodRecord]: ...
-    def containers_of(self, pod_id: PodId) -> Sequence[ContainerRecord]: ...
-    async def describe(self, record: PodRecord) -> Mapping[str, object]: ...
-    async def update(self, id: str, resources: Resources, overhead: Resources) -> None: ...
-    async def dial(self, id: str, port: int) -> PortConnection: ...
+    async def run(self, spec: PodSpec) -> PodId:
+        """Start a pod. On failure nothing of it is left. Raises Reserved, InvalidSpec, PhaseFailed ..."""
+
+    async def stop(self, id: str) -> None:
+        """Stop a pod and its containers. Idempotent; an unknown id is ignored."""
+
+    async def remove(self, id: str) -> None:
+        """Stop and remove a pod and its containers. Idempotent; an unknown id is ignored."""
+
+    def find(self, id: str) -> PodRecord:
+        """Raises NotFound."""
+
+    def list(self) -> Sequence[PodRecord]:
+        """Return every pod but those that are being started."""
+
+    def containers_of(self, pod_id: PodId) -> Sequence[ContainerRecord]:
+        """Return the containers of a pod, those that are being created included. Raises NotFound."""
+
+    async def describe(self, record: PodRecord) -> Mapping[str, object]:
+        """Return facts for `crictl inspectp`."""
+
+    async def update(self, id: str, resources: Resources, overhead: Resources) -> None:
+        """Apply new limits to a pod as a whole. On failure the previous ones stay in force."""
+
+    async def dial(self, id: str, port: int) -> PortConnection:
+        """Connect to a TCP port in a pod. The caller closes the connection. Raises SandboxError."""
 
 
 class Containers(Protocol):
-    """`find` raises NotFound; `stop` and `remove` do not mind an unknown id."""
+    """Containers. Any id may be a unique prefix. See `sandbox.containers.Containers`."""
 
-    async def create(self, pod_id: str, spec: ContainerSpec) -> ContainerId: ...
-    async def start(self, id: str) -> None: ...
-    async def stop(self, id: str, timeout_s: float) -> None: ...
-    async def remove(self, id: str) -> None: ...
-    def find(self, id: str) -> ContainerRecord: ...
-    def list(self) -> Sequence[ContainerRecord]: ...
-    async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult: ...
+    async def create(self, pod_id: str, spec: ContainerSpec) -> ContainerId:
+        """Create a container in a ready pod. On failure nothing of it is left."""
+
+    async def start(self, id: str) -> None:
+        """Start a created container. Raises NotFound, WrongState, GuestError ..."""
+
+    async def stop(self, id: str, timeout_s: float) -> None:
+        """Stop with the stop signal, then SIGKILL after `timeout_s`. Idempotent; unknown ids are ignored."""
+
+    async def remove(self, id: str) -> None:
+        """Kill and remove a container. Idempotent; an unknown id is ignored."""
+
+    def find(self, id: str) -> ContainerRecord:
+        """Raises NotFound."""
+
+    def list(self) -> Sequence[ContainerRecord]:
+        """Return every container but those that are being created."""
+
+    async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult:
+        """Run a command to its end, or for `timeout_s` seconds (then DeadlineExceeded)."""
+
     async def exec(
         self, id: str, cmd: Sequence[str], *, tty: bool, stdin: bool, stdout: bool, stderr: bool
-    ) -> Session: ...
-    async def attach(self, id: str, *, stdin: bool, stdout: bool, stderr: bool) -> Session: ...
-    async def reopen_log(self, id: str) -> None: ...
-    async def update(self, id: str, resources: Resources) -> None: ...
-    def open_files_limit(self, id: ContainerId) -> int: ...
-    async def describe(self, record: ContainerRecord) -> Mapping[str, object]: ...
+    ) -> Session:
+        """Start a command with these streams. The caller closes the session."""
+
+    async def attach(self, id: str, *, stdin: bool, stdout: bool, stderr: bool) -> Session:
+        """Attach to the streams of the first process. The caller closes the session."""
+
+    async def reopen_log(self, id: str) -> None:
+        """Open the log file again after a rotation."""
+
+    async def update(self, id: str, resources: Resources) -> None:
+        """Apply new limits. On failure the previous ones stay in force."""
+
+    def open_files_limit(self, id: ContainerId) -> int:
+        """Return the soft RLIMIT_NOFILE of the first process."""
+
+    async def describe(self, record: ContainerRecord) -> Mapping[str, object]:
+        """Return facts for `crictl inspect`."""
 
 
 class StatsCollector(Protocol):
+    """Samples usage of pods. See `sandbox.stats.collector`."""
+
     def read(self, pod_ids: Iterable[PodId], *, files: bool = False) -> AsyncIterator[PodStats]:
-        """Usage of each pod as it comes; those that do not tell soon are left out."""
+        """Yield usage of each pod as its sample arrives; pods that do not answer in time are omitted.
+
+        `files`: count open descriptors too, which takes the guest longer.
+        """
 
 
 class Events(Protocol):
+    """Events of containers. See `sandbox.events`."""
+
     def subscribe(self) -> AbstractContextManager[AsyncIterable[Event]]:
-        """Iterating raises FellBehind when it is too slow."""
+        """Subscribe while the context is entered. Iterating raises FellBehind when it is too slow."""
 
 
 class Streaming(Protocol):
+    """The streaming server. See `cri.streaming.server`."""
+
     def url(self, options: SessionOptions) -> str:
-        """Where a client finds its session, once and soon. Raises TooManyTokens."""
+        """Return the URL of a session, valid once and for a minute. Raises TooManyTokens."""
 
 
 class Networks(Protocol):
-    def status(self) -> NetworkStatus: ...
-    def update_pod_cidr(self, cidr: str) -> None: ...
+    """The pods' network. See `network.attach.Networks`."""
+
+    def status(self) -> NetworkStatus:
+        """Return whether a usable CNI configuration exists, and what is wrong otherwise."""
+
+    def update_pod_cidr(self, cidr: str) -> None:
+        """Use this range of addresses for pods."""
 
 
 class FsUsage(Protocol):
+    """What images use of their filesystem."""
+
     @property
     def mountpoint(self) -> str: ...
     @property
@@ -93,22 +153,33 @@ class FsUsage(Protocol):
 
 
 class Images(Protocol):
-    """`find` raises ImageNotFound; `remove` does not mind an unknown name."""
+    """Images. A reference is a name, a digest or an id. See `image.image_store.ImageStore`."""
 
     async def pull(
         self, ref: str, auth: Auth | None = None, *, on_progress: Callable[[Progress], None] | None = None
-    ) -> Image: ...
+    ) -> Image:
+        """Pull an image from its registry. Raises any ImageError."""
+
     async def import_archive(
         self, path: Path, *, name: str = "", on_progress: Callable[[Progress], None] | None = None
-    ) -> tuple[Image, ...]: ...
-    def find(self, ref: str) -> Image: ...
-    def list(self) -> tuple[Image, ...]: ...
-    async def remove(self, ref: str) -> Image | None: ...
-    def fs_usage(self) -> FsUsage: ...
+    ) -> tuple[Image, ...]:
+        """Import the images of an archive; `name` replaces the name of its only one. Raises ImageError."""
+
+    def find(self, ref: str) -> Image:
+        """Raises ImageNotFound."""
+
+    def list(self) -> tuple[Image, ...]:
+        """Return every image."""
+
+    async def remove(self, ref: str) -> Image | None:
+        """Remove an image with all its names; None for an unknown one. Idempotent."""
+
+    def fs_usage(self) -> FsUsage:
+        """Return what images use, from sums that are kept in memory."""
 
 
 class Condition(Value, frozen=True, kw_only=True):
-    """A condition as Kubernetes has it; `reason` is one CamelCase word."""
+    """A condition of `Status`; `reason` is a CamelCase word, as in Kubernetes."""
 
     ready: bool
     reason: str = ""
@@ -116,11 +187,11 @@ class Condition(Value, frozen=True, kw_only=True):
 
 
 class Features(Value, frozen=True, kw_only=True):
-    """What every handler can do; a kubelet asks for no more than is announced here."""
+    """Features of every handler; a kubelet requests only what is announced here."""
 
     recursive_read_only_mounts: bool = True
     user_namespaces: bool = False
-    user_namespace_obstacle: str = ""  # why not
+    user_namespace_obstacle: str = ""  # why not, if user_namespaces is false
     supplemental_groups_policy: bool = True
     mount_options: bool = True
 
@@ -132,10 +203,10 @@ class Node(Protocol):
     cgroup_driver: Driver
 
     def handlers(self) -> Sequence[str]:
-        """Names of the runtime handlers, the default "" among them."""
+        """Return the names of the runtime handlers, "" (the default) among them."""
 
     def condition(self) -> Condition:
-        """Whether VMs can be started at all."""
+        """Return whether VMs can be started."""
 
     async def describe(self) -> Mapping[str, object]:
-        """Accelerator and why, versions, configuration in force."""
+        """Return facts for `crictl info`: accelerator and why, versions, configuration in force."""

@@ -1,10 +1,10 @@
 """The gRPC server on its unix socket.
 
-Handlers are built from the descriptors of cri/proto: a service is any objects that have async
-methods named as the rpcs (async generators for the streaming ones); what none of them has answers
-UNIMPLEMENTED. The socket belongs to root alone, as whoever may write to it is root on the node.
+Handlers are built from the descriptors of cri/proto. A service is a list of objects with async methods named
+like the rpcs (async generators for the streaming ones); an rpc that none of them has answers UNIMPLEMENTED.
+The socket has mode 0600, as access to it amounts to root on the node.
 
-A crash leaves the socket file behind; the next start removes it once nobody answers on it.
+A crash leaves the socket file in place; the next start removes it if no process answers on it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
 from cri.errors import NotOffered
-from cri.interceptor import Answer, Context, Interceptor, Request
+from cri.interceptor import Context, Interceptor, Request, Response
 
-MESSAGE_MAX = 16 << 20  # what every client of the CRI receives and may send
-ANSWER_TIMEOUT_S = 1.0
+MESSAGE_MAX = 16 << 20  # bytes; the limit of every client of the CRI, in both directions
+CONNECT_TIMEOUT_S = 1.0
 
 
 class SocketTaken(Exception):
-    """Another daemon answers on the socket, or something that is no socket lies there."""
+    """Another daemon answers on the socket, or its path is not a socket."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -40,23 +40,27 @@ class SocketTaken(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Service:
+    """A service and the objects that implement it."""
+
     descriptor: ServiceDescriptor
-    parts: Sequence[object]  # asked in order for each rpc
+    parts: Sequence[object]  # the first one with a method of the rpc's name serves it
 
 
 class Server:
+    """Serves on one socket. Creating it has no effect on the host."""
+
     def __init__(self, path: Path, services: Sequence[Service], interceptor: Interceptor) -> None:
         self._path = path
         self._handlers = [_handlers(service, interceptor) for service in services]
         self._server: grpc.aio.Server | None = None
 
     def check(self) -> None:
-        """Make room for the socket. Raises SocketTaken, OSError."""
+        """Create the socket's directory, and remove a stale socket. Raises SocketTaken, OSError."""
         self._path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         remove_stale(self._path)
 
     async def start(self) -> None:
-        """Serve. Raises SocketTaken, OSError."""
+        """Create the socket and serve. Raises SocketTaken, OSError."""
         self.check()
         self._server = grpc.aio.server(
             options=(
@@ -79,22 +83,22 @@ class Server:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove the socket that a killed daemon left. Raises SocketTaken."""
+    """Remove the socket that a killed daemon left. Nothing if there is none. Raises SocketTaken."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise SocketTaken(path, "is there and is no socket")
+        raise SocketTaken(path, "exists and is not a socket")
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(ANSWER_TIMEOUT_S)
+        probe.settimeout(CONNECT_TIMEOUT_S)
         try:
             probe.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
             path.unlink(missing_ok=True)
             return
         except OSError as error:
-            raise SocketTaken(path, f"cannot be tried: {error}") from error
+            raise SocketTaken(path, f"cannot connect: {error}") from error
     raise SocketTaken(path, "another daemon answers there; stop it, or choose another --socket")
 
 
@@ -124,33 +128,33 @@ def _handler(
     call = next((getattr(part, name) for part in parts if hasattr(part, name)), None)
     make: Callable[..., grpc.RpcMethodHandler[Any, Any]]
     behaviour: Callable[[bytes, Context], Any]
-    read = GetMessageClass(method.input_type).FromString
+    parse = GetMessageClass(method.input_type).FromString
     if method.server_streaming:
-        behaviour = interceptor.stream(name, read, call or _not_offered_stream(name))
+        behaviour = interceptor.stream(name, parse, call or _not_offered_stream(name))
         make = grpc.unary_stream_rpc_method_handler
     else:
-        behaviour = interceptor.unary(name, read, call or _not_offered(name))
+        behaviour = interceptor.unary(name, parse, call or _not_offered(name))
         make = grpc.unary_unary_rpc_method_handler
     return make(behaviour, response_serializer=_serialize)
 
 
-def _serialize(answer: Answer) -> bytes:
-    """List answers come as bytes already (see `encoded`)."""
-    return answer if isinstance(answer, bytes) else answer.SerializeToString()
+def _serialize(response: Response) -> bytes:
+    """Encode a response; lists are encoded already (see `cri.responses.list_cache`)."""
+    return response if isinstance(response, bytes) else response.SerializeToString()
 
 
 def _not_offered(name: str) -> Callable[[Request], Any]:
-    async def refuse(request: Request) -> Answer:
+    async def refuse(request: Request) -> Response:
         raise NotOffered(name)
 
     return refuse
 
 
-def _not_offered_stream(name: str) -> Callable[[Request], AsyncIterator[Answer]]:
-    async def refuse(request: Request) -> AsyncIterator[Answer]:
-        no_answers: Sequence[Answer] = ()
-        for answer in no_answers:  # makes it a generator
-            yield answer
+def _not_offered_stream(name: str) -> Callable[[Request], AsyncIterator[Response]]:
+    async def refuse(request: Request) -> AsyncIterator[Response]:
+        nothing: Sequence[Response] = ()
+        for response in nothing:  # makes it an async generator
+            yield response
         raise NotOffered(name)
 
     return refuse

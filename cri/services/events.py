@@ -1,4 +1,4 @@
-"""The CRI's stream of events."""
+"""The rpc of the RuntimeService that streams events of containers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ _KINDS = {
 
 
 class EventCalls:
+    """GetContainerEvents."""
+
     def __init__(self, events: Events) -> None:
         self._events = events
 
     async def GetContainerEvents(
         self, request: pb.GetEventsRequest
     ) -> AsyncIterator[pb.ContainerEventResponse]:
-        """Until the client goes, falls behind (RESOURCE_EXHAUSTED), or the daemon ends."""
+        """Stream events until the client cancels, falls behind (RESOURCE_EXHAUSTED), or the daemon stops."""
         with self._events.subscribe() as subscription:
             async for event in subscription:
                 yield event_response(event)
 
 
 def event_response(event: Event) -> pb.ContainerEventResponse:
+    """Convert an event to its CRI message."""
     return pb.ContainerEventResponse(
         container_id=event.id,
         container_event_type=_KINDS[event.kind],

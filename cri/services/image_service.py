@@ -1,4 +1,4 @@
-"""The ImageService of the CRI, and Husk's own calls about images beside it."""
+"""The ImageService of the CRI, and Husk's own service for `husk image`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sandbox.host.flights import Flights
 def image_service(
     *, images: Images, flights: Flights, metrics: Metrics, handlers: Callable[[], Sequence[str]]
 ) -> Service:
-    """`handlers` gives the names of the configured runtime handlers, "" among them."""
+    """Return the ImageService. `handlers` returns the names of the runtime handlers, "" among them."""
     return Service(
         descriptor=pb.DESCRIPTOR.services_by_name["ImageService"],
         parts=(ImageCalls(images, flights, metrics, handlers),),
@@ -25,6 +25,7 @@ def image_service(
 
 
 def transfer_service(*, images: Images, metrics: Metrics) -> Service:
+    """Return husk.v1.Images."""
     return Service(
         descriptor=husk.DESCRIPTOR.services_by_name["Images"], parts=(TransferCalls(images, metrics),)
     )

@@ -1,4 +1,4 @@
-"""The CRI's calls about images."""
+"""The rpcs of the ImageService."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Handlers = Callable[[], Sequence[str]]
 
 
 class ImageCalls:
-    """`handlers` gives the names of the runtime handlers that an image may be asked for."""
+    """Rpcs about images. Concurrent pulls of one reference with the same credentials share one execution.
+
+    `handlers` returns the names of the runtime handlers that a request may name.
+    """
 
     def __init__(self, images: Images, flights: Flights, metrics: Metrics, handlers: Handlers) -> None:
         self._images = images
@@ -32,25 +35,27 @@ class ImageCalls:
         self._items = ListCache[Image](lambda image: image.id, objects.image)
 
     async def ListImages(self, request: pb.ListImagesRequest) -> bytes:
+        """List images, or the one that the filter names, as an encoded ListImagesResponse."""
         images = self._images.list()
         self._items.keep_only(images)
         wanted = request.filter.image.image
         if not wanted:
             return self._items.of(images)
-        found = self._found(wanted)
+        found = self._find(wanted)
         return self._items.of([found] if found else [])
 
     async def StreamImages(self, request: pb.StreamImagesRequest) -> AsyncIterator[bytes]:
+        """Stream what ListImages lists, in batches of a bounded size."""
         wanted = request.filter.image.image
-        found = self._found(wanted) if wanted else None
+        found = self._find(wanted) if wanted else None
         images = self._images.list()
         self._items.keep_only(images)
         for batch in self._items.batches(([found] if found else []) if wanted else images):
             yield batch
 
     async def ImageStatus(self, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
-        """An image that is not here is no error, but an answer without one."""
-        image = self._found(self._named(request.image))
+        """Return the status of an image; a response without one if it does not exist (CRI)."""
+        image = self._find(self._reference(request.image))
         if image is None:
             return pb.ImageStatusResponse()
         response = pb.ImageStatusResponse(image=objects.image(image))
@@ -60,7 +65,8 @@ class ImageCalls:
         return response
 
     async def PullImage(self, request: pb.PullImageRequest) -> pb.PullImageResponse:
-        ref = self._named(request.image)
+        """Pull an image and return its id. Goes on when the client disconnects, so that a retry joins it."""
+        ref = self._reference(request.image)
         auth = pull_auth(request.auth) if request.HasField("auth") else None
         image = await self._flights.join(("pull-image", ref, auth), lambda: self._pull(ref, auth))
         return pb.PullImageResponse(image_ref=image.id)
@@ -70,23 +76,25 @@ class ImageCalls:
             return await self._images.pull(ref, auth, on_progress=Downloads(pull.count))
 
     async def RemoveImage(self, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
-        ref = self._named(request.image)
+        """Remove an image with all its names. Idempotent."""
+        ref = self._reference(request.image)
         await self._flights.join(("remove-image", ref), lambda: self._images.remove(ref))
         return pb.RemoveImageResponse()
 
     async def ImageFsInfo(self, request: pb.ImageFsInfoRequest) -> pb.ImageFsInfoResponse:
-        """Containers' writable layers lie on the same filesystem, so one entry says it all."""
+        """Return usage of the filesystem of images. Writable layers are on the same one, so one entry is
+        complete."""
         usage = self._images.fs_usage()
         filesystem = objects.filesystem(usage.mountpoint, time.time_ns(), usage.used_bytes, usage.inodes_used)
         return pb.ImageFsInfoResponse(image_filesystems=[filesystem])
 
-    def _found(self, ref: str) -> Image | None:
+    def _find(self, ref: str) -> Image | None:
         try:
             return self._images.find(ref)
         except ImageNotFound:
             return None
 
-    def _named(self, spec: pb.ImageSpec) -> str:
+    def _reference(self, spec: pb.ImageSpec) -> str:
         """Raises InvalidSpec."""
         if not spec.image:
             raise InvalidSpec("image.image", "is empty", "a name, a digest or an id")
@@ -97,7 +105,7 @@ class ImageCalls:
 
 
 def pull_auth(auth: pb.AuthConfig) -> Auth:
-    """Raises InvalidSpec; a secret is not repeated in it."""
+    """Convert credentials of a pull. Raises InvalidSpec, whose message repeats no secret."""
     token = auth.registry_token
     if not (token.isascii() and token.isprintable()):
         problem = "has characters that a header cannot carry"
@@ -113,15 +121,16 @@ def pull_auth(auth: pb.AuthConfig) -> Auth:
 
 
 class Downloads:
-    """Makes of "so many bytes of this blob by now" the bytes that came since the last time."""
+    """Converts progress, the bytes of each blob so far, to increments for a counter."""
 
     def __init__(self, count: Callable[[int], None]) -> None:
         self._count = count
         self._seen: dict[str, int] = {}
 
     def __call__(self, progress: Progress) -> None:
+        """Add what was downloaded since the last report of this blob."""
         if progress.step == "download":
-            # a download that begins anew counts again, as its bytes come again
+            # a download that was restarted counts again, as its bytes are received again
             seen = self._seen.get(progress.item, 0)
             self._count(progress.current - seen if progress.current >= seen else progress.current)
             self._seen[progress.item] = progress.current

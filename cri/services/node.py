@@ -1,4 +1,4 @@
-"""The CRI's calls about the runtime as a whole."""
+"""The rpcs of the RuntimeService about the runtime as a whole."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _DRIVERS = {Driver.SYSTEMD: pb.SYSTEMD, Driver.CGROUPFS: pb.CGROUPFS}
 
 
 class NodeCalls:
+    """Version, Status, RuntimeConfig and UpdateRuntimeConfig."""
+
     def __init__(self, node: Node, networks: Networks, version: str) -> None:
         self._node = node
         self._networks = networks
         self._version = version
 
     async def Version(self, request: pb.VersionRequest) -> pb.VersionResponse:
-        """Any version that a client states is accepted: there is one API, v1."""
+        """Return names and versions. The request may name any version: the only API is v1."""
         return pb.VersionResponse(
             version=KUBELET_API_VERSION,
             runtime_name=RUNTIME_NAME,
@@ -30,6 +32,7 @@ class NodeCalls:
         )
 
     async def Status(self, request: pb.StatusRequest) -> pb.StatusResponse:
+        """Return readiness, handlers and features; `verbose` adds the map `info`."""
         response = pb.StatusResponse(
             status=pb.RuntimeStatus(conditions=[self._runtime_condition(), self._network_condition()]),
             runtime_handlers=[self._handler(name) for name in self._node.handlers()],
@@ -66,13 +69,14 @@ class NodeCalls:
         return pb.RuntimeHandler(name=name, features=features)
 
     async def RuntimeConfig(self, request: pb.RuntimeConfigRequest) -> pb.RuntimeConfigResponse:
-        """What a kubelet reads once and then names the pods' cgroup parents by."""
+        """Return the cgroup driver. A kubelet reads it once, and names cgroup parents in that form."""
         driver = _DRIVERS[self._node.cgroup_driver]
         return pb.RuntimeConfigResponse(linux=pb.LinuxRuntimeConfiguration(cgroup_driver=driver))
 
     async def UpdateRuntimeConfig(
         self, request: pb.UpdateRuntimeConfigRequest
     ) -> pb.UpdateRuntimeConfigResponse:
+        """Take the node's pod CIDR over into the networks' configuration, if the request has one."""
         cidr = request.runtime_config.network_config.pod_cidr
         if cidr:
             self._networks.update_pod_cidr(cidr)

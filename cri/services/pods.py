@@ -1,4 +1,4 @@
-"""The CRI's calls about pod sandboxes."""
+"""The rpcs of the RuntimeService about pod sandboxes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from sandbox.records import ContainerRecord, ContainerState, PodRecord
 
 
 class PodCalls:
+    """Rpcs about pods. Concurrent calls for the same pod and operation share one execution."""
+
     def __init__(self, pods: Pods, node: Node, flights: Flights) -> None:
         self._pods = pods
         self._node = node
@@ -25,6 +27,7 @@ class PodCalls:
         self._items = ListCache[PodRecord](lambda record: record.id, objects.pod_item)
 
     async def RunPodSandbox(self, request: pb.RunPodSandboxRequest) -> pb.RunPodSandboxResponse:
+        """Start a pod and return its id. A concurrent retry gets the same id."""
         spec = pod_spec(request.config, request.runtime_handler)
         if spec.user_namespace and not self._node.features.user_namespaces:
             field = "config.linux.security_context.namespace_options.userns_options.mode"
@@ -34,16 +37,19 @@ class PodCalls:
         return pb.RunPodSandboxResponse(pod_sandbox_id=pod_id)
 
     async def StopPodSandbox(self, request: pb.StopPodSandboxRequest) -> pb.StopPodSandboxResponse:
-        id = self._whole(request.pod_sandbox_id)
+        """Stop a pod and its containers, and release its network. Idempotent."""
+        id = self._full_id(request.pod_sandbox_id)
         await self._flights.join(("stop-pod", id), lambda: self._pods.stop(id))
         return pb.StopPodSandboxResponse()
 
     async def RemovePodSandbox(self, request: pb.RemovePodSandboxRequest) -> pb.RemovePodSandboxResponse:
-        id = self._whole(request.pod_sandbox_id)
+        """Stop and remove a pod and its containers. Idempotent."""
+        id = self._full_id(request.pod_sandbox_id)
         await self._flights.join(("remove-pod", id), lambda: self._pods.remove(id))
         return pb.RemovePodSandboxResponse()
 
     async def PodSandboxStatus(self, request: pb.PodSandboxStatusRequest) -> pb.PodSandboxStatusResponse:
+        """Return the status of a pod and its containers; `verbose` adds the map `info`. Raises NotFound."""
         record = self._pods.find(request.pod_sandbox_id)
         response = pb.PodSandboxStatusResponse(
             status=objects.pod_status(record),
@@ -54,8 +60,8 @@ class PodCalls:
             response.info["info"] = info_json(await self._pods.describe(record))
         return response
 
-    def _whole(self, id: str) -> str:
-        """The whole id, where an unknown one is fine."""
+    def _full_id(self, id: str) -> str:
+        """Return the full id for a prefix of it, and an unknown id as it is (for idempotent calls)."""
         try:
             return self._pods.find(id).id
         except NotFound:
@@ -67,11 +73,13 @@ class PodCalls:
         return sorted(shown, key=lambda one: one.created_at_ns)
 
     async def ListPodSandbox(self, request: pb.ListPodSandboxRequest) -> bytes:
+        """List pods that match the filter, as an encoded ListPodSandboxResponse."""
         records = self._pods.list()
         self._items.keep_only(records)
         return self._items.of(objects.matching_pods(records, request.filter))
 
     async def StreamPodSandboxes(self, request: pb.StreamPodSandboxesRequest) -> AsyncIterator[bytes]:
+        """Stream what ListPodSandbox lists, in batches of a bounded size."""
         records = self._pods.list()
         self._items.keep_only(records)
         for batch in self._items.batches(objects.matching_pods(records, request.filter)):
@@ -80,6 +88,7 @@ class PodCalls:
     async def UpdatePodSandboxResources(
         self, request: pb.UpdatePodSandboxResourcesRequest
     ) -> pb.UpdatePodSandboxResourcesResponse:
+        """Apply new limits to a pod as a whole. Raises NotFound, InvalidSpec."""
         id = self._pods.find(request.pod_sandbox_id).id
         wanted, overhead = resources(request.resources, "resources"), resources(request.overhead, "overhead")
         with renamed("config.linux.resources", "resources"):

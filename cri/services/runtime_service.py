@@ -1,4 +1,4 @@
-"""The RuntimeService of the CRI: one file per concern, put together here."""
+"""The RuntimeService of the CRI, assembled from one file per subject."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def runtime_service(
     *,
     pods: Pods,
     containers: Containers,
-    meter: StatsCollector,
+    stats: StatsCollector,
     events: Events,
     networks: Networks,
     node: Node,
@@ -27,13 +27,13 @@ def runtime_service(
     version: str,
     layers_mountpoint: str,
 ) -> Service:
-    """`layers_mountpoint` is a path on the filesystem of the containers' writable layers."""
+    """Return the service. `layers_mountpoint` is a path on the filesystem of the writable layers."""
     return Service(
         descriptor=pb.DESCRIPTOR.services_by_name["RuntimeService"],
         parts=(
             PodCalls(pods, node, flights),
             ContainerCalls(containers, flights),
-            StatsCalls(pods, containers, meter, layers_mountpoint),
+            StatsCalls(pods, containers, stats, layers_mountpoint),
             EventCalls(events),
             StreamCalls(pods, containers, streaming),
             NodeCalls(node, networks, version),

@@ -1,4 +1,4 @@
-"""The CRI's calls that hand out a URL, behind which a client finds its streams."""
+"""The rpcs of the RuntimeService that return the URL of a streaming session."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ PORT_MAX = 65535
 
 
 class StreamCalls:
+    """Exec, Attach and PortForward. Each checks the request and issues a URL; `cri.streaming` serves it."""
+
     def __init__(self, pods: Pods, containers: Containers, streaming: Streaming) -> None:
         self._pods = pods
         self._containers = containers
         self._streaming = streaming
 
     async def Exec(self, request: pb.ExecRequest) -> pb.ExecResponse:
+        """Return the URL at which a command runs in a container. Raises NotFound, WrongState, InvalidSpec."""
         _check_streams(request)
         if not request.cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
@@ -36,6 +39,7 @@ class StreamCalls:
         return pb.ExecResponse(url=self._streaming.url(options))
 
     async def Attach(self, request: pb.AttachRequest) -> pb.AttachResponse:
+        """Return the URL of a container's own streams. Raises NotFound, WrongState, InvalidSpec."""
         _check_streams(request)
         options = AttachOptions(
             container_id=self._running(request.container_id).id,
@@ -47,6 +51,7 @@ class StreamCalls:
         return pb.AttachResponse(url=self._streaming.url(options))
 
     async def PortForward(self, request: pb.PortForwardRequest) -> pb.PortForwardResponse:
+        """Return the URL at which ports of a pod are forwarded. Raises NotFound, WrongState, InvalidSpec."""
         _check_ports(request.port)
         record = self._pods.find(request.pod_sandbox_id)
         set_pod_context(record.id[:13])
@@ -74,17 +79,18 @@ def _check_streams(request: pb.ExecRequest | pb.AttachRequest) -> None:
 def _check_ports(ports: Sequence[int]) -> None:
     for port in ports:
         if not 0 < port <= PORT_MAX:
-            raise InvalidSpec("port", f"{port} is no TCP port", f"1 to {PORT_MAX}")
+            raise InvalidSpec("port", f"{port} is not a TCP port", f"1 to {PORT_MAX}")
 
 
 class SandboxBackend:
-    """The pods and containers, as the streaming server wants them."""
+    """Pods and containers as the backend of the streaming server."""
 
     def __init__(self, pods: Pods, containers: Containers) -> None:
         self._pods = pods
         self._containers = containers
 
     async def exec(self, options: ExecOptions) -> Session:
+        """See `Backend.exec`."""
         return await self._containers.exec(
             options.container_id,
             options.cmd,
@@ -95,9 +101,11 @@ class SandboxBackend:
         )
 
     async def attach(self, options: AttachOptions) -> Session:
+        """See `Backend.attach`."""
         return await self._containers.attach(
             options.container_id, stdin=options.stdin, stdout=options.stdout, stderr=options.stderr
         )
 
     async def dial(self, pod_id: str, port: int) -> PortConnection:
+        """See `Backend.dial`."""
         return await self._pods.dial(pod_id, port)

@@ -1,6 +1,6 @@
-"""husk.v1.Images: pulls and imports that tell how far they are.
+"""The rpcs of husk.v1.Images: pulls and imports that stream their progress.
 
-For people at a terminal, so unlike a kubelet's pull the work ends with its caller.
+They serve `husk image` at a terminal, so unlike a kubelet's pull the work is cancelled with its caller.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ Report = Callable[[Progress], None]
 
 
 class TransferCalls:
+    """Pull and Import."""
+
     def __init__(self, images: Images, metrics: Metrics) -> None:
         self._images = images
         self._metrics = metrics
 
     async def Pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Progress]:
+        """Pull an image; the last message has its id and names."""
         if not request.image:
             raise InvalidSpec("image", "is empty", "a name")
         auth = (
@@ -45,10 +48,11 @@ class TransferCalls:
 
                 return [await self._images.pull(request.image, auth, on_progress=both)]
 
-        async for progress in _told(pull):
+        async for progress in _stream(pull):
             yield progress
 
     async def Import(self, request: pb.ImportRequest) -> AsyncIterator[pb.Progress]:
+        """Import an archive or OCI layout of the node; the last messages have the images in it."""
         if not request.path.startswith("/"):
             raise InvalidSpec("path", f"{request.path!r} is not absolute", "a path on the node")
         path = Path(request.path)
@@ -56,24 +60,24 @@ class TransferCalls:
         async def load(report: Report) -> Sequence[Image]:
             return await self._images.import_archive(path, name=request.name, on_progress=report)
 
-        async for progress in _told(load):
+        async for progress in _stream(load):
             yield progress
 
 
-async def _told(work: Callable[[Report], Awaitable[Sequence[Image]]]) -> AsyncIterator[pb.Progress]:
-    """What `work` reports as it goes on, and what it made, last."""
-    inbox = _Inbox()
+async def _stream(work: Callable[[Report], Awaitable[Sequence[Image]]]) -> AsyncIterator[pb.Progress]:
+    """Yield what `work` reports, then the images that it returns."""
+    latest = _LatestProgress()
 
     async def run() -> Sequence[Image]:
         try:
-            return await work(inbox.put)
+            return await work(latest.put)
         finally:
-            inbox.close()
+            latest.close()
 
     task = asyncio.create_task(run())
     try:
-        while not inbox.closed:
-            for progress in await inbox.take():
+        while not latest.closed:
+            for progress in await latest.take():
                 yield _wire(progress)
         for image in await task:
             names = (*image.repo_tags, *image.repo_digests)
@@ -83,20 +87,20 @@ async def _told(work: Callable[[Report], Awaitable[Sequence[Image]]]) -> AsyncIt
         await asyncio.wait({task})
 
 
-class _Inbox:
-    """The newest report of each item: a slow reader misses steps in between, and costs no memory."""
+class _LatestProgress:
+    """The latest report of each item and step, so that a slow reader misses some and costs no memory."""
 
     def __init__(self) -> None:
-        self._news: dict[tuple[str, str], Progress] = {}
+        self._reports: dict[tuple[str, str], Progress] = {}
         self._ready = asyncio.Event()
         self._closing = False
 
     @property
     def closed(self) -> bool:
-        return self._closing and not self._news
+        return self._closing and not self._reports
 
     def put(self, progress: Progress) -> None:
-        self._news[progress.item, progress.step] = progress
+        self._reports[progress.item, progress.step] = progress
         self._ready.set()
 
     def close(self) -> None:
@@ -107,8 +111,8 @@ class _Inbox:
         await self._ready.wait()
         if not self._closing:
             self._ready.clear()
-        news, self._news = list(self._news.values()), {}
-        return news
+        reports, self._reports = list(self._reports.values()), {}
+        return reports
 
 
 def _wire(progress: Progress) -> pb.Progress:

@@ -21,7 +21,7 @@ import grpc
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 
-from cri.interceptor import Interceptor, is_quiet
+from cri.interceptor import Interceptor, is_read_only
 from cri.metrics import Metrics
 from cri.ports import Condition, Features
 from cri.proto import husk_v1_pb2 as husk
@@ -77,7 +77,7 @@ class Runtime:
             runtime_service(
                 pods=self.pods,
                 containers=self.containers,
-                meter=self.meter,
+                stats=self.meter,
                 events=self.events,
                 networks=self.networks,
                 node=self.node,
@@ -268,7 +268,7 @@ async def test_what_is_not_served_says_so(runtime: Runtime, name: str) -> None:
         else:
             await runtime.call(name)
     assert caught.value.code() is Code.UNIMPLEMENTED
-    assert caught.value.details() == f"husk does not offer {name} yet"
+    assert caught.value.details() == f"husk does not implement {name}"
 
 
 async def test_every_served_call_has_an_answer_of_its_own(runtime: Runtime) -> None:
@@ -372,7 +372,7 @@ async def test_bytes_that_are_no_message_are_the_clients_mistake(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub(b"\xff")
     assert caught.value.code() is Code.INVALID_ARGUMENT
-    assert (caught.value.details() or "").startswith("request: is no such message")
+    assert (caught.value.details() or "").startswith("request: cannot be parsed")
     assert not [record for record in caplog.records if record.exc_info]
 
 
@@ -582,7 +582,7 @@ async def test_calls_are_measured_and_logged_once(runtime: Runtime, caplog: Any)
 
 
 def test_calls_that_only_ask_are_quiet() -> None:
-    quiet = {name for name in CRI_METHODS if is_quiet(name)}
+    quiet = {name for name in CRI_METHODS if is_read_only(name)}
     assert {"Version", "Status", "ListContainers", "ContainerStats", "ImageFsInfo", "RuntimeConfig"} <= quiet
     assert {"StreamContainers", "ListPodSandboxMetrics", "ListMetricDescriptors"} <= quiet
     assert not quiet & {"UpdatePodSandboxResources", "GetContainerEvents", "RemovePodSandbox"}

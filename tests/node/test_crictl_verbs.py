@@ -186,7 +186,7 @@ def test_a_pod_cidr(crictl: Crictl, daemon: Daemon) -> None:
 def test_what_is_not_offered_says_so(crictl: Crictl, pod: Running) -> None:
     refused = crictl.run("checkpoint", "--export=/tmp/nowhere", pod.container, check=False)
     assert refused.returncode != 0
-    assert "husk does not offer CheckpointContainer" in refused.stderr
+    assert "husk does not implement CheckpointContainer" in refused.stderr
 
 
 def test_several_containers_at_once(crictl: Crictl, pod: Running) -> None:

@@ -24,11 +24,11 @@ def test_a_second_one_is_told_and_the_first_keeps_it(tmp_path: Path) -> None:
     root, run = tmp_path / "root", tmp_path / "run"
     with hold([root, run]):
         for taken in ([root], [run], [tmp_path / "other", run]):
-            with pytest.raises(DirectoryTaken, match="another daemon"), hold(taken, patience_s=0):
+            with pytest.raises(DirectoryTaken, match="another daemon"), hold(taken, wait_s=0):
                 pass
-        with hold([tmp_path / "other"], patience_s=0):
+        with hold([tmp_path / "other"], wait_s=0):
             assert (tmp_path / "other").is_dir()
-    with hold([root, run], patience_s=0):
+    with hold([root, run], wait_s=0):
         pass
 
 
@@ -36,7 +36,7 @@ def test_a_killed_holder_leaves_it_free_and_its_children_do_not_keep_it(tmp_path
     argv = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        with pytest.raises(DirectoryTaken), hold([tmp_path], patience_s=0):
+        with pytest.raises(DirectoryTaken), hold([tmp_path], wait_s=0):
             pass
         holder.kill()
         holder.wait(10)

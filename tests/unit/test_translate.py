@@ -254,7 +254,7 @@ def test_an_enum_of_a_newer_cri_is_refused() -> None:
     with pytest.raises(InvalidSpec) as caught:
         container_spec(config)
     assert caught.value.field == "config.mounts[0].propagation"
-    assert "9 is not known" in str(caught.value)
+    assert "9 is unknown" in str(caught.value)
 
 
 MAPPING = {"containerId": 0, "hostId": 1000, "length": 100000}
