@@ -196,7 +196,7 @@ async def test_a_socket_that_a_killed_daemon_left_is_replaced(tmp_path: Path) ->
 async def test_what_is_no_socket_is_never_removed(tmp_path: Path) -> None:
     path = tmp_path / "husk.sock"
     path.write_text("precious")
-    with pytest.raises(SocketTaken, match="no socket"):
+    with pytest.raises(SocketTaken, match="not a socket"):
         await Runtime(path).server().start()
     assert path.read_text() == "precious"
 
