@@ -1,23 +1,22 @@
-"""A container's log file on the disk: blocking calls, one at a time, for `logs.LogRelay`.
+"""A container's log file on disk: blocking calls for `LogRelay`, which makes one at a time.
 
-Invariant: between two calls the file ends with a whole line, and its last byte is byte
-`written` - 1 of the guest's log stream, that is `position.base` + file size = `written`.
+Invariant: between two calls the file ends with a whole line, and its last byte is byte `written` - 1 of the
+guest's log stream: `position.base` + file size = `written`.
 
-Crash story. Bytes may be in the file that nobody was told of; the file's size tells. A line cut by
-the kill is cut off again at the next `open_log` (the guest keeps it: only whole lines that were
-written are acknowledged). A file that was renamed meanwhile is found by its inode, and goes on
-being written, exactly as a daemon that had lived would have done; the kubelet asks for a new file
-or renames it back.
+Crash story: bytes may be in the file that were not acknowledged; the size of the file says how many. A line
+that a kill cut short is truncated at the next `open_log` (the guest still has it, as only whole lines that
+were written are acknowledged). A file that was renamed meanwhile is found by its inode and stays in use, as
+if the daemon had not been restarted; the kubelet requests a new file or renames it back.
 
 A rotation has three steps, with the position saved in between:
 
-    position saved                     on the disk
+    position saved                     on disk
     base, inode, next_base = W         the old file has W - base bytes and stays as it is
     (same)                             the new file exists, empty
     base' = W - its size, inode'       lines go to the new file
 
-Killed anywhere before the last save, the client was told of no success, the old file is the one in
-use, and a new one that is still empty is taken away again.
+After a kill anywhere before the last save, no success was reported to the client, the old file is the one in
+use, and a new one that is still empty is removed.
 """
 
 from __future__ import annotations
@@ -35,28 +34,30 @@ import msgspec
 from sandbox.errors import InvalidSpec
 from sandbox.records import LogPosition
 
-# What is wrong with a path itself.
+# Errors that are due to the path itself, not to the disk.
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _SHOWN_MAX = 200
 _MODE = 0o640
 _DIRECTORY_MODE = 0o755
-# O_NONBLOCK: a FIFO in the file's place must not block; it says nothing about regular files.
+# O_NONBLOCK: opening a FIFO in place of the file must not block; it has no effect on regular files.
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_TAIL_BYTES = 128 << 10  # longer than any line that is ever written
+_TAIL_BYTES = 128 << 10  # longer than any line that is written
 
 
 @dataclass(slots=True)
 class LogFile:
+    """An open log file; owns `fd` until `close` or `discard`. Not safe for concurrent calls."""
+
     path: Path
-    fd: int
+    fd: int  # -1: closed
     position: LogPosition
-    written: int
-    created: bool = False  # by us, just now
+    written: int  # bytes of the stream up to the end of the file
+    created: bool = False  # by this open
 
     def append(self, data: bytes) -> tuple[int, OSError | None]:
-        """Write whole lines; return how many bytes are in the file, and what stopped the others.
+        """Append whole lines. Returns how many bytes are in the file, and what kept out the others.
 
-        A line that did not fit entirely is cut off again.
+        A line that was written in part is truncated again.
         """
         done = 0
         view = memoryview(data)
@@ -71,54 +72,54 @@ class LogFile:
         return done, problem
 
     def _cut(self, count: int) -> int:
-        """Take the last bytes off the file; returns how many are gone."""
+        """Truncate the last bytes. Returns how many are gone."""
         if count:
             try:
                 os.ftruncate(self.fd, max(os.fstat(self.fd).st_size - count, 0))
             except OSError:
-                return 0  # then the rest of the line follows, once that works
+                return 0  # the rest of the line follows with the next write that succeeds
         return count
 
     def in_place(self) -> bool:
-        """Does the path still lead to this file?"""
+        """Whether the path still names this file."""
         return _inode_at(self.path) == self.position.inode
 
     def rebased(self, offset: int) -> LogPosition:
-        """The position if the next byte written is byte `offset` of the stream."""
+        """Return the position for which the next byte written is byte `offset` of the stream."""
         return msgspec.structs.replace(self.position, base=offset - os.fstat(self.fd).st_size)
 
     def make_next(self) -> LogFile:
-        """The file for the lines behind `written`; nothing is written to it yet.
+        """Open or create the file at the path for the lines after `written`. Nothing is written to it yet.
 
-        Raises OSError, and then leaves no new file.
+        The caller owns the result. Raises OSError, and then leaves no new file.
         """
-        return _take_file(self.path, self.written)
+        return _open_from(self.path, self.written)
 
     def discard(self) -> None:
-        """Undo `make_next`. Idempotent."""
+        """Close the file, and remove it if this open created it and it is still empty. Idempotent."""
         if self.created and self.in_place() and os.fstat(self.fd).st_size == 0:
             with suppress(FileNotFoundError):
                 self.path.unlink()
         self.close()
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the descriptor. Idempotent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 def open_log(path: Path, position: LogPosition) -> LogFile:
-    """Open or create the file and learn how far it was written. Raises OSError.
+    """Open or create the file, and find out how far it was written.
 
-    The position of the result must be saved before anything is appended.
+    The caller owns the result, and must save its position before it appends anything. Raises OSError.
     """
     path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
     fd = _find_file(path, position.inode) if position.inode else -1
     if fd < 0:
-        # Never opened, or deleted: then its lines are gone, and all that the guest still has
-        # goes into the file that is there now.
-        return _take_file(path, position.base if position.next_base is None else position.next_base)
+        # Never opened, or deleted: then its lines are lost, and all that the guest still has goes into the
+        # file that is at the path now.
+        return _open_from(path, position.base if position.next_base is None else position.next_base)
     try:
         if position.next_base is not None:
             _remove_leftover(path, position.inode)
@@ -132,7 +133,7 @@ def open_log(path: Path, position: LogPosition) -> LogFile:
 
 @contextmanager
 def usable_path(path: str) -> Iterator[None]:
-    """Raises InvalidSpec in the place of an OSError for a path that the host's file system cannot have."""
+    """Raise InvalidSpec in place of an OSError that is due to the path itself (too long, a directory ...)."""
     try:
         yield
     except OSError as error:
@@ -143,14 +144,14 @@ def usable_path(path: str) -> Iterator[None]:
 
 
 def make_log(path: Path) -> None:
-    """The file and its directory, for another to write. Raises OSError."""
+    """Create the file and its directory, for another process to write. Idempotent. Raises OSError."""
     path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
     fd, _ = _open_or_create(path)
     os.close(fd)
 
 
-def _take_file(path: Path, written: int) -> LogFile:
-    """The file at `path`, made if missing, to be written from byte `written` of the stream on."""
+def _open_from(path: Path, written: int) -> LogFile:
+    """Open the file at `path`, created if missing, to be written from byte `written` of the stream on."""
     fd, created = _open_or_create(path)
     file = LogFile(path, fd, LogPosition(), written, created)
     try:
@@ -173,15 +174,15 @@ def _open_or_create(path: Path) -> tuple[int, bool]:
 
 
 def _find_file(path: Path, inode: int) -> int:
-    """Open the regular file with this inode: at `path`, or renamed to `path`.SUFFIX; else -1.
+    """Open the regular file with this inode: at `path`, or renamed to `path`.SUFFIX; -1 if there is none.
 
-    The kubelet appends a time to the name. Other names are not looked at: the number of a deleted
-    file is soon used again, and lines must not go into another container's file.
+    The kubelet's rotation appends a time to the name. Other names are not considered: the inode number of a
+    deleted file is soon reused, and lines must not go into another container's file.
     """
     with os.scandir(path.parent) as entries:
         names = [entry.name for entry in entries if f"{entry.name}.".startswith(f"{path.name}.")]
     for name in names:
-        with suppress(OSError):  # gone again, or a link: not the file that we made
+        with suppress(OSError):  # removed meanwhile, or a symbolic link: not the file that was created here
             fd = os.open(path.with_name(name), _FLAGS)
             status = os.fstat(fd)
             if status.st_ino == inode and stat.S_ISREG(status.st_mode):
@@ -191,9 +192,9 @@ def _find_file(path: Path, inode: int) -> int:
 
 
 def _remove_leftover(path: Path, inode: int) -> None:
-    """An empty file at `path`, made by a rotation that the daemon's end cut short.
+    """Remove an empty file at `path`, created by a rotation that the end of the daemon interrupted.
 
-    With it in place, the kubelet would find nothing to rotate while the lines go elsewhere.
+    With it in place, the kubelet would find nothing to rotate while the lines go to the old file.
     """
     with suppress(FileNotFoundError):
         status = os.lstat(path)
@@ -206,7 +207,7 @@ def _cut_partial_line(fd: int) -> None:
     start = max(size - _TAIL_BYTES, 0)
     tail = os.pread(fd, size - start, start)
     whole = tail.rfind(b"\n") + 1
-    if whole < len(tail) and (whole or start == 0):  # else this was never written by us
+    if whole < len(tail) and (whole or start == 0):  # else it was not written by a relay
         os.ftruncate(fd, start + whole)
 
 

@@ -1,18 +1,18 @@
-"""From the guest's log stream to the container's log file, without a line lost or doubled.
+"""Copies the guest's log stream to the container's log file, without a line lost or duplicated.
 
-The guest formats the lines and keeps what is not acknowledged; the host alone writes files. So a
-relay moves bytes: it appends them in large pieces, and gives credit, which is the acknowledgement,
-only for what is in the file. Whatever ends the daemon or the connection, the next relay asks for
-the byte after the last one in the file (`offset`); how that is known is told in `log_file`.
+The guest formats the lines and keeps what is not acknowledged; only the host writes files. So a relay copies
+bytes: it appends them in large pieces, and grants credit, which is the acknowledgement, only for what is in
+the file. Whatever ends the daemon or the connection, the next relay requests the byte after the last one in
+the file (`offset`); how that is known is described in `logs.file`.
 
-What a hostile guest can do here: fill its own log with lines of its choice. The bytes go verbatim,
-since a parse of each line would cost more than all the rest and protects nobody (the kubelet skips
-a line that it cannot read). But only whole lines are written, and a line longer than MAX_LINE (cut
-lines have 16 KiB) that does not end within the DATA frame in which it got too long is a
-ProtocolError: no reader meets a line above MAX_LINE + 64 KiB. Memory is bounded by the window, the
-rate by the speed of the disk, and the size by rotation.
+A hostile guest can fill its own log with lines of its choice. The bytes are written verbatim, since parsing
+each line would cost more than all the rest and protect no reader (the kubelet skips a line that it cannot
+parse). But only whole lines are written, and a line longer than MAX_LINE (the agent cuts lines at 16 KiB)
+that does not end within the DATA frame in which it became too long is a ProtocolError: no reader meets a line
+above MAX_LINE + 64 KiB. Memory is bounded by the window, the rate by the speed of the disk, the size by
+rotation.
 
-Files are touched in a worker thread, one call at a time: a slow disk must not stop other pods.
+Files are written in a worker thread, one call at a time: a slow disk must not stop other pods.
 """
 
 from __future__ import annotations
@@ -56,27 +56,23 @@ class InputClient(Protocol):
     def reset_input(self, stream: int) -> None: ...
 
 
-def _log_problem(problem: Exception | None) -> None:
-    if problem is not None:
-        log.warning("log not written, will be tried again: %s", problem)
-
-
 class LogRelay:
-    """One container's log, and the sink of its stream.
+    """One container's log: the sink of its stream, and the writer of its file.
 
-    open -> (attach -> begin)* -> close: `attach` and `begin` once for each connection.
+    open -> (attach -> begin)* -> close: `attach` and `begin` once for each connection. For one event loop.
     """
 
-    def __init__(self, file: LogFile | None, save: Save, on_problem: OnProblem) -> None:
-        self._file = file  # None: discard
+    def __init__(self, path: Path, save: Save, on_problem: OnProblem | None) -> None:
+        self._path = path
+        self._file: LogFile | None = None  # None: discard
         self._save = save
-        self._on_problem = on_problem
-        self._unsaved = False  # the record on the disk may tell of another file than is written
-        self._lock = asyncio.Lock()  # held while the file is touched
+        self._on_problem = on_problem or self._log_problem
+        self._unsaved = False  # the record on disk may name another file than the one in use
+        self._lock = asyncio.Lock()  # held while the file is used
         self._client: InputClient | None = None
         self._stream = 0
         self._lines: list[bytes] = []  # received, whole lines
-        self._rest = b""  # behind the last newline
+        self._rest = b""  # after the last newline
         self._ended = False  # CLOSE was seen
         self._stopping = False
         self._closing = False
@@ -91,18 +87,18 @@ class LogRelay:
         position: LogPosition,
         save: Save,
         *,
-        on_problem: OnProblem = _log_problem,
+        on_problem: OnProblem | None = None,
     ) -> LogRelay:
-        """Open or create the file where `position` says, and save where that is now.
+        """Open or create the file that `position` describes, and save its position now.
 
-        An empty path discards the log. `on_problem` is told what keeps lines from being written,
-        and None when that is over; they are kept and tried again. Raises OSError, or what `save`
-        raises.
+        An empty path discards the log. `on_problem` is called with what keeps lines from being written, and
+        with None when they are written again; meanwhile they are kept and retried. The default logs a
+        warning. Raises OSError, or what `save` raises; then no file is left that was created.
         """
-        if not str(path) or Path(path) == Path():
-            return cls(None, save, on_problem)
-        relay = cls(None, save, on_problem)
-        file = await _in_thread(open_log, Path(path), position)
+        relay = cls(Path(path), save, on_problem)
+        if relay._path == Path():
+            return relay
+        file = await _in_thread(open_log, relay._path, position)
         try:
             if file.position != position:
                 await _saved(save, file.position)
@@ -112,28 +108,35 @@ class LogRelay:
         relay._file = file
         return relay
 
-    # ------------------------------------------------------------------------- where we are
+    def _log_problem(self, problem: Exception | None) -> None:
+        if problem is not None:
+            log.warning("cannot write container log %s, retrying: %s", self._path, problem)
+        else:
+            log.info("container log %s is written again", self._path)
+
+    # ---------------------------------------------------------------------------- position
 
     @property
     def position(self) -> LogPosition:
+        """What the record must hold for a later daemon to go on with this file."""
         return self._file.position if self._file else LogPosition()
 
     @property
     def offset(self) -> int:
-        """Of the byte to ask the guest for. It stands still only between `attach` and `begin`."""
+        """Offset in the stream of the next byte to request. Stable only between `attach` and `begin`."""
         return self._file.written if self._file else 0
 
     async def complete(self) -> None:
-        """Return when the guest has sent its last byte and all is written."""
+        """Wait until the guest has sent its last byte and all lines are written."""
         await self._complete.wait()
 
     # ---------------------------------------------------------------------------- connection
 
     async def attach(self, client: InputClient, window: int = WINDOW) -> int:
-        """Number the stream to be named in Start or OpenLog, with the same window.
+        """Allocate the stream to be named in Start or OpenLog, with the same window in bytes.
 
-        What an older connection brought and was not written is forgotten: `offset` tells from
-        where it is needed again. Raises GuestUnreachable.
+        Drops what an earlier connection delivered and was not written: `offset` is where it has to be sent
+        again from. Raises GuestUnreachable.
         """
         await self.detach()
         self._lines, self._rest, self._ended = [], b"", False
@@ -142,10 +145,10 @@ class LogRelay:
         return self._stream
 
     async def begin(self, opened: int = 0) -> None:
-        """Start writing: the stream really starts at byte `opened` (LogOpened.offset).
+        """Start writing. The stream starts at byte `opened` (LogOpened.offset).
 
-        It differs from `offset` when bytes are gone, or when someone else changed the file; the
-        guest is right. Raises OSError, or what saving raises: then nothing is written.
+        It differs from `offset` when the guest no longer has these bytes, or when the file was changed by
+        another program; then `opened` counts. Raises OSError, or what saving raises: then nothing is written.
         """
         if self._file is not None:
             if opened != self._file.written:
@@ -156,7 +159,7 @@ class LogRelay:
             self._pump = asyncio.create_task(self._run())
 
     async def detach(self) -> None:
-        """Stop writing, wait for the piece that is being written, forget the rest. Idempotent."""
+        """Stop writing, wait for the current write, and reset the stream; the rest is dropped. Idempotent."""
         pump, self._pump = self._pump, None
         self._stopping = True
         self._wake.set()
@@ -167,21 +170,21 @@ class LogRelay:
             self._client = None
 
     def close(self) -> None:
-        """Write what was received, then let go of the file; in the background. Idempotent."""
+        """Write what was received, then close the file; in the background. Idempotent."""
         self._closing = True
         self._wake.set()
         if self._pump is None and not self._lock.locked():
             self._release()
 
     async def wait_closed(self) -> None:
-        """After `close`: return when the file was let go of."""
+        """Wait until the file is closed, after `close`."""
         if self._pump is not None:
             await asyncio.wait({self._pump})
 
-    # ------------------------------------------------------------------------- the sink's side
+    # ------------------------------------------------------------------------- stream sink
 
     def data(self, chunk: memoryview) -> None:
-        """Raises ProtocolError on a line without an end."""
+        """Queue the lines of a DATA frame. Raises ProtocolError for a line longer than MAX_LINE."""
         if self._file is None:
             self._grant(len(chunk))
             return
@@ -195,8 +198,13 @@ class LogRelay:
             self._wake.set()
 
     def closed(self) -> None:
+        """Note the end of the stream; a last line without newline is dropped, as the agent sends none."""
         if self._rest:
-            log.warning("the guest ended a log within a line; %d bytes are dropped", len(self._rest))
+            log.warning(
+                "the guest closed the log %s within a line: dropping its %d bytes",
+                self._path,
+                len(self._rest),
+            )
         self._ended = True
         self._wake.set()
         if self._file is None:
@@ -209,13 +217,13 @@ class LogRelay:
     # ---------------------------------------------------------------------------- the writer
 
     async def _run(self) -> None:
-        """Write what comes, until `detach` or `close`."""
+        """Write what arrives, until `detach` or `close`."""
         try:
             await self._write_all()
         except Exception:
-            # The edge of a task. The guest keeps what is not acknowledged, its writer blocks, and
-            # the next connection takes it up again.
-            log.exception("the relay of a log ended")
+            # The task's edge. The guest keeps what is not acknowledged, its writers block, and the next
+            # connection sends it again.
+            log.exception("stopped writing container log %s until the next connection", self._path)
         if self._closing:
             async with self._lock:
                 self._release()
@@ -233,7 +241,7 @@ class LogRelay:
                 await self._wake.wait()
                 continue
             done, problem = await self._write_once()
-            if failing is (problem is None):  # it began, or is over
+            if failing is (problem is None):  # it has started, or stopped, failing
                 self._on_problem(problem)
             failing = problem is not None
             if not failing:
@@ -248,7 +256,7 @@ class LogRelay:
             self._file.close()
 
     async def _write_once(self) -> tuple[int, Exception | None]:
-        """Append all lines that are there, and acknowledge those that are written."""
+        """Append all queued lines, and acknowledge those that are written."""
         async with self._lock:
             assert self._file is not None
             if self._unsaved:
@@ -266,7 +274,7 @@ class LogRelay:
         return done, problem
 
     async def _pause(self, pause_s: float) -> None:
-        """Until a retry is due, or nobody wants it any more. New lines are no reason to hurry."""
+        """Wait until a retry is due, or until `detach` or `close`. New lines do not shorten it."""
         loop = asyncio.get_running_loop()
         until = loop.time() + pause_s
         while not (self._stopping or self._closing):
@@ -280,10 +288,10 @@ class LogRelay:
     # ------------------------------------------------------------------------------ rotation
 
     async def reopen(self, save: Save | None = None) -> None:
-        """Go on in a new file if ours was renamed or removed (CRI, ReopenContainerLog).
+        """Continue in a new file if the current one was renamed or removed (CRI, ReopenContainerLog).
 
-        Afterwards a file exists at the path and the old one grows no more. Raises OSError, or what
-        saving raises: then no new file is left and the old one goes on.
+        On success a file exists at the path and the old one does not grow any more. Raises OSError, or what
+        saving raises: then no new file is left, and the old one stays in use.
         """
         if self._file is None:
             return

@@ -87,6 +87,7 @@ class FakeAgent:
         self.piece = MAX_DATA  # log bytes in one DATA frame
         self.stdin_window = 65536
         self.connected = asyncio.Event()
+        self.on_acknowledged: Callable[[int], None] = lambda log_start: None  # of any container's log
         self._seen = b""
         self._parser = FrameParser()
         self._writer: asyncio.StreamWriter | None = None
@@ -240,6 +241,7 @@ class FakeAgent:
             del output.log.log[:credit]
             output.log.log_start += credit
             assert output.log.log_start <= output.sent, "acknowledged more than was sent"
+            self.on_acknowledged(output.log.log_start)
             self._pump_log(output.log)
         else:
             self._pump(stream, output)
