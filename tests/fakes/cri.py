@@ -1,4 +1,4 @@
-"""Stand-ins for what the CRI's services call: pods and containers that are records and nothing else."""
+"""Fakes of what the CRI's services call: pods and containers that are records and nothing else."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ BORN_NS = 1_700_000_000_000_000_000
 
 @dataclass(frozen=True)
 class ExecResult:
+    """See `cri.ports.ExecResult`."""
+
     exit_code: int
     stdout: bytes
     stderr: bytes
@@ -45,6 +47,8 @@ class ExecResult:
 
 @dataclass
 class FakePods:
+    """Pods that are ready at once, unless `gate` delays or `failure` fails `run`."""
+
     records: dict[str, PodRecord] = field(default_factory=dict)
     containers: FakeContainers | None = None
     gate: asyncio.Event | None = None  # `run` waits for it
@@ -99,6 +103,8 @@ class FakePods:
 
 @dataclass
 class FakeContainers:
+    """Containers that change state when they are called; stops, execs and reopened logs are recorded."""
+
     pods: FakePods
     records: dict[str, ContainerRecord] = field(default_factory=dict)
     stops: list[tuple[str, float]] = field(default_factory=list)
@@ -174,16 +180,16 @@ class FakeContainers:
 
 
 @dataclass
-class FakeMeter:
-    """Every pod uses the same; those in `silent` do not tell."""
+class FakeStats:
+    """Every pod has the same usage; those in `silent` do not answer."""
 
     pods: FakePods
     silent: set[str] = field(default_factory=set)
-    asked_for_files: bool = False
+    files_requested: bool = False
     ticks: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     async def read(self, pod_ids: Iterable[PodId], *, files: bool = False) -> AsyncIterator[PodStats]:
-        self.asked_for_files = files
+        self.files_requested = files
         for id in pod_ids:
             if id in self.silent or not self.pods.records[id].ready:
                 continue
@@ -212,7 +218,7 @@ class FakeMeter:
 
 @dataclass
 class FakeEvents:
-    """Tells what is put into `events`; None: that is all."""
+    """Streams what is put into `events`, until None."""
 
     events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
     behind: bool = False
@@ -222,11 +228,11 @@ class FakeEvents:
     def subscribe(self) -> Iterator[AsyncIterator[Event]]:
         self.subscribers += 1
         try:
-            yield self._tell()
+            yield self._stream()
         finally:
             self.subscribers -= 1
 
-    async def _tell(self) -> AsyncIterator[Event]:
+    async def _stream(self) -> AsyncIterator[Event]:
         while (event := await self.events.get()) is not None:
             yield event
         if self.behind:
@@ -235,6 +241,8 @@ class FakeEvents:
 
 @dataclass
 class FakeNetworks:
+    """A network in any state, and the pod CIDR that it was given."""
+
     state: NetworkStatus = field(default_factory=lambda: NetworkStatus(ready=True))
     cidr: str = ""
 
@@ -247,6 +255,8 @@ class FakeNetworks:
 
 @dataclass
 class FakeNode:
+    """A node with two handlers."""
+
     features: Features = field(default_factory=Features)
     cgroup_driver: Driver = Driver.CGROUPFS
     names: Sequence[str] = ("", "small")
@@ -271,6 +281,8 @@ def _find(kind: str, id: str, records: Mapping[str, T]) -> T:
 
 @dataclass(frozen=True)
 class FsUsage:
+    """See `cri.ports.FsUsage`."""
+
     mountpoint: str = "/var/lib/husk/images"
     used_bytes: int = 4096
     inodes_used: int = 7

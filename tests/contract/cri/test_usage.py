@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,18 +15,11 @@ from cri.responses import list_cache
 from sandbox.events import QUEUE_MAX, Event, EventKind, Events
 from sandbox.records import PodRecord, PodState
 from sandbox.spec import PodId, PodSpec, Resources
-from tests.contract.test_cri_wire import Runtime, settled
+from tests.contract.cri.runtime import Runtime
 from tests.fakes.inventory import make_inventory
+from tests.kit.eventually import eventually
 
 Code = grpc.StatusCode
-
-
-@pytest.fixture
-async def runtime(tmp_path: Path) -> AsyncIterator[Runtime]:
-    runtime = Runtime(tmp_path / "run" / "husk.sock")
-    await runtime.start()
-    yield runtime
-    await runtime.stop()
 
 
 async def messages(runtime: Runtime, name: str, request: Any = None) -> list[Any]:
@@ -37,7 +29,7 @@ async def messages(runtime: Runtime, name: str, request: Any = None) -> list[Any
 # --------------------------------------------------------------------------------- statistics
 
 
-async def test_statistics_are_of_running_containers(runtime: Runtime) -> None:
+async def test_container_stats_are_of_running_containers(runtime: Runtime) -> None:
     pod_id = await runtime.pod()
     running = await runtime.started(pod_id, labels={"app": "a"})
     created = await runtime.container(pod_id, labels={"app": "b"})
@@ -54,7 +46,7 @@ async def test_statistics_are_of_running_containers(runtime: Runtime) -> None:
     assert one.stats.memory.working_set_bytes.value == 7 << 20
 
 
-async def test_statistics_of_pods(runtime: Runtime) -> None:
+async def test_pod_stats_contain_network_processes_and_containers(runtime: Runtime) -> None:
     first = await runtime.pod("first", labels={"app": "a"})
     second = await runtime.pod("second")
     container = await runtime.started(first)
@@ -71,7 +63,7 @@ async def test_statistics_of_pods(runtime: Runtime) -> None:
     assert same.stats.attributes.id == first
 
 
-async def test_statistics_of_a_stopped_pod(runtime: Runtime) -> None:
+async def test_stats_of_a_stopped_pod_have_attributes_only(runtime: Runtime) -> None:
     pod_id = await runtime.pod()
     await runtime.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod_id))
     one = await runtime.call("PodSandboxStats", pb.PodSandboxStatsRequest(pod_sandbox_id=pod_id))
@@ -79,11 +71,11 @@ async def test_statistics_of_a_stopped_pod(runtime: Runtime) -> None:
     assert not (await runtime.call("ListPodSandboxStats")).stats
 
 
-async def test_a_silent_pod_is_left_out_of_lists_and_fails_alone(runtime: Runtime) -> None:
+async def test_pod_that_does_not_answer_is_omitted_from_lists_and_unavailable_alone(runtime: Runtime) -> None:
     silent, well = await runtime.pod("silent"), await runtime.pod("well")
     container = await runtime.started(silent)
     await runtime.started(well)
-    runtime.meter.silent.add(silent)
+    runtime.stats.silent.add(silent)
     assert [one.attributes.id for one in (await runtime.call("ListPodSandboxStats")).stats] == [well]
     assert len((await runtime.call("ListContainerStats")).stats) == 1
     assert len((await runtime.call("ListPodSandboxMetrics")).pod_metrics) == 1
@@ -94,7 +86,7 @@ async def test_a_silent_pod_is_left_out_of_lists_and_fails_alone(runtime: Runtim
     )
 
 
-async def test_statistics_of_nobody(runtime: Runtime) -> None:
+async def test_stats_of_an_unknown_id_are_not_found(runtime: Runtime) -> None:
     assert await runtime.code("PodSandboxStats", pb.PodSandboxStatsRequest(pod_sandbox_id="x")) is (
         Code.NOT_FOUND
     )
@@ -106,14 +98,14 @@ async def test_statistics_of_nobody(runtime: Runtime) -> None:
 # ------------------------------------------------------------------------------------ metrics
 
 
-async def test_metrics(runtime: Runtime) -> None:
+async def test_pod_metrics_match_their_descriptors(runtime: Runtime) -> None:
     pod_id = await runtime.pod()
     container = await runtime.started(pod_id)
     keys = {one.name: one.label_keys for one in (await runtime.call("ListMetricDescriptors")).descriptors}
     (pod,) = (await runtime.call("ListPodSandboxMetrics")).pod_metrics
     assert pod.pod_sandbox_id == pod_id
     assert [one.container_id for one in pod.container_metrics] == [container]
-    assert runtime.meter.asked_for_files
+    assert runtime.stats.files_requested
     for metric in [*pod.metrics, *pod.container_metrics[0].metrics]:
         assert len(metric.label_values) == len(keys[metric.name])
     values = {metric.name: metric.value.value for metric in pod.container_metrics[0].metrics}
@@ -131,7 +123,7 @@ async def told(runtime: Runtime, pod_id: str, id: str, kind: EventKind, at_ns: i
     await runtime.events.events.put(Event(kind=kind, id=id, at_ns=at_ns, pod=pod, containers=containers))
 
 
-async def test_events(runtime: Runtime) -> None:
+async def test_events_are_streamed_with_the_status_of_pod_and_containers(runtime: Runtime) -> None:
     pod_id = await runtime.pod()
     container = await runtime.started(pod_id)
     for at_ns, kind in enumerate(EventKind, 1):
@@ -154,16 +146,16 @@ async def test_events(runtime: Runtime) -> None:
         assert each.containers_statuses[0].image_ref
 
 
-async def test_a_subscriber_that_goes_away_is_let_go(runtime: Runtime) -> None:
+async def test_cancelled_subscription_is_released(runtime: Runtime) -> None:
     call = runtime.call("GetContainerEvents")
     reading = asyncio.create_task(call.read())
-    await settled(lambda: runtime.events.subscribers == 1)
+    await eventually(lambda: runtime.events.subscribers == 1)
     call.cancel()
-    await settled(lambda: runtime.events.subscribers == 0)
+    await eventually(lambda: runtime.events.subscribers == 0)
     await asyncio.gather(reading, return_exceptions=True)
 
 
-async def test_a_slow_subscriber_is_told_so(runtime: Runtime) -> None:
+async def test_slow_subscriber_gets_resource_exhausted(runtime: Runtime) -> None:
     runtime.events.behind = True
     await runtime.events.events.put(None)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -172,12 +164,12 @@ async def test_a_slow_subscriber_is_told_so(runtime: Runtime) -> None:
     assert "subscribe anew" in (caught.value.details() or "")
 
 
-async def test_a_subscriber_that_does_not_read_costs_nothing_and_is_ended(tmp_path: Path) -> None:
+async def test_subscriber_that_does_not_read_is_bounded_and_ended(tmp_path: Path) -> None:
     hub = Events(make_inventory(tmp_path))
     runtime = Runtime(tmp_path / "husk.sock", events=cast(Any, hub))
     await runtime.start()
     call = runtime.call("GetContainerEvents")
-    await settled(lambda: hub._subscriptions)
+    await eventually(lambda: hub._subscriptions)
     spec = PodSpec(name="n", namespace="ns", uid="u", annotations={"bulk": "x" * 4096})
     pod = SimpleNamespace(
         id="p", record=PodRecord(id=PodId("p"), spec=spec, created_at_ns=1, state=PodState.READY)
@@ -194,14 +186,14 @@ async def test_a_subscriber_that_does_not_read_costs_nothing_and_is_ended(tmp_pa
             seen += 1
     assert caught.value.code() is Code.RESOURCE_EXHAUSTED
     assert seen < 4 * QUEUE_MAX
-    await settled(lambda: not hub._subscriptions)
+    await eventually(lambda: not hub._subscriptions)
     await runtime.stop()
 
 
 # --------------------------------------------------------------------------------- streamed lists
 
 
-async def test_lists_come_in_batches(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_streamed_list_is_split_into_batches(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(list_cache, "BATCH_BYTES", 400)
     pods = [await runtime.pod(f"pod{n}", labels={"even": str(n % 2 == 0)}) for n in range(10)]
     containers = [await runtime.started(pod) for pod in pods]
@@ -220,7 +212,7 @@ async def test_lists_come_in_batches(runtime: Runtime, monkeypatch: pytest.Monke
     assert [each.id for each in message.containers] == [containers[3]]
 
 
-async def test_streams_of_nothing_end_without_a_message(runtime: Runtime) -> None:
+async def test_streamed_list_without_items_has_no_message(runtime: Runtime) -> None:
     for name in (
         *("StreamPodSandboxes", "StreamContainers", "StreamImages"),
         *("StreamPodSandboxStats", "StreamContainerStats", "StreamPodSandboxMetrics"),
@@ -237,7 +229,7 @@ async def test_images_are_streamed(runtime: Runtime) -> None:
     wanted = pb.ImageFilter(image=pb.ImageSpec(image="one"))
     (message,) = await messages(runtime, "StreamImages", pb.StreamImagesRequest(filter=wanted))
     assert [list(one.repo_tags) for one in message.images] == [["example.test/one:latest"]]
-    unknown = pb.ImageFilter(image=pb.ImageSpec(image="nobody"))
+    unknown = pb.ImageFilter(image=pb.ImageSpec(image="unknown"))
     assert await messages(runtime, "StreamImages", pb.StreamImagesRequest(filter=unknown)) == []
 
 
@@ -258,7 +250,7 @@ async def test_usage_is_streamed_pod_by_pod(runtime: Runtime) -> None:
 # ------------------------------------------------------------------------------------- limits
 
 
-async def test_limits_of_a_pod(runtime: Runtime) -> None:
+async def test_update_of_pod_resources_is_applied(runtime: Runtime) -> None:
     pod_id = await runtime.pod()
     request = pb.UpdatePodSandboxResourcesRequest(
         pod_sandbox_id=pod_id[:13],
@@ -272,7 +264,7 @@ async def test_limits_of_a_pod(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize("field", ["resources", "overhead"])
-async def test_bad_limits_of_a_pod_are_named(runtime: Runtime, field: str) -> None:
+async def test_invalid_pod_resources_are_named_by_their_path(runtime: Runtime, field: str) -> None:
     request = pb.UpdatePodSandboxResourcesRequest(pod_sandbox_id=await runtime.pod())
     getattr(request, field).cpu_shares = -1
     code, message = await runtime.refused("UpdatePodSandboxResources", request)
