@@ -48,7 +48,8 @@ from sandbox.host.limiter import Limiter
 from sandbox.host.size import memory_mib, usable_cpus
 from sandbox.host.tasks import Tasks
 from sandbox.host_pods import engine as host_pods
-from sandbox.host_pods.engine import ProcessDeps, ProcessEngine
+from sandbox.host_pods.control import ProcessControl
+from sandbox.host_pods.engine import ProcessDeps
 from sandbox.inventory import Inventory
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
@@ -303,7 +304,7 @@ class _Builder:
                 pods=self.pod_store,
                 containers=self.container_store,
                 vm_usage=self._vm_usage,
-                process_usage=self.processes.cost,
+                process_usage=self.processes.host_cost,
                 limiters=lambda: (self.vm_starts, self.network_setups, *self.images.stages()),
             ),
             streaming=streaming,
@@ -360,7 +361,7 @@ class _Builder:
         directories = self.vm_cgroups.directories(pod.id, pod.record.spec.cgroup_parent)
         return host_usage(handle, directories)
 
-    def _process_engine(self) -> tuple[Engine, ProcessEngine]:
+    def _process_engine(self) -> tuple[Engine, ProcessControl]:
         cgroups = self.overrides.process_cgroups or cgroup.Cgroups(
             layout=cgroup.find_layout(whole=True), root=self.config.cgroup_root
         )

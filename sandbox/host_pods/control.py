@@ -1,359 +1,108 @@
-"""A container's cgroups on the host: what is limited, allowed, counted and killed in them.
-
-Limits and readings have the names of cgroup v2, as in a VM; where a controller is mounted as v1, its files
-are translated here (Documentation/admin-guide/cgroup-v1). All blocking; a path is one in every hierarchy.
-"""
+"""Limits and observation of pods without a VM: files of their cgroups on the host."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import ctypes
-import errno
-import os
-import platform
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sandbox.errors import DeadlineExceeded, GuestError, InvalidContainerConfig, InvalidSpec
-from sandbox.host import cgroup
-from sandbox.host.cgroup import Layout
-from sandbox.host.proc import read_stat
-from sandbox.host.process import identify
-from sandbox.plan.device_filter import MKNOD, READ, WRITE, Rule, Type
+from sandbox.container import Container
+from sandbox.errors import GuestError, SandboxError
+from sandbox.host_pods import cgroups
+from sandbox.host_pods.layout import HostLayout, runtime_of
+from sandbox.host_pods.network import run_in_network
+from sandbox.inventory import Inventory
+from sandbox.plan.resources import compile_pod_resources, compile_resources
 from sandbox.plan.values import CgroupFile
-from sandbox.spec import Resources
-from sandbox.usage import ProcessCount
-
-SUPERVISOR = "supervisor"  # where conmon and the pod's first process are
-_KILL_S = 10.0
-_LIMITING = frozenset({"cpu", "cpuset", "hugetlb", "io", "memory", "pids"})  # controllers of v2
-_MANY = 1 << 62  # v1 says "no limit" with the largest multiple of a page
-_SYS_BPF = {"x86_64": 321, "aarch64": 280}
-_PROG_LOAD, _PROG_ATTACH = 5, 8  # linux/bpf.h
-_CGROUP_DEVICE = 15  # BPF_PROG_TYPE_CGROUP_DEVICE
-_ATTACH_DEVICE = 6  # BPF_CGROUP_DEVICE
+from sandbox.pod import Pod
+from sandbox.spec import ContainerId, Resources
+from sandbox.stats.kernel_files import flat_keyed, number
+from sandbox.usage import CGROUP_FILES, CgroupSample, UsageSample
 
 
-def make(layout: Layout, path: str) -> None:
-    """With what v2 needs so that it can be limited: its controllers, enabled in all above it."""
-    cgroup.create(layout, path)
-    if not layout.unified:
-        return
-    current = Path(layout.unified)
-    for part in Path(path.lstrip("/")).parts:
-        with contextlib.suppress(OSError):
-            for controller in _LIMITING.intersection((current / "cgroup.controllers").read_text().split()):
-                with contextlib.suppress(OSError):  # one that has processes of its own: then not beneath it
-                    (current / "cgroup.subtree_control").write_text(f"+{controller}")
-        current /= part
+class ProcessControl:
+    """See `engine.Control`."""
 
+    def __init__(self, inventory: Inventory, layout: HostLayout) -> None:
+        self._inventory = inventory
+        self._layout = layout
 
-def join(layout: Layout, path: str, pid: int) -> None:
-    for directory in cgroup.directories(layout, path):
-        Path(directory, "cgroup.procs").write_text(str(pid))
+    async def limit_pod(self, pod: Pod, resources: Resources, overhead: Resources) -> None:
+        """Limit the pod's cgroup, which holds those of its containers. `overhead` has no effect here."""
+        files = compile_pod_resources(resources)
+        current = pod.record.resources
+        path = self._layout.pod_cgroup(pod)
+        await self._limit(path, files, resources, compile_pod_resources(current), current)
 
+    async def limit(self, container: Container, resources: Resources) -> None:
+        """Limit the container's cgroup, and set the OOM score of all its processes."""
+        path, current = self._layout.container_cgroup(container), container.record.resources
+        files = compile_resources(resources)
+        await self._limit(path, files, resources, compile_resources(current), current)
+        hierarchies = self._layout.hierarchies
+        await asyncio.to_thread(cgroups.set_oom_score, hierarchies, path, resources.oom_score_adj)
 
-# --------------------------------------------------------------------------------------- processes
-
-
-def pids(layout: Layout, path: str) -> list[int]:
-    """Of all processes in it and beneath."""
-    found: set[int] = set()
-    for top in cgroup.directories(layout, path):
-        for directory in cgroup.tree(top):
-            with contextlib.suppress(OSError):
-                found.update(map(int, Path(directory, "cgroup.procs").read_text().split()))
-    return sorted(found)
-
-
-def kill(layout: Layout, path: str, chosen: Callable[[list[int]], list[int]] = lambda all: all) -> None:
-    """SIGKILL until none of those is left. Raises DeadlineExceeded."""
-    deadline = time.monotonic() + _KILL_S
-    pause = 0.001
-    while living := [pid for pid in chosen(pids(layout, path)) if identify(pid)]:
-        for pid in living:
-            send(pid, signal.SIGKILL)
-        if time.monotonic() > deadline:
-            raise DeadlineExceeded(f"killing process {living[0]}", _KILL_S)
-        time.sleep(pause)
-        pause = min(pause * 2, 0.05)
-
-
-def send(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def started_by(*leaders: int) -> Callable[[list[int]], list[int]]:
-    """Of these processes: the leaders, their sessions, and whatever descends from them."""
-
-    def choose(all: list[int]) -> list[int]:
-        facts = {pid: fact for pid in all if (fact := _parent_and_session(pid))}
-        chosen = {pid for pid, (_, session) in facts.items() if session in leaders or pid in leaders}
-        while more := {pid for pid, (parent, _) in facts.items() if parent in chosen} - chosen:
-            chosen |= more
-        return sorted(chosen)
-
-    return choose
-
-
-def _parent_and_session(pid: int) -> tuple[int, int] | None:
-    stat = read_stat(pid)
-    return (stat.parent, stat.session) if stat else None
-
-
-# ----------------------------------------------------------------------------------------- devices
-
-
-def allow_devices(layout: Layout, path: str, rules: Sequence[Rule], program: bytes) -> None:
-    """Raises OSError."""
-    for directory in map(Path, cgroup.directories(layout, path)):
-        if (directory / "devices.deny").exists():
-            (directory / "devices.deny").write_text("a")
-            for rule in rules:
-                (directory / "devices.allow").write_text(_line(rule))
-            return
-    _attach_filter(layout.unified.rstrip("/") + path, program)
-
-
-def _line(rule: Rule) -> str:
-    kind = "b" if rule.type is Type.BLOCK else "c"
-    major, minor = ("*" if each is None else each for each in (rule.major, rule.minor))
-    access = "".join(letter for letter, bit in (("r", READ), ("w", WRITE), ("m", MKNOD)) if rule.access & bit)
-    return f"{kind} {major}:{minor} {access}"
-
-
-class _Load(ctypes.Structure):  # union bpf_attr, as BPF_PROG_LOAD takes it
-    _fields_ = (
-        ("type", ctypes.c_uint32),
-        ("count", ctypes.c_uint32),
-        ("program", ctypes.c_uint64),
-        ("license", ctypes.c_uint64),
-    )
-
-
-class _Attach(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint32) for name in ("target", "program", "type", "flags"))
-
-
-def _attach_filter(directory: str, program: bytes) -> None:
-    """It goes with the cgroup."""
-    code, license = ctypes.create_string_buffer(program), ctypes.create_string_buffer(b"")
-    load = _Load(_CGROUP_DEVICE, len(program) // 8, ctypes.addressof(code), ctypes.addressof(license))
-    loaded = _bpf(_PROG_LOAD, load)
-    try:
-        target = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    async def _limit(
+        self,
+        path: str,
+        files: Sequence[CgroupFile],
+        resources: Resources,
+        before: Sequence[CgroupFile],
+        current: Resources,
+    ) -> None:
+        hierarchies = self._layout.hierarchies
         try:
-            _bpf(_PROG_ATTACH, _Attach(target, loaded, _ATTACH_DEVICE, 0))
-        finally:
-            os.close(target)
-    finally:
-        os.close(loaded)
+            await asyncio.to_thread(cgroups.write_limits, hierarchies, path, files, resources)
+        except GuestError:
+            # one of several files was refused: restore those written before it
+            with contextlib.suppress(SandboxError):
+                await asyncio.to_thread(cgroups.write_limits, hierarchies, path, before, current)
+            raise
 
+    async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> UsageSample:
+        """Read the accounting files, under the names of cgroup v2."""
+        return await asyncio.to_thread(self._usage, pod, ids, files)
 
-def _bpf(command: int, attribute: ctypes.Structure) -> int:
-    number = _SYS_BPF[platform.machine()]
-    libc = ctypes.CDLL(None, use_errno=True)
-    size = ctypes.sizeof(attribute)
-    result = int(libc.syscall(ctypes.c_long(number), command, ctypes.byref(attribute), size))
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"bpf: {os.strerror(code)}")
-    return result
+    def _usage(self, pod: Pod, ids: Sequence[ContainerId], files: bool) -> UsageSample:
+        hierarchies = self._layout.hierarchies
 
+        def sample(path: str) -> CgroupSample:
+            contents = {name: cgroups.read(hierarchies, path, name) for name in CGROUP_FILES}
+            return CgroupSample(files=contents, count=cgroups.process_count(hierarchies, path, files=files))
 
-# ------------------------------------------------------------------------------------------ limits
+        top = self._layout.pod_cgroup(pod)
+        return UsageSample(
+            pod=sample(top),
+            containers=tuple(sample(f"{top}/{id}") for id in ids),
+            net_dev=run_in_network(pod, Path("/proc/thread-self/net/dev").read_bytes),
+            meminfo=Path("/proc/meminfo").read_bytes(),
+            wall_ns=time.time_ns(),
+        )
 
+    def host_cost(self, pod: Pod) -> tuple[float, int]:
+        """Return the CPU time in seconds and the memory in bytes of all the pod's processes. Blocking."""
+        path = self._layout.pod_cgroup(pod)
+        usage = flat_keyed(cgroups.read(self._layout.hierarchies, path, "cpu.stat")).get(b"usage_usec", 0)
+        return usage / 1e6, number(cgroups.read(self._layout.hierarchies, path, "memory.current"))
 
-def write_limits(layout: Layout, path: str, files: Sequence[CgroupFile], resources: Resources) -> None:
-    """`files` as for a VM; for v1 controllers, `resources` say it. Raises InvalidSpec, GuestError."""
-    directories = [Path(each) for each in cgroup.directories(layout, path)]
-    if not layout.hierarchies:
-        for file in files:
-            path_of_file = Path(directories[0], file.name)
-            if path_of_file.exists() or not file.name.startswith(_OPTIONAL):
-                _write(path_of_file, file.value)
-        return
-    for name in resources.unified:
-        field = f"config.linux.resources.unified[{name!r}]"
-        raise InvalidSpec(field, "this node's controllers are those of cgroup v1", "an empty map")
-    for name, value in _v1_limits(resources):
-        found = next((each / name for each in directories if (each / name).exists()), None)
-        if found is not None:
-            _write(found, value)
-        elif not name.startswith(_OPTIONAL):
-            raise GuestError(f"write {name}", errno.ENOENT, "the host has no such controller")
+    def pids(self, container: Container) -> Mapping[str, int]:
+        """Return `pid`, the container's first process."""
+        held = container.record.process
+        return {"pid": held.init.pid} if container.running and held and held.init else {}
 
-
-# Where the kernel has no such thing, there is nothing to limit.
-_OPTIONAL = ("memory.memsw.", "memory.swap.", "hugetlb.")
-
-
-def _write(file: Path, value: str) -> None:
-    try:
-        file.write_text(value)
-    except OSError as error:
-        raise InvalidContainerConfig(
-            f"write {file.name}", error.errno or 0, f"{value!r}: {error.strerror}"
-        ) from error
-
-
-def _v1_limits(resources: Resources) -> Iterator[tuple[str, str]]:
-    """In an order in which a limit may rise and fall: memory alone may never exceed it with swap."""
-    if resources.cpu_shares:
-        yield "cpu.shares", str(resources.cpu_shares)
-    if resources.cpu_quota:
-        yield "cpu.cfs_quota_us", "-1"  # whatever is in force may not fit another period
-        yield "cpu.cfs_period_us", str(resources.cpu_period or 100_000)
-        yield "cpu.cfs_quota_us", str(resources.cpu_quota)
-    elif resources.cpu_period:
-        yield "cpu.cfs_period_us", str(resources.cpu_period)
-    if resources.memory_limit:
-        yield "memory.memsw.limit_in_bytes", "-1"
-        yield "memory.limit_in_bytes", str(resources.memory_limit)
-        if resources.memory_swap_limit:
-            yield "memory.memsw.limit_in_bytes", str(resources.memory_swap_limit)
-    if resources.cpuset_cpus:
-        yield "cpuset.cpus", resources.cpuset_cpus
-    if resources.cpuset_mems:
-        yield "cpuset.mems", resources.cpuset_mems
-    for size, limit in resources.hugepage_limits.items():
-        if limit > 0:
-            yield f"hugetlb.{size}.limit_in_bytes", str(limit)
-
-
-def set_oom_score(layout: Layout, path: str, score: int) -> None:
-    for pid in pids(layout, path):
-        with contextlib.suppress(OSError):
-            Path(f"/proc/{pid}/oom_score_adj").write_text(str(score))
-
-
-# ---------------------------------------------------------------------------------------- readings
-
-
-def read(layout: Layout, path: str, name: str) -> bytes:
-    """A file of cgroup v2, or what v1 has to say for it; b"" where nothing does."""
-    files = _Files(cgroup.directories(layout, path))
-    own = files.read(name) if not layout.hierarchies or name.startswith(("pids.", "cpuset.")) else b""
-    translate = _V1.get(name)
-    return own if own or translate is None or not layout.hierarchies else translate(files)
-
-
-def oom_kills(layout: Layout, path: str) -> int:
-    return _keyed(read(layout, path, "memory.events")).get("oom_kill", 0)
-
-
-def process_count(layout: Layout, path: str, *, files: bool) -> ProcessCount:
-    all = pids(layout, path)
-    if not files:
-        return ProcessCount(processes=len(all))
-    links = [link for pid in all for link in _descriptors(pid)]
-    sockets = sum(link.startswith("socket:") for link in links)
-    return ProcessCount(processes=len(all), files=len(links), sockets=sockets)
-
-
-def _descriptors(pid: int) -> Iterator[str]:
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                yield str(Path(entry.path).readlink())
-
-
-class _Files:
-    def __init__(self, directories: Sequence[str]) -> None:
-        self._directories = directories
-
-    def read(self, name: str) -> bytes:
-        for directory in self._directories:
-            with contextlib.suppress(OSError):
-                return Path(directory, name).read_bytes()
-        return b""
-
-    def number(self, name: str) -> int:
-        text = self.read(name).strip()
-        return int(text) if text.isdigit() else 0
-
-    def keyed(self, name: str) -> dict[str, int]:
-        return _keyed(self.read(name))
-
-
-def _keyed(text: bytes) -> dict[str, int]:
-    pairs = (line.split() for line in text.decode(errors="replace").splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
-
-
-def _lines(values: dict[str, int]) -> bytes:
-    return "".join(f"{name} {value}\n" for name, value in values.items()).encode()
-
-
-def _limit(value: int) -> bytes:
-    return b"max\n" if value >= _MANY else f"{value}\n".encode()
-
-
-def _cpu_stat(files: _Files) -> bytes:
-    stat = files.keyed("cpu.stat")
-    return _lines(
-        {
-            "usage_usec": files.number("cpuacct.usage") // 1000,
-            "user_usec": files.number("cpuacct.usage_user") // 1000,
-            "system_usec": files.number("cpuacct.usage_sys") // 1000,
-            "nr_periods": stat.get("nr_periods", 0),
-            "nr_throttled": stat.get("nr_throttled", 0),
-            "throttled_usec": stat.get("throttled_time", 0) // 1000,
+    async def describe(self, pod: Pod) -> Mapping[str, object]:
+        """Return the pod's cgroup, its first process, and those of its containers."""
+        record, init = pod.record, runtime_of(pod).init
+        containers = {
+            container.id: pids["pid"]
+            for container in self._inventory.containers_of(pod)
+            if (pids := self.pids(container))
         }
-    )
-
-
-def _memory_stat(files: _Files) -> bytes:
-    stat = files.keyed("memory.stat")
-    names = {
-        "anon": "total_rss",
-        "file": "total_cache",
-        "file_mapped": "total_mapped_file",
-        "inactive_file": "total_inactive_file",
-        "pgfault": "total_pgfault",
-        "pgmajfault": "total_pgmajfault",
-    }
-    kernel = {"kernel": files.number("memory.kmem.usage_in_bytes")}
-    return _lines({new: stat.get(old, 0) for new, old in names.items()} | kernel)
-
-
-def _memory_events(files: _Files) -> bytes:
-    kills = files.keyed("memory.oom_control").get("oom_kill", 0)
-    return _lines({"max": files.number("memory.failcnt"), "oom_kill": kills})
-
-
-def _swap_max(files: _Files) -> bytes:
-    both = files.read("memory.memsw.limit_in_bytes").strip()
-    if not both.isdigit():
-        return b""
-    return _limit(int(both) if int(both) >= _MANY else int(both) - files.number("memory.limit_in_bytes"))
-
-
-def _io_stat(files: _Files) -> bytes:
-    """Lines such as "8:0 Read 4096" as "8:0 rbytes=4096"."""
-    names = {"Read": "r", "Write": "w"}
-    found: dict[str, list[str]] = {}
-    for file, unit in (("service_bytes", "bytes"), ("serviced", "ios")):
-        text = files.read(f"blkio.throttle.io_{file}_recursive").decode(errors="replace")
-        for fields in map(str.split, text.splitlines()):
-            if len(fields) == 3 and fields[1] in names:
-                found.setdefault(fields[0], []).append(f"{names[fields[1]]}{unit}={fields[2]}")
-    return "".join(f"{device} {' '.join(values)}\n" for device, values in found.items()).encode()
-
-
-_V1: dict[str, Callable[[_Files], bytes]] = {
-    "cpu.stat": _cpu_stat,
-    "memory.current": lambda files: files.read("memory.usage_in_bytes"),
-    "memory.stat": _memory_stat,
-    "memory.max": lambda files: _limit(files.number("memory.limit_in_bytes")),
-    "memory.peak": lambda files: files.read("memory.max_usage_in_bytes"),
-    "memory.events": _memory_events,
-    "memory.swap.current": lambda files: str(files.keyed("memory.stat").get("total_swap", 0)).encode(),
-    "memory.swap.max": _swap_max,
-    "io.stat": _io_stat,
-    "hugetlb.2MB.current": lambda files: files.read("hugetlb.2MB.usage_in_bytes"),
-    "hugetlb.1GB.current": lambda files: files.read("hugetlb.1GB.usage_in_bytes"),
-}
+        return {
+            "hostNamespaces": list(record.spec.host_namespaces),
+            "cgroup": self._layout.pod_cgroup(pod),
+            "pid": init.pid if init else None,
+            "containerPids": containers,
+        }

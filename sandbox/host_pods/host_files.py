@@ -1,4 +1,4 @@
-"""Devices and volumes of a container as they are on the host, for its plan. Blocking."""
+"""Devices, volumes and limits as they are on the host, for a container's plan. Everything here blocks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sandbox.plan.values import DevicePlan
 from sandbox.spec import ContainerSpec, Propagation
 from sandbox.steps.volumes import open_source
 
-# What a container's /dev has of its own, or what is no device
+# Entries of a container's /dev that are its own, or not devices
 _OWN = ("console", "fd", "mqueue", "ptmx", "pts", "shm", "stderr", "stdin", "stdout")
 _KINDS = (stat.S_IFCHR, stat.S_IFBLK)
 
 
 def find_volumes(container: Container) -> list[MountSource]:
-    """Raises InvalidSpec."""
+    """Return the sources of the container's mounts. Raises InvalidSpec for a missing or unusable one."""
     return [_volume(container, number) for number in range(len(container.record.spec.mounts))]
 
 
@@ -45,7 +45,7 @@ def _volume(container: Container, number: int) -> MountSource:
 
 
 def _is_shared(source: int) -> bool:
-    """Whether the mount that it lies on has a peer group (proc(5), mountinfo)."""
+    """Return whether its mount has a peer group (proc_pid_mountinfo(5))."""
     info = Path(f"/proc/self/fdinfo/{source}").read_text()
     id = next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:"))
     with Path("/proc/self/mountinfo").open() as table:
@@ -54,7 +54,7 @@ def _is_shared(source: int) -> bool:
 
 
 def find_devices(container: ContainerSpec) -> Sequence[RequestedDevice]:
-    """A directory stands for all devices in it. Raises InvalidSpec."""
+    """Return the requested devices; a directory means all devices in it. Raises InvalidSpec."""
     found = []
     for number, device in enumerate(container.devices):
         field = f"config.devices[{number}]"
@@ -71,12 +71,15 @@ def find_devices(container: ContainerSpec) -> Sequence[RequestedDevice]:
             node = _node(source, target)
             nodes = [node] if node else []
         if not nodes:
-            raise InvalidSpec(f"{field}.host_path", f"{device.host_path!r} is no device", "a device's path")
+            raise InvalidSpec(
+                f"{field}.host_path", f"{device.host_path!r} is not a device", "a device's path"
+            )
         found += [RequestedDevice(node, device.permissions) for node in nodes]
     return found
 
 
 def node_limits() -> NodeLimits:
+    """Return the limits of the daemon, beyond which it cannot give a container anything."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     status = Path("/proc/self/status").read_text().splitlines()
     bounding = next(line.split()[1] for line in status if line.startswith("CapBnd:"))
@@ -87,7 +90,7 @@ def node_limits() -> NodeLimits:
 
 
 def all_devices() -> list[DevicePlan]:
-    """For a privileged container."""
+    """Return all devices of the host, for a privileged container."""
     return [
         node for path, node in _nodes_below(Path("/dev")) if path.relative_to("/dev").parts[0] not in _OWN
     ]

@@ -1,4 +1,4 @@
-"""The sysctls of a pod without a VM: those that its own namespaces hold, and no others. Pure."""
+"""The sysctls of a pod without a VM: those of its own namespaces, and no others. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def pod_sysctls(spec: PodSpec) -> dict[str, str]:
                 raise InvalidSpec(field, "the pod has the node's network", "no net.* sysctls")
         elif not path.startswith(_OF_IPC):
             raise InvalidSpec(
-                field, "it is the node's in a pod without a VM", "net.*, kernel.shm* and their like"
+                field,
+                "it is the node's in a pod without a VM",
+                "net.*, kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.*",
             )
         elif spec.host_ipc:
             raise InvalidSpec(field, "the pod has the node's IPC", "no sysctls of IPC")

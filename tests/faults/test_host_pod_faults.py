@@ -1,6 +1,6 @@
 """Pods without a VM: each step and each moment of a start fails in turn, or the daemon is killed in it.
 
-conmon, crun, cgroups and mounts are real; only images and networks are not.
+conmon, crun, cgroups and mounts are real; only images and networks are fakes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sandbox.host.openat import read_beneath
 from sandbox.host.process import alive
 from sandbox.host_pods import conmon
 from sandbox.host_pods.conmon import Bundle, Starting
-from sandbox.host_pods.engine import ProcessEngine
+from sandbox.host_pods.containers import ProcessContainers
 from sandbox.host_pods.oci import NodeLimits
 from sandbox.records import ContainerState, PodState, ProcessRuntime
 from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec, SecuritySpec
@@ -152,13 +152,13 @@ def container_spec(*command: str) -> ContainerSpec:
 
 
 def _struck(original: Callable[..., Any], moment: str) -> Callable[..., Awaitable[Any]]:
-    """With a fault before or after all of its effect."""
+    """Wrap a function so that it fails before or after its effect."""
 
     async def fail(*arguments: Any) -> Any:
         if moment == "after":
             made = await original(*arguments)
             if isinstance(made, Starting):
-                os.close(made._answer)
+                os.close(made._report)
         raise OSError(errno.EIO, "the fault of the test")
 
     return fail
@@ -226,12 +226,12 @@ async def test_daemon_killed_in_any_step_of_a_pod_is_undone_by_the_next(
 
 
 MOMENTS: list[tuple[Any, str, str]] = [
-    (ProcessEngine, "_start", "before"),
+    (ProcessContainers, "_start", "before"),
     (conmon, "start", "after"),
     (Starting, "created", "after"),
     (conmon, "run_crun", "before"),
 ]
-# a conmon that nobody has been given is found by the next start alone
+# a conmon of which the daemon has no identity is found only by the next start
 FAILURES = [(owner, name, "before" if name == "start" else moment) for owner, name, moment in MOMENTS]
 
 
@@ -251,7 +251,7 @@ async def test_failed_container_start_leaves_nothing(
     record = daemon.containers.find(container)
     assert (record.state, record.exit_code, record.reason) == (ContainerState.EXITED, 128, "StartError")
     assert cgroups_naming(daemon.root.name) == before
-    await _until(lambda: not processes_naming(container))  # who collects orphans takes a moment
+    await _until(lambda: not processes_naming(container))  # orphans are reaped a little later
     await daemon.containers.remove(container)
 
 
@@ -296,7 +296,7 @@ async def _kill_in_start(
         if moment == "after":
             made = await original(*arguments)
             if isinstance(made, Starting):
-                os.close(made._answer)
+                os.close(made._report)
         reached.set()
         await asyncio.Event().wait()
 
@@ -393,7 +393,7 @@ async def test_conmon_that_cannot_run_fails_the_start(
     pod = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(pod, container_spec())
 
-    def broken(bundle: Bundle, wish: Any) -> list[str]:
+    def broken(bundle: Bundle, options: Any) -> list[str]:
         return ["/bin/sh", "-c", "echo no such luck >&2; exit 1"]
 
     with monkeypatch.context() as patch:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
+from sandbox.host import bpf
 from sandbox.plan.device_filter import (
     DEFAULT_RULES,
     MKNOD,
@@ -141,37 +139,6 @@ def test_any_rules_compile_to_their_meaning(
 
 # ---------------------------------------------------------------------------- in this kernel
 
-SYS_BPF = {"x86_64": 321, "aarch64": 280}[platform.machine()]
-PROG_LOAD, PROG_ATTACH = 5, 8
-CGROUP_DEVICE_PROGRAM, CGROUP_DEVICE_ATTACH = 15, 6
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def bpf(command: int, attributes: bytes) -> int:
-    buffer = ctypes.create_string_buffer(attributes.ljust(128, b"\0"), 128)
-    result = int(libc.syscall(ctypes.c_long(SYS_BPF), ctypes.c_int(command), buffer, ctypes.c_uint(128)))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
-
-
-def load(program: bytes) -> int:
-    """Return the program's descriptor once the verifier has accepted it. Raises OSError."""
-    log = ctypes.create_string_buffer(1 << 16)
-    code = ctypes.create_string_buffer(program, len(program))
-    licence = ctypes.create_string_buffer(b"Apache-2.0")
-    attributes = struct.pack(
-        "<IIQQIIQ",
-        CGROUP_DEVICE_PROGRAM,
-        len(program) // 8,
-        ctypes.addressof(code),
-        ctypes.addressof(licence),
-        1,
-        len(log),
-        ctypes.addressof(log),
-    )
-    return bpf(PROG_LOAD, attributes)
-
 
 def cgroup2_root() -> Path | None:
     for line in Path("/proc/self/mounts").read_text().splitlines():
@@ -182,16 +149,19 @@ def cgroup2_root() -> Path | None:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Iterator[int]:
+def kernel_loads_programs() -> None:
     if os.geteuid() != 0:
         pytest.skip("loading a program needs root")
     try:
-        load(compile_rules([]))
+        os.close(bpf.load_device_filter(compile_rules([])))
     except PermissionError:
         pytest.skip("this kernel does not allow programs to be loaded")
-    descriptor = load(compile_rules(DEFAULT_RULES))
-    yield descriptor
-    os.close(descriptor)
+
+
+@pytest.mark.usefixtures("kernel_loads_programs")
+def test_kernel_rejects_a_malformed_program() -> None:
+    with pytest.raises(OSError, match="bpf"):
+        bpf.load_device_filter(compile_rules([])[:-8])
 
 
 TRY = """
@@ -209,18 +179,15 @@ print(attempt("/dev/null"), attempt("/dev/urandom"), attempt(node))
 """
 
 
-def test_kernel_accepts_and_enforces_default_filter(loaded: int, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("kernel_loads_programs")
+def test_kernel_accepts_and_enforces_default_filter(tmp_path: Path) -> None:
     root = cgroup2_root()
     if root is None:
         pytest.skip("no cgroup v2 here")
     group = root / f"husk-device-test-{os.getpid()}"
     group.mkdir()
     try:
-        directory = os.open(group, os.O_RDONLY)
-        try:
-            bpf(PROG_ATTACH, struct.pack("<IIII", directory, loaded, CGROUP_DEVICE_ATTACH, 0))
-        finally:
-            os.close(directory)
+        bpf.attach_device_filter(group, compile_rules(DEFAULT_RULES))
         done = subprocess.run(
             [sys.executable, "-c", TRY, str(group), str(tmp_path / "kmsg")],
             capture_output=True,

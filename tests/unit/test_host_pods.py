@@ -1,4 +1,4 @@
-"""What pods without a VM are refused, and cgroup v1 as the names of v2."""
+"""Pods without a VM: what is rejected, cgroup v1 under the names of v2, conmon and streams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from sandbox.errors import GuestError, InvalidSpec, StreamReset
 from sandbox.host.cgroup import Layout, Mode
-from sandbox.host_pods import conmon, control
+from sandbox.host_pods import cgroups, conmon
 from sandbox.host_pods.conmon import Bundle, ConmonOptions
 from sandbox.host_pods.host_files import find_devices
 from sandbox.host_pods.streams import FdReader, FdWriter
@@ -89,7 +89,7 @@ def test_requested_device_is_found_on_the_host(tmp_path: Path) -> None:
 
     mode = Path("/dev/null").stat().st_mode & 0o7777
     assert wanted("/dev/null", "r") == [RequestedDevice(DevicePlan("/dev/mine", 1, 3, mode=mode), "r")]
-    with pytest.raises(InvalidSpec, match="is no device") as caught:
+    with pytest.raises(InvalidSpec, match="is not a device") as caught:
         wanted(str(tmp_path))
     assert caught.value.field == "config.devices[0].host_path"
 
@@ -98,7 +98,7 @@ def test_device_rules_are_written_to_cgroup_v1(tmp_path: Path) -> None:
     for name in ("devices.deny", "devices.allow"):
         (tmp_path / "c" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "c" / name).touch()
-    control.allow_devices(v1(tmp_path), "/c", DEFAULT_RULES[:3], b"")
+    cgroups.allow_devices(v1(tmp_path), "/c", DEFAULT_RULES[:3], b"")
     assert (tmp_path / "c/devices.deny").read_text() == "a"
     assert (tmp_path / "c/devices.allow").read_text() == "c 1:3 rwm", "the last rule; each is a write"
 
@@ -135,7 +135,7 @@ def test_values_of_cgroup_v1_are_read_under_names_of_v2(tmp_path: Path) -> None:
         "blkio.throttle.io_serviced_recursive": "8:0 Read 1\n8:0 Write 2\n",
     }
     write_all(tmp_path / "c", files)
-    found = {name: control.read(v1(tmp_path), "/c", name) for name in CGROUP_FILES}
+    found = {name: cgroups.read(v1(tmp_path), "/c", name) for name in CGROUP_FILES}
     assert found["cpu.stat"].splitlines()[:3] == [b"usage_usec 5000", b"user_usec 3000", b"system_usec 2000"]
     assert b"throttled_usec 7\n" in found["cpu.stat"]
     assert (found["memory.current"], found["memory.max"]) == (b"4096\n", b"8192\n")
@@ -144,21 +144,21 @@ def test_values_of_cgroup_v1_are_read_under_names_of_v2(tmp_path: Path) -> None:
     assert found["memory.stat"].startswith(b"anon 20\nfile 10\n")
     assert (found["pids.current"], found["pids.max"]) == (b"3\n", b"max\n")
     assert found["io.stat"] == b"8:0 rbytes=100 wbytes=200 rios=1 wios=2\n"
-    assert control.oom_kills(v1(tmp_path), "/c") == 1
+    assert cgroups.oom_kills(v1(tmp_path), "/c") == 1
 
 
 def test_unlimited_memory_of_cgroup_v1_is_max(tmp_path: Path) -> None:
     most = str((1 << 63) - 4096)
     write_all(tmp_path / "c", {"memory.limit_in_bytes": most, "memory.memsw.limit_in_bytes": most})
-    assert control.read(v1(tmp_path), "/c", "memory.max") == b"max\n"
-    assert control.read(v1(tmp_path), "/c", "memory.swap.max") == b"max\n"
+    assert cgroups.read(v1(tmp_path), "/c", "memory.max") == b"max\n"
+    assert cgroups.read(v1(tmp_path), "/c", "memory.swap.max") == b"max\n"
 
 
 def test_limits_are_written_to_cgroup_v1(tmp_path: Path) -> None:
     names = ("cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us", "memory.limit_in_bytes", "cpuset.cpus")
     write_all(tmp_path / "c", dict.fromkeys(names, ""))
     resources = Resources(cpu_shares=512, cpu_quota=20_000, memory_limit=1 << 20, cpuset_cpus="0")
-    control.write_limits(v1(tmp_path), "/c", compile_resources(resources), resources)
+    cgroups.write_limits(v1(tmp_path), "/c", compile_resources(resources), resources)
     found = {name: (tmp_path / "c" / name).read_text() for name in names}
     assert found == dict(zip(names, ("512", "100000", "20000", str(1 << 20), "0"), strict=True))
 
@@ -167,21 +167,21 @@ def test_limit_that_cgroup_v1_lacks_is_rejected(tmp_path: Path) -> None:
     write_all(tmp_path / "c", {})
     unified = Resources(unified={"memory.high": "1"})
     with pytest.raises(InvalidSpec, match="cgroup v1") as caught:
-        control.write_limits(v1(tmp_path), "/c", compile_resources(unified), unified)
+        cgroups.write_limits(v1(tmp_path), "/c", compile_resources(unified), unified)
     assert caught.value.field == "config.linux.resources.unified['memory.high']"
     with pytest.raises(GuestError, match="no such controller"):
-        control.write_limits(v1(tmp_path), "/c", (), Resources(cpu_shares=2))
+        cgroups.write_limits(v1(tmp_path), "/c", (), Resources(cpu_shares=2))
 
 
 def test_limits_are_written_and_read_in_cgroup_v2(tmp_path: Path) -> None:
     v2 = Layout(mode=Mode.V2, hierarchies=(), unified=str(tmp_path))
     write_all(tmp_path / "c", {"memory.max": "", "cpu.stat": "usage_usec 1\n"})
     files = [CgroupFile(name=name, value="5") for name in ("memory.max", "memory.swap.max")]
-    control.write_limits(v2, "/c", files, Resources())
+    cgroups.write_limits(v2, "/c", files, Resources())
     assert not (tmp_path / "c/memory.swap.max").exists(), "a kernel without swap has nothing to limit"
     assert (tmp_path / "c/memory.max").read_text() == "5"
-    assert control.read(v2, "/c", "cpu.stat") == b"usage_usec 1\n"
-    assert control.read(v2, "/c", "io.stat") == b""
+    assert cgroups.read(v2, "/c", "cpu.stat") == b"usage_usec 1\n"
+    assert cgroups.read(v2, "/c", "io.stat") == b""
 
 
 def test_processes_started_by_a_leader_are_found_across_sessions() -> None:
@@ -190,7 +190,7 @@ def test_processes_started_by_a_leader_are_found_across_sessions() -> None:
     try:
         assert leader.stdout is not None and leader.stdout.readline() == b"ready\n"
         everyone = [int(each.name) for each in Path("/proc").glob("[0-9]*")]
-        found = control.started_by(leader.pid)(everyone)
+        found = cgroups.started_by(leader.pid)(everyone)
         assert leader.pid in found and len(found) == 3 and os.getpid() not in found
     finally:
         for pid in found:
@@ -205,16 +205,16 @@ def bundle(path: Path) -> Bundle:
     return Bundle(id="c1", path=path, state=path / "crun")
 
 
-def wish(layout: Layout, **fields: object) -> ConmonOptions:
+def options(layout: Layout, **fields: object) -> ConmonOptions:
     usual: dict[str, object] = {"log_path": "", "tty": False, "stdin": False, "stdin_once": False}
     return ConmonOptions(cgroups=(), layout=layout, **(usual | fields))  # type: ignore[arg-type]
 
 
 def test_stdin_is_left_open_unless_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conmon, "find_program", lambda name: f"/bin/{name}")
-    both = conmon.command(bundle(tmp_path), wish(v1(tmp_path), stdin=True, tty=True))
+    both = conmon.command(bundle(tmp_path), options(v1(tmp_path), stdin=True, tty=True))
     assert {"--stdin", "--leave-stdin-open", "--terminal"} <= set(both)
-    once = conmon.command(bundle(tmp_path), wish(v1(tmp_path), stdin=True, stdin_once=True))
+    once = conmon.command(bundle(tmp_path), options(v1(tmp_path), stdin=True, stdin_once=True))
     assert "--leave-stdin-open" not in once
     assert "k8s-file:/dev/null" in once
 
@@ -225,9 +225,9 @@ def test_controllers_of_v2_beside_v1_are_hidden_from_crun(
     monkeypatch.setattr(conmon, "find_program", lambda name: f"/bin/{name}")
     (tmp_path / "cgroup.controllers").write_text("hugetlb\n")
     hybrid = Layout(mode=Mode.HYBRID, hierarchies=("/v1",), unified=str(tmp_path))
-    assert conmon.command(bundle(tmp_path), wish(hybrid))[:2] == ["unshare", "--mount"]
+    assert conmon.command(bundle(tmp_path), options(hybrid))[:2] == ["unshare", "--mount"]
     (tmp_path / "cgroup.controllers").write_text("\n")
-    assert conmon.command(bundle(tmp_path), wish(hybrid))[0] == "conmon"
+    assert conmon.command(bundle(tmp_path), options(hybrid))[0] == "conmon"
 
 
 def test_exit_code_is_read_once_it_is_complete(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ async def test_full_pipe_blocks_its_writer_until_it_is_read() -> None:
     reader.stop()
     with pytest.raises(StreamReset):
         await reader.read()
-    with pytest.raises(StreamReset, match="nobody reads"):
+    with pytest.raises(StreamReset, match="its reader has closed it"):
         await writer.write(b"x")
     writer.close()
 
