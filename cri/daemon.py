@@ -34,7 +34,7 @@ from cri.streaming.server import StreamingOptions, StreamingServer
 from cri.version import version
 from image.image_store import ImageStore
 from image.index import Image
-from image.settings import Settings as ImageSettings
+from image.options import ImageOptions
 from image.stores import RootfsStore
 from network.attach import Networks
 from network.errors import NetworkError
@@ -305,18 +305,18 @@ class _Builder:
                 containers=self.container_store,
                 vm_usage=self._vm_usage,
                 process_usage=self.processes.host_cost,
-                limiters=lambda: (self.vm_starts, self.network_setups, *self.images.stages()),
+                limiters=lambda: (self.vm_starts, self.network_setups, *self.images.limiters()),
             ),
             streaming=streaming,
             server=Server(Path(self.config.socket), services, Interceptor(self.metrics)),
         )
 
     def _images(self) -> ImageStore:
-        settings = ImageSettings(
+        options = ImageOptions(
             config_path=Path(self.config.registry.config_path),
             max_downloads=self.config.registry.max_concurrent_downloads,
         )
-        return ImageStore(Path(self.config.root), settings, self._layers_in_use)
+        return ImageStore(Path(self.config.root), options, self._layers_in_use)
 
     def _layers_in_use(self) -> frozenset[str]:
         return frozenset(chain for record in self.container_store for chain in record.layers)

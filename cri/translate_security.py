@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from cri.fields import absolute, absolutes, checked_ids, one_of, optional_id
 from cri.proto import runtime_v1_pb2 as pb
 from sandbox.errors import InvalidSpec
-from sandbox.host.ids import ID_MAX
+from sandbox.host.ids import ID_MAX, IdRange
 from sandbox.spec import (
     AppArmor,
     AppArmorKind,
     GroupsPolicy,
-    IdRange,
     PidMode,
     Seccomp,
     SeccompKind,

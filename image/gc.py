@@ -1,8 +1,8 @@
-"""What may go: layers that no image names and no container uses.
+"""Garbage collection of layers: remove those that no image names and no container uses.
 
-`in_use` is asked anew each time, and a layer that a pull is just taking up is pinned, so a removal
-beside a pull or a CreateContainer never takes away what those are about to mount. A layer below a
-used one is used too: both lists hold whole chains.
+`in_use` is read at each collection, and a layer that a pull or a root filesystem is about to use is pinned,
+so a collection that runs at the same time as a pull or CreateContainer never removes what they mount next. A
+layer below a used one is used too: images and containers name whole chains.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from image.layers import LayerStore
 
 
 def find_unused(index: Index, layers: LayerStore, in_use: Collection[str]) -> frozenset[str]:
+    """Return the chain ids of all layers that neither an image nor `in_use` names."""
     named = {chain_id for image in index.list() for chain_id in image.chain_ids}
     return frozenset(layers.chain_ids()) - named - frozenset(in_use)
 
 
 class Collector:
+    """Collects layers of one store. `in_use` returns the chain ids below all containers."""
+
     def __init__(self, index: Index, layers: LayerStore, in_use: Callable[[], Collection[str]]) -> None:
         self._index = index
         self._layers = layers
@@ -27,10 +30,11 @@ class Collector:
         self._emptying = asyncio.Lock()
 
     async def collect(self) -> None:
-        """Remove what is unused. Its space is free again when this returns."""
+        """Remove what is unused. Its space is free when this returns."""
         self._layers.remove(find_unused(self._index, self._layers, self._in_use()))
         await self.empty_trash()
 
     async def empty_trash(self) -> None:
+        """Delete what was removed. Waits for another call that is deleting already."""
         async with self._emptying:
             await asyncio.to_thread(self._layers.empty_trash)

@@ -18,35 +18,26 @@ from pathlib import Path
 import msgspec
 
 from sandbox.host import syscalls, threads
+from sandbox.host.ids import IdRange, to_outside
 
 # Ends when its standard input does.
 _HOLDER = ["unshare", "--user", "sh", "-c", "echo ready; read line"]
 
 
-class IdRange(msgspec.Struct, frozen=True):
-    inside: int
-    outside: int
-    length: int
-
-
-class IdMap(msgspec.Struct, frozen=True):
-    """As user_namespaces(7) has it; `outside` are ids of the host."""
+class IdMap(msgspec.Struct, frozen=True, kw_only=True):
+    """The ids of a user namespace; `outside` are ids of the host (user_namespaces(7))."""
 
     uids: tuple[IdRange, ...]
     gids: tuple[IdRange, ...]
 
     @property
     def root(self) -> tuple[int, int]:
-        """User 0 and group 0 of the inside, as the host knows them."""
-        return outside(self.uids, 0), outside(self.gids, 0)
+        """The host's ids of user 0 and group 0 inside; -1 where they are not mapped."""
+        return self.to_outside(0, 0)
 
-
-def outside(ranges: Sequence[IdRange], id: int) -> int:
-    """-1 for an id that is not mapped."""
-    for each in ranges:
-        if each.inside <= id < each.inside + each.length:
-            return each.outside + id - each.inside
-    return -1
+    def to_outside(self, uid: int, gid: int) -> tuple[int, int]:
+        """Return the host's ids of a user and group inside; -1 where they are not mapped."""
+        return to_outside(self.uids, uid, unmapped=-1), to_outside(self.gids, gid, unmapped=-1)
 
 
 @contextlib.contextmanager
@@ -129,7 +120,8 @@ def mounted_shifted(
 
 def find_obstacle(scratch: Path) -> str:
     """Why the file system of this empty directory has no shifted layers; empty when it has. Blocking."""
-    ids = IdMap(uids=(IdRange(0, 65536, 65536),), gids=(IdRange(0, 65536, 65536),))
+    shifted = IdRange(inside=0, outside=65536, length=65536)
+    ids = IdMap(uids=(shifted,), gids=(shifted,))
     for each in ("layer", "upper", "work", "points"):
         (scratch / each).mkdir()
 

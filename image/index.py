@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _HEX = re.compile(r"[a-f0-9]{3,64}")  # an id, whole or cut short
 
 
-class ImageSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How an image wants to be run (OCI image-spec, config.md)."""
 
     entrypoint: tuple[str, ...] = ()
@@ -42,9 +42,9 @@ class ImageSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     labels: dict[str, str] = {}
 
 
-def settings_of(config: RunConfig | None) -> ImageSettings:
+def run_defaults(config: RunConfig | None) -> RunDefaults:
     given = config or RunConfig()
-    return ImageSettings(
+    return RunDefaults(
         entrypoint=tuple(given.entrypoint or ()),
         cmd=tuple(given.cmd or ()),
         env=tuple(given.env or ()),
@@ -63,7 +63,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     repo_digests: tuple[str, ...] = ()  # "docker.io/library/busybox@sha256:..."
     size: int  # bytes that its layers take here, and its configuration; more than 0
     chain_ids: tuple[str, ...] = ()  # bottom first
-    config: ImageSettings = ImageSettings()
+    config: RunDefaults = RunDefaults()
     created: str = ""  # RFC 3339, as the builder wrote it
     pinned: bool = False
 

@@ -28,6 +28,7 @@ import msgspec
 from image import tar, tree
 from image.errors import DiskFull, LayerRejected, StorageFailed
 from image.tar import Entry
+from image.tree_ops import Usage
 from sandbox.host.ids import ID_MAX
 
 WHITEOUT_PREFIX = b".wh."
@@ -55,11 +56,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_bytes: int = 128 << 30
     max_entries: int = 2_000_000
     max_depth: int = 256
-
-
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    bytes: int = 0
-    inodes: int = 0
 
 
 class Stopped(Exception):
@@ -101,7 +97,7 @@ class _Unpacker:
         Path(target).chmod(0o755)
         os.chown(target, 0, 0)
         _drop_default_acl(target)
-        self._tree = tree.Tree(target, lowers)
+        self._tree = tree.Tree(target, lowers, max_depth=limits.max_depth)
         self._umask = _umask()
         self._directories: dict[tree.Path, _Attributes] = {}
         self._count = 0

@@ -1,26 +1,26 @@
-"""Unpacked layers, each once, shared by all images that stack it the same way.
+"""Unpacked layers, each stored once and shared by all images that stack it in the same way.
 
     ROOT/layers/CHAIN/fs/          the layer in overlayfs's form
     ROOT/layers/CHAIN/layer.json   what it is (`Layer`)
     ROOT/layers/CHAIN/unsynced     a boot id: not known to be on the disk yet
-    ROOT/staging/RANDOM/           being made; renamed into place when whole
+    ROOT/staging/RANDOM/           being made; renamed into place when complete
     ROOT/trash/RANDOM/             being deleted
 
-A layer is there whole or not at all: it is renamed when both its digests were right. Killed at any
-point, what is left lies in staging or trash, which the next start deletes. After a power cut a
-layer still marked `unsynced` by another boot may lack its data, so it is dropped and pulled again;
-in return no pull has to wait for the disk. A layer is named by chain id, not by digest, as the
-same archive may come out differently above other layers.
+A layer exists completely or not at all: it is renamed after both its digests were verified. Killed at any
+point, what is incomplete lies in staging or trash, which the next start deletes. After a power failure a
+layer that is still marked `unsynced` by another boot may lack data, so it is dropped and pulled again; in
+return, no pull waits for the disk.
+
+A layer is named by its chain id, not by its digest: the same archive may unpack differently on top of other
+layers (OCI image-spec, config.md, "Layer ChainID").
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
 import secrets
-import shutil
 import tempfile
 import threading
 from collections import Counter
@@ -30,23 +30,27 @@ from pathlib import Path
 
 import msgspec
 
-from image import layer
+from image import layer, tree_ops
 from image.blobs import storage_error
 from image.compression import Inflated
 from image.errors import DigestMismatch
-from image.inode_spreading import scatter
-from image.layer import Limits, Usage
-from sandbox.host import threads
+from image.inode_spreading import spread_directories
+from image.layer import Limits
+from image.tree_ops import Usage
+from sandbox.host import files, threads
+from sandbox.host.keyed_lock import KeyedLock
 from sandbox.host.proc import boot_id
 from sandbox.host.syscalls import syncfs
 
 log = logging.getLogger(__name__)
 
-STOP_LIMIT_S = 30.0
+STOP_LIMIT_S = 30.0  # how long a cancelled unpacking is awaited
 DELETIONS = 4  # at a time
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
+    """The description of a stored layer, as layer.json holds it."""
+
     chain_id: str
     diff_id: str
     bytes: int
@@ -54,13 +58,14 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayerStore:
-    """Not thread-safe: belongs to one event loop. `load` it before use."""
+    """The layers below one directory. Not thread-safe: belongs to one event loop. `load` it before use."""
 
     def __init__(self, root: Path, limits: Limits | None = None) -> None:
         self._root = root
         self._limits = limits or Limits()
         self._layers: dict[str, Layer] = {}
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}  # and how many hold or await it
+        self._unsynced: dict[str, Layer] = {}
+        self._locks = KeyedLock()
         self._pins: Counter[str] = Counter()
         self._bytes = 0
         self._inodes = 0
@@ -69,15 +74,24 @@ class LayerStore:
 
     @property
     def usage(self) -> Usage:
+        """What all layers occupy."""
         return Usage(bytes=self._bytes, inodes=self._inodes)
 
+    @property
+    def has_unsynced(self) -> bool:
+        """Whether `sync` has something to write."""
+        return bool(self._unsynced)
+
     def find(self, chain_id: str) -> Layer | None:
+        """Return a layer; None if it is not stored."""
         return self._layers.get(chain_id)
 
     def path(self, chain_id: str) -> Path:
+        """Return the directory that overlayfs mounts for this layer."""
         return self._home(chain_id) / "fs"
 
     def chain_ids(self) -> Collection[str]:
+        """Return the chain ids of all layers."""
         return tuple(self._layers)
 
     def _home(self, chain_id: str) -> Path:
@@ -85,44 +99,55 @@ class LayerStore:
 
     @property
     def trash(self) -> Path:
+        """The directory of what is being deleted."""
         return self._root / "trash"
 
     # ----------------------------------------------------------------------------- start-up
 
     def load(self) -> None:
-        """Read what is there; what is broken goes to the trash. Blocking: once, at start."""
+        """Read all layers and delete what is broken or incomplete. Blocking: call it once, at start.
+
+        Raises OSError when the store's directories cannot be made or read; one bad layer is logged.
+        """
         for name in ("layers", "staging", "trash"):
             (self._root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        scatter(self._root / "staging")
+        spread_directories(self._root / "staging")
         for leftover in (self._root / "staging").iterdir():
             self._discard(leftover)
         for home in (self._root / "layers").iterdir():
             try:
-                self._add(self._read(home))
+                found = self._read(home)
             except (OSError, msgspec.DecodeError, ValueError) as error:
-                log.warning("layer %s is dropped: %s", home.name, error)
+                log.warning("dropping layer %s, which is pulled again when needed: %s", home.name, error)
                 self._discard(home)
+            else:
+                self._add(found, unsynced=(home / "unsynced").exists())
         self.empty_trash()
 
     def _read(self, home: Path) -> Layer:
         found = msgspec.json.decode((home / "layer.json").read_bytes(), type=Layer)
         if self._home(found.chain_id) != home or not (home / "fs").is_dir():
-            raise ValueError("does not fit its name")
+            raise ValueError("its description does not match its name")
         unsynced = home / "unsynced"
         if unsynced.exists() and unsynced.read_text(encoding="ascii") != boot_id():
-            raise ValueError("the machine went down before it was written out")
+            raise ValueError("the machine went down before the layer was synced to the disk")
         return found
 
-    def _add(self, found: Layer) -> None:
+    def _add(self, found: Layer, *, unsynced: bool) -> None:
         self._layers[found.chain_id] = found
         self._bytes += found.bytes
         self._inodes += found.inodes
+        if unsynced:
+            self._unsynced[found.chain_id] = found
 
     # ------------------------------------------------------------------------------- making
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        """A directory of one's own, deleted afterwards with whatever is in it."""
+        """Yield a new directory; afterwards whatever is still in it goes to the trash.
+
+        Raises DiskFull, StorageFailed.
+        """
         try:
             path = Path(tempfile.mkdtemp(dir=self._root / "staging"))
         except OSError as error:
@@ -134,7 +159,7 @@ class LayerStore:
 
     @contextlib.contextmanager
     def pinned(self, chain_ids: Collection[str]) -> Iterator[None]:
-        """These are about to be used: `remove` leaves them alone."""
+        """Protect these layers from `remove`, whether they exist yet or not. Nests."""
         self._pins.update(chain_ids)
         try:
             yield
@@ -144,22 +169,15 @@ class LayerStore:
 
     @contextlib.asynccontextmanager
     async def making(self, chain_id: str) -> AsyncIterator[None]:
-        """One maker at a time; whoever comes second finds the layer made."""
-        lock, users = self._locks.get(chain_id, (asyncio.Lock(), 0))
-        self._locks[chain_id] = lock, users + 1
-        try:
-            async with lock:
-                yield
-        finally:
-            _, users = self._locks.pop(chain_id)
-            if users > 1:
-                self._locks[chain_id] = lock, users - 1
+        """Hold the lock of one layer, so that the next caller finds it made instead of making it again."""
+        async with self._locks.hold(chain_id):
+            yield
 
     async def unpack(self, chain_id: str, diff_id: str, below: Sequence[str], blob: Path) -> Layer:
-        """Make a layer of an archive; `below` are the chain ids under it, bottom first.
+        """Make a layer from an archive; `below` are the chain ids under it, bottom first.
 
-        Raises LayerRejected, DigestMismatch, DiskFull, StorageFailed. Cancelled, it waits until its
-        thread has stopped, so nobody writes into a directory that is being deleted.
+        Raises LayerRejected, DigestMismatch, DiskFull, StorageFailed; then nothing is kept. When cancelled it
+        waits up to STOP_LIMIT_S until its thread has stopped, which would write into what is being deleted.
         """
         lowers = [str(self.path(under)) for under in reversed(below)]
         with self.staging() as stage:
@@ -174,7 +192,7 @@ class LayerStore:
                 stage.rename(self._home(chain_id))
             except OSError as error:
                 raise storage_error(error, stage, "storing a layer") from error
-        self._add(found)
+        self._add(found, unsynced=True)
         return found
 
     def _unpack(
@@ -196,62 +214,67 @@ class LayerStore:
             if actual != diff_id:
                 raise DigestMismatch("unpacked layer (diff id)", diff_id, actual)
             found = Layer(chain_id=chain_id, diff_id=diff_id, bytes=usage.bytes, inodes=usage.inodes)
-            (stage / "layer.json").write_bytes(msgspec.json.encode(found))
+            files.write_json(stage / "layer.json", found)
         except OSError as error:
             raise storage_error(error, target, "unpacking a layer") from error
         return found
 
     def sync(self) -> None:
-        """Bring all that is here to the disk and note it. Blocking."""
-        marks = [self._home(chain_id) / "unsynced" for chain_id in tuple(self._layers)]
-        marks = [mark for mark in marks if mark.exists()]
-        if not marks:
+        """Write all layers to the disk, then remove their marks. Blocking. Raises OSError.
+
+        A layer that is made or made again meanwhile stays marked.
+        """
+        synced = dict(self._unsynced)
+        if not synced:
             return
         _syncfs(self._root)
-        for mark in marks:
-            mark.unlink(missing_ok=True)
+        for chain_id, found in synced.items():
+            if self._unsynced.get(chain_id) is found:
+                del self._unsynced[chain_id]
+                (self._home(chain_id) / "unsynced").unlink(missing_ok=True)
 
     # ----------------------------------------------------------------------------- deleting
 
     def remove(self, chain_ids: Collection[str]) -> None:
-        """Take layers away at once; `empty_trash` frees their space. Pinned ones stay."""
+        """Remove layers at once; `empty_trash` frees their space. Pinned and unknown ones are left alone."""
         for chain_id in chain_ids:
             found = self._layers.get(chain_id)
             if found is None or self._pins[chain_id]:
                 continue
             del self._layers[chain_id]
+            self._unsynced.pop(chain_id, None)
             self._bytes -= found.bytes
             self._inodes -= found.inodes
             self._discard(self._home(chain_id))
 
     def _discard(self, path: Path) -> None:
-        """A rename, so what is half deleted is never taken for a layer."""
+        """Move a directory to the trash: a rename, so that what is half deleted is never read as a layer."""
         try:
             path.rename(self.trash / secrets.token_hex(16))
         except FileNotFoundError:
             return
         except OSError:
-            # a layer without its description is none
+            # without its description it is not a layer
             (path / "layer.json").unlink(missing_ok=True)
             _delete(path)
 
     def empty_trash(self) -> None:
-        """Blocking; again after a crash. A few at a time: deleting is mostly waiting for the disk."""
+        """Delete what is in the trash. Blocking. What cannot be deleted is logged and tried the next time.
+
+        DELETIONS directories at a time, because deleting is mostly waiting for the disk.
+        """
         with ThreadPoolExecutor(DELETIONS, "husk-trash") as pool:
             list(pool.map(_delete, self.trash.iterdir()))
 
 
 def _delete(path: Path) -> None:
     try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
+        tree_ops.remove(path)
     except OSError as error:
-        log.warning("cannot delete %s yet: %s", path, error)
+        log.warning("cannot delete %s, which is tried again later: %s", path, error)
 
 
 def _syncfs(path: Path) -> None:
-    """syncfs(2): one filesystem, not the whole machine as os.sync."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         syncfs(fd, what=path)

@@ -26,12 +26,12 @@ from image.auth import Auth
 from image.blobs import BlobWriter, Fetched, Progress, Source
 from image.errors import ManifestNotFound, PullDeadline
 from image.hosts import find_hosts
-from image.index import Image, Index, settings_of
+from image.index import Image, Index, run_defaults
 from image.layers import LayerStore
 from image.manifest import Descriptor, ImageConfig, ImageIndex, Manifest, Platform
+from image.options import ImageOptions
 from image.reference import Reference, parse
 from image.registry import Registry
-from image.settings import Settings
 from sandbox.host.flights import Flights
 from sandbox.host.limiter import Limiter
 
@@ -53,16 +53,16 @@ class Puller:
         self,
         index: Index,
         layers: LayerStore,
-        settings: Settings,
+        options: ImageOptions,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._index = index
         self._layers = layers
-        self._settings = settings
+        self._options = options
         self._platform = manifest.host_platform(platform.machine())
-        self._downloads = Limiter("download", settings.max_downloads)
-        self._unpacks = Limiter("unpack", settings.max_unpacks)
-        self.stages = (self._downloads, self._unpacks)
+        self._downloads = Limiter("download", options.max_downloads)
+        self._unpacks = Limiter("unpack", options.max_unpacks)
+        self.limiters = (self._downloads, self._unpacks)
         self._on_end = on_end  # called whenever a pull or import has ended, however it did
         self._flights = Flights(cancel_abandoned=True)
 
@@ -127,7 +127,7 @@ class Puller:
     # ----------------------------------------------------------------------------- one pull
 
     async def _bounded(self, reference: Reference, auth: Auth | None, report: Report) -> Image:
-        limit_s = self._settings.pull_timeout_s or None
+        limit_s = self._options.pull_timeout_s or None
         deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
@@ -138,8 +138,8 @@ class Puller:
             raise PullDeadline(str(reference), limit_s or 0.0) from error
 
     async def _pull(self, reference: Reference, auth: Auth | None, report: Report) -> Image:
-        hosts = await asyncio.to_thread(find_hosts, self._settings.config_path, reference.domain)
-        registry = Registry(reference, hosts, auth, self._settings.timing)
+        hosts = await asyncio.to_thread(find_hosts, self._options.config_path, reference.domain)
+        registry = Registry(reference, hosts, auth, self._options.timing)
         try:
             fetched = await registry.manifest(reference.target)
             names = _Names(
@@ -169,7 +169,7 @@ class Puller:
                     repo_digests=names.digests,
                     size=len(raw) + sum(layer.bytes for layer in layers if layer),
                     chain_ids=chain,
-                    config=settings_of(config.config),
+                    config=run_defaults(config.config),
                     created=config.created or "",
                 )
             )

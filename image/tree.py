@@ -13,9 +13,10 @@ A directory that the archive does not mention is made like the one below of that
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Sequence
+
+from image import tree_ops
 
 Path = tuple[bytes, ...]
 
@@ -38,7 +39,8 @@ def is_whiteout(info: os.stat_result) -> bool:
 class Tree:
     """Owns its file descriptors: close it. `lowers` are the layers below, the nearest first."""
 
-    def __init__(self, root: str, lowers: Sequence[str] = ()) -> None:
+    def __init__(self, root: str, lowers: Sequence[str] = (), *, max_depth: int) -> None:
+        self._max_depth = max_depth
         self._root = os.open(root, _OPEN)
         self._lowers: list[int] = []
         self._cache: dict[Path, int] = {}
@@ -89,6 +91,9 @@ class Tree:
             if name == b"..":
                 del real[-1:]
                 continue
+            if len(real) == self._max_depth:
+                # an entry's own name is limited before; here a link's target lies deeper
+                raise TreeError(f"more than {self._max_depth} directories deep")
             target = self._step(tuple(real), name, make)
             if target is None:
                 real.append(name)
@@ -202,8 +207,7 @@ class Tree:
         name = path[-1]
         if stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
             self._forget(path)
-            # follows no link on its way (shutil.rmtree.avoids_symlink_attacks)
-            shutil.rmtree(name, dir_fd=at)
+            tree_ops.remove(name, at=at)
         else:
             os.unlink(name, dir_fd=at)
 

@@ -1,8 +1,8 @@
-"""Directories that a container filled: as deep, as wide and as linked as it liked.
+"""Measure and delete directory trees of any depth and width, as an image or a container may make them.
 
-Nothing here goes down a path of more than a few levels at a time: a chain of some thousand nested
-directories is longer than a path may be, deeper than Python recurses, and needs more descriptors than a
-process has. Blocking.
+Nothing here descends more than LEVELS directories at a time: a chain of some thousand nested directories is
+longer than a path may be (PATH_MAX), deeper than Python recurses, and needs more descriptors than a process
+has. All functions block.
 """
 
 from __future__ import annotations
@@ -15,40 +15,51 @@ from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
 
-from image.layer import Usage
+import msgspec
 
-LEVELS = 64  # gone down at a time
-ENTRIES = 1000  # read at a time, when they are to be deleted
+LEVELS = 64  # directories open at a time
+ENTRIES = 1000  # directory entries read at a time by `remove`
 DU = "/usr/bin/du"
 DU_TIMEOUT_S = 300.0
-_BLOCK = 512
-_LINKS_MAX = 1 << 16  # files with several names that are kept in mind; of more, each name counts
+_BLOCK = 512  # st_blocks counts these (stat(2))
+_LINKS_MAX = 1 << 16  # inodes with several names that are remembered; beyond that, each name counts
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tree occupies on its filesystem."""
+
+    bytes: int = 0
+    inodes: int = 0
+
+
 def measure(path: Path) -> Usage:
-    """What the directory takes, itself left out; a file with several names counts once. Absent: zero.
-    Raises OSError."""
+    """Return what a tree occupies, its top directory excluded; a file with several names counts once.
+
+    Zero for a path that does not exist. What vanishes during the call counts as absent. Raises OSError.
+    """
     try:
-        return _walk(os.fspath(path))
+        return _sum(os.fspath(path))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return Usage(bytes=_du(path), inodes=_du(path, "--inodes"))
 
 
-def _walk(path: str) -> Usage:
+def _sum(path: str) -> Usage:
     total = inodes = 0
     linked: set[int] = set()
-    folders = [path]
-    while folders:
-        # what vanishes under our eyes counts as gone
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folders.pop()) as entries:
+    directories = [path]
+    while directories:
+        with (
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(directories.pop()) as entries,
+        ):
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
                     if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
+                        directories.append(entry.path)
                     elif status.st_nlink > 1:
                         if status.st_ino in linked:
                             continue
@@ -60,28 +71,28 @@ def _walk(path: str) -> Usage:
 
 
 def _du(path: Path, *flags: str) -> int:
-    """For trees whose paths are too long for us. Raises OSError."""
+    """Measure with du(1), which changes directory as it descends, a tree whose paths exceed PATH_MAX."""
     command = [DU, "--summarize", "--block-size=1", *flags, "--", os.fspath(path)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=DU_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(errno.ETIMEDOUT, f"not measured within {DU_TIMEOUT_S:g} s", str(path)) from error
-    # it tells of files that went away meanwhile by its status, and counts the rest
+    # du reports files that vanished meanwhile by its exit status, and sums up the others
     number = done.stdout.split(b"\t")[0]
     if not number.isdigit():
         raise OSError(errno.EIO, done.stderr.decode(errors="replace").strip()[-500:], str(path))
     return int(number)
 
 
-def remove(path: Path) -> None:
-    """Delete a directory of ours with all that somebody put beneath it. Absent is fine; may be called
-    again after it was cut short. Raises OSError.
+def remove(path: Path | str | bytes, *, at: int | None = None) -> None:
+    """Delete a directory with everything in it; `path` is relative to the directory descriptor `at`.
 
-    What lies too deep is moved up into `path` itself, under names that are free there; so nobody else
-    may be at work in it.
+    Follows no link. An absent path is no error, and after an error or a crash it may be called again.
+    Raises OSError. Directories that lie LEVELS deep are first moved up into `path` itself under unused
+    names, so nothing else may work in the tree at the same time.
     """
     try:
-        top = os.open(path, _DIRECTORY)
+        top = os.open(path, _DIRECTORY, dir_fd=at)
     except FileNotFoundError:
         return
     try:
@@ -89,7 +100,7 @@ def remove(path: Path) -> None:
         _empty(top, top, LEVELS, names)
     finally:
         os.close(top)
-    path.rmdir()
+    os.rmdir(path, dir_fd=at)
 
 
 def _exists(name: str, at: int) -> bool:
@@ -101,8 +112,8 @@ def _exists(name: str, at: int) -> bool:
 
 
 def _empty(directory: int, top: int, levels: int, names: Iterator[str]) -> None:
-    while some := _some(directory):
-        for entry in some:
+    while batch := _read_batch(directory):
+        for entry in batch:
             if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.name, dir_fd=directory)
             elif levels == 0:
@@ -116,7 +127,7 @@ def _empty(directory: int, top: int, levels: int, names: Iterator[str]) -> None:
                 os.rmdir(entry.name, dir_fd=directory)
 
 
-def _some(directory: int) -> list[os.DirEntry[str]]:
-    """A directory may have more entries than would fit the memory."""
+def _read_batch(directory: int) -> list[os.DirEntry[str]]:
+    """Read some entries: all of a large directory might not fit in memory."""
     with os.scandir(directory) as entries:
         return list(islice(entries, ENTRIES))

@@ -12,6 +12,8 @@ from typing import NewType
 
 import msgspec
 
+from sandbox.host.ids import IdRange
+
 PodId = NewType("PodId", str)
 ContainerId = NewType("ContainerId", str)
 
@@ -61,12 +63,6 @@ class AppArmorKind(StrEnum):
 class AppArmor(Value, frozen=True, kw_only=True):
     kind: AppArmorKind = AppArmorKind.UNCONFINED
     name: str = ""  # of a profile that is loaded on the host, with LOCALHOST
-
-
-class IdRange(Value, frozen=True, kw_only=True):
-    inside: int
-    outside: int
-    length: int
 
 
 class UserNamespace(Value, frozen=True, kw_only=True):

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from cri.proto import runtime_v1_pb2 as pb
 from image.index import Image
+from sandbox.host.ids import IdRange
 from sandbox.plan.users import image_user
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, User
 from sandbox.spec import (
-    IdRange,
     MountSpec,
     PodSpec,
     Propagation,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from image.idmap import IdMap
-from image.layer import Usage
 from image.rootfs import Rootfs
+from image.tree_ops import Usage
 
 __all__ = ["Rootfs", "RootfsStore", "Usage"]
 

@@ -25,10 +25,10 @@ from pathlib import Path
 from image import idmap, tree_ops
 from image.blobs import storage_error
 from image.errors import ImageNotFound
-from image.idmap import IdMap, outside
-from image.layer import Usage
+from image.idmap import IdMap
 from image.layers import LayerStore
 from image.rootfs import HostTree, Rootfs
+from image.tree_ops import Usage
 from sandbox.host import syscalls, threads
 from sandbox.host.mounts import unmount_all
 from sandbox.host.openat import read_beneath
@@ -107,7 +107,7 @@ def _mirror_root(lowers: Sequence[Path], upper: Path, ids: IdMap | None) -> None
     top = lowers[0].stat() if lowers else upper.stat()
     owner = (top.st_uid, top.st_gid)
     if ids is not None:
-        owner = (outside(ids.uids, top.st_uid), outside(ids.gids, top.st_gid))
+        owner = ids.to_outside(top.st_uid, top.st_gid)
     os.chown(upper, *owner)
     upper.chmod(top.st_mode & 0o7777)
 

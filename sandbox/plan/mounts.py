@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sandbox.errors import InvalidSpec
+from sandbox.host.ids import to_outside
 from sandbox.plan.paths import container_path, covers, depth
 from sandbox.plan.values import Make, MountPlan
 from sandbox.spec import (
     ContainerSpec,
-    IdRange,
     ImageDefaults,
     MountSpec,
     Propagation,
@@ -128,7 +128,7 @@ def _standard(security: SecuritySpec) -> list[MountPlan]:
     kernel_tree = _INERT if privileged else _INERT | MS_RDONLY
     space = security.user_namespace
     # gid 5 is tty on every distribution; mounts are made outside of the user namespace, with ids from there
-    tty = _outside(space.gids if space else (), 5)
+    tty = to_outside(space.gids, 5, unmapped=5) if space else 5
     return [
         _file_system("proc", "/proc", _INERT),
         _devices_of_guest() if privileged else _devices_of_container(space),
@@ -146,16 +146,11 @@ def _standard(security: SecuritySpec) -> list[MountPlan]:
 
 
 def _devices_of_container(space: UserNamespace | None) -> MountPlan:
-    owner = f",uid={_outside(space.uids, 0)},gid={_outside(space.gids, 0)}" if space else ""
+    owner = ""
+    if space:
+        uid, gid = to_outside(space.uids, 0, unmapped=0), to_outside(space.gids, 0, unmapped=0)
+        owner = f",uid={uid},gid={gid}"
     return _file_system("tmpfs", "/dev", MS_NOSUID | MS_STRICTATIME, f"mode=0755,size=65536k{owner}")
-
-
-def _outside(ranges: Sequence[IdRange], id: int) -> int:
-    """Return what an id of the container is in the guest; the id itself where it is not mapped."""
-    for each in ranges:
-        if each.inside <= id < each.inside + each.length:
-            return each.outside + id - each.inside
-    return id
 
 
 def _devices_of_guest() -> MountPlan:

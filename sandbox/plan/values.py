@@ -10,7 +10,8 @@ from __future__ import annotations
 import stat
 from enum import StrEnum
 
-from sandbox.spec import IdRange, PidMode, Value
+from sandbox.host.ids import IdRange
+from sandbox.spec import PidMode, Value
 
 # ------------------------------------------------------------------------------------- container
 

@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from image import idmap
 from image.idmap import IdMap
 from image.rootfs import HostTree, Rootfs
 from image.stores import RootfsStore
@@ -51,10 +50,4 @@ def require_tree(rootfs: Rootfs) -> Path:
 
 def id_map(space: UserNamespace | None) -> IdMap | None:
     """Return a user namespace's mapping as `image` takes it."""
-    if space is None:
-        return None
-    uids, gids = (
-        tuple(idmap.IdRange(each.inside, each.outside, each.length) for each in ranges)
-        for ranges in (space.uids, space.gids)
-    )
-    return IdMap(uids=uids, gids=gids)
+    return IdMap(uids=space.uids, gids=space.gids) if space else None

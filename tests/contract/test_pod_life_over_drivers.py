@@ -18,7 +18,7 @@ import pytest
 from cri.config import Config, HandlerTable, Metrics
 from cri.daemon import Daemon, Overrides, build
 from image.idmap import IdMap
-from image.index import Image, ImageSettings
+from image.index import Image, RunDefaults
 from image.rootfs import Rootfs
 from network.attach import Attachment, Interface, NetworkRequest, Networks
 from sandbox.errors import InvalidSpec, VmmError
@@ -42,7 +42,7 @@ IMAGE = Image(
     repo_digests=(),
     size=1,
     chain_ids=("sha256:" + "2" * 64,),
-    config=ImageSettings(cmd=FOREVER),
+    config=RunDefaults(cmd=FOREVER),
 )
 
 

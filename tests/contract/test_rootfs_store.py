@@ -15,13 +15,14 @@ import pytest
 
 import image.stores
 from image.errors import DiskFull, ImageError, ImageNotFound
-from image.idmap import IdMap, IdRange, find_obstacle
+from image.idmap import IdMap, find_obstacle
 from image.layers import LayerStore
 from image.manifest import chain_ids
 from image.rootfs import HostTree
 from image.stores import RootfsStore
 from image.stores.overlay import OverlayStore
 from sandbox.errors import InvalidSpec
+from sandbox.host.ids import IdRange
 from tests.fakes.disk import small_disk
 from tests.fakes.registry import make_layer
 
@@ -257,7 +258,10 @@ async def test_set_id_programs_and_devices_do_nothing_on_the_host(site: Site) ->
 
 # ------------------------------------------------------------------------------- shifted owners
 
-IDS = IdMap(uids=(IdRange(0, 70000, 1000),), gids=(IdRange(0, 80000, 1000),))
+IDS = IdMap(
+    uids=(IdRange(inside=0, outside=70000, length=1000),),
+    gids=(IdRange(inside=0, outside=80000, length=1000),),
+)
 
 
 async def test_layers_are_seen_with_shifted_owners(site: Site) -> None:

@@ -16,7 +16,7 @@ from cri.ports import Condition, Features
 from image.auth import Auth
 from image.blobs import Progress
 from image.errors import ImageNotFound
-from image.index import Image, ImageSettings
+from image.index import Image, RunDefaults
 from network.attach import Attachment, NetworkStatus
 from sandbox.errors import FellBehind, NotFound, Reserved, WrongState
 from sandbox.events import Event
@@ -324,7 +324,7 @@ class FakeImages:
 
     def _add(self, ref: str) -> Image:
         image = Image(
-            id=IMAGE_ID, repo_tags=(ref,), size=1000, config=ImageSettings(user="1003:1003"), created="then"
+            id=IMAGE_ID, repo_tags=(ref,), size=1000, config=RunDefaults(user="1003:1003"), created="then"
         )
         self.images[ref] = image
         return image

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 from cri.config import Config, Metrics
 from cri.daemon import Daemon, Overrides, build
 from image.image_store import ImageStore
-from image.index import Image, ImageSettings
+from image.index import Image, RunDefaults
 from network.attach import Networks
 from sandbox.host import cgroup
 from sandbox.host.mounts import mounts_below
@@ -31,7 +31,7 @@ IMAGE = Image(
     repo_digests=(),
     size=1,
     chain_ids=("sha256:" + "2" * 64,),
-    config=ImageSettings(cmd=("/bin/true",)),
+    config=RunDefaults(cmd=("/bin/true",)),
 )
 HANDLER = Handler(
     name="",

@@ -17,8 +17,8 @@ import pytest
 
 from image.errors import ManifestNotFound, RegistryUnavailable
 from image.image_store import ImageStore
+from image.options import ImageOptions
 from image.registry import Timing
-from image.settings import Settings
 from tests.kit.images import Form, Image, busybox, digest_of, index_of
 
 STARTED_S = 20.0
@@ -96,7 +96,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistr
 @pytest.fixture
 def library(tmp_path: Path) -> ImageStore:
     timing = Timing(attempts=8, backoff_s=0.2, backoff_limit_s=1)
-    library = ImageStore(tmp_path, msgspec.structs.replace(Settings(), timing=timing))
+    library = ImageStore(tmp_path, msgspec.structs.replace(ImageOptions(), timing=timing))
     library.load()
     return library
 
@@ -134,7 +134,7 @@ async def test_a_registry_that_comes_back_in_time(registry: DockerRegistry, libr
 
 
 async def test_a_registry_that_does_not(registry: DockerRegistry, tmp_path: Path) -> None:
-    quick = ImageStore(tmp_path / "quick", Settings(timing=Timing(attempts=2, backoff_s=0.01)))
+    quick = ImageStore(tmp_path / "quick", ImageOptions(timing=Timing(attempts=2, backoff_s=0.01)))
     quick.load()
     await asyncio.to_thread(registry.stop)
     try:

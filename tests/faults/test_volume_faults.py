@@ -17,13 +17,13 @@ import pytest
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
 from sandbox.host import mounts, process, syscalls
+from sandbox.host.ids import IdRange
 from sandbox.host.mounts import mounts_below
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ImageVolume, PodRecord, VmRuntime
 from sandbox.spec import (
     ContainerId,
     ContainerSpec,
-    IdRange,
     ImageDefaults,
     MountSpec,
     PodId,

@@ -21,8 +21,8 @@ from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb
 from image.auth import Auth
 from image.image_store import ImageStore
+from image.options import ImageOptions
 from image.registry import Timing
-from image.settings import Settings as ImageSettings
 from sandbox.guest import guest_pb2
 from sandbox.host.mounts import mounts_below
 from tests.fakes.daemon import FakeHost, kill
@@ -82,8 +82,8 @@ class Served:
         self.registry.put_image("web", "1", [make_layer({"bin": None, "bin/true": b"#!"})])
         config = f'server = "http://{self.registry.address}"\n'
         (self.root / "hosts" / "_default" / "hosts.toml").write_text(config)
-        settings = ImageSettings(config_path=self.root / "hosts", timing=QUICK, pull_timeout_s=20)
-        self.images = ImageStore(self.root / "images", settings)
+        images = ImageOptions(config_path=self.root / "hosts", timing=QUICK, pull_timeout_s=20)
+        self.images = ImageStore(self.root / "images", images)
         self.images.load()
         self.registry.sign_in = "bearer"
         await self.images.pull(IMAGE, AUTH)

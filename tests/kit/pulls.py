@@ -12,8 +12,8 @@ import pytest
 from image.auth import Auth
 from image.errors import ImageError
 from image.image_store import ImageStore
+from image.options import ImageOptions
 from image.registry import Timing
-from image.settings import Settings
 from tests.fakes.registry import FakeRegistry, make_layer
 
 QUICK = Timing(connect_s=2, stall_s=0.3, answer_s=1, attempts=3, backoff_s=0.01, backoff_limit_s=2)
@@ -22,8 +22,8 @@ TOP = make_layer({"etc/.wh.os": b"", "app": os.urandom(200_000)})
 
 
 def open_store(root: Path, **changes: object) -> ImageStore:
-    """Load a store beneath `root`, with QUICK timing and these changes of its settings."""
-    store = ImageStore(root / "state", msgspec.structs.replace(Settings(timing=QUICK), **changes))
+    """Load a store beneath `root`, with QUICK timing and these changes of its options."""
+    store = ImageStore(root / "state", msgspec.structs.replace(ImageOptions(timing=QUICK), **changes))
     store.load()
     return store
 

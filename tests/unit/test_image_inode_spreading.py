@@ -38,8 +38,8 @@ class Disk:
 def test_the_flag_is_set_once_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(INDEXED)
     monkeypatch.setattr(fcntl, "ioctl", disk.ioctl)
-    inode_spreading.scatter(tmp_path)
-    inode_spreading.scatter(tmp_path)
+    inode_spreading.spread_directories(tmp_path)
+    inode_spreading.spread_directories(tmp_path)
     assert disk.flags == INDEXED | TOP_OF_TREES and disk.sets == 1
 
 
@@ -48,7 +48,7 @@ def test_a_file_system_without_it_serves_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
 ) -> None:
     monkeypatch.setattr(fcntl, "ioctl", Disk(refusal=refusal).ioctl)
-    inode_spreading.scatter(tmp_path)
+    inode_spreading.spread_directories(tmp_path)
 
 
 def test_layers_are_scattered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +59,6 @@ def test_layers_are_scattered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_kernel_takes_the_calls_or_says_that_it_does_not(tmp_path: Path) -> None:
-    inode_spreading.scatter(tmp_path)
+    inode_spreading.spread_directories(tmp_path)
     (tmp_path / "layer").mkdir()
     assert (tmp_path / "layer").is_dir()

@@ -20,6 +20,7 @@ import pytest
 from image import layer, tree
 from image.errors import DiskFull, ImageError, LayerRejected
 from image.layer import Limits
+from image.tree_ops import Usage
 from tests.fakes.disk import small_disk
 
 MTIME = 1_600_000_000
@@ -82,10 +83,10 @@ class Jail:
     root: Path
     outside: Path
 
-    def unpack(self, *items: Item, **options: Any) -> layer.Usage:
+    def unpack(self, *items: Item, **options: Any) -> Usage:
         return self.unpack_bytes(archive(*items), **options)
 
-    def unpack_bytes(self, data: bytes, chunk: int = 1 << 20, **options: Any) -> layer.Usage:
+    def unpack_bytes(self, data: bytes, chunk: int = 1 << 20, **options: Any) -> Usage:
         chunks = (data[at : at + chunk] for at in range(0, len(data), chunk))
         return layer.unpack(chunks, str(self.root), **options)
 
@@ -546,6 +547,15 @@ def test_a_hole_as_large_as_a_disk_counts(jail: Jail) -> None:
 def test_too_deep(jail: Jail) -> None:
     with pytest.raises(LayerRejected, match="directories deep"):
         jail.unpack(file("d/" * 300 + "f"))
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_link_target_deeper_than_the_limit_is_rejected(jail: Jail, below: bool) -> None:
+    """146 bytes of layer would make a tree 1,990 directories deep."""
+    deep = link("door", "/".join(["d"] * 1990))
+    lowers = [jail.layer("lower", deep)] if below else []
+    with pytest.raises(LayerRejected, match="directories deep"):
+        jail.unpack(*([] if below else [deep]), file("door/f"), lowers=lowers)
 
 
 def test_too_long_a_component(jail: Jail) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
+import os
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from image import image_store, layers, tree_ops
 from image.errors import DigestMismatch, ImageNotFound
 from image.image_store import ImageStore
 from image.index import Image, Index
 from image.manifest import chain_ids
 from tests.fakes.registry import make_layer
+from tests.kit.eventually import eventually
 
 A, B = "sha256:" + "a1" * 32, "sha256:" + "a2" * 32
 DIGEST = "sha256:" + "d" * 64
@@ -222,23 +224,94 @@ async def test_a_restart_keeps_all_and_sweeps_what_was_begun(bench: Bench) -> No
     assert bench.leftovers() == []
 
 
-async def test_what_cannot_be_deleted_holds_nothing_else_up(
+async def test_undeletable_layer_does_not_block_other_deletions(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     await bench.add("one", "base", "x", "y", "z", "last")
-    whole = shutil.rmtree
+    remove = tree_ops.remove
 
-    def rmtree(path: Path) -> None:
+    def failing_remove(path: Path) -> None:
         if (path / "fs" / "x").exists():
             raise PermissionError(1, "not that one", str(path))
-        whole(path)
+        remove(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", rmtree)
+        patch.setattr(tree_ops, "remove", failing_remove)
         await bench.library.remove("host.test/one:1")
     assert len(bench.leftovers()) == 1 and "not that one" in caplog.text
     bench.restart()
     assert bench.leftovers() == []
+
+
+async def test_layer_deeper_than_recursion_is_removed_and_does_not_block_a_start(bench: Bench) -> None:
+    image = await bench.add("one", "base")
+    deep = bench.library.layers.path(image.chain_ids[0])
+    for parent in (deep, bench.root / "images/trash"):
+        at = os.open(parent, os.O_RDONLY)
+        for _ in range(2000):
+            os.mkdir("d", dir_fd=at)
+            below = os.open("d", os.O_RDONLY, dir_fd=at)
+            os.close(at)
+            at = below
+        os.close(at)
+    bench.restart()
+    assert bench.leftovers() == []
+    await bench.library.remove("host.test/one:1")
+    assert bench.leftovers() == [] and bench.here(image) == [False]
+
+
+def mark_of(bench: Bench, image: Image) -> Path:
+    return bench.library.layers.path(image.chain_ids[0]).parent / "unsynced"
+
+
+async def test_layers_are_synced_after_a_delay(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_store, "SYNC_DELAY_S", 0.05)
+    one = await bench.add("one", "base")
+    await bench.library.collect()
+    assert mark_of(bench, one).exists()
+    await eventually(lambda: not mark_of(bench, one).exists(), describe="the layer is synced")
+    assert not bench.library.layers.has_unsynced
+    await bench.library.close()
+
+
+async def test_close_syncs_without_delay(bench: Bench) -> None:
+    one = await bench.add("one", "base")
+    await bench.library.collect()
+    await bench.library.close()
+    assert not mark_of(bench, one).exists()
+
+
+async def test_layer_removed_before_the_sync_is_not_synced(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(layers, "_syncfs", synced.append)
+    await bench.add("one", "base")
+    await bench.library.remove("host.test/one:1")
+    assert not bench.library.layers.has_unsynced
+    await bench.library.close()
+    assert synced == []
+
+
+async def test_layer_unsynced_at_a_restart_is_synced_later(bench: Bench) -> None:
+    one = await bench.add("one", "base")
+    bench.restart()
+    assert bench.library.layers.has_unsynced and mark_of(bench, one).exists()
+    await bench.library.collect()
+    await bench.library.close()
+    assert not mark_of(bench, one).exists()
+
+
+async def test_layer_made_again_during_a_sync_stays_marked(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await bench.add("one", "base")
+    store = bench.library.layers
+    (chain_id,) = one.chain_ids
+    again = msgspec.structs.replace(store._layers[chain_id])
+    monkeypatch.setattr(layers, "_syncfs", lambda root: store._unsynced.update({chain_id: again}))
+    store.sync()
+    assert mark_of(bench, one).exists() and store.has_unsynced
 
 
 async def test_a_power_cut_costs_what_was_not_written_out(bench: Bench) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
+from sandbox.host.ids import IdRange
 from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start, vm_size
 from sandbox.plan.configure import sysctl_path
 from sandbox.plan.devices import guest_devices
@@ -22,7 +23,6 @@ from sandbox.spec import (
     ContainerSpec,
     DeviceSpec,
     Handler,
-    IdRange,
     ImageDefaults,
     MountSpec,
     PidMode,

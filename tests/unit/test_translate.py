@@ -11,12 +11,12 @@ from google.protobuf.json_format import ParseDict
 from cri.proto import runtime_v1_pb2 as pb
 from cri.translate import container_spec, pod_spec, resources
 from sandbox.errors import InvalidSpec
+from sandbox.host.ids import IdRange
 from sandbox.spec import (
     AppArmor,
     AppArmorKind,
     ContainerSpec,
     GroupsPolicy,
-    IdRange,
     PidMode,
     PodSpec,
     Propagation,
