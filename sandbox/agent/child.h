@@ -1,5 +1,5 @@
 // What a forked child does between clone and exec: it enters or makes the container. A failure is reported
-// over a close-on-exec socket, whose end of file tells the agent that exec has succeeded.
+// over a close-on-exec socket, whose end of file means that exec has succeeded.
 //
 // In a shared PID namespace other containers see the child. It is not dumpable, has closed every descriptor
 // of the agent but the ones named here, and its copy of the channel's token reads as zeros.

@@ -403,11 +403,14 @@ void container_pump(struct container *container) {
     for (int i = 0; i < 2; i++)
         if (container->stdio[i].source.fd >= 0)
             log_drain(&container->log, &container->stdio[i], &container->agent->loop, false);
-    log_send(&container->log, &container->agent->channel);
+    if (!container->process.request) // the reply to its start comes before its output
+        log_send(&container->log, &container->agent->channel);
 }
 
 bool container_has_work(const struct container *container) {
-    return log_has_work(&container->log, container->stdio, 2);
+    if (log_can_drain(&container->log, container->stdio, 2))
+        return true;
+    return !container->process.request && log_can_send(&container->log, &container->agent->channel);
 }
 
 void container_disconnect(struct container *container) {

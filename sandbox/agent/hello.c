@@ -37,7 +37,7 @@ static void describe_containers(struct agent *agent, Welcome *welcome) {
         count++;
     welcome->containers = memory_get(count * sizeof(ContainerState *));
     for (struct container *container = agent->containers; container; container = container->next)
-        if (!container->process.failed) // being undone: the host was never told that it started
+        if (!container->process.failed) // being undone: its start was never reported
             welcome->containers[welcome->n_containers++] = describe(container);
 }
 

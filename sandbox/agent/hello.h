@@ -1,4 +1,4 @@
-// The first message of each connection: agrees on the protocol version, and tells the host what runs here.
+// The first message of each connection: agrees on the protocol version, and reports the guest's state.
 #pragma once
 
 #include "agent.h"

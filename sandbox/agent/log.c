@@ -218,12 +218,16 @@ void log_send(struct log *log, struct channel *channel) {
     }
 }
 
-bool log_has_work(const struct log *log, const struct stdio_reader *stdio, int count) {
+bool log_can_drain(const struct log *log, const struct stdio_reader *stdio, int count) {
     for (int i = 0; i < count; i++)
         if (stdio[i].source.fd >= 0 && stdio[i].readable && stdio[i].observer->space(&stdio[i]) > 0 &&
             (!log->wanted || kept(log) < LOG_BOUND))
             return true;
     return false;
+}
+
+bool log_can_send(const struct log *log, const struct channel *channel) {
+    return log->stream && log->sent < log->end && log->credit && channel_space(channel);
 }
 
 void log_free(struct log *log) {

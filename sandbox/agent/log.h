@@ -70,5 +70,9 @@ uint64_t log_open(struct log *log, uint64_t offset, uint32_t stream, uint32_t wi
 void log_acknowledge(struct log *log, uint32_t bytes);
 
 void log_send(struct log *log, struct channel *channel); // as far as credit and space in the channel go
-bool log_has_work(const struct log *log, const struct stdio_reader *readers, int count);
+
+// Whether draining one of the readers, or sending, would do something.
+bool log_can_drain(const struct log *log, const struct stdio_reader *readers, int count);
+bool log_can_send(const struct log *log, const struct channel *channel);
+
 void log_free(struct log *log);

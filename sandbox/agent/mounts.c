@@ -93,7 +93,7 @@ static int mount_submounts(const Mount *mount, struct error *error) {
     if (source < 0)
         return fail_about(error, errno, "mount source", mount->source);
     for (size_t i = 0; i < mount->n_submounts; i++) {
-        // O_DIRECTORY: a plain O_PATH look-up does not trigger the automount
+        // O_DIRECTORY: O_PATH alone does not trigger the automount
         autoclose int found = path_enter(source, mount->submounts[i]);
         (void)found;
     }

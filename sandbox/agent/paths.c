@@ -36,7 +36,7 @@ int path_enter(int root, const char *path) {
     return open_in_root(root, path, O_PATH | O_DIRECTORY);
 }
 
-// A look-up that creates: `done` is an existing path without links, `rest` is still to be resolved.
+// A lookup that creates: `done` is an existing path without links, `rest` is still to be resolved.
 struct lookup {
     int root;
     char done[PATH_MAX];

@@ -1,5 +1,5 @@
 // Paths inside a container's root file system. The image chose the links in it, and other containers may
-// change shared volumes at the same time, so every look-up is openat2(2) with RESOLVE_IN_ROOT, and all
+// change shared volumes at the same time, so every lookup is openat2(2) with RESOLVE_IN_ROOT, and all
 // further work uses the resulting descriptor.
 #pragma once
 

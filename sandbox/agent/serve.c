@@ -108,13 +108,9 @@ static void pump(struct agent *agent) {
 static bool has_work(const struct agent *agent) {
     if (agent->channel.readable)
         return true;
-    for (const struct container *container = agent->containers; container; container = container->next) {
-        const struct log *log = &container->log;
+    for (const struct container *container = agent->containers; container; container = container->next)
         if (container_has_work(container))
             return true;
-        if (log->stream && log->sent < log->end && log->credit && channel_space(&agent->channel))
-            return true;
-    }
     for (const struct exec *exec = agent->execs; exec; exec = exec->next)
         if (exec_has_work(exec))
             return true;

@@ -1,6 +1,6 @@
 // Standalone mode: the agent as an ordinary process, for tests: `husk-agent --listen unix:PATH`.
 //
-// As root it becomes PID 1 of new namespaces (PID, mount, network, UTS, IPC) with a /run of its own, so the
+// As root it becomes PID 1 of new namespaces (PID, mount, network, UTS, IPC) with its own /run, so the
 // machine's mounts, network, names and clock stay as they are, and everything that it started ends with it.
 // Unprivileged it speaks the protocol, and every Start fails.
 #pragma once

@@ -12,11 +12,11 @@ from tests.kit.scratch import scratch_dir
 
 @pytest.fixture(scope="module", params=["husk-agent", "husk-agent-asan"])
 def agent(request: pytest.FixtureRequest) -> Iterator[Agent]:
-    """One agent for the tests of a module. In the end it must have nothing to complain about."""
+    """One agent for the tests of a module. At its end it must exit with 0: a sanitizer's report does not."""
     agent = Agent(build(request.param), scratch_dir("agent"))
     yield agent
     status = agent.close()
-    assert status == 0, agent.said()
+    assert status == 0, agent.stderr()
 
 
 @pytest.fixture

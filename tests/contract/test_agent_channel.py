@@ -14,7 +14,8 @@ import pytest
 
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.frames import MIN_VERSION, VERSION
-from tests.kit.agent import TOKEN, Agent, Guest, RawHost, build, frame, start, wait_for
+from tests.kit.agent import TOKEN, Agent, Guest, RawHost, build, frame, start
+from tests.kit.eventually import eventually
 from tests.kit.scratch import scratch_dir
 
 PING = frame(3, 77, pb.Request(ping=pb.Ping()).SerializeToString())
@@ -33,7 +34,7 @@ def resync(host: RawHost) -> pb.Welcome:
     return host.greet()
 
 
-def test_welcome(agent: Agent) -> None:
+def test_hello_gets_a_welcome_with_the_guests_state(agent: Agent) -> None:
     host = RawHost(agent.socket)
     welcome = host.greet()
     assert (welcome.version, welcome.epoch) == (VERSION, 7)
@@ -82,20 +83,20 @@ def test_hello_of_protocol_1_is_refused(agent: Agent) -> None:
     host.close()
 
 
-def test_unknown_token(agent: Agent, host: RawHost) -> None:
+def test_connection_with_unknown_token_is_ignored(agent: Agent, host: RawHost) -> None:
     other = RawHost(agent.socket)
     other.send(b"not the token..." + bytes(16) + HELLO)
     assert other.is_silent()
-    assert resync(other).version == VERSION, "once the token comes, all is well"
+    assert resync(other).version == VERSION, "the right token works on the same connection"
     other.close()
 
 
-def test_the_first_token_is_adopted() -> None:
+def test_first_whole_token_is_adopted() -> None:
     agent = Agent(build("husk-agent"), scratch_dir("agent"))
     try:
         host = RawHost(agent.socket)
         host.send(b"another ")
-        host.close()  # half a token of a daemon that died
+        host.close()  # half a token, as of a daemon that died
         host = RawHost(agent.socket)
         assert host.greet(token=b"0123456789abcdef").version == VERSION
         host.close()
@@ -108,13 +109,13 @@ def test_the_first_token_is_adopted() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 5, 12, 13, 500])
-def test_token_in_the_middle_of_a_half_frame(host: RawHost, cut: int) -> None:
+def test_token_inside_a_partial_frame_starts_a_connection(host: RawHost, cut: int) -> None:
     host.send(frame(3, 5, bytes(1000))[:cut])
     resync(host)
     assert not host.call(1, pb.Request(ping=pb.Ping())).HasField("failure")
 
 
-def test_token_in_pieces(host: RawHost) -> None:
+def test_token_sent_byte_by_byte_is_found(host: RawHost) -> None:
     host.send(frame(3, 5, bytes(1000))[:600])
     nonce = os.urandom(16)
     host.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
@@ -124,15 +125,15 @@ def test_token_in_pieces(host: RawHost) -> None:
     assert host.frame()[0] == 2
 
 
-def test_token_that_begins_twice(host: RawHost) -> None:
-    """The search must not lose a token behind a part of one."""
+def test_token_after_a_partial_token_is_found(host: RawHost) -> None:
+    """The search must not miss a token that follows a part of one."""
     nonce = os.urandom(16)
     host.send(frame(3, 5, bytes(100))[:50] + TOKEN[:9] + TOKEN[:15] + TOKEN + nonce + HELLO)
     host.skip_to(nonce)
     assert host.frame()[0] == 2
 
 
-def test_the_last_of_two_preambles_counts(host: RawHost) -> None:
+def test_second_of_two_preambles_is_answered_last(host: RawHost) -> None:
     first, second = os.urandom(16), os.urandom(16)
     host.send(TOKEN + first + HELLO + TOKEN + second + HELLO)
     host.skip_to(second)
@@ -152,18 +153,18 @@ def test_the_last_of_two_preambles_counts(host: RawHost) -> None:
         frame(7, 1, b"abc"),
         frame(8, 1, b"x"),
         frame(9, 1, b"x"),
-        frame(1, 0, pb.Hello(version=VERSION).SerializeToString()),  # a second greeting
+        frame(1, 0, pb.Hello(version=VERSION).SerializeToString()),  # a second Hello
         b"\0\0\0\0\3\1\0\0\1\0\0\0",
     ],
 )
-def test_what_makes_no_sense_ends_the_conversation(host: RawHost, broken: bytes) -> None:
+def test_invalid_frame_silences_the_agent_until_the_next_token(host: RawHost, broken: bytes) -> None:
     host.send(broken + PING)
     assert host.is_silent(0.1)
     resync(host)
     assert not host.call(1, pb.Request(ping=pb.Ping())).HasField("failure")
 
 
-def test_frames_in_front_of_hello(agent: Agent) -> None:
+def test_request_before_hello_is_ignored(agent: Agent) -> None:
     host = RawHost(agent.socket)
     nonce = os.urandom(16)
     host.send(TOKEN + nonce + PING + HELLO)
@@ -172,7 +173,7 @@ def test_frames_in_front_of_hello(agent: Agent) -> None:
     host.close()
 
 
-def test_unknown_streams_are_ignored(host: RawHost) -> None:
+def test_frames_of_unknown_streams_are_ignored(host: RawHost) -> None:
     host.send(frame(6, 9, b"data") + frame(7, 9, bytes(4)) + frame(8, 9) + frame(9, 9))
     assert not host.call(1, pb.Request(ping=pb.Ping())).HasField("failure")
 
@@ -204,32 +205,32 @@ def encode_varint(number: int) -> bytes:
     return bytes([number & 0x7F | 0x80]) + encode_varint(number >> 7)
 
 
-def test_many_requests_at_once(host: RawHost) -> None:
-    wish = pb.Request(ping=pb.Ping()).SerializeToString()
-    host.send(b"".join(frame(3, id, wish) for id in range(1, 5001)))
+def test_5000_requests_in_one_write_are_all_answered(host: RawHost) -> None:
+    request = pb.Request(ping=pb.Ping()).SerializeToString()
+    host.send(b"".join(frame(3, id, request) for id in range(1, 5001)))
     assert sorted(host.frame()[1] for _ in range(5000)) == list(range(1, 5001))
 
 
-def test_a_large_request(agent: Agent, host: RawHost) -> None:
+def test_request_of_one_megabyte_is_answered(agent: Agent, host: RawHost) -> None:
     paths = [f"/proc/{number}/{'x' * 200}" for number in range(5000)]
     reply = host.call(1, pb.Request(read_cgroup=pb.ReadCgroup(paths=paths)))
     assert len(reply.values.values) == 5000
 
 
-def test_a_reply_that_is_too_large(host: RawHost) -> None:
+def test_reply_larger_than_a_frame_becomes_a_failure(host: RawHost) -> None:
     paths = ["/bin/busybox"] * 100
     reply = host.call(1, pb.Request(read_cgroup=pb.ReadCgroup(paths=paths)))
     assert reply.failure.step == "reply"
 
 
-def test_a_new_connection_takes_the_place(agent: Agent, host: RawHost) -> None:
+def test_new_connection_closes_the_one_before(agent: Agent, host: RawHost) -> None:
     other = RawHost(agent.socket)
     other.greet()
-    assert host.socket.recv(1) == b"", "the one before is hung up on"
+    assert host.socket.recv(1) == b"", "the agent has closed it"
     other.close()
 
 
-async def test_containers_in_the_welcome(guest: Guest) -> None:
+async def test_welcome_lists_running_and_exited_containers(guest: Guest) -> None:
     running = await guest.start(["sleep", "100"])
     ended = await guest.start(["sh", "-c", "exit 9"])
     await guest.exited(ended)
@@ -247,8 +248,8 @@ def _is_gone(path: Path) -> bool:
     return not path.exists()
 
 
-async def test_a_start_that_was_not_answered_is_undone(agent: Agent, guest: Guest) -> None:
-    """The daemon died meanwhile: the next one finds it started and told, or not at all."""
+async def test_start_whose_reply_was_lost_is_undone_or_listed(agent: Agent, guest: Guest) -> None:
+    """The daemon died before the reply: the next one finds the container in the Welcome, or it is gone."""
     for _ in range(20):
         await guest.client.close()
         host = RawHost(agent.socket)
@@ -264,11 +265,11 @@ async def test_a_start_that_was_not_answered_is_undone(agent: Agent, guest: Gues
             assert (await guest.exec(id, ["true"]))[0] == 0
         else:
             cgroup = agent.cgroup / "husk" / id
-            wait_for(partial(_is_gone, cgroup), "the start to be undone")
+            await eventually(partial(_is_gone, cgroup), describe="the start is undone")
         await guest.remove(id)
 
 
-def test_unprivileged_it_speaks_and_starts_nothing() -> None:
+def test_unprivileged_agent_replies_but_starts_nothing() -> None:
     directory = scratch_dir("agent")
     directory.chmod(0o777)
     program = shutil.copy(build("husk-agent"), directory)  # the tree may be in a directory of root alone
@@ -284,7 +285,7 @@ def test_unprivileged_it_speaks_and_starts_nothing() -> None:
         assert agent.close() == 0
 
 
-def test_power_off() -> None:
+def test_power_off_ends_the_agent_and_its_containers() -> None:
     agent = Agent(build("husk-agent"), scratch_dir("agent"))
     host = RawHost(agent.socket)
     host.greet()

@@ -19,7 +19,7 @@ REFUSED = 111
 
 
 def listen_inside(agent: Agent, family: int, address: str, backlog: int = 128) -> socket.socket:
-    """A socket is of the namespace that it was made in, wherever it is used."""
+    """Return a socket that listens in the agent's network namespace; it stays there wherever it is used."""
     made: list[socket.socket] = []
 
     def make() -> None:
@@ -44,7 +44,7 @@ def listener(agent: Agent) -> Iterator[socket.socket]:
 
 
 async def pair(guest: Guest, listener: socket.socket) -> tuple[GuestPortConnection, socket.socket]:
-    """Both ends of a forwarded connection."""
+    """Return both ends of a dialled connection."""
     connection = await GuestPortConnection.dial(guest.client, listener.getsockname()[1], 10)
     peer, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(listener), 10)
     return connection, peer
@@ -68,13 +68,15 @@ async def read_all(connection: GuestPortConnection) -> bytes:
     return bytes(seen)
 
 
-async def test_both_directions_and_half_closes(guest: Guest, listener: socket.socket) -> None:
+async def test_dialled_connection_carries_both_directions_and_half_closes(
+    guest: Guest, listener: socket.socket
+) -> None:
     connection, peer = await pair(guest, listener)
     loop = asyncio.get_running_loop()
     with peer:
         await connection.writer.write(b"question")
         connection.writer.close()
-        assert await receive(peer, 100) == b"question", "and then its end"
+        assert await receive(peer, 100) == b"question", "and then end of file"
         await loop.sock_sendall(peer, b"answer")
         assert await connection.reader.read() == b"answer"
         await loop.sock_sendall(peer, b"more")
@@ -83,18 +85,20 @@ async def test_both_directions_and_half_closes(guest: Guest, listener: socket.so
     connection.close()
 
 
-async def test_the_other_half_first(guest: Guest, listener: socket.socket) -> None:
+async def test_half_close_by_the_peer_leaves_the_other_direction_open(
+    guest: Guest, listener: socket.socket
+) -> None:
     connection, peer = await pair(guest, listener)
     with peer:
         peer.shutdown(socket.SHUT_WR)
         assert await read_all(connection) == b""
-        await connection.writer.write(b"still heard")
-        assert await receive(peer, 11) == b"still heard"
+        await connection.writer.write(b"still there")
+        assert await receive(peer, 11) == b"still there"
         connection.writer.close()
         assert await receive(peer, 1) == b""
 
 
-async def test_volume(guest: Guest, listener: socket.socket) -> None:
+async def test_five_megabytes_are_echoed(guest: Guest, listener: socket.socket) -> None:
     connection, peer = await pair(guest, listener)
     data = bytes(range(256)) * 20000
 
@@ -112,7 +116,7 @@ async def test_volume(guest: Guest, listener: socket.socket) -> None:
     assert back == data
 
 
-async def test_a_stopped_reader_stops_only_itself(guest: Guest, listener: socket.socket) -> None:
+async def test_stopped_reader_blocks_only_its_connection(guest: Guest, listener: socket.socket) -> None:
     stopped, flooding = await pair(guest, listener)
     other, peer = await pair(guest, listener)
     loop = asyncio.get_running_loop()
@@ -130,7 +134,9 @@ async def test_a_stopped_reader_stops_only_itself(guest: Guest, listener: socket
     other.close()
 
 
-async def test_only_on_ipv6(agent: Agent, guest: Guest, listener: socket.socket) -> None:
+async def test_dial_of_a_listener_on_ipv6_only_succeeds(
+    agent: Agent, guest: Guest, listener: socket.socket
+) -> None:
     with listen_inside(agent, socket.AF_INET6, "::1") as six:
         connection, peer = await pair(guest, six)
         with peer:
@@ -139,7 +145,9 @@ async def test_only_on_ipv6(agent: Agent, guest: Guest, listener: socket.socket)
         connection.close()
 
 
-async def test_refused(guest: Guest, listener: socket.socket) -> None:
+async def test_dial_of_a_closed_port_is_refused_with_its_number(
+    guest: Guest, listener: socket.socket
+) -> None:
     port = listener.getsockname()[1]
     listener.close()
     with pytest.raises(GuestError) as caught:
@@ -149,13 +157,13 @@ async def test_refused(guest: Guest, listener: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("port", [0, 65536, 1 << 31])
-async def test_no_port(guest: Guest, port: int) -> None:
+async def test_dial_of_an_invalid_port_fails(guest: Guest, port: int) -> None:
     with pytest.raises(GuestError) as caught:
         await GuestPortConnection.dial(guest.client, port, 10)
     assert caught.value.errno == 22
 
 
-async def test_the_peer_breaks_it(guest: Guest, listener: socket.socket) -> None:
+async def test_reset_by_the_peer_ends_both_directions(guest: Guest, listener: socket.socket) -> None:
     connection, peer = await pair(guest, listener)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     peer.close()
@@ -167,8 +175,10 @@ async def test_the_peer_breaks_it(guest: Guest, listener: socket.socket) -> None
     connection.close()
 
 
-async def test_called_off_while_connecting(agent: Agent, guest: Guest, listener: socket.socket) -> None:
-    """A full backlog answers nothing; whoever waits may give up."""
+async def test_dial_that_gets_no_answer_times_out(
+    agent: Agent, guest: Guest, listener: socket.socket
+) -> None:
+    """With a full backlog the kernel answers nothing; the caller's timeout ends the wait."""
     with listen_inside(agent, socket.AF_INET, "127.0.0.1", backlog=0) as full:
         port = full.getsockname()[1]
         first = await GuestPortConnection.dial(guest.client, port, 10)
@@ -177,7 +187,7 @@ async def test_called_off_while_connecting(agent: Agent, guest: Guest, listener:
         first.close()
 
 
-async def test_there_is_a_bound(guest: Guest, listener: socket.socket) -> None:
+async def test_dial_beyond_256_connections_fails(guest: Guest, listener: socket.socket) -> None:
     made = []
     with pytest.raises(GuestError) as caught:
         for _ in range(300):
@@ -193,7 +203,9 @@ async def test_there_is_a_bound(guest: Guest, listener: socket.socket) -> None:
     connection.close()
 
 
-async def test_it_ends_with_the_connection(guest: Guest, listener: socket.socket) -> None:
+async def test_dialled_connection_ends_with_the_connection_to_the_agent(
+    guest: Guest, listener: socket.socket
+) -> None:
     _, peer = await pair(guest, listener)
     with peer:
         await guest.connect()

@@ -1,4 +1,4 @@
-"""Execs in the agent's containers: streams with credit, terminals, ends and timeouts."""
+"""Execs in the agent's containers: streams with credit, terminals, exits and timeouts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 
 from sandbox.errors import DeadlineExceeded, GuestError, StreamReset
 from sandbox.guest import guest_pb2 as pb
-from tests.kit.agent import Agent, Guest, Sink, process, wait_for
+from tests.kit.agent import Agent, Guest, Sink, process
+from tests.kit.eventually import eventually
 
 
 @pytest.fixture
 async def box(guest: Guest) -> str:
-    """A container to run things in."""
+    """The id of a container to run execs in."""
     return await guest.start(["sleep", "10000"])
 
 
@@ -58,14 +59,14 @@ async def shell(guest: Guest, box: str) -> AsyncIterator[Running]:
     yield running
 
 
-async def test_output_and_exit_code(guest: Guest, box: str) -> None:
+async def test_exec_returns_outputs_and_exit_code(guest: Guest, box: str) -> None:
     assert await guest.exec(box, ["sh", "-c", "echo out; echo err >&2; exit 3"]) == (3, "out\n", "err\n")
     assert (await guest.exec(box, ["sh", "-c", "kill -9 $$"]))[0] == 137
 
 
-async def test_start_and_exit_are_told_together(guest: Guest, box: str) -> None:
-    """For whoever waits for both; what it prints comes when it is printed."""
-    running = Running(guest, box, ["sh", "-c", "echo on; sleep 0.3; exit 4"], reply_on_exit=True)
+async def test_exec_with_reply_on_exit_replies_with_its_exit(guest: Guest, box: str) -> None:
+    """For a caller that waits for both. Output comes when it is printed."""
+    running = Running(guest, box, ["sh", "-c", "echo on; sleep 0.2; exit 4"], reply_on_exit=True)
     await running.stdout.read(lambda seen: seen == b"on\n")
     assert not running.started.done() and not running.stdout.ended.is_set()
     assert (await running.exited).exit_code == 4
@@ -77,11 +78,11 @@ async def test_start_and_exit_are_told_together(guest: Guest, box: str) -> None:
     assert len(running.stdout.seen) == 3_000_000
 
 
-async def test_it_is_inside(guest: Guest, box: str) -> None:
+async def test_exec_runs_inside_the_container(guest: Guest, box: str) -> None:
     script = "cat /etc/secret; cat /proc/1/cmdline; cat /proc/self/cgroup"
     _, out, _ = await guest.exec(box, ["sh", "-c", script])
     assert out.startswith("of the imagesleep\0" + "10000\0")
-    assert "0::/husk-exec." in out, "the container's cgroup is the root of what it sees"
+    assert "0::/husk-exec." in out, "the container's cgroup is the root of its cgroup namespace"
 
 
 @pytest.mark.parametrize(
@@ -92,31 +93,33 @@ async def test_it_is_inside(guest: Guest, box: str) -> None:
         ({"seccomp": b"12345678"}, "seccomp", 22),
     ],
 )
-async def test_failures(
+async def test_exec_that_failed_names_the_step(
     agent: Agent, guest: Guest, box: str, more: dict[str, Any], step: str, errno: int
 ) -> None:
     fields = {"argv": ["true"]} | more
     with pytest.raises(GuestError) as caught:
         await guest.exec(box, fields.pop("argv"), **fields)
     assert (caught.value.step, caught.value.errno) == (step, errno)
-    assert len(list((agent.cgroup / "husk" / box).glob("husk-exec.*"))) <= 1, "one is kept for the next"
+    assert len(list((agent.cgroup / "husk" / box).glob("husk-exec.*"))) <= 1, (
+        "one cgroup is kept for the next exec"
+    )
 
 
-async def test_where_there_is_no_container(guest: Guest) -> None:
+async def test_exec_after_container_exit_fails(guest: Guest) -> None:
     gone = await guest.start(["true"])
     await guest.exited(gone)
-    for id in (gone, "nobody"):
+    for id in (gone, "unknown"):
         with pytest.raises(GuestError) as caught:
             await guest.exec(id, ["true"])
         assert (caught.value.step, caught.value.errno) == ("container", 3)
 
 
-async def test_identity(guest: Guest, box: str) -> None:
+async def test_exec_gets_its_ids(guest: Guest, box: str) -> None:
     _, out, _ = await guest.exec(box, ["id"], uid=5, gid=6, groups=[7])
     assert out == "uid=5 gid=6 groups=7\n"
 
 
-async def test_stdin(shell: Running) -> None:
+async def test_stdin_is_passed_until_it_ends(shell: Running) -> None:
     await shell.stdin.write(b"echo one\n")
     assert await shell.stdout.read(lambda seen: b"\n" in seen) == b"one\n"
     await shell.stdin.write(b"echo now; cat; exit 4\n")
@@ -127,8 +130,8 @@ async def test_stdin(shell: Running) -> None:
     assert (await shell.exited).exit_code == 4
 
 
-async def test_much_stdin(guest: Guest, box: str) -> None:
-    """Far more than any credit, through a process that takes its time."""
+async def test_stdin_of_two_megabytes_through_a_slow_process_is_passed(guest: Guest, box: str) -> None:
+    """Far more than any credit, and the process reads only after 0.1 s."""
     running = Running(guest, box, ["sh", "-c", "sleep 0.1; exec cat"])
     await running.started
     data = bytes(range(256)) * 8000
@@ -143,7 +146,7 @@ async def test_much_stdin(guest: Guest, box: str) -> None:
     assert (await running.exited).exit_code == 0
 
 
-async def test_stdin_that_nobody_reads(guest: Guest, box: str) -> None:
+async def test_stdin_without_a_reader_is_reset(guest: Guest, box: str) -> None:
     running = Running(guest, box, ["sh", "-c", "exec <&-; echo closed; exec sleep 100"])
     await running.started
     await running.stdout.read(lambda seen: seen == b"closed\n")
@@ -153,11 +156,11 @@ async def test_stdin_that_nobody_reads(guest: Guest, box: str) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_without_stdin_it_is_empty(guest: Guest, box: str) -> None:
+async def test_exec_without_stdin_reads_end_of_file(guest: Guest, box: str) -> None:
     assert await guest.exec(box, ["cat"]) == (0, "", "")
 
 
-async def test_terminal(guest: Guest, box: str) -> None:
+async def test_exec_with_a_terminal_has_its_size_and_echo(guest: Guest, box: str) -> None:
     running = Running(
         guest, box, ["sh", "-c", "tty; stty size; read x; echo got $x"], tty=True, rows=9, columns=33
     )
@@ -171,15 +174,15 @@ async def test_terminal(guest: Guest, box: str) -> None:
     await asyncio.wait_for(running.stdout.ended.wait(), 10)
 
 
-async def test_hanging_up_by_the_terminal(guest: Guest, box: str) -> None:
+async def test_interrupt_character_ends_an_exec_with_a_terminal(guest: Guest, box: str) -> None:
     running = Running(guest, box, ["cat"], tty=True)
     await running.started
     await running.stdin.write(b"x\n\x03")
     assert (await running.exited).exit_code == 130
 
 
-async def test_a_terminal_that_is_none(guest: Guest) -> None:
-    """A container may put a pipe where its devpts was: nobody waits for it."""
+async def test_exec_with_a_pipe_in_place_of_ptmx_fails(guest: Guest) -> None:
+    """A container may put a named pipe in place of its devpts: opening it must not block."""
     script = "umount /dev/pts; rmdir /dev/pts; mkdir /dev/pts; mkfifo /dev/pts/ptmx; echo done; sleep 1000"
     sink = Sink(guest.client)
     box = await guest.start(["sh", "-c", script], log_stream=sink.stream, log_window=sink.window)
@@ -189,22 +192,22 @@ async def test_a_terminal_that_is_none(guest: Guest) -> None:
     assert caught.value.step == "open /dev/pts/ptmx"
 
 
-async def test_credit_is_kept(guest: Guest, box: str) -> None:
+async def test_output_beyond_the_credit_waits(guest: Guest, box: str) -> None:
     running = Running(guest, box, ["seq", "1", "100000"], window=1000, hold=True)
     await running.stdout.read(lambda seen: len(seen) == 1000)
     assert (await guest.exec(box, ["echo", "quick"], timeout_s=5))[1] == "quick\n"
     assert len(running.stdout.seen) == 1000
     assert not running.exited.done()
     guest.client.reset_input(running.stdout.stream)
-    assert (await asyncio.wait_for(running.exited, 10)).exit_code == 141, "a reset is a broken pipe"
+    assert (await asyncio.wait_for(running.exited, 10)).exit_code == 141, "a reset gives the writer EPIPE"
 
 
-async def test_exit_without_credit(guest: Guest, box: str) -> None:
+async def test_exit_is_reported_without_credit(guest: Guest, box: str) -> None:
     running = Running(guest, box, ["sh", "-c", "exit 6"], window=0)
     assert (await asyncio.wait_for(running.exited, 10)).exit_code == 6
 
 
-async def test_exit_after_all_output(guest: Guest, box: str) -> None:
+async def test_exit_comes_after_all_output(guest: Guest, box: str) -> None:
     for _ in range(20):
         running = Running(guest, box, ["seq", "1", "3000"])
         assert (await running.exited).exit_code == 0
@@ -212,23 +215,27 @@ async def test_exit_after_all_output(guest: Guest, box: str) -> None:
         assert running.stdout.seen.endswith(b"\n3000\n")
 
 
-async def test_background_children_live_on(agent: Agent, guest: Guest, box: str) -> None:
+async def test_background_children_of_an_exec_live_on(agent: Agent, guest: Guest, box: str) -> None:
     script = "sleep 5555 & echo started"
     assert await guest.exec(box, ["sh", "-c", script], timeout_s=5) == (0, "started\n", "")
-    async with asyncio.timeout(20):  # a process in the middle of its execve shows no command line
-        while "5555" not in (await guest.exec(box, ["sh", "-c", "cat /proc/[0-9]*/cmdline"]))[1]:
-            pass
+    await eventually(  # a process in the middle of its execve shows no command line
+        lambda: guest.exec(box, ["sh", "-c", "cat /proc/[0-9]*/cmdline"]),
+        until=lambda result: "5555" in result[1],
+    )
     cgroups = agent.cgroup / "husk" / box
     kept = sorted(path.name for path in cgroups.glob("husk-exec.*"))
-    assert kept == ["husk-exec.0", "husk-exec.1"], "its own, and one for the next exec"
+    assert kept == ["husk-exec.0", "husk-exec.1"], "that of the background process, and one for the next exec"
     await guest.exec(box, ["sh", "-c", "kill -9 $(ls /proc | grep -x '[0-9]*' | grep -vx -e 1 -e $$)"])
-    async with asyncio.timeout(20):  # each exec that ends sweeps what has become empty by then
-        while len(list(cgroups.glob("husk-exec.*"))) > 1:
-            await guest.exec(box, ["true"])
+
+    async def left() -> int:
+        await guest.exec(box, ["true"])  # at its end the agent removes the cgroups that are empty by then
+        return len(list(cgroups.glob("husk-exec.*")))
+
+    await eventually(left, until=lambda count: count == 1)
 
 
-async def test_timeout_kills_the_tree(guest: Guest, box: str) -> None:
-    """CRI, ExecSync: also what has left the session and ignores signals."""
+async def test_exec_timeout_kills_the_whole_tree(guest: Guest, box: str) -> None:
+    """CRI, ExecSync. Also processes that left the session and ignore signals."""
     script = "trap '' TERM HUP; (setsid sleep 8888 &); sleep 9999 & wait"
     with pytest.raises(DeadlineExceeded):
         await guest.exec(box, ["sh", "-c", script], timeout_s=0.3)
@@ -237,7 +244,7 @@ async def test_timeout_kills_the_tree(guest: Guest, box: str) -> None:
     assert "9999" not in out
 
 
-async def test_signals(guest: Guest, box: str) -> None:
+async def test_signal_reaches_an_exec(guest: Guest, box: str) -> None:
     running = Running(guest, box, ["sleep", "100"])
     await running.started
     await guest.call(signal=pb.Signal(container_id=box, exec_id=running.id, signal=15))
@@ -247,14 +254,14 @@ async def test_signals(guest: Guest, box: str) -> None:
     assert caught.value.errno == 3
 
 
-async def test_execs_end_with_their_container(guest: Guest, box: str) -> None:
+async def test_exec_ends_with_its_container(guest: Guest, box: str) -> None:
     running = Running(guest, box, ["sleep", "100"])
     await running.started
     await guest.remove(box)
     assert (await asyncio.wait_for(running.exited, 10)).exit_code == 137
 
 
-async def test_execs_end_with_their_connection(guest: Guest, box: str) -> None:
+async def test_exec_ends_with_its_connection(guest: Guest, box: str) -> None:
     marks = Path("/proc")
     running = Running(guest, box, ["sh", "-c", "sleep 6789 & sleep 6789"])
     await running.started
@@ -269,17 +276,17 @@ async def test_execs_end_with_their_connection(guest: Guest, box: str) -> None:
                 continue
         return False
 
-    wait_for(lambda: not alive(), "the execs of the old connection to be dead")
+    await eventually(lambda: not alive(), describe="the execs of the old connection have ended")
     assert (await guest.exec(box, ["echo", "again"])) == (0, "again\n", "")
     assert not any(event.exited.exec_id for event in guest.events)
 
 
-async def test_many_at_once(guest: Guest, box: str) -> None:
+async def test_40_execs_at_once_succeed(guest: Guest, box: str) -> None:
     results = await asyncio.gather(*(guest.exec(box, ["echo", str(number)]) for number in range(40)))
     assert [out for _, out, _ in results] == [f"{number}\n" for number in range(40)]
 
 
-async def test_no_descriptor_of_the_agent_is_left_open(guest: Guest, box: str) -> None:
+async def test_process_inherits_no_descriptor_of_the_agent(guest: Guest, box: str) -> None:
     listing = ["ls", "-l", "/proc/self/fd"]
     _, out, _ = await guest.exec(box, listing)
     kept = [line.split()[-3] for line in out.splitlines() if "->" in line]

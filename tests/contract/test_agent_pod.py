@@ -1,4 +1,4 @@
-"""What Configure makes of an agent's namespaces, and that the machine's own stay as they are."""
+"""What Configure does to an agent's namespaces, and that the machine's stay as they are."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MACS = ("02:00:00:00:00:01", "02:00:00:00:00:02")
 
 @pytest.fixture
 def agent() -> Iterator[Agent]:
-    """One of its own per test, with two interfaces."""
+    """A separate agent for each test, with two interfaces."""
     agent = Agent(build("husk-agent-asan"), scratch_dir("agent"))
     for number, mac in enumerate(MACS):
         agent.run_inside("ip", "link", "add", f"eth{number}", "type", "veth", "peer", "name", f"peer{number}")
         agent.run_inside("ip", "link", "set", f"eth{number}", "address", mac)
         agent.run_inside("ip", "link", "set", f"peer{number}", "up")
     yield agent
-    assert agent.close() == 0, agent.said()
+    assert agent.close() == 0, agent.stderr()
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def configure(**more: object) -> pb.Configure:
     return pb.Configure(**(fields | more))  # type: ignore[arg-type]
 
 
-async def test_names_and_shm(agent: Agent, guest: Guest) -> None:
+async def test_configure_sets_names_and_prepare_mounts_shm(agent: Agent, guest: Guest) -> None:
     host = socket.gethostname()
     assert not guest.client.welcome.configured
     for _ in range(2):  # a second time, as after a failure half-way
@@ -62,10 +62,10 @@ async def test_names_and_shm(agent: Agent, guest: Guest) -> None:
     assert not Path("/run/husk/shm/x").exists()
 
 
-async def test_directories_on_huge_pages(agent: Agent, guest: Guest) -> None:
-    """The pool of pages is the machine's, and left alone here."""
-    wish = [pb.HugeDirectory(name="a", mode=0o1770, uid=7, gid=8), pb.HugeDirectory(name="b", mode=0o700)]
-    for directories in (wish[:1], wish):  # the second time with what is there
+async def test_huge_page_directories_are_made_on_hugetlbfs(agent: Agent, guest: Guest) -> None:
+    """In standalone mode the pool of pages is the machine's, and stays as it is."""
+    wanted = [pb.HugeDirectory(name="a", mode=0o1770, uid=7, gid=8), pb.HugeDirectory(name="b", mode=0o700)]
+    for directories in (wanted[:1], wanted):  # the second time one exists already
         await guest.call(huge_pages=pb.HugePages(count=4, directories=directories))
     assert agent.run_inside("stat", "-f", "-c", "%T %s", "/run/husk/huge") == "hugetlbfs 2097152\n"
     assert agent.run_inside("stat", "-c", "%a %u %g", "/run/husk/huge/a") == "1770 7 8\n"
@@ -79,9 +79,9 @@ def addresses_of_the_machine() -> str:
     return subprocess.run(["ip", "-o", "addr"], check=True, capture_output=True, text=True).stdout
 
 
-async def test_interfaces_and_routes(agent: Agent, guest: Guest) -> None:
+async def test_configure_sets_up_interfaces_and_routes(agent: Agent, guest: Guest) -> None:
     before = addresses_of_the_machine()
-    wish = configure(
+    request = configure(
         interfaces=[
             pb.Interface(mac=MACS[0], name="eth1", mtu=1400, addresses=["10.9.0.2/24", "fd00:9::2/64"]),
             pb.Interface(mac=MACS[1], name="eth0", addresses=["10.8.0.2/32"]),
@@ -95,7 +95,7 @@ async def test_interfaces_and_routes(agent: Agent, guest: Guest) -> None:
         sysctls=[pb.Sysctl(path="net/ipv4/conf/eth1/forwarding", value="1")],
     )
     for _ in range(2):  # a second time, as after a failure half-way
-        await guest.call(configure=wish)
+        await guest.call(configure=request)
     links = agent.run_inside("ip", "-o", "link")
     assert f"{MACS[0]}" in next(line for line in links.splitlines() if ": eth1" in line)
     assert "mtu 1400" in next(line for line in links.splitlines() if ": eth1" in line)
@@ -116,7 +116,7 @@ async def test_interfaces_and_routes(agent: Agent, guest: Guest) -> None:
 @pytest.mark.parametrize(
     ("more", "step"),
     [
-        ({"interfaces": [pb.Interface(mac="nonsense", name="x")]}, "interface nonsense"),
+        ({"interfaces": [pb.Interface(mac="invalid", name="x")]}, "interface invalid"),
         (
             {"interfaces": [pb.Interface(mac=MACS[0], name="eth0", addresses=["10.0.0.300/8"])]},
             "address 10.0.0.300/8",
@@ -135,7 +135,7 @@ async def test_interfaces_and_routes(agent: Agent, guest: Guest) -> None:
         ({"hostname": "x" * 100}, "hostname"),
     ],
 )
-async def test_failures_are_named_and_can_be_made_good(
+async def test_configure_that_failed_names_the_step_and_can_be_repeated(
     guest: Guest, more: dict[str, object], step: str
 ) -> None:
     with pytest.raises(GuestError) as caught:
@@ -146,14 +146,14 @@ async def test_failures_are_named_and_can_be_made_good(
     assert (await guest.connect()).configured
 
 
-async def test_the_machine_stays_as_it_is(agent: Agent, guest: Guest) -> None:
+async def test_configure_leaves_the_machines_mounts_unchanged(agent: Agent, guest: Guest) -> None:
     mounts = Path("/proc/self/mountinfo").read_text()
     await guest.call(configure=configure())
     await guest.run(["true"])
     assert Path("/proc/self/mountinfo").read_text() == mounts
 
 
-async def test_namespaced_sysctls(agent: Agent, guest: Guest) -> None:
+async def test_namespaced_sysctls_are_set(agent: Agent, guest: Guest) -> None:
     sysctls = [
         pb.Sysctl(path="kernel/shm_rmid_forced", value="1"),
         pb.Sysctl(path="net/ipv4/ip_forward", value="1"),
@@ -162,8 +162,8 @@ async def test_namespaced_sysctls(agent: Agent, guest: Guest) -> None:
     assert agent.run_inside("cat", "/proc/sys/net/ipv4/ip_forward") == "1\n"
 
 
-async def test_a_nic_gets_the_address_that_its_pod_has(agent: Agent, guest: Guest) -> None:
-    """Copies of a template all begin with the same one."""
+async def test_nic_gets_the_mac_of_its_pod(agent: Agent, guest: Guest) -> None:
+    """All clones of a template start with the same one."""
     own = "02:00:00:00:aa:01"
     nic = pb.Interface(mac=own, found_mac=MACS[0], name="eth7", addresses=["10.9.0.2/24"])
     await guest.call(configure=configure(interfaces=[nic]))
@@ -171,20 +171,20 @@ async def test_a_nic_gets_the_address_that_its_pod_has(agent: Agent, guest: Gues
     assert own in line and ",UP" in line
 
 
-async def test_an_address_that_no_nic_can_have(guest: Guest) -> None:
+async def test_configure_with_a_multicast_mac_fails(guest: Guest) -> None:
     nic = pb.Interface(mac="01:00:00:00:00:01", found_mac=MACS[0], name="eth0")  # a multicast address
     with pytest.raises(GuestError, match="address 01:00:00:00:00:01 of interface"):
         await guest.call(configure=configure(interfaces=[nic]))
 
 
-async def test_a_share_that_is_not_there_is_named(guest: Guest) -> None:
+async def test_prepare_with_a_missing_share_names_it(guest: Guest) -> None:
     with pytest.raises(GuestError) as caught:
         await guest.call(prepare=pb.Prepare(shares=[pb.Share(tag="gone", path="/run/husk/gone")]))
     assert caught.value.step == "share gone"
 
 
-async def test_a_template_forgets_whom_it_met(agent: Agent) -> None:
-    """The first to meet a copy of it has a token of its own, and the one of the template is nobody's."""
+async def test_template_adopts_a_new_token_after_the_snapshot_hello(agent: Agent) -> None:
+    """The first connection to a clone brings a new token; the template's token is not valid any more."""
     address, first = f"unix:{agent.socket}", bytes(range(16))
 
     async def connect(token: bytes, epoch: int, *, snapshot: bool = False) -> GuestClient:
@@ -194,9 +194,9 @@ async def test_a_template_forgets_whom_it_met(agent: Agent) -> None:
 
     template = await connect(TOKEN, 50, snapshot=True)
     await template.close()
-    copy = await connect(first, 1)
-    await copy.call(pb.Request(ping=pb.Ping()), 5)
-    await copy.close()
+    clone = await connect(first, 1)
+    await clone.call(pb.Request(ping=pb.Ping()), 5)
+    await clone.close()
     with pytest.raises(DeadlineExceeded):
         await GuestClient.connect(address, token=TOKEN, epoch=60, on_event=lambda event: None, timeout_s=1)
     again = await connect(first, 2)

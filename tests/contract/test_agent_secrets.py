@@ -1,4 +1,4 @@
-"""What a process on its way into a container still has of the agent: no token, none of its descriptors."""
+"""What a child that enters a container still has of the agent: neither its token nor its descriptors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from sandbox.guest import guest_pb2 as pb
-from tests.kit.agent import MS_BIND, TOKEN, Agent, Guest, standard_mounts, start, wait_for
+from tests.kit.agent import MS_BIND, TOKEN, Agent, Guest, standard_mounts, start
+from tests.kit.eventually import eventually_sync
 
-LARGEST = 64 << 20  # of a mapping that is searched; the shadow of a sanitizer is terabytes
+LARGEST = 64 << 20  # of a mapping that is searched: a sanitizer's shadow memory is terabytes
 
 
-def knows_the_token(pid: int) -> bool:
+def has_token(pid: int) -> bool:
+    """Whether the token is in the process's writable memory."""
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             bounds, access, *_ = line.split()
@@ -29,7 +31,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def descriptors(pid: int) -> list[str]:
-    """What they point at; some come and go meanwhile."""
+    """Return the targets of a process's descriptors; some may be closed meanwhile."""
     found = []
     for each in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -37,8 +39,10 @@ def descriptors(pid: int) -> list[str]:
     return found
 
 
-async def test_on_the_way_into_a_container(agent: Agent, guest: Guest) -> None:
-    """So many mounts that there is time to look. /proc/PID of such a process belongs to root alone."""
+async def test_child_entering_a_container_has_no_token_and_few_descriptors(
+    agent: Agent, guest: Guest
+) -> None:
+    """Thousands of mounts give time to inspect it. /proc/PID of such a process belongs to root."""
     mount = pb.Mount(source="/tmp", target="/tmp", flags=MS_BIND)
     id = guest.name()
     request = start(id, agent.rootfs(), ["sleep", "100"], mounts=[*standard_mounts(), *[mount] * 6000])
@@ -46,12 +50,15 @@ async def test_on_the_way_into_a_container(agent: Agent, guest: Guest) -> None:
     starting = guest.client.post(pb.Request(start=request))
     for _ in range(2):  # for the request to be written
         await asyncio.sleep(0)
-    wait_for(lambda: set(children_of(agent.pid)) - set(before), "the child")
+    eventually_sync(lambda: set(children_of(agent.pid)) - set(before), describe="the child exists")
     (child,) = set(children_of(agent.pid)) - set(before)
-    wait_for(lambda: not any("eventpoll" in each for each in descriptors(child)), "closed descriptors")
-    assert not starting.done(), "there was no time to look"
-    assert not knows_the_token(child)
-    assert knows_the_token(agent.pid), "the search finds what is there"
+    eventually_sync(
+        lambda: not any("eventpoll" in each for each in descriptors(child)),
+        describe="it has closed descriptors",
+    )
+    assert not starting.done(), "the child was inspected before it ran its program"
+    assert not has_token(child)
+    assert has_token(agent.pid), "the search works"
     assert Path(f"/proc/{child}").stat().st_uid == 0
     assert len(descriptors(child)) <= 8
     await starting

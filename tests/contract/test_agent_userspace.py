@@ -1,4 +1,4 @@
-"""User namespaces: ids inside and outside, capabilities, mounts, and every further process."""
+"""User namespaces: ids inside and outside, capabilities, mounts, and execs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ async def run(guest: Guest, script: str, *, start: dict[str, Any] | None = None,
     return lines
 
 
-async def test_ids_are_shifted(guest: Guest) -> None:
+async def test_ids_are_mapped(guest: Guest) -> None:
     lines = await run(guest, "cat /proc/self/uid_map /proc/self/gid_map; id -u; id -g")
     assert [line.split() for line in lines] == [["0", str(BASE), str(LENGTH)]] * 2 + [["0"], ["0"]]
 
 
-async def test_what_it_makes_belongs_to_the_outer_id(guest: Guest) -> None:
+async def test_files_it_makes_belong_to_the_outer_id(guest: Guest) -> None:
     guest.agent.run_inside("mount", "-t", "tmpfs", "-o", "mode=1777", "volume", "/mnt")
     mount = pb.Mount(source="/mnt", target="/data", flags=0x1000, make=pb.Mount.DIRECTORY)
     mounts = {"mounts": [*standard_mounts(), mount]}
@@ -42,7 +42,7 @@ async def test_what_it_makes_belongs_to_the_outer_id(guest: Guest) -> None:
     assert owner == [str(BASE + 5), str(BASE + 6)]
 
 
-async def test_root_inside_has_no_power_outside(guest: Guest) -> None:
+async def test_root_inside_has_no_privileges_outside(guest: Guest) -> None:
     everything: dict[str, Any] = {
         "cap_permitted": ALL_CAPS,
         "cap_effective": ALL_CAPS,
@@ -51,11 +51,11 @@ async def test_root_inside_has_no_power_outside(guest: Guest) -> None:
     script = "echo x >/etc/secret || echo denied; mount -t tmpfs none /tmp && echo mounted; cat /etc/secret"
     lines = await run(guest, script, **everything)
     assert "denied" in lines
-    assert "mounted" in lines, "in a mount namespace that belongs to it"
+    assert "mounted" in lines, "its mount namespace belongs to its user namespace"
     assert "of the image" in lines
 
 
-async def test_capabilities_are_what_was_asked(guest: Guest) -> None:
+async def test_capabilities_are_as_requested(guest: Guest) -> None:
     caps: dict[str, Any] = {"cap_permitted": CAP_CHOWN, "cap_effective": CAP_CHOWN, "cap_bounding": CAP_CHOWN}
     lines = await run(guest, "grep Cap /proc/self/status; mount -t tmpfs none /tmp || echo denied", **caps)
     found = dict(line.split(":\t") for line in lines if ":\t" in line)
@@ -63,8 +63,8 @@ async def test_capabilities_are_what_was_asked(guest: Guest) -> None:
     assert "denied" in lines
 
 
-async def test_its_own_files_are_its_own(guest: Guest) -> None:
-    """What the agent writes and makes for it, its working directory and its terminal."""
+async def test_files_devices_and_terminal_belong_to_its_ids(guest: Guest) -> None:
+    """Also its working directory, which the agent makes."""
     files = [pb.File(path="/etc/hosts", content=b"hosts\n", mode=0o644)]
     script = "ls -lnd /etc/hosts /dev/null /made | while read a b u g rest; do echo $u $g; done"
     lines = await run(guest, script, start={"files": files}, cwd="/made", make_cwd=True)
@@ -72,11 +72,11 @@ async def test_its_own_files_are_its_own(guest: Guest) -> None:
     assert await run(guest, "stat -c %u $(tty)", tty=True, uid=7) == ["7"]
 
 
-async def test_pipes_can_be_opened_again(guest: Guest) -> None:
+async def test_output_pipe_can_be_opened_again(guest: Guest) -> None:
     assert await run(guest, "echo again >/dev/stdout", uid=9) == ["again"]
 
 
-async def test_exec_joins(guest: Guest) -> None:
+async def test_exec_enters_the_containers_user_namespace(guest: Guest) -> None:
     id = await guest.start([], process=mapped("exec sleep 100"))
     script = ["sh", "-c", "cat /proc/self/uid_map; id -u; echo $PWD"]
     code, out, _ = await guest.exec(id, script, uid=3, **ranges((0, BASE, LENGTH)))
@@ -84,7 +84,7 @@ async def test_exec_joins(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "step"),
+    ("fields", "step"),
     [
         (ranges((0, BASE, 10), (5, BASE, 10)), "user namespace"),
         (ranges((0, BASE, 0)), "user namespace"),
@@ -92,7 +92,9 @@ async def test_exec_joins(guest: Guest) -> None:
         (ranges(*((n, BASE + n, 1) for n in range(400))), "user namespace"),
     ],
 )
-async def test_what_the_kernel_does_not_take_is_told(guest: Guest, wish: dict[str, Any], step: str) -> None:
+async def test_id_ranges_that_the_kernel_refuses_fail_the_start(
+    guest: Guest, fields: dict[str, Any], step: str
+) -> None:
     with pytest.raises(GuestError) as caught:
-        await guest.start([], process=process(["true"], **wish))
+        await guest.start([], process=process(["true"], **fields))
     assert caught.value.step == step

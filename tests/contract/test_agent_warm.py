@@ -1,4 +1,4 @@
-"""The errand of a VM that waits for a pod, run by the agent itself."""
+"""The warm-up of a pooled VM, with the agent itself as the program."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.kit.agent import Guest, build
 
 
 @pytest.fixture
-def errand() -> WarmupCommand:
+def command() -> WarmupCommand:
     return WarmupCommand(source=str(build("husk-agent")))
 
 
 @pytest.fixture(autouse=True)
 def _limits_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest's root may raise its limits; the machine of the tests may not let even root do that."""
+    """Root may raise its limits in a guest, but perhaps not on the machine of the tests."""
     whole = warmup.compile_plan
 
-    def plan(guest_root: str, errand: WarmupCommand) -> ContainerPlan:
-        made = whole(guest_root, errand)
+    def plan(guest_root: str, command: WarmupCommand) -> ContainerPlan:
+        made = whole(guest_root, command)
         return replace(made, process=replace(made.process, rlimits=()))
 
     monkeypatch.setattr(warmup, "compile_plan", plan)
@@ -37,28 +37,28 @@ async def nothing_left(guest: Guest, root: Path) -> bool:
     return not root.exists() and not welcome.containers
 
 
-async def test_it_runs_an_exec_beside_a_container_and_leaves_nothing(
-    guest: Guest, errand: WarmupCommand, tmp_path: Path
+async def test_warm_up_runs_a_container_and_an_exec_and_leaves_nothing(
+    guest: Guest, command: WarmupCommand, tmp_path: Path
 ) -> None:
     root = tmp_path / "warm"
-    for _ in range(2):  # also a second time
-        await warm_up(guest.client, root, str(root), errand)
+    for _ in range(2):  # it can be repeated
+        await warm_up(guest.client, root, str(root), command)
     assert await nothing_left(guest, root)
 
 
-async def test_what_it_runs_stays_until_it_is_removed(
-    guest: Guest, errand: WarmupCommand, tmp_path: Path
+async def test_warm_up_program_runs_until_it_is_removed(
+    guest: Guest, command: WarmupCommand, tmp_path: Path
 ) -> None:
     root = tmp_path / "warm"
     root.mkdir()
-    plan = warmup.compile_plan(str(root), errand)
+    plan = warmup.compile_plan(str(root), command)
     await guest.call(start=encode_container(plan))
-    code, _, said = await guest.exec(warmup.NAME, errand.ends)
-    assert (code, said.split(":")[0]) == (2, "usage"), "the program ran, and ended at once"
+    code, _, errors = await guest.exec(warmup.NAME, command.ends)
+    assert (code, errors.split(":")[0]) == (2, "usage"), "the program ran, and ended at once"
     await guest.remove(warmup.NAME)
 
 
-async def test_a_guest_that_cannot_do_it_is_told_apart(guest: Guest, tmp_path: Path) -> None:
+async def test_warm_up_that_failed_raises_and_leaves_nothing(guest: Guest, tmp_path: Path) -> None:
     root = tmp_path / "warm"
     with pytest.raises(GuestError, match="mount"):
         await warm_up(guest.client, root, str(root), WarmupCommand(source="/no/such/program"))

@@ -1,4 +1,4 @@
-"""The client against a fake agent: what it promises, and what a hostile guest cannot do to it."""
+"""The guest client against a fake agent: its contract, and its defence against a hostile guest."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from sandbox.guest.client import GuestClient
 from sandbox.guest.execs import run_exec
 from sandbox.guest.frames import MIN_VERSION, VERSION, Kind, encode
 from tests.fakes.guest import FakeAgent, FakeProgram
+from tests.kit.eventually import eventually
 
 TOKEN = b"token of the vm."
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy:DeprecationWarning")
@@ -47,7 +48,7 @@ async def agent(tmp_path: Path) -> AsyncIterator[FakeAgent]:
 
 
 class Host:
-    """Connects, and gathers events."""
+    """Connects clients, and collects their events."""
 
     def __init__(self, path: Path) -> None:
         self.address = f"unix:{path}"
@@ -78,6 +79,8 @@ async def host(agent: FakeAgent, tmp_path: Path) -> AsyncIterator[Host]:
 
 
 class Sink:
+    """Collects a stream, and grants no credit."""
+
     def __init__(self) -> None:
         self.got = bytearray()
         self.end = asyncio.Event()
@@ -90,15 +93,13 @@ class Sink:
 
 
 async def until(done: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not done():
-            await asyncio.sleep(0.001)
+    await eventually(done, timeout_s=5)
 
 
-# ------------------------------------------------------------------------------------ greeting
+# --------------------------------------------------------------------------- hello and welcome
 
 
-async def test_greeting(agent: FakeAgent, host: Host) -> None:
+async def test_connect_sends_hello_and_keeps_the_welcome(agent: FakeAgent, host: Host) -> None:
     agent.print_log("c1", b"line\n")
     client = await host.connect()
     assert client.welcome.agent == "fake"
@@ -107,8 +108,8 @@ async def test_greeting(agent: FakeAgent, host: Host) -> None:
     assert abs(agent.hellos[0].wall_ns - time.time_ns()) < 5e9
 
 
-async def test_the_clock_in_hello_is_not_older_than_the_guests_answer(agent: FakeAgent, host: Host) -> None:
-    """A guest that is still booting gets a fresh time, not that of the dial."""
+async def test_hello_has_the_time_at_which_the_guest_answered(agent: FakeAgent, host: Host) -> None:
+    """A guest that is still booting gets the current time, not that of the connect."""
     agent.silent = True
     connecting = asyncio.create_task(host.connect())
     await until(lambda: agent.token is not None)
@@ -120,17 +121,17 @@ async def test_the_clock_in_hello_is_not_older_than_the_guests_answer(agent: Fak
 
 
 def agent_nonce(connecting: asyncio.Task[GuestClient]) -> bytes:
-    """The nonce of a greeting under way, as the guest read it from the wire."""
+    """Return the nonce of a pending connect, as the guest read it from the wire."""
     frame = connecting.get_coro()
     while frame is not None:
         local = frame.cr_frame.f_locals  # type: ignore[union-attr]
         if "opening" in local:
             return bytes(local["opening"][16:])
         frame = frame.cr_await  # type: ignore[union-attr]
-    raise AssertionError("no greeting under way")
+    raise AssertionError("no connect is pending")
 
 
-async def test_what_an_old_connection_was_owed_is_dropped(agent: FakeAgent, host: Host) -> None:
+async def test_bytes_queued_for_an_old_connection_are_dropped(agent: FakeAgent, host: Host) -> None:
     await host.connect()
     agent.stale = encode(Kind.REPLY, 77, b"") + b"\xff" * 200_000
     client = await host.connect()
@@ -138,7 +139,7 @@ async def test_what_an_old_connection_was_owed_is_dropped(agent: FakeAgent, host
     await client.call(PING, 5)
 
 
-async def test_half_a_frame_of_a_dead_daemon_does_no_harm(agent: FakeAgent, host: Host) -> None:
+async def test_partial_frame_of_a_dead_daemon_does_no_harm(agent: FakeAgent, host: Host) -> None:
     first = await host.connect()
     first._connection.write(encode(Kind.REQUEST, 5, bytes(1000))[:500])
     await first.close()
@@ -193,19 +194,19 @@ async def test_connect_to_an_agent_that_chooses_a_version_out_of_range_is_refuse
         await host.connect()
 
 
-async def test_another_epoch_is_refused(agent: FakeAgent, host: Host) -> None:
+async def test_welcome_with_another_epoch_is_refused(agent: FakeAgent, host: Host) -> None:
     agent.wrong_epoch = True
     with pytest.raises(ProtocolError, match="epoch 2, not 1"):
         await host.connect()
 
 
-async def test_a_silent_agent_is_given_up_in_time(agent: FakeAgent, host: Host) -> None:
+async def test_connect_to_a_silent_agent_times_out(agent: FakeAgent, host: Host) -> None:
     agent.silent = True
     with pytest.raises(DeadlineExceeded, match="greeting the agent at unix:"):
         await host.connect(0.05)
 
 
-async def test_a_connection_lost_while_greeting(agent: FakeAgent, host: Host) -> None:
+async def test_connection_lost_before_the_welcome_raises(agent: FakeAgent, host: Host) -> None:
     agent.silent = True
     connecting = asyncio.create_task(host.connect())
     await until(lambda: agent.token is not None)
@@ -228,7 +229,7 @@ async def test_calls_are_answered_in_any_order(agent: FakeAgent, host: Host) -> 
     assert [(await call).values.values[0] for call in calls] == [b"1", b"2", b"3"]
 
 
-async def test_a_refusal_has_its_facts(agent: FakeAgent, host: Host) -> None:
+async def test_failure_becomes_a_guest_error_with_bounded_text(agent: FakeAgent, host: Host) -> None:
     agent.answer = lambda request: pb.Reply(failure=pb.Failure(step="mount /x", errno=2, message="m" * 99999))
     client = await host.connect()
     with pytest.raises(GuestError) as caught:
@@ -236,7 +237,7 @@ async def test_a_refusal_has_its_facts(agent: FakeAgent, host: Host) -> None:
     assert (caught.value.step, caught.value.errno, len(caught.value.message)) == ("mount /x", 2, 1024)
 
 
-async def test_a_late_reply_is_dropped(agent: FakeAgent, host: Host) -> None:
+async def test_reply_after_the_timeout_is_dropped(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     agent.answer = lambda request: None
     with pytest.raises(DeadlineExceeded, match="ping"):
@@ -274,7 +275,7 @@ async def test_every_waiter_wakes_when_the_connection_is_lost(agent: FakeAgent, 
     await until(lambda: len(reasons) == 2)
 
 
-async def test_closing_twice_is_fine(agent: FakeAgent, host: Host) -> None:
+async def test_close_is_idempotent(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     await client.close()
     await client.close()
@@ -284,7 +285,7 @@ async def test_closing_twice_is_fine(agent: FakeAgent, host: Host) -> None:
 # ------------------------------------------------------------------------------------- streams
 
 
-async def test_an_input_is_held_to_its_credit_and_goes_on_with_more(agent: FakeAgent, host: Host) -> None:
+async def test_input_keeps_to_its_credit_and_goes_on_with_more(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     agent.print_log("c1", b"0123456789")
     sink = Sink()
@@ -301,7 +302,7 @@ async def test_an_input_is_held_to_its_credit_and_goes_on_with_more(agent: FakeA
     assert sink.got == b"0123456789"
 
 
-async def test_a_stopped_reader_blocks_only_its_stream(agent: FakeAgent, host: Host) -> None:
+async def test_stopped_reader_blocks_only_its_stream(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     agent.print_log("c1", bytes(1 << 20))
     sink = Sink()
@@ -313,7 +314,7 @@ async def test_a_stopped_reader_blocks_only_its_stream(agent: FakeAgent, host: H
     assert len(sink.got) == 1
 
 
-async def test_a_reset_input_may_still_bring_what_was_under_way(agent: FakeAgent, host: Host) -> None:
+async def test_data_that_crosses_a_reset_is_dropped(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     sink = Sink()
     stream = client.open_input(sink, 8)
@@ -327,7 +328,7 @@ async def test_a_reset_input_may_still_bring_what_was_under_way(agent: FakeAgent
     assert agent.resets == [stream]
 
 
-async def test_an_output_honours_credit(agent: FakeAgent, host: Host) -> None:
+async def test_output_keeps_to_its_credit(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     agent.programs["cat"] = FakeProgram(reads_stdin=True)
     agent.stdin_window = 1000
@@ -353,7 +354,7 @@ async def test_an_output_honours_credit(agent: FakeAgent, host: Host) -> None:
         await stdin.write(b"more")
 
 
-async def test_a_reader_that_wants_no_more_stops_the_writer(agent: FakeAgent, host: Host) -> None:
+async def test_reset_by_the_guest_stops_the_writer(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     output = client.open_output()
     writing = asyncio.create_task(output.write(b"data"))
@@ -389,14 +390,14 @@ async def test_exec_keeps_the_first_bytes_and_reads_on(agent: FakeAgent, host: H
     assert (result.stdout, result.stderr) == (b"ab" * 50 + b"a", b"e" * 50)
 
 
-async def test_exec_of_nothing_is_an_error(agent: FakeAgent, host: Host) -> None:
+async def test_exec_of_a_missing_program_raises(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     with pytest.raises(GuestError, match="no such program"):
         await run_exec(client, "c1", pb.Process(argv=["absent"]), 5, 100)
     assert client._exits == {}
 
 
-async def test_exec_in_time_or_killed_with_its_tree(agent: FakeAgent, host: Host) -> None:
+async def test_exec_timeout_kills_all_its_processes(agent: FakeAgent, host: Host) -> None:
     agent.programs["sleep"] = FakeProgram(until_killed=True)
     client = await host.connect()
     with pytest.raises(DeadlineExceeded, match=r"exec: not done within 0\.05 s"):
@@ -406,7 +407,7 @@ async def test_exec_in_time_or_killed_with_its_tree(agent: FakeAgent, host: Host
     await client.call(PING, 5)
 
 
-async def test_a_cancelled_exec_is_killed(agent: FakeAgent, host: Host) -> None:
+async def test_cancelled_exec_is_killed(agent: FakeAgent, host: Host) -> None:
     agent.programs["sleep"] = FakeProgram(until_killed=True)
     client = await host.connect()
     running = asyncio.create_task(run_exec(client, "c1", pb.Process(argv=["sleep"]), None, 100))
@@ -418,7 +419,7 @@ async def test_a_cancelled_exec_is_killed(agent: FakeAgent, host: Host) -> None:
     await client.call(PING, 5)
 
 
-async def test_a_background_child_does_not_hold_exec_up(
+async def test_background_child_does_not_delay_exec(
     agent: FakeAgent, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execs, "DRAIN_IDLE_S", 0.02)
@@ -430,7 +431,7 @@ async def test_a_background_child_does_not_hold_exec_up(
     assert sorted(agent.resets) == [1, 2]
 
 
-async def test_an_unkillable_exec_is_given_up(
+async def test_exec_that_cannot_be_killed_times_out(
     agent: FakeAgent, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execs, "KILL_S", 0.02)
@@ -440,7 +441,7 @@ async def test_an_unkillable_exec_is_given_up(
         await run_exec(client, "c1", pb.Process(argv=["sleep"]), 0.02, 100)
 
 
-async def test_other_exits_are_events(agent: FakeAgent, host: Host) -> None:
+async def test_exits_of_containers_are_events(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     agent.exit("c1", 4)
     await client.call(PING, 5)
@@ -466,7 +467,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-async def test_a_broken_rule_ends_the_connection(attack: str, agent: FakeAgent, host: Host) -> None:
+async def test_protocol_violation_ends_the_connection(attack: str, agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     sink = Sink()
     assert client.open_input(sink, 5) == 1
@@ -484,7 +485,7 @@ async def test_a_broken_rule_ends_the_connection(attack: str, agent: FakeAgent, 
     await again.call(PING, 5)
 
 
-async def test_a_broken_reply_ends_the_connection(agent: FakeAgent, host: Host) -> None:
+async def test_broken_reply_ends_the_connection_and_wakes_its_caller(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     agent.answer = lambda request: None
     call = client.post(PING)
@@ -494,7 +495,7 @@ async def test_a_broken_reply_ends_the_connection(agent: FakeAgent, host: Host) 
     assert isinstance(await client.wait_closed(), ProtocolError)
 
 
-async def test_a_guest_that_answers_nothing_is_bounded(
+async def test_guest_that_answers_nothing_is_disconnected(
     agent: FakeAgent, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "MAX_CALLS", 5)
@@ -507,7 +508,7 @@ async def test_a_guest_that_answers_nothing_is_bounded(
     assert client.lost
 
 
-async def test_a_guest_that_reads_nothing_is_bounded(
+async def test_guest_that_reads_nothing_is_disconnected(
     agent: FakeAgent, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "MAX_UNSENT", 4 << 20)
@@ -519,11 +520,11 @@ async def test_a_guest_that_reads_nothing_is_bounded(
             client.post(large)
 
 
-async def test_a_broken_event_handler_does_not_lose_events_silently(agent: FakeAgent, host: Host) -> None:
+async def test_failing_event_handler_ends_the_connection(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
 
     def broken(event: pb.Event) -> None:
-        raise RuntimeError("a mistake of ours")
+        raise RuntimeError("a bug in the handler")
 
     host.on_event = broken
     agent.exit("c1")
@@ -531,7 +532,7 @@ async def test_a_broken_event_handler_does_not_lose_events_silently(agent: FakeA
     assert isinstance(reason.__cause__, RuntimeError)
 
 
-async def test_credit_is_saved_up_while_the_guest_does_not_read(agent: FakeAgent, host: Host) -> None:
+async def test_credit_accumulates_while_the_guest_does_not_read(agent: FakeAgent, host: Host) -> None:
     client = await host.connect()
     stream = client.open_input(Sink(), 10)
     client._connection.pause_writing()
@@ -543,8 +544,8 @@ async def test_credit_is_saved_up_while_the_guest_does_not_read(agent: FakeAgent
     assert client._inputs._owed == {}
 
 
-async def test_round_trips_are_short(agent: FakeAgent, host: Host) -> None:
-    """Orientation only: the bound is many times what an idle machine needs."""
+async def test_round_trip_takes_less_than_10_ms(agent: FakeAgent, host: Host) -> None:
+    """The bound is many times what an idle machine needs."""
     client = await host.connect()
     begin = time.perf_counter()
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""The contract of a guest transport, run on every file of sandbox/guest that is one."""
+"""The contract of guest transports, run on every transport found in sandbox/guest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
 
 @asynccontextmanager
 async def listening(scheme: str, directory: Path, serve: Serve) -> AsyncIterator[str]:
-    """An agent's end for this transport; yields the address to dial."""
+    """Listen as an agent does for this transport; yields the address to connect to."""
     if scheme in ("unix", "serial"):
         server = await asyncio.start_unix_server(serve, str(directory / "agent.sock"))
         address = f"{scheme}:{directory}/agent.sock"
@@ -51,7 +51,7 @@ async def listening(scheme: str, directory: Path, serve: Serve) -> AsyncIterator
         server = await asyncio.start_unix_server(serve, sock=vsock.rewrap(listener[0]))
         address = f"vsock:{VMADDR_CID_LOCAL}:{listener[1]}"
     else:
-        pytest.fail(f"say here how an agent listens for {scheme}")
+        pytest.fail(f"this fixture cannot listen for {scheme} yet")
     try:
         yield address
     finally:
@@ -59,7 +59,7 @@ async def listening(scheme: str, directory: Path, serve: Serve) -> AsyncIterator
 
 
 def vsock_listener() -> tuple[socket.socket, int]:
-    """Listens on the loopback of vsock, where the kernel has the module vsock_loopback."""
+    """Listen on vsock's loopback; skips where the kernel lacks the module vsock_loopback."""
     try:
         listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
         listener.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
@@ -72,12 +72,12 @@ def vsock_listener() -> tuple[socket.socket, int]:
     return listener, port
 
 
-def test_all_transports_are_here() -> None:
+def test_all_transports_are_found() -> None:
     assert {"unix", "serial", "vsock"} <= set(SCHEMES)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-async def test_bytes_pass_both_ways(scheme: str, tmp_path: Path) -> None:
+async def test_bytes_pass_in_both_directions(scheme: str, tmp_path: Path) -> None:
     sent = os.urandom(3 << 20)
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -97,7 +97,7 @@ async def test_bytes_pass_both_ways(scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-async def test_a_client_talks_over_it(scheme: str, tmp_path: Path) -> None:
+async def test_client_connects_over_the_transport(scheme: str, tmp_path: Path) -> None:
     agent = FakeAgent()
     async with listening(scheme, tmp_path, agent.serve) as address:
         client = await GuestClient.connect(
@@ -108,7 +108,7 @@ async def test_a_client_talks_over_it(scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-async def test_nobody_there_is_unreachable(scheme: str, tmp_path: Path) -> None:
+async def test_connect_without_a_listener_is_unreachable(scheme: str, tmp_path: Path) -> None:
     rest = "3:65000" if scheme == "vsock" else str(tmp_path / "absent.sock")
     transport: Transport = transports.find_transport(scheme)
     with pytest.raises(GuestUnreachable, match=rest):
@@ -118,14 +118,14 @@ async def test_nobody_there_is_unreachable(scheme: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "address", ["frames:/x", "client:/x", "nothing:/x", "../unix:/x", ":", "", "guest_pb2:x"]
 )
-async def test_what_is_no_transport_is_refused(address: str) -> None:
+async def test_address_without_a_transport_is_refused(address: str) -> None:
     with pytest.raises(GuestUnreachable, match="transport"):
         await transports.connect(address, 0.1)
 
 
 @pytest.mark.parametrize("scheme", ["unix", "serial"])
-async def test_a_full_queue_is_waited_for(scheme: str, tmp_path: Path) -> None:
-    """A VMM serves one connection; EAGAIN of a full queue must not be taken for success."""
+async def test_connect_waits_for_a_full_listen_queue(scheme: str, tmp_path: Path) -> None:
+    """A VMM serves one connection; EAGAIN for a full queue must not count as success."""
     path = str(tmp_path / "agent.sock")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -142,7 +142,7 @@ async def test_a_full_queue_is_waited_for(scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["unix", "serial"])
-async def test_a_deep_path_is_reached(scheme: str, tmp_path: Path) -> None:
+async def test_socket_with_a_long_path_is_reached(scheme: str, tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 120)
     deep.mkdir()
     (tmp_path / "short").symlink_to(deep)
@@ -154,13 +154,13 @@ async def test_a_deep_path_is_reached(scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["3", "3:x", "3:4:5", "-1:5", "4294967296:1"])
-def test_a_bad_vsock_address_is_refused(address: str) -> None:
+def test_invalid_vsock_address_is_refused(address: str) -> None:
     with pytest.raises(GuestUnreachable, match="vsock address"):
         vsock.parse_address(address)
 
 
-async def test_a_rewrapped_descriptor_works_in_the_loop() -> None:
-    """What `vsock` does with its socket, shown on another family than AF_UNIX."""
+async def test_rewrapped_descriptor_works_in_the_event_loop() -> None:
+    """Tests what `vsock` does with its socket, on TCP."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         dialled = socket.create_connection(listener.getsockname())
         peer = listener.accept()[0]
@@ -176,7 +176,7 @@ async def test_a_rewrapped_descriptor_works_in_the_loop() -> None:
     writer.close()
 
 
-async def test_a_cancelled_vsock_dial_closes_what_came_late(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_vsock_connect_closes_a_late_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     release = asyncio.Event()
     loop = asyncio.get_running_loop()

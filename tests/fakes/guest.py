@@ -1,7 +1,7 @@
-"""A fake agent: speaks the frames truly, runs nothing, and misbehaves on demand.
+"""A fake agent: speaks the real protocol, runs nothing, and misbehaves on demand.
 
-It keeps what a guest keeps (token, containers, unacknowledged log bytes) across connections, so
-adoption can be tested against it; `listen` serves a unix socket as a VMM's chardev would.
+It keeps what a guest keeps across connections (token, containers, unacknowledged log bytes), so recovery can
+be tested against it; `listen` serves a unix socket as a VMM's chardev does.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ from sandbox.guest.frames import (
 
 @dataclass
 class FakeProgram:
+    """What an exec of this program does."""
+
     stdout: bytes = b""
     stderr: bytes = b""
     exit_code: int = 0
     until_killed: bool = False
-    keeps_outputs_open: bool = False  # a child in the background holds them
-    reads_stdin: bool = False  # echoes it to stdout, and ends with it
+    keeps_outputs_open: bool = False  # as if a background child held them
+    reads_stdin: bool = False  # echoes stdin to stdout, and ends with it
 
 
 @dataclass
 class FakeContainer:
+    """A container, and its log that was not acknowledged."""
+
     log: bytearray = field(default_factory=bytearray)  # from `log_start` on
     log_start: int = 0  # acknowledged up to here
     exited: pb.Exited | None = None
@@ -67,6 +71,8 @@ class _Exec:
 
 
 class FakeAgent:
+    """One guest's agent. Its attributes choose what goes wrong."""
+
     def __init__(self) -> None:
         self.token: bytes | None = None
         self.containers: dict[str, FakeContainer] = {}
@@ -76,13 +82,13 @@ class FakeAgent:
         self.resets: list[int] = []
         self.signals: list[pb.Signal] = []
         self.stdin = bytearray()
-        # ---- what may go wrong
+        # ---- faults
         self.versions = (MIN_VERSION, VERSION)  # that it speaks, lowest and highest
-        self.welcome = b""  # sent in place of its own
-        self.now_ns = 0  # what its clock says when it greets; 0: it does not tell
+        self.welcome = b""  # bytes sent in place of the real Welcome
+        self.now_ns = 0  # its monotonic clock in the Welcome; 0: not set
         self.wrong_epoch = False
-        self.silent = False  # reads, and never answers the preamble
-        self.stale = b""  # sent in front of the nonce, as an old queue would be
+        self.silent = False  # reads, but does not answer the preamble
+        self.stale = b""  # sent before the nonce, as if queued for an old connection
         self.answer: Callable[[pb.Request], pb.Reply | bool | None] = lambda request: True
         self.piece = MAX_DATA  # log bytes in one DATA frame
         self.stdin_window = 65536
@@ -97,6 +103,7 @@ class FakeAgent:
 
     @asynccontextmanager
     async def listen(self, path: Path) -> AsyncIterator[FakeAgent]:
+        """Serve connections on a unix socket."""
         server = await asyncio.start_unix_server(self.serve, str(path))
         try:
             yield self
@@ -105,6 +112,7 @@ class FakeAgent:
             self.drop()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection to its end."""
         self._writer = writer
         try:
             while data := await reader.read(1 << 18):
@@ -122,25 +130,30 @@ class FakeAgent:
             self._writer.transport.abort()
 
     def send_raw(self, data: bytes) -> None:
+        """Send any bytes; without effect on a closed connection."""
         assert self._writer is not None
         if not self._writer.is_closing():
             self._writer.write(data)
 
     def send(self, kind: Kind, stream: int = 0, payload: bytes = b"") -> None:
+        """Send a frame."""
         self.send_raw(encode(kind, stream, payload))
 
     def stop_reading(self) -> None:
+        """Leave everything unread from now on."""
         assert self._writer is not None
         cast(asyncio.Transport, self._writer.transport).pause_reading()
 
-    # ------------------------------------------------------------------- the guest's own life
+    # ------------------------------------------------------------------ events in the guest
 
     def print_log(self, id: str, data: bytes) -> None:
+        """Append to a container's log; the container is made if it does not exist."""
         container = self.containers.setdefault(id, FakeContainer())
         container.log += data
         self._pump_log(container)
 
     def exit(self, id: str, code: int = 0, at_ns: int = 1) -> None:
+        """End a container; it is made if it does not exist."""
         container = self.containers.setdefault(id, FakeContainer())
         container.exited = pb.Exited(container_id=id, exit_code=code, at_ns=at_ns)
         self._pump_log(container)

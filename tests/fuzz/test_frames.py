@@ -1,4 +1,4 @@
-"""The host's frame parser against anything that a guest may send."""
+"""The host's frame parser against arbitrary bytes of a guest."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ frames = st.one_of(
 
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    """Split `data` at these offsets, modulo its length."""
     borders = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
     return [data[a:b] for a, b in pairwise(borders)]
 
 
 @given(st.lists(frames, max_size=12), st.lists(st.integers(0), max_size=30), st.integers(12, 4096))
-def test_any_frames_cut_anywhere_come_back(
+def test_any_frames_split_anywhere_are_parsed(
     wanted: list[tuple[Kind, int, bytes]], cuts: list[int], capacity: int
 ) -> None:
     parser = FrameParser(capacity)
@@ -40,13 +41,13 @@ def test_any_frames_cut_anywhere_come_back(
 
 @settings(max_examples=300)
 @given(st.lists(frames, max_size=3), st.binary(max_size=200), st.lists(st.integers(0), max_size=8))
-def test_rubbish_is_refused_or_waited_for_within_bounds(
-    good: list[tuple[Kind, int, bytes]], rubbish: bytes, cuts: list[int]
+def test_random_bytes_are_refused_or_buffered_within_bounds(
+    good: list[tuple[Kind, int, bytes]], garbage: bytes, cuts: list[int]
 ) -> None:
     parser = FrameParser()
     seen = 0
     try:
-        for piece in pieces(b"".join(encode(*frame) for frame in good) + rubbish, cuts):
+        for piece in pieces(b"".join(encode(*frame) for frame in good) + garbage, cuts):
             for frame in parser.feed(piece):
                 assert len(frame.payload) <= MAX_PAYLOAD
                 seen += 1
@@ -63,7 +64,7 @@ def test_rubbish_is_refused_or_waited_for_within_bounds(
     st.binary(max_size=50),
     st.lists(st.integers(0)),
 )
-def test_the_first_nonce_is_found_wherever_it_is_cut(
+def test_first_nonce_split_anywhere_is_found(
     nonce: bytes, stale: bytes, after: bytes, cuts: list[int]
 ) -> None:
     stream = stale + nonce + after

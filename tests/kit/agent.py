@@ -1,7 +1,7 @@
-"""The guest agent as an ordinary process, in namespaces of its own: no VM is needed to try it.
+"""The guest agent in standalone mode: an ordinary process in its own namespaces, without a VM.
 
-Containers are real ones, of Debian's static busybox. Their cgroups lie in a cgroup v2 mount of this
-machine, beneath a directory that ends with the agent.
+Its containers are real, and run Debian's static busybox. Their cgroups are in a cgroup v2 mount of this
+machine, beneath a directory that is removed with the agent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.guest.execs import run_exec
 from sandbox.guest.frames import MIN_VERSION, VERSION
+from tests.kit.eventually import eventually_sync
 
 TREE = Path(__file__).parents[2]
 VERSIONS = (MIN_VERSION, VERSION)
@@ -46,14 +46,16 @@ def build(target: str) -> Path:
 
 
 def find_cgroup2() -> Path:
+    """Return the mount point of a cgroup v2 file system. Raises RuntimeError where there is none."""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, path, kind, *_ = line.split()
         if kind == "cgroup2":
             return Path(path)
-    raise RuntimeError("no cgroup v2 is mounted")
+    raise RuntimeError("no cgroup v2 file system is mounted")
 
 
 def make_rootfs(path: Path) -> Path:
+    """Make a root file system of busybox at `path`."""
     (path / "bin").mkdir(parents=True)
     shutil.copy("/bin/busybox", path / "bin/busybox")
     for applet in APPLETS.split():
@@ -65,7 +67,7 @@ def make_rootfs(path: Path) -> Path:
 
 
 class Agent:
-    """A running agent. Closing it ends all that it started."""
+    """A running agent. `close` ends it and everything that it started."""
 
     def __init__(self, program: Path, directory: Path, *, unprivileged: bool = False) -> None:
         self.directory = directory
@@ -84,9 +86,9 @@ class Agent:
             user=65534 if unprivileged else None,
         )
         self._rootfs = 0
-        wait_for(self.socket.exists, "the agent's socket")
+        eventually_sync(self.socket.exists, timeout_s=20, describe="the agent's socket exists")
         if not unprivileged:
-            wait_for(self._is_moved, "the agent's namespaces")
+            eventually_sync(self._is_moved, timeout_s=20, describe="the agent is in its namespaces")
 
     @property
     def address(self) -> str:
@@ -101,23 +103,25 @@ class Agent:
 
     @property
     def pid(self) -> int:
-        """Of the agent proper, PID 1 of its namespace."""
+        """The agent's pid on this machine; it is PID 1 of its namespace."""
         return self._children()[0]
 
     def rootfs(self) -> Path:
+        """Make another root file system, which is removed with the test's directory."""
         self._rootfs += 1
         return make_rootfs(self.directory / f"rootfs{self._rootfs}")
 
-    def said(self) -> str:
+    def stderr(self) -> str:
+        """Return what it has written to stderr."""
         return (self.directory / "agent.err").read_text()
 
     def run_inside(self, *argv: str) -> str:
-        """In the agent's namespaces."""
+        """Run a command in the agent's namespaces; return its stdout."""
         command = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--ipc", "--mount", "--", *argv]
         return subprocess.run(command, check=True, timeout=30, capture_output=True, text=True).stdout
 
     def close(self) -> int:
-        """End it; returns its exit status."""
+        """End the agent; return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -135,7 +139,7 @@ class Agent:
 
 
 def remove_cgroup(path: Path) -> None:
-    """What was killed leaves its cgroup a moment later."""
+    """Remove a cgroup once it is empty: a killed process leaves it a moment later."""
 
     def removed() -> bool:
         try:
@@ -144,18 +148,11 @@ def remove_cgroup(path: Path) -> None:
             return False
         return True
 
-    wait_for(removed, f"{path} to be empty")
-
-
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {timeout_s:g} s")
-        time.sleep(0.005)
+    eventually_sync(removed, timeout_s=20, describe=f"{path} is empty")
 
 
 def standard_mounts() -> list[pb.Mount]:
+    """Return /proc, /dev and /dev/pts."""
     inert = MS_NOSUID | MS_NODEV | MS_NOEXEC
     return [
         pb.Mount(source="proc", target="/proc", type="proc", flags=inert),
@@ -172,6 +169,7 @@ def standard_mounts() -> list[pb.Mount]:
 
 
 def standard_devices() -> list[pb.Device]:
+    """Return /dev/null and such."""
     numbers = {"null": 3, "zero": 5, "full": 7, "urandom": 9}
     return [
         pb.Device(path=f"/dev/{name}", type=0o020000, major=1, minor=minor, mode=0o666)
@@ -180,16 +178,18 @@ def standard_devices() -> list[pb.Device]:
 
 
 def standard_links() -> list[pb.Link]:
+    """Return /dev/fd, /dev/stdin and such."""
     targets = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}
     return [pb.Link(path=f"/dev/{name}", target=f"/proc/self/fd{end}") for name, end in targets.items()]
 
 
 def process(argv: Sequence[str], **more: Any) -> pb.Process:
+    """Return a process of root with all capabilities; fields in `more` replace these."""
     fields: dict[str, Any] = {
         "env": [b"PATH=/bin", b"HOME=/"],
         "cwd": "/",
         "cap_bounding": ALL_CAPS & ~(1 << 24),
-        "cap_permitted": ALL_CAPS & ~(1 << 24),  # this machine may be short of CAP_SYS_RESOURCE
+        "cap_permitted": ALL_CAPS & ~(1 << 24),  # this machine may lack CAP_SYS_RESOURCE
         "cap_effective": ALL_CAPS & ~(1 << 24),
         "oom_score_adj": int(Path("/proc/self/oom_score_adj").read_text()),
     }
@@ -197,6 +197,7 @@ def process(argv: Sequence[str], **more: Any) -> pb.Process:
 
 
 def start(id: str, rootfs: Path, argv: Sequence[str], **more: Any) -> pb.Start:
+    """Return a Start with the standard mounts, devices and links; fields in `more` replace these."""
     fields: dict[str, Any] = {
         "process": process(argv),
         "mounts": standard_mounts(),
@@ -207,7 +208,7 @@ def start(id: str, rootfs: Path, argv: Sequence[str], **more: Any) -> pb.Start:
 
 
 class Sink:
-    """Keeps what a stream brings; gives the credit back at once, unless told to hold it."""
+    """Collects a stream; returns the credit at once unless `hold` is set."""
 
     def __init__(self, client: GuestClient, window: int = 1 << 16, *, hold: bool = False) -> None:
         self.client = client
@@ -215,66 +216,84 @@ class Sink:
         self.hold = hold
         self.seen = bytearray()
         self.ended = asyncio.Event()
+        self._changed = asyncio.Event()
         self.stream = client.open_input(self, window)
 
     def data(self, chunk: memoryview) -> None:
+        """See `StreamSink`."""
         self.seen += chunk
+        self._changed.set()
         if not self.hold:
             self.client.grant(self.stream, len(chunk))
 
     def closed(self) -> None:
+        """See `StreamSink`."""
         self.ended.set()
 
     async def read(self, enough: Callable[[bytes], bool], timeout_s: float = 20) -> bytes:
-        """What was seen once it is `enough`."""
-        async with asyncio.timeout(timeout_s):
-            while not enough(bytes(self.seen)):
-                await asyncio.sleep(0.002)
+        """Wait until `enough` holds for what was collected, and return it."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not enough(bytes(self.seen)):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise AssertionError(f"not within {timeout_s:g} s; last seen: {self.seen[-200:]!r}") from None
         return bytes(self.seen)
 
 
 class Guest:
-    """A client of an agent, with shorthands. Connecting again takes the place of the connection before."""
+    """A client of an agent, with shorthands. `connect` again replaces the connection before."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.epoch = 0
         self.events: list[pb.Event] = []
+        self._event_came = asyncio.Event()
         self.client: GuestClient
         self._names: list[str] = []
 
     async def connect(self) -> pb.Welcome:
+        """Connect with the next epoch."""
         self.epoch += 1
         self.client = await GuestClient.connect(
-            self.agent.address, token=TOKEN, epoch=self.epoch, on_event=self.events.append, timeout_s=20
+            self.agent.address, token=TOKEN, epoch=self.epoch, on_event=self._on_event, timeout_s=20
         )
         return self.client.welcome
 
+    def _on_event(self, event: pb.Event) -> None:
+        self.events.append(event)
+        self._event_came.set()
+
     def name(self) -> str:
+        """Return a new container id. Its container is removed by `close`."""
         name = f"c-{secrets.token_hex(4)}"
         self._names.append(name)
         return name
 
     async def call(self, **body: Any) -> pb.Reply:
+        """Send the request with this body."""
         return await self.client.call(pb.Request(**body), 20)
 
     async def start(self, argv: Sequence[str], **more: Any) -> str:
-        """Start a container (fields of Start as keywords); returns its id."""
+        """Start a container, with fields of Start as keywords; return its id."""
         id = more.pop("id", None) or self.name()
         rootfs = more.pop("rootfs", None) or self.agent.rootfs()
         await self.call(start=start(id, rootfs, argv, **more))
         return id
 
     async def exited(self, id: str) -> pb.Exited:
+        """Wait for a container's exit."""
         async with asyncio.timeout(20):
             while True:
                 for event in self.events:
                     if event.exited.container_id == id and not event.exited.exec_id:
                         return event.exited
-                await asyncio.sleep(0.002)
+                self._event_came.clear()
+                await self._event_came.wait()
 
     async def run(self, argv: Sequence[str], **more: Any) -> tuple[int, list[str]]:
-        """Run a container to its end: exit code, and the text of its log, line by line."""
+        """Run a container to its end; return its exit code and the text of each line of its log."""
         sink = Sink(self.client)
         id = await self.start(argv, log_stream=sink.stream, log_window=sink.window, **more)
         exited = await self.exited(id)
@@ -283,20 +302,22 @@ class Guest:
         return exited.exit_code, [line.split(" ", 3)[3] for line in sink.seen.decode().splitlines()]
 
     async def sh(self, script: str, **more: Any) -> tuple[int, list[str]]:
-        """A script; its errors are among its output, in order."""
+        """Run a script, with stderr and stdout as one output."""
         return await self.run(["sh", "-c", f"exec 2>&1; {script}"], **more)
 
     async def exec(
         self, id: str, argv: Sequence[str], *, timeout_s: float = 20, limit: int = 1 << 20, **more: Any
     ) -> tuple[int, str, str]:
+        """Run an exec to its end; return its exit code, stdout and stderr."""
         result = await run_exec(self.client, id, process(argv, **more), timeout_s, limit)
         return result.exit_code, result.stdout.decode(), result.stderr.decode()
 
     async def remove(self, id: str) -> None:
+        """Remove a container."""
         await self.call(remove=pb.Remove(container_id=id))
 
     async def close(self) -> None:
-        """Remove what was started."""
+        """Remove all containers that were started, and disconnect."""
         if self.client.lost:
             await self.connect()
         for name in self._names:
@@ -305,7 +326,7 @@ class Guest:
 
 
 class RawHost:
-    """The host's end of the channel, byte by byte."""
+    """The host's end of the channel, for tests that send any bytes."""
 
     def __init__(self, path: Path, timeout_s: float = 20) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -314,11 +335,13 @@ class RawHost:
         self.seen = b""
 
     def send(self, data: bytes) -> None:
+        """Send any bytes."""
         self.socket.sendall(data)
 
     def greet(
         self, token: bytes = TOKEN, nonce: bytes | None = None, versions: tuple[int, int] = VERSIONS
     ) -> pb.Welcome:
+        """Send a preamble and a Hello with this range of versions; return the Welcome."""
         nonce = nonce or os.urandom(16)
         hello = pb.Hello(min_version=versions[0], version=versions[1], epoch=7)
         self.send(token + nonce + frame(1, 0, hello.SerializeToString()))
@@ -328,11 +351,13 @@ class RawHost:
         return pb.Welcome.FromString(payload)
 
     def skip_to(self, nonce: bytes) -> None:
+        """Drop everything up to the end of the nonce."""
         while nonce not in self.seen:
             self._receive()
         self.seen = self.seen.partition(nonce)[2]
 
     def frame(self) -> tuple[int, int, bytes]:
+        """Return kind, stream and payload of the next frame."""
         while len(self.seen) < 12 or len(self.seen) < 12 + int.from_bytes(self.seen[:4], "little"):
             self._receive()
         length = int.from_bytes(self.seen[:4], "little")
@@ -341,14 +366,15 @@ class RawHost:
         return kind, stream, payload
 
     def call(self, id: int, request: pb.Request) -> pb.Reply:
-        """Other frames that come before the reply are dropped."""
+        """Send a request; return its reply, and drop other frames that come before it."""
         self.send(frame(3, id, request.SerializeToString()))
         while True:
             kind, stream, payload = self.frame()
             if kind == 4 and stream == id:
                 return pb.Reply.FromString(payload)
 
-    def is_silent(self, for_s: float = 0.3) -> bool:
+    def is_silent(self, for_s: float = 0.2) -> bool:
+        """Whether the agent sends nothing for this long, or closes the connection."""
         self.socket.settimeout(for_s)
         try:
             return not self.seen and self.socket.recv(1) == b""
@@ -363,10 +389,12 @@ class RawHost:
         self.seen += data
 
     def close(self) -> None:
+        """Close the socket."""
         self.socket.close()
 
 
 def frame(kind: int, stream: int, payload: bytes = b"") -> bytes:
+    """Return a frame, valid or not."""
     return (
         len(payload).to_bytes(4, "little") + bytes([kind, 0, 0, 0]) + stream.to_bytes(4, "little") + payload
     )

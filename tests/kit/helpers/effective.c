@@ -1,4 +1,4 @@
-/* Tells who it runs as; installed set-user-id root to show whether privileges can be gained. */
+/* Prints its user and group ids. Installed set-user-ID root, it shows whether privileges can be gained. */
 #include <stdio.h>
 #include <unistd.h>
 

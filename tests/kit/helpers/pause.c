@@ -1,4 +1,4 @@
-/* The first process of a sandbox for runtimes that want one: sleeps until it is told to end. */
+/* The first process of a sandbox, for runtimes that need one: sleeps until SIGTERM or SIGINT. */
 #include <signal.h>
 #include <unistd.h>
 
