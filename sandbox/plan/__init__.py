@@ -1,7 +1,7 @@
 """The compiler of plans: from a client's specification to what the agent, or crun, carries out.
 
     values      what a plan is; `encode` turns it into the agent's messages, `oci` into an OCI configuration
-    start       a container, made of the parts below
+    container   a container, made of the parts below
     process     argv, environment, ids, capabilities and limits of a process
     users       ids of a process, from the image's passwd and group files
     mounts      what is mounted where, in order
@@ -19,22 +19,22 @@ seccomp profile) is read by `steps` and passed in.
 """
 
 from sandbox.plan.configure import compile_identity, compile_network
+from sandbox.plan.container import compile_container, limited
 from sandbox.plan.device_filter import device_filter_for
 from sandbox.plan.mounts import MountSource
 from sandbox.plan.process import compile_exec
 from sandbox.plan.resources import compile_resources
 from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.plan.size import HUGE_PAGE_MIB, grown_size, huge_mib, vm_size
-from sandbox.plan.start import compile_start, limited
 
 __all__ = [
     "HUGE_PAGE_MIB",
     "MountSource",
+    "compile_container",
     "compile_exec",
     "compile_identity",
     "compile_network",
     "compile_resources",
-    "compile_start",
     "device_filter_for",
     "grown_size",
     "huge_mib",

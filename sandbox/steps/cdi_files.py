@@ -1,7 +1,7 @@
-"""The node's CDI specifications, as they lie in their directories at the moment.
+"""The node's CDI specifications, read from their directories.
 
-They are read for each container that names a device: drivers write them while the node runs. A file that
-is broken is told of where a name is not found, and keeps nobody from the other files' devices.
+They are read for each container that names a device, as drivers write them while the node runs. An invalid
+file is named in the error for a device that is not found; devices of the other files can be used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ FILE_MAX = 4 << 20
 
 
 def find(directories: Sequence[Path]) -> Found:
-    """All devices; of two directories the later one counts more. Absent directories are empty ones."""
+    """Return the devices of all directories, and the invalid files; a later directory has precedence.
+
+    A directory need not exist. Blocking.
+    """
     parsed, problems = [], {}
     for directory in directories:
         specs: list[tuple[str, Spec]] = []
@@ -44,10 +47,13 @@ def _read(path: Path) -> Spec:
 def with_devices(
     container: ContainerSpec, directories: Sequence[Path], *, in_vm: bool = True
 ) -> ContainerSpec:
-    """The container with what its CDI devices bring. Blocking. Raises InvalidSpec."""
+    """Return the container with what its CDI devices add. Blocking.
+
+    Raises InvalidSpec with the field, also for a mount whose source does not exist.
+    """
     whole = cdi.apply(container, find(directories), in_vm=in_vm)
     for mount in whole.mounts[len(container.mounts) :]:
         if not Path(mount.host_path).exists():
-            names = ", ".join(wish.name for wish in container.cdi_devices)
+            names = ", ".join(request.name for request in container.cdi_devices)
             raise InvalidSpec(container.cdi_devices[0].field, f"{names}: {mount.host_path!r} does not exist")
     return whole

@@ -16,7 +16,7 @@ from image.stores import RootfsStore
 from sandbox.apparmor import Policy
 from sandbox.container import Container
 from sandbox.host.openat import make_beneath
-from sandbox.plan import MountSource, compile_start, device_filter_for
+from sandbox.plan import MountSource, compile_container, device_filter_for
 from sandbox.plan.devices import RequestedDevice
 from sandbox.plan.paths import covers
 from sandbox.plan.pod_files import PodFiles, pod_files
@@ -27,25 +27,27 @@ from sandbox.seccomp import seccomp_for
 from sandbox.spec import AppArmor, ContainerSpec
 from sandbox.steps.node_files import read_node_files
 
-# An image's passwd and group files; larger ones are refused rather than read.
+# Of an image's passwd and group files; larger ones are rejected, not read.
 MAX_USER_FILE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledPlan:
-    """The callables tell what there is where the container will run."""
+    """The plan's file. The callables answer for the place where the container will run; all may block."""
 
     store: RootfsStore
-    rootfs: Callable[[Container], str]
-    sources: Callable[[Container], Sequence[MountSource]]
+    rootfs: Callable[[Container], str]  # the directory of the root, as it is seen there
+    sources: Callable[[Container], Sequence[MountSource]]  # of its mounts, as they are found there
     devices: Callable[[ContainerSpec], Sequence[RequestedDevice]]
     policy: Callable[[AppArmor], Policy]
     name = "plan"
 
     async def up(self, container: Container) -> None:
+        """Compile the plan, save it, and record the user. Raises InvalidSpec with the field."""
         await asyncio.to_thread(self._compile, container)
 
     async def down(self, container: Container) -> None:
+        """Delete the plan. Idempotent."""
         container.plan_path.unlink(missing_ok=True)
 
     def _compile(self, container: Container) -> None:
@@ -57,7 +59,7 @@ class CompiledPlan:
             group=self.store.read(rootfs, "etc/group", MAX_USER_FILE_BYTES),
         )
         devices = self.devices(record.spec)
-        plan = compile_start(
+        plan = compile_container(
             record.spec,
             pod.spec,
             record.defaults,
@@ -84,9 +86,10 @@ def _files(pod: PodRecord) -> PodFiles:
 
 
 def make_mount_points(rootfs: Path, plan: ContainerPlan) -> None:
-    """What the agent would have to create in the root filesystem before it can mount there.
+    """Create in the root filesystem what the agent would otherwise create before it can mount there.
 
-    Only a matter of speed: the guest needs several requests over virtio-fs for what is one call here.
+    This is for speed only: the guest needs several requests over virtio-fs for what is one call here. What
+    cannot be created is left for the agent to report. Blocking.
     """
     tops = [mount.target for mount in plan.mounts]
     for mount in plan.mounts:
@@ -98,5 +101,5 @@ def make_mount_points(rootfs: Path, plan: ContainerPlan) -> None:
 
 
 def _beneath(path: str, tops: Sequence[str]) -> bool:
-    """Whether another mount covers this place, so that nothing here will be seen there."""
+    """Return whether another mount covers this path, so that nothing created here would be visible."""
     return any(top != path and covers(top, path) for top in tops)

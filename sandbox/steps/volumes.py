@@ -1,4 +1,4 @@
-"""A container's volumes of both kinds of pods: images that are mounted, and the sources of mounts.
+"""Volumes of containers in either kind of pod: images that are mounted, and the sources of mounts.
 
 images/ID/N    where the host mounts an image that is the source of mount N of container ID
 """
@@ -21,6 +21,10 @@ FIND = os.O_PATH | os.O_CLOEXEC
 
 
 async def mount_images(store: RootfsStore, container: Container) -> None:
+    """Mount the images that are sources of the container's mounts.
+
+    Raises ImageNotFound, StorageFailed, DiskFull, and RootfsUnusable for a store that makes disks.
+    """
     for volume in container.record.image_volumes:
         place = image_place(container, volume.mount)
         await asyncio.to_thread(place.mkdir, 0o700, parents=True, exist_ok=True)
@@ -30,18 +34,19 @@ async def mount_images(store: RootfsStore, container: Container) -> None:
 
 
 async def unmount_images(store: RootfsStore, container: Container) -> None:
-    """Idempotent."""
+    """Unmount the images. Idempotent."""
     for volume in container.record.image_volumes:
         await store.down(image_key(container, volume.mount), image_place(container, volume.mount))
     await asyncio.to_thread(remove_tree, _images(container))
 
 
 def image_key(container: Container, number: int) -> str:
-    """Its key in the store: the container's id, so that the sweep knows whose it is, and the number."""
+    """Return the image's key in the store: the container's id, for the sweep, and the mount's number."""
     return f"{container.id}.{number}"
 
 
 def image_place(container: Container, number: int) -> Path:
+    """Return where the image of this mount is mounted on the host."""
     return _images(container) / str(number)
 
 
@@ -50,8 +55,11 @@ def _images(container: Container) -> Path:
 
 
 def open_source(container: Container, number: int, mount: MountSpec) -> int:
-    """The host path with links followed, as it is now; or what lies in an image, links followed within
-    it. Raises InvalidSpec when there is none."""
+    """Open the source of a mount: a path of the host, or one in an image, whose links stay in the image.
+
+    Returns an O_PATH descriptor that the caller owns. Blocking. Raises InvalidSpec for a path that does not
+    exist.
+    """
     at = f"config.mounts[{number}]"
     if mount.image:
         try:

@@ -24,7 +24,7 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.guest.execs import run_exec
 from sandbox.host import syscalls
-from sandbox.plan import compile_exec, compile_identity, compile_network, compile_start
+from sandbox.plan import compile_container, compile_exec, compile_identity, compile_network
 from sandbox.plan.device_filter import device_filter_for
 from sandbox.plan.encode import encode_configuration, encode_container, encode_process
 from sandbox.plan.pod_files import PodFiles
@@ -113,7 +113,7 @@ def compile_plan(guest_root: str, errand: WarmupCommand) -> ContainerPlan:
         command=tuple(errand.stays),
         security=SecuritySpec(seccomp=Seccomp(kind=SeccompKind.RUNTIME_DEFAULT)),
     )
-    plan = compile_start(
+    plan = compile_container(
         spec,
         PodSpec(name="", namespace="", uid=""),
         ImageDefaults(),

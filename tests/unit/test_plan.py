@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
 from sandbox.host.ids import IdRange
-from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start, vm_size
+from sandbox.plan import (
+    MountSource,
+    compile_container,
+    compile_exec,
+    compile_identity,
+    compile_network,
+    vm_size,
+)
 from sandbox.plan.configure import sysctl_path
 from sandbox.plan.devices import guest_devices
 from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, compile_mounts
@@ -43,7 +50,7 @@ def start(
 ) -> ContainerPlan:
     spec = {"command": ("/bin/true",), **spec} if image is None else spec
     container = ContainerSpec(name="c", image="i", **spec)  # type: ignore[arg-type]
-    return compile_start(
+    return compile_container(
         container,
         pod,
         image or ImageDefaults(),

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from network.attach import Attachment, Interface, Route
 from sandbox import capabilities
 from sandbox.apparmor.profile import UNCONFINED, Policy
-from sandbox.plan import MountSource, compile_exec, compile_identity, compile_network, compile_start
+from sandbox.plan import MountSource, compile_container, compile_exec, compile_identity, compile_network
 from sandbox.plan.devices import guest_devices
 from sandbox.plan.encode import encode_configuration, encode_container, encode_process
 from sandbox.plan.pod_files import PodFiles
@@ -59,7 +59,7 @@ def start(
     apparmor: Policy = UNCONFINED,
     device_filter: bytes = b"<device filter>",
 ) -> ContainerPlan:
-    return compile_start(
+    return compile_container(
         spec,
         POD,
         image,

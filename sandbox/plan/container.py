@@ -29,7 +29,7 @@ _LINKS = (
 )
 
 
-def compile_start(
+def compile_container(
     container: ContainerSpec,
     pod: PodSpec,
     defaults: ImageDefaults,
