@@ -153,7 +153,10 @@ class Daemon:
 
     async def recover(self) -> None:
         """Reattach to the pods whose records were loaded, or undo those that were half made."""
-        await self.pods.adopt_all(list(self.container_store))
+        await self.pods.recover()
+        self.node.quarantined = {
+            store.kind: store.quarantined for store in (self.pod_store, self.container_store)
+        }
 
     async def stop(self) -> None:
         """Stop serving and close everything. Pods run on; pooled VMs are destroyed."""
@@ -175,13 +178,12 @@ class Daemon:
             self.metrics_server = MetricsServer(self.metrics, address, port)
 
     async def _release_orphans(self) -> None:
-        """Release what belongs to no record, which only a lost or unreadable record can leave behind."""
+        """Release what belongs to no pod or container, quarantined ones included."""
         known = {record.id for record in self.pod_store} | set(self.pod_store.quarantined)
         try:
             await self.networks.gc(known)
         except NetworkError as error:
             log.error("could not release all networks that have no pod: %s", error)
-        await self.pods.sweep(known)
         await self.containers.sweep()
         await self.images.collect()
 
@@ -318,7 +320,9 @@ class _Builder:
         )
         return ImageStore(Path(self.config.root), options, self._layers_in_use)
 
-    def _layers_in_use(self) -> frozenset[str]:
+    def _layers_in_use(self) -> frozenset[str] | None:
+        if self.container_store.quarantined:
+            return None  # which layers these need is not known
         return frozenset(chain for record in self.container_store for chain in record.layers)
 
     def _pool(self, templates: Templates) -> VmPool:

@@ -40,6 +40,7 @@ class MetricSources:
             sandboxes=self._pods_by_state,
             isolation=self._ready_by_isolation,
             containers=self._containers_by_state,
+            quarantined=self._quarantined,
             usage=self._usage,
             limiters=self.limiters,
         )
@@ -53,6 +54,9 @@ class MetricSources:
 
     def _containers_by_state(self) -> Mapping[str, int]:
         return Counter(str(record.state) for record in self.containers)
+
+    def _quarantined(self) -> Mapping[str, int]:
+        return {store.kind: len(store.quarantined) for store in (self.pods, self.containers)}
 
     def _usage(self) -> Sequence[SandboxUsage]:
         ready = [pod for pod in list(self.inventory.pods.values()) if pod.record.ready]

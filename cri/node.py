@@ -35,6 +35,7 @@ class HuskNode:
     """
 
     features = Features()  # replaced at start, after the filesystem was examined
+    quarantined: Mapping[str, Mapping[str, str]] = {}  # reasons by kind and id; replaced at start
 
     def __init__(
         self,
@@ -146,5 +147,6 @@ class HuskNode:
             "acceleratorReason": default.reason if default else self._problem,
             "guestKernel": image.kernel_version if image else "",
             "guestImage": image.hash if image else "",
+            "quarantined": self.quarantined,
             "config": msgspec.to_builtins(self._config),
         }

@@ -21,17 +21,23 @@ def find_unused(index: Index, layers: LayerStore, in_use: Collection[str]) -> fr
 
 
 class Collector:
-    """Collects layers of one store. `in_use` returns the chain ids below all containers."""
+    """Collects layers of one store. `in_use` returns the chain ids below all containers, or None while these
+    are not known."""
 
-    def __init__(self, index: Index, layers: LayerStore, in_use: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self, index: Index, layers: LayerStore, in_use: Callable[[], Collection[str] | None]
+    ) -> None:
         self._index = index
         self._layers = layers
         self._in_use = in_use
         self._emptying = asyncio.Lock()
 
     async def collect(self) -> None:
-        """Remove what is unused. Its space is free when this returns."""
-        self._layers.remove(find_unused(self._index, self._layers, self._in_use()))
+        """Remove what is unused, nothing while it is not known what is used. Its space is free when this
+        returns."""
+        in_use = self._in_use()
+        if in_use is not None:
+            self._layers.remove(find_unused(self._index, self._layers, in_use))
         await self.empty_trash()
 
     async def empty_trash(self) -> None:

@@ -48,11 +48,15 @@ class FsUsage(msgspec.Struct, frozen=True, kw_only=True):
 class ImageStore:
     """All images below one directory. Belongs to one event loop; `load` it before use and close it.
 
-    `in_use` returns the chain ids of all layers that containers use; it is called at each collection.
+    `in_use` returns the chain ids of all layers that containers use, or None while that is not known: then
+    no layer is removed. It is called at each collection.
     """
 
     def __init__(
-        self, root: Path, options: ImageOptions | None = None, in_use: Callable[[], Collection[str]] = tuple
+        self,
+        root: Path,
+        options: ImageOptions | None = None,
+        in_use: Callable[[], Collection[str] | None] = tuple,
     ) -> None:
         options = options or ImageOptions()
         self._root = root / "images"

@@ -65,6 +65,7 @@ class Containers:
         self._engines = engines
         self._exits = exits
         self._host = host
+        inventory.on_phase = host.on_phase
 
     # ------------------------------------------------------------------------------- look-up
 
@@ -129,7 +130,7 @@ class Containers:
             stop_signal=resolve_stop_signal(spec.stop_signal, image.config.stop_signal),
             log_path=_log_path(pod.record.spec.log_directory, spec.log_path),
         )
-        container = self._made(record, pod)
+        container = self._inventory.make_container(record, pod)
         container.update()
         self._inventory.add_container(container)
         try:
@@ -150,23 +151,12 @@ class Containers:
         else:
             self._inventory.forget_container(container)
 
-    def adopt(self, record: ContainerRecord, pod: Pod) -> Container:
-        """Take up a container of an earlier daemon; its state is settled by `sync`."""
-        container = self._made(record, pod)
-        self._inventory.add_container(container)
-        return container
-
     def _image_volumes(self, spec: ContainerSpec) -> Iterator[ImageVolume]:
         """Raises ImageNotFound: a kubelet has pulled them by now."""
         for number, mount in enumerate(spec.mounts):
             if mount.image:
                 image = self._host.find_image(mount.image)
                 yield ImageVolume(mount=number, image_id=image.id, chain_ids=tuple(image.chain_ids))
-
-    def _made(self, record: ContainerRecord, pod: Pod) -> Container:
-        container = self._inventory.make_container(record, pod)
-        container.on_phase = self._host.on_phase
-        return container
 
     # ------------------------------------------------------------------------------- start
 
@@ -209,12 +199,12 @@ class Containers:
             self._inventory.forget_container(container)
 
     async def sweep(self) -> None:
-        """Remove writable layers and plans that belong to no container."""
-        written = self._host.rootfs.keys()
-        for key in written:
+        """Delete writable layers and plans that belong to no container, quarantined ones included: what is
+        left of a removal that the daemon's end cut short. Raises OSError."""
+        for key in self._host.rootfs.keys():  # noqa: SIM118 -- a store, not a mapping
             if ContainerId(key.partition(".")[0]) not in self._inventory.containers:
-                log.warning("container %s has no record; its writable layer is removed", key)
-                await self._host.rootfs.down(key, self._inventory.container_store.directory / "nowhere")
+                log.warning("container %s does not exist any more; deleting its writable layer", key)
+                await self._host.rootfs.down(key, self._nowhere)
         for plan in self._inventory.container_store.directory.glob("*.plan"):
             if ContainerId(plan.stem) not in self._inventory.containers:
                 plan.unlink()
@@ -228,9 +218,12 @@ class Containers:
         except NotFound:
             return
         if container.record.state is ContainerState.UNKNOWN:
+            if container.quarantined and container.pod.record.ready:  # it may run, for all that is known
+                await self._signal(container, signal_number("SIGKILL"), all=True)
             container.record_exit(ExitCode.UNKNOWN, time.time_ns(), "Unknown")
         if not container.running:
             return
+        _require_known(container.pod)
         if timeout_s > 0:
             await self._signal(container, signal_number(container.record.stop_signal), all=False)
             if await self._ended_within(container, timeout_s):
@@ -273,24 +266,44 @@ class Containers:
         async with container.lock:
             if container.id not in self._inventory.containers:
                 return
-            if container.running and container.pod.record.ready:
-                await self._kill(container)
+            if container.running:
+                _require_known(container.pod)
+                if container.pod.record.ready:
+                    await self._kill(container)
             await self.release(container)
 
     async def release(self, container: Container) -> None:
-        """Everything that a container holds, where it ran and of the host. Raises UndoFailed."""
-        engine = self._engines.of(container.pod)
-        await engine.containers.remove(container)
-        await take_down(engine.containers.container_steps, container)
+        """Release everything that a container holds, where it ran and on the host, and forget it. Idempotent.
+        Raises UndoFailed, SandboxError."""
+        kinds = self._engines if container.pod.quarantined else (container.pod.record.isolation,)
+        for kind in kinds:
+            runtime = self._engines.for_isolation(kind).containers
+            await runtime.remove(container)
+            await take_down(runtime.container_steps, container)
+        if container.quarantined:  # nor is it known which images it mounts
+            for key in self._host.rootfs.keys():  # noqa: SIM118 -- a store, not a mapping
+                if key.partition(".")[0] == container.id:
+                    await self._host.rootfs.down(key, self._nowhere)
         self._inventory.forget_container(container)
 
+    @property
+    def _nowhere(self) -> Path:
+        """A mount point for what is not mounted any more: it does not exist."""
+        return self._inventory.container_store.directory / "nowhere"
+
     # ------------------------------------------------------------------------------- the rest
+
+    def _running(self, id: str) -> Container:
+        """Raises NotFound, WrongState."""
+        container = self._inventory.container(id)
+        container.require(ContainerState.RUNNING)
+        _require_known(container.pod)
+        return container
 
     async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult:
         """Run `cmd` to its end. Raises NotFound, WrongState, GuestError (cannot be run),
         DeadlineExceeded (every process of it is dead by then)."""
-        container = self._inventory.container(id)
-        container.require(ContainerState.RUNNING)
+        container = self._running(id)
         if not cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
         process = compile_exec(container.plan, cmd, tty=False)
@@ -306,8 +319,7 @@ class Containers:
     ) -> Session:
         """Run `cmd` beside what runs there, with live streams. Close the session in the end.
         Raises NotFound, WrongState, InvalidSpec, GuestError (cannot be run), GuestUnreachable."""
-        container = self._inventory.container(id)
-        container.require(ContainerState.RUNNING)
+        container = self._running(id)
         if not cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
         process = compile_exec(container.plan, cmd, tty=tty)
@@ -318,16 +330,14 @@ class Containers:
     async def attach(self, id: str, *, stdin: bool, stdout: bool, stderr: bool) -> Session:
         """Hear and speak to a running container from now on. Close the session in the end.
         Raises NotFound, WrongState, GuestError, GuestUnreachable."""
-        container = self._inventory.container(id)
-        container.require(ContainerState.RUNNING)
+        container = self._running(id)
         spec = container.record.spec
         return await self._engines.of(container.pod).sessions.attach(
             container, stdin=stdin and spec.stdin, stdout=stdout, stderr=stderr and not spec.tty
         )
 
     async def reopen_log(self, id: str) -> None:
-        container = self._inventory.container(id)
-        container.require(ContainerState.RUNNING)
+        container = self._running(id)
         await self._engines.of(container.pod).sessions.reopen_log(container)
 
     async def update(self, id: str, resources: Resources) -> None:
@@ -337,6 +347,7 @@ class Containers:
         async with container.lock:
             merged = merge_resources(container.record.resources, resources)
             if container.running:
+                _require_known(container.pod)
                 await self._engines.of(container.pod).control.limit(container, merged)
             elif container.record.state is not ContainerState.CREATED:
                 raise WrongState("container", container.id, container.record.state, "created or running")
@@ -347,6 +358,12 @@ class Containers:
         """Soft limit of the first process; 0: the agent's own. Raises NotFound."""
         limits = self._inventory.container(id).plan.process.rlimits
         return next((limit.soft for limit in limits if limit.resource == resource.RLIMIT_NOFILE), 0)
+
+
+def _require_known(pod: Pod) -> None:
+    """Raise WrongState for a quarantined pod: nothing is known of where its containers run."""
+    if pod.quarantined:
+        raise WrongState("sandbox", pod.id, "quarantined", "ready")
 
 
 def _log_path(directory: str, name: str) -> str:

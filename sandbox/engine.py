@@ -175,8 +175,8 @@ class Engines:
     def __init__(self, by_isolation: Mapping[Isolation, Engine]) -> None:
         self._by_isolation = by_isolation
 
-    def __iter__(self) -> Iterator[Engine]:
-        return iter(self._by_isolation.values())
+    def __iter__(self) -> Iterator[Isolation]:
+        return iter(self._by_isolation)
 
     def of(self, pod: Pod) -> Engine:
         """Return the engine that runs this pod, by its record."""

@@ -8,7 +8,7 @@ in the sandbox").
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -50,6 +50,7 @@ class Inventory:
         self.pods: dict[PodId, Pod] = {}
         self.containers: dict[ContainerId, Container] = {}
         self.starting: set[str] = set()  # names of pods that have no id yet
+        self.on_phase: Callable[[str, float], None] = lambda name, seconds: None  # of every container
         self._observers: list[Observer] = []
 
     def observe(self, observer: Observer) -> None:
@@ -86,9 +87,10 @@ class Inventory:
 
     # ------------------------------------------------------------------------------- objects
 
-    def make_pod(self, record: PodRecord) -> Pod:
-        """Make the object of a record. It is not found by id before `add_pod`."""
-        pod = Pod(record, self.pod_store, self.run_dir / "pods" / record.id)
+    def make_pod(self, record: PodRecord, store: Store[PodRecord] | None = None) -> Pod:
+        """Make the object of a record, which is kept in `store`, by default the usual one. The object is not
+        found by id before `add_pod`."""
+        pod = Pod(record, self.pod_store if store is None else store, self.run_dir / "pods" / record.id)
         pod.on_state = self._pod_changed
         return pod
 
@@ -103,10 +105,13 @@ class Inventory:
         for observer in self._observers:
             observer.pod_deleted(pod)
 
-    def make_container(self, record: ContainerRecord, pod: Pod) -> Container:
-        """Make the object of a record. It is not found by id before `add_container`."""
-        container = Container(record, self.container_store, pod)
+    def make_container(
+        self, record: ContainerRecord, pod: Pod, store: Store[ContainerRecord] | None = None
+    ) -> Container:
+        """Make the object of a record, as `make_pod` does."""
+        container = Container(record, self.container_store if store is None else store, pod)
         container.on_state = self._container_changed
+        container.on_phase = self.on_phase
         return container
 
     def add_container(self, container: Container) -> None:

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sandbox.containers import Containers
@@ -25,10 +25,10 @@ from sandbox.inventory import Inventory, pod_name
 from sandbox.lifecycle import Steps, UndoFailed, bring_up, held_steps, take_down
 from sandbox.plan.resources import merge_resources
 from sandbox.pod import Pod
+from sandbox.quarantine import RUNTIMES, Quarantine
 from sandbox.records import ContainerRecord, PodRecord, PodState
 from sandbox.session import PortConnection
 from sandbox.spec import Handler, Isolation, PodId, PodSpec, Resources
-from sandbox.steps.pod import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Pods:
     async def _give_up(self, pod: Pod, failure: Exception) -> None:
         """Release all that a pod holds, also what was made ahead of it, and its name."""
         try:
-            await take_down(held_steps(self._engines.of(pod).pods.pod_steps, pod.record.steps), pod)
+            await self._release(pod)
         except UndoFailed as undo:
             failure.add_note(f"not everything could be released: {undo}")
         else:
@@ -181,7 +181,30 @@ class Pods:
         if pod.record.state is not PodState.NOT_READY:
             pod.update(state=PodState.NOT_READY)
         self._containers.lost(pod, "the sandbox was stopped")
-        await take_down(held_steps(self._engines.of(pod).pods.pod_steps, pod.record.steps), pod)
+        await self._release(pod)
+
+    async def _release(self, pod: Pod) -> None:
+        """Release what the pod holds, by its steps. Idempotent. Raises UndoFailed."""
+        if pod.quarantined:
+            await self._release_by_id(pod)
+        else:
+            await take_down(held_steps(self._engines.of(pod).pods.pod_steps, pod.record.steps), pod)
+
+    async def _release_by_id(self, pod: Pod) -> None:
+        """Release whatever any engine's pod of this id can hold: its record does not say."""
+        failures: list[tuple[str, BaseException]] = []
+        for isolation in self._engines:
+            runtime = self._engines.for_isolation(isolation).pods
+            pod.update(runtime=RUNTIMES[isolation])
+            try:
+                await runtime.destroy(pod.id, pod.run_dir)
+                await take_down(runtime.pod_steps, pod)
+            except UndoFailed as undo:
+                failures += undo.failures
+            except (SandboxError, OSError) as error:
+                failures.append((str(isolation), error))
+        if failures:
+            raise UndoFailed(failures)
 
     async def _kill_containers(self, pod: Pod) -> None:
         """First, so that exit codes and the last lines of logs arrive."""
@@ -220,53 +243,33 @@ class Pods:
 
     # ------------------------------------------------------------------------------- recovery
 
-    async def adopt_all(self, containers: Sequence[ContainerRecord]) -> None:
-        """Take up every pod that the records tell of; one bad pod never blocks the rest.
-
-        Assumes that the stores are loaded and that no call is served yet.
-        """
-        pods = [self._inventory.make_pod(record) for record in self._inventory.pod_store]
-        self._inventory.pods.update((pod.id, pod) for pod in pods)
-        for record in containers:
-            owner = self._inventory.pods.get(record.pod_id)
-            if owner is None:
-                log.error("container %s belongs to no pod; its record is left for inspection", record.id)
-                continue
-            self._containers.adopt(record, owner)
-        await asyncio.gather(*(self._adopt_contained(pod) for pod in pods))
+    async def recover(self) -> None:
+        """Reattach to the pods of the records, and undo those that were half made; one bad pod never blocks
+        the rest. Quarantined ones are left alone. The stores must be loaded, and no call be served yet.
+        Raises OSError when it cannot be known what must be left alone."""
+        Quarantine(self._inventory, self._engines).load()
+        known = [pod for pod in self._inventory.pods.values() if not pod.quarantined]
+        await asyncio.gather(*(self._adopt_contained(pod) for pod in known))
 
     async def _adopt_contained(self, pod: Pod) -> None:
         try:
             await self._adopt(pod)
         except Exception as error:
-            log.error("pod %s (%s) could not be taken up: %s", pod.id, pod_name(pod.record.spec), error)
-            log.debug("pod %s could not be taken up", pod.id, exc_info=True)
+            log.error("could not recover pod %s (%s): %s", pod.id, pod_name(pod.record.spec), error)
+            log.debug("could not recover pod %s", pod.id, exc_info=True)
 
     async def _adopt(self, pod: Pod) -> None:
         for container in list(self._inventory.containers_of(pod)):
             await self._containers.settle(container)
         match pod.record.state:
             case PodState.STARTING | PodState.WAITING as state:
-                await take_down(held_steps(self._engines.of(pod).pods.pod_steps, pod.record.steps), pod)
+                await self._release(pod)
                 self._inventory.forget_pod(pod)
-                log.info("pod %s was %s when the daemon ended; it is undone", pod.id, state)
+                log.info("pod %s was %s when the daemon ended, and was removed", pod.id, state)
             case PodState.READY:
                 await self._engines.of(pod).pods.adopt(pod)
             case PodState.NOT_READY:
                 self._containers.lost(pod, "the sandbox was stopped")
-
-    async def sweep(self, known: Collection[str]) -> None:
-        """End what runs, and remove directories, that belong to no record."""
-        run = self._inventory.run_dir / "pods"
-        strays = [path for path in run.iterdir() if path.name not in known] if run.exists() else []
-        for path in strays:
-            log.warning("pod %s has no record; what is left of it is removed", path.name)
-            try:
-                for engine in self._engines:
-                    await engine.pods.destroy(path.name, path)
-                await asyncio.to_thread(remove_tree, path)
-            except (SandboxError, OSError) as error:
-                log.error("what is left of pod %s cannot be removed: %s", path.name, error)
 
     async def close(self) -> None:
         """Let go of every pod, touching none."""

@@ -93,7 +93,7 @@ class Store(Generic[R]):
         return record
 
     def set_aside(self, id: str, reason: str) -> None:
-        """Quarantine a record that was loaded, for a reason that only its users can see."""
+        """Quarantine an id whose record was loaded or does not exist, for a reason that only its users can see."""
         self._records.pop(id, None)
         self.quarantined[id] = reason
 
@@ -124,7 +124,7 @@ class Store(Generic[R]):
 
 
 class Unwritten(Store[R]):
-    """A store that changes no file but deletes: for records that stand in for quarantined ones."""
+    """Holds records that stand in for quarantined ones: in memory alone, as the file is evidence."""
 
     def __init__(self, store: Store[R]) -> None:
         self.directory = store.directory
@@ -132,7 +132,7 @@ class Unwritten(Store[R]):
         self._records = {}
 
     def put(self, record: R) -> None:
-        """Keep the record in memory alone; what is on disk is evidence."""
+        """Keep the record in memory."""
         self._records[record.id] = record
 
     def drop(self, id: str) -> None:

@@ -135,6 +135,16 @@ class Cgroups(msgspec.Struct, frozen=True, kw_only=True):
         self._remove(pod_id, parent)
         self._remove(pod_id, self.pool_parent)
 
+    def remove_anywhere(self, pod_id: str) -> None:
+        """Do as `remove` for a pod whose parent is not known: look for its cgroup in every hierarchy."""
+        name = f"husk-{pod_id}"
+        for root in self.layout.roots:
+            for folder, names, _ in os.walk(root):
+                if name in names:
+                    remove(self.layout, f"/{os.path.relpath(os.path.join(folder, name), root)}")
+                    names.remove(name)
+        self.remove(pod_id, "")
+
     def _remove(self, pod_id: str, parent: str) -> None:
         remove(self.layout, pod_path(parent, pod_id, root=self.root))
         if parent in ("", self.pool_parent):

@@ -60,7 +60,10 @@ class Cgroup:
             await asyncio.to_thread(self.cgroups.claim, pod.id, pod.record.spec.cgroup_parent)
 
     async def down(self, pod: Pod) -> None:
-        await asyncio.to_thread(self.cgroups.remove, pod.id, pod.record.spec.cgroup_parent)
+        if pod.quarantined:  # its parent is not known
+            await asyncio.to_thread(self.cgroups.remove_anywhere, pod.id)
+        else:
+            await asyncio.to_thread(self.cgroups.remove, pod.id, pod.record.spec.cgroup_parent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,8 @@ class VmContainers:
         reported = {state.id: state for state in welcome.containers}
         for container in self._inventory.containers_of(pod):
             state = reported.get(container.id)
+            if container.quarantined:
+                continue  # where its log ends is not known, so the guest keeps the rest
             if state is not None:
                 await self._recover_one(container, state)
             elif container.running:

@@ -340,7 +340,7 @@ async def test_reboot_invalidates_recorded_processes(daemon: Daemon, monkeypatch
         assert (ended.state, ended.exit_code) == (ContainerState.EXITED, 137)
 
 
-async def test_processes_without_record_are_ended(daemon: Daemon) -> None:
+async def test_processes_without_record_run_on_until_their_pod_is_removed(daemon: Daemon) -> None:
     pod = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(pod, container_spec())
     await daemon.containers.start(container)
@@ -349,9 +349,14 @@ async def test_processes_without_record_are_ended(daemon: Daemon) -> None:
         for file in store.iterdir():
             file.unlink()
     daemon.start()
-    await daemon.pods.adopt_all([])
-    await daemon.pods.sweep(set())
+    running = processes_naming(str(daemon.root))
+    await daemon.pods.recover()
+    assert processes_naming(str(daemon.root)) == running != frozenset()
+    assert daemon.pods.find(pod).state is PodState.NOT_READY
+    assert daemon.containers.find(container).state is ContainerState.UNKNOWN
+    await daemon.pods.stop(pod)
     await _until(lambda: not processes_naming(str(daemon.root)))
+    await daemon.pods.remove(pod)
     daemon.assert_empty()
 
 

@@ -128,7 +128,15 @@ def test_sources_are_asked_at_each_scrape() -> None:
     usage = SandboxUsage(
         namespace="default", pod="web", cpu_seconds={"vmm": 1.5}, memory_bytes={"guest": 8192, "vmm": 4096}
     )
-    metrics.watch(Sources(sandboxes=lambda: states, containers=lambda: {"running": 2}, usage=lambda: [usage]))
+    metrics.watch(
+        Sources(
+            sandboxes=lambda: states,
+            containers=lambda: {"running": 2},
+            quarantined=lambda: {"pod": 1},
+            usage=lambda: [usage],
+        )
+    )
+    assert sample(metrics, "husk_quarantined_records", kind="pod") == 1
     assert sample(metrics, "husk_sandboxes", state="ready") == 1
     states["ready"] = 3
     assert sample(metrics, "husk_sandboxes", state="ready") == 3
