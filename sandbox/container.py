@@ -28,8 +28,8 @@ class Container(Recorded[ContainerRecord]):
         self.plan_path = store.directory / f"{record.id}.plan"
         self.relay: LogRelay | None = None
         self.lock = asyncio.Lock()  # held by start, update and remove
-        self.mirror = asyncio.Lock()  # held while its mounts are shown on the host
-        self.mirrored = False  # somebody keeps looking at them
+        self.propagation_lock = asyncio.Lock()  # held while its mounts are repeated on the host
+        self.propagating = False  # its mount table is being polled
         self.pid = 0  # of its first process, in the guest
         self.exited = asyncio.Event()
         self.on_state: Callable[[Container], None] = lambda container: None  # its state has changed

@@ -266,14 +266,14 @@ CHECKS: Sequence[Check] = (
 
 
 def failed(findings: Sequence[Finding]) -> bool:
-    return any(finding.verdict is CheckResult.FAIL for finding in findings)
+    return any(finding.result is CheckResult.FAIL for finding in findings)
 
 
 def as_text(findings: Sequence[Finding]) -> Iterator[str]:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         fix = f"  [fix: {finding.fix}]" if finding.fix else ""
-        yield f"{finding.verdict:<4} {finding.name:<{width}}  {finding.detail}{fix}"
+        yield f"{finding.result:<4} {finding.name:<{width}}  {finding.detail}{fix}"
 
 
 def as_json(findings: Sequence[Finding]) -> str:

@@ -24,7 +24,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The outcome of one check, in a sentence."""
 
     name: str
-    verdict: CheckResult
+    result: CheckResult
     detail: str
     fix: str = ""  # what to do about it, such as a package to install
 
@@ -39,17 +39,17 @@ class HostCheck:
 
 def ok(name: str, detail: str) -> Finding:
     """Return the finding of a check that passed."""
-    return Finding(name=name, verdict=CheckResult.OK, detail=detail)
+    return Finding(name=name, result=CheckResult.OK, detail=detail)
 
 
 def warn(name: str, detail: str, fix: str = "") -> Finding:
     """Return the finding of a check that found a restriction."""
-    return Finding(name=name, verdict=CheckResult.WARN, detail=detail, fix=fix)
+    return Finding(name=name, result=CheckResult.WARN, detail=detail, fix=fix)
 
 
 def fail(name: str, detail: str, fix: str = "") -> Finding:
     """Return the finding of a check that failed."""
-    return Finding(name=name, verdict=CheckResult.FAIL, detail=detail, fix=fix)
+    return Finding(name=name, result=CheckResult.FAIL, detail=detail, fix=fix)
 
 
 def device_check(path: Path, *, use: str, missing: Finding) -> HostCheck:

@@ -1,8 +1,8 @@
-"""The guest's part of a pod's start, on the host's clock. Pure, but for what it is given.
+"""The phases of a guest's boot on the host's clock, for the waterfall of a pod's start. Pure.
 
-The agent tells moments of its own CLOCK_MONOTONIC, and what that clock says as it tells them. What
-came before the pod was asked for (the boot of a VM that was made ahead) is not of its start. The
-guest is not trusted: names, count and order are bounded, and nothing else can be wrong with them.
+The agent reports moments on its CLOCK_MONOTONIC, and the current value of that clock. A boot before
+RunPodSandbox (that of a pooled VM) is not part of the pod's start. The guest is not trusted: names, number
+and order of the moments are checked.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.records import Phase, Side
 
 GUEST_PHASES_MAX = 16
-FIRST_MOMENT = "kernel"  # what ends when the agent begins
+FIRST_MOMENT = "kernel"  # name of the phase that ends when the agent starts
 _NAME = re.compile(r"[a-z][a-z-]{0,23}")
 
 
 def guest_phases(
     welcome: pb.Welcome, *, received_s: float, began_s: float, vmm_started_s: float
 ) -> Iterator[Phase]:
-    """Stretches between the agent's moments, in seconds since `began_s`; all arguments are moments of
-    the host's monotonic clock."""
+    """Yield the phases between the agent's moments, in seconds since `began_s`.
+
+    All arguments are seconds of the host's monotonic clock: when the Welcome was received, when
+    RunPodSandbox began, and when the VMM started. Ends at the first moment that is malformed or out of
+    order; yields nothing for a guest that booted before `began_s`.
+    """
     if not welcome.now_ns:
         return
-    zero_s = received_s - welcome.now_ns / 1e9 - began_s  # when the guest's clock began
+    zero_s = received_s - welcome.now_ns / 1e9 - began_s  # when the guest's clock started
     if zero_s < 0:
         return
-    # what is in front of that: the VMM, its devices, the firmware, the first moments of the kernel
+    # before that: the VMM, its devices, the firmware, the first instructions of the kernel
     started_s = max(vmm_started_s - began_s, 0.0)
     if started_s < zero_s:
         yield Phase(name="firmware", begin_s=started_s, end_s=zero_s, side=Side.GUEST)

@@ -36,14 +36,16 @@ class VmControl:
         the memory and CPUs that it lacks. A cpuset counts the host's CPUs, so it is applied on the host
         alone (see `compile_resources`)."""
         files = compile_pod_resources(resources, vcpus=pod.vcpus)
-        await self._resizer.make(pod, resources, overhead)
+        await self._resizer.ensure_capacity(pod, resources, overhead)
         write = pb.WriteCgroup(container_id=POD_CGROUP, files=encode_cgroup_files(files))
         await pod.call(pb.Request(write_cgroup=write))
 
     async def limit(self, container: Container, resources: Resources) -> None:
         pod, current = container.pod, container.record.resources
         compile_resources(resources, vcpus=pod.vcpus)  # an invalid one must be found before anything changes
-        await self._resizer.make(pod, pod.record.resources, pod.record.overhead, {container.id: resources})
+        await self._resizer.ensure_capacity(
+            pod, pod.record.resources, pod.record.overhead, {container.id: resources}
+        )
         try:
             await pod.call(_limits(container, resources))
         except GuestError:

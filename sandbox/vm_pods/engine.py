@@ -28,7 +28,7 @@ from sandbox.spec import Handler, PodId, PodSpec
 from sandbox.stats.host_usage import HostUsage
 from sandbox.steps.rootfs import ContainerRootfs
 from sandbox.vm_pods.accelerator import AcceleratorChoice
-from sandbox.vm_pods.clock_sync import keep_clock
+from sandbox.vm_pods.clock_sync import sync_clock
 from sandbox.vm_pods.containers import VmContainers
 from sandbox.vm_pods.control import VmControl
 from sandbox.vm_pods.pool import VmPool
@@ -93,7 +93,7 @@ class VmPods:
         """Claim a VM of the pool, or begin with a new one if none fits."""
         size = vm_size(spec, handler)
         choice = await self._deps.accelerator(handler)
-        pod = await self._deps.pool.take(handler, choice, size)
+        pod = await self._deps.pool.acquire(handler, choice, size)
         steps = self._deps.steps.claim if pod else self._deps.steps.whole
         if pod is None:
             pod = self._inventory.make_pod(
@@ -113,7 +113,7 @@ class VmPods:
         return pod, steps
 
     def replenish(self) -> None:
-        self._deps.pool.look()
+        self._deps.pool.replenish()
 
     def watch(self, pod: Pod) -> None:
         pod.watch = self._deps.tasks.spawn(self._supervise(pod), f"watch of pod {pod.id[:12]}")
@@ -143,7 +143,7 @@ class VmPods:
         """Keep the pod connected to its agent until the VM ends."""
         assert pod.machine is not None
         death = asyncio.create_task(pod.machine.wait())
-        clock = self._deps.tasks.spawn(keep_clock(lambda: pod.client), f"clock of pod {pod.id[:12]}")
+        clock = self._deps.tasks.spawn(sync_clock(lambda: pod.client), f"clock of pod {pod.id[:12]}")
         try:
             while not death.done():
                 assert pod.client is not None

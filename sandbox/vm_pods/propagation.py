@@ -1,17 +1,16 @@
-"""What a container mounts on a volume with bidirectional propagation, shown on the host.
+"""Bidirectional mount propagation: repeating on the host what a container mounts on its volumes.
 
-A mount in the guest is another kernel's. But where its source is a file of the container's root or of
-its volumes, the host has that very file, and can mount it at the same place of the volume: then the
-volume's owner, and whoever has it as a volume too, sees what the container has mounted. Other file
-systems that it mounts (tmpfs, FUSE) are in the guest's kernel alone and are left out.
+A mount in the guest belongs to another kernel. But where its source is a file of the container's root or of
+its volumes, the host has the same file and can mount it at the same path of the volume: then the owner of
+the volume, and every other pod that mounts it, sees what the container has mounted. Other filesystems that
+a container mounts (tmpfs, FUSE) exist only in the guest's kernel and are ignored.
 
-Looked at after each ExecSync of such a container, before that is answered, and every POLL_S. The
-container is not trusted: its table of mounts is only read for paths, which are then resolved beneath
-the container's own root, and beneath the volume, without links; and set-id programs and devices do
-nothing in these mounts.
+The container's mount table is read after each ExecSync, before the call returns, and every POLL_S. The
+container is not trusted: only paths are taken from the table, and resolved beneath the container's root and
+beneath the volume, without following links; the mounts on the host are nosuid and nodev.
 
-Crash story: a mount's path is in the container's record before it is made, and afterwards its id, by
-which it is known as ours; they go when the container ends.
+Crash story: the path of a mount is saved in the container's record before it is made, and its id afterwards,
+which identifies it as ours. The mounts are removed when the container ends.
 """
 
 from __future__ import annotations
@@ -46,56 +45,62 @@ _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 class PropagationRequest(Value, frozen=True, kw_only=True):
-    """To be mounted: a path of the container's root (`volume` is None) or of one of its volumes."""
+    """A mount to make: its source is in the container's root (`volume` is None) or in one of its volumes."""
 
-    target_volume: int
+    target_volume: int  # index of the mount in the container's spec
     target: str  # relative to that volume
     volume: int | None
-    source: str
+    source: str  # relative to the root or the volume
 
 
 class PropagationSync:
-    """Keeps the host's side of containers with a bidirectional volume like theirs; others cost nothing."""
+    """Keeps the mounts on the host in step with those of containers that have a bidirectional volume.
+
+    Other containers cost nothing: they are not polled.
+    """
 
     def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
 
     def watch(self, container: Container) -> None:
-        """While it runs; then its mounts go. For one that is watched already, nothing."""
-        if bidirectional(container) and not container.mirrored:
-            container.mirrored = True
-            self._tasks.spawn(self._keep_looking(container), f"mounts of container {container.id[:12]}")
+        """Poll the container while it runs, then remove its mounts from the host. Idempotent."""
+        if is_bidirectional(container) and not container.propagating:
+            container.propagating = True
+            self._tasks.spawn(self._poll(container), f"mounts of container {container.id[:12]}")
 
-    async def _keep_looking(self, container: Container) -> None:
+    async def _poll(self, container: Container) -> None:
         while container.running:
-            await self.look(container)
+            await self.sync(container)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
                     await container.exited.wait()
-        container.mirrored = False
+        container.propagating = False
         await self.release(container)
 
-    async def look(self, container: Container) -> None:
-        """Show what it has mounted by now. What cannot be asked or shown is told in the log."""
-        if not bidirectional(container):
+    async def sync(self, container: Container) -> None:
+        """Make and remove mounts on the host as the container's mount table requires. Errors are logged."""
+        if not is_bidirectional(container):
             return
         read = pb.ReadCgroup(paths=[f"/proc/{container.pid}/mountinfo"])
-        async with container.mirror:
+        async with container.propagation_lock:
             try:
                 reply = await container.pod.call(pb.Request(read_cgroup=read))
                 if container.running and reply.values.values:
-                    await synchronize(container, reply.values.values[0].decode(errors="replace"))
+                    await apply_table(container, reply.values.values[0].decode(errors="replace"))
             except (SandboxError, OSError) as error:
-                log.warning("container %s: its mounts cannot be shown on the host: %s", container.id, error)
+                log.warning(
+                    "container %s: could not propagate its mounts to the host: %s", container.id, error
+                )
 
     async def release(self, container: Container) -> None:
-        """Idempotent; needs the record alone. Raises OSError."""
-        async with container.mirror:
+        """Remove the container's mounts from the host, by its record alone. Idempotent. Raises OSError."""
+        async with container.propagation_lock:
             for held in reversed(container.record.propagated):
                 await release(container, held)
 
 
-def bidirectional(container: Container) -> bool:
+def is_bidirectional(container: Container) -> bool:
+    """Return whether the container has a volume with bidirectional propagation."""
     return any(mount.propagation is Propagation.BIDIRECTIONAL for mount in container.record.spec.mounts)
 
 
@@ -109,7 +114,7 @@ class _Line(Value, frozen=True, kw_only=True):
 
 
 def _lines(table: str) -> Iterator[_Line]:
-    """Of /proc/PID/mountinfo (proc(5)); what is malformed is left out."""
+    """Parse /proc/PID/mountinfo (proc(5)). Malformed lines are ignored."""
     for text in table.splitlines():
         fields = text.split(" ")
         if len(fields) > 5:
@@ -117,12 +122,16 @@ def _lines(table: str) -> Iterator[_Line]:
             yield _Line(device=fields[2], root=root, point=point)
 
 
-def find_wishes(table: str, specs: tuple[MountSpec, ...]) -> list[PropagationRequest]:
-    """What the container has mounted on its bidirectional volumes, out of its root and volumes."""
+def find_requests(table: str, specs: tuple[MountSpec, ...]) -> list[PropagationRequest]:
+    """Return the mounts in a container's table that the host can repeat, at most MAX_MOUNTS.
+
+    Those are on its bidirectional volumes, and their source is in its root or in a volume. `specs` are the
+    mounts of the container's spec.
+    """
     lines = list(_lines(table))
     places = {os.path.normpath(spec.container_path): number for number, spec in enumerate(specs)}
-    # file systems that the host has, by device, and where in them the container's part begins: a volume is
-    # one of its own, and root filesystems are directories of one
+    # filesystems that the host has too, by device, and the directory in them that the container has: a
+    # volume is a whole filesystem, and root filesystems are directories of a common one
     sources: dict[str, tuple[int | None, str]] = {}
     for line in lines:
         if line.point == "/":
@@ -145,7 +154,7 @@ def find_wishes(table: str, specs: tuple[MountSpec, ...]) -> list[PropagationReq
 
 
 def _volume_above(point: str, places: Mapping[str, int], specs: tuple[MountSpec, ...]) -> int | None:
-    """The bidirectional volume that a mount point lies in: the innermost volume counts."""
+    """The innermost volume that contains a mount point, if it is bidirectional."""
     inside = [place for place in places if point.startswith(place.rstrip("/") + "/")]
     if not inside or point in places or point != os.path.normpath(point):
         return None
@@ -156,49 +165,55 @@ def _volume_above(point: str, places: Mapping[str, int], specs: tuple[MountSpec,
 # ----------------------------------------------------------------------------------------- the host
 
 
-async def synchronize(container: Container, table: str) -> None:
-    """Mount on the host what is new in the container's table, and unmount what is gone."""
-    wishes = {_host_path(container, wish): wish for wish in find_wishes(table, container.record.spec.mounts)}
+async def apply_table(container: Container, table: str) -> None:
+    """Mount on the host what is new in the container's mount table, and unmount what is no longer in it.
+
+    Raises OSError when a mount cannot be removed.
+    """
+    found = find_requests(table, container.record.spec.mounts)
+    requests = {_host_path(container, request): request for request in found}
     for held in container.record.propagated:
-        if Path(held.path) not in wishes:
+        if Path(held.path) not in requests:
             await release(container, held)
     known = {held.path for held in container.record.propagated}
-    for path, wish in wishes.items():
+    for path, request in requests.items():
         if str(path) not in known:
-            await _show(container, path, wish)
+            await _mount(container, path, request)
 
 
 async def release(container: Container, held: Propagated) -> None:
+    """Unmount one mount and remove it from the record. Idempotent. Raises OSError."""
     await asyncio.to_thread(_detach, held)
     kept = tuple(each for each in container.record.propagated if each.path != held.path)
     container.update(propagated=kept)
 
 
 def _detach(held: Propagated) -> None:
-    """Only what is known as ours; a daemon that was killed before it knew the id finds what came on top of
-    what was there before."""
+    """Unmount only what is ours: the mount with the saved id, or, if the daemon was killed before it saved
+    the id, a mount on top of the one that was there before."""
     top = mounts.top_mounts().get(held.path, 0)
     if top and (top == held.mount_id or (not held.mount_id and top != held.below)):
         mounts.detach(Path(held.path))
 
 
-async def _show(container: Container, path: Path, wish: PropagationRequest) -> None:
-    """What cannot be shown (a source or target that is gone, a link, of another kind) is left out."""
+async def _mount(container: Container, path: Path, request: PropagationRequest) -> None:
+    """Save the intent, mount, and save the id. Ignores what cannot be mounted: a source or target that no
+    longer exists or is a link, a file on a directory."""
     others = container.record.propagated
     intent = Propagated(path=str(path), below=mounts.top_mounts().get(str(path), 0))
     container.update(propagated=(*others, intent))
-    made = await asyncio.to_thread(_attach, container, path, wish)
+    made = await asyncio.to_thread(_attach, container, path, request)
     if made:
         container.update(propagated=(*others, msgspec.structs.replace(intent, mount_id=made)))
     else:
         container.update(propagated=others)
 
 
-def _attach(container: Container, path: Path, wish: PropagationRequest) -> int:
-    """The id of the mount that was made; 0 where none could be."""
+def _attach(container: Container, path: Path, request: PropagationRequest) -> int:
+    """Return the id of the mount that was made; 0: it could not be made."""
     with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
-        source = opened.enter_context(_opened(_root_of(container, wish.volume), wish.source))
-        target = opened.enter_context(_opened(_root_of(container, wish.target_volume), wish.target))
+        source = opened.enter_context(_opened(_root_of(container, request.volume), request.source))
+        target = opened.enter_context(_opened(_root_of(container, request.target_volume), request.target))
         if stat.S_ISDIR(os.fstat(source).st_mode) != stat.S_ISDIR(os.fstat(target).st_mode):
             return 0
         tree = mounts.clone_tree(source, path)
@@ -218,8 +233,8 @@ def _root_of(container: Container, volume: int | None) -> Path:
     return Path(os.path.realpath(container.record.spec.mounts[volume].host_path))
 
 
-def _host_path(container: Container, wish: PropagationRequest) -> Path:
-    return _root_of(container, wish.target_volume) / wish.target
+def _host_path(container: Container, request: PropagationRequest) -> Path:
+    return _root_of(container, request.target_volume) / request.target
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
-"""Makes a running VM large enough for limits that are about to be raised.
+"""Growing a running VM before limits are raised.
 
-The seam to hot-plug: `grow` is asked for a size that is no smaller than what the VM has in either
-respect, and does what its hypervisor can. Of what it has then, huge pages are set aside in the guest.
-Lowered limits shrink nothing.
+The seam to hot-plug: `grow` is called with a size that is in no respect smaller than the current one, and
+does what its hypervisor supports. Then the guest allocates the huge pages. A VM never shrinks.
 """
 
 from __future__ import annotations
@@ -24,11 +23,13 @@ Grow = Callable[[Pod, VmSize], Awaitable[None]]
 
 
 class Resizer:
+    """Grows VMs to the limits of their pods and containers."""
+
     def __init__(self, inventory: Inventory, grow: Grow) -> None:
         self._inventory = inventory
         self._grow = grow
 
-    async def make(
+    async def ensure_capacity(
         self,
         pod: Pod,
         resources: Resources,
@@ -36,9 +37,13 @@ class Resizer:
         changes: Mapping[ContainerId, Resources] | None = None,
         directories: Sequence[HugeDirectory] = (),
     ) -> None:
-        """For these limits of the pod, and of its containers as they are or are about to be (`changes`);
-        and `directories` on huge pages. Raises VmmError when the VM cannot grow so far; nothing has
-        changed then. Raises InvalidSpec, GuestError for huge pages that cannot be had."""
+        """Grow the pod's VM until it satisfies these limits of the pod and those of its containers, and
+        make `directories` on huge pages in the guest.
+
+        `changes` are limits that containers, existing or new, are about to get. Idempotent. Raises VmmError
+        when the VM cannot grow that far; nothing has changed then. Raises InvalidSpec, GuestError when the
+        guest cannot allocate the huge pages.
+        """
         current = runtime_of(pod).size
         if current is None:
             return
@@ -51,7 +56,7 @@ class Resizer:
         if size != current:
             await self._grow(pod, size)
         if size.huge_mib or directories:
-            wish = pb.HugePages(
+            pages = pb.HugePages(
                 count=size.huge_mib // HUGE_PAGE_MIB, directories=encode_huge_directories(directories)
             )
-            await pod.call(pb.Request(huge_pages=wish))
+            await pod.call(pb.Request(huge_pages=pages))

@@ -1,7 +1,7 @@
 """VMs without a record: the trial of an accelerator, and the VM that a template is made of.
 
 A scratch VM is brought up and taken down by steps, as a pod is (see `lifecycle`). In place of a record it
-has a fixed id and directory, so whoever makes the next one of that id first takes down what a crash left.
+has a fixed id and directory: before the next one of that id is brought up, what a crash left is taken down.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class ScratchVm:
         self.machine: Machine | None = None
 
     def begin(self, names: Sequence[str]) -> None:
-        """Nothing to save: all steps are taken down by the next use."""
+        """Not saved: the next use takes down all steps."""
 
     def finish(self, name: str, begin_s: float, end_s: float) -> None:
-        """Nobody asks how long its steps took."""
+        """Not recorded: how long its steps took is not shown anywhere."""
 
     def ended(self, names: Collection[str]) -> None:
         """Nothing was saved."""

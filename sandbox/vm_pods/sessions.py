@@ -26,7 +26,7 @@ class VmSessions:
         client = await container.pod.guest()
         result = await run_exec(client, container.id, encode_process(process), timeout_s, limit)
         # a command that mounted something on a bidirectional volume expects to find it on the host now
-        await self._propagation.look(container)
+        await self._propagation.sync(container)
         return result
 
     async def exec(

@@ -53,7 +53,9 @@ class Volumes:
             async with pod.lock:
                 pod.require_ready()
                 limits = {container.id: container.record.resources}
-                await self.room.make(pod, pod.record.resources, pod.record.overhead, limits, directories)
+                await self.room.ensure_capacity(
+                    pod, pod.record.resources, pod.record.overhead, limits, directories
+                )
 
     async def _attach(self, container: Container) -> Sequence[HugeDirectory]:
         """What lies on huge pages is attached to nothing, and given back."""

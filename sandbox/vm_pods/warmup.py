@@ -1,13 +1,13 @@
-"""A network and a container's whole life in a VM that waits for a pod, with nothing of a pod in it.
+"""Warming up a pooled VM: it configures a network and runs a container, neither of which is any pod's.
 
-Under emulation code is translated when it first runs, in the guest's kernel as in the agent, and
-that is no part of a saved VM: the first container of a fresh VM starts three times as slowly as the
-second, and a network takes a tenth of a second to set up. So a VM that is made ahead does all of that
-once before it waits: addresses and routes, which it takes back; a container by the usual plan, a
-program in it, an exec, its end. The program is the agent's own file, bound into an empty root, so no image is
-needed and nothing of the host is shown. Where code is not translated this costs a few milliseconds.
+Under emulation, code is translated when it first runs, in the guest's kernel as in the agent, and
+translated code is not part of a saved VM: the first container of a restored VM starts three times as slowly
+as the second, and configuring the network takes 100 ms. So a pooled VM does all of that once before it is
+paused: it sets addresses and routes and removes them, and starts a container by the usual plan, runs an exec
+in it and ends it. The program is the agent's own file, bound into an empty root, so no image is needed and
+no file of the host is visible. Where code is not translated this costs a few milliseconds.
 
-Afterwards the guest holds nothing of it. A guest in which this fails is not fit for a pod.
+Afterwards nothing of it is left in the guest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TIMEOUT_S = 20.0
 OUTPUT_LIMIT = 4096
 PROGRAM = "/program"
 
-# Documentation addresses (RFC 5737, RFC 3849), on a link that leads nowhere yet
+# Documentation addresses (RFC 5737, RFC 3849), on a link that is not connected yet
 NETWORK = Attachment(
     netns="",
     interfaces=(
@@ -63,15 +63,15 @@ NETWORK = Attachment(
 
 @dataclass(frozen=True, slots=True)
 class WarmupCommand:
-    """What is run: a file of the guest, how it stays, and how it comes to its end at once."""
+    """What the container runs: a file of the guest, bound to PROGRAM, and two command lines."""
 
     source: str = "/init"
-    stays: Sequence[str] = (PROGRAM, "--listen", "unix:/tmp/warm")
-    ends: Sequence[str] = (PROGRAM,)
+    service: Sequence[str] = (PROGRAM, "--listen", "unix:/tmp/warm")  # runs until it is killed
+    exec: Sequence[str] = (PROGRAM,)  # exits at once
 
 
 async def warm_network(client: GuestClient) -> None:
-    """Set up what a pod's first interface is like, and take it back. Raises as `warm_up` does."""
+    """Configure a pod's first interface and undo it (a dry run). Raises as `warm_up` does."""
     spec = PodSpec(name="", namespace="", uid="", hostname=NAME)
     configure = encode_configuration(
         compile_identity(spec, entropy=b"", machine_id="", wall_ns=0),
@@ -82,35 +82,38 @@ async def warm_network(client: GuestClient) -> None:
 
 
 async def warm_up(
-    client: GuestClient, root: Path, guest_root: str, errand: WarmupCommand | None = None
+    client: GuestClient, root: Path, guest_root: str, command: WarmupCommand | None = None
 ) -> None:
-    """`root` is a directory of the host to make and to remove, which the guest sees as `guest_root`.
+    """Run a container, an exec in it, and remove it.
 
-    Raises what the guest's answers raise: GuestError, GuestUnreachable, DeadlineExceeded.
+    Makes and removes `root`, a directory of the host that the guest sees as `guest_root`. Raises GuestError,
+    GuestUnreachable, DeadlineExceeded; OSError when the directory cannot be made.
     """
-    errand = errand or WarmupCommand()
-    plan = await asyncio.to_thread(_prepare, root, guest_root, errand)
+    command = command or WarmupCommand()
+    plan = await asyncio.to_thread(_prepare, root, guest_root, command)
     try:
         await client.call(pb.Request(start=encode_container(plan)), TIMEOUT_S)
-        await run_exec(client, NAME, encode_process(compile_exec(plan, errand.ends)), TIMEOUT_S, OUTPUT_LIMIT)
+        await run_exec(
+            client, NAME, encode_process(compile_exec(plan, command.exec)), TIMEOUT_S, OUTPUT_LIMIT
+        )
     finally:
         await client.call(pb.Request(remove=pb.Remove(container_id=NAME)), TIMEOUT_S)
         await asyncio.to_thread(remove_tree, root)
 
 
-def _prepare(root: Path, guest_root: str, errand: WarmupCommand) -> ContainerPlan:
+def _prepare(root: Path, guest_root: str, command: WarmupCommand) -> ContainerPlan:
     root.mkdir(mode=0o755)
-    plan = compile_plan(guest_root, errand)
+    plan = compile_plan(guest_root, command)
     make_mount_points(root, plan)
     return plan
 
 
-def compile_plan(guest_root: str, errand: WarmupCommand) -> ContainerPlan:
-    """That of a container without wishes, run by nobody under the default filters."""
+def compile_plan(guest_root: str, command: WarmupCommand) -> ContainerPlan:
+    """Return the plan of a container with default options, run as user `nobody` under the default filters."""
     spec = ContainerSpec(
         name=NAME,
         image="",
-        command=tuple(errand.stays),
+        command=tuple(command.service),
         security=SecuritySpec(seccomp=Seccomp(kind=SeccompKind.RUNTIME_DEFAULT)),
     )
     plan = compile_container(
@@ -126,10 +129,10 @@ def compile_plan(guest_root: str, errand: WarmupCommand) -> ContainerPlan:
         device_filter=device_filter_for(spec, ()),
         devices=(),
     )
-    # the pod's shared memory is made when there is a pod
+    # /dev/shm is the pod's, and is made with it
     kept = (mount for mount in plan.mounts if mount.target != "/dev/shm")
     program = MountPlan(
-        source=errand.source, target=PROGRAM, flags=syscalls.MS_BIND | syscalls.MS_RDONLY, make=Make.FILE
+        source=command.source, target=PROGRAM, flags=syscalls.MS_BIND | syscalls.MS_RDONLY, make=Make.FILE
     )
     scratch = MountPlan(source="tmpfs", target="/tmp", type="tmpfs", data="mode=1777", make=Make.DIRECTORY)
     return replace(plan, mounts=(*kept, program, scratch))

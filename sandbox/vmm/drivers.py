@@ -31,7 +31,7 @@ class Driver(Protocol):
     """The package of a driver."""
 
     def make(self) -> Hypervisor:
-        """Return the driver. Must not start or look for anything yet."""
+        """Return the driver. Must not start or examine anything yet."""
 
     def make_host(self, fs: Path) -> Host:
         """Return the driver's view of the machine whose root directory is `fs`."""

@@ -53,7 +53,7 @@ async def test_warm_up_program_runs_until_it_is_removed(
     root.mkdir()
     plan = warmup.compile_plan(str(root), command)
     await guest.call(start=encode_container(plan))
-    code, _, errors = await guest.exec(warmup.NAME, command.ends)
+    code, _, errors = await guest.exec(warmup.NAME, command.exec)
     assert (code, errors.split(":")[0]) == (2, "usage"), "the program ran, and ended at once"
     await guest.remove(warmup.NAME)
 

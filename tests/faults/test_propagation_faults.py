@@ -19,7 +19,7 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, Propagated
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, MountSpec, PodId, PodSpec, Propagation
 from sandbox.store import Store
-from sandbox.vm_pods.propagation import PropagationSync, synchronize
+from sandbox.vm_pods.propagation import PropagationSync, apply_table
 
 PLAIN = """20 1 0:30 / / rw - virtiofs none rw
 22 20 0:40 / /both rw - virtiofs none rw
@@ -83,18 +83,18 @@ def release(container: Container) -> Any:
 
 async def test_shown_once_and_taken_away(site: Site) -> None:
     for _ in range(2):
-        await synchronize(site.container, MOUNTED)
+        await apply_table(site.container, MOUNTED)
     assert (site.point / "file").read_text() == "of the container"
     assert mounts_below(site.root) == [site.point]
     (line,) = (each for each in Path("/proc/self/mounts").read_text().splitlines() if str(site.point) in each)
     assert {"nosuid", "nodev"} <= set(line.split()[3].split(","))
-    await synchronize(site.container, PLAIN)
+    await apply_table(site.container, PLAIN)
     assert (mounts_below(site.root), site.container.record.propagated) == ([], ())
 
 
 async def test_released_twice_and_by_a_daemon_that_knows_the_record_alone(site: Site) -> None:
     await release(site.container)
-    await synchronize(site.container, MOUNTED)
+    await apply_table(site.container, MOUNTED)
     for _ in range(2):
         await release(site.restarted())
     assert mounts_below(site.root) == []
@@ -117,7 +117,7 @@ async def test_what_somebody_mounted_there_before_or_on_top_stays(site: Site) ->
     await release(site.restarted())
     assert top_mounts()[str(site.point)] == below
     site.container.update(propagated=())
-    await synchronize(site.container, MOUNTED)
+    await apply_table(site.container, MOUNTED)
     mount("-t", "tmpfs", "top", site.point)
     on_top = top_mounts()[str(site.point)]
     await release(site.container)
@@ -137,5 +137,5 @@ async def test_what_cannot_be_shown_is_left_out(site: Site, spoil: str) -> None:
         case _:
             site.point.rmdir()
             site.point.touch()
-    await synchronize(site.container, MOUNTED)
+    await apply_table(site.container, MOUNTED)
     assert (mounts_below(site.root), site.container.record.propagated) == ([], ())

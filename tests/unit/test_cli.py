@@ -238,7 +238,7 @@ def test_doctor_as_a_process_prints_json_and_matching_exit_status(tmp_path: Path
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     document = json.loads(done.stdout)
     assert done.returncode == (0 if document["ok"] else 1)
-    assert {check["verdict"] for check in document["checks"]} <= {"ok", "warn", "fail"}
+    assert {check["result"] for check in document["checks"]} <= {"ok", "warn", "fail"}
 
 
 def test_serve_on_a_socket_in_use_exits_with_1_and_changes_nothing(

@@ -50,22 +50,22 @@ async def test_every_check_has_one_finding_under_its_name(tmp_path: Path) -> Non
 
 async def test_what_is_wrong_comes_with_what_to_do(tmp_path: Path) -> None:
     findings = await doctor.examine(host(tmp_path))
-    assert [finding for finding in findings if finding.verdict is CheckResult.FAIL and not finding.fix] == []
+    assert [finding for finding in findings if finding.result is CheckResult.FAIL and not finding.fix] == []
 
 
 async def test_what_apparmor_can_be_had(tmp_path: Path) -> None:
     there = host(tmp_path)
     finding = await doctor.apparmor(there)
-    assert finding.verdict is CheckResult.WARN
+    assert finding.result is CheckResult.WARN
     assert "husk guest build" in finding.fix
     image = tmp_path / "root/guest/current"
     image.mkdir(parents=True)
     (image / "apparmor").write_bytes(b"compiled")
     finding = await doctor.apparmor(there)
-    assert (finding.verdict, "no profiles of this host" in finding.detail) == (CheckResult.OK, True)
+    assert (finding.result, "no profiles of this host" in finding.detail) == (CheckResult.OK, True)
     (tmp_path / "sys/kernel/security/apparmor/policy").mkdir(parents=True)
     finding = await doctor.apparmor(there)
-    assert (finding.verdict, "loaded on this host" in finding.detail) == (CheckResult.OK, True)
+    assert (finding.result, "loaded on this host" in finding.detail) == (CheckResult.OK, True)
 
 
 async def test_a_check_that_breaks_does_not_end_the_others(
@@ -79,7 +79,7 @@ async def test_a_check_that_breaks_does_not_end_the_others(
 
     monkeypatch.setattr(doctor, "checks_of", lambda host: (Check("broken", broken), Check("fine", fine)))
     findings = await doctor.examine(host(tmp_path))
-    assert [(finding.name, finding.verdict) for finding in findings] == [
+    assert [(finding.name, finding.result) for finding in findings] == [
         ("broken", CheckResult.FAIL),
         ("fine", CheckResult.OK),
     ]
@@ -92,41 +92,41 @@ async def test_missing_programs_name_their_packages(monkeypatch: pytest.MonkeyPa
     checks = {check.name: check.look for check in doctor.checks_of(host(tmp_path))}
     for name, package in (("qemu", "qemu-system-x86"), ("virtiofsd", "virtiofsd")):
         finding = await checks[name](host(tmp_path))
-        assert finding.verdict is CheckResult.FAIL
+        assert finding.result is CheckResult.FAIL
         assert package in finding.fix
 
 
 async def test_a_guest_image_that_was_never_built(tmp_path: Path) -> None:
     finding = await doctor.guest(host(tmp_path))
-    assert (finding.verdict, finding.fix) == (CheckResult.FAIL, "husk guest build")
+    assert (finding.result, finding.fix) == (CheckResult.FAIL, "husk guest build")
 
 
 async def test_a_kernel_of_a_handler_that_is_not_there(tmp_path: Path) -> None:
     finding = await doctor.guest(host(tmp_path, handlers={"own": HandlerTable(kernel="/nowhere/vmlinux")}))
-    assert finding.verdict is CheckResult.FAIL
+    assert finding.result is CheckResult.FAIL
     assert "handlers.own: /nowhere/vmlinux" in finding.detail
 
 
 async def test_without_kvm_emulation_is_fine(tmp_path: Path) -> None:
     finding = await doctor.accelerator(host(tmp_path))
-    assert finding.verdict is CheckResult.OK
+    assert finding.result is CheckResult.OK
     assert "tcg" in finding.detail and "there is no" in finding.detail
 
 
 async def test_devices(tmp_path: Path) -> None:
     missing = host(tmp_path)
     checks = {check.name: check.look for check in doctor.checks_of(missing)}
-    assert (await checks["tun"](missing)).verdict is CheckResult.FAIL
-    assert (await checks["vhost-net"](missing)).verdict is CheckResult.WARN
-    assert (await checks["vhost-vsock"](missing)).verdict is CheckResult.OK
+    assert (await checks["tun"](missing)).result is CheckResult.FAIL
+    assert (await checks["vhost-net"](missing)).result is CheckResult.WARN
+    assert (await checks["vhost-vsock"](missing)).result is CheckResult.OK
     (tmp_path / "dev/net").mkdir(parents=True)
     (tmp_path / "dev/net/tun").symlink_to("/dev/null")
-    assert (await checks["tun"](missing)).verdict is CheckResult.OK
+    assert (await checks["tun"](missing)).result is CheckResult.OK
 
 
 async def test_no_network_yet_is_a_warning(tmp_path: Path) -> None:
     finding = await doctor.cni(host(tmp_path))
-    assert finding.verdict is CheckResult.WARN
+    assert finding.result is CheckResult.WARN
     assert "pods cannot start yet" in finding.detail
 
 
@@ -134,44 +134,44 @@ async def test_a_network_whose_plugins_are_there(tmp_path: Path) -> None:
     network(tmp_path, LIST)
     plugin(tmp_path, "bridge")
     finding = await doctor.cni(host(tmp_path))
-    assert finding.verdict is CheckResult.FAIL
+    assert finding.result is CheckResult.FAIL
     assert "'portmap'" in finding.detail and "containernetworking-plugins" in finding.fix
     plugin(tmp_path, "portmap")
     finding = await doctor.cni(host(tmp_path))
-    assert finding.verdict is CheckResult.OK
+    assert finding.result is CheckResult.OK
     assert "'pods'" in finding.detail
 
 
 async def test_a_network_file_that_is_broken(tmp_path: Path) -> None:
     network(tmp_path, "{")
     finding = await doctor.cni(host(tmp_path))
-    assert finding.verdict is CheckResult.FAIL
+    assert finding.result is CheckResult.FAIL
     assert "10-net.conflist" in finding.detail
 
 
 async def test_pods_of_the_node(tmp_path: Path) -> None:
     nothing = Host(Config(), fs=tmp_path, which=lambda name: None)
     finding = await doctor.host_pods(nothing)
-    assert finding.verdict is CheckResult.WARN
+    assert finding.result is CheckResult.WARN
     assert finding.fix == "apt-get install conmon crun"
     both = Host(Config(), fs=tmp_path, which=lambda name: f"/usr/bin/{name}")
-    assert (await doctor.host_pods(both)).verdict is CheckResult.OK
+    assert (await doctor.host_pods(both)).result is CheckResult.OK
     refusing = Config(default_handler="vms", handlers={"vms": HandlerTable(host_pods="refuse")})
     assert (
         await doctor.host_pods(Host(refusing, fs=tmp_path, which=lambda name: None))
-    ).verdict is CheckResult.OK
+    ).result is CheckResult.OK
 
 
 async def test_firewall(tmp_path: Path) -> None:
     nothing = Host(Config(), fs=tmp_path, which=lambda name: None)
-    assert (await doctor.iptables(nothing)).verdict is CheckResult.WARN
+    assert (await doctor.iptables(nothing)).result is CheckResult.WARN
     nft = Host(Config(), fs=tmp_path, which=lambda name: "/sbin/nft" if name == "nft" else None)
-    assert (await doctor.iptables(nft)).verdict is CheckResult.OK
+    assert (await doctor.iptables(nft)).result is CheckResult.OK
 
 
 def test_the_overlay_trial_leaves_nothing(tmp_path: Path) -> None:
     finding = asyncio.run(doctor.overlayfs(host(tmp_path)))
-    assert finding.verdict in (CheckResult.OK, CheckResult.FAIL)
+    assert finding.result in (CheckResult.OK, CheckResult.FAIL)
     assert list(tmp_path.iterdir()) == []
     assert mounts_naming(str(tmp_path)) == frozenset()
 
@@ -179,20 +179,20 @@ def test_the_overlay_trial_leaves_nothing(tmp_path: Path) -> None:
 async def test_an_overlay_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "OVERLAY_TRIAL", "echo no such luck >&2; exit 32")
     finding = await doctor.overlayfs(host(tmp_path))
-    assert finding.verdict is CheckResult.FAIL
+    assert finding.result is CheckResult.FAIL
     assert "no such luck" in finding.detail
 
 
 @pytest.mark.parametrize(
-    ("fail_below", "warn_below", "verdict"),
+    ("fail_below", "warn_below", "expected"),
     [(0, 0, CheckResult.OK), (0, 1 << 60, CheckResult.WARN), (1 << 60, 1 << 61, CheckResult.FAIL)],
 )
 async def test_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_below: int, warn_below: int, verdict: CheckResult
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_below: int, warn_below: int, expected: CheckResult
 ) -> None:
     monkeypatch.setattr(doctor, "SPACE_FAIL", fail_below)
     monkeypatch.setattr(doctor, "SPACE_WARN", warn_below)
-    assert (await doctor.space(host(tmp_path))).verdict is verdict
+    assert (await doctor.space(host(tmp_path))).result is expected
 
 
 def test_output_for_people_and_programs() -> None:
@@ -205,7 +205,7 @@ def test_output_for_people_and_programs() -> None:
     assert document["ok"] is False
     assert document["checks"][1] == {
         "name": "longer",
-        "verdict": "fail",
+        "result": "fail",
         "detail": "gone",
         "fix": "apt-get install it",
     }

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.spec import MountSpec, Propagation
-from sandbox.vm_pods.propagation import MAX_MOUNTS, PropagationRequest, find_wishes
+from sandbox.vm_pods.propagation import MAX_MOUNTS, PropagationRequest, find_requests
 
 BOTH = MountSpec(container_path="/both/", host_path="/h", propagation=Propagation.BIDIRECTIONAL)
 PRIVATE = MountSpec(container_path="/data", host_path="/d")
@@ -60,15 +60,15 @@ def line(device: str, root: str, point: str) -> str:
     ],
 )
 def test_what_is_shown(added: tuple[str, str, str], wishes: list[PropagationRequest]) -> None:
-    assert find_wishes(line(*added), SPECS) == wishes
+    assert find_requests(line(*added), SPECS) == wishes
 
 
 def test_a_container_fills_no_table_of_the_host() -> None:
     text = TABLE + "".join(f"{n} 22 0:30 /c1/etc /both/{n} rw - virtiofs none rw\n" for n in range(1000))
-    assert len(find_wishes(text, SPECS)) == MAX_MOUNTS
+    assert len(find_requests(text, SPECS)) == MAX_MOUNTS
 
 
 @given(st.text())
 def test_any_table_is_read(text: str) -> None:
-    for wish in find_wishes(TABLE + text, SPECS):
+    for wish in find_requests(TABLE + text, SPECS):
         assert not wish.target.startswith(("/", ".."))

@@ -144,7 +144,7 @@ def check_settings(accelerator: str, options: Mapping[str, str]) -> None:
 
 
 def check(spec: VmSpec) -> None:
-    """Check that no value can add an option of its own: QEMU separates options by commas.
+    """Check that no value can smuggle in another option: QEMU separates options by commas.
 
     Raises InvalidSpec.
     """
@@ -274,7 +274,7 @@ def _ports(spec: VmSpec) -> list[str]:
         for number in range(ports)
         for part in (
             "-device",
-            # eight functions to a slot, in slots of their own: all other devices keep their addresses,
+            # eight functions to a slot, in slots of nothing else: all other devices keep their addresses,
             # whatever the number of ports
             device.format(
                 port=_port(number), number=number + 1, slot=hex(0x10 + number // 8), function=number % 8

@@ -115,7 +115,7 @@ async def check_virtiofsd() -> Finding:
 
 
 def find_obstacle(device: str = "/dev/kvm") -> str | None:
-    """Return what rules KVM out without a trial, in words; None: only a trial can tell."""
+    """Return what rules KVM out without a trial, in words; None: it takes a trial."""
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:

@@ -142,7 +142,7 @@ class QemuMachine(Machine):
 async def end_all(pod_id: str, run_dir: Path) -> None:
     """Kill every process of a pod's VM, found by name alone.
 
-    A virtiofsd forks a child into namespaces of its own, possibly between the scan of /proc and the
+    A virtiofsd forks a child into other namespaces, possibly between the scan of /proc and the
     kill, so this repeats until a scan finds nothing. Raises DeadlineExceeded as `process.kill` does.
     """
     names = (process_name(pod_id), f"{run_dir}/")
