@@ -1,17 +1,17 @@
-"""Unpacks one layer's archive into an empty directory, in overlayfs's form.
+"""Unpack one layer's archive into an empty directory, in the form that overlayfs mounts.
 
-Here an attacker's tar meets root. What each kind of entry may do is decided in this file; that
-nothing can lead outside the directory is `tree`'s business; numbers and lengths are `tar`'s.
+The archive is untrusted and this code runs as root. This module decides what each kind of entry may do;
+`tree` keeps every path inside the directory; `tar` bounds numbers and lengths.
 
-    .wh.NAME       hides NAME of the layers below: a character device 0/0
-    .wh..wh..opq   hides all of the directory's earlier content: trusted.overlay.opaque
-    last wins      an entry replaces an earlier one of its name, whatever its kind
+    .wh.NAME       hides NAME of the layers below: becomes a character device 0/0
+    .wh..wh..opq   hides the directory's content in the layers below: becomes trusted.overlay.opaque
+    last wins      an entry replaces an earlier one of the same name, whatever the kinds
 
-Owners, modes and times of directories are set at the end: until then they belong to root and have
-no set-group-id bit, so most files need no chown. Blocking: runs in a worker thread, ends soon after
-`stop` is set. Leaves a half-filled directory behind when it raises; the caller deletes it.
+Owners, modes and times of directories are set at the end. Until then directories belong to root and have no
+set-group-id bit, so most files need no chown; and each new entry would change its directory's time again.
 
-Rules: OCI image-spec, layer.md; overlayfs.rst ("whiteouts and opaque directories").
+Rules: OCI image-spec, layer.md; Linux Documentation/filesystems/overlayfs.rst, "whiteouts and opaque
+directories".
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from sandbox.host.ids import ID_MAX
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARKER = b".wh..wh..opq"
-AUFS_PREFIX = b".wh..wh."  # other notes that aufs made for itself
+AUFS_PREFIX = b".wh..wh."  # other metadata of aufs, which layer.md reserves: ignored
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_TIME_LIMIT_NS = (1 << 33) * 1_000_000_000
+_TIME_LIMIT_NS = (1 << 33) * 1_000_000_000  # until the year 2242; filesystems clamp it further
 _PAGE = 4096
 
-# What the entry itself is to blame for; anything else is the host's trouble.
+# Errors that the entry itself causes; any other is a failure of the host.
 _REJECTED = frozenset(
     (
         errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.EMLINK, errno.ENAMETOOLONG, errno.ENOENT,
@@ -59,7 +59,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stopped(Exception):
-    """The caller set `stop`."""
+    """The unpacking ended early because the caller set `stop`."""
 
 
 def unpack(
@@ -70,9 +70,11 @@ def unpack(
     limits: Limits | None = None,
     stop: threading.Event | None = None,
 ) -> Usage:
-    """Unpack into `target`, an empty directory of root; `lowers` are the layers below, nearest first.
+    """Unpack into `target`, an empty directory; `lowers` are the layers below, nearest first.
 
-    Reads `chunks` to their end. Raises LayerRejected, DiskFull, StorageFailed, Stopped.
+    Reads `chunks` to their end, as their digest covers what follows the archive too. Returns what the layer
+    occupies. Blocking; ends soon after `stop` is set. Raises LayerRejected (the archive is at fault),
+    DiskFull, StorageFailed, Stopped; then `target` is left partly filled, for the caller to delete.
     """
     unpacker = _Unpacker(target, lowers, limits or Limits(), stop or threading.Event())
     try:
@@ -82,6 +84,8 @@ def unpack(
 
 
 class _Attributes(msgspec.Struct, frozen=True):
+    """What is set on a directory at the end."""
+
     mode: int
     uid: int
     gid: int
@@ -104,7 +108,7 @@ class _Unpacker:
         self._claimed = 0
         self._pages = 0
         self._inodes = 1
-        # the parent of the entry before: archives go through a directory at a time
+        # parent of the previous entry: archives list a directory's entries one after the other
         self._last_parent: bytes | None = None
         self._last_path: tree.Path = ()
         self._entry: Entry | None = None
@@ -112,14 +116,14 @@ class _Unpacker:
     def close(self) -> None:
         self._tree.close()
 
-    # ------------------------------------------------------------------------------ the walk
+    # ------------------------------------------------------------------------------ entries
 
     def run(self, chunks: tar.Chunks) -> Usage:
         try:
             for entry in tar.entries(chunks):
                 self._entry = entry
-                self._admit(entry)
-                self._place(entry, chunks)
+                self._check(entry)
+                self._make(entry, chunks)
             self._entry = None
             chunks.drain()
             self._finish_directories()
@@ -128,14 +132,14 @@ class _Unpacker:
         except tree.TreeError as error:
             raise LayerRejected(self._where(), error.reason) from error
         except OSError as error:
-            raise self._blame(error) from error
+            raise self._image_error(error) from error
         directories = self._tree.directories_made
         return Usage(bytes=_PAGE * (self._pages + directories), inodes=self._inodes + directories)
 
     def _where(self) -> str:
         return self._entry.name.decode("utf-8", "backslashreplace") if self._entry else ""
 
-    def _blame(self, error: OSError) -> Exception:
+    def _image_error(self, error: OSError) -> Exception:
         if error.errno in _FULL:
             return DiskFull(self._target, "unpacking a layer")
         problem = error.strerror or str(error)
@@ -143,7 +147,7 @@ class _Unpacker:
             return LayerRejected(self._where(), problem)
         return StorageFailed(self._target, f"unpacking {self._where()!r}", error.errno or 0, problem)
 
-    def _admit(self, entry: Entry) -> None:
+    def _check(self, entry: Entry) -> None:
         if self._stop.is_set():
             raise Stopped
         self._count += 1
@@ -156,9 +160,9 @@ class _Unpacker:
             raise tar.TarError(f"impossible owner {entry.uid}:{entry.gid}")
         entry.mtime_ns = max(-_TIME_LIMIT_NS, min(entry.mtime_ns, _TIME_LIMIT_NS))
         if entry.xattrs:
-            entry.xattrs = tuple((name, value) for name, value in entry.xattrs if _wanted(name))
+            entry.xattrs = tuple((name, value) for name, value in entry.xattrs if _is_kept_xattr(name))
 
-    def _place(self, entry: Entry, chunks: tar.Chunks) -> None:
+    def _make(self, entry: Entry, chunks: tar.Chunks) -> None:
         parent, name = self._split(entry.name)
         if not name:
             self._make_directory((), entry)  # "./", the layer's root
@@ -176,7 +180,8 @@ class _Unpacker:
             tar.skip_padding(chunks, entry.stored)
 
     def _split(self, name: bytes) -> tuple[tree.Path, bytes]:
-        """Parent and last name; the path is cleaned by its text, and may not climb out."""
+        """Return an entry's parent and last name. "." and ".." are resolved as text, without following links,
+        and the path may not leave the layer (layer.md: paths are relative to the layer's root)."""
         parent, _, base = name.rpartition(b"/")
         if parent == self._last_parent and base not in (b"", b".", b".."):
             return self._last_path, base
@@ -206,7 +211,7 @@ class _Unpacker:
         if b"\0" in name:
             raise tar.TarError("a zero byte in a name")
         at = self._tree.directory(path[:-1])
-        # nobody but root sees the file before its owner and mode are right
+        # only root may open the file before its owner and mode are set
         plain = not (entry.mode & self._umask or entry.mode & 0o7000)
         mode = entry.mode if plain else 0o600
         try:
@@ -226,9 +231,9 @@ class _Unpacker:
                 os.fchown(fd, entry.uid, entry.gid)
                 plain = False
             if not plain:
-                os.fchmod(fd, entry.mode)  # behind chown, which takes set-id bits away
+                os.fchmod(fd, entry.mode)  # after chown, which clears set-id bits (chown(2))
             for key, value in entry.xattrs:
-                os.setxattr(fd, key, value)  # behind chown too, which takes capabilities away
+                os.setxattr(fd, key, value)  # after chown, which clears file capabilities (capabilities(7))
             os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
         finally:
             os.close(fd)
@@ -240,7 +245,7 @@ class _Unpacker:
         if path:
             at = self._tree.directory(path[:-1])
             self._ensure_directory(path, at)
-        # last wins; set at the end, as what follows changes the times
+        # last wins; set at the end, as entries that follow change the times
         self._directories[path] = _Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.xattrs)
 
     def _ensure_directory(self, path: tree.Path, at: int) -> None:
@@ -253,7 +258,7 @@ class _Unpacker:
                 return
             self._tree.clear(path, at)
             os.mkdir(name, 0o700, dir_fd=at)
-            # what stood here hid a directory below: the new one must not show that again
+            # the file or link that was here hid a directory below: the new one must not merge with it
             replaced = True
         self._inodes += 1
         self._pages += 1
@@ -261,7 +266,7 @@ class _Unpacker:
             self._make_opaque(path)
 
     def _make_other(self, path: tree.Path, entry: Entry) -> None:
-        """Links, devices, pipes: made in one call, so "last wins" is one removal before it."""
+        """Make a link, device or FIFO. Each is one call, so "last wins" is one removal before it."""
         name = path[-1]
         if b"\0" in name or b"\0" in entry.link:
             raise tar.TarError("a zero byte in a name")
@@ -283,7 +288,7 @@ class _Unpacker:
                 raise tar.TarError(f"unknown kind of entry {entry.kind!r}")
         os.chown(name, entry.uid, entry.gid, dir_fd=at, follow_symlinks=False)
         if entry.kind != tar.SYMLINK:
-            # what was just made is no link, and nobody else writes here
+            # chmod follows links, but this was just made and is not one, and nothing else writes here
             os.chmod(name, entry.mode, dir_fd=at)
         os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=at, follow_symlinks=False)
         self._inodes += 1
@@ -297,9 +302,9 @@ class _Unpacker:
     # --------------------------------------------------------------------------------- links
 
     def _link(self, path: tree.Path, entry: Entry) -> None:
-        """A second name of a file of this layer, or of one below, which is then copied up.
+        """Make a second name of a file of this layer, or of a layer below, which is first copied up.
 
-        The link itself is what a link's target means here: symbolic links are not followed.
+        A target that is a symbolic link is linked itself, not followed, as tar(1) does.
         """
         target_parent, target_name = self._split(entry.link)
         target = (*target_parent, target_name)
@@ -312,18 +317,18 @@ class _Unpacker:
         except FileNotFoundError:
             source = self._copy_up(target)
         try:
-            info = self._target_info(target, source)
+            info = self._target_status(target, source)
             if stat.S_ISDIR(info.st_mode) or tree.is_whiteout(info):
                 raise tar.TarError("a hard link to something that cannot be linked")
             at = self._tree.directory(path[:-1])
-            if _same_place(at, path[-1], info):
+            if _is_same_file(at, path[-1], info):
                 return
             self._clear(path, at)
             os.link(target_name, path[-1], src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False)
         finally:
             os.close(source)
 
-    def _target_info(self, target: tree.Path, source: int) -> os.stat_result:
+    def _target_status(self, target: tree.Path, source: int) -> os.stat_result:
         try:
             return os.stat(target[-1], dir_fd=source, follow_symlinks=False)
         except FileNotFoundError:
@@ -331,7 +336,10 @@ class _Unpacker:
             return os.stat(target[-1], dir_fd=source, follow_symlinks=False)
 
     def _copy_up(self, target: tree.Path) -> int:
-        """Copy a file of a layer below into this one; gives its new parent, for the caller to close."""
+        """Copy a file of a layer below into this one, as overlayfs does before a link(2) to it.
+
+        Returns a descriptor of its new parent, which the caller closes.
+        """
         found = self._tree.below(target)
         if found is None:
             raise tar.TarError("a hard link to a file that is not there")
@@ -365,11 +373,12 @@ class _Unpacker:
         if hidden in (b"", b".", b"..") or b"\0" in hidden:
             raise tar.TarError("a whiteout of something outside its directory")
         if not self._tree.has_lowers:
-            return  # nothing to hide
+            return  # the lowest layer has nothing to hide
         self._hide((*parent, hidden))
 
     def _hide(self, path: tree.Path) -> None:
-        """Hide what is below; what this very layer put here stays (layer.md, "Whiteouts")."""
+        """Hide a path of the layers below. Whiteouts do not apply to entries of the same layer (layer.md,
+        "Whiteouts"), so a directory that this layer has here stays, and becomes opaque."""
         at = self._tree.directory(path[:-1])
         try:
             info = os.stat(path[-1], dir_fd=at, follow_symlinks=False)
@@ -389,13 +398,13 @@ class _Unpacker:
     # --------------------------------------------------------------------------- directories
 
     def _finish_directories(self) -> None:
-        """Deepest first: a directory whose mode was set is not entered any more."""
+        """Set the attributes of directories, deepest first: one whose mode is set is not entered again."""
         for path in sorted(self._directories, key=len, reverse=True):
             attributes = self._directories[path]
             try:
                 fd = self._tree.directory(path, make=False)
             except (FileNotFoundError, tree.TreeError):
-                continue  # a later entry took its place
+                continue  # a later entry replaced it
             os.fchown(fd, attributes.uid, attributes.gid)
             os.fchmod(fd, attributes.mode)
             for key, value in attributes.xattrs:
@@ -406,11 +415,12 @@ class _Unpacker:
 # ---------------------------------------------------------------------------------- helpers
 
 
-def _wanted(name: str) -> bool:
-    """Which extended attributes an image may set.
+def _is_kept_xattr(name: str) -> bool:
+    """Return whether an extended attribute of the archive is set; raise TarError for a forbidden one.
 
-    trusted.* is how overlayfs is steered (redirect, metacopy, opaque): an image that brings some is
-    refused. Labels of the builder's host (security.selinux, security.ima) mean nothing here.
+    trusted.overlay.* controls overlayfs (redirect, metacopy, opaque), so no trusted.* may come from an image,
+    and user.overlay.* is its form for mounts with `userxattr`. Labels of the builder's host
+    (security.selinux, security.ima) have no meaning here; security.capability is part of the file.
     """
     if name.startswith("trusted."):
         raise tar.TarError(f"extended attribute {name} is not allowed")
@@ -454,17 +464,17 @@ def _copy_file(parent: int, at: int, name: bytes, info: os.stat_result) -> None:
         os.close(source)
 
 
-def _same_place(at: int, name: bytes, info: os.stat_result) -> bool:
-    """Both names are one file already: linking would first remove it."""
+def _is_same_file(at: int, name: bytes, info: os.stat_result) -> bool:
+    """Return whether both names are already one file: making the link would first remove it."""
     try:
-        there = os.stat(name, dir_fd=at, follow_symlinks=False)
+        existing = os.stat(name, dir_fd=at, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (info.st_dev, info.st_ino)
+    return (existing.st_dev, existing.st_ino) == (info.st_dev, info.st_ino)
 
 
 def _drop_default_acl(target: str) -> None:
-    """A default ACL of the store's own directory would leak into every file made beneath."""
+    """Remove the default ACL that `target` inherited: every file in it would inherit it too (acl(5))."""
     try:
         os.removexattr(target, "system.posix_acl_default")
     except OSError as error:
@@ -473,6 +483,7 @@ def _drop_default_acl(target: str) -> None:
 
 
 def _umask() -> int:
+    """Return the process's umask. To read it by umask(2) would change it for other threads meanwhile."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("Umask:"):
             return int(line.split()[1], 8)

@@ -77,10 +77,13 @@ def read_beneath(root: Path, name: str, limit: int) -> bytes:
         if error.filename != name:
             raise  # the root itself
         return b""
-    with os.fdopen(file, "rb") as handle:
+    try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             return b""
-        content = handle.read(limit + 1)
+        with open(file, "rb", closefd=False) as handle:  # not before: it refuses a directory
+            content = handle.read(limit + 1)
+    finally:
+        os.close(file)
     if len(content) > limit:
         raise InvalidSpec("config.image", f"its /{name} is larger than {limit} bytes")
     return content
