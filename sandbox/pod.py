@@ -151,6 +151,8 @@ class Pod(Recorded[PodRecord]):
 
     async def guest(self, timeout_s: float = GUEST_CALL_TIMEOUT_S) -> GuestClient:
         """The connection to the agent, once there is one. Raises GuestUnreachable."""
+        if self.client is None and self.record.state is PodState.NOT_READY:
+            raise GuestUnreachable(f"pod {self.id}: {self.record.problem or 'its VM is gone'}")
         if self.client is None:
             try:
                 async with asyncio.timeout(timeout_s):

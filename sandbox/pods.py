@@ -269,7 +269,7 @@ class Pods:
             case PodState.READY:
                 await self._engines.of(pod).pods.adopt(pod)
             case PodState.NOT_READY:
-                self._containers.lost(pod, "the sandbox was stopped")
+                self._containers.lost(pod, pod.record.problem or "the sandbox was stopped")
 
     async def close(self) -> None:
         """Let go of every pod, touching none."""

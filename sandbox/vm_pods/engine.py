@@ -16,14 +16,14 @@ from pathlib import Path
 
 from image.stores import RootfsStore
 from sandbox.engine import Engine
-from sandbox.errors import GuestUnreachable, SandboxError, VmmGone
+from sandbox.errors import GuestUnreachable, SandboxError, VersionMismatch, VmmGone
 from sandbox.exits import Exits
 from sandbox.host.tasks import Tasks
 from sandbox.inventory import Inventory
 from sandbox.lifecycle import Steps
 from sandbox.plan import vm_size
 from sandbox.pod import Pod
-from sandbox.records import PodRecord, PodState, VmRuntime
+from sandbox.records import ContainerState, PodRecord, PodState, VmRuntime
 from sandbox.spec import Handler, PodId, PodSpec
 from sandbox.stats.host_usage import HostUsage
 from sandbox.steps.rootfs import ContainerRootfs
@@ -125,6 +125,9 @@ class VmPods:
         except VmmGone as error:
             await self._vm_gone(pod, str(error))
             return
+        except VersionMismatch as error:
+            self._set_incompatible(pod, error)
+            return
         except GuestUnreachable as error:
             # the VM runs and its agent does not answer: it may be slow, so retry while the VM runs
             log.error("pod %s: no connection to its agent yet, retrying: %s", pod.id, error)
@@ -152,12 +155,16 @@ class VmPods:
                 lost.cancel()
                 if not death.done():
                     await self._reconnect(pod, death)
+        except VersionMismatch as error:
+            self._set_incompatible(pod, error)
+            return
         finally:
             death.cancel()
             clock.cancel()
         await self._vm_gone(pod, death.result())
 
     async def _reconnect(self, pod: Pod, death: asyncio.Task[str]) -> None:
+        """Retry until the pod is connected or its VM has ended. Raises VersionMismatch without a retry."""
         log.warning("pod %s: lost the connection to its agent; reconnecting", pod.id)
         pod.client = None
         pod.connected.clear()
@@ -166,6 +173,8 @@ class VmPods:
                 welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S)
                 await self._containers.recover(pod, welcome)
                 return
+            except VersionMismatch:
+                raise
             except SandboxError as error:
                 log.warning("pod %s: no connection to its agent: %s", pod.id, error)
                 await asyncio.wait({death}, timeout=RECONNECT_PAUSE_S)
@@ -173,12 +182,30 @@ class VmPods:
     async def _adopt_later(self, pod: Pod) -> None:
         assert pod.machine is not None
         death = asyncio.create_task(pod.machine.wait())
-        await self._reconnect(pod, death)
+        try:
+            await self._reconnect(pod, death)
+        except VersionMismatch as error:
+            death.cancel()
+            self._set_incompatible(pod, error)
+            return
         if death.done():
             await self._vm_gone(pod, death.result())
         else:
             death.cancel()
             self.watch(pod)
+
+    def _set_incompatible(self, pod: Pod, error: VersionMismatch) -> None:
+        """Handle an agent that speaks no protocol version of ours, as after an upgrade over many releases.
+
+        The VM and its containers run on, but cannot be reached: the pod is NOT_READY, its running containers
+        are UNKNOWN, and the kubelet stops and replaces it. StopPodSandbox ends the VM as any other.
+        """
+        log.error("pod %s: %s", pod.id, error)
+        pod.update(state=PodState.NOT_READY, problem=str(error))
+        for container in self._inventory.containers_of(pod):
+            if container.running:
+                container.update(state=ContainerState.UNKNOWN)
+            self._containers.detach(container)
 
     async def _vm_gone(self, pod: Pod, reason: str) -> None:
         """Handle the end of a VM that was not asked for. Resources are held until StopPodSandbox."""
