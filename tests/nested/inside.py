@@ -75,13 +75,13 @@ def files_of(pid: int) -> set[str]:
     return {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()}
 
 
-def test_the_probe_finds_that_kvm_works(daemon: Daemon) -> None:
+def test_accelerator_probe_finds_that_kvm_works(daemon: Daemon) -> None:
     told = info_of(daemon.cri)
     assert told["accelerator"] == "kvm", told
     assert "a guest booted under KVM" in told["acceleratorReason"]
 
 
-def test_a_pod_runs_under_kvm(daemon: Daemon, pod: Pod, web: str) -> None:
+def test_pod_runs_under_kvm(daemon: Daemon, pod: Pod, web: str) -> None:
     (vmm,) = daemon.vmm_pids(pod.id)
     arguments = arguments_of(vmm)
     assert arguments[arguments.index("-accel") + 1] == "kvm"
@@ -92,7 +92,7 @@ def test_a_pod_runs_under_kvm(daemon: Daemon, pod: Pod, web: str) -> None:
     assert facts["vmm"]["accelerator"] == "kvm"
 
 
-def test_its_page_comes_over_vhost_net(daemon: Daemon, pod: Pod, web: str) -> None:
+def test_pod_web_server_answers_over_vhost_net(daemon: Daemon, pod: Pod, web: str) -> None:
     (vmm,) = daemon.vmm_pids(pod.id)
     assert "/dev/vhost-net" in files_of(vmm)
     assert any("vhost=on" in each for each in arguments_of(vmm))
@@ -113,7 +113,7 @@ def has_vhost_worker(vmm: int) -> bool:
     return any(each.read_text().strip() == f"vhost-{vmm}" for each in threads if each.exists())
 
 
-def test_a_user_of_its_own_reaches_kvm(daemon: Daemon, pod: Pod) -> None:
+def test_unprivileged_vmm_reaches_kvm(daemon: Daemon, pod: Pod) -> None:
     """/dev/kvm is for root alone here, and stays so."""
     (vmm,) = daemon.vmm_pids(pod.id)
     status = dict(line.split(":", 1) for line in Path(f"/proc/{vmm}/status").read_text().splitlines())
@@ -122,7 +122,7 @@ def test_a_user_of_its_own_reaches_kvm(daemon: Daemon, pod: Pod) -> None:
     assert Path("/dev/kvm").stat().st_mode & 0o077 == 0
 
 
-def test_cgroups_are_of_version_2_alone(daemon: Daemon, pod: Pod, web: str) -> None:
+def test_pod_on_cgroup_v2_has_vmm_and_virtiofsd_in_its_group(daemon: Daemon, pod: Pod, web: str) -> None:
     layout = cgroup.find_layout()
     assert (layout.mode, layout.hierarchies) == (cgroup.Mode.V2, ())
     (group,) = cgroup.directories(layout, cgroup.pod_path("", pod.id, root=daemon.cgroup))
@@ -134,7 +134,7 @@ def test_cgroups_are_of_version_2_alone(daemon: Daemon, pod: Pod, web: str) -> N
     assert programs == {"qemu-system-x86_64", "virtiofsd"}
 
 
-def test_limits_of_a_container_hold(daemon: Daemon, pod: Pod) -> None:
+def test_container_memory_limit_holds(daemon: Daemon, pod: Pod) -> None:
     eat = ["dd", "if=/dev/zero", "of=/dev/null", "bs=120M", "count=1"]
     wish = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
     status = daemon.cri.wait_exited(daemon.cri.run(pod, IMAGE, eat, linux=wish))
@@ -153,7 +153,7 @@ def node_pod(daemon: Daemon) -> Iterator[Pod]:
     assert not list(Path("/sys/fs/cgroup").rglob(f"*{made.id}"))
 
 
-def test_limits_hold_in_a_pod_of_the_node(daemon: Daemon, node_pod: Pod) -> None:
+def test_host_pod_limits_hold_and_change(daemon: Daemon, node_pod: Pod) -> None:
     eat = ["dd", "if=/dev/zero", "of=/dev/null", "bs=120M", "count=1"]
     wish = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
     status = daemon.cri.wait_exited(daemon.cri.run(node_pod, IMAGE, eat, linux=wish))
@@ -172,7 +172,7 @@ def test_limits_hold_in_a_pod_of_the_node(daemon: Daemon, node_pod: Pod) -> None
     assert daemon.cri.exec(box, "cat", "/proc/self/cgroup").stdout == "0::/\n"
 
 
-def test_devices_are_denied_by_a_program_of_the_cgroup(daemon: Daemon, node_pod: Pod) -> None:
+def test_host_pod_devices_are_denied_by_bpf(daemon: Daemon, node_pod: Pod) -> None:
     box = daemon.cri.run(node_pod, IMAGE, ["sleep", "1000"])
     script = "mknod /tmp/mem c 1 1 && head -c 1 /tmp/mem"
     assert "not permitted" in daemon.cri.exec(box, "sh", "-c", script).stderr
@@ -202,7 +202,7 @@ def profiled(name: str = "") -> api.LinuxContainerConfig:
     return api.LinuxContainerConfig(security_context=security)
 
 
-def test_a_profile_of_the_host_is_enforced(daemon: Daemon, pod: Pod, loaded: str) -> None:
+def test_apparmor_profile_of_the_host_is_enforced(daemon: Daemon, pod: Pod, loaded: str) -> None:
     box = daemon.cri.run(pod, IMAGE, ["sh", "-c", "echo x >/tmp/first; sleep 1000"], linux=profiled(loaded))
     assert daemon.cri.exec(box, "cat", CURRENT).stdout == f"{loaded} (enforce)\n"
     assert daemon.cri.exec(box, "ls", "/tmp").stdout == ""
@@ -212,14 +212,14 @@ def test_a_profile_of_the_host_is_enforced(daemon: Daemon, pod: Pod, loaded: str
     assert daemon.cri.exec(box, "cat", "/elsewhere").stdout == "x\n"
 
 
-def test_one_that_the_host_has_not_loaded_is_refused(daemon: Daemon, pod: Pod, loaded: str) -> None:
+def test_apparmor_profile_that_is_not_loaded_is_refused(daemon: Daemon, pod: Pod, loaded: str) -> None:
     with pytest.raises(grpc.RpcError) as fault:
         daemon.cri.create(pod, IMAGE, ["true"], linux=profiled(f"{loaded}-not"))
     assert "apparmor.localhost_ref" in str(fault.value.details())
     assert "not loaded in this host's kernel" in str(fault.value.details())
 
 
-def test_the_default_profile_denies_mounts(daemon: Daemon, pod: Pod) -> None:
+def test_apparmor_default_profile_denies_mounts(daemon: Daemon, pod: Pod) -> None:
     box = daemon.cri.run(pod, IMAGE, ["sleep", "1000"], linux=profiled())
     assert daemon.cri.exec(box, "cat", CURRENT).stdout == "husk-default (enforce)\n"
     done = daemon.cri.exec(box, "mount", "-t", "tmpfs", "none", "/tmp")
@@ -228,7 +228,7 @@ def test_the_default_profile_denies_mounts(daemon: Daemon, pod: Pod) -> None:
     assert daemon.cri.exec(box, "sh", "-c", "echo h >/proc/sysrq-trigger").code != 0
 
 
-def test_the_next_daemon_takes_it_up(daemon: Daemon, pod: Pod, web: str) -> None:
+def test_next_daemon_recovers_the_pod(daemon: Daemon, pod: Pod, web: str) -> None:
     vmm = daemon.vmm_pids(pod.id)
     daemon.kill()
     daemon.start(START_DEADLINE_S)
@@ -237,7 +237,7 @@ def test_the_next_daemon_takes_it_up(daemon: Daemon, pod: Pod, web: str) -> None
     assert info_of(daemon.cri)["accelerator"] == "kvm"  # remembered, not probed again
 
 
-def test_stopping_leaves_no_group_behind(daemon: Daemon, pod: Pod) -> None:
+def test_stopped_pod_leaves_no_cgroup(daemon: Daemon, pod: Pod) -> None:
     daemon.cri.stop_pod(pod)
     daemon.cri.remove_pod(pod)
     assert not list(Path("/sys/fs/cgroup").rglob(f"*{pod.id}"))

@@ -1,10 +1,10 @@
-"""Why a critest spec does not pass, by how its title begins: the only ones that may not."""
+"""Reasons why critest specs do not pass, by the beginning of their titles. All other specs must pass."""
 
 from __future__ import annotations
 
 # these skip themselves
 SKIPPED = {
-    "AppArmor / ": "the kernel of this host has no AppArmor, which critest looks at first",
+    "AppArmor / ": "the kernel of this host has no AppArmor, which critest checks first",
     "NRI / ": "Husk has no NRI socket to give critest",
 }
 
@@ -13,4 +13,5 @@ FAILED: dict[str, str] = {}
 
 
 def reason_in(reasons: dict[str, str], title: str) -> str:
+    """Return the reason listed for a spec's title, empty if there is none."""
     return next((reason for begin, reason in reasons.items() if title.startswith(begin)), "")

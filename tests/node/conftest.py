@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Site
+from tests.kit.daemon import Daemon
 from tests.kit.gotools import tool
 from tests.kit.namespace import Namespace
 
 
 @dataclass(frozen=True)
 class Running:
-    """A pod and a container in it, and the file that made the pod."""
+    """Ids of a pod and of a container in it, and the file that the pod was created from."""
 
     pod: str
     pod_file: str
@@ -25,16 +27,20 @@ class Running:
 
 @dataclass(frozen=True)
 class Crictl:
+    """Run crictl in the daemon's namespace."""
+
     binary: str
     namespace: Namespace
     socket: Path
     directory: Path  # for configuration files of pods and containers
 
     def command(self, *words: str) -> list[str]:
-        """A VM that boots slowly needs more than crictl's own 2 s for a call. It runs where the daemon
-        does: URLs of streams are of that loopback."""
+        """Return the argv of crictl, run in the daemon's namespace, as URLs of streams are on its loopback.
+
+        The timeout replaces crictl's 2 s, too short for a VM that boots under emulation.
+        """
         config = self.directory / "crictl.yaml"
-        config.touch()  # keeps a configuration of the machine out of it
+        config.touch()  # in place of the machine's configuration
         end_points = [f"--{kind}-endpoint=unix://{self.socket}" for kind in ("runtime", "image")]
         command = [self.binary, f"--config={config}", *end_points, "--timeout=60s", *words]
         return self.namespace.command(command)
@@ -47,10 +53,11 @@ class Crictl:
         return done
 
     def say(self, *words: str) -> str:
+        """Return what a command prints, without surrounding white space. Raises AssertionError."""
         return self.run(*words).stdout.strip()
 
     def json(self, *words: str) -> Any:
-        """crictl takes no flag behind the first name."""
+        """Return a command's JSON output. crictl accepts flags only before the first name."""
         return json.loads(self.run(words[0], "-o", "json", *words[1:]).stdout)
 
     def file(self, name: str, document: object) -> str:
@@ -66,7 +73,7 @@ class Crictl:
         return self.file(f"pod-{name}", document)
 
     def start(self, pod: str, container: str, image: str, command: list[str], **fields: object) -> Running:
-        """A new pod with a running container of an image that is there; `fields` are the pod's."""
+        """Run a pod with a container of a pulled image; `fields` are the pod's."""
         pod_file = self.pod_file(pod, **fields)
         pod_id = self.say("runp", pod_file)
         container_id = self.say("create", pod_id, self.container_file(container, image, command), pod_file)
@@ -85,10 +92,11 @@ class Crictl:
 
 
 @pytest.fixture(scope="module")
-def crictl(site: Any, daemon: Any, tmp_path_factory: pytest.TempPathFactory) -> Crictl:
+def crictl(site: Site, daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Crictl:
+    """Return a crictl for the module's daemon."""
     return Crictl(str(tool("crictl")), site.namespace, daemon.socket, tmp_path_factory.mktemp("crictl"))
 
 
 @pytest.fixture(autouse=True)
 def leave_nothing(tidy: None) -> None:
-    """Each test is followed by the look for leaks."""
+    """Check for leaks after each test."""

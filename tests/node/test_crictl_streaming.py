@@ -10,11 +10,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
-from tests.kit.cri import Cri
+from tests.conftest import Site
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 from tests.node.conftest import Crictl, Running
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.node
 
 BUSYBOX = f"{HOST}/husk/busybox:1"
 WEB = f"{HOST}/husk/web:1"
-PATIENCE_S = 30
+TIMEOUT_S = 30
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 class Terminal:
-    """A program with a terminal of its own."""
+    """A program on a new pseudo-terminal."""
 
     def __init__(self, argv: list[str]) -> None:
         self._master, slave = pty.openpty()
@@ -50,7 +50,7 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def until(self, wanted: str) -> str:
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + TIMEOUT_S
         while wanted not in self.seen:
             assert time.monotonic() < end, f"{wanted!r} did not come: {self.seen!r}"
             if select.select([self._master], [], [], 0.2)[0]:
@@ -73,7 +73,7 @@ def terminal(crictl: Crictl, *words: str) -> Iterator[Terminal]:
         made.close()
 
 
-def test_exec(crictl: Crictl, pod: Running, transport: str) -> None:
+def test_exec_output_and_exit_code_arrive(crictl: Crictl, pod: Running, transport: str) -> None:
     script = "echo out; echo err >&2; exit 42"
     done = crictl.run("exec", "--transport", transport, pod.container, "sh", "-c", script, check=False)
     assert done.stdout == "out\n"
@@ -83,50 +83,50 @@ def test_exec(crictl: Crictl, pod: Running, transport: str) -> None:
     assert crictl.say("exec", "--transport", transport, pod.container, "echo", "fine") == "fine"
 
 
-def test_exec_with_stdin(crictl: Crictl, pod: Running, transport: str) -> None:
-    """Its end reaches the program: wc counts, and only then says so."""
+def test_exec_with_stdin_passes_its_end(crictl: Crictl, pod: Running, transport: str) -> None:
+    """wc prints its count only after the end of stdin has reached it."""
     command = crictl.command("exec", "-i", "--transport", transport, pod.container, "wc", "-c")
     data = bytes(300_000)
     done = subprocess.run(command, input=data, capture_output=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, b"300000"), done.stderr
 
 
-def test_exec_of_what_is_not_there(crictl: Crictl, pod: Running, transport: str) -> None:
+def test_exec_of_missing_program_fails(crictl: Crictl, pod: Running, transport: str) -> None:
     done = crictl.run("exec", "--transport", transport, pod.container, "no-such-program", check=False)
     assert done.returncode != 0
     assert "no-such-program" in done.stderr
 
 
-def test_exec_with_a_terminal(crictl: Crictl, pod: Running, transport: str) -> None:
+def test_exec_with_terminal_is_interactive(crictl: Crictl, pod: Running, transport: str) -> None:
     with terminal(crictl, "exec", "-it", "--transport", transport, pod.container, "sh") as shell:
         shell.until("#")
         shell.type("tty; echo $((6 * 7))\n")
         assert "/dev/pts/" in shell.until("42")
         shell.type("exit\n")
-        assert shell.process.wait(PATIENCE_S) == 0
+        assert shell.process.wait(TIMEOUT_S) == 0
 
 
-def test_exec_of_much(crictl: Crictl, pod: Running, transport: str) -> None:
+def test_exec_with_large_output_is_complete(crictl: Crictl, pod: Running, transport: str) -> None:
     command = crictl.command("exec", "--transport", transport, pod.container, "seq", "1", "300000")
     done = subprocess.run(command, capture_output=True, timeout=120, check=False)
     assert done.stdout == b"".join(b"%d\n" % number for number in range(1, 300001)), done.stderr
 
 
-def test_attach(crictl: Crictl, pod: Running, transport: str) -> None:
+def test_attach_with_stdin_reaches_the_first_process(crictl: Crictl, pod: Running, transport: str) -> None:
     script = "echo before; while read line; do echo got $line; done; echo bye"
     file = crictl.container_file(
         f"attach-{transport}", BUSYBOX, ["sh", "-c", script], stdin=True, stdin_once=True
     )
     container = crictl.say("create", pod.pod, file, pod.pod_file)
     crictl.run("start", container)
-    Cri.wait_for(lambda: crictl.say("logs", container), lambda text: "before" in text)
+    eventually_sync(lambda: crictl.say("logs", container), until=lambda text: "before" in text, timeout_s=30)
     command = crictl.command("attach", "-i", "--transport", transport, container)
     done = subprocess.run(command, input=b"one\ntwo\n", capture_output=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, b"got one\ngot two\nbye\n"), done.stderr
     assert crictl.say("logs", container) == "before\ngot one\ngot two\nbye"
 
 
-def test_attach_to_a_terminal(crictl: Crictl, pod: Running, transport: str) -> None:
+def test_attach_to_terminal_is_interactive(crictl: Crictl, pod: Running, transport: str) -> None:
     file = crictl.container_file(f"terminal-{transport}", BUSYBOX, ["sh"], stdin=True, tty=True)
     container = crictl.say("create", pod.pod, file, pod.pod_file)
     crictl.run("start", container)
@@ -136,10 +136,11 @@ def test_attach_to_a_terminal(crictl: Crictl, pod: Running, transport: str) -> N
         shell.type("echo $((6 * 7))\n")
         shell.until("42")
         shell.type("exit\n")
-        shell.process.wait(PATIENCE_S)
-    Cri.wait_for(
+        shell.process.wait(TIMEOUT_S)
+    eventually_sync(
         lambda: crictl.json("inspect", container)["status"]["state"],
-        lambda state: state == "CONTAINER_EXITED",
+        until=lambda state: state == "CONTAINER_EXITED",
+        timeout_s=30,
     )
 
 
@@ -164,14 +165,18 @@ def forwarding(crictl: Crictl, pod: str, ports: str, transport: str) -> Iterator
             process.wait()
 
 
-def test_port_forward(crictl: Crictl, site: Any, pod: Running, transport: str) -> None:
+def test_port_forward_reaches_the_web_server(
+    crictl: Crictl, site: Site, pod: Running, transport: str
+) -> None:
     local = {"spdy": 18080, "websocket": 18081}[transport]
     with forwarding(crictl, pod.pod, f"{local}:80", transport):
         for _ in range(5):
             assert site.namespace.fetch("127.0.0.1", local) == "hello from the pod\n"
 
 
-def test_port_forward_to_a_refused_port(crictl: Crictl, site: Any, pod: Running, transport: str) -> None:
+def test_port_forward_to_closed_port_reports_it(
+    crictl: Crictl, site: Site, pod: Running, transport: str
+) -> None:
     local = {"spdy": 18082, "websocket": 18083}[transport]
     with forwarding(crictl, pod.pod, f"{local}:81", transport) as process:
         with site.namespace.dial("127.0.0.1", local) as client:
@@ -181,6 +186,6 @@ def test_port_forward_to_a_refused_port(crictl: Crictl, site: Any, pod: Running,
         text = ""
         while "refused" not in text:
             line = process.stdout.readline()
-            assert line, f"crictl did not say why: {text}"
+            assert line, f"crictl gave no reason: {text}"
             text += line
     crictl.run("exec", pod.container, "true")

@@ -1,4 +1,4 @@
-"""Usage, metrics, events and new limits, by the real crictl on the real daemon."""
+"""Usage, metrics, events and changed limits, driven by the real crictl."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import pytest
 
-from tests.kit.cri import Cri
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 from tests.node.conftest import Crictl, Running
 
@@ -23,18 +23,18 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def pod(crictl: Crictl) -> Running:
-    """A pod with a busy container and an idle one."""
+    """Return a pod with one container that keeps a CPU busy."""
     crictl.run("pull", BUSYBOX)
     return crictl.start("usage", "busy", BUSYBOX, BUSY)
 
 
 def row(text: str, name: str) -> list[str]:
-    """The line of a table that is about this name or id."""
+    """Return the columns of the table's line with this name or id."""
     (line,) = [line for line in text.splitlines() if name in line.split()]
     return line.split()
 
 
-def test_stats(crictl: Crictl, pod: Running) -> None:
+def test_stats_of_a_busy_container_show_its_cpu(crictl: Crictl, pod: Running) -> None:
     text = crictl.say("stats", "--seconds", "2", "--id", pod.container)
     _, _, cpu, memory, disk, inodes, *_ = row(text, pod.container[:13])
     assert 70 < float(cpu) < 120, text
@@ -47,7 +47,7 @@ def test_stats(crictl: Crictl, pod: Running) -> None:
     assert int(stats["writableLayer"]["inodesUsed"]["value"]) > 0
 
 
-def test_statsp(crictl: Crictl, pod: Running) -> None:
+def test_statsp_of_a_pod_show_network_processes_and_containers(crictl: Crictl, pod: Running) -> None:
     text = crictl.say("statsp", "--seconds", "2", "--id", pod.pod)
     _, _, cpu, memory = row(text, pod.pod[:13])
     assert 70 < float(cpu) < 120, text
@@ -59,7 +59,7 @@ def test_statsp(crictl: Crictl, pod: Running) -> None:
     assert [one["attributes"]["id"] for one in linux["containers"]] == [pod.container]
 
 
-def test_metrics(crictl: Crictl, pod: Running) -> None:
+def test_metrics_match_their_descriptors(crictl: Crictl, pod: Running) -> None:
     descriptors = crictl.json("metricdescs")["descriptors"]
     keys = {one["name"]: one["labelKeys"] for one in descriptors}
     (metrics,) = [one for one in crictl.json("metricsp")["podMetrics"] if one["podSandboxId"] == pod.pod]
@@ -80,7 +80,7 @@ def test_metrics(crictl: Crictl, pod: Running) -> None:
 
 @pytest.fixture
 def events(crictl: Crictl, pod: Running) -> Iterator[subprocess.Popen[str]]:
-    """crictl that listens, as it has shown by telling of something."""
+    """Return a crictl that receives events: it has printed one already."""
     command = [crictl.binary, f"--runtime-endpoint=unix://{crictl.socket}", "events", "--output", "json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as listener:
         file = crictl.container_file("heard", BUSYBOX, BUSY)
@@ -93,7 +93,7 @@ def events(crictl: Crictl, pod: Running) -> Iterator[subprocess.Popen[str]]:
 
 
 def documents(stream: IO[str]) -> Iterator[Any]:
-    """JSON documents, one behind the other."""
+    """Yield JSON documents from a stream that has one after the other."""
     text, decoder = "", json.JSONDecoder()
     for line in stream:
         text = (text + line).lstrip()
@@ -105,29 +105,33 @@ def documents(stream: IO[str]) -> Iterator[Any]:
         text = text[end:]
 
 
-def test_events(crictl: Crictl, pod: Running, events: subprocess.Popen[str]) -> None:
-    file = crictl.container_file("told", BUSYBOX, ["sh", "-c", "exit 7"])
+def test_events_of_a_container_arrive_in_order(
+    crictl: Crictl, pod: Running, events: subprocess.Popen[str]
+) -> None:
+    file = crictl.container_file("short", BUSYBOX, ["sh", "-c", "exit 7"])
     container = crictl.say("create", pod.pod, file, pod.pod_file)
     crictl.run("start", container)
-    Cri.wait_for(
-        lambda: crictl.json("inspect", container)["status"]["state"], lambda s: s == "CONTAINER_EXITED"
+    eventually_sync(
+        lambda: crictl.json("inspect", container)["status"]["state"],
+        until=lambda state: state == "CONTAINER_EXITED",
+        timeout_s=30,
     )
     crictl.run("rm", container)
     assert events.stdout is not None
-    told = []
+    received = []
     for event in documents(events.stdout):
         if event["containerId"] == container:
-            told.append(event)
+            received.append(event)
             if event["containerEventType"] == "CONTAINER_DELETED_EVENT":
                 break
     kinds = ("CREATED", "STARTED", "STOPPED", "DELETED")
-    assert [each["containerEventType"] for each in told] == [f"CONTAINER_{kind}_EVENT" for kind in kinds]
-    assert {each["podSandboxStatus"]["id"] for each in told} == {pod.pod}
-    stopped = {each["id"]: each for each in told[2]["containersStatuses"]}
+    assert [each["containerEventType"] for each in received] == [f"CONTAINER_{kind}_EVENT" for kind in kinds]
+    assert {each["podSandboxStatus"]["id"] for each in received} == {pod.pod}
+    stopped = {each["id"]: each for each in received[2]["containersStatuses"]}
     assert stopped[container]["exitCode"] == 7
 
 
-def test_update(crictl: Crictl, pod: Running) -> None:
+def test_update_limits_are_shown_and_hold(crictl: Crictl, pod: Running) -> None:
     file = crictl.container_file("limited", BUSYBOX, BUSY)
     container = crictl.say("create", pod.pod, file, pod.pod_file)
     crictl.run("start", container)
@@ -142,7 +146,7 @@ def test_update(crictl: Crictl, pod: Running) -> None:
     assert "linux.cpu_period" in refused.stderr
 
 
-def test_the_vms_own_cost(crictl: Crictl, pod: Running) -> None:
+def test_inspectp_reports_the_cost_of_the_vm(crictl: Crictl, pod: Running) -> None:
     usage = crictl.json("inspectp", pod.pod)["info"]["hostUsage"]
     assert usage["guestMemoryBytes"] > 30 * MIB
     assert usage["overheadMemoryBytes"] > MIB

@@ -1,4 +1,4 @@
-"""What crictl can do beyond the usual flows: filters, parts of logs, all at once; no verb is untried."""
+"""The rest of crictl: filters, parts of logs, bulk commands. Every verb is tested."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.cri import Cri
 from tests.kit.daemon import Daemon
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 from tests.node.conftest import Crictl, Running
 
@@ -20,19 +20,19 @@ BUSYBOX = f"{HOST}/husk/busybox:1"
 WEB = f"{HOST}/husk/web:1"
 SETUID = f"{HOST}/husk/setuid:1"
 SLEEP = ["sleep", "3600"]
-# of crictl alone: they ask no runtime
+# commands of crictl itself, which call no runtime
 OWN = {"completion", "config", "help"}
 
 
 @pytest.fixture(scope="module")
 def pod(crictl: Crictl) -> Running:
-    """With a container that says ten lines, one every now and then."""
+    """Return a pod with a container that prints ten lines and sleeps."""
     crictl.run("pull", BUSYBOX)
     script = "for n in 1 2 3 4 5; do echo line $n; echo error $n >&2; done; exec sleep 3600"
     return crictl.start("verbs", "talks", BUSYBOX, ["sh", "-c", script], labels={"app": "verbs"})
 
 
-def test_no_verb_is_untried(crictl: Crictl) -> None:
+def test_every_verb_of_crictl_is_tested(crictl: Crictl) -> None:
     said = subprocess.run([crictl.binary, "--help"], capture_output=True, text=True, check=True).stdout
     listed = said.partition("COMMANDS:")[2].partition("GLOBAL OPTIONS:")[0]
     verbs = set(re.findall(r"^   ([a-z-]+)", listed, re.MULTILINE)) - OWN
@@ -49,15 +49,15 @@ def other(crictl: Crictl, pod: Running, name: str, command: list[str], **fields:
 # ------------------------------------------------------------------------------------------- ps
 
 
-def test_filters_of_containers(crictl: Crictl, pod: Running) -> None:
-    # where crictl looks for a container's namespace, as a kubelet says it there
+def test_ps_filters_select_containers(crictl: Crictl, pod: Running) -> None:
+    # the label from which crictl reads a container's namespace, as the kubelet sets it
     labels = {"tier": "back", "io.kubernetes.pod.namespace": "default"}
     created = other(crictl, pod, "silent", SLEEP, labels=labels)
     everything = {pod.container, created}
     assert set(crictl.say("ps", "-aq", "--pod", pod.pod).split()) == everything
     for words, found in {
         ("--name", "^tal"): {pod.container},
-        ("--name", "nobody"): set(),
+        ("--name", "unknown"): set(),
         ("--state", "created"): {created},
         ("--state", "running"): {pod.container},
         ("--label", "tier=back"): {created},
@@ -74,7 +74,7 @@ def test_filters_of_containers(crictl: Crictl, pod: Running) -> None:
     assert created in table and BUSYBOX in table
 
 
-def test_filters_of_pods(crictl: Crictl, pod: Running) -> None:
+def test_pods_filters_select_pods(crictl: Crictl, pod: Running) -> None:
     second = crictl.say("runp", crictl.pod_file("verbs-two", labels={"app": "two"}))
     for words, found in {
         (): {pod.pod, second},
@@ -90,8 +90,10 @@ def test_filters_of_pods(crictl: Crictl, pod: Running) -> None:
 # ----------------------------------------------------------------------------------------- logs
 
 
-def test_parts_of_a_log(crictl: Crictl, pod: Running) -> None:
-    Cri.wait_for(lambda: crictl.run("logs", pod.container).stderr, lambda text: "error 5" in text)
+def test_logs_options_select_parts_of_a_log(crictl: Crictl, pod: Running) -> None:
+    eventually_sync(
+        lambda: crictl.run("logs", pod.container).stderr, until=lambda text: "error 5" in text, timeout_s=30
+    )
     both = crictl.run("logs", pod.container)
     assert both.stdout.splitlines() == [f"line {n}" for n in range(1, 6)]
     assert both.stderr.splitlines() == [f"error {n}" for n in range(1, 6)]
@@ -103,40 +105,42 @@ def test_parts_of_a_log(crictl: Crictl, pod: Running) -> None:
     assert crictl.run("logs", "--limit-bytes", "6", pod.container).stdout.startswith("line")
 
 
-def test_a_log_since_a_moment(crictl: Crictl, pod: Running) -> None:
+def test_logs_since_a_time_omits_earlier_lines(crictl: Crictl, pod: Running) -> None:
     script = "echo early; sleep 3; echo late; exec sleep 3600"
     container = other(crictl, pod, "slow", ["sh", "-c", script])
     crictl.run("start", container)
-    Cri.wait_for(lambda: crictl.say("logs", container), lambda text: "late" in text)
+    eventually_sync(lambda: crictl.say("logs", container), until=lambda text: "late" in text, timeout_s=30)
     early, late = crictl.run("logs", "--timestamps", container).stdout.splitlines()
     moment = late.split()[0]
     assert crictl.say("logs", "--since", moment, container) == "late"
     assert crictl.say("logs", "--since", early.split()[0], container) == "early\nlate"
 
 
-def test_a_log_is_followed_to_its_end_and_opened_anew(crictl: Crictl, pod: Running) -> None:
+def test_logs_follow_continues_over_reopen_to_the_end(crictl: Crictl, pod: Running) -> None:
     container = other(crictl, pod, "counts", ["sh", "-c", "for n in 1 2 3; do echo $n; sleep 1; done"])
     crictl.run("start", container)
     path = Path(crictl.json("inspect", container)["status"]["logPath"])
-    with subprocess.Popen(crictl.command("logs", "-f", container), stdout=subprocess.PIPE, text=True) as told:
-        assert told.stdout is not None
-        assert told.stdout.readline() == "1\n"
+    with subprocess.Popen(
+        crictl.command("logs", "-f", container), stdout=subprocess.PIPE, text=True
+    ) as follower:
+        assert follower.stdout is not None
+        assert follower.stdout.readline() == "1\n"
         path.rename(path.with_suffix(".1"))
         crictl.run("logs", "--reopen", container)
-        Cri.wait_for(path.exists, bool, 10)
-        assert told.stdout.read() == "2\n3\n"
-        assert told.wait(30) == 0
+        eventually_sync(path.exists)
+        assert follower.stdout.read() == "2\n3\n"
+        assert follower.wait(30) == 0
 
 
 # --------------------------------------------------------------------------------------- inspect
 
 
-def test_what_inspect_tells_of_a_container(crictl: Crictl, pod: Running) -> None:
+def test_inspect_reports_process_and_runtime_spec(crictl: Crictl, pod: Running) -> None:
     info = crictl.json("inspect", pod.container)["info"]
     sandbox = crictl.json("inspectp", pod.pod)["info"]
     assert info["sandboxID"] == pod.pod
     assert info["privileged"] is False
-    # the VM is the process on this host; the container's own is known to the guest
+    # `pid` is the VM on this host; the container's process is in the guest
     assert info["pid"] == sandbox["pid"]
     assert info["guestPid"] == sandbox["guestPids"][pod.container] > 1
     spec = info["runtimeSpec"]
@@ -154,7 +158,7 @@ def test_what_inspect_tells_of_a_container(crictl: Crictl, pod: Running) -> None
     assert "pid" not in created and created["runtimeSpec"]["process"]["args"] == SLEEP
 
 
-def test_what_inspectp_tells_of_a_vm(crictl: Crictl, pod: Running) -> None:
+def test_inspectp_reports_vm_and_phases(crictl: Crictl, pod: Running) -> None:
     info = crictl.json("inspectp", pod.pod)["info"]
     assert "qemu" in Path(f"/proc/{info['pid']}/cmdline").read_text()
     assert Path(info["console"]).is_file()
@@ -173,7 +177,7 @@ def test_what_inspectp_tells_of_a_vm(crictl: Crictl, pod: Running) -> None:
 # -------------------------------------------------------------------------------------- the rest
 
 
-def test_a_pod_cidr(crictl: Crictl, daemon: Daemon) -> None:
+def test_update_runtime_config_keeps_a_valid_pod_cidr(crictl: Crictl, daemon: Daemon) -> None:
     crictl.run("update-runtime-config", "--pod-cidr", "10.77.0.0/16")
     refused = crictl.run("update-runtime-config", "--pod-cidr", "10.77.0.0/99", check=False)
     assert refused.returncode != 0
@@ -183,13 +187,13 @@ def test_a_pod_cidr(crictl: Crictl, daemon: Daemon) -> None:
     kept.unlink()
 
 
-def test_what_is_not_offered_says_so(crictl: Crictl, pod: Running) -> None:
-    refused = crictl.run("checkpoint", "--export=/tmp/nowhere", pod.container, check=False)
+def test_checkpoint_is_refused_as_not_implemented(crictl: Crictl, pod: Running) -> None:
+    refused = crictl.run("checkpoint", "--export=/tmp/unwritten", pod.container, check=False)
     assert refused.returncode != 0
     assert "husk does not implement CheckpointContainer" in refused.stderr
 
 
-def test_several_containers_at_once(crictl: Crictl, pod: Running) -> None:
+def test_several_containers_in_one_command_are_handled(crictl: Crictl, pod: Running) -> None:
     several = [other(crictl, pod, f"several-{number}", SLEEP) for number in range(3)]
     crictl.run("start", *several)
     assert set(several) < set(crictl.say("ps", "-q").split())
@@ -203,7 +207,7 @@ def test_several_containers_at_once(crictl: Crictl, pod: Running) -> None:
     assert crictl.say("ps", "-aq", "--pod", pod.pod) == pod.container
 
 
-def test_unused_images_are_pruned(crictl: Crictl, pod: Running) -> None:
+def test_rmi_prune_removes_unused_images(crictl: Crictl, pod: Running) -> None:
     for image in (WEB, SETUID):
         crictl.run("pull", image)
     crictl.run("rmi", "--prune")
@@ -212,8 +216,8 @@ def test_unused_images_are_pruned(crictl: Crictl, pod: Running) -> None:
     assert not tags & {WEB, SETUID}
 
 
-def test_everything_goes_by_force(crictl: Crictl, pod: Running) -> None:
-    """The last test: it takes the others' pod along."""
+def test_rmp_all_with_force_removes_everything(crictl: Crictl, pod: Running) -> None:
+    """The last test of the module, as it removes the pod of the others."""
     crictl.say("runp", crictl.pod_file("stopped"))
     crictl.run("stopp", crictl.say("pods", "-q", "--name", "stopped"))
     began = time.monotonic()

@@ -1,17 +1,18 @@
-"""The whole of critest, the CRI's own test suite, and the page that tells of it."""
+"""All of critest, the CRI's own test suite, and the page with its results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.conftest import Site
 from tests.kit import conformance, critest_images, gotools
 from tests.kit.conformance import Spec, State
 from tests.kit.critest import Critest
+from tests.kit.daemon import Daemon
 from tests.node.conformance_reasons import FAILED, SKIPPED, reason_in
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(2400)]
@@ -21,10 +22,8 @@ WEBSOCKET = tuple(f"-websocket-{kind}" for kind in ("exec", "attach", "portforwa
 
 
 @pytest.fixture(scope="module")
-def daemon(site: Any) -> Iterator[Any]:
-    """One whose mirrors know the names in critest's constants."""
-    from tests.kit.daemon import Daemon
-
+def daemon(site: Site) -> Iterator[Daemon]:
+    """Start a daemon whose mirrors serve the image names in critest's constants."""
     mirrors = site.registry.write_mirrors(site.mirrors.parent / "critest.d", critest_images.HOSTS)
     made = Daemon(site.namespace, site.cni, mirrors, leases=site.leases)
     made.start()
@@ -37,31 +36,34 @@ def reason_for(spec: Spec) -> str:
 
 
 @dataclass(frozen=True)
-class AcceleratorChoice:
+class Results:
+    """Specs over SPDY, the streaming ones over WebSocket, and what the daemon held after them."""
+
     specs: list[Spec]
     websocket: list[Spec]
-    left: list[str]  # what the daemon still holds after it
+    left: list[str]
 
 
 @pytest.fixture(scope="module")
-def verdict(site: Any, daemon: Any) -> AcceleratorChoice:
+def results(site: Site, daemon: Daemon) -> Results:
+    """Run critest once, and write the page."""
     digest = critest_images.push_all(site.registry)
     programs = gotools.tool("critest"), gotools.tool("ginkgo")
     critest = Critest.prepare(site.namespace, daemon.socket, *programs, digest)
     before = daemon.census()
     specs = critest.run("spdy")
     websocket = critest.run("websocket", *WEBSOCKET, focus="Streaming")
-    daemon.remove_all()  # what failed specs leave is theirs
+    daemon.remove_all()  # what failed specs leave is not the daemon's leak
     left = [each for each in daemon.leaks_since(before) if "links: " not in each]
-    found = AcceleratorChoice(specs, websocket, left)
+    found = Results(specs, websocket, left)
     PAGE.write_text(conformance.page(gotools.version("critest"), specs, websocket, reason_for))
     return found
 
 
-def test_every_spec_passes_or_has_a_reason(verdict: AcceleratorChoice) -> None:
-    """Both ways: what passes by now may not be listed any longer."""
-    specs = [*verdict.specs, *verdict.websocket]
-    assert len(verdict.specs) >= 137
+def test_every_spec_passes_or_has_a_reason(results: Results) -> None:
+    """Both ways: a reason without a spec that needs it fails too."""
+    specs = [*results.specs, *results.websocket]
+    assert len(results.specs) >= 137
     others = [spec for spec in specs if spec.state is not State.PASSED]
     assert [f"{spec.state}: {spec.title}: {spec.why}" for spec in others if not reason_for(spec)] == []
     for state, reasons in ((State.FAILED, FAILED), (State.SKIPPED, SKIPPED)):
@@ -69,5 +71,5 @@ def test_every_spec_passes_or_has_a_reason(verdict: AcceleratorChoice) -> None:
         assert [begin for begin in reasons if not any(each.startswith(begin) for each in titles)] == []
 
 
-def test_nothing_is_left_behind(verdict: AcceleratorChoice) -> None:
-    assert verdict.left == []
+def test_critest_leaves_nothing(results: Results) -> None:
+    assert results.left == []

@@ -1,9 +1,9 @@
-"""A node: namespaces of its own, a registry, Husk and a kubelet that knows no other runtime."""
+"""A node in new namespaces: a registry, Husk, and a kubelet with Husk as its only runtime."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +24,18 @@ UNUSED = f"{HOST}/husk/unused:1"
 
 @dataclass(frozen=True)
 class Node:
+    """What the tests of a node share."""
+
     namespace: Namespace
     daemon: Daemon
     kubelet: Kubelet
-    shared: Path  # a directory of the host that pods have as a volume
-    before: Census
+    shared: Path  # a directory of the host that pods mount as a volume
+    before: Census  # taken before the first pod
 
 
 @pytest.fixture(scope="package")
 def node() -> Iterator[Node]:
+    """Start the node once for the package."""
     with contextlib.ExitStack() as undo:
         namespace = undo.enter_context(Namespace(scratch_root()))
         registry = Registry(namespace)
@@ -61,11 +64,14 @@ def node() -> Iterator[Node]:
 
 @pytest.fixture(autouse=True)
 def leave_nothing() -> None:
-    """No other daemon is wanted here to look at what is left; the node's own is, by the last tests."""
+    """Replace the leak check of other packages, which would start a second daemon; test_pods has its own."""
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the logs of kubelet and daemon to the report of a failed test."""
     report = yield
     node = getattr(item, "funcargs", {}).get("node")
     if report.failed and node is not None:

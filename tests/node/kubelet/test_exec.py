@@ -1,4 +1,4 @@
-"""Exec, attach and port-forward through the kubelet's own port, as a kubectl reaches them."""
+"""Exec, attach and port-forward through the kubelet's port, as kubectl reaches them."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ async def dial(node: Node, verb: str, *protocols: str, **query: object) -> WebSo
         ("echo out; echo err >&2; exit 42", {"status": "Failure", "reason": "NonZeroExitCode"}),
     ],
 )
-async def test_exec(talker: Node, script: str, status: dict[str, str]) -> None:
+async def test_exec_output_and_status_arrive(talker: Node, script: str, status: dict[str, str]) -> None:
     command = ["sh", "-c", script]
     client = await dial(talker, f"exec/{POD}/talker", V5, command=command, output=1, error=1)
     await client.read_all()
     assert (client.channel(STDOUT), client.channel(STDERR)) == (b"out\n", b"err\n")
-    told = json.loads(client.channel(STATUS))
-    assert {name: told.get(name) for name in status} == status
+    received = json.loads(client.channel(STATUS))
+    assert {name: received.get(name) for name in status} == status
     await client.close()
 
 
-async def test_exec_with_input(talker: Node) -> None:
+async def test_exec_with_stdin_is_echoed(talker: Node) -> None:
     client = await dial(talker, f"exec/{POD}/talker", V5, command="cat", input=1, output=1)
     await client.send(bytes([STDIN]) + b"said\n")
     await client.send(bytes([255, STDIN]))  # the end of stdin
@@ -63,15 +63,15 @@ async def test_exec_with_input(talker: Node) -> None:
     await client.close()
 
 
-async def test_attach(talker: Node) -> None:
+async def test_attach_with_stdin_reaches_the_first_process(talker: Node) -> None:
     client = await dial(talker, f"attach/{POD}/talker", V5, input=1, output=1)
     await client.send(bytes([STDIN]) + b"to the first process\n")
     await client.until(lambda: b"to the first process\n" in client.channel(STDOUT))
     await client.close()
 
 
-async def test_port_forward(talker: Node) -> None:
-    """SPDY in the messages of a WebSocket, which the kubelet unpacks for the runtime."""
+async def test_port_forward_over_websocket_tunnel_reaches_the_pod(talker: Node) -> None:
+    """The kubelet unwraps SPDY from the WebSocket's messages for the runtime."""
     pipe = Tunnelled(await dial(talker, f"portForward/{POD}", TUNNEL))
     client = SpdyClient(pipe, pipe, counts=False)  # type: ignore[arg-type]
     client.begin()

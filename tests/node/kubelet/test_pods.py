@@ -1,17 +1,17 @@
-"""Static pods of a real kubelet on Husk: what comes up, what it is told, and that nothing stays."""
+"""Static pods of a real kubelet on Husk: start, probes, volumes, figures, restart and removal."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kit.cri import Cri
+from tests.kit.cri import ExecResult
+from tests.kit.eventually import eventually_sync
 from tests.kit.kubelet import NODE, container_of, is_ready
 from tests.node.kubelet.conftest import BUSYBOX, UNUSED, WEB, Node
 
@@ -22,7 +22,7 @@ NODE_PORT = 18081
 
 
 def container(name: str, script: str = "", **fields: object) -> dict[str, object]:
-    """One of busybox that runs a script; without one it sleeps."""
+    """Return a busybox container that runs a script, or sleeps."""
     command = ["sh", "-c", script or "exec sleep 3600"]
     return {"name": name, "image": BUSYBOX, "command": command, **fields}
 
@@ -32,7 +32,7 @@ def mounted(name: str, path: str, **fields: object) -> dict[str, object]:
 
 
 def full(shared: Path) -> dict[str, object]:
-    """Init container, sidecar, probes of every kind, volumes of every kind that needs no API server."""
+    """Return a pod with an init container, a sidecar, all probes, and all volumes that need no API server."""
     web = {
         "name": "web",
         "image": WEB,
@@ -70,7 +70,7 @@ def full(shared: Path) -> dict[str, object]:
 
 
 def of_the_node(shared: Path) -> dict[str, object]:
-    """As kube-proxy and CNI daemons are: with the node's network and processes."""
+    """Return a pod like kube-proxy's, with the node's network and processes."""
     probe = {"httpGet": {"host": "127.0.0.1", "path": "/index.html", "port": NODE_PORT}, "periodSeconds": 1}
     daemon = {
         "name": "daemon",
@@ -94,7 +94,7 @@ def of_the_node(shared: Path) -> dict[str, object]:
 
 
 def write_settings(shared: Path) -> None:
-    """As the kubelet lays a ConfigMap out: files behind a link that is replaced as a whole."""
+    """Write files as the kubelet does for a ConfigMap: a link to a directory, replaced as a whole."""
     version = shared / "settings/..2026"
     version.mkdir(parents=True)
     (version / "name").write_text("husk\n")
@@ -105,7 +105,7 @@ def write_settings(shared: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pods(node: Node) -> Node:
-    """All pods of this module, added at once, so that they boot side by side."""
+    """Add all pods of this module at once, so that they boot in parallel."""
     write_settings(node.shared)
     node.kubelet.add("full", full(node.shared))
     grow = container("grow", "sleep 1; x=x; while true; do x=$x$x; done")
@@ -113,7 +113,7 @@ def pods(node: Node) -> Node:
     node.kubelet.add("hungry", {"containers": [grow]})
     last = container("last", "echo the last words >/dev/termination-log; exit 3")
     node.kubelet.add("ends", {"containers": [last], "restartPolicy": "Never"})
-    # the guest's own tmpfs: a volume in memory is in the host's
+    # a tmpfs of the guest: a volume in memory is on the host's
     load = "dd if=/dev/zero of=/dev/shm/block bs=1M count=50 2>/dev/null; while true; do :; done"
     node.kubelet.add("busy", {"containers": [container("busy", load)]})
     chatter = "n=0; while true; do echo line $n of a log that grows; n=$((n+1)); done"
@@ -122,12 +122,33 @@ def pods(node: Node) -> Node:
     return node
 
 
-def run(node: Node, pod: str, name: str, *argv: str) -> Any:
+def log_files(node: Node, pod: str, name: str) -> list[Path]:
+    """Return a container's log files: the present one and the rotated ones."""
+    directory = node.kubelet.logs / f"default_{pod}-{NODE}_uid-{pod}" / name
+    return sorted(directory.glob("0.log*")) if directory.is_dir() else []
+
+
+def log_content(node: Node, pod: str, name: str) -> bytes:
+    """Return all that is logged. The newest rotated file is plain text, older ones are compressed."""
+    found = b""
+    for file in log_files(node, pod, name):
+        content = file.read_bytes()
+        found += gzip.decompress(content) if file.suffix == ".gz" else content
+    return found
+
+
+def probed(node: Node) -> int:
+    """Count the requests that the web server of the pod "full" has answered with 200, by its log."""
+    return log_content(node, "full", "web").count(b"response:200")
+
+
+def run(node: Node, pod: str, name: str, *argv: str) -> ExecResult:
+    """Run a command in a container of a static pod."""
     status = container_of(node.kubelet.pod(pod), name)
     return node.daemon.cri.exec(status["containerID"].removeprefix("husk://"), *argv)
 
 
-def test_a_whole_pod_becomes_ready(pods: Node) -> None:
+def test_pod_with_init_sidecar_and_probes_becomes_ready(pods: Node) -> None:
     pod = pods.kubelet.wait_for("full", is_ready, 120)
     first = container_of(pod, "first")["state"]["terminated"]
     assert (first["exitCode"], first["reason"]) == (0, "Completed")
@@ -139,7 +160,7 @@ def test_a_whole_pod_becomes_ready(pods: Node) -> None:
     assert container_of(pod, "web")["resources"]["limits"]["memory"] == "64Mi"
 
 
-def test_volumes(pods: Node) -> None:
+def test_volumes_of_every_kind_are_mounted_and_updated(pods: Node) -> None:
     pods.kubelet.wait_for("full", is_ready, 120)
 
     def seen(script: str) -> str:
@@ -154,23 +175,23 @@ def test_volumes(pods: Node) -> None:
     (fresh / "name").write_text("newer\n")
     (pods.shared / "settings/..new").symlink_to("..2027")
     (pods.shared / "settings/..new").rename(pods.shared / "settings/..data")
-    Cri.wait_for(lambda: seen("cat /settings/name"), lambda text: text == "newer\n", 20)
+    eventually_sync(lambda: seen("cat /settings/name"), until=lambda text: text == "newer\n", timeout_s=20)
 
 
-def test_host_port(pods: Node) -> None:
+def test_host_port_reaches_the_pod(pods: Node) -> None:
     pods.kubelet.wait_for("full", is_ready, 120)
     assert pods.namespace.fetch("127.0.0.1", HOST_PORT) == "hello from the pod\n"
 
 
-def test_a_pod_of_the_node(pods: Node) -> None:
+def test_host_network_pod_runs_without_a_vm(pods: Node) -> None:
     pod = pods.kubelet.wait_for("shares", is_ready, 120)
     for name in ("daemon", "loop"):
         assert (container_of(pod, name)["ready"], container_of(pod, name)["restartCount"]) == (True, 0), name
     assert pods.namespace.fetch("127.0.0.1", NODE_PORT) == "hello from the pod\n"
-    Cri.wait_for(
+    eventually_sync(
         lambda: pods.kubelet.get(f"/containerLogs/default/shares-{NODE}/daemon"),
-        lambda text: "200" in text,
-        20,
+        until=lambda text: "200" in text,
+        timeout_s=20,
     )
     assert run(pods, "shares", "daemon", "cat", "/shared/single").stdout == "a single file\n"
     assert run(pods, "shares", "daemon", "touch", "/shared/new").code != 0
@@ -178,25 +199,27 @@ def test_a_pod_of_the_node(pods: Node) -> None:
     (id,) = (each.id for each in sandboxes if each.metadata.name == f"shares-{NODE}")
     assert json.loads(pods.daemon.cri.pod_status(id, verbose=True).info["info"])["isolation"] == "process"
 
-    def look() -> tuple[float, float]:
+    def usage() -> tuple[float, float]:
         containers = {each["name"]: each for each in summary(pods, "shares").get("containers") or []}
         loop = containers.get("loop", {})
         cpu = loop.get("cpu", {}).get("usageNanoCores", 0) / 1e9
         return cpu, loop.get("memory", {}).get("workingSetBytes", 0) / 1e6
 
-    cpu, memory = Cri.wait_for(look, lambda each: each[0] > 0.2 and each[1] > 25, 60)
+    cpu, memory = eventually_sync(usage, until=lambda each: each[0] > 0.2 and each[1] > 25, timeout_s=60)
     assert 0.2 < cpu <= 1.1
     assert 25 < memory < 120
 
 
-def test_logs(pods: Node) -> None:
+def test_container_logs_are_served(pods: Node) -> None:
     pods.kubelet.wait_for("full", is_ready, 120)
-    Cri.wait_for(
-        lambda: pods.kubelet.get(f"/containerLogs/default/full-{NODE}/web"), lambda text: "200" in text, 20
+    eventually_sync(
+        lambda: pods.kubelet.get(f"/containerLogs/default/full-{NODE}/web"),
+        until=lambda text: "200" in text,
+        timeout_s=20,
     )
 
 
-def test_out_of_memory_restarts_with_a_reason(pods: Node) -> None:
+def test_container_out_of_memory_is_restarted_with_its_reason(pods: Node) -> None:
     def killed(pod: Any) -> bool:
         status = container_of(pod, "grow")
         ended = status.get("lastState", {}).get("terminated") or status["state"].get("terminated") or {}
@@ -213,32 +236,23 @@ def test_out_of_memory_restarts_with_a_reason(pods: Node) -> None:
     pods.kubelet.wait_for("hungry", backs_off, 120)
 
 
-def test_termination_message_and_code(pods: Node) -> None:
+def test_failed_container_reports_message_and_exit_code(pods: Node) -> None:
     pod = pods.kubelet.wait_for("ends", lambda pod: pod["status"]["phase"] == "Failed", 60)
     ended = container_of(pod, "last")["state"]["terminated"]
     assert (ended["exitCode"], ended["reason"], ended["message"]) == (3, "Error", "the last words\n")
 
 
-def test_log_rotation(pods: Node) -> None:
-    """The kubelet renames a log that is too long and has the runtime open a new one; nothing is lost."""
-    directory = pods.kubelet.logs / f"default_talks-{NODE}_uid-talks/talks"
-
-    def files() -> list[Path]:
-        return sorted(directory.glob("0.log*")) if directory.is_dir() else []
-
-    Cri.wait_for(files, lambda found: len(found) >= 2, 60)
-
-    # the newest rotated file is plain, older ones are packed
-    def lines() -> int:
-        total = 0
-        for file in files():
-            text = file.read_bytes()
-            if file.suffix == ".gz":
-                text = gzip.decompress(text)
-            total += text.count(b" of a log that grows\n")
-        return total
-
-    Cri.wait_for(lines, lambda count: count == 4000, 30)
+def test_log_rotation_loses_no_line(pods: Node) -> None:
+    """The kubelet renames a log that is too long and makes the runtime open a new one."""
+    eventually_sync(
+        lambda: log_files(pods, "talks", "talks"), until=lambda found: len(found) >= 2, timeout_s=60
+    )
+    eventually_sync(
+        lambda: log_content(pods, "talks", "talks").count(b" of a log that grows\n"),
+        until=lambda count: count == 4000,
+        timeout_s=30,
+        retry_on=(OSError,),
+    )
 
 
 # ------------------------------------------------------------------------------------ figures
@@ -249,52 +263,50 @@ def summary(node: Node, name: str) -> Mapping[str, Any]:
     return next((pod for pod in pods if pod["podRef"]["name"] == f"{name}-{NODE}"), {})
 
 
-def test_summary_tells_a_busy_loop_and_fifty_megabytes(pods: Node) -> None:
+def test_summary_reports_cpu_and_memory_of_a_busy_container(pods: Node) -> None:
     pods.kubelet.wait_for("busy", is_ready, 120)
 
-    def look() -> tuple[float, float]:
+    def usage() -> tuple[float, float]:
         containers = summary(pods, "busy").get("containers") or [{}]
         cpu = containers[0].get("cpu", {}).get("usageNanoCores", 0) / 1e9
         memory = containers[0].get("memory", {}).get("workingSetBytes", 0) / 1e6
         return cpu, memory
 
-    cpu, memory = Cri.wait_for(look, lambda each: each[0] > 0.5 and each[1] > 45, 60)
+    cpu, memory = eventually_sync(usage, until=lambda each: each[0] > 0.5 and each[1] > 45, timeout_s=60)
     assert 0.5 < cpu <= 1.1
     assert 45 < memory < 80
 
 
-def test_resource_metrics(pods: Node) -> None:
-    pods.kubelet.wait_for("busy", is_ready, 120)
+def busy_metrics(node: Node, page: str) -> dict[str, float]:
+    """Return the metrics of the busy container on a page, once its memory is in them."""
+    node.kubelet.wait_for("busy", is_ready, 120)
 
-    def look() -> dict[str, float]:
+    def read() -> dict[str, float]:
         found = {}
-        for line in pods.kubelet.get("/metrics/resource").splitlines():
+        for line in node.kubelet.get(page).splitlines():
             if line.startswith("container_") and 'container="busy"' in line:
                 found[line.partition("{")[0]] = float(line.rpartition("}")[2].split()[0])
         return found
 
-    found = Cri.wait_for(look, lambda each: each.get("container_memory_working_set_bytes", 0) > 45e6, 60)
+    return eventually_sync(
+        read, until=lambda found: found.get("container_memory_working_set_bytes", 0) > 45e6, timeout_s=60
+    )
+
+
+def test_resource_metrics_report_the_busy_container(pods: Node) -> None:
+    found = busy_metrics(pods, "/metrics/resource")
     assert found["container_cpu_usage_seconds_total"] > 0
     assert found["container_start_time_seconds"] > 1e9
 
 
 def test_cadvisor_metrics_come_from_the_runtime(pods: Node) -> None:
-    pods.kubelet.wait_for("busy", is_ready, 120)
-
-    def look() -> dict[str, float]:
-        found = {}
-        for line in pods.kubelet.get("/metrics/cadvisor").splitlines():
-            if line.startswith("container_") and 'container="busy"' in line:
-                found[line.partition("{")[0]] = float(line.rpartition("}")[2].split()[0])
-        return found
-
-    found = Cri.wait_for(look, lambda each: each.get("container_memory_working_set_bytes", 0) > 45e6, 60)
+    found = busy_metrics(pods, "/metrics/cadvisor")
     assert found["container_cpu_usage_seconds_total"] > 0
     assert found["container_memory_rss"] < found["container_memory_usage_bytes"]
 
 
 def test_image_file_system_is_known(pods: Node) -> None:
-    """Without it the kubelet could neither collect images nor evict for their sake."""
+    """The kubelet needs its figures to collect images and to evict pods when the disk is full."""
     images = pods.kubelet.json("/stats/summary")["node"]["runtime"]["imageFs"]
     assert images["capacityBytes"] > images["usedBytes"] > 0
     assert images["inodes"] > 0
@@ -303,33 +315,40 @@ def test_image_file_system_is_known(pods: Node) -> None:
 # -------------------------------------------------------------------------- restart and removal
 
 
-def test_a_restart_of_the_runtime_restarts_no_container(pods: Node) -> None:
+def test_runtime_restart_restarts_no_container(pods: Node) -> None:
     before = pods.kubelet.wait_for("full", is_ready, 120)
     pods.daemon.kill()
     pods.daemon.start()
-    time.sleep(8)  # the kubelet has looked again, and probes have run
+    # eight readiness probes, one a second: the kubelet has listed pods and run every probe again
+    answered = probed(pods)
+    eventually_sync(
+        lambda: probed(pods),
+        until=lambda count: count >= answered + 8,
+        timeout_s=60,
+        retry_on=(OSError,),  # a file that is being rotated
+    )
     after = pods.kubelet.wait_for("full", is_ready, 60)
     for name in ("sidecar", "web", "second"):
         old, new = container_of(before, name), container_of(after, name)
         assert (new["containerID"], new["restartCount"]) == (old["containerID"], 0)
 
 
-def test_deletion_runs_the_hook_and_leaves_nothing(pods: Node) -> None:
+def test_pod_deletion_runs_prestop_and_leaves_nothing(pods: Node) -> None:
     pods.kubelet.wait_for("full", is_ready, 120)
     for name in ("full", "hungry", "ends", "busy", "talks", "shares"):
         pods.kubelet.remove(name)
-    Cri.wait_for(
+    eventually_sync(
         lambda: [pod.metadata.name for pod in pods.daemon.cri.call("ListPodSandbox").items],
-        lambda names: names == [],
-        120,
+        until=lambda names: names == [],
+        timeout_s=120,
     )
     assert (pods.shared / "prestop").read_text() == "stopping\n"
     assert [line for line in pods.daemon.leaks_since(pods.before) if "links: " not in line] == []
     assert json.loads(pods.kubelet.get("/pods"))["items"] in (None, [])
 
 
-def test_a_full_disk_has_unused_images_removed(node: Node) -> None:
-    """By eviction, which takes the disk to be full here: its figures are the runtime's."""
+def test_full_disk_evicts_unused_images(node: Node) -> None:
+    """The threshold makes the kubelet consider the disk full by the runtime's figures."""
     node.kubelet.stop()
     node.daemon.cri.pull(UNUSED)
     node.kubelet.settings = {"evictionHard": {"imagefs.available": "99%"}}
@@ -339,4 +358,4 @@ def test_a_full_disk_has_unused_images_removed(node: Node) -> None:
         images = node.daemon.cri.call("ListImages").images
         return [name for image in images for name in image.repo_tags]
 
-    Cri.wait_for(names, lambda found: UNUSED not in found, 60)
+    eventually_sync(names, until=lambda found: UNUSED not in found, timeout_s=60)
