@@ -52,12 +52,12 @@ class OneNamespace(FakeNetworks):
     def netns_of(self, pod_id: str) -> Path:
         return Path("/proc/self/ns/net")
 
-    async def up(self, wish: NetworkRequest) -> Attachment:
-        self.ledger.take("network.up", f"network {wish.pod_id}")
+    async def up(self, request: NetworkRequest) -> Attachment:
+        self.ledger.take("network.up", f"network {request.pod_id}")
         nic = Interface(
             name="eth0", tap="tap0", mac="02:00:00:00:00:09", mtu=1400, addresses=("10.1.0.2/24",)
         )
-        return Attachment(netns=str(self.netns_of(wish.pod_id)), interfaces=(nic,), ips=("10.1.0.2",))
+        return Attachment(netns=str(self.netns_of(request.pod_id)), interfaces=(nic,), ips=("10.1.0.2",))
 
 
 @dataclass

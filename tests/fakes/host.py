@@ -33,10 +33,12 @@ class Broken(Exception):
 class Ledger:
     held: set[str] = field(default_factory=set)
     faults: dict[str, str] = field(default_factory=dict)  # operation -> "before" or "after"
+    refused: int = 0  # operations that failed before their effect
 
     def take(self, operation: str, thing: str) -> None:
         fault = self.faults.get(operation)
         if fault == "before":
+            self.refused += 1
             raise Broken(operation)
         self.held.add(thing)
         if fault == "after":
@@ -65,12 +67,12 @@ class FakeNetworks(cri.FakeNetworks):
     def netns_of(self, pod_id: str) -> Path:
         return Path("/netns") / pod_id
 
-    async def up(self, wish: NetworkRequest) -> Attachment:
-        self.ledger.take("network.up", f"network {wish.pod_id}")
+    async def up(self, request: NetworkRequest) -> Attachment:
+        self.ledger.take("network.up", f"network {request.pod_id}")
         nic = Interface(
             name="eth0", tap="tap0", mac="02:00:00:00:00:01", mtu=1500, addresses=("10.1.0.2/24",)
         )
-        return Attachment(netns=f"/netns/{wish.pod_id}", interfaces=(nic,), ips=("10.1.0.2",))
+        return Attachment(netns=f"/netns/{request.pod_id}", interfaces=(nic,), ips=("10.1.0.2",))
 
     async def detach(self, pod_id: str) -> None:
         self.ledger.give("network.down", f"network {pod_id}")
@@ -152,6 +154,7 @@ class FakeHypervisor:
     make_agent: Callable[[], FakeAgent] = FakeAgent
     name: str = "fake"
     generation: int = 1  # of program and guest image
+    supported: frozenset[Feature] = frozenset(Feature)
 
     async def start(self, spec: VmSpec, taps: tuple[int, ...]) -> Machine:
         # beside the run directories: their names are too long for the fake's plain bind
@@ -168,7 +171,7 @@ class FakeHypervisor:
         return FakeMachine(vm)
 
     def features(self, spec: VmSpec) -> Collection[Feature]:
-        return frozenset(Feature)
+        return self.supported
 
     async def fingerprint(self, spec: VmSpec) -> str:
         return f"key{self.generation}"

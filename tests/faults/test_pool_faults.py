@@ -1,11 +1,10 @@
-"""Templates and pool: each moment fails in turn, or the daemon is killed in it, and nothing is left.
+"""Templates and pool: each step fails in turn, or the daemon is killed in it, and nothing is left.
 
-The far side is faked; see tests/vm/test_factory.py for the real one.
+Hypervisor, network and cgroups are fakes; tests/vm/test_pool.py has the real ones.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import shutil
 import tempfile
@@ -16,11 +15,15 @@ import msgspec
 import pytest
 
 from sandbox.errors import PhaseFailed
+from sandbox.lifecycle import Step
 from sandbox.records import PodRecord, PodState, Source, VmRuntime
 from sandbox.spec import Resources
+from sandbox.vm_pods.scratch import Booted, Netns, RunDir, ScratchVm, WaitingCgroup
+from sandbox.vmm import Feature
 from tests.fakes.daemon import HANDLER
 from tests.fakes.guest import FakeAgent
 from tests.faults.test_pod_faults import Daemon, pod_spec
+from tests.kit.eventually import eventually
 
 POOL = msgspec.structs.replace(HANDLER, source="pool", pool_size=2)
 TEMPLATE = msgspec.structs.replace(HANDLER, source="template")
@@ -48,13 +51,11 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
+    await eventually(condition, until=bool, timeout_s=DEADLINE_S)
 
 
 def waiting(daemon: Daemon) -> list[PodRecord]:
-    """Those that are ready to be claimed."""
+    """The pooled VMs that can be claimed."""
     paused = {id for id, vm in daemon.hypervisor.vms.items() if vm.paused}
     return [record for record in daemon.pod_store if record.id in paused]
 
@@ -70,15 +71,14 @@ def templates(daemon: Daemon) -> list[str]:
     return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
 
 
-def assert_nothing_but(daemon: Daemon, count: int) -> None:
-    """`count` VMs that wait, each with its namespace and its cgroup."""
+def held(daemon: Daemon) -> dict[str, int]:
     kinds = [thing.split()[0] for thing in daemon.ledger.held]
-    assert {kind: kinds.count(kind) for kind in ("vm", "netns", "cgroup", "network")} == {
-        "vm": count,
-        "netns": count,
-        "cgroup": count,
-        "network": 0,
-    }
+    return {kind: kinds.count(kind) for kind in ("vm", "netns", "cgroup", "network")}
+
+
+def assert_nothing_but(daemon: Daemon, count: int) -> None:
+    """Assert that `count` pooled VMs exist, each with its namespace and its cgroup, and nothing else."""
+    assert held(daemon) == {"vm": count, "netns": count, "cgroup": count, "network": 0}
 
 
 def source_of(record: PodRecord) -> Source:
@@ -86,7 +86,7 @@ def source_of(record: PodRecord) -> Source:
     return record.runtime.source
 
 
-async def test_a_pod_takes_the_vm_that_has_waited_longest(daemon: Daemon) -> None:
+async def test_pod_acquires_the_oldest_pooled_vm(daemon: Daemon) -> None:
     first, second = await filled(daemon)
     assert templates(daemon) == ["key1"]
     id = await daemon.pods.run(pod_spec())
@@ -100,7 +100,7 @@ async def test_a_pod_takes_the_vm_that_has_waited_longest(daemon: Daemon) -> Non
     assert_nothing_but(daemon, 2)
 
 
-async def test_no_template_has_a_clock_that_runs_too_fast(daemon: Daemon) -> None:
+async def test_guest_whose_clock_runs_too_fast_does_not_become_a_template(daemon: Daemon) -> None:
     agent = FakeAgent()
     agent.now_ns = 10**18
     agents = [agent]
@@ -109,12 +109,12 @@ async def test_no_template_has_a_clock_that_runs_too_fast(daemon: Daemon) -> Non
     assert templates(daemon) == ["key1"] and not agents, "of another boot"
 
 
-async def test_what_waits_is_no_pod_of_anybodys(daemon: Daemon) -> None:
+async def test_pooled_vms_are_not_listed_as_pods(daemon: Daemon) -> None:
     await filled(daemon)
     assert daemon.pods.list() == []
 
 
-async def test_a_larger_pod_gets_a_grown_vm(daemon: Daemon) -> None:
+async def test_larger_pod_gets_a_grown_vm(daemon: Daemon) -> None:
     await filled(daemon)
     limits = Resources(memory_limit=512 << 20, cpu_quota=200_000, cpu_period=100_000)
     id = await daemon.pods.run(pod_spec(resources=limits))
@@ -122,7 +122,7 @@ async def test_a_larger_pod_gets_a_grown_vm(daemon: Daemon) -> None:
     assert daemon.hypervisor.vms[id].grown == (640, 2)
 
 
-async def test_a_pod_too_large_to_grow_boots(daemon: Daemon) -> None:
+async def test_pod_that_is_too_large_to_grow_boots(daemon: Daemon) -> None:
     await filled(daemon)
     id = await daemon.pods.run(pod_spec(resources=Resources(memory_limit=64 << 30)))
     record = daemon.pods.find(id)
@@ -131,7 +131,7 @@ async def test_a_pod_too_large_to_grow_boots(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("fault", ["vm.resume", "vm.grow"])
-async def test_a_vm_that_cannot_be_used_is_replaced_by_one_that_boots(daemon: Daemon, fault: str) -> None:
+async def test_pooled_vm_that_fails_is_replaced_by_one_that_boots(daemon: Daemon, fault: str) -> None:
     await filled(daemon)
     daemon.ledger.faults[fault] = "before"
     id = await daemon.pods.run(pod_spec(resources=Resources(memory_limit=512 << 20)))
@@ -149,9 +149,7 @@ async def test_a_vm_that_cannot_be_used_is_replaced_by_one_that_boots(daemon: Da
 
 @pytest.mark.parametrize("fault", ["cgroup.create", "network.up"])
 @pytest.mark.parametrize("moment", ["before", "after"])
-async def test_a_claim_that_fails_gives_up_what_was_made_ahead(
-    daemon: Daemon, fault: str, moment: str
-) -> None:
+async def test_failed_claim_releases_the_pooled_vm(daemon: Daemon, fault: str, moment: str) -> None:
     await filled(daemon)
     daemon.ledger.faults[fault] = moment
     with pytest.raises(PhaseFailed):
@@ -163,15 +161,17 @@ async def test_a_claim_that_fails_gives_up_what_was_made_ahead(
     assert await daemon.pods.run(pod_spec()), "the name is free again"
 
 
-async def test_a_vm_that_dies_while_it_waits_is_replaced(daemon: Daemon) -> None:
+async def test_pooled_vm_that_dies_is_replaced(daemon: Daemon) -> None:
     first, _ = await filled(daemon)
     daemon.hypervisor.vms[first.id].ended.set()
     await until(lambda: first.id not in daemon.hypervisor.vms and len(waiting(daemon)) == 2)
+    # the next one may be made while the last things of the dead one are released
+    await eventually(lambda: held(daemon)["cgroup"], until=lambda count: count == 2, timeout_s=DEADLINE_S)
     assert_nothing_but(daemon, 2)
     assert await daemon.pods.run(pod_spec()) != first.id
 
 
-async def test_a_broken_template_is_given_up_and_made_anew(daemon: Daemon) -> None:
+async def test_broken_template_is_deleted_and_made_again(daemon: Daemon) -> None:
     daemon.fakes.handlers[""] = TEMPLATE
     await daemon.pool.start()
     await until(lambda: templates(daemon) == ["key1"])
@@ -185,7 +185,7 @@ async def test_a_broken_template_is_given_up_and_made_anew(daemon: Daemon) -> No
     assert source_of(daemon.pods.find(again)) is Source.TEMPLATE
 
 
-async def test_a_template_of_another_guest_image_is_never_used(daemon: Daemon) -> None:
+async def test_template_of_another_guest_image_is_not_used(daemon: Daemon) -> None:
     await filled(daemon)
     stale = {record.id for record in waiting(daemon)}
     daemon.hypervisor.generation = 2
@@ -198,7 +198,7 @@ async def test_a_template_of_another_guest_image_is_never_used(daemon: Daemon) -
 
 
 @pytest.mark.parametrize("fault", ["cgroup.create", "network.prepare", "vm.start", "vm.save"])
-async def test_a_template_that_cannot_be_made_leaves_nothing(daemon: Daemon, fault: str) -> None:
+async def test_template_that_cannot_be_made_leaves_nothing(daemon: Daemon, fault: str) -> None:
     daemon.ledger.faults[fault] = "after"
     await daemon.pool.start()
     await until(lambda: bool(daemon.pool._problems))
@@ -210,7 +210,7 @@ async def test_a_template_that_cannot_be_made_leaves_nothing(daemon: Daemon, fau
 
 
 @pytest.mark.parametrize("fault", ["vm.pause"])
-async def test_a_vm_that_cannot_be_made_ahead_leaves_nothing(daemon: Daemon, fault: str) -> None:
+async def test_pooled_vm_that_cannot_be_made_leaves_nothing(daemon: Daemon, fault: str) -> None:
     daemon.ledger.faults[fault] = "before"
     await daemon.pool.start()
     await until(lambda: bool(daemon.pool._problems))
@@ -218,7 +218,7 @@ async def test_a_vm_that_cannot_be_made_ahead_leaves_nothing(daemon: Daemon, fau
     assert list(daemon.pod_store) == []
 
 
-async def test_a_daemon_that_ends_takes_down_what_waits(daemon: Daemon) -> None:
+async def test_daemon_that_stops_takes_down_pooled_vms(daemon: Daemon) -> None:
     await filled(daemon)
     id = await daemon.pods.run(pod_spec())
     await daemon.pool.close()
@@ -226,7 +226,7 @@ async def test_a_daemon_that_ends_takes_down_what_waits(daemon: Daemon) -> None:
     assert set(daemon.hypervisor.vms) == {id}
 
 
-async def test_a_daemon_that_ends_in_the_middle_of_making_one(daemon: Daemon) -> None:
+async def test_daemon_that_stops_while_making_a_vm_leaves_nothing(daemon: Daemon) -> None:
     agent = daemon.hypervisor.make_agent()
     await daemon.pool.start()
     await until(lambda: templates(daemon) == ["key1"])
@@ -238,7 +238,7 @@ async def test_a_daemon_that_ends_in_the_middle_of_making_one(daemon: Daemon) ->
     assert list(daemon.pod_store) == []
 
 
-async def test_a_killed_daemon_leaves_what_waits_to_the_next(daemon: Daemon) -> None:
+async def test_pooled_vms_of_a_killed_daemon_are_taken_down_by_the_next(daemon: Daemon) -> None:
     before = await filled(daemon)
     id = await daemon.pods.run(pod_spec())
     await daemon.restart()
@@ -250,7 +250,7 @@ async def test_a_killed_daemon_leaves_what_waits_to_the_next(daemon: Daemon) -> 
     assert_nothing_but(daemon, 2)
 
 
-async def test_killed_while_a_template_is_made(daemon: Daemon) -> None:
+async def test_template_of_a_killed_daemon_is_taken_down_by_the_next(daemon: Daemon) -> None:
     agent = daemon.hypervisor.make_agent()
     agent.silent = True
     make = daemon.hypervisor.make_agent
@@ -270,7 +270,7 @@ async def test_killed_while_a_template_is_made(daemon: Daemon) -> None:
 async def _nothing(*arguments: object) -> None: ...
 
 
-async def test_a_claim_that_cannot_be_written_down_gives_up_the_vm_and_the_name(
+async def test_claim_that_cannot_be_saved_releases_the_vm_and_the_name(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = await filled(daemon)
@@ -289,3 +289,64 @@ async def test_a_claim_that_cannot_be_written_down_gives_up_the_vm_and_the_name(
     await until(lambda: first.id not in daemon.hypervisor.vms and len(waiting(daemon)) == 2)
     id = await daemon.pods.run(pod_spec())
     assert source_of(daemon.pods.find(id)) is Source.POOL
+
+
+# --------------------------------------------------------------------------------- a template's steps
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", [RunDir, WaitingCgroup, Netns, Booted], ids=lambda step: step.name)
+async def test_failed_step_of_a_template_is_named_and_undone(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, step: type[Step[ScratchVm]], moment: str
+) -> None:
+    up = step.up
+
+    async def fail(self: Step[ScratchVm], vm: ScratchVm) -> None:
+        if moment == "after":
+            await up(self, vm)
+        raise OSError(errno.EIO, "the fault of the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "up", fail)
+        await daemon.pool.start()
+        await until(lambda: bool(daemon.pool._problems))
+        await until(lambda: templates(daemon) == [])
+        assert_nothing_but(daemon, 0)
+    await until(lambda: templates(daemon) == ["key1"] and len(waiting(daemon)) == 2)
+    assert_nothing_but(daemon, 2)
+
+
+@pytest.mark.parametrize("step", [RunDir, WaitingCgroup, Netns, Booted], ids=lambda step: step.name)
+async def test_step_of_a_template_is_taken_down_twice_and_without_its_up(
+    daemon: Daemon, step: type[Step[ScratchVm]]
+) -> None:
+    templates = daemon.pool._deps.templates
+    (found,) = (each for each in templates._steps(None) if isinstance(each, step))
+    for _ in range(2):
+        await found.down(ScratchVm("template", daemon.root / "run/templates/building"))
+    assert_nothing_but(daemon, 0)
+
+
+async def test_failure_that_repeats_is_logged_once(daemon: Daemon, caplog: pytest.LogCaptureFixture) -> None:
+    daemon.ledger.faults["vm.start"] = "before"
+    starts = daemon.ledger.refused
+    await daemon.pool.start()
+    await until(lambda: daemon.ledger.refused > starts + 3)
+    assert len([each for each in caplog.records if "could not make a VM in advance" in each.message]) == 1
+
+
+async def test_driver_that_cannot_save_boots_its_pods(daemon: Daemon) -> None:
+    daemon.hypervisor.supported = frozenset()
+    await daemon.pool.start()
+    pod = await daemon.pods.run(pod_spec())
+    assert source_of(daemon.pods.find(pod)) is Source.BOOT
+    assert (templates(daemon), waiting(daemon), daemon.pool._problems) == ([], [], {})
+
+
+async def test_driver_that_cannot_pause_has_templates_and_no_pool(daemon: Daemon) -> None:
+    daemon.hypervisor.supported = frozenset({Feature.SAVE})
+    await daemon.pool.start()
+    await until(lambda: templates(daemon) == ["key1"])
+    pod = await daemon.pods.run(pod_spec())
+    assert source_of(daemon.pods.find(pod)) is Source.TEMPLATE
+    assert (waiting(daemon), daemon.pool._problems) == ([], {})

@@ -1,4 +1,4 @@
-"""A container's mounts on the host: shown, taken away, left alone when they are somebody else's."""
+"""A container's mounts on the host: made, removed, and left alone where they belong to others."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def mount(*arguments: str | Path) -> None:
     subprocess.run(["mount", *arguments], check=True)
 
 
-def release(container: Container) -> Any:
-    return PropagationSync(Tasks()).release(container)
+async def release(container: Container) -> None:
+    await PropagationSync(Tasks()).release(container)
 
 
-async def test_shown_once_and_taken_away(site: Site) -> None:
+async def test_mount_is_made_once_and_removed(site: Site) -> None:
     for _ in range(2):
         await apply_table(site.container, MOUNTED)
     assert (site.point / "file").read_text() == "of the container"
@@ -92,7 +92,7 @@ async def test_shown_once_and_taken_away(site: Site) -> None:
     assert (mounts_below(site.root), site.container.record.propagated) == ([], ())
 
 
-async def test_released_twice_and_by_a_daemon_that_knows_the_record_alone(site: Site) -> None:
+async def test_release_needs_the_record_alone_and_is_idempotent(site: Site) -> None:
     await release(site.container)
     await apply_table(site.container, MOUNTED)
     for _ in range(2):
@@ -101,8 +101,8 @@ async def test_released_twice_and_by_a_daemon_that_knows_the_record_alone(site: 
 
 
 @pytest.mark.parametrize("made", [False, True])
-async def test_killed_before_or_after_the_mount_was_made(site: Site, made: bool) -> None:
-    """Then the record has the intent, and no id of the mount."""
+async def test_mount_of_a_killed_daemon_is_removed_by_its_intent(site: Site, made: bool) -> None:
+    """Killed before or after it made the mount: the record has the intent, without the mount's id."""
     if made:
         mount("--bind", site.container.rootfs_mount / "etc", site.point)
     site.container.update(propagated=(Propagated(path=str(site.point)),))
@@ -110,7 +110,7 @@ async def test_killed_before_or_after_the_mount_was_made(site: Site, made: bool)
     assert mounts_below(site.root) == []
 
 
-async def test_what_somebody_mounted_there_before_or_on_top_stays(site: Site) -> None:
+async def test_mount_of_others_below_or_on_top_stays(site: Site) -> None:
     mount("-t", "tmpfs", "before", site.point)
     below = top_mounts()[str(site.point)]
     site.container.update(propagated=(Propagated(path=str(site.point), below=below),))
@@ -125,7 +125,7 @@ async def test_what_somebody_mounted_there_before_or_on_top_stays(site: Site) ->
 
 
 @pytest.mark.parametrize("spoil", ["target is a link", "target is gone", "source is gone", "kinds differ"])
-async def test_what_cannot_be_shown_is_left_out(site: Site, spoil: str) -> None:
+async def test_mount_that_the_host_cannot_make_is_ignored(site: Site, spoil: str) -> None:
     match spoil:
         case "target is a link":
             site.point.rmdir()

@@ -1,7 +1,7 @@
-"""A guest of a few bytes: enough for a VMM to run, and nothing to wait for.
+"""A guest of a few bytes, which a VMM runs at once.
 
 An ELF file that QEMU enters by PVH in 32-bit mode (Xen's docs/misc/pvh.pandoc): it prints a line to
-the first serial port, then either does so again and again, or resets the machine.
+the first serial port, then prints it again and again, resets the machine, or halts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _PHYS32_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 
 
 def make_kernel(line: str, *, then: str = "repeat") -> bytes:
-    """`then`: "repeat" some times a second, "reset", or "halt"."""
+    """Return an ELF file that prints `line`; `then` is "repeat" (several times a second), "reset" or "halt"."""
     code = _print() + {"repeat": _again(), "reset": _reset(), "halt": b"\xf4\xeb\xfd"}[then]
     text = code.replace(b"MSG!", struct.pack("<I", _LOAD + len(code))) + line.encode() + b"\n\0"
     note = struct.pack("<III", 4, 4, _PHYS32_ENTRY) + b"Xen\0" + struct.pack("<I", _LOAD)

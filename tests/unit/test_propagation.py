@@ -1,4 +1,4 @@
-"""Which mounts of a container the host shows, by the table that its guest gives."""
+"""Which mounts of a container the host repeats, by the mount table that its guest reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def line(device: str, root: str, point: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("added", "wishes"),
+    ("added", "requests"),
     [
         (
             ("0:30", "/c1/etc", "/both/point"),
@@ -59,16 +59,18 @@ def line(device: str, root: str, point: str) -> str:
         (("0:30", "/c1/etc", "/both/../x"), []),
     ],
 )
-def test_what_is_shown(added: tuple[str, str, str], wishes: list[PropagationRequest]) -> None:
-    assert find_requests(line(*added), SPECS) == wishes
+def test_requests_are_found_for_mounts_from_the_root_and_volumes(
+    added: tuple[str, str, str], requests: list[PropagationRequest]
+) -> None:
+    assert find_requests(line(*added), SPECS) == requests
 
 
-def test_a_container_fills_no_table_of_the_host() -> None:
+def test_number_of_requests_is_bounded() -> None:
     text = TABLE + "".join(f"{n} 22 0:30 /c1/etc /both/{n} rw - virtiofs none rw\n" for n in range(1000))
     assert len(find_requests(text, SPECS)) == MAX_MOUNTS
 
 
 @given(st.text())
-def test_any_table_is_read(text: str) -> None:
-    for wish in find_requests(TABLE + text, SPECS):
-        assert not wish.target.startswith(("/", ".."))
+def test_any_table_gives_targets_inside_the_volume(text: str) -> None:
+    for request in find_requests(TABLE + text, SPECS):
+        assert not request.target.startswith(("/", ".."))

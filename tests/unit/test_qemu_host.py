@@ -1,4 +1,4 @@
-"""What QEMU's driver asks of the host, and how it keeps a guest's words in bounds."""
+"""What QEMU's driver needs of the host, and how it bounds a guest's output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_drivers_are_found_by_their_folders() -> None:
             find_hypervisor(name)
 
 
-def test_missing_parts_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_programs_are_reported_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(process.ENVIRONMENT, "PATH", "/nonexistent")
     with pytest.raises(MissingProgram, match="qemu-system-x86"):
         host.find_program()
@@ -34,17 +34,17 @@ def test_missing_parts_are_named_with_their_packages(monkeypatch: pytest.MonkeyP
         host.find_firmware()
 
 
-async def test_version() -> None:
+async def test_version_of_qemu_starts_with_a_number() -> None:
     assert (await host.find_version(host.find_program()))[0].isdecimal()
 
 
-def test_qemu_is_never_root_and_has_a_group_for_kvm_alone() -> None:
+def test_user_of_qemu_is_never_root_and_gets_a_group_only_for_kvm() -> None:
     user = host.find_user("tcg")
     assert user.uid != 0 and user.gid != 0 and user.groups == ()
     assert 0 not in host.find_user("kvm").groups
 
 
-def test_sockets_under_long_paths_are_for_root_alone(tmp_path: Path) -> None:
+def test_socket_with_a_long_path_is_accessible_to_root_only(tmp_path: Path) -> None:
     directory = tmp_path / ("d" * 100) / ("e" * 100)
     directory.mkdir(parents=True)
     path = directory / "a.sock"
@@ -59,7 +59,7 @@ def test_sockets_under_long_paths_are_for_root_alone(tmp_path: Path) -> None:
         unix_sockets.connect(path)
 
 
-async def test_the_console_keeps_a_bounded_tail(tmp_path: Path) -> None:
+async def test_console_keeps_a_bounded_tail(tmp_path: Path) -> None:
     here, there = socket.socketpair()
     here.setblocking(False)
     console = Console(here, tmp_path)
@@ -77,7 +77,7 @@ async def test_the_console_keeps_a_bounded_tail(tmp_path: Path) -> None:
     assert printable(read_tail(tmp_path)) == console.tail()
 
 
-async def test_the_tail_survives_a_restart(tmp_path: Path) -> None:
+async def test_console_tail_survives_a_restart(tmp_path: Path) -> None:
     for word in (b"first\n", b"second\n"):
         here, there = socket.socketpair()
         here.setblocking(False)
@@ -89,11 +89,11 @@ async def test_the_tail_survives_a_restart(tmp_path: Path) -> None:
     assert console.tail() == "first\nsecond"
 
 
-def test_nothing_printed_can_play_tricks() -> None:
+def test_control_sequences_of_a_guest_are_replaced() -> None:
     assert printable(b"a\x1b[2Jb\r\nc\xff\x00") == "a?[2Jb\nc\ufffd?"
 
 
-async def test_a_monitor_that_nobody_serves(tmp_path: Path) -> None:
+async def test_monitor_without_a_server_raises_vmm_gone(tmp_path: Path) -> None:
     with pytest.raises(VmmGone):
         await Monitor.connect(tmp_path / "qmp.sock", 1.0)
     listener = unix_sockets.listen(tmp_path / "qmp.sock")

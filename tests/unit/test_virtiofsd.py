@@ -1,4 +1,4 @@
-"""virtiofsd is found, told apart, and started on a socket that nobody else can take."""
+"""virtiofsd is found, its implementation detected, and started on a socket without a name."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ def program(directory: Path, line: str) -> str:
         ("virtiofsd 1.13.2", Implementation.RUST),
     ],
 )
-async def test_told_apart_by_asking(tmp_path: Path, line: str, implementation: Implementation) -> None:
-    finder = Prober([str(tmp_path / "missing"), program(tmp_path, line)])
-    found = await finder.find()
+async def test_implementation_is_detected_by_the_version_line(
+    tmp_path: Path, line: str, implementation: Implementation
+) -> None:
+    prober = Prober([str(tmp_path / "missing"), program(tmp_path, line)])
+    found = await prober.find()
     assert (found.implementation, found.version) == (implementation, line)
-    assert await finder.find() == found
-    assert (tmp_path / "runs").read_text() == "run\n", "asked once, until the program changes"
+    assert await prober.find() == found
+    assert (tmp_path / "runs").read_text() == "run\n", "run once, until the program changes"
 
 
-async def test_a_missing_one_is_named_with_its_package(tmp_path: Path) -> None:
+async def test_missing_program_is_reported_with_its_package(tmp_path: Path) -> None:
     with pytest.raises(MissingProgram, match="virtiofsd") as caught:
         await Prober([str(tmp_path / "missing")]).find()
     assert "apt-get install" in caught.value.package
@@ -43,7 +45,7 @@ async def test_a_missing_one_is_named_with_its_package(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("implementation", list(Implementation))
 @pytest.mark.parametrize("cache", ["always", "auto"])
-def test_both_are_told_the_same(implementation: Implementation, cache: str) -> None:
+def test_both_implementations_get_the_same_options(implementation: Implementation, cache: str) -> None:
     daemon = Virtiofsd(path="/x/virtiofsd", implementation=implementation, version="")
     argv = virtiofsd.plan_virtiofsd(daemon, Share(source="/pod/share", cache=cache), 7)
     text = " ".join(argv)
@@ -53,12 +55,12 @@ def test_both_are_told_the_same(implementation: Implementation, cache: str) -> N
     announced = (
         "announce_submounts" if implementation is Implementation.C else "--announce-submounts"
     ) in argv
-    assert announced == (cache == "auto"), "where the host mounts things while the guest runs"
+    assert announced == (cache == "auto"), "only where the host mounts things while the guest runs"
     assert "/pod/share" in text
-    assert "modcaps" not in text, "no capability beyond its own choice"
+    assert "modcaps" not in text, "no capability beyond its default ones"
 
 
-async def test_started_on_a_socket_without_a_name(tmp_path: Path) -> None:
+async def test_started_program_exits_with_its_connection(tmp_path: Path) -> None:
     daemon = await Prober().find()
     share = tmp_path / "share"
     share.mkdir()
@@ -74,6 +76,6 @@ async def test_started_on_a_socket_without_a_name(tmp_path: Path) -> None:
         assert process.alive(identity)
     finally:
         connection.close()
-        # it ends with its one connection, without being told
+        # it exits when its only connection is closed
         await process.wait_exit(identity)
     assert process.find_by_argument(f"{tmp_path}/") == []
