@@ -318,12 +318,7 @@ class _Builder:
             config_path=Path(self.config.registry.config_path),
             max_downloads=self.config.registry.max_concurrent_downloads,
         )
-        return ImageStore(Path(self.config.root), options, self._layers_in_use)
-
-    def _layers_in_use(self) -> frozenset[str] | None:
-        if self.container_store.quarantined:
-            return None  # which layers these need is not known
-        return frozenset(chain for record in self.container_store for chain in record.layers)
+        return ImageStore(Path(self.config.root), options, self.inventory.layers_in_use)
 
     def _pool(self, templates: Templates) -> VmPool:
         return VmPool(

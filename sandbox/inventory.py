@@ -85,6 +85,13 @@ class Inventory:
             if container_name(container.record.spec) == container_name(spec):
                 raise Reserved(container_name(spec), f"container {container.id}")
 
+    def layers_in_use(self) -> frozenset[str] | None:
+        """Return the chain ids of all layers that containers use; None while that is not known, as the record
+        of a container is quarantined."""
+        if self.container_store.quarantined:
+            return None
+        return frozenset(chain for record in self.container_store for chain in record.layers)
+
     # ------------------------------------------------------------------------------- objects
 
     def make_pod(self, record: PodRecord, store: Store[PodRecord] | None = None) -> Pod:

@@ -112,7 +112,7 @@ class Quarantine:
                 containers.set_aside(id, f"it does not exist, but pod {pod_id} has a mount point for it")
 
     def _salvaged_pod(self, id: str) -> PodId:
-        """Read the pod's id out of a container's record, whatever else is wrong with it; empty: it has none."""
+        """Read the pod's id out of a container's record, whatever else is wrong there; else return ""."""
         with contextlib.suppress(OSError, msgspec.MsgspecError, RecursionError):
             content = self._inventory.container_store.path(id).read_bytes()
             return msgspec.json.decode(content, type=_PodOf).pod_id
@@ -159,9 +159,9 @@ class Quarantine:
             )
         for id, reason in self._inventory.container_store.quarantined.items():
             log.error(
-                "container %s is quarantined, as its record %s cannot be used: %s. What it holds is left alone, "
-                "and no image layer is deleted meanwhile. Remove it with `crictl rm -f %s`, or repair the "
-                "record and restart husk",
+                "container %s is quarantined, as its record %s cannot be used: %s. What it holds is left "
+                "alone, and no image layer is deleted meanwhile. Remove it with `crictl rm -f %s`, or repair "
+                "the record and restart husk",
                 *(id, self._inventory.container_store.path(id), reason, id),
             )
 

@@ -93,7 +93,7 @@ class Store(Generic[R]):
         return record
 
     def set_aside(self, id: str, reason: str) -> None:
-        """Quarantine an id whose record was loaded or does not exist, for a reason that only its users can see."""
+        """Quarantine an id whose record was loaded, or does not exist, for a reason found elsewhere."""
         self._records.pop(id, None)
         self.quarantined[id] = reason
 

@@ -141,7 +141,7 @@ class Cgroups(msgspec.Struct, frozen=True, kw_only=True):
         for root in self.layout.roots:
             for folder, names, _ in os.walk(root):
                 if name in names:
-                    remove(self.layout, f"/{os.path.relpath(os.path.join(folder, name), root)}")
+                    remove(self.layout, f"/{Path(folder, name).relative_to(root)}")
                     names.remove(name)
         self.remove(pod_id, "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -132,5 +133,31 @@ def test_start_killed_half_way_leaves_nothing(daemon: Daemon, cri: Cri) -> None:
     daemon.kill()
     request.cancel()
     daemon.start()
+    assert not cri.call("ListPodSandbox").items
+    assert daemon.leaks_since(before, 20) == []
+
+
+def test_pod_whose_record_is_of_a_newer_version_runs_on_until_it_is_removed(
+    daemon: Daemon, cri: Cri, site: Any
+) -> None:
+    before = daemon.census()
+    cri.pull(WEB)
+    pod = cri.run_pod("from-the-future")
+    web = cri.run(pod, WEB, name="web")
+    ip, pids = cri.pod_ip(pod), daemon.vmm_pids(pod.id)
+    daemon.kill()
+    record = daemon.root / "pods" / f"{pod.id}.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "version": 99}))
+    daemon.start()
+    assert daemon.vmm_pids(pod.id) == pids != []
+    assert site.namespace.fetch(ip, 80) == "hello from the pod\n"
+    [item] = cri.call("ListPodSandbox").items
+    assert (item.id, item.state) == (pod.id, api.SANDBOX_NOTREADY)
+    assert cri.status(web).state == api.CONTAINER_RUNNING
+    assert f"pod {pod.id} is quarantined" in daemon.log_text()
+    cri.stop_pod(pod)
+    assert daemon.vmm_pids(pod.id) == []
+    cri.remove_pod(pod)
+    assert not record.exists()
     assert not cri.call("ListPodSandbox").items
     assert daemon.leaks_since(before, 20) == []
