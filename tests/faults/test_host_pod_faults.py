@@ -39,6 +39,7 @@ from sandbox.records import ContainerState, PodState, ProcessRuntime
 from sandbox.spec import ContainerSpec, Isolation, PidMode, PodSpec, SecuritySpec
 from tests.fakes.daemon import HANDLER, RestartableDaemon, find_image
 from tests.fakes.host import FakeNetworks, Ledger
+from tests.kit.eventually import eventually
 from tests.kit.leaks import cgroups_naming, mounts_naming, processes_naming
 
 pytestmark = pytest.mark.skipif(
@@ -251,7 +252,7 @@ async def test_failed_container_start_leaves_nothing(
     record = daemon.containers.find(container)
     assert (record.state, record.exit_code, record.reason) == (ContainerState.EXITED, 128, "StartError")
     assert cgroups_naming(daemon.root.name) == before
-    await _until(lambda: not processes_naming(container))  # orphans are reaped a little later
+    await eventually(lambda: not processes_naming(container))  # orphans are reaped a little later
     await daemon.containers.remove(container)
 
 
@@ -266,7 +267,7 @@ async def test_daemon_killed_before_the_program_runs_leaves_a_startable_containe
     await _kill_in_start(daemon, monkeypatch, container, owner, name, moment)
     assert daemon.containers.find(container).state is ContainerState.CREATED
     await daemon.containers.start(container)
-    await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+    await eventually(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
     assert daemon.containers.find(container).exit_code == 5
 
 
@@ -279,7 +280,7 @@ async def test_daemon_killed_after_the_start_recovers_the_container(
     container = await daemon.containers.create(pod, container_spec(*command))
     await _kill_in_start(daemon, monkeypatch, container, conmon, "run_crun", "after")
     if ends:
-        await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+        await eventually(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
         assert daemon.containers.find(container).exit_code == 6
     else:
         assert daemon.containers.find(container).state is ContainerState.RUNNING
@@ -355,7 +356,7 @@ async def test_processes_without_record_run_on_until_their_pod_is_removed(daemon
     assert daemon.pods.find(pod).state is PodState.NOT_READY
     assert daemon.containers.find(container).state is ContainerState.UNKNOWN
     await daemon.pods.stop(pod)
-    await _until(lambda: not processes_naming(str(daemon.root)))
+    await eventually(lambda: not processes_naming(str(daemon.root)))
     await daemon.pods.remove(pod)
     daemon.assert_empty()
 
@@ -369,7 +370,7 @@ async def test_pod_whose_first_process_ended_without_a_daemon_is_not_ready(daemo
     assert isinstance(runtime, ProcessRuntime) and runtime.init is not None
     os.kill(runtime.init.pid, signal.SIGKILL)
     await daemon.restart()
-    await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+    await eventually(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
     assert daemon.pods.find(pod).state is PodState.NOT_READY
     assert daemon.containers.find(container).exit_code == 137
 
@@ -414,9 +415,3 @@ async def test_missing_programs_are_named_before_anything_is_made(
     with pytest.raises(SandboxError, match="no-such-crun was not found"):
         await daemon.pods.run(pod_spec())
     assert list(daemon.pod_store) == []
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)

@@ -1,5 +1,7 @@
-"""The step that mounts a container's volumes: half-way failures, repeated undo, and undo after a crash, in
-the mount namespace of a process that stands in for virtiofsd."""
+"""The step that mounts a container's volumes: failures half-way, repeated undo, and undo after a crash.
+
+A process with a mount namespace takes the place of virtiofsd.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ from tests.fakes.host import Broken, FakeRootfs, Ledger
 from tests.fakes.inventory import make_inventory
 
 ID = "c" * 64
-# as virtiofsd does for --sandbox=namespace: the share becomes the root of its own mount namespace
+# as virtiofsd does for --sandbox=namespace: the share is the root of its mount namespace
 EXPORTER = "pivot_root . old && exec old/bin/busybox sleep 600"
 
 
@@ -60,11 +62,11 @@ class Site:
             cast(Any, FakeRootfs(self.ledger)), Resizer(make_inventory(self.root / "state"), _never)
         )
 
-    def container(self, *wishes: MountSpec, images: tuple[ImageVolume, ...] = ()) -> Container:
+    def container(self, *specs: MountSpec, images: tuple[ImageVolume, ...] = ()) -> Container:
         record = ContainerRecord(
             id=ContainerId(ID),
             pod_id=self.pod.id,
-            spec=ContainerSpec(name="c", image="i", mounts=wishes),
+            spec=ContainerSpec(name="c", image="i", mounts=specs),
             created_at_ns=1,
             image_id="i",
             image_ref="i",
@@ -179,8 +181,8 @@ async def test_down_after_the_exporters_end_succeeds(site: Site) -> None:
 
 async def test_image_that_cannot_be_mounted_leaves_no_mounts(site: Site) -> None:
     images = tuple(ImageVolume(mount=n, image_id="i", chain_ids=()) for n in (0, 1))
-    wishes = [MountSpec(container_path=f"/{n}", host_path="", image="i", readonly=True) for n in (0, 1)]
-    container = site.container(*wishes, images=images)
+    specs = [MountSpec(container_path=f"/{n}", host_path="", image="i", readonly=True) for n in (0, 1)]
+    container = site.container(*specs, images=images)
     site.ledger.faults["rootfs.up"] = "after"
     with pytest.raises(Broken):
         await site.step.up(container)
@@ -200,15 +202,15 @@ def huge(tmp_path: Path) -> Iterator[Path]:
 
 async def test_huge_page_volume_is_requested_of_the_guest_and_not_attached(site: Site, huge: Path) -> None:
     """A hugetlbfs of the host cannot be exported: its files are only mapped."""
-    wish = MountSpec(container_path="/huge", host_path=str(huge))
-    container = site.container(wish, site.volume())
+    spec = MountSpec(container_path="/huge", host_path=str(huge))
+    container = site.container(spec, site.volume())
     (directory,) = await site.step._attach(container)
     assert (directory.mode, directory.uid, directory.gid) == (0o1750, 7, 8)
     sources = find_sources(container)
     assert sources[0].path == f"/run/husk/huge/{directory.name}"
     assert sources[1].path.endswith(f"{ID}/1")
     assert [path.name for path in site.pod.back_of(site.pod.volumes_share).glob("*/*")] == ["1"]
-    assert site.container(wish).record.spec.mounts[0] == wish
+    assert site.container(spec).record.spec.mounts[0] == spec
     await site.step.down(container)
 
 
@@ -216,10 +218,10 @@ async def test_huge_page_volume_is_requested_of_the_guest_and_not_attached(site:
 async def test_unusable_huge_page_volume_is_rejected(site: Site, huge: Path, problem: str) -> None:
     (huge / "file").touch()
     ids = UserNamespace(uids=(IdRange(inside=0, outside=1000, length=10),), gids=())
-    wish = MountSpec(container_path="/huge", host_path=str(huge), ids=ids)
+    spec = MountSpec(container_path="/huge", host_path=str(huge), ids=ids)
     if "file" in problem:
-        wish = MountSpec(container_path="/huge", host_path=str(huge / "file"))
-    container = site.container(wish)
+        spec = MountSpec(container_path="/huge", host_path=str(huge / "file"))
+    container = site.container(spec)
     with pytest.raises(InvalidSpec, match=problem):
         await site.step.up(container)
     await site.step.down(container)

@@ -1,6 +1,6 @@
-"""Plans as OCI configurations, pinned: tests/golden/oci/NAME.json is what crun is told for the plan NAME.
+"""Plans as OCI configurations, pinned: tests/golden/oci/NAME.json is what crun is given for the plan NAME.
 
-HUSK_UPDATE_GOLDEN=1 writes the files anew.
+HUSK_UPDATE_GOLDEN=1 rewrites the files.
 """
 
 from __future__ import annotations

@@ -89,21 +89,21 @@ def test_user_namespace_maps_ids_of_process_and_mounts() -> None:
         start(pod=pod)
 
 
-def bind(wish: MountSpec, source: MountSource) -> MountPlan:
-    mounts = compile_mounts(ContainerSpec(name="c", image="i", mounts=(wish,)), ImageDefaults(), [source])
-    return next(mount for mount in mounts if mount.target == wish.container_path)
+def bind(spec: MountSpec, source: MountSource) -> MountPlan:
+    mounts = compile_mounts(ContainerSpec(name="c", image="i", mounts=(spec,)), ImageDefaults(), [source])
+    return next(mount for mount in mounts if mount.target == spec.container_path)
 
 
 def test_mount_options_and_submounts_are_planned() -> None:
-    wish = MountSpec(container_path="/a", host_path="/h", readonly=True, options=("noexec", "nodev"))
-    mount = bind(wish, MountSource(path="/v/0", is_directory=True, submounts=("b/c",)))
+    spec = MountSpec(container_path="/a", host_path="/h", readonly=True, options=("noexec", "nodev"))
+    mount = bind(spec, MountSource(path="/v/0", is_directory=True, submounts=("b/c",)))
     assert mount.flags & (MS_NOEXEC | MS_NODEV | MS_NOSUID) == MS_NOEXEC | MS_NODEV
     assert (list(mount.submounts), mount.recursive_readonly) == (["b/c"], False)
 
 
 def test_image_volume_is_read_only_recursively() -> None:
-    wish = MountSpec(container_path="/a", host_path="", readonly=True, image="i")
-    mount = bind(wish, MountSource(path="/v/0", is_directory=True))
+    spec = MountSpec(container_path="/a", host_path="", readonly=True, image="i")
+    mount = bind(spec, MountSource(path="/v/0", is_directory=True))
     assert (mount.flags & (MS_RDONLY | MS_NOEXEC), mount.recursive_readonly) == (MS_RDONLY, True)
 
 

@@ -1,6 +1,6 @@
-"""Whole plans, pinned: tests/golden/plan/NAME.txt is what the agent is told for a request.
+"""Whole plans, pinned: tests/golden/plan/NAME.txt is what the agent is sent for a specification.
 
-A change of a plan shows as a diff to read. HUSK_UPDATE_GOLDEN=1 writes the files anew.
+A change of a plan shows as a diff to read. HUSK_UPDATE_GOLDEN=1 rewrites the files.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ Outcome = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def outcome(cri: Cri, pod: Pod, host_policy: Path) -> Outcome:
-    """Runs a shell script in a container of its own: exit code and output."""
+    """Run a shell script in a new container; return exit code and output."""
 
     def run(script: str, **fields: Any) -> tuple[int, str]:
         return cri.run_to_end(pod, BUSYBOX, ["sh", "-c", script], linux=security(**fields))
@@ -91,12 +91,12 @@ def refusal(cri: Cri, pod: Pod, **fields: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "requested",
     [local("tmp-denied"), local("localhost/tmp-denied"), {"apparmor_profile": "localhost/tmp-denied"}],
     ids=["name", "prefixed", "older"],
 )
-def test_localhost_profile_denies(outcome: Outcome, wish: dict[str, Any]) -> None:
-    code, output = outcome(f"{CURRENT}; echo x >/etc/new && echo x >/tmp/new", **wish)
+def test_localhost_profile_denies(outcome: Outcome, requested: dict[str, Any]) -> None:
+    code, output = outcome(f"{CURRENT}; echo x >/etc/new && echo x >/tmp/new", **requested)
     assert code != 0
     assert output.splitlines()[0] == "tmp-denied (enforce)"
     assert "/tmp/new: Permission denied" in output
@@ -128,17 +128,17 @@ def test_profile_with_all_other_confinement_is_entered(outcome: Outcome) -> None
 
 
 def test_containers_of_one_pod_have_different_profiles(cri: Cri, pod: Pod, host_policy: Path) -> None:
-    wishes: tuple[dict[str, Any], ...] = (local("tmp-denied"), DEFAULT, {}, UNCONFINED)
-    boxes = [cri.run(pod, BUSYBOX, SLEEP, linux=security(**wish)) for wish in wishes]
+    requests: tuple[dict[str, Any], ...] = (local("tmp-denied"), DEFAULT, {}, UNCONFINED)
+    boxes = [cri.run(pod, BUSYBOX, SLEEP, linux=security(**requested)) for requested in requests]
     found = [cri.exec(box, *CURRENT.split()).stdout.strip() for box in boxes]
     assert found == ["tmp-denied (enforce)", "husk-default (enforce)", "unconfined", "unconfined"]
 
 
-@pytest.mark.parametrize("wish", [local("nonesuch"), {"apparmor_profile": "localhost/nonesuch"}])
+@pytest.mark.parametrize("requested", [local("nonesuch"), {"apparmor_profile": "localhost/nonesuch"}])
 def test_profile_that_is_not_loaded_is_rejected(
-    cri: Cri, pod: Pod, host_policy: Path, wish: dict[str, Any]
+    cri: Cri, pod: Pod, host_policy: Path, requested: dict[str, Any]
 ) -> None:
-    assert "apparmor.localhost_ref: 'nonesuch' is not loaded" in refusal(cri, pod, **wish)
+    assert "apparmor.localhost_ref: 'nonesuch' is not loaded" in refusal(cri, pod, **requested)
 
 
 def test_newer_field_overrides_the_older(outcome: Outcome) -> None:
@@ -150,7 +150,7 @@ def test_policy_that_the_guest_rejects_fails_the_start(cri: Cri, pod: Pod, host_
     box = cri.create(pod, BUSYBOX, SLEEP, linux=security(**local("garbage")))
     with pytest.raises(grpc.RpcError) as fault:
         cri.start(box)
-    assert "garbage: the guest's kernel does not take its policy: " in str(fault.value.details())
+    assert "garbage: the guest's kernel refuses its policy: " in str(fault.value.details())
     assert cri.status(box).reason == "StartError"
 
 
@@ -159,10 +159,10 @@ def test_localhost_profile_on_host_without_apparmor_is_rejected(
 ) -> None:
     site.namespace.run("mount", "-t", "tmpfs", "none", str(HOST_POLICY.parents[1]))
     try:
-        told = refusal(cri, pod, **local("tmp-denied"))
+        message = refusal(cri, pod, **local("tmp-denied"))
     finally:
         site.namespace.run("umount", str(HOST_POLICY.parents[1]))
-    assert "apparmor.localhost_ref: 'tmp-denied': this host's kernel has no AppArmor" in told
+    assert "apparmor.localhost_ref: 'tmp-denied': this host's kernel has no AppArmor" in message
 
 
 # ------------------------------------------------------------------------- the default profile
@@ -178,12 +178,12 @@ def test_localhost_profile_on_host_without_apparmor_is_rejected(
         "mount -t proc none /mnt",
     ],
 )
-@pytest.mark.parametrize("wish", [DEFAULT, {"apparmor_profile": "runtime/default"}, UNCONFINED])
-def test_default_profile_denies(outcome: Outcome, deed: str, wish: dict[str, Any]) -> None:
+@pytest.mark.parametrize("requested", [DEFAULT, {"apparmor_profile": "runtime/default"}, UNCONFINED])
+def test_default_profile_denies(outcome: Outcome, deed: str, requested: dict[str, Any]) -> None:
     """What a container's root could do without, with nothing masked or read-only."""
     script = f"mount -o remount,rw /proc/sys 2>/dev/null; mkdir -p /mnt; {deed}"
-    code, output = outcome(script, **admin(), **wish)
-    assert (code == 0) is (wish is UNCONFINED), output
+    code, output = outcome(script, **admin(), **requested)
+    assert (code == 0) is (requested is UNCONFINED), output
 
 
 def test_default_profile_allows_ordinary_programs(outcome: Outcome) -> None:

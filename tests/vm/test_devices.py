@@ -67,9 +67,9 @@ def test_cdi_device_adds_what_a_guest_supports(cri: Cri, pod: Pod, cdi: Path) ->
         'echo "$CARD $CARDS"; cat /opt/card/driver; echo; id -G; stat -c %t:%T /dev/card0;'
         " touch /opt/card/x 2>&1; exec 3<>/dev/card0 && echo open"
     )
-    told = cri.exec(container, "sh", "-c", script)
-    assert told.code == 0, told
-    first, driver, groups, numbers, readonly, opened = told.stdout.splitlines()
+    result = cri.exec(container, "sh", "-c", script)
+    assert result.code == 0, result
+    first, driver, groups, numbers, readonly, opened = result.stdout.splitlines()
     assert (first, driver, numbers, opened) == ("0 yes", "driver of the card", "a:e5", "open")
     assert "4242" in groups.split()
     assert "Read-only file system" in readonly
@@ -113,8 +113,8 @@ def test_container_makes_a_tun_interface(cri: Cri, pod: Pod) -> None:
     """Its driver is loaded as the node is opened."""
     tun = api.Device(host_path="/dev/net/tun", container_path="/dev/net/tun", permissions="rw")
     container = cri.run(pod, BUSYBOX, SLEEP, devices=[tun])
-    told = cri.exec(container, "sh", "-c", "stat -c %t:%T /dev/net/tun; exec 3<>/dev/net/tun && echo open")
-    assert (told.code, told.stdout) == (0, "a:c8\nopen\n"), told
+    result = cri.exec(container, "sh", "-c", "stat -c %t:%T /dev/net/tun; exec 3<>/dev/net/tun && echo open")
+    assert (result.code, result.stdout) == (0, "a:c8\nopen\n"), result
 
 
 def test_pod_without_vm_has_devices_of_the_host(cri: Cri, cdi: Path) -> None:
@@ -125,5 +125,5 @@ def test_pod_without_vm_has_devices_of_the_host(cri: Cri, cdi: Path) -> None:
     linux = api.LinuxPodSandboxConfig(security_context=context, cgroup_parent=cri.cgroup_parent)
     pod = cri.run_pod("host-card", linux=linux, hostname="")
     container = cri.run(pod, BUSYBOX, SLEEP, CDI_devices=named("husk.test/card=0"))
-    told = cri.exec(container, "sh", "-c", "stat -c %t:%T /dev/card; exec 3</dev/card && echo open")
-    assert (told.code, told.stdout) == (0, "a:ed\nopen\n"), told
+    result = cri.exec(container, "sh", "-c", "stat -c %t:%T /dev/card; exec 3</dev/card && echo open")
+    assert (result.code, result.stdout) == (0, "a:ed\nopen\n"), result

@@ -42,8 +42,8 @@ def pod(cri: Cri) -> Pod:
 def test_user_namespaces_are_offered_and_reported(cri: Cri, pod: Pod) -> None:
     (handler,) = [each for each in cri.call("Status").runtime_handlers if not each.name]
     assert handler.features.user_namespaces
-    told = cri.pod_status(pod).status.linux.namespaces.options.userns_options
-    assert (told.mode, told.uids[0].host_id) == (api.POD, BASE)
+    reported = cri.pod_status(pod).status.linux.namespaces.options.userns_options
+    assert (reported.mode, reported.uids[0].host_id) == (api.POD, BASE)
 
 
 def test_ids_and_image_files_are_mapped(cri: Cri, pod: Pod) -> None:
@@ -67,8 +67,8 @@ def test_volumes_are_mapped(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP, linux=linux(), mounts=mounts)
     assert cri.exec(container, "sh", "-c", "stat -c %u /s; touch /s/file").stdout == "0\n"
     assert (shifted / "file").stat().st_uid == 0
-    refused = cri.exec(container, "touch", "/p/file")
-    assert "Permission denied" in refused.stderr
+    denied = cri.exec(container, "touch", "/p/file")
+    assert "Permission denied" in denied.stderr
     assert not Path(plain / "file").exists()
 
 

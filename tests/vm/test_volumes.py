@@ -52,8 +52,8 @@ def test_read_only_mount_is_recursive_only_on_request(
 ) -> None:
     (folder / "sub").mkdir()
     mount("-t", "tmpfs", "beneath", str(folder / "sub"))
-    wish = volume(folder, readonly=True, recursive_read_only=recursive)
-    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[wish])
+    read_only = volume(folder, readonly=True, recursive_read_only=recursive)
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[read_only])
     assert "Read-only file system" in cri.exec(container, "touch", "/data/x").stderr
     beneath = cri.exec(container, "touch", "/data/sub/x")
     assert ("Read-only file system" in beneath.stderr) is recursive
@@ -84,10 +84,10 @@ def test_later_mount_of_the_host_is_propagated_on_request(
     mount("--bind", str(folder), str(folder))
     mount("--make-shared", str(folder))
     slave = volume(folder, propagation=api.PROPAGATION_HOST_TO_CONTAINER)
-    told, alone = (cri.run(pod, BUSYBOX, SLEEP, mounts=[wish]) for wish in (slave, volume(folder)))
+    receives, alone = (cri.run(pod, BUSYBOX, SLEEP, mounts=[mount]) for mount in (slave, volume(folder)))
     mount("-t", "tmpfs", "later", str(folder / "sub"))
     site.namespace.run("touch", str(folder / "sub/came"))
-    cri.wait_for(lambda: cri.exec(told, "ls", "/data/sub").stdout, lambda text: text == "came\n", 5)
+    cri.wait_for(lambda: cri.exec(receives, "ls", "/data/sub").stdout, lambda text: text == "came\n", 5)
     assert cri.exec(alone, "ls", "/data/sub").stdout == ""
 
 
@@ -98,8 +98,8 @@ def test_mount_of_the_container_is_propagated_to_the_host_on_request(
     mount("--bind", str(folder), str(folder))
     mount("--make-shared", str(folder))
     privileged = api.LinuxContainerConfig(security_context=api.LinuxContainerSecurityContext(privileged=True))
-    wish = volume(folder, propagation=api.PROPAGATION_BIDIRECTIONAL)
-    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[wish], linux=privileged)
+    shared = volume(folder, propagation=api.PROPAGATION_BIDIRECTIONAL)
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[shared], linux=privileged)
     cri.exec(container, "mount", "--bind", "/etc", "/data/point")
     seen = site.namespace.run("ls", str(folder / "point")).split()
     assert {"passwd", "image-mark"} <= set(seen)
@@ -141,8 +141,8 @@ def test_image_volume_is_mounted_read_only(cri: Cri, pod: Pod) -> None:
     assert cri.exec(whole, "cat", "/image/www/index.html").stdout == "hello from the pod\n"
     assert cri.exec(whole, "/image/bin/busybox", "echo", "runs").stdout == "runs\n"
     assert "Read-only file system" in cri.exec(whole, "touch", "/image/x").stderr
-    told = cri.status(whole).mounts[0]
-    assert (told.image.image, told.image.image_ref, told.host_path) == (WEB, id, "")
+    reported = cri.status(whole).mounts[0]
+    assert (reported.image.image, reported.image.image_ref, reported.host_path) == (WEB, id, "")
     part = cri.run(pod, BUSYBOX, SLEEP, mounts=[image(id, "www")])
     assert cri.exec(part, "ls", "/image").stdout == "index.html\n"
     # its layers stay as long as the containers do
@@ -151,7 +151,7 @@ def test_image_volume_is_mounted_read_only(cri: Cri, pod: Pod) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "code", "told"),
+    ("mount", "code", "message"),
     [
         (image(WEB, "no/such"), grpc.StatusCode.INVALID_ARGUMENT, "config.mounts[0].image_sub_path"),
         (image(WEB, readonly=False), grpc.StatusCode.INVALID_ARGUMENT, "config.mounts[0].readonly"),
@@ -159,10 +159,10 @@ def test_image_volume_is_mounted_read_only(cri: Cri, pod: Pod) -> None:
     ],
 )
 def test_unusable_image_volume_is_rejected(
-    cri: Cri, pod: Pod, wish: api.Mount, code: grpc.StatusCode, told: str
+    cri: Cri, pod: Pod, mount: api.Mount, code: grpc.StatusCode, message: str
 ) -> None:
     cri.pull(WEB)
     with pytest.raises(grpc.RpcError) as fault:
-        cri.create(pod, BUSYBOX, SLEEP, mounts=[wish])
+        cri.create(pod, BUSYBOX, SLEEP, mounts=[mount])
     assert fault.value.code() is code
-    assert told in str(fault.value.details())
+    assert message in str(fault.value.details())

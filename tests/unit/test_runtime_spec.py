@@ -1,4 +1,4 @@
-"""A plan in the words of an OCI configuration: all of it that people look for, and nothing that breaks it."""
+"""A plan rendered as `runtimeSpec` of crictl inspect, bytes that are not UTF-8 included."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_plan_is_rendered_as_runtime_spec() -> None:
     )
     spec = json.loads(json.dumps(runtime_spec(plan)))
     assert spec["root"] == {"path": "/run/husk/rootfs/c", "readonly": True}
-    told = spec["process"]
-    assert (told["args"], told["cwd"], told["oomScoreAdj"]) == (["sh", "-c", "true"], "/srv", -3)
-    assert told["env"] == ["A=b", "B=\ufffd"]
-    assert told["user"] == {"uid": 7, "gid": 8, "additionalGids": [9], "umask": 0}
-    assert told["capabilities"]["effective"] == ["CAP_KILL"]
-    assert told["capabilities"]["ambient"] == []
+    rendered = spec["process"]
+    assert (rendered["args"], rendered["cwd"], rendered["oomScoreAdj"]) == (["sh", "-c", "true"], "/srv", -3)
+    assert rendered["env"] == ["A=b", "B=\ufffd"]
+    assert rendered["user"] == {"uid": 7, "gid": 8, "additionalGids": [9], "umask": 0}
+    assert rendered["capabilities"]["effective"] == ["CAP_KILL"]
+    assert rendered["capabilities"]["ambient"] == []
     assert spec["mounts"] == [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "hidepid=2"]},
         {
