@@ -1,8 +1,8 @@
-"""The configuration file: what it may say, and what is in force when it says nothing.
+"""The configuration file: its keys, their defaults, and the checks of their values.
 
-`load` reads TOML, lays the command line over it and fills every default in, so a `Config` has no
-"unset" left. Only `cri/daemon.py` reads one while the daemon runs. A key that is not listed here is
-an error, as is a value of another type: silence would hide a typo until it hurts.
+`load` reads TOML, applies the options of the command line and fills in every default, so no value of a
+`Config` is unset. While the daemon runs only `cri/daemon.py` reads it. An unknown key or a value of another
+type is an error, as a typo would otherwise go unnoticed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used: which file, which key, why, and what would be accepted."""
+    """The configuration is invalid: the file, the key by its path, the problem, and the accepted values."""
 
     def __init__(self, source: str, key: str, problem: str, accepted: str = "") -> None:
         where = f"{source}: {key}" if key else source
@@ -47,52 +47,60 @@ class ConfigError(Exception):
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the tables of the file."""
+    """Base of the file's tables."""
 
 
 class Log(Table, frozen=True, kw_only=True):
+    """[log]"""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
 
 
 class Metrics(Table, frozen=True, kw_only=True):
+    """[metrics]: where /metrics and /healthz are served."""
+
     address: str = "127.0.0.1"
-    port: Port = 9477  # 0: no metrics are served
+    port: Port = 9477  # 0: not served
 
 
 class Streaming(Table, frozen=True, kw_only=True):
-    """Where clients find the streams of exec, attach and port-forward."""
+    """[streaming]: where exec, attach and port-forward sessions are served."""
 
     address: str = "127.0.0.1"
-    port: Port = 0  # 0: any that is free
+    port: Port = 0  # 0: any free port
     idle_timeout_s: Annotated[int, msgspec.Meta(ge=1, le=7 * 24 * 3600)] = 4 * 3600
     tls_cert: str = ""
     tls_key: str = ""
 
 
 class Cni(Table, frozen=True, kw_only=True):
+    """[cni]: the network of pods."""
+
     conf_dir: str = "/etc/cni/net.d"
     bin_dirs: tuple[str, ...] = ("/opt/cni/bin", "/usr/lib/cni")
 
 
 class Cdi(Table, frozen=True, kw_only=True):
-    """Of a device that two directories describe, the later one's description counts."""
+    """[cdi]: if two directories describe the same device, the later directory wins."""
 
     spec_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
 
 
 class Registry(Table, frozen=True, kw_only=True):
-    config_path: str = "/etc/husk/certs.d"  # <host>/hosts.toml below it
+    """[registry]: how images are pulled."""
+
+    config_path: str = "/etc/husk/certs.d"  # has <host>/hosts.toml
     max_concurrent_downloads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
 
 
 def _pool_size() -> int:
-    """So many pods at once start as quickly as one; what waits takes 3 % of the host's memory at most."""
+    """Return one VM per 4 GiB of the host's memory, of which they take 3 % at most; 2 to 8."""
     return max(2, min(8, size.memory_mib() >> 12))
 
 
 class HandlerTable(Table, frozen=True, kw_only=True):
-    """[handlers.NAME]: a kind of VM that a RuntimeClass may name."""
+    """[handlers.NAME]: a kind of VM, which a RuntimeClass selects by NAME."""
 
     kernel: str = ""
     initramfs: str = ""
@@ -107,11 +115,13 @@ class HandlerTable(Table, frozen=True, kw_only=True):
 
 
 class Config(Table, frozen=True, kw_only=True):
+    """The whole file. `load` fills in `run` and `socket`."""
+
     root: str = DEFAULT_ROOT
-    run: str = ""  # DEFAULT_RUN, or ROOT/run beside another root
-    socket: str = ""  # RUN/husk.sock
+    run: str = ""  # default: DEFAULT_RUN, or ROOT/run with another root
+    socket: str = ""  # default: RUN/husk.sock
     cgroup_root: str = "/husk"
-    default_handler: str = ""  # what the empty handler name means; empty: built-in values
+    default_handler: str = ""  # handler of pods that name none; empty: one with the defaults
     log: Log = Log()
     metrics: Metrics = Metrics()
     streaming: Streaming = Streaming()
@@ -121,16 +131,16 @@ class Config(Table, frozen=True, kw_only=True):
     handlers: dict[str, HandlerTable] = {}
 
     def runtime_handlers(self) -> Mapping[str, Handler]:
-        """Every handler by its name, the default one under "" and first."""
+        """Return every handler by its name; the default one first, under ""."""
         default = self.handlers.get(self.default_handler, HandlerTable())
         tables = {"": default} | self.handlers
         return {name: Handler(name=name, **msgspec.structs.asdict(table)) for name, table in tables.items()}
 
 
 def load(file: Path | None = None, *, root: str = "", socket: str = "") -> Config:
-    """The configuration in force. A `file` that was named must exist; the default one need not.
+    """Return the configuration in force: the file's values, then `root` and `socket` if they are given.
 
-    Raises ConfigError.
+    `file` must exist; DEFAULT_FILE, which is read without one, need not. Raises ConfigError.
     """
     source = file or DEFAULT_FILE
     tree = _read(source, required=file is not None)
@@ -144,7 +154,7 @@ def _read(file: Path, *, required: bool) -> Mapping[str, object]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         if required:
-            raise ConfigError(str(file), "", "does not exist") from error
+            raise ConfigError(str(file), "", "the file does not exist") from error
         return {}
     except OSError as error:
         raise ConfigError(str(file), "", error.strerror or str(error)) from error
@@ -153,12 +163,12 @@ def _read(file: Path, *, required: bool) -> Mapping[str, object]:
 
 
 def parse(tree: Mapping[str, object], source: str) -> Config:
-    """Raises ConfigError, which names the key by its path."""
+    """Convert a parsed TOML document. Raises ConfigError, which names the key by its path."""
     tree = _move_machine(tree)
     _refuse_unknown(tree, Config, "", source)
     handlers = tree.get("handlers")
     for name, table in handlers.items() if isinstance(handlers, Mapping) else ():
-        # one by one, as an error within a map does not say under which key
+        # one by one, as msgspec's error within a map does not name the key
         _convert(table, HandlerTable, f"handlers.{name}", source)
     return _convert(tree, Config, "", source)
 
@@ -189,7 +199,7 @@ def _convert(tree: object, shape: type[T], at: str, source: str) -> T:
 
 
 def _complete(config: Config, source: str) -> Config:
-    """Fill the derived values in and check what no type says."""
+    """Fill in derived values, and check what the types do not express."""
     run = config.run or (DEFAULT_RUN if config.root == DEFAULT_ROOT else f"{config.root}/run")
     config = msgspec.structs.replace(config, run=run, socket=config.socket or f"{run}/husk.sock")
     _check_paths(config, source)
@@ -225,9 +235,9 @@ def _check_paths(config: Config, source: str) -> None:
 
 def _check_handlers(config: Config, source: str) -> None:
     for name, handler in config.handlers.items():
-        # the form that a RuntimeClass allows for its handler: a DNS label
+        # a DNS label, as the field `handler` of a RuntimeClass must be
         if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name):
-            accepted = "lower-case letters, digits and inner dashes, at most 63"
+            accepted = "lower-case letters, digits and inner dashes, at most 63 characters"
             raise ConfigError(source, f"handlers.{name}", "is not a handler name", accepted)
         try:
             find_host(handler.hypervisor).check(handler.accelerator, handler.options)
@@ -236,24 +246,30 @@ def _check_handlers(config: Config, source: str) -> None:
                 source, f"handlers.{name}.{error.field}", error.problem, error.accepted
             ) from error
     if config.default_handler and config.default_handler not in config.handlers:
-        known = ", ".join(config.handlers) or "none is configured"
-        raise ConfigError(source, "default_handler", f"no handler {config.default_handler!r}", known)
+        known = ", ".join(config.handlers) or "nothing, as no handler is configured"
+        raise ConfigError(
+            source, "default_handler", f"handler {config.default_handler!r} is not configured", known
+        )
 
 
 def _check_streaming(streaming: Streaming, source: str) -> None:
     try:
         address = ipaddress.ip_address(streaming.address)
     except ValueError as error:
-        problem = f"{streaming.address!r} is no IP address"
+        problem = f"{streaming.address!r} is not an IP address"
         raise ConfigError(source, "streaming.address", problem, "an IP address of this host") from error
     if address.is_unspecified:
-        accepted = "one IP address of this host: clients are sent to it"
-        raise ConfigError(source, "streaming.address", f"{address} is nowhere in particular", accepted)
+        accepted = "one IP address of this host, which clients can connect to"
+        raise ConfigError(
+            source, "streaming.address", f"{address} is not the address of one interface", accepted
+        )
     if bool(streaming.tls_cert) != bool(streaming.tls_key):
         missing = "tls_key" if streaming.tls_cert else "tls_cert"
-        raise ConfigError(source, f"streaming.{missing}", "is missing", "both tls_cert and tls_key, or none")
+        raise ConfigError(
+            source, f"streaming.{missing}", "is missing", "both tls_cert and tls_key, or neither"
+        )
     if not address.is_loopback and not streaming.tls_cert:
-        problem = f"{address} is open to others, and without tls_cert and tls_key they could listen in"
+        problem = f"{address} can be reached from other hosts, which needs tls_cert and tls_key"
         raise ConfigError(source, "streaming.address", problem, "a loopback address, or TLS")
 
 
@@ -261,15 +277,15 @@ def _check_streaming(streaming: Streaming, source: str) -> None:
 
 
 def _refuse_unknown(tree: object, shape: type[Table], at: str, source: str) -> None:
-    """Before conversion, so that the message can list what the table knows."""
+    """Raise ConfigError for an unknown key, with the keys of its table (msgspec would not list them)."""
     if not isinstance(tree, Mapping):
-        return  # conversion tells that a table was expected
+        return  # the conversion reports that a table is expected
     fields = {field.name: field.type for field in msgspec.structs.fields(shape)}
     for key, value in tree.items():
         path = f"{at}{key}"
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
-            problem = "unknown key" + (f", perhaps {near[0]!r} is meant" if near else "")
+            problem = "unknown key" + (f", did you mean {near[0]!r}?" if near else "")
             raise ConfigError(source, path, problem, ", ".join(fields))
         kind = fields[key]
         if isinstance(kind, type) and issubclass(kind, Table):
@@ -280,14 +296,14 @@ def _refuse_unknown(tree: object, shape: type[Table], at: str, source: str) -> N
 
 
 def _located(message: str) -> tuple[str, str]:
-    """msgspec's `problem - at `$.a.b[0]`` as ("a.b[0]", "problem")."""
+    """Split msgspec's message "problem - at `$.a.b[0]`" into ("a.b[0]", "problem")."""
     problem, _, path = message.partition(" - at `")
     key = path.rstrip("`").removeprefix("$").removeprefix(".")
     return key, problem[:1].lower() + problem[1:].replace("`", "")
 
 
 def _accepted(key: str) -> str:
-    """What a key takes, in words, from its type."""
+    """Describe the values that a key accepts, from its type."""
     shape: Any = Config
     for part in re.sub(r"\[\d+\]", "", key).split("."):
         if shape is HandlerTable or (isinstance(shape, type) and issubclass(shape, Table)):
@@ -307,13 +323,13 @@ def _accepted(key: str) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as the file that would say it."""
+    """Return the configuration as a TOML file that `load` reads back unchanged."""
     return "\n".join(_table_lines(msgspec.to_builtins(config), ())).strip() + "\n"
 
 
 def _table_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
     lines = [f"[{'.'.join(path)}]"] if path and not all(isinstance(v, dict) for v in table.values()) else []
-    # JSON's strings, numbers and lists are also TOML's
+    # strings, numbers, booleans and lists of JSON are valid TOML
     lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
     for key, value in table.items():
         if isinstance(value, dict) and value:

@@ -1,8 +1,8 @@
-"""Requests as values: the only place that reads a pod's or a container's configuration.
+"""Converts requests to specs. No other file reads the configuration of a pod or container.
 
 Every field is used, or refused with its full path (InvalidSpec), or listed with a reason in
-tests/unit/test_translate_fates.py: nothing is dropped in silence.
-Pure: no clock, no files, no event loop.
+tests/unit/test_translate_fates.py: none is ignored silently.
+Pure: no clock, files or event loop.
 """
 
 from __future__ import annotations
@@ -53,20 +53,22 @@ CDI_ANNOTATION = "cdi.k8s.io/"
 
 
 def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
-    """Raises InvalidSpec."""
+    """Convert the configuration of a pod. Raises InvalidSpec."""
     at = "config"
     refuse_message(config, "windows", at, "a pod's VM runs Linux")
     linux = config.linux
     security = linux.security_context
-    deep = f"{at}.linux.security_context"
-    refuse_selinux(security.selinux_options, f"{deep}.selinux_options")
+    security_at = f"{at}.linux.security_context"
+    refuse_selinux(security.selinux_options, f"{security_at}.selinux_options")
     one_of(
-        pb.SupplementalGroupsPolicy, security.supplemental_groups_policy, f"{deep}.supplemental_groups_policy"
+        pb.SupplementalGroupsPolicy,
+        security.supplemental_groups_policy,
+        f"{security_at}.supplemental_groups_policy",
     )
-    run_as_user = optional_id(security, "run_as_user", deep)
-    run_as_group = optional_id(security, "run_as_group", deep)
+    run_as_user = optional_id(security, "run_as_user", security_at)
+    run_as_group = optional_id(security, "run_as_group", security_at)
     if run_as_group is not None and run_as_user is None:
-        raise InvalidSpec(f"{deep}.run_as_group", "is set without run_as_user", "both or none")
+        raise InvalidSpec(f"{security_at}.run_as_group", "is set without run_as_user", "both or none")
     spec = PodSpec(
         name=required(config.metadata.name, f"{at}.metadata.name"),
         namespace=required(config.metadata.namespace, f"{at}.metadata.namespace"),
@@ -90,32 +92,32 @@ def pod_spec(config: pb.PodSandboxConfig, handler: str) -> PodSpec:
         cgroup_parent=linux.cgroup_parent,
         resources=resources(linux.resources, f"{at}.linux.resources"),
         overhead=resources(linux.overhead, f"{at}.linux.overhead"),
-        pid_mode=_pod_pid_mode(security.namespace_options, f"{deep}.namespace_options"),
+        pid_mode=_pod_pid_mode(security.namespace_options, f"{security_at}.namespace_options"),
         privileged=security.privileged,
         run_as_user=run_as_user,
         run_as_group=run_as_group,
-        supplemental_groups=checked_ids(security.supplemental_groups, f"{deep}.supplemental_groups"),
+        supplemental_groups=checked_ids(security.supplemental_groups, f"{security_at}.supplemental_groups"),
         readonly_rootfs=security.readonly_rootfs,
-        seccomp=seccomp(security, deep),
-        apparmor=apparmor(security, deep),
-        user_namespace=user_namespace(security.namespace_options, f"{deep}.namespace_options"),
+        seccomp=seccomp(security, security_at),
+        apparmor=apparmor(security, security_at),
+        user_namespace=user_namespace(security.namespace_options, f"{security_at}.namespace_options"),
         host_network=security.namespace_options.network == pb.NODE,
         host_ipc=security.namespace_options.ipc == pb.NODE,
     )
     if not spec.host_namespaces:
         return msgspec.structs.replace(spec, cgroup_parent=_cgroup_of_vm(linux))
     if spec.user_namespace:
-        problem = f"POD does not go with {spec.host_namespaces[0]} NODE"
-        raise InvalidSpec(f"{deep}.namespace_options.userns_options.mode", problem, "NODE")
+        problem = f"POD cannot be combined with {spec.host_namespaces[0]} NODE"
+        raise InvalidSpec(f"{security_at}.namespace_options.userns_options.mode", problem, "NODE")
     return spec
 
 
 def _cgroup_of_vm(linux: pb.LinuxPodSandboxConfig) -> str:
-    """The pod's own, which its client has limited to the containers' memory and the declared overhead.
+    """Return the parent of the pod's cgroup: as requested, or "" for the daemon's own.
 
-    Where none is declared (no RuntimeClass, or one without overhead) a VM of that size does not fit in
-    it, and its VMM would be killed as it starts; so it lives in the daemon's cgroup. The containers are
-    limited in the guest in any case.
+    The client limits the requested parent to the containers' memory and the declared overhead. Without
+    overhead (no RuntimeClass, or one without it) a VM of that size does not fit, and the OOM killer would end
+    the VMM as it starts. The containers are limited in the guest in either case.
     """
     limited = linux.resources.memory_limit_in_bytes > 0
     return "" if limited and not linux.overhead.memory_limit_in_bytes else linux.cgroup_parent
@@ -140,7 +142,7 @@ def _pod_pid_mode(options: pb.NamespaceOption, at: str) -> PidMode:
     check_namespaces(options, at)
     mode = pid_mode(options, at)
     if mode is PidMode.TARGET:
-        raise InvalidSpec(f"{at}.pid", "a sandbox has no target", "POD, CONTAINER, NODE")
+        raise InvalidSpec(f"{at}.pid", "a pod sandbox cannot have TARGET", "POD, CONTAINER, NODE")
     return mode
 
 
@@ -148,10 +150,10 @@ def _pod_pid_mode(options: pb.NamespaceOption, at: str) -> PidMode:
 
 
 def container_spec(config: pb.ContainerConfig) -> ContainerSpec:
-    """Raises InvalidSpec.
+    """Convert the configuration of a container. Raises InvalidSpec.
 
-    The pod's configuration, which a client repeats in CreateContainer, is not looked at: the
-    sandbox is what it was started as.
+    The pod's configuration, which a client repeats in CreateContainer, is ignored: the pod keeps the one it
+    was started with.
     """
     at = "config"
     refuse_message(config, "windows", at, "a pod's VM runs Linux")
@@ -169,7 +171,7 @@ def container_spec(config: pb.ContainerConfig) -> ContainerSpec:
             for n, mount in enumerate(config.mounts)
         ),
         devices=tuple(_device(device, f"{at}.devices[{n}]") for n, device in enumerate(config.devices)),
-        cdi_devices=tuple(_cdi_wishes(config, at)),
+        cdi_devices=tuple(_cdi_requests(config, at)),
         labels=dict(config.labels),
         annotations=dict(config.annotations),
         log_path=config.log_path,
@@ -184,9 +186,11 @@ def container_spec(config: pb.ContainerConfig) -> ContainerSpec:
 
 def _env(env: pb.KeyValue, at: str) -> tuple[str, bytes]:
     if not env.key or "=" in env.key or "\0" in env.key:
-        raise InvalidSpec(f"{at}.key", f"{env.key!r} is not a variable's name", "text without = and NUL")
+        raise InvalidSpec(
+            f"{at}.key", f"{env.key!r} is not a valid name of a variable", "a name without = and NUL"
+        )
     if b"\0" in env.value:
-        raise InvalidSpec(f"{at}.value", "has a NUL byte in it", "bytes without NUL")
+        raise InvalidSpec(f"{at}.value", "contains a NUL byte", "bytes without NUL")
     return env.key, env.value
 
 
@@ -202,7 +206,9 @@ def _mount(mount: pb.Mount, privileged: bool, at: str) -> MountSpec:
     if mount.recursive_read_only and not mount.readonly:
         raise InvalidSpec(f"{at}.recursive_read_only", "is set on a writable mount", "readonly as well")
     if mount.recursive_read_only and propagation is not Propagation.PRIVATE:
-        raise InvalidSpec(f"{at}.recursive_read_only", "does not go with propagation", "PROPAGATION_PRIVATE")
+        raise InvalidSpec(
+            f"{at}.recursive_read_only", "cannot be combined with propagation", "PROPAGATION_PRIVATE"
+        )
     if mount.HasField("image"):
         _check_image_volume(mount, at)
     elif mount.image_sub_path:
@@ -227,21 +233,21 @@ def _mount(mount: pb.Mount, privileged: bool, at: str) -> MountSpec:
 def _check_image_volume(mount: pb.Mount, at: str) -> None:
     required(mount.image.image, f"{at}.image.image")
     if mount.host_path:
-        raise InvalidSpec(f"{at}.host_path", "is set beside an image", "one of the two")
+        raise InvalidSpec(f"{at}.host_path", "is set together with an image", "one of the two")
     if not mount.readonly:
-        raise InvalidSpec(f"{at}.readonly", "is not set, and the source is an image", "a read-only mount")
+        raise InvalidSpec(f"{at}.readonly", "is not set, but the source is an image", "a read-only mount")
     path = PurePosixPath(mount.image_sub_path)
     if path.is_absolute() or ".." in path.parts or "\0" in mount.image_sub_path:
         raise InvalidSpec(
             f"{at}.image_sub_path",
-            f"{mount.image_sub_path!r} leaves the image",
+            f"{mount.image_sub_path!r} points outside the image",
             "a path relative to its root",
         )
 
 
 def _mount_option(option: str, at: str) -> str:
     if option not in MOUNT_OPTIONS:
-        raise InvalidSpec(at, f"{option!r} is not offered", ", ".join(MOUNT_OPTIONS))
+        raise InvalidSpec(at, f"{option!r} is not supported", ", ".join(MOUNT_OPTIONS))
     return option
 
 
@@ -257,7 +263,9 @@ def _propagation(mount: pb.Mount, privileged: bool, at: str) -> Propagation:
 def _device(device: pb.Device, at: str) -> DeviceSpec:
     permissions = device.permissions or "rwm"
     if set(permissions) - set("rwm"):
-        raise InvalidSpec(f"{at}.permissions", f"{permissions!r} are not permissions", "of r, w and m")
+        raise InvalidSpec(
+            f"{at}.permissions", f"{permissions!r} are not valid permissions", "any of r, w and m"
+        )
     return DeviceSpec(
         container_path=absolute(device.container_path, f"{at}.container_path"),
         host_path=absolute(device.host_path, f"{at}.host_path"),
@@ -265,8 +273,8 @@ def _device(device: pb.Device, at: str) -> DeviceSpec:
     )
 
 
-def _cdi_wishes(config: pb.ContainerConfig, at: str) -> Iterator[CdiRequest]:
-    """From the field, and from annotations, where device plug-ins of older kubelets leave them."""
+def _cdi_requests(config: pb.ContainerConfig, at: str) -> Iterator[CdiRequest]:
+    """Yield requests of the field, and of annotations, which device plug-ins of older kubelets set."""
     for number, device in enumerate(config.CDI_devices):
         yield CdiRequest(name=device.name, field=f"{at}.CDI_devices[{number}].name")
     for key, value in config.annotations.items():
@@ -286,7 +294,7 @@ def _stop_signal(number: int, at: str) -> str:
 
 
 def resources(wire: pb.LinuxContainerResources, at: str) -> Resources:
-    """Raises InvalidSpec. 0 and "" mean "not given", there and here."""
+    """Convert limits; 0 and "" mean "not set", in the message and in the result. Raises InvalidSpec."""
     for field in ("cpu_period", "cpu_shares", "memory_limit_in_bytes"):
         if getattr(wire, field) < 0:
             raise InvalidSpec(f"{at}.{field}", f"{getattr(wire, field)} is negative", "0 or more")
@@ -311,6 +319,7 @@ def _hugepages(limits: Iterable[pb.HugepageLimit], at: str) -> dict[str, int]:
 
 
 def update_resources(request: pb.UpdateContainerResourcesRequest) -> Resources:
-    """Raises InvalidSpec. The annotations of this call are hints to the runtime; there are none for Husk."""
+    """Convert the limits of an update. Its annotations are hints, of which Husk defines none. Raises
+    InvalidSpec."""
     refuse_message(request, "windows", "", "a pod's VM runs Linux")
     return resources(request.linux, "linux")

@@ -1,4 +1,4 @@
-"""The security half of `translate`: namespaces, users, capabilities, profiles. Pure."""
+"""Converts the security part of requests: namespaces, users, capabilities, profiles. Pure."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from sandbox.spec import (
     UserNamespace,
 )
 
-PROFILE_NAME_MAX = 512  # bytes; "exec NAME" is what the guest's kernel is told
+PROFILE_NAME_MAX = 512  # bytes; the agent writes "exec NAME" to the guest's kernel
 _GROUPS = {pb.Merge: GroupsPolicy.MERGE, pb.Strict: GroupsPolicy.STRICT}
 
 
 def security_spec(security: pb.LinuxContainerSecurityContext, at: str) -> SecuritySpec:
+    """Convert the security context of a container. Raises InvalidSpec."""
     refuse_selinux(security.selinux_options, f"{at}.selinux_options")
     one_of(
         pb.SupplementalGroupsPolicy, security.supplemental_groups_policy, f"{at}.supplemental_groups_policy"
@@ -61,7 +62,7 @@ def security_spec(security: pb.LinuxContainerSecurityContext, at: str) -> Securi
 
 
 def check_namespaces(options: pb.NamespaceOption, at: str) -> None:
-    """Those of the node are for the pod's handler to give or to refuse."""
+    """Check the modes. NODE passes, as the pod's handler decides on it. Raises InvalidSpec."""
     for field in ("network", "pid", "ipc"):
         mode = one_of(pb.NamespaceMode, getattr(options, field), f"{at}.{field}")
         if mode not in ("POD", "NODE") and field != "pid":
@@ -71,18 +72,21 @@ def check_namespaces(options: pb.NamespaceOption, at: str) -> None:
 
 
 def user_namespace(options: pb.NamespaceOption, at: str) -> UserNamespace | None:
-    """One of the pod's own, with one range that begins at 0; None for the node's, which here is the VM's."""
-    wish, at = options.userns_options, f"{at}.userns_options"
-    mode = one_of(pb.NamespaceMode, wish.mode, f"{at}.mode")
+    """Return the user namespace of a pod, with one range that begins at 0; None for NODE, here the VM's.
+
+    Raises InvalidSpec.
+    """
+    userns, at = options.userns_options, f"{at}.userns_options"
+    mode = one_of(pb.NamespaceMode, userns.mode, f"{at}.mode")
     if not options.HasField("userns_options") or mode == "NODE":
         for field in ("uids", "gids"):
-            if getattr(wish, field):
-                raise InvalidSpec(f"{at}.{field}", f"are given, and mode is {mode}", "an empty list")
+            if getattr(userns, field):
+                raise InvalidSpec(f"{at}.{field}", f"are set, but the mode is {mode}", "an empty list")
         return None
     if mode != "POD":
         raise InvalidSpec(f"{at}.mode", f"{mode}: the containers of a pod share it", "POD, NODE")
     return UserNamespace(
-        uids=(_id_range(wish.uids, f"{at}.uids"),), gids=(_id_range(wish.gids, f"{at}.gids"),)
+        uids=(_id_range(userns.uids, f"{at}.uids"),), gids=(_id_range(userns.gids, f"{at}.gids"),)
     )
 
 
@@ -91,15 +95,18 @@ def _id_range(ranges: Sequence[pb.IDMapping], at: str) -> IdRange:
         raise InvalidSpec(at, f"has {len(ranges)} mappings", "one")
     (only,) = ranges
     if only.container_id != 0:
-        raise InvalidSpec(f"{at}[0].container_id", f"{only.container_id} is the first id", "0")
+        raise InvalidSpec(f"{at}[0].container_id", f"the range begins at {only.container_id}", "0")
     if not 0 < only.length <= ID_MAX or only.host_id + only.length - 1 > ID_MAX:
         raise InvalidSpec(
-            f"{at}[0].length", f"{only.length} from {only.host_id} on are no ids", f"ids to {ID_MAX}"
+            f"{at}[0].length",
+            f"{only.length} ids from {only.host_id} on are out of range",
+            f"1 or more ids up to {ID_MAX}",
         )
     return IdRange(inside=0, outside=only.host_id, length=only.length)
 
 
 def mount_ids(mount: pb.Mount, at: str) -> UserNamespace | None:
+    """Return the id mappings of a mount; None without any. Raises InvalidSpec."""
     if not mount.uidMappings and not mount.gidMappings:
         return None
     return UserNamespace(
@@ -109,13 +116,17 @@ def mount_ids(mount: pb.Mount, at: str) -> UserNamespace | None:
 
 
 def pid_mode(options: pb.NamespaceOption, at: str) -> PidMode:
+    """Return the mode of the PID namespace. Raises InvalidSpec for TARGET without a target."""
     if options.pid == pb.TARGET and not options.target_id:
-        raise InvalidSpec(f"{at}.target_id", "is missing, with pid TARGET", "a container's id")
+        raise InvalidSpec(f"{at}.target_id", "is missing for pid TARGET", "the id of a container")
     return PidMode[pb.NamespaceMode.Name(options.pid)]
 
 
 def seccomp(security: pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityContext, at: str) -> Seccomp:
-    """`seccomp` wins over the older string; neither means unconfined ."""
+    """Return the seccomp profile. The field `seccomp` wins over the older string; neither means unconfined.
+
+    Raises InvalidSpec.
+    """
     if not security.HasField("seccomp"):
         return _older_seccomp(security.seccomp_profile_path, f"{at}.seccomp_profile_path")
     profile = security.seccomp
@@ -136,14 +147,17 @@ def _older_seccomp(path: str, at: str) -> Seccomp:
     if path.startswith("localhost/"):
         return Seccomp(kind=SeccompKind.LOCALHOST, path=absolute(path.removeprefix("localhost/"), at))
     raise InvalidSpec(
-        at, f"{path!r} is not a profile", "unconfined, runtime/default, localhost/<absolute path>"
+        at, f"{path!r} is not a valid profile", "unconfined, runtime/default, localhost/<absolute path>"
     )
 
 
 def apparmor(
     security: pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityContext, at: str, older: str = ""
 ) -> AppArmor:
-    """`apparmor` wins over the older string; neither means unconfined."""
+    """Return the AppArmor profile. `apparmor` wins over the older string; neither means unconfined.
+
+    Raises InvalidSpec.
+    """
     if not security.HasField("apparmor"):
         return _older_apparmor(older, f"{at}.apparmor_profile")
     profile = security.apparmor
@@ -165,14 +179,18 @@ def _older_apparmor(profile: str, at: str) -> AppArmor:
         return AppArmor(kind=AppArmorKind.RUNTIME_DEFAULT)
     if profile.startswith("localhost/"):
         return _local_profile(profile.removeprefix("localhost/"), at)
-    raise InvalidSpec(at, f"{profile!r} is not a profile", "unconfined, runtime/default, localhost/<name>")
+    raise InvalidSpec(
+        at, f"{profile!r} is not a valid profile", "unconfined, runtime/default, localhost/<name>"
+    )
 
 
 def _local_profile(name: str, at: str) -> AppArmor:
-    # one that is not loaded is found out where the host is looked at
+    # whether the profile is loaded is checked where the host is read (sandbox.apparmor)
     if not name or "\0" in name or len(name.encode()) > PROFILE_NAME_MAX:
         raise InvalidSpec(
-            at, f"{name[:80]!r} is not a profile's name", f"a name of at most {PROFILE_NAME_MAX} bytes"
+            at,
+            f"{name[:80]!r} is not a valid name of a profile",
+            f"a name of at most {PROFILE_NAME_MAX} bytes",
         )
     return AppArmor(kind=AppArmorKind.LOCALHOST, name=name)
 
@@ -182,6 +200,7 @@ def _profile_type(profile: pb.SecurityProfile, at: str) -> str:
 
 
 def refuse_selinux(options: pb.SELinuxOption, at: str) -> None:
+    """Raise InvalidSpec if a label is set."""
     for field in ("user", "role", "type", "level"):
         if getattr(options, field):
             raise InvalidSpec(f"{at}.{field}", "the guest has no SELinux", "an empty label")

@@ -1,8 +1,7 @@
-"""`husk doctor`: what this host has, lacks, and which Debian package brings it.
+"""`husk doctor`: checks what Husk needs of this host, and names what to do about what is missing.
 
-Each check is a function that looks at one thing and says one sentence. A check that breaks is a
-failed check, never the end of the others. Everything that is tried is undone by itself: trial
-mounts live in a mount namespace that ends with the trial.
+Each check examines one thing and returns one finding. A check that raises is a failed check and does not
+stop the others. Trials leave nothing behind: trial mounts are made in a mount namespace of their own.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from sandbox.vm_pods.accelerator import Prober
 from sandbox.vmm.drivers import Hypervisors, find_host
 
 TRIAL_TIMEOUT_S = 20
-SPACE_FAIL = 512 << 20
+SPACE_FAIL = 512 << 20  # bytes free
 SPACE_WARN = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What is examined. `fs` is "/" but for tests."""
+    """The host to examine. `fs` is its root directory, "/" except in tests; `which` finds a program."""
 
     config: Config
     fs: Path = Path("/")
@@ -48,12 +47,14 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Check:
+    """A check and the name of its finding."""
+
     name: str
-    look: Callable[[Host], Awaitable[Finding]]
+    run: Callable[[Host], Awaitable[Finding]]
 
 
 async def examine(host: Host) -> Sequence[Finding]:
-    """Run every check; returns one finding for each, in their order."""
+    """Run every check; return one finding for each, in their order."""
     return [await _contained(check, host) for check in checks_of(host)]
 
 
@@ -66,68 +67,80 @@ def checks_of(host: Host) -> Sequence[Check]:
 
 
 def _of_driver(check: HostCheck) -> Callable[[Host], Awaitable[Finding]]:
-    async def look(host: Host) -> Finding:
+    async def run(host: Host) -> Finding:
         return await check.run()
 
-    return look
+    return run
 
 
 async def _contained(check: Check, host: Host) -> Finding:
     try:
-        return await check.look(host)
+        return await check.run(host)
     except Exception as error:
-        return fail(check.name, f"could not be examined: {error}")
+        return fail(
+            check.name, f"the check failed: {type(error).__name__}: {error}", "report this as a bug of Husk"
+        )
 
 
 # -------------------------------------------------------------------------------- programs
 
 
 async def user(host: Host) -> Finding:
+    """Check that this process is root."""
     if os.geteuid() == 0:
         return ok("user", "runs as root")
-    return fail("user", "root is needed, for mounts, namespaces and cgroups", "run it with sudo")
+    return fail("user", "not root, which mounts, namespaces and cgroups need", "run husk with sudo")
 
 
 async def host_pods(host: Host) -> Finding:
+    """Check for the programs that run pods without a VM, unless every handler refuses such pods."""
     name = "host-pods"
     handlers = host.config.runtime_handlers().values()
     if all(handler.host_pods == "refuse" for handler in handlers):
-        return ok(name, "those that ask for namespaces of the node are refused")
+        return ok(name, "pods with namespaces of the node are refused, as configured")
     missing = [program for program in ("conmon", "crun") if host.which(program) is None]
     if missing:
         programs = " and ".join(missing)
         return warn(
             name,
-            f"{programs} not found: pods with the node's network, PID or IPC cannot be started",
+            f"{programs} not found: pods with the node's network, PID or IPC namespace cannot start",
             f"apt-get install {' '.join(missing)}",
         )
-    return ok(name, "conmon and crun are there for pods that share namespaces with the node")
+    return ok(name, "conmon and crun are installed, for pods with namespaces of the node")
 
 
 async def seccomp(host: Host) -> Finding:
+    """Compile the default seccomp profile."""
     wanted = SecuritySpec(seccomp=Seccomp(kind=SeccompKind.RUNTIME_DEFAULT))
     try:
         await asyncio.to_thread(seccomp_for, wanted)
     except MissingProgram as error:
         return fail("libseccomp", str(error), error.package)
-    return ok("libseccomp", "compiles the default seccomp profile")
+    return ok("libseccomp", "the default seccomp profile compiles")
 
 
 async def apparmor(host: Host) -> Finding:
+    """Report which AppArmor profiles containers can have."""
     if not boot_image.default_profile(Path(host.config.root)).is_file():
-        fix = "husk guest build, where apt knows the package apparmor"
-        return warn("apparmor", "RuntimeDefault is refused: the guest image has no profile for it", fix)
+        fix = "husk guest build, with the package apparmor available to apt"
+        return warn("apparmor", "RuntimeDefault is refused, as the guest image has no profile for it", fix)
     if not (host.fs / HOST_POLICY.relative_to("/")).is_dir():
-        return ok("apparmor", "RuntimeDefault can be had; no profiles of this host, whose kernel has none")
-    return ok("apparmor", "RuntimeDefault and the profiles that are loaded on this host can be had")
+        return ok(
+            "apparmor",
+            "RuntimeDefault is available; no other profiles, as this host's kernel has no AppArmor",
+        )
+    return ok("apparmor", "RuntimeDefault and the profiles loaded on this host are available")
 
 
 # ------------------------------------------------------------------------------ guest, accelerator
 
 
 async def guest(host: Host) -> Finding:
+    """Check for a guest kernel and initramfs: those that handlers name, and the built image."""
     if missing := _missing_files(host.config):
-        return fail("guest", f"{missing} does not exist", "correct the configuration")
+        return fail(
+            "guest", f"{missing} does not exist", "correct the path in the configuration, or remove it"
+        )
     image = boot_image.find_image(Path(host.config.root))
     if image is None:
         return fail("guest", f"no kernel and initramfs under {host.config.root}/guest", "husk guest build")
@@ -143,14 +156,14 @@ async def accelerator(host: Host) -> Finding:
         return ok("accelerator", f"{first.accelerator}: {first.reason}")
     image = boot_image.find_image(Path(host.config.root))
     if image is None:
-        return warn("accelerator", "cannot be tried without a guest image", "husk guest build")
+        return warn("accelerator", "not tried, as there is no guest image yet", "husk guest build")
     prober = Prober(handler.hypervisor, driver, Hypervisors(), Path(host.config.run))
     choice = await prober.choose(handler.accelerator, image)
     return ok("accelerator", f"{choice.accelerator}: {choice.reason}")
 
 
 def _missing_files(config: Config) -> str:
-    """The first kernel or initramfs that a handler names and nobody has."""
+    """Return the first kernel or initramfs of a handler that does not exist; "" if all do."""
     for name, handler in config.handlers.items():
         for path in (handler.kernel, handler.initramfs):
             if path and not Path(path).is_file():
@@ -159,7 +172,7 @@ def _missing_files(config: Config) -> str:
 
 
 async def tun(host: Host) -> Finding:
-    """Open the device that taps are made with."""
+    """Open /dev/net/tun, by which tap devices are created."""
     missing = fail("tun", "/dev/net/tun is missing: no pod can have a network", "modprobe tun")
     return await device_check(host.fs / "dev/net/tun", use="pods can have a network", missing=missing).run()
 
@@ -168,13 +181,16 @@ async def tun(host: Host) -> Finding:
 
 
 async def cni(host: Host) -> Finding:
+    """Check the CNI configuration of pods and its plug-ins."""
     try:
         network = find_conf(Path(host.config.cni.conf_dir))
     except NetworkNotReady as error:
         if error.__cause__ is not None:
-            return fail("cni", str(error), "correct the file")
-        # the daemon starts without, and picks one up when it appears
-        return warn("cni", f"{error}: pods cannot start yet", "install a CNI network")
+            return fail("cni", str(error), "correct the CNI configuration file")
+        # the daemon starts without one, and uses it as soon as it appears
+        return warn(
+            "cni", f"{error}: pods cannot start yet", f"install a CNI network in {host.config.cni.conf_dir}"
+        )
     plugins = Plugins(bin_dirs=tuple(map(Path, host.config.cni.bin_dirs)))
     try:
         for plugin in network.plugins:
@@ -182,14 +198,17 @@ async def cni(host: Host) -> Finding:
     except CniError as error:
         fix = "apt-get install containernetworking-plugins, or see cni.bin_dirs"
         return fail("cni", f"{network.file}: {error.plugin!r}: {error.message}", fix)
-    return ok("cni", f"network {network.name!r} of {network.file}")
+    return ok("cni", f"network {network.name!r} from {network.file}")
 
 
 async def iptables(host: Host) -> Finding:
+    """Check for a program that CNI's plug-ins set up host ports and masquerading with."""
     if host.which("iptables") or host.which("nft"):
-        return ok("firewall", "iptables or nft is there for host ports and masquerading")
+        return ok("firewall", "iptables or nft is installed, for host ports and masquerading")
     return warn(
-        "firewall", "neither iptables nor nft: CNI's portmap and ipMasq will fail", "apt-get install iptables"
+        "firewall",
+        "neither iptables nor nft found: host ports (portmap) and masquerading (ipMasq) will fail",
+        "apt-get install iptables",
     )
 
 
@@ -197,10 +216,11 @@ async def iptables(host: Host) -> Finding:
 
 
 async def cgroups(host: Host) -> Finding:
+    """Report the cgroup layout and the driver that the kubelet should use."""
     layout = cgroup.find_layout()
     if not layout.roots:
         return fail("cgroups", "no cgroup hierarchy is mounted", "mount cgroup2 at /sys/fs/cgroup")
-    return ok("cgroups", f"{layout.mode}; the kubelet's driver is {cgroup.find_driver(layout)}")
+    return ok("cgroups", f"{layout.mode}; cgroup driver for the kubelet: {cgroup.find_driver(layout)}")
 
 
 OVERLAY_TRIAL = (
@@ -210,30 +230,38 @@ OVERLAY_TRIAL = (
 
 
 async def overlayfs(host: Host) -> Finding:
-    """Really mounts one: some filesystems (another overlay, some network ones) cannot be the upper."""
+    """Mount an overlay on the filesystem of `root`: another overlay and some network filesystems cannot
+    have its upper directory."""
     root = _existing(Path(host.config.root))
     with tempfile.TemporaryDirectory(dir=root, prefix=".husk-doctor-") as trial:
         for name in ("lower", "upper", "work", "merged"):
             (Path(trial) / name).mkdir()
         (Path(trial) / "lower/file").write_text("husk")
-        said = await _run(["unshare", "--mount", "sh", "-c", OVERLAY_TRIAL, "sh", trial])
-    if said.returncode != 0:
-        problem = " ".join(said.stderr.split()) or f"exit status {said.returncode}"
-        return fail("overlayfs", f"does not work on {root}: {problem}", "put `root` on ext4 or xfs")
-    return ok("overlayfs", f"works on {root}")
+        trial_run = await _run(["unshare", "--mount", "sh", "-c", OVERLAY_TRIAL, "sh", trial])
+    if trial_run.returncode != 0:
+        problem = " ".join(trial_run.stderr.split()) or f"exit status {trial_run.returncode}"
+        return fail(
+            "overlayfs", f"an overlay on {root} cannot be mounted: {problem}", "move `root` to ext4 or xfs"
+        )
+    return ok("overlayfs", f"overlays on {root} work")
 
 
 async def space(host: Host) -> Finding:
+    """Check the free space for images and writable layers."""
     root = _existing(Path(host.config.root))
     free = shutil.disk_usage(root).free
     text = f"{free / (1 << 30):.1f} GiB free on {root}"
     if free < SPACE_FAIL:
-        return fail("space", text, "make room, or move `root`")
-    return warn("space", text, "images need room") if free < SPACE_WARN else ok("space", text)
+        return fail("space", text, "free space, or move `root`")
+    return (
+        warn("space", text, "free space for images, or move `root`")
+        if free < SPACE_WARN
+        else ok("space", text)
+    )
 
 
 def _existing(path: Path) -> Path:
-    """The nearest directory above that is there already."""
+    """Return the path itself or its nearest parent that exists."""
     return next(place for place in (path, *path.parents) if place.is_dir())
 
 
@@ -266,10 +294,12 @@ CHECKS: Sequence[Check] = (
 
 
 def failed(findings: Sequence[Finding]) -> bool:
+    """Whether any check failed; warnings do not count."""
     return any(finding.result is CheckResult.FAIL for finding in findings)
 
 
 def as_text(findings: Sequence[Finding]) -> Iterator[str]:
+    """Yield one line per finding: result, name, detail, and what to do."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         fix = f"  [fix: {finding.fix}]" if finding.fix else ""
@@ -277,5 +307,6 @@ def as_text(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def as_json(findings: Sequence[Finding]) -> str:
+    """Return the findings as one JSON object, with `ok` for the whole."""
     document = {"ok": not failed(findings), "checks": findings}
     return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()

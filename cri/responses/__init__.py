@@ -1,1 +1,1 @@
-"""Records and usage as messages of the CRI. Pure but for the list cache."""
+"""Conversion of records and usage to CRI messages. Pure except for the list cache."""

@@ -1,9 +1,9 @@
-"""List answers without encoding every item again.
+"""List responses that encode only the items that have changed.
 
-A kubelet asks for both lists every second, and most items have not changed since. Records are
-immutable, so the bytes made of one stay right for as long as that very object is listed. A message
-of the form `repeated Item items = 1` is the concatenation of its encoded items (protobuf encoding,
-"Last One Wins"), each behind its tag and length.
+A kubelet requests both lists every second, and most items have not changed since. Records are immutable, so
+the encoding of one is valid as long as the same object is listed. A message of the form `repeated Item items
+= 1` is the concatenation of its encoded items (protobuf encoding, "Last One Wins"), each after its tag and
+length.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from google.protobuf.message import Message
 
 R = TypeVar("R")
 
-BATCH_BYTES = 256 << 10  # of a streamed list; far below what a client takes in one message
+BATCH_BYTES = 256 << 10  # of a streamed list; far below what a client accepts in one message
 ITEM_TAG = b"\x0a"  # field 1, length-delimited
 
 
 class ListCache(Generic[R]):
-    """The bytes of a list message, remembered per item."""
+    """Encodes list messages, and caches the bytes of each item by `key`."""
 
     def __init__(self, key: Callable[[R], Hashable], encode: Callable[[R], Message]) -> None:
         self._key = key
@@ -28,6 +28,7 @@ class ListCache(Generic[R]):
         self._known: dict[Hashable, tuple[R, bytes]] = {}
 
     def of(self, records: Iterable[R]) -> bytes:
+        """Return the encoded list message of these records."""
         known, key, item = self._known.get, self._key, self._item
         return b"".join(
             [
@@ -37,7 +38,7 @@ class ListCache(Generic[R]):
         )
 
     def batches(self, records: Iterable[R]) -> Iterator[bytes]:
-        """The list in messages of a bounded size, with at least one item each (CRI, Stream* rpcs)."""
+        """Yield the list in messages of about BATCH_BYTES, each with at least one item (CRI, Stream*)."""
         batch: list[bytes] = []
         size = 0
         for record in records:
@@ -51,7 +52,7 @@ class ListCache(Generic[R]):
             yield b"".join(batch)
 
     def keep_only(self, records: Sequence[R]) -> None:
-        """Forget the items that are no more. Call it with a whole list, not a filtered one."""
+        """Drop cached items that no longer exist. `records` is the whole list, not a filtered one."""
         if len(records) < len(self._known):
             live = {self._key(record) for record in records}
             self._known = {key: item for key, item in self._known.items() if key in live}

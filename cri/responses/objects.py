@@ -1,4 +1,4 @@
-"""Records as the CRI's messages. Pure: no clock, no files, no event loop."""
+"""Converts records of pods, containers and images to CRI messages. Pure: no clock, files or event loop."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from sandbox.spec import (
 
 
 def pod_state(record: PodRecord) -> pb.PodSandboxState.ValueType:
+    """Return READY or NOTREADY."""
     return pb.SANDBOX_READY if record.ready else pb.SANDBOX_NOTREADY
 
 
 def pod_metadata(spec: PodSpec) -> pb.PodSandboxMetadata:
+    """Return the metadata as it was requested."""
     return pb.PodSandboxMetadata(name=spec.name, uid=spec.uid, namespace=spec.namespace, attempt=spec.attempt)
 
 
 def pod_item(record: PodRecord) -> pb.PodSandbox:
+    """Return the item of ListPodSandbox."""
     return pb.PodSandbox(
         id=record.id,
         metadata=pod_metadata(record.spec),
@@ -41,7 +44,7 @@ def pod_item(record: PodRecord) -> pb.PodSandbox:
 
 
 def pod_status(record: PodRecord) -> pb.PodSandboxStatus:
-    """A pod that has ended keeps its address: a kubelet reads it still."""
+    """Return the status. A stopped pod keeps its addresses, as a kubelet still reads them."""
     ips = record.network.ips if record.network else ()
     options = pb.NamespaceOption(
         network=pb.NODE if record.spec.host_network else pb.POD,
@@ -67,7 +70,7 @@ def pod_status(record: PodRecord) -> pb.PodSandboxStatus:
 # ------------------------------------------------------------------------------------ containers
 
 _STATES = {
-    ContainerState.CREATING: pb.CONTAINER_CREATED,  # not listed: its client has not been told the id
+    ContainerState.CREATING: pb.CONTAINER_CREATED,  # not listed, as its client does not have the id yet
     ContainerState.CREATED: pb.CONTAINER_CREATED,
     ContainerState.RUNNING: pb.CONTAINER_RUNNING,
     ContainerState.EXITED: pb.CONTAINER_EXITED,
@@ -76,10 +79,12 @@ _STATES = {
 
 
 def container_state(record: ContainerRecord) -> pb.ContainerState.ValueType:
+    """Return the state in the CRI's terms."""
     return _STATES[record.state]
 
 
 def container_metadata(record: ContainerRecord) -> pb.ContainerMetadata:
+    """Return the metadata as it was requested."""
     return pb.ContainerMetadata(name=record.spec.name, attempt=record.spec.attempt)
 
 
@@ -88,6 +93,7 @@ def _image_spec(record: ContainerRecord) -> pb.ImageSpec:
 
 
 def container_item(record: ContainerRecord) -> pb.Container:
+    """Return the item of ListContainers."""
     return pb.Container(
         id=record.id,
         pod_sandbox_id=record.pod_id,
@@ -103,6 +109,7 @@ def container_item(record: ContainerRecord) -> pb.Container:
 
 
 def container_status(record: ContainerRecord) -> pb.ContainerStatus:
+    """Return the status."""
     return pb.ContainerStatus(
         id=record.id,
         metadata=container_metadata(record),
@@ -162,7 +169,7 @@ def _mount(number: int, mount: MountSpec, record: ContainerRecord) -> pb.Mount:
 
 
 def _image_volume(number: int, mount: MountSpec, record: ContainerRecord) -> pb.ImageSpec | None:
-    """With the id of the image that was found by the name asked for."""
+    """Return the image of a mount, with the id that its name was resolved to."""
     for volume in record.image_volumes:
         if volume.mount == number:
             return pb.ImageSpec(
@@ -197,7 +204,7 @@ def _user(user: User) -> pb.ContainerUser:
 
 
 def stop_signal(name: str) -> pb.Signal.ValueType:
-    """ "SIGRTMIN+3" as the CRI's number; what it has no number for is the runtime's default."""
+    """Return the CRI's value for a name such as "SIGRTMIN+3"; RUNTIME_DEFAULT if it has none."""
     wire = f"SIGNAL_{name.replace('+', 'PLUS').replace('-', 'MINUS')}"
     return pb.Signal.Value(wire) if wire in pb.Signal.keys() else pb.SIGNAL_RUNTIME_DEFAULT  # noqa: SIM118
 
@@ -206,6 +213,7 @@ def stop_signal(name: str) -> pb.Signal.ValueType:
 
 
 def image(image: Image) -> pb.Image:
+    """Return the item of ListImages."""
     uid, username = image_user(image.config.user)
     return pb.Image(
         id=image.id,
@@ -219,6 +227,7 @@ def image(image: Image) -> pb.Image:
 
 
 def filesystem(mountpoint: str, at_ns: int, used_bytes: int, inodes: int) -> pb.FilesystemUsage:
+    """Return usage of a filesystem at a time in nanoseconds since the epoch."""
     return pb.FilesystemUsage(
         timestamp=at_ns,
         fs_id=pb.FilesystemIdentifier(mountpoint=mountpoint),
@@ -231,14 +240,15 @@ def filesystem(mountpoint: str, at_ns: int, used_bytes: int, inodes: int) -> pb.
 
 
 def labels_match(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether the labels have every pair of the selector."""
     return all(labels.get(key) == value for key, value in selector.items())
 
 
 def matching_pods(
     records: Sequence[PodRecord], filter: pb.PodSandboxFilter | pb.PodSandboxStatsFilter
 ) -> list[PodRecord]:
-    """Conditions add up; an id may be the beginning of one (crictl prints 13 digits)."""
-    if not filter.ByteSize():  # as a kubelet asks, all the time
+    """Return the pods that meet every condition. An id may be a prefix, as crictl prints 13 digits."""
+    if not filter.ByteSize():  # the kubelet's request
         return list(records)
     state = (
         filter.state.state if isinstance(filter, pb.PodSandboxFilter) and filter.HasField("state") else None
@@ -256,6 +266,7 @@ def matching_pods(
 def matching_containers(
     records: Sequence[ContainerRecord], filter: pb.ContainerFilter | pb.ContainerStatsFilter
 ) -> list[ContainerRecord]:
+    """Return the containers that meet every condition. Ids may be prefixes."""
     if not filter.ByteSize():
         return list(records)
     state = (

@@ -1,9 +1,9 @@
-"""The metrics of ListMetricDescriptors and ListPodSandboxMetrics: names and meaning as cAdvisor has them.
+"""The metrics of ListMetricDescriptors and ListPodSandboxMetrics, with cAdvisor's names and meaning.
 
-Every metric is one line here: its name, what it says, its kind, and where its values come from. A
-value is a whole number on the wire, so seconds are rounded down. Labels begin with pod, namespace,
-container, id and image; series of a pod as a whole have an empty container and image, and its id.
-Pure: no clock, no files, no event loop.
+Every metric is one entry of METRICS: name, help, type, and the source of its values. Values are whole numbers
+on the wire, so seconds are rounded down. Labels begin with pod, namespace, container, id and image; series of
+a pod as a whole have its id, and an empty container and image.
+Pure: no clock, files or event loop.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DEFAULT_SHARES = 1024
 _NS = 1_000_000_000
 _US = 1_000_000
 
-# Values with those of the labels that come behind LABELS.
+# Values, each with the values of the labels after LABELS.
 Samples = Iterable[tuple[tuple[str, ...], int]]
 
 
 class Filesystem(Value, frozen=True, kw_only=True):
-    """Where the writable layers lie."""
+    """The filesystem of the writable layers."""
 
     device: str
     total_bytes: int
@@ -36,7 +36,7 @@ class Filesystem(Value, frozen=True, kw_only=True):
 
 
 class Measured(Value, frozen=True, kw_only=True):
-    """One container, with all that its metrics are made of."""
+    """A container and everything that its metrics are computed from."""
 
     record: ContainerRecord
     stats: ContainerStats
@@ -46,15 +46,17 @@ class Measured(Value, frozen=True, kw_only=True):
 
     @property
     def resources(self) -> Resources:
+        """Limits in force."""
         return self.record.resources
 
     @property
     def usage(self) -> CgroupStats:
+        """Usage of its cgroup."""
         return self.stats.usage
 
 
 class _Metric(Value, frozen=True, kw_only=True):
-    """Values of a cgroup, be it a container's or the pod's; or else of a container or an interface."""
+    """A metric, whose values are those of a cgroup (of container and pod), a container or an interface."""
 
     name: str
     help: str
@@ -66,6 +68,7 @@ class _Metric(Value, frozen=True, kw_only=True):
 
 
 def descriptors() -> list[pb.MetricDescriptor]:
+    """Return the descriptor of every metric."""
     return [
         pb.MetricDescriptor(name=metric.name, help=metric.help, label_keys=[*LABELS, *metric.labels])
         for metric in METRICS
@@ -73,6 +76,7 @@ def descriptors() -> list[pb.MetricDescriptor]:
 
 
 def pod_metrics(pod: PodRecord, stats: PodStats, containers: Sequence[Measured]) -> pb.PodSandboxMetrics:
+    """Return the metrics of a pod and its containers."""
     labels = [pod.spec.name, pod.spec.namespace, "", pod.id, ""]
     return pb.PodSandboxMetrics(
         pod_sandbox_id=pod.id,
@@ -106,7 +110,7 @@ def _of_interfaces(interfaces: Sequence[InterfaceUsage], labels: Sequence[str]) 
 
 
 def _sample(metric: _Metric, labels: Sequence[str], more: Sequence[str], value: int) -> pb.Metric:
-    """Timestamp 0: read when it was asked for."""
+    """Make one sample. Its timestamp is 0: it was read for this call."""
     return pb.Metric(
         name=metric.name,
         metric_type=metric.kind,
@@ -143,7 +147,7 @@ def _pressure(resource: str, of: Callable[[CgroupStats], Psi | None]) -> Iterabl
 
         yield _Metric(
             name=f"container_pressure_{resource}_{word}_seconds_total",
-            help=f"Time in which {'some' if who == 'some' else 'all'} tasks waited for {resource}.",
+            help=f"Seconds in which {'some' if who == 'some' else 'all'} tasks waited for {resource}.",
             kind=pb.COUNTER,
             of_cgroup=samples,
         )
@@ -172,7 +176,7 @@ def _filesystem(
 
 
 def _devices(name: str, help: str, field: str) -> _Metric:
-    """By the block devices of the guest; virtio-fs is none, so there is often nothing to tell."""
+    """Make a metric of the guest's block devices. virtio-fs is not one, so it often has no series."""
     return _Metric(
         name=f"container_fs_{name}",
         help=help,
@@ -210,66 +214,84 @@ def _reservation(one: Measured) -> Samples:
 _C, _G = pb.COUNTER, pb.GAUGE
 METRICS: tuple[_Metric, ...] = (
     # ---- cpu
-    _cgroup(_C, "cpu_usage_seconds_total", "CPU time used.", lambda u: u.cpu.usage_ns // _NS),
-    _cgroup(_C, "cpu_user_seconds_total", "CPU time used in user mode.", lambda u: u.cpu.user_ns // _NS),
-    _cgroup(_C, "cpu_system_seconds_total", "CPU time used in the kernel.", lambda u: u.cpu.system_ns // _NS),
-    _cgroup(_C, "cpu_cfs_periods_total", "Periods with a CPU limit that elapsed.", lambda u: u.cpu.periods),
+    _cgroup(_C, "cpu_usage_seconds_total", "CPU time used, in seconds.", lambda u: u.cpu.usage_ns // _NS),
+    _cgroup(
+        _C,
+        "cpu_user_seconds_total",
+        "CPU time used in user mode, in seconds.",
+        lambda u: u.cpu.user_ns // _NS,
+    ),
+    _cgroup(
+        _C,
+        "cpu_system_seconds_total",
+        "CPU time used in the kernel, in seconds.",
+        lambda u: u.cpu.system_ns // _NS,
+    ),
+    _cgroup(_C, "cpu_cfs_periods_total", "Elapsed periods of the CPU limit.", lambda u: u.cpu.periods),
     _cgroup(
         _C,
         "cpu_cfs_throttled_periods_total",
-        "Periods in which the CPU limit was hit.",
+        "Periods in which tasks were throttled.",
         lambda u: u.cpu.throttled_periods,
     ),
     _cgroup(
         _C,
         "cpu_cfs_throttled_seconds_total",
-        "Time in which the CPU limit held tasks back.",
+        "Time for which tasks were throttled, in seconds.",
         lambda u: u.cpu.throttled_ns // _NS,
     ),
     # ---- memory
     _cgroup(_G, "memory_cache", "Bytes of page cache.", lambda u: u.memory.cache),
     _cgroup(_G, "memory_rss", "Bytes of anonymous memory.", lambda u: u.memory.rss),
-    _cgroup(_G, "memory_kernel_usage", "Bytes that the kernel uses.", lambda u: u.memory.kernel),
+    _cgroup(_G, "memory_kernel_usage", "Bytes of kernel memory.", lambda u: u.memory.kernel),
     _cgroup(_G, "memory_mapped_file", "Bytes of mapped files.", lambda u: u.memory.mapped_file),
     _cgroup(_G, "memory_swap", "Bytes in swap.", lambda u: u.memory.swap_usage),
-    _cgroup(_C, "memory_failcnt", "How often the memory limit was hit.", lambda u: u.memory.limit_hits),
+    _cgroup(
+        _C, "memory_failcnt", "Number of times that the memory limit was hit.", lambda u: u.memory.limit_hits
+    ),
     _cgroup(_G, "memory_usage_bytes", "Bytes of memory, page cache included.", lambda u: u.memory.usage),
-    _cgroup(_G, "memory_max_usage_bytes", "Most bytes of memory so far.", lambda u: u.memory.peak),
+    _cgroup(_G, "memory_max_usage_bytes", "Peak of memory usage in bytes.", lambda u: u.memory.peak),
     _cgroup(
         _G,
         "memory_working_set_bytes",
-        "Bytes of memory less page cache that is not in use.",
+        "Bytes of memory without inactive page cache.",
         lambda u: u.memory.working_set,
     ),
     _Metric(
         name="container_memory_failures_total",
-        help="Page faults.",
+        help="Page faults, minor and major (failure_type).",
         kind=_C,
         labels=("failure_type", "scope"),
         of_cgroup=_failures,
     ),
-    _cgroup(_C, "oom_events_total", "Processes killed for want of memory.", lambda u: u.memory.oom_kills),
+    _cgroup(_C, "oom_events_total", "Processes killed by the OOM killer.", lambda u: u.memory.oom_kills),
     # ---- file systems
     _filesystem(
         _G,
         "inodes_free",
-        "Inodes left where the writable layer lies.",
+        "Free inodes of the filesystem of the writable layer.",
         lambda one: one.filesystem.free_inodes,
     ),
     _filesystem(
-        _G, "inodes_total", "Inodes where the writable layer lies.", lambda one: one.filesystem.total_inodes
+        _G,
+        "inodes_total",
+        "Inodes of the filesystem of the writable layer.",
+        lambda one: one.filesystem.total_inodes,
     ),
     _filesystem(
-        _G, "limit_bytes", "Bytes where the writable layer lies.", lambda one: one.filesystem.total_bytes
+        _G,
+        "limit_bytes",
+        "Size in bytes of the filesystem of the writable layer.",
+        lambda one: one.filesystem.total_bytes,
     ),
-    _filesystem(_G, "usage_bytes", "Bytes of the writable layer.", _layer_bytes),
-    _devices("reads_total", "Reads of block devices.", "reads"),
-    _devices("writes_total", "Writes to block devices.", "writes"),
-    _devices("reads_bytes_total", "Bytes read of block devices.", "read_bytes"),
+    _filesystem(_G, "usage_bytes", "Bytes used by the writable layer.", _layer_bytes),
+    _devices("reads_total", "Read operations on block devices.", "reads"),
+    _devices("writes_total", "Write operations on block devices.", "writes"),
+    _devices("reads_bytes_total", "Bytes read from block devices.", "read_bytes"),
     _devices("writes_bytes_total", "Bytes written to block devices.", "written_bytes"),
     _Metric(
         name="container_blkio_device_usage_total",
-        help="Bytes to and from block devices.",
+        help="Bytes read from and written to block devices, by operation.",
         kind=_C,
         labels=("device", "major", "minor", "operation"),
         of_cgroup=_blkio,
@@ -284,9 +306,9 @@ METRICS: tuple[_Metric, ...] = (
     _network("transmit", "packets_dropped", "Packets dropped while sending.", lambda i: i.tx_dropped),
     _network("transmit", "errors", "Errors while sending.", lambda i: i.tx_errors),
     # ---- processes
-    _container(_G, "processes", "Processes.", lambda one: one.stats.processes),
-    _cgroup(_G, "threads", "Threads.", lambda u: u.threads),
-    _cgroup(_G, "threads_max", "Most threads allowed; 0: no limit.", lambda u: u.threads_max),
+    _container(_G, "processes", "Number of processes.", lambda one: one.stats.processes),
+    _cgroup(_G, "threads", "Number of threads.", lambda u: u.threads),
+    _cgroup(_G, "threads_max", "Limit of threads; 0: none.", lambda u: u.threads_max),
     _container(_G, "file_descriptors", "Open file descriptors.", lambda one: one.stats.files),
     _container(_G, "sockets", "Open sockets.", lambda one: one.stats.sockets),
     _Metric(
@@ -309,14 +331,17 @@ METRICS: tuple[_Metric, ...] = (
     ),
     _Metric(
         name="container_hugetlb_max_usage_bytes",
-        help="Most bytes of huge pages so far; cgroup v2 does not keep it.",
+        help="Peak of huge page usage in bytes; cgroup v2 does not record it.",
         kind=_G,
         labels=("pagesize",),
     ),
-    # ---- what was asked for
-    _container(_G, "last_seen", "When this was read, Unix time.", lambda one: one.now_ns // _NS),
+    # ---- limits and times
+    _container(_G, "last_seen", "Time of this sample, Unix time in seconds.", lambda one: one.now_ns // _NS),
     _container(
-        _G, "start_time_seconds", "When it started, Unix time.", lambda one: one.record.started_at_ns // _NS
+        _G,
+        "start_time_seconds",
+        "Time of the start, Unix time in seconds.",
+        lambda one: one.record.started_at_ns // _NS,
     ),
     _container(
         _G,
@@ -326,7 +351,7 @@ METRICS: tuple[_Metric, ...] = (
     ),
     _Metric(
         name="container_spec_cpu_quota",
-        help="CPU limit, in microseconds a period.",
+        help="CPU limit, in microseconds per period.",
         kind=_G,
         of_container=_quota,
     ),
@@ -334,18 +359,18 @@ METRICS: tuple[_Metric, ...] = (
     _container(
         _G,
         "spec_memory_limit_bytes",
-        "Memory limit; 0: none.",
+        "Memory limit in bytes; 0: none.",
         lambda one: max(0, one.resources.memory_limit),
     ),
     _container(
         _G,
         "spec_memory_swap_limit_bytes",
-        "Limit of memory and swap together; 0: none.",
+        "Limit of memory and swap together, in bytes; 0: none.",
         lambda one: max(0, one.resources.memory_swap_limit),
     ),
     _Metric(
         name="container_spec_memory_reservation_limit_bytes",
-        help="Memory that is kept for it (memory.low).",
+        help="Protected memory in bytes (memory.low).",
         kind=_G,
         of_container=_reservation,
     ),

@@ -1,4 +1,4 @@
-"""Usage as the CRI's messages. Pure: no clock, no files, no event loop."""
+"""Converts samples of usage to CRI messages. Pure: no clock, files or event loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sandbox.stats.parse import ContainerStats, CpuStats, MemoryStats, PodStats
 def container_stats(
     record: ContainerRecord, stats: ContainerStats | None, layers_mountpoint: str
 ) -> pb.ContainerStats:
-    """Without `stats` (it does not run) only what the container is."""
+    """Return usage of a container; without `stats`, as it does not run, only its attributes."""
     attributes = pb.ContainerAttributes(
         id=record.id,
         metadata=objects.container_metadata(record),
@@ -44,7 +44,7 @@ def container_stats(
 def pod_stats(
     record: PodRecord, stats: PodStats | None, containers: list[pb.ContainerStats]
 ) -> pb.PodSandboxStats:
-    """Without `stats` (it is not ready) only what the pod is."""
+    """Return usage of a pod; without `stats`, as it is not ready, only its attributes."""
     attributes = pb.PodSandboxAttributes(
         id=record.id,
         metadata=objects.pod_metadata(record.spec),
@@ -94,8 +94,10 @@ def _memory(memory: MemoryStats, at_ns: int) -> pb.MemoryUsage:
 
 
 def _network(stats: PodStats) -> pb.NetworkUsage | None:
-    """The pod's first interface is its default one. None without any, as with the node's network: a kubelet
-    takes a default one for granted, and ends where it is missing."""
+    """Return usage of the interfaces, of which the first one is the default.
+
+    None without any, as with the node's network: a kubelet crashes on a usage without a default interface.
+    """
     if not stats.interfaces:
         return None
     default, *others = stats.interfaces

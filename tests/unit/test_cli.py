@@ -167,7 +167,7 @@ def test_broken_configuration_exits_with_2(
     file = tmp_path / "config.toml"
     file.write_text("[log]\nlevle = 'info'\n")
     assert cli.main([*command, "--config", str(file)]) == 2
-    assert f"husk: {file}: log.levle: unknown key, perhaps 'level' is meant" in capsys.readouterr().err
+    assert f"husk: {file}: log.levle: unknown key, did you mean 'level'?" in capsys.readouterr().err
 
 
 def test_wrong_usage_exits_with_2() -> None:

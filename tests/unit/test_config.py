@@ -1,4 +1,4 @@
-"""The configuration file: defaults, the command line over it, and errors that name the key."""
+"""The configuration file: defaults, options of the command line, and errors that name the key."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def refusal(path: Path, text: str) -> ConfigError:
 
 
 @pytest.fixture(autouse=True)
-def _no_file_of_this_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_configuration_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "DEFAULT_FILE", tmp_path / "absent.toml")
 
 
-def test_without_a_file_the_defaults_are_in_force() -> None:
+def test_load_without_a_file_has_the_defaults() -> None:
     config = load()
     assert (config.root, config.run, config.socket) == ("/var/lib/husk", "/run/husk", "/run/husk/husk.sock")
     assert config.metrics.address == "127.0.0.1"
     assert list(config.runtime_handlers()) == [""]
 
 
-def test_another_root_takes_its_run_directory_with_it() -> None:
+def test_other_root_has_its_own_run_directory() -> None:
     config = load(root="/srv/second")
     assert (config.run, config.socket) == ("/srv/second/run", "/srv/second/run/husk.sock")
 
 
-def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+def test_options_of_the_command_line_override_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, 'root = "/a"\nrun = "/b"\nsocket = "/c.sock"\n')
     assert load(file).socket == "/c.sock"
     config = load(file, root="/x", socket="/y.sock")
@@ -49,37 +49,37 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "::1"])
-def test_streams_on_the_loopback_need_no_tls(tmp_path: Path, address: str) -> None:
+def test_streaming_on_loopback_without_tls_is_accepted(tmp_path: Path, address: str) -> None:
     config = load(write(tmp_path, f"[streaming]\naddress = '{address}'\n"))
     assert config.streaming.address == address
 
 
-def test_streams_for_others_with_tls(tmp_path: Path) -> None:
+def test_streaming_on_another_address_with_tls_is_accepted(tmp_path: Path) -> None:
     tls = "tls_cert = '/etc/husk/cert.pem'\ntls_key = '/etc/husk/key.pem'\n"
     config = load(write(tmp_path, f"[streaming]\naddress = '192.0.2.1'\nport = 10010\n{tls}"))
     assert (config.streaming.port, config.streaming.tls_key) == (10010, "/etc/husk/key.pem")
 
 
-def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
+def test_named_file_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "nowhere.toml")
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "told"),
+    ("text", "key", "expected"),
     [
         ("[streaming]\naddress = 'node'", "streaming.address", "an IP address of this host"),
         ("[streaming]\naddress = '0.0.0.0'", "streaming.address", "one IP address of this host"),
         ("[streaming]\naddress = '192.0.2.1'", "streaming.address", "a loopback address, or TLS"),
         ("[streaming]\naddress = 'fd00::1'", "streaming.address", "a loopback address, or TLS"),
-        ("[streaming]\ntls_cert = '/c.pem'", "streaming.tls_key", "both tls_cert and tls_key, or none"),
-        ("[streaming]\ntls_key = '/k.pem'", "streaming.tls_cert", "both tls_cert and tls_key, or none"),
+        ("[streaming]\ntls_cert = '/c.pem'", "streaming.tls_key", "both tls_cert and tls_key, or neither"),
+        ("[streaming]\ntls_key = '/k.pem'", "streaming.tls_cert", "both tls_cert and tls_key, or neither"),
         ("[streaming]\ntls_key = 'k'\ntls_cert = '/c'", "streaming.tls_key", "an absolute path"),
         ("[streaming]\nidle_timeout_s = 0", "streaming.idle_timeout_s", "a whole number from 1 to 604800"),
         ("[streaming]\nport = 65536", "streaming.port", "a whole number from 0 to 65535"),
-        ("rooot = '/a'", "rooot", "perhaps 'root' is meant"),
+        ("rooot = '/a'", "rooot", "did you mean 'root'?"),
         ("[log]\nlevle = 'info'", "log.levle", "accepted: level, format"),
-        ("[handlers.small]\nmemory = 1", "handlers.small.memory", "perhaps 'memory_mib'"),
+        ("[handlers.small]\nmemory = 1", "handlers.small.memory", "did you mean 'memory_mib'?"),
         ("root = 3", "root", "accepted: a string"),
         ("[metrics]\nport = '80'", "metrics.port", "accepted: a whole number from 0 to 65535"),
         ("[metrics]\nport = 70000", "metrics.port", "0 to 65535"),
@@ -104,25 +104,27 @@ def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
         ("root = '/a/../b'", "root", "without .."),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, text: str, key: str, told: str) -> None:
+def test_invalid_value_is_named_with_what_is_accepted(
+    tmp_path: Path, text: str, key: str, expected: str
+) -> None:
     error = refusal(tmp_path, text)
     assert error.key == key
-    assert told in str(error)
+    assert expected in str(error)
     assert str(tmp_path / "config.toml") in str(error)
 
 
-def test_broken_toml_says_where(tmp_path: Path) -> None:
+def test_malformed_toml_names_the_line(tmp_path: Path) -> None:
     assert "line 1" in str(refusal(tmp_path, "root = \n"))
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_bytes(b"root = '\xff'")
     with pytest.raises(ConfigError, match="is not TOML"):
         load(file)
 
 
-def test_handlers_get_every_default(tmp_path: Path) -> None:
+def test_handlers_have_every_default(tmp_path: Path) -> None:
     file = write(tmp_path, 'default_handler = "big"\n[handlers.big]\nmemory_mib = 4096\n[handlers.small]\n')
     handlers = load(file).runtime_handlers()
     assert list(handlers) == ["", "big", "small"]
@@ -130,14 +132,14 @@ def test_handlers_get_every_default(tmp_path: Path) -> None:
     assert (handlers["small"].hypervisor, handlers["small"].accelerator) == ("qemu", "auto")
 
 
-def test_what_is_printed_reads_back_as_the_same(tmp_path: Path) -> None:
+def test_printed_configuration_loads_unchanged(tmp_path: Path) -> None:
     file = write(tmp_path, '[handlers.big]\nmemory_mib = 4096\n[cni]\nbin_dirs = ["/a b", "/ü\\"x"]\n')
     config = load(file)
     assert load(write(tmp_path, to_toml(config))) == config
     assert tomllib.loads(to_toml(Config()))["log"] == {"level": "info", "format": "text"}
 
 
-def test_the_reference_lists_every_key() -> None:
+def test_documentation_lists_every_key() -> None:
     """docs/configuration.md names each key in a table of its own section."""
     text = (Path(__file__).resolve().parents[2] / "docs/configuration.md").read_text()
     top, *sections = text.split("\n### ")

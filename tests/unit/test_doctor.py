@@ -1,4 +1,4 @@
-"""The doctor: each check on a host that has the thing, and on one that lacks it."""
+"""`husk doctor`: each check on a host that has what it checks for, and on one that has not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LIST = json.dumps(
 )
 
 
-async def test_every_check_has_one_finding_under_its_name(tmp_path: Path) -> None:
+async def test_every_check_has_one_finding_with_its_name(tmp_path: Path) -> None:
     findings = await doctor.examine(host(tmp_path))
     assert [finding.name for finding in findings] == [
         check.name for check in doctor.checks_of(host(tmp_path))
@@ -48,12 +48,12 @@ async def test_every_check_has_one_finding_under_its_name(tmp_path: Path) -> Non
     assert all(finding.detail for finding in findings)
 
 
-async def test_what_is_wrong_comes_with_what_to_do(tmp_path: Path) -> None:
+async def test_every_failure_has_a_remedy(tmp_path: Path) -> None:
     findings = await doctor.examine(host(tmp_path))
     assert [finding for finding in findings if finding.result is CheckResult.FAIL and not finding.fix] == []
 
 
-async def test_what_apparmor_can_be_had(tmp_path: Path) -> None:
+async def test_apparmor_names_the_available_profiles(tmp_path: Path) -> None:
     there = host(tmp_path)
     finding = await doctor.apparmor(there)
     assert finding.result is CheckResult.WARN
@@ -62,13 +62,13 @@ async def test_what_apparmor_can_be_had(tmp_path: Path) -> None:
     image.mkdir(parents=True)
     (image / "apparmor").write_bytes(b"compiled")
     finding = await doctor.apparmor(there)
-    assert (finding.result, "no profiles of this host" in finding.detail) == (CheckResult.OK, True)
+    assert (finding.result, "no other profiles" in finding.detail) == (CheckResult.OK, True)
     (tmp_path / "sys/kernel/security/apparmor/policy").mkdir(parents=True)
     finding = await doctor.apparmor(there)
     assert (finding.result, "loaded on this host" in finding.detail) == (CheckResult.OK, True)
 
 
-async def test_a_check_that_breaks_does_not_end_the_others(
+async def test_check_that_raises_is_a_failure_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async def broken(host: Host) -> Finding:
@@ -86,36 +86,36 @@ async def test_a_check_that_breaks_does_not_end_the_others(
     assert "surprise" in findings[0].detail
 
 
-async def test_missing_programs_name_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(qemu_host, "PROGRAM", "qemu-that-is-not-there")
     monkeypatch.setattr(virtiofsd.Prober.__init__, "__defaults__", ((str(tmp_path / "virtiofsd"),),))
-    checks = {check.name: check.look for check in doctor.checks_of(host(tmp_path))}
+    checks = {check.name: check.run for check in doctor.checks_of(host(tmp_path))}
     for name, package in (("qemu", "qemu-system-x86"), ("virtiofsd", "virtiofsd")):
         finding = await checks[name](host(tmp_path))
         assert finding.result is CheckResult.FAIL
         assert package in finding.fix
 
 
-async def test_a_guest_image_that_was_never_built(tmp_path: Path) -> None:
+async def test_guest_without_image_names_the_command_that_builds_it(tmp_path: Path) -> None:
     finding = await doctor.guest(host(tmp_path))
     assert (finding.result, finding.fix) == (CheckResult.FAIL, "husk guest build")
 
 
-async def test_a_kernel_of_a_handler_that_is_not_there(tmp_path: Path) -> None:
+async def test_guest_with_missing_kernel_of_a_handler_fails(tmp_path: Path) -> None:
     finding = await doctor.guest(host(tmp_path, handlers={"own": HandlerTable(kernel="/nowhere/vmlinux")}))
     assert finding.result is CheckResult.FAIL
     assert "handlers.own: /nowhere/vmlinux" in finding.detail
 
 
-async def test_without_kvm_emulation_is_fine(tmp_path: Path) -> None:
+async def test_accelerator_without_kvm_is_tcg_and_ok(tmp_path: Path) -> None:
     finding = await doctor.accelerator(host(tmp_path))
     assert finding.result is CheckResult.OK
     assert "tcg" in finding.detail and "there is no" in finding.detail
 
 
-async def test_devices(tmp_path: Path) -> None:
+async def test_missing_device_fails_or_warns_by_its_importance(tmp_path: Path) -> None:
     missing = host(tmp_path)
-    checks = {check.name: check.look for check in doctor.checks_of(missing)}
+    checks = {check.name: check.run for check in doctor.checks_of(missing)}
     assert (await checks["tun"](missing)).result is CheckResult.FAIL
     assert (await checks["vhost-net"](missing)).result is CheckResult.WARN
     assert (await checks["vhost-vsock"](missing)).result is CheckResult.OK
@@ -124,13 +124,13 @@ async def test_devices(tmp_path: Path) -> None:
     assert (await checks["tun"](missing)).result is CheckResult.OK
 
 
-async def test_no_network_yet_is_a_warning(tmp_path: Path) -> None:
+async def test_cni_without_configuration_warns(tmp_path: Path) -> None:
     finding = await doctor.cni(host(tmp_path))
     assert finding.result is CheckResult.WARN
     assert "pods cannot start yet" in finding.detail
 
 
-async def test_a_network_whose_plugins_are_there(tmp_path: Path) -> None:
+async def test_cni_with_missing_plugin_fails(tmp_path: Path) -> None:
     network(tmp_path, LIST)
     plugin(tmp_path, "bridge")
     finding = await doctor.cni(host(tmp_path))
@@ -142,14 +142,14 @@ async def test_a_network_whose_plugins_are_there(tmp_path: Path) -> None:
     assert "'pods'" in finding.detail
 
 
-async def test_a_network_file_that_is_broken(tmp_path: Path) -> None:
+async def test_cni_with_broken_file_fails(tmp_path: Path) -> None:
     network(tmp_path, "{")
     finding = await doctor.cni(host(tmp_path))
     assert finding.result is CheckResult.FAIL
     assert "10-net.conflist" in finding.detail
 
 
-async def test_pods_of_the_node(tmp_path: Path) -> None:
+async def test_host_pods_without_programs_warns_unless_they_are_refused(tmp_path: Path) -> None:
     nothing = Host(Config(), fs=tmp_path, which=lambda name: None)
     finding = await doctor.host_pods(nothing)
     assert finding.result is CheckResult.WARN
@@ -162,21 +162,21 @@ async def test_pods_of_the_node(tmp_path: Path) -> None:
     ).result is CheckResult.OK
 
 
-async def test_firewall(tmp_path: Path) -> None:
+async def test_firewall_without_iptables_and_nft_warns(tmp_path: Path) -> None:
     nothing = Host(Config(), fs=tmp_path, which=lambda name: None)
     assert (await doctor.iptables(nothing)).result is CheckResult.WARN
     nft = Host(Config(), fs=tmp_path, which=lambda name: "/sbin/nft" if name == "nft" else None)
     assert (await doctor.iptables(nft)).result is CheckResult.OK
 
 
-def test_the_overlay_trial_leaves_nothing(tmp_path: Path) -> None:
+def test_overlay_trial_leaves_no_mount_and_no_file(tmp_path: Path) -> None:
     finding = asyncio.run(doctor.overlayfs(host(tmp_path)))
     assert finding.result in (CheckResult.OK, CheckResult.FAIL)
     assert list(tmp_path.iterdir()) == []
     assert mounts_naming(str(tmp_path)) == frozenset()
 
 
-async def test_an_overlay_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_overlay_that_cannot_be_mounted_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "OVERLAY_TRIAL", "echo no such luck >&2; exit 32")
     finding = await doctor.overlayfs(host(tmp_path))
     assert finding.result is CheckResult.FAIL
@@ -187,15 +187,15 @@ async def test_an_overlay_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest
     ("fail_below", "warn_below", "expected"),
     [(0, 0, CheckResult.OK), (0, 1 << 60, CheckResult.WARN), (1 << 60, 1 << 61, CheckResult.FAIL)],
 )
-async def test_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_below: int, warn_below: int, expected: CheckResult
+async def test_space_below_its_limits_warns_or_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_below: int, warn_below: int, verdict: CheckResult
 ) -> None:
     monkeypatch.setattr(doctor, "SPACE_FAIL", fail_below)
     monkeypatch.setattr(doctor, "SPACE_WARN", warn_below)
     assert (await doctor.space(host(tmp_path))).result is expected
 
 
-def test_output_for_people_and_programs() -> None:
+def test_output_as_text_and_as_json() -> None:
     findings = [ok("a", "well"), fail("longer", "gone", "apt-get install it")]
     assert list(doctor.as_text(findings)) == [
         "ok   a       well",

@@ -101,7 +101,7 @@ def test_host_namespaces_are_for_the_handler_to_give(kind: str) -> None:
 
 def test_host_namespaces_and_user_namespaces_exclude_each_other() -> None:
     space = {"mode": "POD", "uids": [MAPPING], "gids": [MAPPING]}
-    with pytest.raises(InvalidSpec, match="does not go with network NODE") as caught:
+    with pytest.raises(InvalidSpec, match="cannot be combined with network NODE") as caught:
         secure_pod(namespaceOptions={"network": "NODE", "usernsOptions": space})
     at = "config.linux.security_context.namespace_options"
     assert caught.value.field == f"{at}.userns_options.mode"
@@ -139,7 +139,7 @@ def test_namespaces_that_make_no_sense_or_are_not_offered(options: object, field
 
 
 def test_a_sandbox_has_no_target() -> None:
-    with pytest.raises(InvalidSpec, match="no target"):
+    with pytest.raises(InvalidSpec, match="cannot have TARGET"):
         secure_pod(namespaceOptions={"pid": "TARGET", "targetId": "x"})
 
 
