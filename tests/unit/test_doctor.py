@@ -188,7 +188,7 @@ async def test_overlay_that_cannot_be_mounted_fails(tmp_path: Path, monkeypatch:
     [(0, 0, CheckResult.OK), (0, 1 << 60, CheckResult.WARN), (1 << 60, 1 << 61, CheckResult.FAIL)],
 )
 async def test_space_below_its_limits_warns_or_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_below: int, warn_below: int, verdict: CheckResult
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_below: int, warn_below: int, expected: CheckResult
 ) -> None:
     monkeypatch.setattr(doctor, "SPACE_FAIL", fail_below)
     monkeypatch.setattr(doctor, "SPACE_WARN", warn_below)
