@@ -1,7 +1,7 @@
-"""Blobs on their way in: written to a staging file, hashed as they come, trusted once they are whole.
+"""Receive blobs: written to a staging file and hashed as they arrive, used only when complete and verified.
 
-Nothing is kept after a layer was unpacked, so a blob is a file in a staging directory whose owner
-deletes it. A blob that exceeds its announced size is refused at once, not at its end.
+Compressed blobs are not kept after a layer was unpacked, so a blob is a file in a staging directory, which
+its owner deletes. A blob that exceeds its announced size is rejected at once, not at its end.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from image.errors import DigestMismatch, DiskFull, StorageFailed
 from image.manifest import Descriptor
 from sandbox.host import threads
 
-BATCH = 1 << 20
+BATCH = 1 << 20  # bytes written at a time
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far one step of one blob is, in bytes of the blob.
 
-    Steps are "download", "unpack" and, for a layer that was here already, "present".
+    Steps are "download", "unpack" and, for a layer that is stored already, "present".
     """
 
     item: str  # digest
@@ -35,31 +35,34 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fetched(msgspec.Struct, frozen=True, kw_only=True):
+    """A manifest or index as it came, with its verified digest and the media type that the source states."""
+
     data: bytes
     digest: str
     media_type: str = ""
 
 
 class Source(Protocol):
-    """Where an image comes from: a registry, or an archive."""
+    """Where an image comes from: a registry or an archive. All methods raise ImageError."""
 
     async def manifest(self, target: str, size: int | None = None) -> Fetched:
-        """The manifest or index of this tag or digest, its digest checked."""
+        """Return the manifest or index of this tag or digest, verified by its digest and size if known."""
 
     async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
-        """A blob that fits in memory, checked."""
+        """Return a blob of at most `limit` bytes, verified."""
 
     async def blob(self, descriptor: Descriptor, into: BlobWriter) -> None:
-        """Write the blob, going on where `into` stands, and finish it."""
+        """Write the blob, from where `into` ends, and call its `finish`."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Release connections or files."""
 
 
 class BlobWriter:
-    """One blob's staging file. `written` bytes of it are here and hashed.
+    """The staging file of one blob, made at `path`; its first `written` bytes are written and hashed.
 
-    Raises DiskFull and StorageFailed when writing, DigestMismatch when the bytes are not the
-    blob's.
+    For one task; close it. Its methods raise DiskFull and StorageFailed when writing fails, DigestMismatch
+    when the bytes are not the blob's. `on_progress` is called with `written` after each batch.
     """
 
     def __init__(
@@ -75,16 +78,18 @@ class BlobWriter:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
     def close(self) -> None:
+        """Close the file, which stays. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     @property
     def what(self) -> str:
+        """The blob's name in errors."""
         return f"blob {self.descriptor.digest}"
 
     async def append(self, chunks: AsyncIterator[bytes]) -> None:
-        """Append all of a stream. What came before an error stays and counts."""
+        """Append a whole stream. After an error, what came before it stays and counts as written."""
         try:
             async for chunk in chunks:
                 if self.written + len(self._buffer) + len(chunk) > self.descriptor.size:
@@ -96,7 +101,7 @@ class BlobWriter:
             await self._flush()
 
     def restart(self) -> None:
-        """Forget what is here: the server began anew, or what came was wrong."""
+        """Truncate the file: the server sends the blob from its start, or what came was wrong."""
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
         self._buffer.clear()
@@ -104,7 +109,7 @@ class BlobWriter:
         self._hash = hashlib.new(self._algorithm)
 
     async def finish(self) -> None:
-        """Raises DigestMismatch unless the blob is whole and right."""
+        """Verify size and digest. Raises DigestMismatch."""
         await self._flush()
         if self.written != self.descriptor.size:
             raise DigestMismatch(f"{self.what}: size", str(self.descriptor.size), str(self.written))
@@ -133,6 +138,7 @@ class BlobWriter:
 
 
 def storage_error(error: OSError, path: Path, what: str) -> DiskFull | StorageFailed:
+    """Return the ImageError for a system call on the store that failed; `what` was being done."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(str(path.parent), what)
     return StorageFailed(str(path), what, error.errno or 0, error.strerror or str(error))

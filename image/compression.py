@@ -1,8 +1,8 @@
-"""Opens a layer's bytes: gzip (of several members too), zstd or plain, told apart by their first bytes.
+"""Decompress a layer: gzip (several members too), zstd or plain, detected by the first bytes.
 
-Inflating and hashing run in a thread of their own beside the unpacker; both let go of the
-interpreter's lock, so the two cores of a small node share the work. At most DEPTH chunks wait in
-between. The stream is hashed before it is used, and `digest` is known once it was read to its end.
+The media type is not used, as some registries and builders state a wrong one. Decompression and hashing run
+in a thread beside the unpacker. Both release the GIL, so the two cores of a small node share the work. At
+most DEPTH chunks are queued between them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 1 << 20
 DEPTH = 8
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-ZSTD_WINDOW_LIMIT = 128 << 20  # what the zstd tool accepts without being told
+ZSTD_WINDOW_LIMIT = 128 << 20  # what zstd(1) accepts without --long
 
 _BROKEN: tuple[type[Exception], ...] = (  # type: ignore[assignment]
     EOFError,
@@ -35,12 +35,13 @@ _BROKEN: tuple[type[Exception], ...] = (  # type: ignore[assignment]
 
 
 def broken_stream() -> tuple[type[Exception], ...]:
-    """What reading raises when the compressed bytes are wrong or end early."""
+    """Return the exceptions that reading raises when the compressed bytes are invalid or end early."""
     return _BROKEN
 
 
 def open_plain(file: BinaryIO) -> BinaryIO:
-    """A reader of the inflated bytes. `file` must be seekable, and is not closed with it."""
+    """Return a reader of the decompressed bytes. `file` must be seekable, and stays open when it is
+    closed."""
     magic = file.read(4)
     file.seek(0)
     if magic.startswith(GZIP_MAGIC):
@@ -52,9 +53,9 @@ def open_plain(file: BinaryIO) -> BinaryIO:
 
 
 class Inflated:
-    """Iterate to get the plain chunks; close when done with it, read to the end or not.
+    """The decompressed chunks of a layer, to be iterated once; close it, whether read to the end or not.
 
-    Iterating raises LayerRejected when the compressed stream is broken or ends early.
+    Iterating raises LayerRejected when the compressed stream is invalid or ends early.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -62,7 +63,7 @@ class Inflated:
         self._hash = hashlib.sha256()
         self._chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(DEPTH)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._produce, name="inflate", daemon=True)
+        self._thread = threading.Thread(target=self._produce, name="husk-inflate", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[bytes]:
@@ -78,13 +79,15 @@ class Inflated:
 
     @property
     def digest(self) -> str:
+        """The sha256 digest of the decompressed bytes (the layer's DiffID); valid after the last chunk."""
         self._thread.join()
         return f"sha256:{self._hash.hexdigest()}"
 
     def close(self) -> None:
+        """Stop the thread and wait for its end. Idempotent."""
         self._closed.set()
         while self._thread.is_alive():
-            # the producer may wait for room
+            # the producer may be blocked by the full queue
             try:
                 self._chunks.get(timeout=0.05)
             except queue.Empty:
@@ -98,6 +101,6 @@ class Inflated:
             while not self._closed.is_set() and (chunk := plain.read(CHUNK)):
                 self._hash.update(chunk)
                 self._chunks.put(chunk)
-        except Exception as error:  # the thread's edge: handed to whoever iterates
+        except Exception as error:  # the thread's edge: raised again by the iterator
             end = error
         self._chunks.put(end)

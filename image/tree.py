@@ -1,13 +1,13 @@
-"""A directory that is filled by someone else's wishes, with no way out of it.
+"""A layer's directory while it is filled: paths of the archive never lead outside it.
 
-Paths are walked one component at a time from an open directory, each opened with O_NOFOLLOW, so the
-kernel never follows a link for us and no other path of the host can be reached, whatever the
-archive made before. Links on the way are resolved here, in user space, as the final root would see
-them: ".." stops at the top and absolute targets begin there. (openat2's RESOLVE_IN_ROOT cannot do
-that job: what is walked is the layer and, behind it, all layers below, which only merge when the
-overlay is mounted.)
+A path is resolved one component at a time from an open directory, each opened with O_NOFOLLOW, so the kernel
+follows no link for us and no other path of the host can be reached, whatever the archive made before.
+Symbolic links on the way are resolved here, as the container's root will see them: ".." stops at the top, and
+absolute targets start there. openat2(2) with RESOLVE_IN_ROOT cannot do that, because a path resolves through
+the layer and all layers below, which merge only when the overlay is mounted.
 
-A directory that the archive does not mention is made like the one below of that name.
+A parent directory that the archive does not contain gets the attributes of the one in the layers below, or
+mode 0755 and owner root.
 """
 
 from __future__ import annotations
@@ -21,23 +21,29 @@ from image import tree_ops
 Path = tuple[bytes, ...]
 
 OPAQUE = "trusted.overlay.opaque"
-LINK_LIMIT = 40  # as the kernel's MAXSYMLINKS
-_CACHED = 64
+LINK_LIMIT = 40  # the kernel's MAXSYMLINKS
+_CACHED = 64  # open directories
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class TreeError(Exception):
+    """A path of the archive cannot be made; `reason` says why."""
+
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
 def is_whiteout(info: os.stat_result) -> bool:
+    """Return whether a file is overlayfs's whiteout: a character device 0/0."""
     return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
 
 
 class Tree:
-    """Owns its file descriptors: close it. `lowers` are the layers below, the nearest first."""
+    """The directory `root`, being filled, above the layers `lowers`, nearest first. Close it.
+
+    Paths are tuples of names relative to the root. A directory may lie at most `max_depth` levels below it.
+    """
 
     def __init__(self, root: str, lowers: Sequence[str] = (), *, max_depth: int) -> None:
         self._max_depth = max_depth
@@ -54,6 +60,7 @@ class Tree:
             raise
 
     def close(self) -> None:
+        """Close all descriptors."""
         for fd in (*self._cache.values(), *self._lowers, self._root):
             os.close(fd)
         self._cache.clear()
@@ -62,25 +69,26 @@ class Tree:
 
     @property
     def has_lowers(self) -> bool:
+        """Whether there are layers below."""
         return bool(self._lowers)
 
-    # ------------------------------------------------------------------------------ walking
+    # ---------------------------------------------------------------------------- resolving
 
     def directory(self, path: Path, *, make: bool = True) -> int:
-        """A descriptor of this directory, valid until the next call.
+        """Return a descriptor of this directory, valid until the next call; make what is missing.
 
-        Raises TreeError where something is in the way, FileNotFoundError if `make` is false and it
-        is not in this layer.
+        Raises TreeError when a component is a file, lies too deep or behind too many links, and
+        FileNotFoundError when `make` is false and the directory is not in this layer.
         """
         if not path:
             return self._root
         fd = self._cache.pop(path, None)
         if fd is None:
-            return self._walk(path, make)
-        self._cache[path] = fd  # the latest is at the end
+            return self._resolve(path, make)
+        self._cache[path] = fd  # moved to the end: least recently used first
         return fd
 
-    def _walk(self, wanted: Path, make: bool) -> int:
+    def _resolve(self, wanted: Path, make: bool) -> int:
         real: list[bytes] = []
         todo = list(reversed(wanted))
         links = 0
@@ -92,7 +100,7 @@ class Tree:
                 del real[-1:]
                 continue
             if len(real) == self._max_depth:
-                # an entry's own name is limited before; here a link's target lies deeper
+                # `layer` limits names of entries; a link's target may lie deeper
                 raise TreeError(f"more than {self._max_depth} directories deep")
             target = self._step(tuple(real), name, make)
             if target is None:
@@ -107,7 +115,7 @@ class Tree:
         return self.directory(tuple(real)) if real else self._root
 
     def _step(self, parent: Path, name: bytes, make: bool) -> bytes | None:
-        """Make `parent`/`name` an open directory of this layer, or give the link's target."""
+        """Open `parent`/`name` of this layer into the cache and return None, or return a link's target."""
         path = (*parent, name)
         if path in self._cache:
             return None
@@ -132,7 +140,7 @@ class Tree:
     def _remember(self, path: Path, fd: int) -> None:
         self._cache[path] = fd
         if len(self._cache) > _CACHED:
-            # ancestors of what was just opened are needed while walking: drop another
+            # close the least recently used, but no ancestor of `path`: they are still needed to resolve it
             for old in self._cache:
                 if old != path[: len(old)]:
                     os.close(self._cache.pop(old))
@@ -141,15 +149,19 @@ class Tree:
     # -------------------------------------------------------------------------------- below
 
     def hide(self, path: Path) -> None:
-        """From now on nothing below shines through here: a whiteout, or an opaque directory."""
+        """Record that the layers below are hidden at this path: a whiteout or an opaque directory is here."""
         self._hidden.add(path)
 
     def is_hidden(self, path: Path) -> bool:
+        """Return whether `hide` was called for exactly this path."""
         return path in self._hidden
 
     def below(self, path: Path) -> tuple[int, os.stat_result] | None:
-        """Where the layers below, merged, have this path: a descriptor of its parent (the caller
-        closes it), and what it is. Links on the way are not followed."""
+        """Find a path in the merged layers below, without following links.
+
+        Returns a descriptor of its parent in the layer that has it, which the caller closes, and its status;
+        None when it is absent or hidden.
+        """
         if any(path[:n] in self._hidden for n in range(1, len(path) + 1)):
             return None
         holders = [os.dup(fd) for fd in self._lowers]
@@ -168,7 +180,8 @@ class Tree:
                 os.close(fd)
 
     def _from_below(self, at: int, path: Path, make: bool) -> bytes | None:
-        """Copy the directory up, or make a plain one; a link below gives its target instead."""
+        """Make a directory like the one below, or a plain one where there is none, and return None; return
+        the target where the layers below have a symbolic link."""
         found = self.below(path) if self._lowers else None
         if found is None:
             if not make:
@@ -203,7 +216,7 @@ class Tree:
     # ----------------------------------------------------------------------------- changing
 
     def clear(self, path: Path, at: int) -> None:
-        """Remove what this layer has here so far; `at` is the parent's descriptor."""
+        """Delete what this layer has at `path`; `at` is the parent's descriptor. Raises FileNotFoundError."""
         name = path[-1]
         if stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
             self._forget(path)
@@ -217,7 +230,10 @@ class Tree:
 
 
 def _merged(holders: list[int], name: bytes) -> list[int]:
-    """Descend by one name in a stack of directories, as overlayfs merges them. Closes `holders`."""
+    """Return the directories `name` of a stack of directories, as overlayfs merges them (topmost first).
+
+    Closes `holders`.
+    """
     found: list[int] = []
     ended = False
     for fd in holders:
@@ -229,7 +245,7 @@ def _merged(holders: list[int], name: bytes) -> list[int]:
         except FileNotFoundError:
             pass
         except OSError:
-            ended = True  # a whiteout or a file hides what is further down
+            ended = True  # a whiteout or a file hides the layers further down
         finally:
             os.close(fd)
     return found
@@ -243,7 +259,7 @@ def _is_opaque(fd: int) -> bool:
 
 
 def copy_attributes(source: int, fd: int, info: os.stat_result) -> None:
-    """Owner, mode, extended attributes and time. What overlayfs noted for itself stays behind."""
+    """Copy owner, mode, extended attributes and time, but not overlayfs's own attributes (trusted.*)."""
     os.fchown(fd, info.st_uid, info.st_gid)
     os.fchmod(fd, stat.S_IMODE(info.st_mode))
     for name in os.listxattr(source):
