@@ -14,7 +14,7 @@ _PHYS32_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 
 
 def make_kernel(line: str, *, then: str = "repeat") -> bytes:
-    """Return an ELF file that prints `line`. `then`: "repeat" it several times a second, "reset" or "halt"."""
+    """Return an ELF file that prints `line`. `then`: "repeat" it a few times a second, "reset" or "halt"."""
     code = _print() + {"repeat": _again(), "reset": _reset(), "halt": b"\xf4\xeb\xfd"}[then]
     text = code.replace(b"MSG!", struct.pack("<I", _LOAD + len(code))) + line.encode() + b"\n\0"
     note = struct.pack("<III", 4, 4, _PHYS32_ENTRY) + b"Xen\0" + struct.pack("<I", _LOAD)
