@@ -1,38 +1,42 @@
-"""Fixtures for tests that drive a real daemon (`-m vm`, `-m node`); other kinds do not touch them.
+"""Fixtures for tests that drive a real daemon (`-m vm`, `-m node`); other kinds do not use them.
 
-One namespace with one filled registry serves the whole session; each module gets a daemon of its own, and
-each test is followed by a look for what it left behind.
+One namespace with one filled registry serves the whole session. Each module gets its own daemon, and each
+test is followed by a check for leaks.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import pytest
 
+from tests.bench.containerd import Containerd
 from tests.kit import cni, images
+from tests.kit.cri import Cri, Pod
+from tests.kit.daemon import Daemon
 from tests.kit.namespace import Namespace
 from tests.kit.registry import HOST, Registry
 from tests.kit.scratch import scratch_dir, scratch_root
 
-# A run in the background of a script ignores SIGINT and SIGQUIT, one under nohup(1) SIGHUP, and all that it
-# starts would inherit that: tests send them.
+# A shell starts background commands with SIGINT and SIGQUIT ignored, nohup(1) with SIGHUP, and children
+# inherit that. Tests send these signals, so they get their default action back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, signal.SIG_DFL)
 
-# `HUSK_TEST_RUNTIME=containerd` runs the same flows on containerd + runc: does a test ask too much?
+# `HUSK_TEST_RUNTIME=containerd` runs the same flows on containerd + runc, to see whether a test expects too
+# much.
 BASELINE = os.environ.get("HUSK_TEST_RUNTIME") == "containerd"
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where daemons are started: what all of them share."""
+    """What all daemons of a session share."""
 
     namespace: Namespace
     registry: Registry
@@ -42,6 +46,7 @@ class Site:
 
 
 def fill(registry: Registry) -> None:
+    """Push the images that the tests pull."""
     registry.push("husk/busybox", "1", images.busybox())
     registry.push("husk/web", "1", images.web())
     registry.push("husk/setuid", "1", images.setuid())
@@ -54,6 +59,7 @@ def fill(registry: Registry) -> None:
 
 @pytest.fixture(scope="session")
 def site() -> Iterator[Site]:
+    """Make the session's namespace, registry, CNI configuration and mirrors."""
     with Namespace(scratch_root()) as namespace:
         registry = Registry(namespace)
         try:
@@ -67,15 +73,11 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def daemon(site: Site) -> Iterator[Any]:
-    """A daemon for this module. Nothing of it may be left when its pods have been removed."""
-    from tests.kit.daemon import Daemon
-
+def daemon(site: Site) -> Iterator[Daemon]:
+    """Start a daemon for this module. Nothing may be left when its pods have been removed."""
     if BASELINE:
-        from tests.bench.containerd import Containerd
-
         baseline = Containerd(site.namespace, site.cni, site.mirrors)
-        yield baseline
+        yield cast(Daemon, baseline)  # the part that the flows use
         baseline.close()
         return
     made = Daemon(site.namespace, site.cni, site.mirrors, leases=site.leases)
@@ -90,32 +92,32 @@ def daemon(site: Site) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def cri(daemon: Any) -> Any:
-    """The CRI client of the module's daemon, with the base image there."""
+def cri(daemon: Daemon) -> Cri:
+    """Return the CRI client of the module's daemon, with the base image pulled."""
     daemon.cri.pull(f"{HOST}/husk/busybox:1")
     return daemon.cri
 
 
 @pytest.fixture(scope="module")
-def pod(cri: Any, request: pytest.FixtureRequest) -> Any:
-    """One pod for all tests of a module that need nothing special of it."""
+def pod(cri: Cri, request: pytest.FixtureRequest) -> Pod:
+    """Run one pod for all tests of a module that need nothing special of it."""
     return cri.run_pod(request.module.__name__.rpartition(".")[2].replace("_", "-"))
 
 
 @pytest.fixture
 def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Around each test: what it made is removed, and then nothing of it may be left."""
-    daemon = request.getfixturevalue("daemon")
+    """Remove the pods and containers that a test made, and fail it if anything else is left."""
+    daemon: Daemon = request.getfixturevalue("daemon")
     for shared in ("cri", "pod"):
         if shared in request.fixturenames:
-            request.getfixturevalue(shared)  # before the look at what is there
+            request.getfixturevalue(shared)  # made before the census
     client = daemon.cri
     pods = {each.id for each in client.call("ListPodSandbox").items}
     containers = {each.id for each in client.call("ListContainers").containers}
     before = None if BASELINE else daemon.census()
     yield
     if not BASELINE and not daemon.alive:
-        return  # the module's own look tells
+        return  # the module's check follows
     for container in client.call("ListContainers").containers:
         if container.id not in containers:
             client.stop(container.id, timeout=0)
@@ -129,7 +131,10 @@ def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the daemon's log and the guests' consoles to the report of a failed test."""
     report = yield
     daemon = getattr(item, "funcargs", {}).get("daemon")
     if report.failed and daemon is not None and hasattr(daemon, "evidence"):

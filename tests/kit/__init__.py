@@ -1,5 +1,5 @@
 """What the tests and the benchmark share: a private network, a registry, images, CRI clients, daemons.
 
-Everything that the kit starts or makes carries the name of one scratch directory (`kit.scratch`), so
-`kit.leaks` can tell what is left of it without looking at anything else on the machine.
+Everything that the kit starts or creates carries the name of one scratch directory (`kit.scratch`), by which
+`kit.leaks` finds what is left of a run.
 """

@@ -1,4 +1,4 @@
-"""AppArmor policy for tests, compiled by Debian's apparmor_parser, which needs no AppArmor to do that."""
+"""AppArmor policy for tests, compiled by Debian's apparmor_parser, which needs no AppArmor in the kernel."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.kit.scratch import scratch_dir
 
 
 def parser() -> Path:
+    """Return apparmor_parser, unpacked from its Debian package."""
     tree = unpacked(PACKAGE)
     found = shutil.which(PROGRAM, path=f"{tree}/usr/sbin:{tree}/sbin")
     assert found, f"{PACKAGE} holds no {PROGRAM}"
@@ -19,11 +20,12 @@ def parser() -> Path:
 
 
 def profile(name: str, *rules: str) -> str:
-    """Everything is allowed but what the rules deny."""
+    """Return the text of a profile that allows everything except what the rules deny."""
     lines = ["file", "network", "capability", "mount", "umount", "ptrace", "signal", *rules]
     body = "".join(f"  {line},\n" for line in lines)
     return f"profile {name} flags=(attach_disconnected, mediate_deleted) {{\n{body}}}\n"
 
 
 def compiled(text: str) -> bytes:
+    """Compile the text of a profile."""
     return asyncio.run(compile_policy(parser(), text, scratch_dir("apparmor")))

@@ -10,7 +10,7 @@ PLUGINS = Path("/usr/lib/cni")  # of Debian's containernetworking-plugins
 
 
 def write_bridge(directory: Path, leases: Path) -> Path:
-    """A conflist in `directory` whose leases are files beneath `leases`; returns `directory`."""
+    """Write a conflist to `directory`, with leases as files in `leases`; returns `directory`."""
     bridge = {
         "type": "bridge",
         "bridge": BRIDGE,
@@ -32,6 +32,6 @@ def write_bridge(directory: Path, leases: Path) -> Path:
 
 
 def leases_in(leases: Path) -> frozenset[str]:
-    """The addresses that host-local has given away."""
+    """Return the addresses that host-local has leased."""
     held = (path.name for path in leases.rglob("*") if path.is_file())
     return frozenset(name for name in held if name[:1].isdigit() or ":" in name)

@@ -1,6 +1,6 @@
-"""What critest said, as values, and the page docs/conformance.md that is made of it.
+"""critest's results as values, and the page docs/conformance.md that is made of them.
 
-critest is a Ginkgo suite; the report is Ginkgo's own (`-ginkgo.json-report`).
+critest is a Ginkgo suite; the report is Ginkgo's (`-ginkgo.json-report`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ SPEC_NODE = "It"
 
 
 class State(StrEnum):
+    """The result of a spec."""
+
     PASSED = "passed"
     FAILED = "failed"
     SKIPPED = "skipped"
@@ -22,11 +24,13 @@ class State(StrEnum):
 
 @dataclass(frozen=True, order=True)
 class Spec:
+    """One spec of critest and its result."""
+
     area: str
     name: str
     state: State
     seconds: float
-    why: str  # what critest says of a spec that did not pass
+    why: str  # critest's message for a spec that did not pass
 
     @property
     def title(self) -> str:
@@ -34,10 +38,10 @@ class Spec:
 
 
 def read_report(path: Path) -> list[Spec]:
-    """Specs that were run or that skipped themselves, in the order of area and name.
+    """Return the specs that ran or skipped themselves, sorted by area and name.
 
-    Left out are those that a focus or the flag for benchmarks kept from running: Ginkgo calls them skipped
-    too, but gives no reason. A failure outside any spec (a suite's set-up) is a failed spec of its own.
+    Specs that a focus or the benchmark flag excluded are left out: Ginkgo calls them skipped too, but gives
+    no reason. A failure outside all specs (in a suite's set-up) becomes a failed spec.
     """
     found = []
     for suite in json.loads(path.read_text()):
@@ -58,43 +62,48 @@ def _spec(report: Mapping[str, object]) -> Spec | None:
         return Spec("suite", str(report["LeafNodeType"]), State.FAILED, 0.0, f"{state}: {why}")
     if state in ("skipped", "pending") and not why:
         return None
-    verdict = {"passed": State.PASSED, "skipped": State.SKIPPED, "pending": State.SKIPPED}.get(
+    result = {"passed": State.PASSED, "skipped": State.SKIPPED, "pending": State.SKIPPED}.get(
         state, State.FAILED
     )
     texts = report["ContainerHierarchyTexts"]
     assert isinstance(texts, list)
     area = " / ".join(str(text).replace("[k8s.io] ", "") for text in texts)
     seconds = int(str(report["RunTime"])) / 1e9
-    return Spec(area, str(report["LeafNodeText"]), verdict, seconds, why)
+    return Spec(area, str(report["LeafNodeText"]), result, seconds, why)
 
 
 def in_state(specs: Iterable[Spec], state: State) -> list[Spec]:
+    """Return the specs with this result."""
     return [spec for spec in specs if spec.state is state]
 
 
 def score(specs: Sequence[Spec]) -> str:
+    """Return the counts of results as text."""
     return ", ".join(f"{len(in_state(specs, state))} {state}" for state in State)
 
 
 HEADER = """# Conformance
 
-What critest, the CRI's own test suite, says of Husk. `tests/run node` writes this page
-(tests/node/test_critest.py), so a change of it in a commit is a change of what Husk does. Images come from a
-registry on loopback and are made of Debian packages. One spec pulls an image by a digest that only the
-original image has: critest runs with the digest of ours in its place.
+Results of critest, the CRI's test suite, for Husk. `tests/run node` writes this page
+(`tests/node/test_critest.py`), so a change of the page in a commit is a change of Husk's behaviour. Images
+come from a registry on loopback and are made of Debian packages. One spec pulls an image by a digest that
+only the original image has: critest runs with the digest of our image in its place.
 """
 
 
 def page(
     version: str, specs: Sequence[Spec], websocket: Sequence[Spec], reason: Callable[[Spec], str]
 ) -> str:
-    """No times in it, so that it changes only with the verdicts. `reason` is ours for what did not pass."""
+    """Format the page. It has no times, so that it changes only with the results.
+
+    `reason` returns our reason for a spec that did not pass.
+    """
     lines = [HEADER, f"- critest {version}, SPDY streams: **{score(specs)}** of {len(specs)}"]
     lines.append(f"- the streaming specs again over WebSocket: **{score(websocket)}** of {len(websocket)}")
     failed = [*in_state(specs, State.FAILED), *in_state(websocket, State.FAILED)]
     for title, found in (("Failed", failed), ("Skipped", in_state(specs, State.SKIPPED))):
-        told = dict.fromkeys(f"- {spec.title}: {reason(spec) or spec.why}" for spec in found)
-        lines += ["", f"## {title}", "", *(told or ["None."])]
+        entries = dict.fromkeys(f"- {spec.title}: {reason(spec) or spec.why}" for spec in found)
+        lines += ["", f"## {title}", "", *(entries or ["None."])]
     lines += ["", "## Passed", "", "| area | specs |", "|---|---|"]
     passed: dict[str, int] = {}
     for spec in in_state(specs, State.PASSED):

@@ -1,7 +1,7 @@
-"""A CRI client for tests and the benchmark: runtime.v1 over a unix socket, synchronous.
+"""A synchronous CRI client for tests and the bench: runtime.v1 over a unix socket.
 
-`call` reaches every unary rpc by its name; the methods above it are the flows that tests repeat. Errors
-are grpc.RpcError, as gRPC raises them.
+`call` makes any unary rpc by its name; the other methods are flows that tests repeat. Errors are
+grpc.RpcError.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class ExecResult:
+    """Result of ExecSync, its output as text."""
+
     code: int
     stdout: str
     stderr: str
@@ -42,6 +44,8 @@ class ExecResult:
 
 @dataclass(frozen=True)
 class LogLine:
+    """One line of a CRI log file: time, stdout or stderr, F (full) or P (partial), text."""
+
     time: str
     stream: str
     tag: str
@@ -49,7 +53,7 @@ class LogLine:
 
 
 def parse_log(path: Path) -> list[LogLine]:
-    """The lines of a CRI log file; raises ValueError at the first that is none."""
+    """Parse a CRI log file. Raises ValueError naming the first line that is not a CRI log line."""
     lines = []
     for number, line in enumerate(path.read_text(errors="surrogateescape").split("\n")[:-1], 1):
         try:
@@ -64,17 +68,19 @@ def parse_log(path: Path) -> list[LogLine]:
 
 @dataclass
 class Pod:
-    """A sandbox with the configuration that CreateContainer must repeat."""
+    """A sandbox, with the configuration that CreateContainer must repeat."""
 
     id: str
-    config: Any
+    config: api.PodSandboxConfig
     log_directory: Path
 
 
 @dataclass
 class Cri:
+    """A connection to one runtime."""
+
     socket: Path
-    logs: Path  # pods log beneath it
+    logs: Path  # the pods' log directories are in it
     timeout_s: float = 120
     cgroup_parent: str = ""
     _numbers: Iterator[int] = field(default_factory=count)
@@ -85,31 +91,34 @@ class Cri:
         self._streams = dict(_rpcs(self._channel, streaming=True))
 
     def close(self) -> None:
+        """Close the connection. Idempotent."""
         self._channel.close()
 
     def call(self, name: str, *, timeout_s: float | None = None, **request: Any) -> Any:
-        """The answer of rpc `name` to a request with these fields."""
+        """Make the unary rpc `name` with these request fields, and return its response."""
         rpc, request_type = self._rpcs[name]
         return rpc(request_type(**request), timeout=timeout_s or self.timeout_s)
 
     def stream(self, name: str, *, timeout_s: float | None = None, **request: Any) -> Any:
-        """Iterate over the messages of a streaming rpc; `cancel` ends it."""
+        """Start a streaming rpc; iterate over its messages, `cancel` ends it."""
         rpc, request_type = self._streams[name]
         return rpc(request_type(**request), timeout=timeout_s or self.timeout_s)
 
     def begin(self, name: str, **request: Any) -> Any:
-        """The call's future; not waited for."""
+        """Start the unary rpc `name` and return its future."""
         rpc, request_type = self._rpcs[name]
         return rpc.future(request_type(**request), timeout=self.timeout_s)
 
     # ------------------------------------------------------------------------------ images
 
     def pull(self, image: str, **fields: Any) -> str:
+        """Pull an image and return its reference."""
         return str(self.call("PullImage", image=api.ImageSpec(image=image), **fields).image_ref)
 
     # -------------------------------------------------------------------------------- pods
 
-    def pod_config(self, name: str, **fields: Any) -> Any:
+    def pod_config(self, name: str, **fields: Any) -> api.PodSandboxConfig:
+        """Return the configuration of a pod with this name; `fields` replace the defaults."""
         metadata = api.PodSandboxMetadata(name=name, uid=f"uid-{name}", namespace="default")
         defaults: dict[str, Any] = {
             "metadata": metadata,
@@ -120,21 +129,28 @@ class Cri:
         return api.PodSandboxConfig(**(defaults | fields))
 
     def run_pod(self, name: str, *, handler: str = "", **fields: Any) -> Pod:
+        """Run a sandbox; `fields` are those of its configuration."""
         config = self.pod_config(name, **fields)
         Path(config.log_directory).mkdir(parents=True, exist_ok=True)
         answer = self.call("RunPodSandbox", config=config, runtime_handler=handler)
         return Pod(str(answer.pod_sandbox_id), config, Path(config.log_directory))
 
-    def pod_status(self, pod: Pod | str, verbose: bool = False) -> Any:
-        return self.call("PodSandboxStatus", pod_sandbox_id=_id(pod), verbose=verbose)
+    def pod_status(self, pod: Pod | str, verbose: bool = False) -> api.PodSandboxStatusResponse:
+        """Return the response of PodSandboxStatus."""
+        response = self.call("PodSandboxStatus", pod_sandbox_id=_id(pod), verbose=verbose)
+        assert isinstance(response, api.PodSandboxStatusResponse)
+        return response
 
     def pod_ip(self, pod: Pod | str) -> str:
+        """Return the pod's primary address."""
         return str(self.pod_status(pod).status.network.ip)
 
     def stop_pod(self, pod: Pod | str) -> None:
+        """Stop a sandbox."""
         self.call("StopPodSandbox", pod_sandbox_id=_id(pod))
 
     def remove_pod(self, pod: Pod | str) -> None:
+        """Remove a sandbox."""
         self.call("RemovePodSandbox", pod_sandbox_id=_id(pod))
 
     # -------------------------------------------------------------------------- containers
@@ -149,6 +165,7 @@ class Cri:
         env: Mapping[str, str] | None = None,
         **fields: Any,
     ) -> str:
+        """Create a container and return its id; `fields` are those of its configuration."""
         name = name or f"c{next(self._numbers)}"
         config = api.ContainerConfig(
             metadata=api.ContainerMetadata(name=name),
@@ -162,16 +179,17 @@ class Cri:
         return str(answer.container_id)
 
     def start(self, container: str) -> None:
+        """Start a created container."""
         self.call("StartContainer", container_id=container)
 
     def run(self, pod: Pod, image: str, command: Sequence[str] = (), **fields: Any) -> str:
-        """Create and start."""
+        """Create and start a container, and return its id."""
         container = self.create(pod, image, command, **fields)
         self.start(container)
         return container
 
     def run_to_end(self, pod: Pod, image: str, command: Sequence[str], **fields: Any) -> tuple[int, str]:
-        """Exit code and log text of a container that ends by itself; it is removed."""
+        """Run a container that exits by itself, remove it, and return its exit code and log text."""
         container = self.run(pod, image, command, **fields)
         status = self.wait_exited(container)
         text = "".join(line.text + "\n" for line in parse_log(Path(status.log_path)))
@@ -179,15 +197,20 @@ class Cri:
         return int(status.exit_code), text
 
     def stop(self, container: str, timeout: int = 10) -> None:
+        """Stop a container, by SIGKILL after `timeout` seconds."""
         self.call("StopContainer", container_id=container, timeout=timeout)
 
     def remove(self, container: str) -> None:
+        """Remove a container."""
         self.call("RemoveContainer", container_id=container)
 
-    def status(self, container: str) -> Any:
-        return self.call("ContainerStatus", container_id=container).status
+    def status(self, container: str) -> api.ContainerStatus:
+        """Return a container's status."""
+        status = self.call("ContainerStatus", container_id=container).status
+        assert isinstance(status, api.ContainerStatus)
+        return status
 
-    def wait_exited(self, container: str, timeout_s: float = 60) -> Any:
+    def wait_exited(self, container: str, timeout_s: float = 60) -> api.ContainerStatus:
         """Return a container's status once it has exited; raises AssertionError with the last status."""
         return self.wait_for(
             lambda: self.status(container),
@@ -196,12 +219,14 @@ class Cri:
         )
 
     def exec(self, container: str, *command: str, timeout: int = 0) -> ExecResult:
+        """Run ExecSync; `timeout` in seconds, 0 for none."""
         answer = self.call("ExecSync", container_id=container, cmd=command, timeout=timeout)
         return ExecResult(
             answer.exit_code, answer.stdout.decode(errors="replace"), answer.stderr.decode(errors="replace")
         )
 
     def log(self, container: str) -> list[LogLine]:
+        """Return the lines of a container's log file."""
         return parse_log(Path(self.status(container).log_path))
 
     # ------------------------------------------------------------------------------ waiting

@@ -1,4 +1,4 @@
-"""Running critest, without the internet, against a daemon of the tests."""
+"""Run critest against a daemon of the tests, without the internet."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from tests.kit.critest_images import FIXED_DIGEST
 from tests.kit.namespace import Namespace
 from tests.kit.scratch import scratch_dir
 
-PARALLEL = 4  # more than there are processors: most of a spec is waiting
-SEED = 1  # specs run in random order; in the same one each time
+PARALLEL = 4  # more than there are processors, as specs mostly wait
+SEED = 1  # of the random order of specs, so that it is the same each time
 
 
 @dataclass(frozen=True)
 class Critest:
+    """critest and ginkgo, prepared for one daemon."""
+
     namespace: Namespace
     socket: Path
     program: Path
@@ -28,20 +30,20 @@ class Critest:
 
     @classmethod
     def prepare(cls, namespace: Namespace, socket: Path, critest: Path, ginkgo: Path, digest: str) -> Critest:
-        """`digest` takes the place, in the program's text, of the one that a spec has as a constant."""
+        """Copy the programs, with `digest` in place of the one that a spec of critest has as a constant."""
         directory = scratch_dir("critest")
         program = directory / "critest"
         text = critest.read_bytes()
-        assert text.count(FIXED_DIGEST.encode()) == 1, f"{critest} asks for another digest than was thought"
+        assert text.count(FIXED_DIGEST.encode()) == 1, f"{critest} does not contain {FIXED_DIGEST}"
         program.write_bytes(text.replace(FIXED_DIGEST.encode(), digest.encode()))
         program.chmod(0o755)
-        shutil.copy(ginkgo, directory / "ginkgo")  # by this name critest looks for it in PATH
+        shutil.copy(ginkgo, directory / "ginkgo")  # critest looks it up in PATH by this name
         (directory / "tmp").mkdir()
-        (directory / "crictl.yaml").touch()  # keeps a configuration of the machine out of it
+        (directory / "crictl.yaml").touch()  # in place of the machine's configuration
         return cls(namespace, socket, program, directory / "ginkgo", directory)
 
     def run(self, name: str, *flags: str, focus: str = "", timeout_s: float = 1800) -> list[Spec]:
-        """Every spec, or those in focus. Raises RuntimeError when critest left no report."""
+        """Run every spec, or those in focus. Raises RuntimeError when critest wrote no report."""
         report = self.directory / f"{name}.json"
         log = self.directory / f"{name}.log"
         with log.open("wb") as output:
@@ -53,10 +55,10 @@ class Critest:
                 stdout=output,
                 stderr=output,
                 timeout=timeout_s + 60,
-                check=False,  # the report tells
+                check=False,  # the report has the results
             )
         if not report.exists():
-            raise RuntimeError(f"critest left no report:\n{log.read_text(errors='replace')[-6000:]}")
+            raise RuntimeError(f"critest wrote no report:\n{log.read_text(errors='replace')[-6000:]}")
         return read_report(report)
 
     def command(self, report: Path, flags: Sequence[str], focus: str, timeout_s: float) -> list[str]:

@@ -1,7 +1,7 @@
-"""The images that critest pulls, under the names that it knows, made of Debian packages.
+"""The images that critest pulls, under its names, made of Debian packages.
 
-What its specs ask of them: commands that are files of their own (masking /bin/ls must hide ls, and nothing
-else), nginx with its PID file, a set-user-id program, users and groups that only an image knows.
+Its specs need commands that are separate files (masking /bin/ls must hide ls and nothing else), nginx with
+its PID file, a set-user-id program, and users and groups that only the image defines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.kit.registry import Registry
 HOSTS = ("registry.k8s.io", "gcr.io", "k8s.gcr.io")  # critest's images are named after these
 E2E = "e2e-test-images"
 STAGING = "k8s-staging-cri-tools"
-# of the image that one spec pulls by digest: no image but the original one can have it
+# of the image that one spec pulls by digest; only the original image has it
 FIXED_DIGEST = "9700f9a2f5bf2c45f2f605a0bd3bce7cf37420ec9d3ed50ac2758413308766bf"
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
@@ -39,9 +39,10 @@ cat /proc/sysvipc/shm
 
 @cache
 def userland() -> Layer:
-    """Debian's dynamic busybox: its shell looks commands up on disk, where the static one runs its own.
+    """Return a layer with Debian's dynamic busybox, whose shell looks up commands on disk.
 
-    Each command is a hard link: hiding a symbolic link would hide the whole busybox.
+    (The static one runs its built-in commands.) Each command is a hard link, as masking a symbolic link would
+    mask the whole busybox.
     """
     program = unpacked("busybox") / "bin/busybox"
     if not program.exists():
@@ -59,7 +60,7 @@ def userland() -> Layer:
 
 
 def add_program(layer: Layer, program: Path, path: str) -> Layer:
-    """A dynamic program with all that it loads."""
+    """Add a dynamic program with all libraries that it loads."""
     layer.add(path, program.read_bytes(), mode=0o755)
     for name, file in libraries_of(program).items():
         layer.add(name, file.read_bytes(), mode=0o755)
@@ -102,7 +103,7 @@ def httpd() -> Image:
 
 
 def climber() -> Image:
-    """A program of root's that says by which id it runs when another user starts it."""
+    """Return an image with a set-user-id program that prints its effective user id."""
     layer = Layer().add("usr/bin/effective", helper("effective"), mode=0o4755)
     script = '#!/bin/sh\neffective | sed "s/.* euid=\\([0-9]*\\) .*/Effective uid: \\1/"\n'
     layer.add("usr/bin/nnp", script, mode=0o755)
@@ -110,14 +111,14 @@ def climber() -> Image:
 
 
 def member() -> Image:
-    """Its user has a group that only the image knows."""
+    """Return an image whose user has a group that only the image defines."""
     layer = Layer().add("etc/passwd", PASSWD + "default-user:x:1000:1000::/home:/bin/sh\n")
     layer.add("etc/group", GROUP + "default-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n")
     return Image((userland(), layer), cmd=("sh",), user="1000")
 
 
 def push_all(registry: Registry) -> str:
-    """Returns the digest (64 digits) that the spec with the fixed one must ask for instead."""
+    """Push all images. Returns the digest (64 digits) that replaces the one fixed in a spec."""
     platforms = [box("busybox", architecture=name) for name in ("arm64", "amd64")]
     registry.push_index(f"{E2E}/busybox", "1.29-2", platforms)
     registry.push(f"{E2E}/nginx", "1.14-2", nginx(80, "nginx"))

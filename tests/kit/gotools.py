@@ -11,10 +11,14 @@ BUILD = Path(__file__).resolve().parents[1] / "node/build-tool"
 
 @cache
 def tool(name: str) -> Path:
-    """Where it is; built first where the cache has none. Raises CalledProcessError; stderr tells why."""
+    """Return the path of a program, building it if it is not cached.
+
+    Raises CalledProcessError; the reason is on stderr.
+    """
     done = subprocess.run([str(BUILD), name], check=True, stdout=subprocess.PIPE, text=True)
     return Path(done.stdout.strip())
 
 
 def version(name: str) -> str:
+    """Return the pinned version of a program, building it if it is not cached."""
     return tool(name).name.removeprefix(f"{name}-")

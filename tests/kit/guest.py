@@ -1,4 +1,4 @@
-"""VMs of the tests' own: the distribution's kernel with a shell script as its first process."""
+"""VMs for tests: the distribution's kernel with a shell script as its first process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sandbox.guest_image import vmlinux as vmlinux_module
 from sandbox.guest_image.vmlinux import Kernel
 
 BUSYBOX = Path("/usr/bin/busybox")  # busybox-static
-# how each of them begins: commands, devices, and the modules of the image
+# beginning of each script: commands, devices, and the modules of the image
 PRELUDE = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -22,7 +22,7 @@ while read m; do insmod /modules/$m; done </modules/order
 
 
 async def fetch_kernel(directory: Path) -> Kernel:
-    """The newest, unpacked in `directory`; its package may be there from building the guest image."""
+    """Return the newest kernel, unpacked in `directory`. Its package may be cached by the guest image."""
     cache = os.environ.get("HUSK_TEST_GUEST", "")
     packages = Path(cache, "packages") if cache else directory / "packages"
     return await build.fetch_kernel(packages, directory, print)
@@ -31,7 +31,7 @@ async def fetch_kernel(directory: Path) -> Kernel:
 def make_image(
     directory: Path, kernel: Kernel, init: str, modules: Sequence[str] = build.MODULES
 ) -> tuple[Path, Path]:
-    """vmlinux and an initramfs whose /init is PRELUDE and then `init`."""
+    """Make vmlinux and an initramfs whose /init is PRELUDE followed by `init`, and return their paths."""
     vmlinux = directory / "vmlinux"
     vmlinux.write_bytes(vmlinux_module.extract_vmlinux(kernel.image.read_bytes()))
     loaded = vmlinux_module.load_modules(
@@ -42,7 +42,7 @@ def make_image(
         [
             cpio.directory("bin"),
             cpio.file("bin/busybox", BUSYBOX.read_bytes(), 0o755),
-            # instead of /init, which is no agent here
+            # in place of /init, which is not the agent here
             cpio.symbolic_link(build.MODPROBE, "/bin/busybox"),
         ]
     )

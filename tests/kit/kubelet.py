@@ -186,7 +186,7 @@ class Kubelet:
     # --------------------------------------------------------------------------- its port
 
     def get(self, path: str, timeout_s: float = 10) -> str:
-        """The body of an answer; raises RuntimeError when it is no 200."""
+        """Return the body of a response. Raises RuntimeError for a status other than 200."""
         connection = http.client.HTTPSConnection("127.0.0.1", PORT, timeout=timeout_s)
         connection.sock = self.dial_tls(timeout_s)
         try:
@@ -233,7 +233,7 @@ class Kubelet:
         (self.manifests / f"{name}.json").unlink(missing_ok=True)
 
     def pod(self, name: str) -> Any:
-        """As /pods has it; None when it is not there. A static pod is called after its node too."""
+        """Return a static pod as /pods has it, None if absent. The kubelet appends the node to its name."""
         found = [
             pod for pod in self.json("/pods")["items"] or () if pod["metadata"]["name"] == f"{name}-{NODE}"
         ]
@@ -256,12 +256,12 @@ class Kubelet:
 
 
 def _carry(tls: ssl.SSLSocket, plain: socket.socket) -> None:
-    """Until one of them ends, and then both. One thread for both ways: a TLS connection is no two pipes."""
+    """Copy both ways until one end closes, then close both. In one thread, as TLS cannot be split in two."""
     with tls, plain, contextlib.suppress(OSError):
         while True:
             ready = [tls] if tls.pending() else select.select([tls, plain], [], [])[0]
             if tls in ready:
-                tls.setblocking(False)  # what came may be no data, but the protocol's own
+                tls.setblocking(False)  # a record may carry no application data
                 with contextlib.suppress(ssl.SSLWantReadError):
                     data = tls.recv(1 << 16)
                     if not data:
@@ -276,18 +276,19 @@ def _carry(tls: ssl.SSLSocket, plain: socket.socket) -> None:
 
 
 def is_ready(pod: Any) -> bool:
+    """Return whether the pod's Ready condition is true."""
     conditions = pod["status"].get("conditions") or ()
     return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
 
 def container_of(pod: Any, name: str) -> Any:
-    """The status of a container, an init container or a sidecar."""
+    """Return the status of a container, an init container or a sidecar."""
     status = pod["status"]
     every = [*status.get("containerStatuses", ()), *status.get("initContainerStatuses", ())]
     return next(each for each in every if each["name"] == name)
 
 
 def _hierarchies() -> list[Path]:
-    """Every cgroup hierarchy that the kubelet may use: each directory on a v1 host, the one on v2."""
+    """Return every cgroup hierarchy that the kubelet may use: all on a v1 host, the only one on v2."""
     lines = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     return [Path(line[1]) for line in lines if line[2] in ("cgroup", "cgroup2")]

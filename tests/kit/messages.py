@@ -1,7 +1,7 @@
-"""Protobuf messages for hypothesis, made from descriptors: a new field or rpc is drawn without a line here.
+"""Protobuf messages for hypothesis, made from descriptors, so that new fields and rpcs are covered.
 
-`any_message` draws whatever the type allows, `near` changes a good message in a few places,
-`field_edges` tells where to change it and to what, one field after the other.
+`any_message` draws any message of a type, `near` changes a valid message in a few places, and `field_edges`
+lists all changes of one field each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 M = TypeVar("M", bound=Message)
 
 DEEPEST = 6
-FIELDS_MAX = 6  # of one message, so that a whole one stays small enough to be drawn
+FIELDS_MAX = 6  # of one message, so that a message stays small enough to be drawn
 
 _TEXT = (
     *(
@@ -61,7 +61,7 @@ _EDGES = (0, 1, 2, 5, 80, 999, 1000, 65535, 65536, 10**6, 10**9)
 
 
 def any_message(kind: type[M], words: Sequence[str] = ()) -> st.SearchStrategy[M]:
-    """`words` are texts of interest, such as ids that exist."""
+    """Draw any message of this type; `words` are texts of interest, such as existing ids."""
 
     @st.composite
     def draw_one(draw: st.DrawFn) -> M:
@@ -73,7 +73,7 @@ def any_message(kind: type[M], words: Sequence[str] = ()) -> st.SearchStrategy[M
 
 
 def near(seed: M, words: Sequence[str] = ()) -> st.SearchStrategy[M]:
-    """A copy of `seed` with up to three fields, anywhere in it, cleared, set, or added to."""
+    """Draw a copy of `seed` with up to three fields, at any depth, cleared, set, or added to."""
 
     @st.composite
     def draw_one(draw: st.DrawFn) -> M:
@@ -90,7 +90,7 @@ Path = tuple[FieldDescriptor, ...]
 
 
 def field_edges(kind: Descriptor, above: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every field at or beneath a message, with each edge of its type; for `set_at`."""
+    """Yield every field of a message and its submessages, with each edge of its type; for `set_at`."""
     fields: Any = kind.fields
     for field in fields:
         if field.message_type is not None and not is_map(field):
@@ -122,7 +122,7 @@ def _edges(field: FieldDescriptor) -> Sequence[Any]:
 
 
 def set_at(message: Message, path: Path, value: Any) -> None:
-    """In the first of a list, where there is one."""
+    """Set a field; on the way, the first element of a repeated field is used, or added."""
     for field in path[:-1]:
         inner: Any = getattr(message, field.name)
         message = (inner[0] if inner else inner.add()) if field.is_repeated else inner
@@ -165,7 +165,7 @@ def _fields(message: Message) -> list[FieldDescriptor]:
 
 
 def _inner(draw: st.DrawFn, message: Message, field: FieldDescriptor) -> Message | None:
-    """A message in this field, to go on from; an absent one is made."""
+    """Return a message in this field to descend into; an absent one is created."""
     if field.message_type is None or is_map(field):
         return None
     value: Any = getattr(message, field.name)
@@ -212,9 +212,11 @@ def _scalar(field: FieldDescriptor, words: Sequence[str]) -> st.SearchStrategy[A
 
 
 def is_map(field: FieldDescriptor) -> bool:
+    """Return whether a field is a map."""
     kind: Descriptor | None = field.message_type
     return kind is not None and bool(kind.GetOptions().map_entry)
 
 
 def message_class(kind: Descriptor) -> type[Message]:
+    """Return the Python class of a message type."""
     return GetMessageClass(kind)

@@ -1,7 +1,7 @@
-"""A network, IPC and mount namespace of its own, so that nothing of the machine's changes.
+"""New network, IPC and mount namespaces, so that tests change nothing on the machine.
 
-A sleeping process holds the namespaces; ending it releases them with all that was made inside. Unix
-sockets are found by path and so reach across; for TCP, `dial` opens the socket inside.
+A sleeping process holds the namespaces; killing it releases them with everything that was made inside. Unix
+sockets are reached by path from outside; for TCP, `dial` opens the socket inside.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from types import TracebackType
 
 CLONE_NEWNET = 0x40000000
 
-# /run holds iptables' lock, named namespaces and run-time directories of other runtimes; /var/lib/cni the
-# leases of host-local and /etc/cni its configuration: each namespace gets its own, empty.
+# /run has iptables' lock, named namespaces and run-time directories of other runtimes, /var/lib/cni the
+# leases of host-local, /etc/cni its configuration: each namespace gets empty ones.
 NAMESPACES = ("--net", "--ipc", "--mount")
 SET_UP = """set -e
 mount -t tmpfs -o mode=755 husk-test-run /run
@@ -33,8 +33,10 @@ exec sleep infinity
 
 
 class Namespace:
+    """The namespaces of one test session. A context manager that releases them."""
+
     def __init__(self, mark: Path) -> None:
-        # the argument behind SET_UP is unused by the shell: it names the run for the leak check
+        # the shell does not use the argument after SET_UP; the leak check finds the process by it
         self._holder = subprocess.Popen(
             ["unshare", *NAMESPACES, "--propagation", "private", "sh", "-c", SET_UP, str(mark)],
             stdout=subprocess.PIPE,
@@ -52,29 +54,29 @@ class Namespace:
         return self._holder.pid
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """`argv`, run inside. nsenter becomes the program, so its pid is the program's."""
+        """Return the argv that runs `argv` inside. nsenter execs the program, so the pid is the program's."""
         return ["nsenter", f"--target={self.pid}", *NAMESPACES, "--", *argv]
 
     def run(self, *argv: str, check: bool = True, timeout_s: float = 60) -> str:
-        """Standard output of a program inside; raises CalledProcessError as subprocess does."""
+        """Run a program inside and return its standard output. Raises CalledProcessError, TimeoutExpired."""
         done = subprocess.run(
             self.command(argv), check=check, timeout=timeout_s, capture_output=True, text=True
         )
         return done.stdout
 
     def dial(self, host: str, port: int, timeout_s: float = 5) -> socket.socket:
-        """A TCP connection made inside. A socket keeps the namespace that it was made in.
+        """Return a TCP connection made inside: a socket stays in the namespace of its creation.
 
-        Raises OSError as connect does.
+        Raises OSError as connect(2) does.
         """
         return self._inside(lambda: socket.create_connection((host, port), timeout_s))
 
     def listen(self, host: str, port: int) -> socket.socket:
-        """A listening TCP socket made inside."""
+        """Return a listening TCP socket made inside."""
         return self._inside(lambda: socket.create_server((host, port)))
 
     def fetch(self, host: str, port: int, path: str = "/", timeout_s: float = 5) -> str:
-        """The body of http://host:port/path as seen from inside; raises OSError or HTTPException."""
+        """Return the body of http://host:port/path, requested inside. Raises OSError, HTTPException."""
         connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
         connection.sock = self.dial(host, port, timeout_s)
         try:
@@ -88,7 +90,7 @@ class Namespace:
         fault: list[BaseException] = []
 
         def work() -> None:
-            # the thread ends afterwards and takes its foreign namespace with it
+            # the thread ends with its task and does not return to its namespace
             try:
                 enter_network(self.pid)
                 result.append(action())

@@ -1,8 +1,8 @@
-"""One scratch directory for a whole test run; all else that the kit makes lies beneath it.
+"""One scratch directory for a whole test run, in which the kit creates everything else.
 
-`HUSK_TEST_ROOT` names it where `tests/run` made it already. Its path is the mark by which left-over
-processes, mounts and cgroups are found, so it must not be shared by two runs. Names are short because
-socket paths, which hold a pod's id of 64 digits, end at 107 bytes (unix(7)).
+`HUSK_TEST_ROOT` names it if `tests/run` has created it. Left-over processes, mounts and cgroups are found by
+its path, so two runs must not share it. Names are short because socket paths, which contain a pod's id of 64
+digits, have at most 107 bytes (unix(7)).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VARIABLE = "HUSK_TEST_ROOT"
 
 
 def scratch_root() -> Path:
-    """The run's directory; made on first use when nobody named one."""
+    """Return the run's directory; without HUSK_TEST_ROOT it is created on first use."""
     if VARIABLE not in os.environ:
         path = Path("/tmp") / f"hk-{secrets.token_hex(3)[:5]}"
         path.mkdir()
@@ -31,7 +31,7 @@ def scratch_root() -> Path:
 
 
 def scratch_dir(name: str = "") -> Path:
-    """A fresh directory beneath the root: the name, if any, and the first number that is free."""
+    """Create a directory in the root: `name` followed by the first free number."""
     for number in count():
         path = scratch_root() / f"{name}{number}"
         try:

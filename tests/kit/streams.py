@@ -1,4 +1,4 @@
-"""Clients of the streaming server: SPDY/3.1, minding windows or (as Kubernetes's own) not, and WebSocket."""
+"""Clients of the streaming server: SPDY/3.1, with windows or without as kubectl's, and WebSocket."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ READ_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP answer's head, and what followed."""
+    """An HTTP response: status, headers, and the body."""
 
     code: int
     headers: Mapping[str, str]
@@ -40,12 +40,14 @@ class Answer:
 
 
 class NotUpgraded(Exception):
+    """The server answered a request for an upgrade with an ordinary response."""
+
     def __init__(self, answer: Answer) -> None:
         super().__init__(f"{answer.code}: {answer.rest.decode(errors='replace')}")
         self.answer = answer
 
 
-Dialer = Callable[[str, int], socket.socket]  # opens the connection elsewhere, in another namespace for one
+Dialer = Callable[[str, int], socket.socket]  # opens the connection, for example in another namespace
 
 
 async def connect(
@@ -104,8 +106,8 @@ class Stream:
     hold: bool = False  # give no credit back
 
 
-class _Heedless(SpdyProtocol):
-    """As the library of Kubernetes's own clients."""
+class _WindowlessSpdy(SpdyProtocol):
+    """Ignores windows, as the library of Kubernetes's clients does."""
 
     def __init__(self) -> None:
         super().__init__(client=True)
@@ -116,12 +118,12 @@ class _Heedless(SpdyProtocol):
 
 
 class SpdyClient:
-    """`counts` False: as the library of kubectl, it gives no credit and minds none."""
+    """A SPDY client. With `counts` False it ignores and grants no credit, like kubectl's library."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool = True
     ) -> None:
-        self.spdy = SpdyProtocol(client=True) if counts else _Heedless()
+        self.spdy = SpdyProtocol(client=True) if counts else _WindowlessSpdy()
         self.streams: dict[int, Stream] = {}
         self.gone_away = False
         self.received = b""  # the last bytes of it
@@ -201,16 +203,16 @@ class SpdyClient:
         return {name: await self.open(streamtype=name) for name in names}
 
     async def send(self, id: int, data: bytes) -> None:
-        """Waits for credit where the client minds it."""
+        """Send data; a client with windows waits for credit."""
         rest = memoryview(data)
         while rest:
-            room = self.spdy.send_capacity(id) if self._counts else len(rest)
-            if room == 0:
+            credit = self.spdy.send_capacity(id) if self._counts else len(rest)
+            if credit == 0:
                 self._news.clear()
                 await asyncio.wait_for(self._news.wait(), 20)
                 continue
-            self.spdy.send(id, rest[: min(room, 1 << 20)])
-            rest = rest[min(room, 1 << 20) :]
+            self.spdy.send(id, rest[: min(credit, 1 << 20)])
+            rest = rest[min(credit, 1 << 20) :]
             await self.flush()
 
     async def end(self, id: int) -> None:
@@ -225,7 +227,7 @@ class SpdyClient:
         return bytes(self.streams[id].seen)
 
     async def wait_closed(self, timeout_s: float = 20) -> None:
-        """Until the server has hung up."""
+        """Wait until the server has closed the connection."""
         assert self._task is not None
         await asyncio.wait_for(asyncio.shield(self._task), timeout_s)
 
@@ -240,7 +242,7 @@ class SpdyClient:
 
 
 def _without_window_updates(data: bytes) -> bytes:
-    """What is sent goes out frame by frame, so their borders are known."""
+    """Drop WINDOW_UPDATE frames from bytes that begin and end at frame boundaries."""
     kept = bytearray()
     while data:
         length = 8 + int.from_bytes(data[5:8], "big")
@@ -251,7 +253,7 @@ def _without_window_updates(data: bytes) -> bytes:
 
 
 class WebSocketClient:
-    """Messages by channel."""
+    """A WebSocket client that keeps the messages it received."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -296,7 +298,7 @@ class WebSocketClient:
         await self.send_event(Ping(payload=b"there?"))
 
     async def receive(self) -> bool:
-        """Take what comes next; False at the end."""
+        """Receive and keep the next messages; False at the end of the connection."""
         data = await asyncio.wait_for(self._reader.read(READ_BYTES), 20)
         if not data:
             return False
@@ -320,7 +322,7 @@ class WebSocketClient:
                     self.writer.write(self.connection.send(event.response()))
 
     def channel(self, number: int) -> bytes:
-        """What came on a channel of the binary form so far."""
+        """Return what was received on a channel of the binary form."""
         return b"".join(each[1:] for each in self.messages if isinstance(each, bytes) and each[0] == number)
 
     async def until(self, enough: Callable[[], bool]) -> None:
@@ -336,7 +338,7 @@ class WebSocketClient:
 
 
 class Tunnelled:
-    """SPDY within the messages of a WebSocket, cut anywhere: both halves of a connection."""
+    """SPDY in WebSocket messages that are cut anywhere; reader and writer of a connection in one."""
 
     def __init__(self, websocket: WebSocketClient) -> None:
         self._websocket = websocket

@@ -12,11 +12,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 
-def verdicts(results: Path) -> Iterator[tuple[str, str]]:
-    """(state, name and reason); states are passed, failed, skipped and "not run"."""
+def read_results(results: Path) -> Iterator[tuple[str, str]]:
+    """Yield (state, name and reason) of each test; states are passed, failed, skipped and "not run"."""
     for report in sorted(results.glob("*.xml")):
         for case in ElementTree.parse(report).iter("testcase"):
-            yield verdict(case)
+            yield case_result(case)
     checks = results / "checks.tsv"
     if checks.exists():
         for line in checks.read_text().splitlines():
@@ -24,7 +24,8 @@ def verdicts(results: Path) -> Iterator[tuple[str, str]]:
             yield state, name
 
 
-def verdict(case: ElementTree.Element) -> tuple[str, str]:
+def case_result(case: ElementTree.Element) -> tuple[str, str]:
+    """Return state and name of a test case, with the first line of the reason unless it passed."""
     name = f"{case.get('classname')}::{case.get('name')}"
     for tag, state in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
         found = case.find(tag)
@@ -35,9 +36,10 @@ def verdict(case: ElementTree.Element) -> tuple[str, str]:
 
 
 def main(results: Path) -> int:
+    """Print the summary and return the exit status: 1 when a test failed."""
     count: Counter[str] = Counter()
-    # pytest reports a test and its tear-down as two cases of one name when the latter fails
-    for state, name in verdicts(results):
+    # when its tear-down fails, pytest reports a test as two cases of one name
+    for state, name in read_results(results):
         count[state] += 1
         if state != "passed":
             print(f"{state}: {name}")

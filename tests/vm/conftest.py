@@ -1,4 +1,4 @@
-"""Every test of this folder boots real VMs, and leaves nothing behind."""
+"""Every test of this folder boots real VMs and leaves nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def leave_nothing(request: pytest.FixtureRequest) -> None:
-    """Tests that take a daemon of the module are followed by the look for leaks."""
+    """Check for leaks after each test that uses the module's daemon."""
     if "daemon" in request.fixturenames:
         request.getfixturevalue("tidy")
