@@ -1,7 +1,7 @@
 """What a container's root filesystem is: a directory of the host, or a disk. Pure.
 
 A store (`image.stores`) gives one of these, a container's record keeps it, and only what attaches the root
-filesystem to where the container runs has to tell the kinds apart.
+filesystem to where the container runs has to distinguish the kinds.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 
 from image.rootfs import HostTree, Rootfs
-from sandbox.errors import WrongState
+from sandbox.errors import PlanUnreadable, WrongState
+from sandbox.host.files import temporary_of, write_json
 from sandbox.logs.relay import LogRelay
 from sandbox.plan.values import ContainerPlan
 from sandbox.pod import Pod
@@ -92,14 +93,23 @@ class Container(Recorded[ContainerRecord]):
 
     @property
     def plan(self) -> ContainerPlan:
-        """What the agent is told to do; compiled once, at CreateContainer."""
+        """The container as it is to be made, compiled at CreateContainer. Raises PlanUnreadable."""
         if self._plan is None:
-            self._plan = msgspec.json.decode(self.plan_path.read_bytes(), type=ContainerPlan)
+            try:
+                self._plan = msgspec.json.decode(self.plan_path.read_bytes(), type=ContainerPlan)
+            except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise PlanUnreadable(str(self.plan_path), str(error)) from error
         return self._plan
 
     def save_plan(self, plan: ContainerPlan) -> None:
-        self.plan_path.write_bytes(msgspec.json.encode(plan))
+        """Write the plan to its file. Raises OSError; then the previous plan stays."""
+        write_json(self.plan_path, plan)
         self._plan = plan
+
+    def drop_plan(self) -> None:
+        """Delete the plan's file. Idempotent."""
+        for path in (self.plan_path, temporary_of(self.plan_path)):
+            path.unlink(missing_ok=True)
 
     def record_exit(self, exit_code: int, at_ns: int, reason: str, message: str = "") -> None:
         self.update(

@@ -27,6 +27,7 @@ from sandbox.errors import (
     GuestUnreachable,
     InvalidSpec,
     NotFound,
+    PlanUnreadable,
     WrongState,
 )
 from sandbox.exits import Exits
@@ -80,7 +81,6 @@ class Containers:
         """Facts for a person, beside what the status tells. `pid` is a process of this host; in a VM it is
         the VMM, and `guestPid` is the container's first process as the guest's kernel counts."""
         container = self._inventory.container(record.id)
-        planned = container.plan_path.exists()
         return {
             "sandboxID": container.pod.id,
             **self._engines.of(container.pod).control.pids(container),
@@ -92,7 +92,7 @@ class Containers:
             "log": record.log,
             "imageID": record.image_id,
             "chainIDs": record.chain_ids,
-            "runtimeSpec": runtime_spec(container.plan) if planned else None,
+            "runtimeSpec": _runtime_spec(container),
         }
 
     # ------------------------------------------------------------------------------- create
@@ -205,8 +205,8 @@ class Containers:
             if ContainerId(key.partition(".")[0]) not in self._inventory.containers:
                 log.warning("container %s does not exist any more; deleting its writable layer", key)
                 await self._host.rootfs.down(key, self._nowhere)
-        for plan in self._inventory.container_store.directory.glob("*.plan"):
-            if ContainerId(plan.stem) not in self._inventory.containers:
+        for plan in self._inventory.container_store.directory.glob("*.plan*"):
+            if ContainerId(plan.name.partition(".")[0]) not in self._inventory.containers:
                 plan.unlink()
 
     # ------------------------------------------------------------------------------- stop
@@ -364,6 +364,13 @@ def _require_known(pod: Pod) -> None:
     """Raise WrongState for a quarantined pod: nothing is known of where its containers run."""
     if pod.quarantined:
         raise WrongState("sandbox", pod.id, "quarantined", "ready")
+
+
+def _runtime_spec(container: Container) -> Mapping[str, object] | None:
+    try:
+        return runtime_spec(container.plan)
+    except PlanUnreadable:
+        return None
 
 
 def _log_path(directory: str, name: str) -> str:

@@ -91,6 +91,15 @@ class RootfsUnusable(SandboxError):
     """A root filesystem is of a kind that cannot be used where the container is to run."""
 
 
+class PlanUnreadable(SandboxError):
+    """A container's saved plan is missing, damaged or of another release, so nothing can be run in it."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"plan {path}: {problem}; remove the container and create it again")
+        self.path = path
+        self.problem = problem
+
+
 class GuestError(SandboxError):
     """The agent refused a request: `step` failed with `errno` (0: no system call failed)."""
 

@@ -22,7 +22,7 @@ Such a pod is a directory (the run directory of every pod) and a cgroup in each 
     CGROUP/supervisor        the pod's first process, conmon of each container
     CGROUP/ID                a container
 
-crun is told to leave cgroups alone: it does not support hosts whose v2 hierarchy has controllers beside v1,
+crun is started with cgroups disabled: it does not support hosts whose v2 hierarchy has controllers beside v1,
 and this way Husk writes the limits of all its containers itself.
 
 Crash story: conmon supervises a container and writes its log and exit code without the daemon. Its identity

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sandbox.container import Container
-from sandbox.errors import DeadlineExceeded, GuestError, SandboxError
+from sandbox.errors import DeadlineExceeded, GuestError, PlanUnreadable, SandboxError
 from sandbox.exits import Exit, Exits
 from sandbox.host import cgroup, process
 from sandbox.host.openat import make_beneath
@@ -33,6 +33,7 @@ from sandbox.plan.device_filter import device_rules
 from sandbox.plan.resources import compile_resources
 from sandbox.records import ContainerState, HostProcess
 from sandbox.spec import ExitCode, PidMode
+from sandbox.steps.container import CompiledPlan
 from sandbox.steps.pod import remove_tree
 
 log = logging.getLogger(__name__)
@@ -235,6 +236,18 @@ class ProcessContainers:
             await asyncio.to_thread(execs.end_execs, execs.site_of(self._layout, container))
             container.pid = held.init.pid if held and held.init else 0
             self.watch_exit(container)
+        if container.record.state in (ContainerState.CREATED, ContainerState.RUNNING):
+            await self._restore_plan(container)
+
+    async def _restore_plan(self, container: Container) -> None:
+        """Compile the plan again where an earlier release saved it in another format, or it is damaged."""
+        try:
+            _ = container.plan
+        except PlanUnreadable as error:
+            log.warning("container %s: compiling its plan again: %s", container.id, error.problem)
+            for step in self.container_steps:
+                if isinstance(step, CompiledPlan):
+                    await step.up(container)
 
     async def _was_started(self, container: Container, bundle: Bundle) -> bool:
         """Whether the daemon was killed between the order to start and recording that it was done."""

@@ -66,7 +66,7 @@ def compile_process(process: ProcessPlan, limits: NodeLimits) -> Json:
 def fit(plan: ContainerPlan, env: RuntimeEnv) -> ContainerPlan:
     """Return the plan as it can be carried out on this host. Raises InvalidSpec.
 
-    Limits of the cgroup are left out: `control` writes them, as crun is told to leave cgroups alone.
+    Limits are left out: `cgroups` writes them, as crun is started with cgroups disabled.
     """
     shared = any(mount.propagation & mounts.MS_SHARED for mount in plan.mounts)
     return replace(

@@ -1,4 +1,4 @@
-"""The sysctls of a pod without a VM: those of its own namespaces, and no others. Pure."""
+"""The sysctls of a pod without a VM: those of its namespaces, and no others. Pure."""
 
 from __future__ import annotations
 

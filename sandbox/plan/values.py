@@ -25,7 +25,7 @@ class Rlimit(Value, frozen=True, kw_only=True):
 
 
 class ProcessPlan(Value, frozen=True, kw_only=True):
-    """A program and everything the kernel is told about it before its exec."""
+    """A program, and all that is set up for it before its exec."""
 
     argv: tuple[str, ...] = ()
     env: tuple[bytes, ...] = ()  # b"NAME=value"; a value is any bytes but zero

@@ -48,7 +48,7 @@ class CompiledPlan:
 
     async def down(self, container: Container) -> None:
         """Delete the plan. Idempotent."""
-        container.plan_path.unlink(missing_ok=True)
+        container.drop_plan()
 
     def _compile(self, container: Container) -> None:
         record, pod, rootfs = container.record, container.pod.record, container.rootfs

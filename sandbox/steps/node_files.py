@@ -13,7 +13,7 @@ RESOLV_CONF = Path("/etc/resolv.conf")
 
 
 def read_node_files(hosts: Path = HOSTS, resolv_conf: Path = RESOLV_CONF) -> NodeFiles:
-    """Return what is there now; an absent file is no error. Blocking. Raises OSError."""
+    """Return what is there now. A file need not exist. Blocking. Raises OSError."""
     return NodeFiles(
         nodename=os.uname().nodename, hosts=_content(hosts), resolv_conf=_content(resolv_conf) or b""
     )

@@ -313,6 +313,21 @@ async def _kill_in_start(
     await daemon.restart()
 
 
+@pytest.mark.parametrize("content", [b"\x0a\x02c1 of another release", b"", None])
+async def test_unreadable_plan_of_a_running_container_is_compiled_again(
+    daemon: Daemon, content: bytes | None
+) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(pod, container_spec())
+    await daemon.containers.start(container)
+    path = daemon.inventory.container(container).plan_path
+    before = path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    await daemon.restart()
+    assert (await daemon.containers.exec_sync(container, ["echo", "here"], 10)).stdout == b"here\n"
+    assert path.read_bytes() == before
+
+
 async def test_exec_of_a_killed_daemon_is_ended_by_the_next(daemon: Daemon) -> None:
     pod = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(pod, container_spec())
