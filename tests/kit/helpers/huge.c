@@ -1,5 +1,5 @@
-// huge FILE MIB: maps MIB mebibytes of FILE (created if missing) on a hugetlbfs, or anonymous huge pages where
-// FILE is "-", writes to every page, and prints the first byte as it was before.
+// huge FILE MIB: maps MIB mebibytes of FILE (created if missing) on a hugetlbfs, or anonymous huge pages
+// where FILE is "-", writes to every page, and prints the first byte as it was before.
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
