@@ -52,8 +52,8 @@ static int begin(struct dial *dial, struct error *error) {
     }
     dial->connecting.fd = fd;
     dial->decided = false;
-    loop_add(&dial->agent->loop, &dial->connecting,
-             EPOLLOUT); // only after connect(2): before, it would be reported as hung up
+    // not before connect(2): an unconnected socket is reported as hung up
+    loop_add(&dial->agent->loop, &dial->connecting, EPOLLOUT);
     return 0;
 }
 

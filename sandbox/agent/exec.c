@@ -26,8 +26,8 @@ int exec_frame(struct agent *agent, const struct frame *frame) {
         int handled = input_stream_frame(&exec->input, frame);
         for (int i = 0; i < 2 && !handled; i++)
             handled = output_stream_frame(&exec->outputs[i], agent, frame);
-        if (handled && exec->terminal &&
-            frame->kind == FRAME_RESET) // closes its other descriptor too: a hangup
+        // with its other descriptor closed too, the terminal is hung up
+        if (handled && exec->terminal && frame->kind == FRAME_RESET)
             input_stream_refuse(&exec->input, agent);
         if (handled)
             return handled;

@@ -13,6 +13,10 @@ append-only: a new field takes the next free number; a removed one leaves `reser
 its name; numbers and types never change. The same holds for enum values. tests/golden/guest_fields.tsv
 lists every field with the protocol version that introduced it, and tests/unit/test_guest_proto.py
 enforces these rules.
+
+An agent ignores fields that are newer than it and refuses requests that it does not know (EOPNOTSUPP).
+Where that is not enough, raise the version (VERSION in frames.py, PROTOCOL_MAX in agent/protocol.h) and
+let the host check GuestClient.version before it relies on the addition.
 """
 
 from collections import abc as _abc
