@@ -1,16 +1,19 @@
-"""A pod's network: its namespace, its CNI attachments, and the tap devices that carry them to a VM.
+"""A pod's network: its namespace, its CNI attachment, and the tap devices that connect it to a VM.
 
-    prepare    namespace ─> the tap of its first interface, for a VM that is there before the interface
-    up         held file ─> namespace, unless prepared ─> ADD of each plug-in ─> facts of the interfaces
+    prepare    namespace ─> the tap of its first interface, for a VM that exists before the interface
+    up         cache file ─> namespace, unless prepared ─> CNI ADD ─> interfaces as the kernel has them
                ─> redirect to the tap, if prepared
     open_taps  taps and redirects of the interfaces that have none
-    down       DEL of each plug-in ─> namespace ─> held file
+    check      CNI CHECK
+    down       CNI DEL ─> namespace ─> cache file
+    gc         `down` of every pod that is not valid ─> CNI GC
 
-Everything is found by the pod id: the held file (see `held`), the namespace `<netns_dir>/<pod id>`,
-and in it the interfaces. So `down` works for whatever a daemon that was killed had got to.
+The phases of CNI are described in `cni`. Everything is found by the pod id: the cache file (see
+`attachment_cache`), the namespace `<netns_dir>/<pod id>`, and in it the interfaces. So `down` works however
+far a daemon that was killed had come.
 
-The event loop does no work here: each verb is plain blocking code in a thread of its own. Verbs of
-one pod wait for each other; GC waits for all and lets none begin (CNI SPEC, "Lifecycle & Ordering").
+Nothing here blocks the event loop: each operation is plain blocking code in a thread of its own. Operations
+on one pod wait for each other; GC waits for all and blocks new ones (CNI SPEC, "Lifecycle & Ordering").
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from network.links import list_links, open_netlink, read_links
 from network.plugins import Plugins
 from network.readiness import Readiness
 from network.result import Result
-from network.spec import Attachment, Dns, Interface, NetworkRequest, NetworkStatus, PortMapping, Route
+from network.spec import Attachment, Dns, Interface, NetworkRequest, NetworkStatus, PublishedPort, Route
 from network.tap import FIRST_TAP, join, open_tap, open_taps
 from sandbox.host import threads
 from sandbox.host.keyed_lock import KeyedLock
@@ -45,18 +48,22 @@ __all__ = [
     "NetworkRequest",
     "NetworkStatus",
     "Networks",
-    "PortMapping",
+    "PublishedPort",
     "Route",
 ]
 
 log = logging.getLogger(__name__)
 
-IFNAME = "eth0"  # what Kubernetes' clients expect of a pod's first interface
+IFNAME = "eth0"  # the name that clients of Kubernetes expect of a pod's first interface
 _POD_CIDR = "pod-cidr"
 
 
 class Networks:
-    """All pods' networks. `status` and `list_leftovers` may be called at any time."""
+    """The networks of all pods. For one event loop; `status` and `list_leftovers` are safe in any thread.
+
+    An operation whose caller is cancelled is undone, or completed where it releases, before the cancellation
+    is raised.
+    """
 
     def __init__(
         self,
@@ -69,19 +76,20 @@ class Networks:
     ) -> None:
         self._cni = Cni(Plugins(tuple(bin_dirs), plugin_timeout_s))
         self._readiness = Readiness(conf_dir, self._cni)
-        self._held = AttachmentCache(cache_dir)
+        self._cache = AttachmentCache(cache_dir)
         self._netns_dir = netns_dir
         self._pod_cidr_file = cache_dir / _POD_CIDR
         self._locks = KeyedLock()
 
     def status(self) -> NetworkStatus:
-        """Whether a pod could be attached now; cheap, reads files only when they changed."""
+        """Return whether a pod could be attached now. Cheap: reads files only when they have changed."""
         return self._readiness.status()
 
     async def prepare(self, pod_id: str) -> int:
-        """Make the namespace, and in it the first interface's tap; the caller owns the descriptor.
+        """Create the namespace, and in it the tap of the first interface.
 
-        On failure, or when cancelled, nothing is left. Raises NetnsError, TapError, Unsatisfiable.
+        Returns the tap's descriptor, which the caller owns. On failure, or when cancelled, nothing is left.
+        Raises NetnsError, TapError, and Unsatisfiable when the pod has a network already.
         """
         async with self._locks.hold(pod_id):
             return await threads.run(
@@ -91,26 +99,28 @@ class Networks:
             )
 
     def netns_of(self, pod_id: str) -> Path:
+        """Return the path of a pod's namespace, whether it exists or not."""
         return self._netns_dir / pod_id
 
-    async def up(self, wish: NetworkRequest) -> Attachment:
-        """Attach the pod. On failure, or when cancelled, nothing is left but what was prepared.
+    async def up(self, request: NetworkRequest) -> Attachment:
+        """Attach the pod by CNI ADD. On failure, or when cancelled, nothing is left but what was prepared.
 
         Raises NetworkNotReady, Unsatisfiable, CniError, NetnsError, TapError.
         """
         cancelled = Event()
-        async with self._locks.hold(wish.pod_id):
+        async with self._locks.hold(request.pod_id):
             return await threads.run(
-                lambda: self._up(wish, cancelled.is_set),
+                lambda: self._up(request, cancelled.is_set),
                 "husk-network",
                 on_cancel=cancelled.set,
-                discard=lambda _: self._down(wish.pod_id),
+                discard=lambda _: self._down(request.pod_id),
             )
 
     async def down(self, pod_id: str) -> None:
-        """Release all that a pod holds; idempotent. Every plug-in gets its DEL, whatever others answer.
+        """Release all that a pod's network holds. Idempotent. Every plug-in gets its DEL, whatever others
+        return.
 
-        Raises TeardownFailed when a plug-in would not DEL: what the next try needs is kept.
+        Raises TeardownFailed when a plug-in failed to DEL: what a retry needs is kept.
         """
         cancelled = Event()
         async with self._locks.hold(pod_id):
@@ -119,7 +129,7 @@ class Networks:
             )
 
     async def detach(self, pod_id: str) -> None:
-        """Undo `up`, and leave the namespace; idempotent. Raises TeardownFailed as `down` does."""
+        """Undo `up`, but keep the namespace. Idempotent. Raises TeardownFailed as `down` does."""
         cancelled = Event()
         async with self._locks.hold(pod_id):
             await threads.run(
@@ -127,25 +137,25 @@ class Networks:
             )
 
     async def open_taps(self, pod_id: str, *, begin: int = 0) -> tuple[int, ...]:
-        """Make the taps of interface number `begin` and those behind it, and join them; the caller owns
-        the descriptors.
+        """Create and connect the taps of interface number `begin` and those after it.
 
-        In the order of Attachment.interfaces. Raises TapError, NetnsError.
+        Returns their descriptors, which the caller owns, in the order of Attachment.interfaces. Raises
+        TapError, also when the pod's network is not up, and NetnsError.
         """
         async with self._locks.hold(pod_id):
             return await threads.run(lambda: self._open_taps(pod_id, begin), "husk-network", discard=_close)
 
     async def check(self, pod_id: str) -> None:
-        """Ask the plug-ins whether the attachment is as they left it. Raises CniError, TapError."""
+        """Run CNI CHECK: is the attachment as ADD left it? Raises CniError; TapError when it is not up."""
         async with self._locks.hold(pod_id):
             await threads.run(lambda: self._cni.check(self._attached(pod_id)), "husk-network")
 
     async def gc(self, valid: Iterable[str], *, ask_plugins: bool = True) -> None:
-        """Release what belongs to no valid pod, ours and then the plug-ins'. Raises TeardownFailed.
+        """Release what belongs to no valid pod: first what Husk holds, then by CNI GC what plug-ins hold.
 
-        `valid` names every pod that is not to be released, also those that are being started. The
-        plug-ins' GC knows only networks, not runtimes: with `ask_plugins` it takes away what another
-        runtime or daemon holds in the same network, so only the network's sole user may ask.
+        `valid` names every pod that must not be released, also those that are being started. GC knows
+        networks, not runtimes: it releases what another runtime or daemon holds in the same network. So
+        `ask_plugins` is only for the sole user of the network. Raises TeardownFailed after trying all.
         """
         keep = frozenset(valid)
         problems: list[Exception] = []
@@ -159,21 +169,20 @@ class Networks:
             async with self._locks.hold_all():
                 problems += await threads.run(lambda: self._collect(keep), "husk-network")
         if problems:
-            raise TeardownFailed("(none)", problems)
+            raise TeardownFailed("", problems)
 
     def list_leftovers(self) -> tuple[str, ...]:
-        """Ids of all pods that hold anything: those that run, and those that something forgot."""
-        found = set(self._held.pod_ids())
+        """List the ids of all pods whose network holds anything: those that run, and leftovers."""
+        found = set(self._cache.pod_ids())
         if self._netns_dir.is_dir():
             found |= {path.name for path in self._netns_dir.iterdir()}
         return tuple(sorted(found))
 
     def update_pod_cidr(self, cidr: str) -> None:
-        """Remember the node's pod CIDR, or several between commas (CRI, UpdateRuntimeConfig).
+        """Set the node's pod CIDR, or several separated by commas (CRI, UpdateRuntimeConfig).
 
-        Pods made from now on pass it as the `ipRanges` capability to plug-ins that declare that:
-        host-local then allocates from it. Kept on disk, as a kubelet sends it only when it changes.
-        Raises Unsatisfiable.
+        It is passed for later pods as the `ipRanges` capability to plug-ins that declare it: host-local then
+        allocates from it. Kept on disk, as a kubelet sends it only when it changes. Raises Unsatisfiable.
         """
         cidrs = [each.strip() for each in cidr.split(",") if each.strip()]
         for each in cidrs:
@@ -189,7 +198,7 @@ class Networks:
     def _prepare(self, pod_id: str) -> int:
         path = self.netns_of(pod_id)
         if path.exists():
-            raise Unsatisfiable("pod_id", f"{pod_id} holds a network already; take that down first")
+            raise Unsatisfiable("pod_id", f"{pod_id} has a network already; it must be taken down first")
         netns.make(path)
         try:
             return netns.run_in(path, lambda: open_tap(FIRST_TAP))
@@ -201,47 +210,47 @@ class Networks:
         os.close(tap)
         self._down(pod_id)
 
-    def _up(self, wish: NetworkRequest, cancelled: Callable[[], bool]) -> Attachment:
-        held = self._plan(wish)
-        if self._held.load(wish.pod_id):
-            raise Unsatisfiable("pod_id", f"{wish.pod_id} is attached already; take that down first")
-        path = Path(held.netns)
+    def _up(self, request: NetworkRequest, cancelled: Callable[[], bool]) -> Attachment:
+        cached = self._plan(request)
+        if self._cache.load(request.pod_id):
+            raise Unsatisfiable("pod_id", f"{request.pod_id} is attached already; it must be detached first")
+        path = Path(cached.netns)
         prepared = path.exists()
         try:
-            self._held.save(held, durable=True)
+            self._cache.save(cached, durable=True)
             if not prepared:
                 netns.make(path)
-            held = self._cni.add(held, self._held.save, cancelled)
-            attachment = self._describe(held)
-            self._held.save(_with(held, attachment))
+            cached = self._cni.add(cached, self._cache.save, cancelled)
+            attachment = self._describe(cached)
+            self._cache.save(_with(cached, attachment))
         except BaseException as error:
             undo_all = self._detach if prepared else self._down
             try:
-                undo_all(wish.pod_id)
+                undo_all(request.pod_id)
             except TeardownFailed as undo:
-                error.add_note(f"and was not wholly undone: {undo}")
-                log.warning("undoing a failed start: %s", undo)
+                error.add_note(f"and undoing it failed: {undo}")
+                log.warning("after pod %s failed to attach: %s", request.pod_id, undo)
             raise
         return attachment
 
-    def _plan(self, wish: NetworkRequest) -> CachedAttachment:
+    def _plan(self, request: NetworkRequest) -> CachedAttachment:
         conf = self._readiness.conf()
         self._cni.check_installed(conf)
         return CachedAttachment(
-            pod_id=wish.pod_id,
-            netns=str(self.netns_of(wish.pod_id)),
+            pod_id=request.pod_id,
+            netns=str(self.netns_of(request.pod_id)),
             ifname=IFNAME,
             conf=conf,
-            args=cni_args(wish),
-            capabilities=capability_args(wish, self._pod_cidrs()),
+            args=cni_args(request),
+            capabilities=capability_args(request, self._pod_cidrs()),
         )
 
-    def _describe(self, held: CachedAttachment) -> Attachment:
-        result = held.result or Result()
-        interfaces, routes = netns.run_in(Path(held.netns), lambda: _read_and_join(result))
+    def _describe(self, cached: CachedAttachment) -> Attachment:
+        result = cached.result or Result()
+        interfaces, routes = netns.run_in(Path(cached.netns), lambda: _read_and_join(result))
         dns = result.dns
         return Attachment(
-            netns=held.netns,
+            netns=cached.netns,
             interfaces=interfaces,
             routes=routes,
             ips=_pod_ips(result, interfaces[0]),
@@ -256,40 +265,40 @@ class Networks:
             netns.remove(path)
         except NetnsError as error:
             raise TeardownFailed(pod_id, [error]) from error
-        self._held.forget(pod_id)
+        self._cache.forget(pod_id)
 
     def _detach(self, pod_id: str, cancelled: Callable[[], bool] = lambda: False) -> None:
         self._delete(pod_id, cancelled)
-        self._held.forget(pod_id)
+        self._cache.forget(pod_id)
 
     def _delete(self, pod_id: str, cancelled: Callable[[], bool] = lambda: False) -> Path:
-        """DEL of each plug-in, in the namespace whose path is returned. Raises TeardownFailed."""
+        """DEL of each plug-in. Returns the path of the namespace. Raises TeardownFailed."""
         path = self.netns_of(pod_id)
         problems: Sequence[Exception] = ()
         try:
-            held = self._held.load(pod_id)
-            if held is not None:
-                path = Path(held.netns)
-                problems = self._cni.delete(held, cancelled)
+            cached = self._cache.load(pod_id)
+            if cached is not None:
+                path = Path(cached.netns)
+                problems = self._cni.delete(cached, cancelled)
         except CacheUnreadable as error:
-            log.error("%s; its plug-ins are told to DEL by the configuration of today", error)
-            self._delete_blindly(pod_id)
+            log.error("%s; running CNI DEL with the current network configuration instead", error)
+            self._delete_without_cache(pod_id)
         if problems:
-            # the namespace stays for the next DEL: some plug-ins look there for what they are to undo
+            # the namespace stays for the next DEL, as some plug-ins find in it what they have to undo
             raise TeardownFailed(pod_id, problems)
         return path
 
-    def _delete_blindly(self, pod_id: str) -> None:
-        """DEL with what is still known. Failures are only logged.
+    def _delete_without_cache(self, pod_id: str) -> None:
+        """DEL with the current configuration and the pod id. Failures are only logged.
 
-        Most plug-ins find what is theirs by the pod id; portmap does nothing unless told of ports.
+        Most plug-ins find what they hold by the pod id; portmap does nothing without its ports.
         """
         try:
             conf = self._readiness.conf()
         except NetworkNotReady as error:
-            log.error("what the network of pod %s holds outside is left to gc: %s", pod_id, error)
+            log.error("cannot run CNI DEL, addresses and rules of pod %s stay until GC: %s", pod_id, error)
             return
-        held = CachedAttachment(
+        cached = CachedAttachment(
             pod_id=pod_id,
             netns=str(self._netns_dir / pod_id),
             ifname=IFNAME,
@@ -297,27 +306,27 @@ class Networks:
             args=f"IgnoreUnknown=1;K8S_POD_INFRA_CONTAINER_ID={pod_id}",
             begun=len(conf.plugins),
         )
-        for problem in self._cni.delete(held):
+        for problem in self._cni.delete(cached):
             log.error("%s", problem)
 
     def _open_taps(self, pod_id: str, begin: int) -> tuple[int, ...]:
-        held = self._attached(pod_id)
-        assert held.attachment is not None
-        wanted = held.attachment.interfaces[begin:]
-        return netns.run_in(Path(held.netns), lambda: open_taps(wanted)) if wanted else ()
+        cached = self._attached(pod_id)
+        assert cached.attachment is not None
+        wanted = cached.attachment.interfaces[begin:]
+        return netns.run_in(Path(cached.netns), lambda: open_taps(wanted)) if wanted else ()
 
     def _attached(self, pod_id: str) -> CachedAttachment:
-        held = self._held.load(pod_id)
-        if held is None or held.attachment is None:
-            raise TapError("(none)", "find", f"pod {pod_id} has no network that is up")
-        return held
+        cached = self._cache.load(pod_id)
+        if cached is None or cached.attachment is None:
+            raise TapError("(none)", "find", f"the network of pod {pod_id} is not up")
+        return cached
 
     def _collect(self, valid: frozenset[str]) -> list[Exception]:
         try:
             conf = self._readiness.conf()
         except NetworkNotReady:
             return []
-        # a pod that began meanwhile is no leftover of anybody
+        # a pod that was started meanwhile is not a leftover
         owners = valid | set(self.list_leftovers())
         return list(self._cni.collect(conf, [(pod_id, IFNAME) for pod_id in sorted(owners)]))
 
@@ -335,7 +344,7 @@ def _close(taps: tuple[int, ...]) -> None:
 
 
 def _read_and_join(result: Result) -> tuple[tuple[Interface, ...], tuple[Route, ...]]:
-    """What the plug-ins made, once the first interface is carried to its tap, if that is prepared."""
+    """Read what the plug-ins created, and connect the first interface to its tap if that was prepared."""
     with open_netlink() as netlink:
         links = list_links(netlink)
         interfaces, routes = read_links(netlink, links, result)
@@ -344,15 +353,15 @@ def _read_and_join(result: Result) -> tuple[tuple[Interface, ...], tuple[Route, 
     return interfaces, routes
 
 
-def _with(held: CachedAttachment, attachment: Attachment) -> CachedAttachment:
-    return msgspec.structs.replace(held, attachment=attachment)
+def _with(cached: CachedAttachment, attachment: Attachment) -> CachedAttachment:
+    return msgspec.structs.replace(cached, attachment=attachment)
 
 
 def _pod_ips(result: Result, first: Interface) -> tuple[str, ...]:
-    """Addresses of the first interface as the plug-ins ordered them: the first is the pod's own.
+    """Return the addresses of the first interface in the order of the result: the first is the pod's IP.
 
-    Plug-ins need not say which interface an address is on; then it counts as the first's. Where the
-    result has none, what the kernel has.
+    An address whose interface the result does not name counts as the first interface's. Where the result has
+    no addresses, those of the kernel are returned.
     """
     interfaces = result.interfaces or ()
     ips = [

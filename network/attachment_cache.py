@@ -1,14 +1,14 @@
-"""What is held for each pod: one JSON file per pod, from before the first effect to after the last.
+"""What each pod's network holds: one JSON file per pod, from before the first effect to after the last.
 
     <directory>/<pod id>.json       what DEL needs: configuration, arguments, result so far
-    <directory>/<pod id>.json.tmp   being written; left behind by a crash, no more than litter
+    <directory>/<pod id>.json.tmp   being written; one that a crash left has no meaning
 
-The configuration is stored with the pod because the administrator may change or delete its file
-while pods run. The file is made before the namespace, and rewritten after each plug-in's ADD: a
-plug-in whose result is not in it yet is still among those `begun`, so it gets its DEL.
+The configuration is stored with the pod because the administrator may change or delete its file while pods
+run. The file is created before the namespace, and rewritten around each plug-in's ADD: a plug-in whose result
+is not in it yet is already counted in `begun`, so it gets its DEL.
 
-The first write reaches the disk before anything else happens: address leases outlive a reboot, and
-so must the means to give them back.
+The first write is durable before anything else happens: address leases outlive a reboot, so what is needed to
+release them must too.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ _ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")  # CNI SPEC, CNI_CONTAINERID
 
 
 class CachedAttachment(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of one pod's attachment: planned (begun is 0), in ADD, or up (attachment is there)."""
+
     pod_id: str
     netns: str
     ifname: str
     conf: NetworkConf
-    args: str
+    args: str  # CNI_ARGS
     capabilities: dict[str, msgspec.Raw] = {}
-    begun: int = 0  # so many plug-ins of the list were asked to ADD
-    result: Result | None = None  # of the last one that answered
+    begun: int = 0  # how many plug-ins of the list were started for ADD
+    result: Result | None = None  # of the last plug-in that succeeded
     attachment: Attachment | None = None  # once it is up
 
 
 class CacheUnreadable(NetworkError):
-    """The file of a pod was damaged by something other than Husk; DEL has to do without it."""
+    """The file of a pod cannot be read; DEL has to do without it."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path} cannot be read: {problem}")
@@ -48,11 +50,13 @@ class CacheUnreadable(NetworkError):
 
 
 class AttachmentCache:
+    """The files of all pods in one directory. One writer per pod at a time; pod ids must be CNI ids."""
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def load(self, pod_id: str) -> CachedAttachment | None:
-        """Raises CacheUnreadable."""
+        """Read a pod's file; None if it has none. Raises CacheUnreadable."""
         path = self._path(pod_id)
         try:
             return msgspec.json.decode(path.read_bytes(), type=CachedAttachment)
@@ -61,17 +65,19 @@ class AttachmentCache:
         except (OSError, msgspec.DecodeError) as error:
             raise CacheUnreadable(path, str(error)) from error
 
-    def save(self, held: CachedAttachment, *, durable: bool = False) -> None:
-        """Readers see the old content or the new. Raises OSError."""
+    def save(self, attachment: CachedAttachment, *, durable: bool = False) -> None:
+        """Replace the pod's file; `durable` waits for the disk. Raises OSError."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        files.write_json(self._path(held.pod_id), held, durable=durable)
+        files.write_json(self._path(attachment.pod_id), attachment, durable=durable)
 
     def forget(self, pod_id: str) -> None:
+        """Remove the pod's file. Idempotent. Raises OSError."""
         path = self._path(pod_id)
         path.unlink(missing_ok=True)
         files.temporary_of(path).unlink(missing_ok=True)
 
     def pod_ids(self) -> frozenset[str]:
+        """List the pods that have a file, whole or half-written."""
         try:
             names = [path.name for path in self._directory.iterdir()]
         except FileNotFoundError:
@@ -81,5 +87,5 @@ class AttachmentCache:
 
     def _path(self, pod_id: str) -> Path:
         if not _ID.fullmatch(pod_id):
-            raise ValueError(f"{pod_id!r} is not an id")
+            raise ValueError(f"{pod_id!r} is not a valid CNI_CONTAINERID")
         return self._directory / f"{pod_id}.json"

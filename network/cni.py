@@ -1,8 +1,14 @@
-"""The verbs of the Container Network Interface, over a whole list of plug-ins.
+"""The phases of the Container Network Interface, each over the whole list of plug-ins.
 
-Follows the CNI specification 1.1.0 ("Section 3: Execution of Network Configurations") and its
-predecessors to 0.3.0. Blocking: called in worker threads. Never two verbs at once for one pod, and
-GC never beside ADD or DEL: `attach` sees to both.
+    ADD      each plug-in in order, with the result of the one before (prevResult): attach a pod
+    CHECK    each in order: is the attachment still as ADD left it?                     since 0.4.0
+    DEL      each that ADD was started for, in reverse order, whatever the others return: release
+    STATUS   each: could it ADD now?                                                    since 1.1.0
+    GC       each: release what it holds for any attachment that is not listed          since 1.1.0
+
+Follows the CNI SPEC 1.1.0 ("Section 3: Execution of Network Configurations") and its predecessors to 0.3.0.
+Blocking: called in worker threads. The caller (`attach`) ensures what the SPEC demands: one phase at a time
+for a pod, and no other phase while GC runs.
 """
 
 from __future__ import annotations
@@ -30,73 +36,85 @@ class _ValidAttachment(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Cni:
+    """Runs the phases. Holds no state: a pod's is in its CachedAttachment."""
+
     plugins: Plugins
 
     def check_installed(self, conf: NetworkConf) -> None:
-        """Raises CniError for the first plug-in that is not there."""
+        """Raise CniError for the first plug-in of the list whose program is missing."""
         for plugin in conf.plugins:
             self.plugins.find(plugin.type)
 
     def add(
         self,
-        held: CachedAttachment,
+        cached: CachedAttachment,
         save: Callable[[CachedAttachment], None],
         cancelled: Callable[[], bool] = lambda: False,
     ) -> CachedAttachment:
-        """ADD each plug-in, passing results along; each is `save`d as begun before it begins.
+        """ADD: run each plug-in with the result of the one before. Returns the state with the last result.
 
-        Raises CniError; what was begun is then to be released with `delete`.
+        `save` is called before each plug-in is started, with it counted as begun, and at the end. `cancelled`
+        is polled, and kills the running plug-in when it returns true.
+        Raises CniError; then the caller must release what was begun with `delete`.
         """
-        for number, plugin in enumerate(held.conf.plugins, 1):
-            held = msgspec.structs.replace(held, begun=number)
-            save(held)
-            extra = self._prev_result(held)
-            conf = execution_conf(held.conf, plugin, capabilities=held.capabilities, extra=extra)
-            printed = self.plugins.run(plugin.type, "ADD", conf, _variables(held, held.netns), cancelled)
-            held = msgspec.structs.replace(held, result=_understand(plugin, printed, held.conf.version))
-        save(held)
-        return held
+        for number, plugin in enumerate(cached.conf.plugins, 1):
+            cached = msgspec.structs.replace(cached, begun=number)
+            save(cached)
+            extra = self._prev_result(cached)
+            conf = execution_conf(cached.conf, plugin, capabilities=cached.capabilities, extra=extra)
+            printed = self.plugins.run(plugin.type, "ADD", conf, _variables(cached, cached.netns), cancelled)
+            cached = msgspec.structs.replace(cached, result=_parse(plugin, printed, cached.conf.version))
+        save(cached)
+        return cached
 
-    def delete(self, held: CachedAttachment, cancelled: Callable[[], bool] = lambda: False) -> list[CniError]:
-        """DEL every plug-in that was begun, last first, whatever the others answer.
+    def delete(
+        self, cached: CachedAttachment, cancelled: Callable[[], bool] = lambda: False
+    ) -> list[CniError]:
+        """DEL: run every plug-in that was begun, last first, whatever the others return.
 
-        A namespace that is gone is left out, as the specification asks: the plug-in then releases
-        what it holds elsewhere.
+        Returns the failures. Without a namespace CNI_NETNS is empty, as the SPEC demands: a plug-in then
+        releases what it holds elsewhere.
         """
-        path = held.netns if netns.is_namespace(Path(held.netns)) else ""
-        # plug-ins were first told the result on DEL in 0.4.0
-        extra = self._prev_result(held) if held.conf.at_least("0.4.0") else {}
+        path = cached.netns if netns.is_namespace(Path(cached.netns)) else ""
+        # DEL has a prevResult since 0.4.0
+        extra = self._prev_result(cached) if cached.conf.at_least("0.4.0") else {}
         problems = []
-        for plugin in reversed(held.conf.plugins[: held.begun]):
-            conf = execution_conf(held.conf, plugin, capabilities=held.capabilities, extra=extra)
+        for plugin in reversed(cached.conf.plugins[: cached.begun]):
+            conf = execution_conf(cached.conf, plugin, capabilities=cached.capabilities, extra=extra)
             try:
-                self.plugins.run(plugin.type, "DEL", conf, _variables(held, path), cancelled)
+                self.plugins.run(plugin.type, "DEL", conf, _variables(cached, path), cancelled)
             except CniError as error:
                 problems.append(error)
         return problems
 
-    def check(self, held: CachedAttachment) -> None:
-        """CHECK that all is as ADD left it, where the version has it. Raises CniError."""
-        if held.conf.disable_check or not held.conf.at_least("0.4.0"):
+    def check(self, cached: CachedAttachment) -> None:
+        """CHECK: verify that all is as ADD left it. Does nothing before 0.4.0 or with disableCheck.
+
+        Raises CniError.
+        """
+        if cached.conf.disable_check or not cached.conf.at_least("0.4.0"):
             return
-        extra = self._prev_result(held)
-        for plugin in held.conf.plugins:
-            conf = execution_conf(held.conf, plugin, capabilities=held.capabilities, extra=extra)
-            self.plugins.run(plugin.type, "CHECK", conf, _variables(held, held.netns))
+        extra = self._prev_result(cached)
+        for plugin in cached.conf.plugins:
+            conf = execution_conf(cached.conf, plugin, capabilities=cached.capabilities, extra=extra)
+            self.plugins.run(plugin.type, "CHECK", conf, _variables(cached, cached.netns))
 
     def status(self, conf: NetworkConf) -> None:
-        """Ask each plug-in whether it can ADD, where the version has it. Raises CniError."""
+        """STATUS: verify that each plug-in could ADD. Does nothing before 1.1.0. Raises CniError."""
         if conf.at_least("1.1.0"):
             for plugin in conf.plugins:
                 self.plugins.run(plugin.type, "STATUS", execution_conf(conf, plugin), {})
 
     def collect(self, conf: NetworkConf, valid: Iterable[tuple[str, str]]) -> list[CniError]:
-        """GC: tell each plug-in which (pod id, interface) exist; it releases what it holds for others."""
+        """GC: release what each plug-in holds for attachments other than `valid` (pod id, interface).
+
+        Returns the failures. Does nothing before 1.1.0 or with disableGC.
+        """
         if conf.disable_gc or not conf.at_least("1.1.0"):
             return []
         attachments = [_ValidAttachment(container_id=pod_id, ifname=ifname) for pod_id, ifname in valid]
         raw = msgspec.Raw(msgspec.json.encode(attachments))
-        # the second name was in the published text by mistake, and plug-ins were written to it
+        # the published text had the second name by mistake, and plug-ins were written to it
         extra = {"cni.dev/valid-attachments": raw, "cni.dev/attachments": raw}
         problems = []
         for plugin in conf.plugins:
@@ -106,24 +124,24 @@ class Cni:
                 problems.append(error)
         return problems
 
-    def _prev_result(self, held: CachedAttachment) -> Mapping[str, msgspec.Raw]:
-        if held.result is None:
+    def _prev_result(self, cached: CachedAttachment) -> Mapping[str, msgspec.Raw]:
+        if cached.result is None:
             return {}
-        return {PREV_RESULT: msgspec.Raw(render_result(held.result, held.conf.version))}
+        return {PREV_RESULT: msgspec.Raw(render_result(cached.result, cached.conf.version))}
 
 
-def _variables(held: CachedAttachment, path: str) -> dict[str, str]:
+def _variables(cached: CachedAttachment, path: str) -> dict[str, str]:
     return {
-        "CNI_CONTAINERID": held.pod_id,
+        "CNI_CONTAINERID": cached.pod_id,
         "CNI_NETNS": path,
-        "CNI_IFNAME": held.ifname,
-        "CNI_ARGS": held.args,
+        "CNI_IFNAME": cached.ifname,
+        "CNI_ARGS": cached.args,
     }
 
 
-def _understand(plugin: Plugin, printed: bytes, version: str) -> Result:
+def _parse(plugin: Plugin, printed: bytes, version: str) -> Result:
     try:
         return parse_result(printed, version)
     except ValueError as error:
         start = printable(printed[:256])
-        raise CniError(plugin.type, "ADD", f"it printed no valid result ({error}): {start!r}") from error
+        raise CniError(plugin.type, "ADD", f"it printed an invalid result ({error}): {start!r}") from error

@@ -1,8 +1,8 @@
-"""CNI network configurations: which one is in force, and what each plug-in of it is told.
+"""CNI network configurations: which one is in force, and what each plug-in of it gets.
 
-As containerd and the kubelet's users expect: the first file of the directory in lexical order, of
-those that end in .conflist, .conf or .json, is the pods' network. When it is broken the network is
-not ready; the next file is not tried, as falling back silently would put pods into another network.
+As in containerd: the first file of the directory in lexical order, of those that end in .conflist, .conf or
+.json, is the pods' network. When it is invalid the network is not ready; the next file is not tried, as
+falling back silently would attach pods to another network.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ _MAX_BYTES = 1 << 20
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of a network's list of plug-ins."""
+
     type: str
     capabilities: tuple[str, ...] = ()  # those that are declared true
     json: str  # its configuration object, as written
 
 
 class NetworkConf(msgspec.Struct, frozen=True, kw_only=True):
-    """A list of plug-ins to be run in order; stored with each pod, so that DEL needs no file."""
+    """A network: plug-ins to be run in order. Stored with each pod, so that DEL does not need the file."""
 
     name: str
     version: str
@@ -38,6 +40,7 @@ class NetworkConf(msgspec.Struct, frozen=True, kw_only=True):
     file: str = ""
 
     def at_least(self, version: str) -> bool:
+        """Whether the network uses this version of the CNI SPEC or a newer one."""
         return version_key(self.version) >= version_key(version)
 
 
@@ -56,7 +59,7 @@ class _WireList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def list_files(directory: Path) -> list[Path]:
-    """Candidate files, in the order in which they count. A directory that is not there is empty."""
+    """List the candidate files; the first is in force. Empty for a directory that does not exist."""
     try:
         files = [path for path in directory.iterdir() if path.suffix in SUFFIXES]
     except (FileNotFoundError, NotADirectoryError):
@@ -65,11 +68,11 @@ def list_files(directory: Path) -> list[Path]:
 
 
 def find_conf(directory: Path) -> NetworkConf:
-    """The configuration in force. Raises NetworkNotReady, which says what was looked for, or is wrong."""
+    """Read the configuration in force. Raises NetworkNotReady with what is missing or invalid."""
     files = list_files(directory)
     if not files:
         wanted = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
-        raise NetworkNotReady(f"no CNI configuration in {directory} ({wanted})")
+        raise NetworkNotReady(f"no CNI configuration in {directory}: install one there ({wanted})")
     path = files[0]
     try:
         with path.open("rb") as file:
@@ -78,11 +81,11 @@ def find_conf(directory: Path) -> NetworkConf:
             raise ValueError(f"larger than {_MAX_BYTES} bytes")
         return parse_conf(data, path)
     except (OSError, ValueError) as error:
-        raise NetworkNotReady(f"CNI configuration {path} is not usable: {error}") from error
+        raise NetworkNotReady(f"CNI configuration {path} is not usable, correct it: {error}") from error
 
 
 def parse_conf(data: bytes, path: Path) -> NetworkConf:
-    """A file's content; a single plug-in is a list of one. Raises ValueError."""
+    """Parse a file's content; a file with a single plug-in is a list of one. Raises ValueError."""
     wire = msgspec.json.decode(data, type=_WireList)
     if path.suffix == ".conflist":
         raw = [bytes(plugin) for plugin in wire.plugins]
@@ -93,7 +96,7 @@ def parse_conf(data: bytes, path: Path) -> NetworkConf:
         if wire.plugins:
             raise ValueError("a file with a list of plug-ins must end in .conflist")
     if not _NAME.fullmatch(wire.name):
-        raise ValueError(f"{wire.name!r} is not a network's name")
+        raise ValueError(f"{wire.name!r} is not a valid network name")
     return NetworkConf(
         name=wire.name,
         version=choose_version(wire.version, wire.versions),
@@ -105,19 +108,22 @@ def parse_conf(data: bytes, path: Path) -> NetworkConf:
 
 
 def choose_version(version: str, versions: tuple[str, ...]) -> str:
-    """The newest that the file offers and we speak (CNI SPEC 1.1, cniVersions)."""
+    """Choose the newest version that the file offers and Husk supports (CNI SPEC 1.1, cniVersions).
+
+    Raises ValueError when there is none.
+    """
     offered = [each for each in (version, *versions) if each]
-    spoken = [each for each in offered if each in VERSIONS]
-    if not spoken:
-        said = ", ".join(offered) or "none"
-        raise ValueError(f"cniVersion {said} is not spoken here; accepted: {VERSIONS[0]} to {NEWEST}")
-    return max(spoken, key=version_key)
+    supported = [each for each in offered if each in VERSIONS]
+    if not supported:
+        found = ", ".join(offered) or "none"
+        raise ValueError(f"cniVersion {found} is not supported; accepted: {VERSIONS[0]} to {NEWEST}")
+    return max(supported, key=version_key)
 
 
 def _parse_plugin(raw: bytes) -> Plugin:
     wire = msgspec.json.decode(raw, type=_WirePlugin)
     if not wire.type or "/" in wire.type or wire.type in (".", ".."):
-        raise ValueError(f"{wire.type!r} is not a plug-in's name")
+        raise ValueError(f"{wire.type!r} is not a valid plug-in name")
     declared = tuple(name for name, wanted in (wire.capabilities or {}).items() if wanted)
     return Plugin(type=wire.type, capabilities=declared, json=raw.decode())
 
@@ -133,10 +139,10 @@ def execution_conf(
     capabilities: Mapping[str, msgspec.Raw] | None = None,
     extra: Mapping[str, msgspec.Raw] | None = None,
 ) -> bytes:
-    """What a plug-in reads on its standard input (CNI SPEC, "Deriving execution configuration").
+    """Compose what a plug-in reads on its stdin (CNI SPEC, "Deriving execution configuration").
 
-    The object as the administrator wrote it, with the network's name and version, and of the
-    runtime's capabilities those that the plug-in declared.
+    That is the object as the administrator wrote it, with the network's name and version, those of the
+    runtime's `capabilities` that the plug-in declares, and `extra` (prevResult and the like).
     """
     fields = msgspec.json.decode(plugin.json.encode(), type=dict[str, msgspec.Raw])
     for administrative in ("capabilities", "cniVersions", "disableCheck", "disableGC"):

@@ -1,11 +1,11 @@
-"""What the kernel says of the interfaces of a pod's namespace: the truth that the guest is given.
+"""Reads the interfaces and routes of a pod's namespace from the kernel: what the guest is given.
 
-A plug-in's result says what it did; a later plug-in (tuning, sbr) or the kernel may have changed it,
-and results leave out the MTU before 1.1.0. So the result only names the interfaces and orders the
-pod's addresses, and everything else is read here. Called in a thread inside the namespace.
+A plug-in's result says what it did; a later plug-in (tuning, sbr) or the kernel may have changed it, and
+results have no MTU before 1.1.0. So the result only names the interfaces and orders the pod's addresses, and
+everything else is read here. Called in a thread inside the namespace.
 
-Not carried to the guest: routes of other tables than main and routing rules, all but the first hop
-of a multipath route, preferred source addresses.
+Not passed to the guest: routes of tables other than main, routing rules, all but the first hop of a multipath
+route, preferred source addresses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from network.spec import Interface, Route
 
 _IFF_UP, _IFF_LOOPBACK = 1, 8  # netdevice(7)
 _ETHERNET = 1  # ARPHRD_ETHER
-_LINK_LOCAL = ipaddress.IPv6Network("fe80::/10")  # every NIC makes its own
+_LINK_LOCAL = ipaddress.IPv6Network("fe80::/10")  # the guest's kernel generates its own
 _TABLE_MAIN = 254  # rtnetlink(7)
 _UNICAST = 1
 _ON_LINK = 4  # RTNH_F_ONLINK
@@ -35,9 +35,9 @@ Links = Mapping[str, Any]  # of the kernel's messages, by interface name
 
 @contextlib.contextmanager
 def open_netlink() -> Iterator[Any]:
-    """rtnetlink of the thread's namespace.
+    """Open rtnetlink in the thread's namespace.
 
-    With a plain event loop of its own: pyroute2 does not run on uvloop, which may be the policy.
+    It gets a SelectorEventLoop of its own, as pyroute2 does not run on uvloop, which may be the policy.
     """
     loop = asyncio.SelectorEventLoop()
     try:
@@ -48,13 +48,14 @@ def open_netlink() -> Iterator[Any]:
 
 
 def list_links(netlink: Any) -> Links:
+    """List the interfaces of the namespace by name."""
     return {link.get_attr("IFLA_IFNAME"): link for link in netlink.get_links()}
 
 
 def read_links(netlink: Any, links: Links, result: Result) -> tuple[tuple[Interface, ...], tuple[Route, ...]]:
-    """The pod's interfaces in the result's order, each with the tap that it is to have; their routes.
+    """Read the pod's interfaces, in the result's order and each with the name of its tap, and their routes.
 
-    Raises TapError when an interface of the result is not there or cannot be carried by a tap.
+    Raises TapError when an interface of the result does not exist or is not an Ethernet device.
     """
     names = find_names(result, links)
     indexes = {int(links[name]["index"]): name for name in names}
@@ -66,7 +67,7 @@ def read_links(netlink: Any, links: Links, result: Result) -> tuple[tuple[Interf
     ]
     cidrs: dict[str, list[str]] = {name: [] for name in names}
     for each in addresses:
-        # of a point-to-point address IFA_ADDRESS is the peer's
+        # IFA_ADDRESS is the peer's where the address is point-to-point
         address = each.get_attr("IFA_LOCAL") or each.get_attr("IFA_ADDRESS")
         cidrs[indexes[each["index"]]].append(f"{address}/{each['prefixlen']}")
     interfaces = tuple(
@@ -83,7 +84,10 @@ def read_links(netlink: Any, links: Links, result: Result) -> tuple[tuple[Interf
 
 
 def find_names(result: Result, links: Links) -> list[str]:
-    """Interfaces that are the pod's: those the result puts into a sandbox, else every one that is up."""
+    """Name the pod's interfaces: those that the result puts into a sandbox, else every one that is up.
+
+    Raises TapError when there is none, or one does not exist or is not an Ethernet device.
+    """
     named = [each.name for each in result.interfaces or () if each.sandbox]
     if not named:
         named = [
@@ -91,21 +95,21 @@ def find_names(result: Result, links: Links) -> list[str]:
         ]
     for name in named:
         if name not in links:
-            raise TapError(name, "find", "the CNI result names it, and it is not in the namespace")
+            raise TapError(name, "find", "the CNI result names it, but it is not in the namespace")
     names = [name for name in dict.fromkeys(named) if not links[name]["flags"] & _IFF_LOOPBACK]
     for name in names:
         if links[name]["ifi_type"] != _ETHERNET:
-            raise TapError(name, "find", "it does not carry Ethernet frames, so no VM can have it")
+            raise TapError(name, "find", "it is not an Ethernet device, so a VM cannot have it")
     if not names:
-        raise TapError("(none)", "find", "the CNI plug-ins made no interface in the namespace")
+        raise TapError("(none)", "find", "the CNI plug-ins created no interface in the namespace")
     return names
 
 
 def guest_addresses(cidrs: Sequence[str], name: str, routes: Sequence[Route]) -> tuple[str, ...]:
-    """Addresses as the guest is to set them.
+    """Return the addresses that the guest has to set, as CIDRs; link-local ones are left out.
 
-    A kernel makes a route to an address's network by itself. Where a plug-in took that route away
-    again (ptp does: all goes through the gateway), the guest gets the address alone, as a host's.
+    A kernel adds the route to an address's network by itself. Where a plug-in removed that route (ptp does,
+    so that all traffic goes through the gateway), the guest gets the address as a host address (/32, /128).
     """
     connected = {(each.destination, each.interface) for each in routes if not each.gateway}
     found = []
@@ -119,7 +123,10 @@ def guest_addresses(cidrs: Sequence[str], name: str, routes: Sequence[Route]) ->
 
 
 def guest_routes(routes: Sequence[Route], interfaces: Sequence[Interface]) -> tuple[Route, ...]:
-    """Routes that the guest's kernel does not make by itself, those to gateways first."""
+    """Select the routes that the guest's kernel does not add by itself.
+
+    Those without a gateway come first, as a gateway must be reachable when a route names it.
+    """
     automatic = {
         (str(ipaddress.ip_interface(cidr).network), nic.name) for nic in interfaces for cidr in nic.addresses
     }
@@ -137,7 +144,7 @@ def _is_link_local(route: Route) -> bool:
 
 
 def _hop(message: Any) -> tuple[int | None, str, int]:
-    """Interface, gateway and flags of a route's only or first hop."""
+    """Return interface, gateway and flags of a route's only or first hop."""
     hops = message.get_attr("RTA_MULTIPATH")
     if hops:
         return hops[0]["oif"], hops[0].get_attr("RTA_GATEWAY") or "", hops[0]["flags"]

@@ -1,14 +1,14 @@
-"""Named network namespaces: made, entered, removed.
+"""Named network namespaces: created, entered and removed.
 
-A namespace lives as long as something refers to it. Ours is a bind mount of its nsfs file over an
-empty file named by the pod id, as ip-netns(8) does, so it needs no process to hold it.
+A namespace exists as long as something refers to it. Here that is a bind mount of its nsfs file over an empty
+file named by the pod id, as ip-netns(8) does it, so no process has to hold it.
 
-Whoever enters a namespace is a thread that ends there; no thread of the daemon ever has to come
-back, so none can be lost in a pod's network.
+A namespace is entered only by a thread that ends there, so no thread of the daemon can stay in a pod's
+network.
 
-Crash story: between making the empty file and the mount there is only the file; `remove` takes
-either. All paths under /proc are the thread's, not the process's: tests give a thread a mount
-namespace of its own.
+Crash story: between the creation of the empty file and the mount there is only the file; `remove` handles
+both. All paths under /proc are the thread's, not the process's, as tests give a thread its own mount
+namespace.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _SIOCGIFFLAGS = 0x8913  # netdevice(7)
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 
-# Set before any interface exists, so that each takes them over (kernel: ip-sysctl). The addresses
-# come from an IPAM and belong to the guest: the namespace itself must neither probe for duplicates
-# (ptp and macvlan wait for that: 1.2 to 2 s of each ADD; and with hairpin a probe meets itself) nor
-# ask routers for more.
+# Set before any interface exists, so that each inherits them (kernel: networking/ip-sysctl.rst). The
+# addresses come from an IPAM plug-in and belong to the guest: the namespace itself must neither probe for
+# duplicates (ptp and macvlan wait for that, 1.2 to 2 s of each ADD; and with hairpin a probe receives itself)
+# nor solicit routers for more.
 SYSCTLS = (
     ("net/ipv6/conf/all/accept_dad", "0"),
     ("net/ipv6/conf/default/accept_dad", "0"),
@@ -45,42 +45,46 @@ SYSCTLS = (
 
 
 def make(path: Path) -> None:
-    """A new namespace at `path`, its loopback up. Raises NetnsError; then nothing is left."""
+    """Create a namespace at `path` with its loopback up. Raises NetnsError; then nothing is left."""
     path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
     except OSError as error:
-        raise NetnsError(str(path), "make", str(error)) from error
+        raise NetnsError(str(path), "create", str(error)) from error
     try:
         threads.call(lambda: _unshare_and_pin(path), "husk-netns")
     except OSError as error:
         remove(path)
-        raise NetnsError(str(path), "make", str(error)) from error
+        raise NetnsError(str(path), "create", str(error)) from error
 
 
 def _unshare_and_pin(path: Path) -> None:
     syscalls.unshare(syscalls.CLONE_NEWNET)
     _bring_up_loopback()
     for name, value in SYSCTLS:
-        with contextlib.suppress(OSError):  # no IPv6, or a read-only /proc/sys: slower, no worse
+        with contextlib.suppress(OSError):  # no IPv6, or a read-only /proc/sys: only slower
             Path("/proc/sys", name).write_text(value)
     syscalls.mount(OWN, path, flags=syscalls.MS_BIND)
 
 
 def remove(path: Path) -> None:
-    """Let go of the namespace. Absent or half made is fine. Raises NetnsError."""
+    """Unmount and remove the namespace's file. Idempotent; also removes a half-created one. Raises
+    NetnsError.
+
+    The namespace itself ends with the last process and descriptor in it.
+    """
     try:
         while is_namespace(path):
-            # detached, as a plug-in may be looking at it right now
+            # lazily, as a plug-in may have it open
             syscalls.umount2(path, syscalls.MNT_DETACH)
-        # also detaches copies of the mount in other mount namespaces
+        # unlink(2) also detaches copies of the mount in other mount namespaces
         path.unlink(missing_ok=True)
     except OSError as error:
         raise NetnsError(str(path), "remove", str(error)) from error
 
 
 def is_namespace(path: Path) -> bool:
-    """Whether a namespace is mounted there: all nsfs files are on one device."""
+    """Whether a namespace is mounted at `path`: all files of nsfs are on one device."""
     try:
         return path.stat().st_dev == OWN.stat().st_dev
     except FileNotFoundError:
@@ -88,9 +92,9 @@ def is_namespace(path: Path) -> bool:
 
 
 def run_in(path: Path, function: Callable[[], T]) -> T:
-    """Run `function` inside the namespace, in a thread that ends there; waits for it.
+    """Run `function` in the namespace, in a thread that ends there, and return its result. Blocking.
 
-    Raises NetnsError when it cannot be entered, else what `function` raises.
+    Raises NetnsError when the namespace cannot be entered, and what `function` raises.
     """
 
     def work() -> T:

@@ -1,7 +1,7 @@
-"""Running one CNI plug-in: found, fed, bounded, timed, and its answer understood.
+"""Runs one CNI plug-in: finds the program, passes its input, bounds its output and its time.
 
-A plug-in is a program in a session of its own, so it is ended with all that it started. Its output
-is read up to a bound; it is finished when it has ended, whoever still holds its pipes.
+A plug-in is a program in a session of its own, so that it is killed with its process group. Its output is
+read up to a limit. It is finished when it has exited, even if another process still has its pipes open.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MAX_STDOUT = 1 << 20
 MAX_STDERR = 4096  # the tail, for the error message
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CHUNK = 1 << 16  # what a pipe holds by default
-_LEFT_READS = 32  # of a plug-in that has ended; something that it left behind may go on writing
-_POLL_S = 0.2  # how soon a cancelled caller is noticed
-_BUSY_TRIES, _BUSY_PAUSE_S = 5, 0.1  # a plug-in that is just being installed
+_LAST_READS = 32  # of the pipes of a plug-in that has exited; a process that it left may go on writing
+_POLL_S = 0.2  # how often a cancellation is checked for
+_BUSY_TRIES, _BUSY_PAUSE_S = 5, 0.1  # ETXTBSY: the plug-in is being installed at this moment
 
 
 class _ErrorResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,18 +40,20 @@ class _ErrorResult(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Plugins:
+    """Plug-ins in `bin_dirs`; the first directory that has one is used. `timeout_s` limits each run."""
+
     bin_dirs: tuple[Path, ...]
     timeout_s: float = 60.0
 
     def find(self, plugin: str, verb: str = "ADD") -> Path:
-        """The program. Raises CniError when no directory has it."""
+        """Find a plug-in's program. Raises CniError, as if in phase `verb`, when no directory has it."""
         for directory in self.bin_dirs:
             path = directory / plugin
             if path.is_file() and os.access(path, os.X_OK):
                 return path
         where = ", ".join(map(str, self.bin_dirs))
         raise CniError(
-            plugin, verb, f"no such program in {where}; Debian's are in containernetworking-plugins"
+            plugin, verb, f"no such program in {where}; install it (Debian: containernetworking-plugins)"
         )
 
     def run(
@@ -62,24 +64,28 @@ class Plugins:
         variables: Mapping[str, str],
         cancelled: Callable[[], bool] = lambda: False,
     ) -> bytes:
-        """Standard output of a plug-in that ended well. Raises CniError."""
+        """Run a plug-in for the phase `verb` (CNI_COMMAND) and return its stdout.
+
+        `conf` is passed on stdin, `variables` are further CNI_ variables. `cancelled` is polled, and when it
+        returns true the plug-in is killed. Raises CniError, also then.
+        """
         program = self.find(plugin, verb)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CNI_")}
-        # plug-ins call iptables, which a service's PATH may not have
+        # plug-ins execute iptables, which may not be in a service's PATH
         environment["PATH"] = f"{environment.get('PATH', '')}:{_SYSTEM_PATH}".lstrip(":")
         environment |= {"CNI_COMMAND": verb, "CNI_PATH": ":".join(map(str, self.bin_dirs)), **variables}
         try:
             child = _start(program, conf, environment)
         except OSError as error:
             raise CniError(plugin, verb, f"it cannot be started: {error}") from error
-        status, stdout, stderr = _Run(child, plugin, verb, self.timeout_s, cancelled).to_its_end()
+        status, stdout, stderr = _Run(child, plugin, verb, self.timeout_s, cancelled).wait()
         if status != 0:
             raise _failure(plugin, verb, status, stdout, stderr)
         return stdout
 
 
 def _start(program: Path, conf: bytes, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    # a file instead of a pipe: nobody has to feed a plug-in that does not read
+    # a file instead of a pipe: no thread has to write to a plug-in that does not read
     with os.fdopen(os.memfd_create("cni-conf", os.MFD_CLOEXEC), "w+b") as stdin:
         stdin.write(conf)
         for remaining in reversed(range(_BUSY_TRIES)):
@@ -102,7 +108,7 @@ def _start(program: Path, conf: bytes, environment: Mapping[str, str]) -> subpro
 
 
 class _Run:
-    """A plug-in under way."""
+    """A plug-in that runs."""
 
     def __init__(
         self,
@@ -120,8 +126,11 @@ class _Run:
         self._stdout = bytearray()
         self._stderr = bytearray()
 
-    def to_its_end(self) -> tuple[int, bytes, bytes]:
-        """Exit status (negative: the signal) and both outputs; its group is killed when it fails to end."""
+    def wait(self) -> tuple[int, bytes, bytes]:
+        """Return the exit status (negative: the signal), stdout and the tail of stderr.
+
+        Raises CniError on timeout, cancellation and too much output; then the process group is killed.
+        """
         child = self._child
         assert child.stdout is not None and child.stderr is not None
         pidfd = os.pidfd_open(child.pid)
@@ -145,17 +154,17 @@ class _Run:
         deadline = time.monotonic() + self._timeout_s
         ended = False
         while not ended:
-            self._give_up_after(deadline)
+            self._check_deadline(deadline)
             ready = [key.fd for key, _ in selector.select(_POLL_S)]
             ended = pidfd in ready
-            # once it has ended, what it left in both pipes
+            # after the exit, what is left in both pipes
             sources = [key.fd for key in selector.get_map().values()] if ended else ready
             for fd in sources:
-                if fd != pidfd and not self._read(fd, fd == stdout, _LEFT_READS if ended else 1):
+                if fd != pidfd and not self._read(fd, fd == stdout, _LAST_READS if ended else 1):
                     selector.unregister(fd)
 
     def _read(self, fd: int, is_stdout: bool, times: int) -> bool:
-        """Take what is there, in at most so many chunks; False at the end of the stream."""
+        """Read what is available, at most so many chunks. False at the end of the stream."""
         for _ in range(times):
             try:
                 chunk = os.read(fd, _CHUNK)
@@ -171,26 +180,27 @@ class _Run:
                 self._stderr = (self._stderr + chunk)[-MAX_STDERR:]
         return True
 
-    def _give_up_after(self, deadline: float) -> None:
+    def _check_deadline(self, deadline: float) -> None:
         if self._cancelled():
-            raise self._error("it was ended, as nobody waits for it any more")
+            raise self._error("it was killed, as the request was cancelled")
         if time.monotonic() >= deadline:
-            raise self._error(f"it did not end within {self._timeout_s:g} s and was killed")
+            raise self._error(f"it did not exit within {self._timeout_s:g} s and was killed")
 
     def _error(self, message: str) -> CniError:
         return CniError(self._plugin, self._verb, message, stderr=printable(bytes(self._stderr)))
 
 
 def _failure(plugin: str, verb: str, status: int, stdout: bytes, stderr: bytes) -> CniError:
-    said = printable(stderr)
+    written = printable(stderr)
     try:
         result = msgspec.json.decode(stdout, type=_ErrorResult)
     except msgspec.DecodeError:
         how = f"exit status {status}" if status > 0 else f"killed by signal {-status}"
-        printed = f", printing {printable(stdout[:512])!r}" if stdout else ""
-        return CniError(plugin, verb, f"{how} without an error result{printed}", stderr=said)
-    return CniError(plugin, verb, result.msg, code=result.code, details=result.details, stderr=said)
+        printed = f" but {printable(stdout[:512])!r}" if stdout else ""
+        return CniError(plugin, verb, f"{how}, and it printed no error result{printed}", stderr=written)
+    return CniError(plugin, verb, result.msg, code=result.code, details=result.details, stderr=written)
 
 
 def printable(text: bytes) -> str:
+    """Decode what a plug-in printed, for a message."""
     return text.decode(errors="replace").strip()

@@ -1,8 +1,8 @@
-"""Whether the pods' network can be used: the configuration in force, looked at again as it changes.
+"""Whether the pods' network can be used: the configuration in force, read again when its files change.
 
-`status` is called every few seconds and must not block: it looks at times of change and at whether
-the plug-ins' programs are there. From CNI 1.1.0 on a plug-in can itself be asked (STATUS); that
-takes a process, so it is asked in a thread beside, and `status` gives the latest answer.
+`status` is called every few seconds and must not block: it compares the files' inodes, times and sizes, and
+checks that the plug-ins' programs exist. From CNI 1.1.0 on a plug-in can report its own STATUS; that takes a
+process, so it runs in a thread at most every STATUS_INTERVAL_S, and `status` returns the latest outcome.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from network.errors import CniError, NetworkError, NetworkNotReady
 from network.spec import NetworkStatus
 from sandbox.host import threads
 
-ASK_AGAIN_S = 5.0
+STATUS_INTERVAL_S = 5.0
 
 Stamp = tuple[tuple[str, int, int, int], ...]  # name, inode, time and size of each file
 _NEVER = -1e9
 
 
 class Readiness:
+    """The configuration in force and its status. `conf` may be called in any thread."""
+
     def __init__(self, conf_dir: Path, cni: Cni) -> None:
         self._conf_dir = conf_dir
         self._cni = cni
-        self._lock = threading.Lock()  # `conf` is called in worker threads, `status` on the loop
+        self._lock = threading.Lock()  # `conf` is called in worker threads, `status` on the event loop
         self._stamp: Stamp | None = None
-        self._found: NetworkConf | NetworkNotReady = NetworkNotReady("not looked at yet")
-        self._asking = False
-        self._asked: NetworkConf | None = None
-        self._asked_at = _NEVER
-        self._answer = ""
+        self._found: NetworkConf | NetworkNotReady = NetworkNotReady("not read yet")
+        self._checking = False
+        self._checked: NetworkConf | None = None
+        self._checked_at = _NEVER
+        self._problem = ""
 
     def conf(self) -> NetworkConf:
-        """The configuration in force. Raises NetworkNotReady."""
+        """Return the configuration in force, read again if a file has changed. Raises NetworkNotReady."""
         with self._lock:
             stamp = self._stamp_now()
             if stamp != self._stamp:
@@ -51,10 +53,11 @@ class Readiness:
         return found
 
     def status(self) -> NetworkStatus:
+        """Return whether a pod could be attached now, and why not. Does not block."""
         try:
             conf = self.conf()
             self._cni.check_installed(conf)
-            self._consult(conf)
+            self._check_plugins(conf)
         except NetworkNotReady as error:
             return NetworkStatus(ready=False, reason=error.reason, message=error.message)
         except NetworkError as error:
@@ -67,31 +70,31 @@ class Readiness:
             try:
                 now = path.stat()
             except OSError:
-                continue  # it went away meanwhile; the next look sees that
+                continue  # it was removed meanwhile, which the next call notices
             stamps.append((path.name, now.st_ino, now.st_mtime_ns, now.st_size))
         return tuple(stamps)
 
-    def _consult(self, conf: NetworkConf) -> None:
-        """Raise what the plug-ins last answered to STATUS, and see to it that they are asked again."""
+    def _check_plugins(self, conf: NetworkConf) -> None:
+        """Start another STATUS if one is due, and raise NetworkNotReady with the outcome of the last one."""
         if not conf.at_least("1.1.0"):
             return
         with self._lock:
-            due = time.monotonic() - self._asked_at >= ASK_AGAIN_S or conf is not self._asked
-            if due and not self._asking:
-                self._asking = True
-                threads.start(lambda: self._ask(conf), "husk-cni-status")
-            if self._asked is not conf:
-                raise NetworkNotReady(f"the plug-ins of {conf.file} were asked for their STATUS just now")
-            if self._answer:
-                raise NetworkNotReady(self._answer)
+            due = time.monotonic() - self._checked_at >= STATUS_INTERVAL_S or conf is not self._checked
+            if due and not self._checking:
+                self._checking = True
+                threads.start(lambda: self._run_status(conf), "husk-cni-status")
+            if self._checked is not conf:
+                raise NetworkNotReady(f"the STATUS of the plug-ins of {conf.file} is not known yet")
+            if self._problem:
+                raise NetworkNotReady(self._problem)
 
-    def _ask(self, conf: NetworkConf) -> None:
-        answer = ""
+    def _run_status(self, conf: NetworkConf) -> None:
+        problem = ""
         try:
             self._cni.status(conf)
         except CniError as error:
-            answer = str(error)
+            problem = str(error)
         finally:
             with self._lock:
-                self._asking = False
-                self._asked, self._answer, self._asked_at = conf, answer, time.monotonic()
+                self._checking = False
+                self._checked, self._problem, self._checked_at = conf, problem, time.monotonic()

@@ -1,14 +1,14 @@
-"""Results of CNI plug-ins, in one shape, whatever version of the specification they came in.
+"""Results of CNI plug-ins in one shape, whatever version of the CNI SPEC they are printed in.
 
-`Result` is the shape of 1.1.0. What the versions differ in (CNI SPEC, "Result types"):
+`Result` has the shape of 1.1.0. How the versions differ (CNI SPEC, "Result types"):
 
     0.1, 0.2      ip4 and ip6 objects, each with ip, gateway, routes; no interfaces
     0.3.0, 0.3.1, 0.4.0    interfaces, ips with a "version" of "4" or "6", routes
     1.0.0         ips without "version"
     1.1.0         interfaces may have mtu, socketPath, pciID; routes mtu, advmss, priority, table, scope
 
-Pure. Plug-ins are trusted as the administrator's, but not to print what they should: everything
-that does not fit is a ValueError that says where.
+Plug-ins are trusted as the administrator's, but not to print what they should: anything that does not fit is
+a ValueError that says where. Pure.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import ipaddress
 import msgspec
 
 NEWEST = "1.1.0"
-VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", NEWEST)  # of configurations that we take
+VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", NEWEST)  # that a configuration may have
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An entry of `ips`."""
+
     version: str = ""
     address: str  # CIDR
     gateway: str = ""
@@ -29,15 +31,19 @@ class Address(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ResultInterface(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An entry of `interfaces`: a device that a plug-in created or moved."""
+
     name: str
     mac: str = ""
     mtu: int = 0
-    sandbox: str = ""  # of the namespace's path; empty: an interface of the host
+    sandbox: str = ""  # path of its namespace; empty: an interface of the host
     socket_path: str = msgspec.field(default="", name="socketPath")
     pci_id: str = msgspec.field(default="", name="pciID")
 
 
 class ResultRoute(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An entry of `routes`."""
+
     dst: str
     gw: str = ""
     mtu: int = 0
@@ -48,6 +54,8 @@ class ResultRoute(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class ResultDns(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The `dns` object."""
+
     nameservers: tuple[str, ...] = ()
     domain: str = ""
     search: tuple[str, ...] = ()
@@ -55,6 +63,8 @@ class ResultDns(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A result of ADD. Its addresses are valid CIDRs, and their interface indexes exist."""
+
     version: str = msgspec.field(default="", name="cniVersion")
     interfaces: tuple[ResultInterface, ...] | None = None  # plug-ins in Go print null for none
     ips: tuple[Address, ...] | None = None
@@ -76,7 +86,7 @@ class _OldResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def version_key(version: str) -> tuple[int, ...]:
-    """Orders versions. Raises ValueError for what is none."""
+    """Return a key that orders versions such as "1.1.0". Raises ValueError for any other text."""
     parts = version.split(".")
     if not 1 <= len(parts) <= 3 or not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(f"{version!r} is not a version")
@@ -84,9 +94,9 @@ def version_key(version: str) -> tuple[int, ...]:
 
 
 def parse_result(data: bytes, default_version: str) -> Result:
-    """What a plug-in printed; one that leaves the version out means the configuration's.
+    """Parse what a plug-in printed. `default_version`, the configuration's, applies where it has none.
 
-    Raises ValueError (msgspec's are) for anything that is not a result.
+    Raises ValueError (msgspec.DecodeError is one) for anything that is not a result.
     """
     version = msgspec.json.decode(data, type=_Versioned).version or default_version
     if version_key(version) > version_key(NEWEST):
@@ -121,7 +131,7 @@ def _check(result: Result) -> None:
 
 
 def render_result(result: Result, version: str) -> bytes:
-    """`result` as JSON of that version (0.3.0 or newer), for prevResult."""
+    """Render a result as JSON of a version, 0.3.0 or newer, for prevResult."""
     key = version_key(version)
     ips = [
         msgspec.structs.replace(each, version=_family(each.address) if key < (1, 0, 0) else "")

@@ -1,16 +1,16 @@
-"""Tap devices, and the redirects that carry a CNI interface's frames to them and back.
+"""Tap devices, and the tc redirects that carry a CNI interface's frames to them and back.
 
     bridge ── veth ══ eth0 ──ingress──> tap0 ── fd ── VM        all in the pod's namespace
                       eth0 <──ingress── tap0
 
-Each side has an ingress qdisc with a u32 filter that matches everything (not every kernel has
-cls_matchall) and hands the frame to the other's egress. The namespace's own stack sees none of it,
-so the addresses that plug-ins left on eth0 stay where their CHECK and DEL look for them.
+Each side has an ingress qdisc with a u32 filter that matches everything (not every kernel has cls_matchall)
+and redirects the frame to the other's egress (mirred). The namespace's network stack sees none of the frames,
+so the addresses that plug-ins set on eth0 can stay, where their CHECK and DEL expect them.
 
-A tap is not persistent: it is there while its file descriptor is open, in this process and then in
-the VMM. The first interface's is there before the interface: its VM is started meanwhile, or waited
-for a pod. Its qdisc goes with it; the one on the CNI interface is replaced when the tap is made
-again. Nothing is left to undo that does not go with the descriptor or the namespace.
+A tap is not persistent: it exists while its file descriptor is open, in this process and then in the VMM. The
+first interface's exists before the interface, as its VM is started meanwhile or comes from the pool. Its
+qdisc goes with it; the one on the CNI interface is replaced when the tap is created again. So nothing has to
+be undone that does not go with the descriptor or the namespace.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ _FLOW = 0x10001  # a class id that u32 asks for; ingress qdiscs have no classes
 
 
 def open_taps(interfaces: Iterable[Interface]) -> tuple[int, ...]:
-    """Make and join a tap per interface; called in a thread inside the namespace.
+    """Create a tap for each interface and connect it; called in a thread inside the namespace.
 
-    The descriptors do not block and are closed on exec. Raises TapError; then none is left open.
+    Returns descriptors that the caller owns, non-blocking and close-on-exec, in the order of `interfaces`.
+    Raises TapError; then none is left open.
     """
     taps: list[int] = []
     try:
@@ -58,7 +59,10 @@ def open_taps(interfaces: Iterable[Interface]) -> tuple[int, ...]:
 
 
 def open_tap(name: str) -> int:
-    """Make a tap in the thread's namespace; frames go nowhere yet. Raises TapError."""
+    """Create a tap in the thread's namespace, not connected yet. Returns a descriptor that the caller owns.
+
+    Raises TapError, also when the tap of that name is in use.
+    """
     try:
         # the device belongs to the namespace in which this file is opened
         fd = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -70,8 +74,10 @@ def open_tap(name: str) -> int:
     except OSError as error:
         os.close(fd)
         busy = error.errno == errno.EBUSY
-        raise TapError(name, "make", "a VMM of this pod still holds it" if busy else str(error)) from error
-    # or the namespace's stack would greet the guest with router solicitations and listener reports
+        raise TapError(
+            name, "create", "a VMM of this pod still has it open" if busy else str(error)
+        ) from error
+    # else the namespace's stack would send the guest router solicitations and MLD reports
     ipv6 = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
     if ipv6.exists():
         ipv6.write_text("1")
@@ -79,7 +85,7 @@ def open_tap(name: str) -> int:
 
 
 def join(netlink: Any, links: Links, interface: Interface) -> None:
-    """Carry frames between an interface and its tap. Raises TapError."""
+    """Redirect frames between an interface and its tap, both ways, and bring the tap up. Raises TapError."""
     step = "find both devices"
     try:
         tap, carrier = int(links[interface.tap]["index"]), int(links[interface.name]["index"])
@@ -89,13 +95,13 @@ def join(netlink: Any, links: Links, interface: Interface) -> None:
         step = "bring up"
         netlink.link("set", index=tap, mtu=interface.mtu, state="up")
     except KeyError as error:
-        raise TapError(interface.name, step, f"{error} is gone") from error
+        raise TapError(interface.name, step, f"{error} does not exist any more") from error
     except NetlinkError as error:
         raise TapError(interface.name, step, str(error)) from error
 
 
 def _redirect(netlink: Any, source: int, target: int) -> None:
-    """Send all that arrives at `source` out of `target`; replaces what an earlier VM of the pod had."""
+    """Redirect all frames that arrive at `source` to `target`, replacing the redirect of an earlier VM."""
     try:
         netlink.tc("add", "ingress", source, _INGRESS)
     except NetlinkError as error:

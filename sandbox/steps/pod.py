@@ -18,7 +18,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from network.attach import NetworkRequest, Networks, PortMapping
+from network.attach import NetworkRequest, Networks, PublishedPort
 from sandbox.host import mounts, syscalls
 from sandbox.host.cgroup import Cgroups
 from sandbox.host.limiter import Limiter
@@ -104,8 +104,8 @@ class Network:
             namespace=spec.namespace,
             uid=spec.uid,
             annotations=spec.annotations,
-            port_mappings=tuple(
-                PortMapping(
+            ports=tuple(
+                PublishedPort(
                     protocol=port.protocol,
                     container_port=port.container_port,
                     host_port=port.host_port,

@@ -1,7 +1,7 @@
-"""Every plug-in and version of the specification: attached, reachable from behind the tap, released.
+"""Every plug-in and version of the CNI SPEC: a pod is attached, reachable through its tap, and released.
 
-Debian's plug-ins speak up to 1.0.0; fakes stand in for 1.1.0. The guest is a second namespace behind
-the tap, see tests/fakes/cni/guest.py.
+Debian's plug-ins support versions up to 1.0.0; fakes stand in for 1.1.0. The guest is a second namespace at
+the other end of the tap, see tests/fakes/cni/guest.py.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import pytest
 from network import netns
 from network.attach import Networks
 from network.errors import CniError, TapError, Unsatisfiable
-from network.spec import Attachment, PortMapping
+from network.spec import Attachment, PublishedPort
 from tests.fakes.cni.guest import Guest, fetch
-from tests.fakes.cni.space import CLEAN, PORTMAP, Space, bridge, in_space, wish
+from tests.fakes.cni.space import CLEAN, PORTMAP, Space, bridge, in_space, make_request
 
 WEB = b"from the web" * 20_000  # larger than any window, so that segments and checksums matter
 PORTS = (
-    PortMapping(protocol="TCP", container_port=80, host_port=8080),
-    PortMapping(protocol="TCP", container_port=80, host_port=8081, host_ip="10.77.0.1"),
+    PublishedPort(protocol="TCP", container_port=80, host_port=8080),
+    PublishedPort(protocol="TCP", container_port=80, host_port=8081, host_ip="10.77.0.1"),
 )
 UPLINK = "ip link add up0 type veth peer name up1; ip link set up0 up; ip link set up1 up"
 DEFAULTS = {("0.0.0.0/0", "10.77.0.1"), ("::/0", "fd77::1")}
 
 
 async def get(host: str, port: int = 80, guest: Guest | None = None) -> str:
-    """The address that the server saw us come from; all it said must have arrived whole."""
+    """Fetch WEB and return the address that the server saw the connection come from."""
     call = (lambda: guest.inside(lambda: fetch(host, port))) if guest else (lambda: fetch(host, port))
     peer, _, body = (await asyncio.to_thread(call)).partition(b" ")
     assert body == WEB
@@ -38,22 +38,22 @@ async def get(host: str, port: int = 80, guest: Guest | None = None) -> str:
 
 
 async def start(space: Space, networks: Networks, pod_id: str, **fields: Any) -> tuple[Attachment, Guest]:
-    """As for a VM: its first tap is there before its interface."""
+    """Attach as for a VM: its first tap exists before its interface."""
     first = await networks.prepare(pod_id)
-    attachment = await networks.up(wish(pod_id, **fields))
+    attachment = await networks.up(make_request(pod_id, **fields))
     taps = (first, *await networks.open_taps(pod_id, begin=1))
     return attachment, Guest(space.root / f"guest-{pod_id}", attachment, taps)
 
 
 @in_space
-async def test_bridge_portmap_and_hairpin(space: Space) -> None:
+async def test_bridge_with_portmap_is_reachable_also_by_hairpin(space: Space) -> None:
     space.configure(bridge(ipMasq=True), PORTMAP)
     networks = space.networks()
-    web, web_guest = await start(space, networks, "web", port_mappings=PORTS)
+    web, web_guest = await start(space, networks, "web", ports=PORTS)
     other, other_guest = await start(space, networks, "other")
     with web_guest, other_guest, web_guest.serve(80, WEB):
         ipv4, ipv6 = web.ips
-        # from the node, over both families
+        # from the node, in both address families
         assert (await get(ipv4), await get(ipv6)) == ("10.77.0.1", "fd77::1")
         # from another pod, and from the pod itself
         assert (await get(ipv4, guest=other_guest), await get(ipv6, guest=other_guest)) == other.ips
@@ -106,10 +106,10 @@ async def test_macvlan_with_a_smaller_mtu(space: Space) -> None:
 
 @pytest.mark.parametrize("version", ["0.3.0", "0.3.1", "0.4.0", "1.0.0"])
 @in_space
-async def test_each_version_that_debians_plugins_speak(space: Space, version: str) -> None:
+async def test_each_version_of_debians_plugins_attaches_and_releases(space: Space, version: str) -> None:
     space.configure(bridge(ipMasq=True), version=version)
     networks = space.networks()
-    attachment = await networks.up(wish())
+    attachment = await networks.up(make_request())
     assert attachment.ips == ("10.77.0.2", "fd77::2")
     await networks.check("pod-1")
     await networks.down("pod-1")
@@ -117,10 +117,10 @@ async def test_each_version_that_debians_plugins_speak(space: Space, version: st
 
 
 @in_space
-async def test_check_notices_what_was_changed(space: Space) -> None:
+async def test_check_fails_after_an_address_was_removed(space: Space) -> None:
     space.configure(bridge(ipMasq=True))
     networks = space.networks()
-    attachment = await networks.up(wish())
+    attachment = await networks.up(make_request())
     space.sh(f"nsenter --net={attachment.netns} ip addr del 10.77.0.2/24 dev eth0")
     with pytest.raises(CniError, match=r"10\.77\.0\.2"):
         await networks.check("pod-1")
@@ -131,8 +131,8 @@ async def test_check_notices_what_was_changed(space: Space) -> None:
 
 
 @in_space
-async def test_the_conversation_of_1_1(space: Space) -> None:
-    """What each plug-in of a chain is told at each verb; the MTU of a later plug-in counts."""
+async def test_phases_of_1_1_pass_the_specified_input(space: Space) -> None:
+    """What each plug-in of a chain gets in each phase."""
     for name in ("first", "second"):
         space.add_fake(name)
     log = {"log": str(space.log)}
@@ -150,7 +150,7 @@ async def test_the_conversation_of_1_1(space: Space) -> None:
         version="1.1.0",
     )
     networks = space.networks()
-    attachment = await networks.up(wish(port_mappings=PORTS[:1], cgroup_path="/c"))
+    attachment = await networks.up(make_request(ports=PORTS[:1], cgroup_path="/c"))
     assert (attachment.dns_servers, attachment.dns_searches, attachment.dns_options) == (
         ("10.5.0.1",),
         ("d", "s"),
@@ -185,7 +185,7 @@ async def test_the_conversation_of_1_1(space: Space) -> None:
 
 
 @in_space
-async def test_several_interfaces_of_one_result(space: Space) -> None:
+async def test_several_interfaces_of_one_result_have_taps_in_order(space: Space) -> None:
     space.add_fake("multi")
     make = "".join(
         f"ip link add {name} type veth peer name p{name}; ip link set {name} up; ip link set p{name} up;"
@@ -200,7 +200,7 @@ async def test_several_interfaces_of_one_result(space: Space) -> None:
     }
     space.configure({"type": "multi", "result": result, "inside": make})
     networks = space.networks()
-    attachment = await networks.up(wish())
+    attachment = await networks.up(make_request())
     assert [(nic.name, nic.tap, nic.addresses) for nic in attachment.interfaces] == [
         ("eth0", "tap0", ("10.5.0.2/24",)),
         ("net1", "tap1", ("10.6.0.2/24",)),
@@ -217,13 +217,13 @@ async def test_several_interfaces_of_one_result(space: Space) -> None:
 
 
 @in_space
-async def test_a_vm_may_be_started_again(space: Space) -> None:
-    """Taps go with their descriptors; the next ones are joined in their place."""
+async def test_taps_can_be_opened_again_for_a_new_vm(space: Space) -> None:
+    """Taps go with their descriptors; the next ones are connected in their place."""
     space.configure(bridge())
     networks = space.networks()
-    attachment = await networks.up(wish())
+    attachment = await networks.up(make_request())
     (tap,) = await networks.open_taps("pod-1")
-    with pytest.raises(TapError, match="still holds it"):
+    with pytest.raises(TapError, match="still has it open"):
         await networks.open_taps("pod-1")
     os.close(tap)
     assert "tap0" not in space.sh(f"nsenter --net={attachment.netns} ip link")
@@ -237,11 +237,11 @@ async def test_a_vm_may_be_started_again(space: Space) -> None:
 
 
 @in_space
-async def test_many_pods_at_once(space: Space) -> None:
+async def test_concurrent_pods_get_different_addresses(space: Space) -> None:
     space.configure(bridge())
     networks = space.networks()
     pods = [f"pod-{number}" for number in range(8)]
-    attachments = await asyncio.gather(*(networks.up(wish(pod)) for pod in pods))
+    attachments = await asyncio.gather(*(networks.up(make_request(pod)) for pod in pods))
     assert len({attachment.ips[0] for attachment in attachments}) == len(pods)
     assert networks.list_leftovers() == tuple(pods)
     await asyncio.gather(*(networks.down(pod) for pod in pods))
@@ -250,34 +250,34 @@ async def test_many_pods_at_once(space: Space) -> None:
 
 
 @in_space
-async def test_the_pod_cidr_reaches_host_local(space: Space) -> None:
+async def test_pod_cidr_is_passed_to_host_local(space: Space) -> None:
     ipam = {"type": "host-local", "routes": [{"dst": "0.0.0.0/0"}]}
     space.configure(bridge(ipam=ipam, capabilities={"ipRanges": True}))
     space.networks().update_pod_cidr("10.99.7.0/24,fd99::/64")
     networks = space.networks()  # a later daemon
-    attachment = await networks.up(wish())
+    attachment = await networks.up(make_request())
     assert attachment.ips == ("10.99.7.2", "fd99::2")
     await networks.down("pod-1")
-    assert space.census() == {**CLEAN, "held": frozenset({"pod-cidr"})}
+    assert space.census() == {**CLEAN, "cache": frozenset({"pod-cidr"})}
     assert networks.list_leftovers() == ()
 
 
 @in_space
-async def test_bandwidth_by_annotation(space: Space) -> None:
+async def test_bandwidth_annotation_limits_the_rate(space: Space) -> None:
     space.configure(bridge(), {"type": "bandwidth", "capabilities": {"bandwidth": True}})
     networks = space.networks()
-    await networks.up(wish(annotations={"kubernetes.io/ingress-bandwidth": "8M"}))
+    await networks.up(make_request(annotations={"kubernetes.io/ingress-bandwidth": "8M"}))
     assert "rate 8Mbit" in space.sh("tc qdisc show")
     await networks.down("pod-1")
     assert space.census() == CLEAN
 
 
 @in_space
-async def test_the_sample_configuration_works(space: Space) -> None:
+async def test_sample_configuration_is_reachable(space: Space) -> None:
     sample = Path(__file__).parents[2] / "deploy/cni/10-husk-bridge.conflist"
     (space.conf_dir / sample.name).write_bytes(sample.read_bytes())
     networks = space.networks()
-    attachment, guest = await start(space, networks, "web", port_mappings=PORTS[:1])
+    attachment, guest = await start(space, networks, "web", ports=PORTS[:1])
     with guest, guest.serve(80, WEB):
         for host, port in ((attachment.ips[0], 80), (attachment.ips[1], 80), ("127.0.0.1", 8080)):
             await get(host, port)
@@ -286,17 +286,17 @@ async def test_the_sample_configuration_works(space: Space) -> None:
 
 
 @in_space
-async def test_an_id_is_attached_once(space: Space) -> None:
+async def test_pod_that_is_attached_cannot_be_attached_again(space: Space) -> None:
     space.configure(bridge())
     networks = space.networks()
-    attachment = await networks.up(wish())
+    attachment = await networks.up(make_request())
     with pytest.raises(Unsatisfiable, match="attached already"):
-        await networks.up(wish())
+        await networks.up(make_request())
     assert netns.is_namespace(Path(attachment.netns))
     await networks.down("pod-1")
 
 
 @in_space
-async def test_no_taps_without_a_network(space: Space) -> None:
-    with pytest.raises(TapError, match="no network that is up"):
+async def test_taps_without_a_network_are_refused(space: Space) -> None:
+    with pytest.raises(TapError, match="network of pod pod-1 is not up"):
         await space.networks().open_taps("pod-1")

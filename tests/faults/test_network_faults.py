@@ -1,8 +1,8 @@
-"""Whatever goes wrong, when it is over nothing of the pod's network is left; and the error says why.
+"""After any failure nothing of the pod's network is left, and the error says why.
 
-`Kills` stands in for `kill -9`: at one of the moments between two effects the work stops where it
-is, with no clean-up; then another daemon, which knows nothing but the pod's id, takes the pod down.
-Some moments are also tried with a real SIGKILL.
+`Kills` stands in for `kill -9`: at one of the moments between two effects the work stops without any cleanup;
+then another daemon, which knows only the pod's id, takes the pod down. Some moments are also tested with a
+real SIGKILL.
 """
 
 from __future__ import annotations
@@ -26,79 +26,80 @@ from network.attach import Networks
 from network.attachment_cache import AttachmentCache
 from network.errors import CniError, NetnsError, NetworkError, TapError, TeardownFailed
 from network.plugins import Plugins
-from network.spec import PortMapping
-from tests.fakes.cni.space import CLEAN, PLUGINS, PORTMAP, Space, bridge, in_space, wish
+from network.spec import PublishedPort
+from sandbox.host import syscalls
+from tests.fakes.cni.space import CLEAN, PLUGINS, PORTMAP, Space, bridge, in_space, make_request
+from tests.kit.eventually import eventually, eventually_sync
 
-PORTS = (PortMapping(protocol="TCP", container_port=80, host_port=8080),)
+PORTS = (PublishedPort(protocol="TCP", container_port=80, host_port=8080),)
 
 # ------------------------------------------------------------------------------- plug-ins that fail
 
 
 @pytest.mark.parametrize(
-    ("deed", "words"),
+    ("behaviour", "words"),
     [
-        ("fail", "the lamp is dark (code 103); no oil; it wrote: some words for the log"),
-        ("rubbish", "it printed no valid result"),
-        ("rubbish-fail", "exit status 2 without an error result"),
+        ("fail", "the fabric is down (code 103); no uplink; its stderr: a line for the log"),
+        ("malformed", "it printed an invalid result"),
+        ("malformed-fail", "exit status 2, and it printed no error result"),
         ("die", "killed by signal 11"),
-        ("hang", "it did not end within 1 s"),
+        ("hang", "it did not exit within 1 s"),
     ],
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 @in_space
-async def test_add_fails(space: Space, deed: str, words: str, when: str) -> None:
-    """A chain of bridge, portmap and one that fails; or the bridge itself, once its work is done."""
-    space.add_fake("lamp")
-    fails = {"type": "lamp", "on": {"ADD": deed}}
+async def test_failed_add_leaves_nothing(space: Space, behaviour: str, words: str, when: str) -> None:
+    """In a chain of bridge, portmap and one that fails; or the bridge itself, after its work is done."""
+    space.add_fake("faulty")
+    fails = {"type": "faulty", "on": {"ADD": behaviour}}
     if when == "before":
         space.configure(bridge(), PORTMAP, fails)
     else:
         space.configure({**bridge(), **fails, "real": str(PLUGINS / "bridge")}, PORTMAP)
     with pytest.raises(CniError) as caught:
-        await space.networks(timeout_s=1).up(wish(port_mappings=PORTS))
-    assert f"CNI plug-in lamp failed to ADD: {words}" in str(caught.value)
+        await space.networks(timeout_s=1).up(make_request(ports=PORTS))
+    assert f"CNI plug-in faulty failed to ADD: {words}" in str(caught.value)
     assert space.census() == CLEAN
 
 
 @in_space
-async def test_an_interface_that_was_promised_is_not_there(space: Space) -> None:
-    space.add_fake("lamp")
+async def test_interface_of_the_result_that_does_not_exist_fails(space: Space) -> None:
+    space.add_fake("faulty")
     result = {"interfaces": [{"name": "eth7", "sandbox": "/ns"}]}
-    space.configure(bridge(), {"type": "lamp", "result": result})
+    space.configure(bridge(), {"type": "faulty", "result": result})
     with pytest.raises(TapError, match="eth7"):
-        await space.networks().up(wish())
+        await space.networks().up(make_request())
     assert space.census() == CLEAN
 
 
 @in_space
-async def test_a_missing_plugin_is_noticed_before_any_effect(space: Space) -> None:
+async def test_missing_plugin_fails_before_any_effect(space: Space) -> None:
     space.configure(bridge(), {"type": "absent"})
     with pytest.raises(CniError, match=r"absent.*no such program"):
-        await space.networks().up(wish())
+        await space.networks().up(make_request())
     assert not space.netns_dir.exists() and space.census() == CLEAN
 
 
 @in_space
-async def test_no_address_is_left_for_the_second_pod(space: Space) -> None:
+async def test_exhausted_address_range_fails_and_leaves_nothing(space: Space) -> None:
     ipam = {"type": "host-local", "ranges": [[{"subnet": "10.77.0.0/30"}]]}
     space.configure(bridge(ipam=ipam))
     networks = space.networks()
-    await networks.up(wish("first"))
+    await networks.up(make_request("first"))
     before = space.census()
     with pytest.raises(CniError, match="no IP addresses available"):
-        await networks.up(wish("second"))
+        await networks.up(make_request("second"))
     assert space.census() == before
     await networks.down("first")
     assert space.census() == CLEAN
 
 
 @in_space
-async def test_a_cancelled_start_is_undone_at_once(space: Space) -> None:
-    space.add_fake("lamp")
-    space.configure(bridge(), {"type": "lamp", "log": str(space.log), "on": {"ADD": "hang"}})
-    task = asyncio.create_task(space.networks().up(wish()))
-    while not space.calls():
-        await asyncio.sleep(0.01)
+async def test_cancelled_start_is_undone_at_once(space: Space) -> None:
+    space.add_fake("faulty")
+    space.configure(bridge(), {"type": "faulty", "log": str(space.log), "on": {"ADD": "hang"}})
+    task = asyncio.create_task(space.networks().up(make_request()))
+    await eventually(space.calls)
     started = time.monotonic()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -108,11 +109,11 @@ async def test_a_cancelled_start_is_undone_at_once(space: Space) -> None:
 
 
 @in_space
-async def test_no_room_for_the_held_file(space: Space) -> None:
+async def test_cache_that_cannot_be_written_fails_and_leaves_nothing(space: Space) -> None:
     space.configure(bridge())
     space.cache_dir.write_text("a file where the directory should be")
     with pytest.raises(OSError):
-        await space.networks().up(wish())
+        await space.networks().up(make_request())
     space.cache_dir.unlink()
     assert space.census() == CLEAN
 
@@ -121,23 +122,23 @@ async def test_no_room_for_the_held_file(space: Space) -> None:
 
 
 @in_space
-async def test_del_fails_then_works(space: Space) -> None:
-    """The others get their DEL, and what the failed one needs is kept for the next try."""
-    space.add_fake("lamp")
-    stubborn = space.root / "stubborn"
-    stubborn.touch()
-    lamp = {"type": "lamp", "log": str(space.log), "on": {"DEL": "fail"}, "while": str(stubborn)}
-    space.configure(bridge(ipMasq=True), lamp)
+async def test_failed_del_can_be_repeated(space: Space) -> None:
+    """The others get their DEL, and what the failed one needs is kept for the retry."""
+    space.add_fake("faulty")
+    failing = space.root / "failing"
+    failing.touch()
+    faulty = {"type": "faulty", "log": str(space.log), "on": {"DEL": "fail"}, "while": str(failing)}
+    space.configure(bridge(ipMasq=True), faulty)
     networks = space.networks()
-    await networks.up(wish())
+    await networks.up(make_request())
     for _ in range(2):
-        with pytest.raises(TeardownFailed, match="lamp failed to DEL: the lamp is dark") as caught:
+        with pytest.raises(TeardownFailed, match="faulty failed to DEL: the fabric is down") as caught:
             await networks.down("pod-1")
         assert [type(each) for each in caught.value.problems] == [CniError]
         left = space.census()
         assert (left["leases"], left["rules"]) == (frozenset(), frozenset())
         assert networks.list_leftovers() == ("pod-1",)
-    stubborn.unlink()
+    failing.unlink()
     await space.networks().down("pod-1")
     assert space.census() == CLEAN
     assert [call["verb"] for call in space.calls()] == ["ADD", "DEL", "DEL", "DEL"]
@@ -145,10 +146,10 @@ async def test_del_fails_then_works(space: Space) -> None:
 
 @pytest.mark.parametrize("change", ["gone", "broken", "another"])
 @in_space
-async def test_the_configuration_changed_meanwhile(space: Space, change: str) -> None:
+async def test_configuration_changed_after_up_is_not_used_for_down(space: Space, change: str) -> None:
     path = space.configure(bridge(), PORTMAP)
     networks = space.networks()
-    await networks.up(wish(port_mappings=PORTS))
+    await networks.up(make_request(ports=PORTS))
     if change == "gone":
         path.unlink()
     elif change == "broken":
@@ -160,11 +161,11 @@ async def test_the_configuration_changed_meanwhile(space: Space, change: str) ->
 
 
 @in_space
-async def test_the_namespace_is_gone(space: Space) -> None:
-    """As after a reboot: addresses are given back all the same."""
+async def test_namespace_gone_before_down_still_releases_addresses(space: Space) -> None:
+    """As after a reboot."""
     space.configure(bridge(), PORTMAP)
     networks = space.networks()
-    attachment = await networks.up(wish(port_mappings=PORTS))
+    attachment = await networks.up(make_request(ports=PORTS))
     netns.remove(Path(attachment.netns))
     with pytest.raises(NetnsError, match="enter"):
         await networks.open_taps("pod-1")
@@ -173,10 +174,10 @@ async def test_the_namespace_is_gone(space: Space) -> None:
 
 
 @in_space
-async def test_a_plain_file_in_the_namespaces_place(space: Space) -> None:
+async def test_regular_file_in_place_of_the_namespace_is_removed(space: Space) -> None:
     space.configure(bridge())
     networks = space.networks()
-    path = Path((await networks.up(wish())).netns)
+    path = Path((await networks.up(make_request())).netns)
     netns.remove(path)
     path.touch()
     await networks.down("pod-1")
@@ -184,25 +185,25 @@ async def test_a_plain_file_in_the_namespaces_place(space: Space) -> None:
 
 
 @in_space
-async def test_a_damaged_held_file_blocks_nothing(space: Space) -> None:
-    """Without it the plug-ins are told to DEL by the configuration of the day; without that, not at all."""
+async def test_unreadable_cache_does_not_block_down(space: Space) -> None:
+    """DEL then uses the current configuration, and is left out where that is unusable too."""
     path = space.configure(bridge(ipMasq=True))
     networks = space.networks()
-    held = space.cache_dir / "pod-1.json"
-    await networks.up(wish())
-    held.write_text('{"pod_id":')
+    cached = space.cache_dir / "pod-1.json"
+    await networks.up(make_request())
+    cached.write_text('{"pod_id":')
     await networks.down("pod-1")
     assert space.settled() == CLEAN
-    await networks.up(wish())
-    held.write_text('{"pod_id":')
+    await networks.up(make_request())
+    cached.write_text('{"pod_id":')
     path.write_text("{")
     await networks.down("pod-1")
     assert {**space.settled(), "leases": frozenset(), "rules": frozenset()} == CLEAN
 
 
 @in_space
-async def test_down_of_what_never_was(space: Space) -> None:
-    await space.networks().down("nobody")
+async def test_down_of_an_unknown_pod_succeeds(space: Space) -> None:
+    await space.networks().down("unknown")
     assert space.census() == CLEAN
 
 
@@ -210,12 +211,12 @@ async def test_down_of_what_never_was(space: Space) -> None:
 
 
 @in_space
-async def test_gc_releases_what_has_no_owner(space: Space) -> None:
-    space.add_fake("lamp")
+async def test_gc_releases_networks_of_unknown_pods(space: Space) -> None:
+    space.add_fake("faulty")
     space.configure(bridge())
     networks = space.networks()
     for pod_id in ("kept", "lost"):
-        await networks.up(wish(pod_id))
+        await networks.up(make_request(pod_id))
     netns.make(space.netns_dir / "stray")
     await networks.gc(["kept"])
     assert networks.list_leftovers() == ("kept",)
@@ -225,7 +226,7 @@ async def test_gc_releases_what_has_no_owner(space: Space) -> None:
 
 
 @in_space
-async def test_gc_goes_on_past_a_failure(space: Space) -> None:
+async def test_gc_continues_after_a_failure(space: Space) -> None:
     for name in ("bad", "good"):
         space.add_fake(name)
     log = {"log": str(space.log)}
@@ -241,11 +242,11 @@ async def test_gc_goes_on_past_a_failure(space: Space) -> None:
 
 
 class Killed(BaseException):
-    """The daemon was killed here: nobody catches this, and nothing is cleaned up."""
+    """The daemon was killed here: no handler catches this, and nothing is cleaned up."""
 
 
 class Kills:
-    """Counts the moments before each effect, and strikes at one of them.
+    """Counts the moments before each effect, and kills at one of them.
 
     What lies between two effects changes nothing, so "before the next" is "after this one" too.
     """
@@ -254,7 +255,10 @@ class Kills:
         (AttachmentCache, "save"),
         (AttachmentCache, "forget"),
         (Plugins, "run"),
-        (netns, "_call"),
+        (syscalls, "unshare"),
+        (syscalls, "mount"),
+        (syscalls, "umount2"),
+        (syscalls, "setns"),
         (netns, "_bring_up_loopback"),
         (attach, "open_tap"),
         (tap, "_redirect"),
@@ -292,12 +296,12 @@ class Kills:
 
 
 async def start(networks: Networks) -> None:
-    held = await networks.prepare("pod-1")
+    tap = await networks.prepare("pod-1")
     try:
-        await networks.up(wish(port_mappings=PORTS))
+        await networks.up(make_request(ports=PORTS))
         assert await networks.open_taps("pod-1", begin=1) == ()
     finally:
-        os.close(held)
+        os.close(tap)
 
 
 async def moments_of(space: Space, verb: Callable[[Networks], Awaitable[None]], kills: Kills) -> int:
@@ -307,7 +311,7 @@ async def moments_of(space: Space, verb: Callable[[Networks], Awaitable[None]], 
 
 
 @in_space
-async def test_killed_while_starting(space: Space) -> None:
+async def test_kill_while_starting_leaves_nothing_after_down(space: Space) -> None:
     space.configure(bridge(), PORTMAP)
     kills = Kills()
     moments = await moments_of(space, start, kills)
@@ -317,15 +321,15 @@ async def test_killed_while_starting(space: Space) -> None:
         with kills.armed(at), pytest.raises(Killed):
             await start(space.networks())
         later = space.networks()
-        held = space.census() != CLEAN
-        assert later.list_leftovers() == (("pod-1",) if held else ())
+        anything = space.census() != CLEAN
+        assert later.list_leftovers() == (("pod-1",) if anything else ())
         await later.down("pod-1")
         assert space.census() == CLEAN, f"killed at moment {at} of {moments}"
         await later.down("pod-1")
 
 
 @in_space
-async def test_killed_while_taking_down(space: Space) -> None:
+async def test_kill_while_taking_down_leaves_nothing_after_down(space: Space) -> None:
     space.configure(bridge(), PORTMAP)
     kills = Kills()
 
@@ -350,32 +354,31 @@ from network.attach import Networks, NetworkRequest
 directories = {name: Path(path) for name, path in json.loads(sys.argv[1]).items()}
 bins = (directories.pop("bin_dir"), Path("/usr/lib/cni"))
 networks = Networks(bin_dirs=bins, **directories)
-wish = NetworkRequest(pod_id="pod-1", name="web", namespace="default", uid="u-1")
-asyncio.run(networks.up(wish))
+request = NetworkRequest(pod_id="pod-1", name="web", namespace="default", uid="u-1")
+asyncio.run(networks.up(request))
 """
 
 
-@pytest.mark.parametrize("deed", ["kill-daemon-before", "kill-daemon-after"])
+@pytest.mark.parametrize("behaviour", ["kill-daemon-before", "kill-daemon-after"])
 @in_space
-def test_really_killed(space: Space, deed: str) -> None:
-    space.add_fake("lamp")
+def test_sigkill_during_add_leaves_nothing_after_down(space: Space, behaviour: str) -> None:
+    space.add_fake("faulty")
     space.configure(
-        {**bridge(), "type": "lamp", "real": str(PLUGINS / "bridge"), "on": {"ADD": deed}}, PORTMAP
+        {**bridge(), "type": "faulty", "real": str(PLUGINS / "bridge"), "on": {"ADD": behaviour}}, PORTMAP
     )
     names = ("conf_dir", "bin_dir", "cache_dir", "netns_dir")
     directories = json.dumps({name: str(getattr(space, name)) for name in names})
     root = Path(__file__).parents[2]
     child = subprocess.run([sys.executable, "-c", DAEMON, directories], cwd=root, timeout=30)
     assert child.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 10
-    while (space.census()["leases"] == frozenset()) == (deed == "kill-daemon-after"):
-        assert time.monotonic() < deadline
+    leased = behaviour == "kill-daemon-after"
+    eventually_sync(lambda: (space.census()["leases"] != frozenset()) == leased)
     later = space.networks()
     assert later.list_leftovers() == ("pod-1",)
     asyncio.run(later.down("pod-1"))
     assert space.census() == CLEAN
 
 
-def test_errors_share_a_root() -> None:
+def test_errors_have_one_base() -> None:
     for error in (CniError("p", "ADD", "m"), NetnsError("/p", "s", "x"), TapError("i", "s", "x")):
         assert isinstance(error, NetworkError)

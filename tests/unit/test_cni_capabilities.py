@@ -1,4 +1,4 @@
-"""What plug-ins are told of a pod."""
+"""What plug-ins get about a pod: CNI_ARGS and capability arguments."""
 
 from __future__ import annotations
 
@@ -9,41 +9,43 @@ import pytest
 
 from network.capabilities import capability_args, cni_args
 from network.errors import Unsatisfiable
-from network.spec import Dns, NetworkRequest, PortMapping
+from network.spec import Dns, NetworkRequest, PublishedPort
 
 
-def wish(**fields: Any) -> NetworkRequest:
+def make_request(**fields: Any) -> NetworkRequest:
     base: dict[str, Any] = {"pod_id": "p1", "name": "web", "namespace": "default", "uid": "u-1"}
     return NetworkRequest(**{**base, **fields})
 
 
 def values(cidrs: tuple[str, ...] = (), **fields: Any) -> dict[str, Any]:
-    return {name: json.loads(bytes(raw)) for name, raw in capability_args(wish(**fields), cidrs).items()}
+    return {
+        name: json.loads(bytes(raw)) for name, raw in capability_args(make_request(**fields), cidrs).items()
+    }
 
 
-def test_arguments_name_the_pod() -> None:
-    assert cni_args(wish()) == (
+def test_cni_args_name_the_pod() -> None:
+    assert cni_args(make_request()) == (
         "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=p1;K8S_POD_UID=u-1"
     )
 
 
 @pytest.mark.parametrize("name", ["a;b", "a=b", "a\nb"])
-def test_a_name_cannot_add_arguments(name: str) -> None:
+def test_name_with_a_separator_is_rejected(name: str) -> None:
     with pytest.raises(Unsatisfiable, match="K8S_POD_NAME"):
-        cni_args(wish(name=name))
+        cni_args(make_request(name=name))
 
 
-def test_a_plain_pod_has_no_capabilities() -> None:
+def test_pod_without_requests_has_no_capability_arguments() -> None:
     assert values() == {}
 
 
-def test_ports_in_the_plugins_words() -> None:
+def test_published_ports_have_the_names_of_portmap() -> None:
     ports = (
-        PortMapping(protocol="TCP", container_port=80, host_port=8080),
-        PortMapping(protocol="udp", container_port=53, host_port=5353, host_ip="127.0.0.1"),
-        PortMapping(protocol="tcp", container_port=9, host_port=0),
+        PublishedPort(protocol="TCP", container_port=80, host_port=8080),
+        PublishedPort(protocol="udp", container_port=53, host_port=5353, host_ip="127.0.0.1"),
+        PublishedPort(protocol="tcp", container_port=9, host_port=0),
     )
-    assert values(port_mappings=ports)["portMappings"] == [
+    assert values(ports=ports)["portMappings"] == [
         {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
         {"hostPort": 5353, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"},
     ]
@@ -53,18 +55,18 @@ def test_ports_in_the_plugins_words() -> None:
     ("text", "rate"),
     [("10M", 10_000_000), ("1k", 1000), ("1.5Mi", 1_572_864), ("4000", 4000), ("1P", 10**15)],
 )
-def test_bandwidth_is_a_quantity(text: str, rate: int) -> None:
+def test_bandwidth_is_parsed_as_a_quantity(text: str, rate: int) -> None:
     told = values(annotations={"kubernetes.io/ingress-bandwidth": text})["bandwidth"]
     assert told == {"ingressRate": rate, "ingressBurst": 2**31 - 1}
 
 
 @pytest.mark.parametrize("text", ["", "fast", "1", "2P", "-5M", "1e9"])
-def test_a_senseless_bandwidth_is_refused(text: str) -> None:
+def test_invalid_bandwidth_is_rejected(text: str) -> None:
     with pytest.raises(Unsatisfiable, match="egress-bandwidth"):
         values(annotations={"kubernetes.io/egress-bandwidth": text})
 
 
-def test_the_rest() -> None:
+def test_other_capabilities_are_passed() -> None:
     told = values(
         cidrs=("10.1.0.0/16", "fd00::/64"),
         cgroup_path="/kubepods/x",

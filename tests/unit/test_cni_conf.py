@@ -1,4 +1,4 @@
-"""Which CNI configuration counts, and what a plug-in is told."""
+"""Which CNI configuration is in force, and what a plug-in gets of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parse(content: object, name: str = "a.conflist") -> NetworkConf:
     return parse_conf(json.dumps(content).encode(), Path(name))
 
 
-def test_the_first_file_by_name_counts(tmp_path: Path) -> None:
+def test_first_file_by_name_is_in_force(tmp_path: Path) -> None:
     write(tmp_path, "20-b.conflist", conflist("second"))
     write(tmp_path, "10-a.conf", {"cniVersion": "0.3.1", "name": "first", **BRIDGE})
     write(tmp_path, "00-readme.txt", "not a configuration")
@@ -35,7 +35,7 @@ def test_the_first_file_by_name_counts(tmp_path: Path) -> None:
     assert (conf.name, conf.version, [each.type for each in conf.plugins]) == ("first", "0.3.1", ["bridge"])
 
 
-def test_a_broken_first_file_is_not_passed_over(tmp_path: Path) -> None:
+def test_invalid_first_file_is_not_skipped(tmp_path: Path) -> None:
     write(tmp_path, "10-a.conflist", "{")
     write(tmp_path, "20-b.conflist", conflist())
     with pytest.raises(NetworkNotReady, match=r"10-a\.conflist is not usable"):
@@ -43,7 +43,7 @@ def test_a_broken_first_file_is_not_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_no_configuration_names_the_directory(tmp_path: Path, exists: bool) -> None:
+def test_missing_configuration_is_reported_with_the_directory(tmp_path: Path, exists: bool) -> None:
     directory = tmp_path if exists else tmp_path / "absent"
     with pytest.raises(NetworkNotReady, match=str(directory)) as caught:
         find_conf(directory)
@@ -55,33 +55,33 @@ def test_no_configuration_names_the_directory(tmp_path: Path, exists: bool) -> N
     [
         (conflist(plugins=[]), "a.conflist", "no plug-ins"),
         (conflist(), "a.conf", r"must end in \.conflist"),
-        (conflist(name="../x"), "a.conflist", "not a network's name"),
-        (conflist(plugins=[{"type": "../sh"}]), "a.conflist", "not a plug-in's name"),
+        (conflist(name="../x"), "a.conflist", "not a valid network name"),
+        (conflist(plugins=[{"type": "../sh"}]), "a.conflist", "not a valid plug-in name"),
         (conflist(plugins=[{"no": "type"}]), "a.conflist", "type"),
         (conflist(cniVersion="0.2.0"), "a.conflist", "0.3.0 to 1.1.0"),
-        (conflist(cniVersion="2.0.0"), "a.conflist", "2.0.0 is not spoken"),
+        (conflist(cniVersion="2.0.0"), "a.conflist", "2.0.0 is not supported"),
         ({"name": "x", "plugins": [BRIDGE]}, "a.conflist", "cniVersion none"),
         ([1], "a.conflist", "object"),
     ],
 )
-def test_what_is_wrong_is_said(content: object, name: str, problem: str) -> None:
+def test_invalid_configuration_is_reported_with_its_problem(content: object, name: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         parse(content, name)
 
 
-def test_the_newest_common_version_is_chosen() -> None:
+def test_newest_common_version_is_chosen() -> None:
     assert choose_version("1.0.0", ("1.0.0", "1.1.0", "1.2.0")) == "1.1.0"
     assert choose_version("0.3.1", ()) == "0.3.1"
     assert choose_version("", ("0.4.0", "1.0.0")) == "1.0.0"
 
 
 @pytest.mark.parametrize(("value", "truth"), [(True, True), ("true", True), (False, False), ("no", False)])
-def test_switches_may_be_strings(value: object, truth: bool) -> None:
+def test_boolean_fields_may_be_strings(value: object, truth: bool) -> None:
     conf = parse(conflist(disableCheck=value, disableGC=value))
     assert (conf.disable_check, conf.disable_gc) == (truth, truth)
 
 
-def test_a_plugin_is_told_what_it_declared_and_no_more() -> None:
+def test_plugin_gets_only_declared_capabilities() -> None:
     plugin = {**BRIDGE, "capabilities": {"portMappings": True, "bandwidth": False}}
     conf = parse(conflist(plugins=[plugin]))
     values = {"portMappings": msgspec.Raw(b"[1]"), "bandwidth": msgspec.Raw(b"2"), "dns": msgspec.Raw(b"3")}
@@ -96,12 +96,12 @@ def test_a_plugin_is_told_what_it_declared_and_no_more() -> None:
     }
 
 
-def test_without_values_there_is_no_runtime_config() -> None:
+def test_configuration_without_capability_arguments_has_no_runtime_config() -> None:
     conf = parse(conflist(plugins=[{**BRIDGE, "capabilities": {"portMappings": True}}]))
     assert "runtimeConfig" not in json.loads(execution_conf(conf, conf.plugins[0]))
 
 
-def test_the_sample_configuration_is_usable() -> None:
+def test_sample_configuration_is_valid() -> None:
     path = Path(__file__).parents[2] / "deploy/cni/10-husk-bridge.conflist"
     conf = parse_conf(path.read_bytes(), path)
     assert [each.type for each in conf.plugins] == ["bridge", "portmap"]

@@ -47,11 +47,11 @@ def parse(content: object, default: str = "1.0.0") -> Result:
     return parse_result(json.dumps(content).encode(), default)
 
 
-def test_nothing_of_the_newest_version_is_lost() -> None:
+def test_newest_version_is_rendered_without_loss() -> None:
     assert json.loads(render_result(parse(FULL), "1.1.0")) == FULL
 
 
-def test_one_version_back_leaves_out_what_it_does_not_know() -> None:
+def test_older_version_is_rendered_without_newer_fields() -> None:
     older = json.loads(render_result(parse(FULL), "1.0.0"))
     assert older["interfaces"][1] == {"name": "eth0", "mac": "bb:bb:bb:bb:bb:bb", "sandbox": "/ns"}
     assert older["routes"] == [{"dst": "0.0.0.0/0", "gw": "10.1.0.1"}]
@@ -59,13 +59,13 @@ def test_one_version_back_leaves_out_what_it_does_not_know() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.3.0", "0.3.1", "0.4.0"])
-def test_before_1_0_addresses_say_their_family(version: str) -> None:
+def test_addresses_before_1_0_have_their_family(version: str) -> None:
     older = json.loads(render_result(parse(FULL), version))
     assert [each["version"] for each in older["ips"]] == ["4", "6"]
     assert older["cniVersion"] == version
 
 
-def test_the_oldest_shape_is_understood() -> None:
+def test_oldest_shape_is_parsed() -> None:
     result = parse(
         {
             "cniVersion": "0.2.0",
@@ -76,11 +76,11 @@ def test_the_oldest_shape_is_understood() -> None:
     assert (result.ips[0].address, result.routes[0].dst) == ("10.1.0.5/24", "0.0.0.0/0")
 
 
-def test_a_missing_version_is_the_configurations() -> None:
+def test_missing_version_is_that_of_the_configuration() -> None:
     assert parse({"ips": []}, "0.4.0").version == "0.4.0"
 
 
-def test_null_lists_are_empty() -> None:
+def test_null_lists_are_parsed_as_empty() -> None:
     result = parse({"cniVersion": "1.0.0", "interfaces": None, "ips": None, "routes": None})
     assert json.loads(render_result(result, "1.0.0"))["ips"] == []
 
@@ -99,7 +99,7 @@ def test_null_lists_are_empty() -> None:
         b'{"ips":{}}',
     ],
 )
-def test_rubbish_is_a_value_error(content: bytes) -> None:
+def test_malformed_result_is_a_value_error(content: bytes) -> None:
     with pytest.raises(ValueError):
         parse_result(content, "1.0.0")
 
@@ -116,7 +116,7 @@ def test_rubbish_is_a_value_error(content: bytes) -> None:
         ),
     )
 )
-def test_no_output_raises_anything_else(content: object) -> None:
+def test_any_output_is_a_result_or_a_value_error(content: object) -> None:
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     try:
         result = parse_result(data, "1.0.0")
@@ -126,5 +126,5 @@ def test_no_output_raises_anything_else(content: object) -> None:
         assert parse_result(render_result(result, version), version).version == version
 
 
-def test_versions_are_ordered_as_numbers() -> None:
+def test_versions_are_ordered_by_number() -> None:
     assert sorted(["1.10.0", "1.9.0", "0.3.1", "0.3"], key=version_key) == ["0.3", "0.3.1", "1.9.0", "1.10.0"]

@@ -1,4 +1,4 @@
-"""What the guest is told of the interfaces in the pod's namespace."""
+"""What the guest is given of the interfaces and routes in the pod's namespace."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ def result(*interfaces: tuple[str, str]) -> Result:
     return Result(interfaces=tuple(ResultInterface(name=name, sandbox=box) for name, box in interfaces))
 
 
-def test_the_result_names_and_orders_interfaces() -> None:
+def test_result_names_and_orders_interfaces() -> None:
     found = find_names(
         result(("cni0", ""), ("eth0", "/ns"), ("net1", "/ns"), ("eth0", "/ns"), ("lo", "/ns")), LINKS
     )
     assert found == ["eth0", "net1"]
 
 
-def test_without_names_every_one_that_is_up() -> None:
+def test_result_without_names_means_every_interface_that_is_up() -> None:
     assert find_names(Result(), LINKS) == ["net1", "eth0"]
 
 
 @pytest.mark.parametrize(("name", "problem"), [("eth9", "not in the namespace"), ("wg0", "Ethernet")])
-def test_an_interface_that_cannot_be_had(name: str, problem: str) -> None:
+def test_missing_or_non_ethernet_interface_is_refused(name: str, problem: str) -> None:
     with pytest.raises(TapError, match=problem):
         find_names(result((name, "/ns")), LINKS)
 
 
-def test_no_interface_at_all() -> None:
-    with pytest.raises(TapError, match="made no interface"):
+def test_namespace_without_interface_is_refused() -> None:
+    with pytest.raises(TapError, match="created no interface"):
         find_names(result(("lo", "/ns")), {"lo": LINKS["lo"]})
 
 
-def test_an_address_keeps_its_prefix_only_with_its_route() -> None:
+def test_address_keeps_its_prefix_only_with_its_route() -> None:
     routes = [
         Route(destination="10.1.0.0/24", interface="eth0"),
         Route(destination="10.2.0.0/24", interface="eth1"),
@@ -71,7 +71,7 @@ def test_an_address_keeps_its_prefix_only_with_its_route() -> None:
     assert guest_addresses(cidrs, "eth0", routes) == ("10.1.0.5/24", "10.2.0.5/32", "fd00::5/128")
 
 
-def test_routes_that_a_kernel_makes_by_itself_are_left_out() -> None:
+def test_routes_that_a_kernel_adds_by_itself_are_left_out() -> None:
     nic = Interface(name="eth0", tap="tap0", mac="", mtu=1500, addresses=("10.1.0.5/24", "fd00::5/64"))
     kept = (
         Route(destination="10.9.0.0/16", interface="eth0"),
@@ -88,7 +88,7 @@ def test_routes_that_a_kernel_makes_by_itself_are_left_out() -> None:
 
 
 @in_space
-def test_the_kernel_is_read(space: Space) -> None:
+def test_addresses_and_routes_are_read_from_the_kernel(space: Space) -> None:
     space.sh("""set -e
     ip link add eth0 type veth peer name peer0
     ip link add net1 type veth peer name peer1

@@ -1,4 +1,4 @@
-"""Named namespaces: made, entered, removed, whatever state they are in."""
+"""Named namespaces are created, entered and removed, whatever state they are in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def inode(path: Path = netns.OWN) -> int:
 
 
 @in_space
-def test_made_entered_and_removed(space: Space) -> None:
+def test_namespace_is_created_entered_and_removed(space: Space) -> None:
     path, outside = space.netns_dir / "a", inode()
     netns.make(path)
     assert netns.is_namespace(path)
@@ -31,7 +31,7 @@ def test_made_entered_and_removed(space: Space) -> None:
 
 
 @in_space
-def test_a_name_is_used_once(space: Space) -> None:
+def test_existing_name_is_refused(space: Space) -> None:
     path = space.netns_dir / "a"
     netns.make(path)
     with pytest.raises(NetnsError, match="File exists"):
@@ -40,7 +40,7 @@ def test_a_name_is_used_once(space: Space) -> None:
 
 
 @in_space
-def test_a_half_made_one_is_removed(space: Space) -> None:
+def test_half_created_namespace_is_removed(space: Space) -> None:
     path = space.netns_dir / "a"
     path.parent.mkdir()
     path.touch()
@@ -52,8 +52,8 @@ def test_a_half_made_one_is_removed(space: Space) -> None:
 
 
 @in_space
-def test_a_failed_mount_leaves_nothing(space: Space) -> None:
-    with pytest.raises(NetnsError, match="make"):
+def test_failed_mount_leaves_nothing(space: Space) -> None:
+    with pytest.raises(NetnsError, match="create"):
         netns.make(space.root / "conf" / ("x" * 300))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(netns, "OWN", space.root / "nothing")
@@ -63,7 +63,7 @@ def test_a_failed_mount_leaves_nothing(space: Space) -> None:
 
 
 @in_space
-def test_a_copy_in_another_mount_namespace_keeps_nothing_alive(space: Space) -> None:
+def test_copy_in_another_mount_namespace_is_removed_too(space: Space) -> None:
     path = space.netns_dir / "a"
     netns.make(path)
     space.sh("ip link add up0 type veth peer name up1")
@@ -85,7 +85,7 @@ def test_a_copy_in_another_mount_namespace_keeps_nothing_alive(space: Space) -> 
 
 
 @in_space
-def test_what_fails_inside_is_the_callers(space: Space) -> None:
+def test_failure_inside_is_raised_to_the_caller(space: Space) -> None:
     path = space.netns_dir / "a"
     netns.make(path)
     with pytest.raises(FileNotFoundError):

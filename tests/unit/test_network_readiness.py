@@ -1,10 +1,8 @@
-"""Whether the network is ready: without a configuration, when one appears, changes, or is broken."""
+"""Whether the network is ready: without a configuration, and when one appears, changes, or is invalid."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,23 +11,24 @@ from network import readiness
 from network.attach import Networks
 from network.errors import NetworkNotReady, Unsatisfiable
 from network.spec import NetworkStatus
-from tests.fakes.cni.space import wish, write_fake
+from tests.fakes.cni.space import make_request, write_fake
+from tests.kit.eventually import eventually_sync
 
 READY = NetworkStatus(ready=True)
 
 
 @pytest.fixture
 def networks(tmp_path: Path) -> Networks:
-    write_fake(tmp_path, "lamp")
+    write_fake(tmp_path, "faulty")
     return Networks(
         conf_dir=tmp_path / "net.d",
         bin_dirs=(tmp_path,),
-        cache_dir=tmp_path / "held",
+        cache_dir=tmp_path / "cache",
         netns_dir=tmp_path / "ns",
     )
 
 
-def configure(tmp_path: Path, plugin: str = "lamp", version: str = "1.0.0", **fields: object) -> Path:
+def configure(tmp_path: Path, plugin: str = "faulty", version: str = "1.0.0", **fields: object) -> Path:
     (tmp_path / "net.d").mkdir(exist_ok=True)
     path = tmp_path / "net.d/10-net.conflist"
     plugins = [{"type": plugin, **fields}]
@@ -37,19 +36,12 @@ def configure(tmp_path: Path, plugin: str = "lamp", version: str = "1.0.0", **fi
     return path
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-async def test_a_configuration_that_appears_is_picked_up(networks: Networks, tmp_path: Path) -> None:
+async def test_configuration_is_read_when_it_appears_or_changes(networks: Networks, tmp_path: Path) -> None:
     status = networks.status()
     assert (status.ready, status.reason) == (False, "NetworkPluginNotReady")
     assert str(tmp_path / "net.d") in status.message
     with pytest.raises(NetworkNotReady, match="no CNI configuration"):
-        await networks.up(wish())
+        await networks.up(make_request())
     path = configure(tmp_path)
     assert networks.status() == READY
     path.write_text("{")
@@ -62,7 +54,7 @@ async def test_a_configuration_that_appears_is_picked_up(networks: Networks, tmp
     assert "no CNI configuration" in networks.status().message
 
 
-def test_an_unchanged_configuration_is_not_read_again(
+def test_unchanged_configuration_is_not_read_again(
     networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure(tmp_path)
@@ -71,28 +63,28 @@ def test_an_unchanged_configuration_is_not_read_again(
     assert networks.status() == READY
 
 
-def test_plugins_of_1_1_are_asked(
+def test_status_of_plugins_of_1_1_decides(
     networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readiness, "ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(readiness, "STATUS_INTERVAL_S", 0.0)
     log = tmp_path / "log"
     configure(tmp_path, version="1.1.0", log=str(log), on={"STATUS": "fail"})
     assert not networks.status().ready
-    eventually(lambda: "lamp is dark" in networks.status().message)
+    eventually_sync(lambda: "fabric is down" in networks.status().message)
     configure(tmp_path, version="1.1.0", log=str(log))
-    eventually(lambda: networks.status() == READY)
+    eventually_sync(lambda: networks.status() == READY)
     calls = [json.loads(line) for line in log.read_text().splitlines()]
     assert {call["verb"] for call in calls} == {"STATUS"}
     assert set(calls[0]["variables"]) == {"CNI_COMMAND", "CNI_PATH"}
 
 
-def test_older_plugins_are_not_asked(networks: Networks, tmp_path: Path) -> None:
+def test_older_plugins_have_no_status(networks: Networks, tmp_path: Path) -> None:
     configure(tmp_path, on={"STATUS": "fail"}, log=str(tmp_path / "log"))
     assert networks.status() == READY
     assert not (tmp_path / "log").exists()
 
 
-def test_a_pod_cidr_must_be_one(networks: Networks) -> None:
+def test_invalid_pod_cidr_is_rejected(networks: Networks) -> None:
     with pytest.raises(Unsatisfiable, match="pod_cidr"):
         networks.update_pod_cidr("10.0.0.0/16,nonsense")
     networks.update_pod_cidr("")

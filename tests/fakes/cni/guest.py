@@ -1,7 +1,7 @@
-"""A VM's network without the VM: a second namespace behind the tap, configured as a guest would be.
+"""A VM's network without the VM: a second namespace at the other end of the tap, configured as a guest is.
 
 Frames are carried between the pod's tap and the guest's own NIC (a tap as well), with their
-virtio-net headers, so offloads are as a VMM that asked for none has them.
+virtio-net headers, as a VMM has them that negotiates no offloads.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _TUNSETIFF, _TAP_NO_PI_VNET_HDR = 0x400454CA, 0x5002
 
 
 class Guest:
+    """The guest's end of an attachment. `close` it, or use it as a context manager."""
+
     def __init__(self, path: Path, attachment: Attachment, taps: Sequence[int]) -> None:
         self.path = path
         netns.make(path)
@@ -61,7 +63,7 @@ class Guest:
 
     @contextlib.contextmanager
     def serve(self, port: int, answer: bytes) -> Iterator[None]:
-        """Answer each TCP connection with the peer's address, a space and `answer`, then close."""
+        """Reply to each TCP connection with the peer's address, a space and `answer`, then close it."""
         listener = self.inside(
             lambda: socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
         )
@@ -112,7 +114,7 @@ def _make_nic(nic: Interface) -> int:
 
 
 def fetch(host: str, port: int, timeout_s: float = 5) -> bytes:
-    """All that a server says; called where the connection is to come from."""
+    """Return all that a server sends; called in the namespace that the connection comes from."""
     with socket.create_connection((host, port), timeout_s) as connection:
         connection.settimeout(timeout_s)
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))

@@ -1,9 +1,9 @@
-"""A CNI plug-in that does what its configuration tells it to, good or bad. Standard library only.
+"""A CNI plug-in that works or fails as its configuration says. Standard library only.
 
 "log": PATH             each call is appended there: verb, variables, configuration
-"on": {VERB: DEED}      what to do instead of answering well
+"on": {VERB: BEHAVIOUR}      how to fail in this phase; "while": PATH only while that file exists
 "result": {...}         what ADD prints; without it, the prevResult or an empty result
-"real": PATH            a real plug-in that does the work; its answer is passed on
+"real": PATH            a real plug-in that does the work; its result is passed on
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from typing import Any
 def main() -> int:
     verb = os.environ["CNI_COMMAND"]
     conf: dict[str, Any] = json.loads(sys.stdin.read())
-    deed = conf.get("on", {}).get(verb, "")
+    behaviour = conf.get("on", {}).get(verb, "")
     if "while" in conf and not Path(conf["while"]).exists():
-        deed = ""
+        behaviour = ""
     if "log" in conf:
         variables = {name: value for name, value in os.environ.items() if name.startswith("CNI_")}
         line = json.dumps({"verb": verb, "plugin": sys.argv[1], "variables": variables, "conf": conf})
         with Path(conf["log"]).open("a") as log:
             log.write(line + "\n")
-    if deed == "kill-daemon-before":
+    if behaviour == "kill-daemon-before":
         os.kill(os.getppid(), signal.SIGKILL)
         return 1
     answer = work(verb, conf)
-    if deed == "kill-daemon-after":
+    if behaviour == "kill-daemon-after":
         os.kill(os.getppid(), signal.SIGKILL)
-    if deed and deed != "kill-daemon-after":
-        return misbehave(deed)
+    if behaviour and behaviour != "kill-daemon-after":
+        return misbehave(behaviour)
     sys.stdout.write(answer)
     return 0
 
@@ -58,35 +58,35 @@ def work(verb: str, conf: dict[str, Any]) -> str:
     return json.dumps(conf.get("result") or conf.get("prevResult") or {"cniVersion": conf["cniVersion"]})
 
 
-def misbehave(deed: str) -> int:
-    if deed in ("fail", "fail-after"):
-        sys.stderr.write("some words for the log\n")
-        error = {"cniVersion": "1.0.0", "code": 103, "msg": "the lamp is dark", "details": "no oil"}
+def misbehave(behaviour: str) -> int:
+    if behaviour in ("fail", "fail-after"):
+        sys.stderr.write("a line for the log\n")
+        error = {"cniVersion": "1.0.0", "code": 103, "msg": "the fabric is down", "details": "no uplink"}
         print(json.dumps(error))
         return 1
-    if deed == "hang":
+    if behaviour == "hang":
         # with a child in the same pipes, as shell scripts have
         subprocess.Popen(["sleep", "1000"])
         time.sleep(1000)
-    if deed == "rubbish":
+    if behaviour == "malformed":
         print("warning: all is fine\n{]")
         return 0
-    if deed == "rubbish-fail":
+    if behaviour == "malformed-fail":
         print("panic: index out of range")
         return 2
-    if deed == "flood":
+    if behaviour == "flood":
         while True:
             sys.stdout.write("x" * 65536)
-    if deed == "flood-errors":
+    if behaviour == "flood-errors":
         while True:
             sys.stderr.write("x" * 65536)
-    if deed == "die":
+    if behaviour == "die":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if deed == "leave-child":
+    if behaviour == "leave-child":
         subprocess.Popen(["sleep", "3"])
         print(json.dumps({"cniVersion": "1.0.0"}))
         return 0
-    raise SystemExit(f"no such deed: {deed}")
+    raise SystemExit(f"unknown behaviour: {behaviour}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""A network and mount namespace for one test, and what is in it to be counted.
+"""A network and mount namespace for one test, and a census of what is in it.
 
-The test body runs in a thread that made both namespaces for itself: the threads and processes that
-it starts are in them too, and with the thread they vanish. The rest of the process stays outside.
+The test body runs in a thread that created both namespaces for itself: the threads and processes that it
+starts are in them too, and they end with the thread. The rest of the process stays outside.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import inspect
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -23,20 +21,19 @@ import uvloop
 
 from network.attach import Networks
 from network.spec import NetworkRequest
+from sandbox.host import syscalls
 
 PLUGINS = Path("/usr/lib/cni")
 FAKE = Path(__file__).with_name("plugin.py")
-_NEW_NETWORK, _NEW_MOUNTS = 0x40000000, 0x00020000
-_PRIVATE_ALL = 0x4000 | 0x40000  # MS_REC | MS_PRIVATE
 
 
 class Space:
-    """Directories of a `Networks` and short ways to look at the namespace."""
+    """The directories of a `Networks`, and short ways to inspect the namespace."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.conf_dir, self.bin_dir = root / "conf", root / "bin"
-        self.cache_dir, self.netns_dir = root / "held", root / "netns"
+        self.cache_dir, self.netns_dir = root / "cache", root / "netns"
         self.log = root / "calls"
         for directory in (self.conf_dir, self.bin_dir):
             directory.mkdir()
@@ -81,11 +78,13 @@ class Space:
                 p.name for p in leases if p.is_file() and "_" not in p.name and p.name != "lock"
             ),
             "namespaces": _names(self.netns_dir),
-            "held": _names(self.cache_dir),
+            "cache": _names(self.cache_dir),
         }
 
     def settled(self, deadline_s: float = 5.0) -> dict[str, frozenset[str]]:
-        """The census once no link is left: the kernel takes a gone namespace's veths away a little later."""
+        """Return the census once no link is left: the kernel removes the veths of an ended namespace a little
+        later.
+        """
         end = time.monotonic() + deadline_s
         while (seen := self.census())["links"] and time.monotonic() < end:
             time.sleep(0.05)
@@ -93,7 +92,7 @@ class Space:
 
 
 def write_fake(directory: Path, name: str) -> None:
-    """A plug-in program `name` that does as its configuration says; its pid is left in `pid`."""
+    """Create a plug-in program `name` that does as its configuration says; it writes its pid to `pid`."""
     path = directory / name
     path.write_text(f"#!/bin/sh\necho $$ >{directory}/pid\nexec {sys.executable} -SE {FAKE} {name}\n")
     path.chmod(0o755)
@@ -104,11 +103,11 @@ def _names(directory: Path) -> frozenset[str]:
 
 
 CLEAN: dict[str, frozenset[str]] = {
-    name: frozenset() for name in ("links", "rules", "mounts", "leases", "namespaces", "held")
+    name: frozenset() for name in ("links", "rules", "mounts", "leases", "namespaces", "cache")
 }
 
 
-def wish(pod_id: str = "pod-1", **fields: Any) -> NetworkRequest:
+def make_request(pod_id: str = "pod-1", **fields: Any) -> NetworkRequest:
     return NetworkRequest(pod_id=pod_id, name="web", namespace="default", uid="u-1", **fields)
 
 
@@ -163,11 +162,9 @@ def in_space(body: Callable[..., Coroutine[Any, Any, None] | None]) -> Callable[
 
 
 def enter_new_namespaces() -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_NEW_NETWORK | _NEW_MOUNTS):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "unshare: root is needed")
-    if libc.mount(b"none", b"/", None, ctypes.c_ulong(_PRIVATE_ALL), None):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "mount")
+    """Move the calling thread into a new network and a new mount namespace. Needs root."""
+    syscalls.unshare(syscalls.CLONE_NEWNET | syscalls.CLONE_NEWNS)
+    syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
     script = """set -e
     mount -t tmpfs husk-test /run
     mkdir -p /var/lib/cni
