@@ -7,6 +7,7 @@ which a kubelet takes for "already removed".
 
 from __future__ import annotations
 
+import errno
 import secrets
 from collections.abc import Mapping
 
@@ -71,7 +72,11 @@ CLIENT_CODES = frozenset(
 )
 
 
-class NotOffered(Exception):
+# A full disk is no bug of Husk, and a client can do something about it.
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class NotImplementedRpc(Exception):
     """An rpc of the CRI that Husk does not implement."""
 
     def __init__(self, method: str) -> None:
@@ -100,7 +105,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _code(error: BaseException) -> grpc.StatusCode | None:
-    if isinstance(error, NotOffered):
+    if isinstance(error, NotImplementedRpc):
         return Code.UNIMPLEMENTED
     if isinstance(error, sandbox.PhaseFailed) and error.__cause__ is not None:
         # the phase says where it failed; its cause decides what a client can do
@@ -108,6 +113,8 @@ def _code(error: BaseException) -> grpc.StatusCode | None:
     for kind in type(error).__mro__:
         if kind in CODES:
             return CODES[kind]
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return Code.RESOURCE_EXHAUSTED
     return None
 
 

@@ -22,11 +22,14 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
-from cri.errors import NotOffered
+from cri.errors import NotImplementedRpc
 from cri.interceptor import Context, Interceptor, Request, Response
 
 MESSAGE_MAX = 16 << 20  # bytes; the limit of every client of the CRI, in both directions
 CONNECT_TIMEOUT_S = 1.0
+# Calls in flight, streams included; more get RESOURCE_EXHAUSTED at once. A kubelet has a few per pod that it
+# starts or stops; without a limit a client in a loop would fill the memory.
+CALLS_MAX = 2048
 
 
 class SocketTaken(Exception):
@@ -63,10 +66,11 @@ class Server:
         """Create the socket and serve. Raises SocketTaken, OSError."""
         self.check()
         self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=CALLS_MAX,
             options=(
                 ("grpc.max_receive_message_length", MESSAGE_MAX),
                 ("grpc.max_send_message_length", MESSAGE_MAX),
-            )
+            ),
         )
         self._server.add_generic_rpc_handlers(self._handlers)
         with _umask(0o177):  # created with its final mode, so it is never open to other users
@@ -130,10 +134,10 @@ def _handler(
     behaviour: Callable[[bytes, Context], Any]
     parse = GetMessageClass(method.input_type).FromString
     if method.server_streaming:
-        behaviour = interceptor.stream(name, parse, call or _not_offered_stream(name))
+        behaviour = interceptor.stream(name, parse, call or _not_implemented_stream(name))
         make = grpc.unary_stream_rpc_method_handler
     else:
-        behaviour = interceptor.unary(name, parse, call or _not_offered(name))
+        behaviour = interceptor.unary(name, parse, call or _not_implemented(name))
         make = grpc.unary_unary_rpc_method_handler
     return make(behaviour, response_serializer=_serialize)
 
@@ -143,18 +147,18 @@ def _serialize(response: Response) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-def _not_offered(name: str) -> Callable[[Request], Any]:
+def _not_implemented(name: str) -> Callable[[Request], Any]:
     async def refuse(request: Request) -> Response:
-        raise NotOffered(name)
+        raise NotImplementedRpc(name)
 
     return refuse
 
 
-def _not_offered_stream(name: str) -> Callable[[Request], AsyncIterator[Response]]:
+def _not_implemented_stream(name: str) -> Callable[[Request], AsyncIterator[Response]]:
     async def refuse(request: Request) -> AsyncIterator[Response]:
         nothing: Sequence[Response] = ()
         for response in nothing:  # makes it an async generator
             yield response
-        raise NotOffered(name)
+        raise NotImplementedRpc(name)
 
     return refuse

@@ -35,9 +35,11 @@ def write_atomically(path: Path, content: bytes, *, durable: bool = False) -> No
                 file.flush()
                 os.fsync(file.fileno())
         temporary.rename(path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink()
+        if error.filename is None:  # write(2) knows none, and a full disk must be named
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     if durable:
         sync(path.parent)

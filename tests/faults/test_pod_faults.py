@@ -13,8 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
+from cri.errors import failure_of
 from sandbox.engine import Engine
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
 from sandbox.guest import guest_pb2 as pb
@@ -483,8 +485,11 @@ async def test_a_pod_whose_record_cannot_be_written_keeps_no_name(
 ) -> None:
     full_disk(True)
     for _ in range(2):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as caught:
             await daemon.pods.run(pod_spec())
+        failure = failure_of(caught.value)
+        assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert str(daemon.root / "pods") in failure.message, "the message names the full filesystem"
     assert daemon.inventory.pods == {} and daemon.inventory.starting == set()
     assert daemon.ledger.held == set()
     full_disk(False)

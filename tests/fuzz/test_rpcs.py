@@ -1,5 +1,5 @@
-"""Every rpc, with any message and with good ones that are a little wrong: a code that fits, nothing left,
-and a daemon that answers the next call."""
+"""Every rpc with arbitrary messages and with mutated valid ones: a fitting code, nothing left behind, and a
+daemon that answers the next call."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ FUZZ = settings(
 @pytest.mark.parametrize("name", METHODS)
 @settings(FUZZ, max_examples=25)
 @given(data=st.data())
-def test_a_good_request_with_something_wrong(site: Site, name: str, data: st.DataObject) -> None:
+def test_valid_request_with_mutations_leaves_no_trace_when_refused(
+    site: Site, name: str, data: st.DataObject
+) -> None:
     served = site.served
     base = site.run(served.prepare())
     request = data.draw(near(served.valid(name, base), base.words))
@@ -110,7 +112,7 @@ def test_a_good_request_with_something_wrong(site: Site, name: str, data: st.Dat
 @pytest.mark.parametrize("name", METHODS)
 @settings(FUZZ, max_examples=10)
 @given(data=st.data())
-def test_any_message(site: Site, name: str, data: st.DataObject) -> None:
+def test_arbitrary_message_leaves_no_trace_when_refused(site: Site, name: str, data: st.DataObject) -> None:
     served = site.served
     base = site.run(served.prepare())
     request = data.draw(any_message(message_class(METHODS[name][1].input_type), base.words))
@@ -118,8 +120,8 @@ def test_any_message(site: Site, name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["RunPodSandbox", "CreateContainer", "UpdateContainerResources"])
-def test_each_field_at_its_edges(site: Site, name: str) -> None:
-    """The large requests, whose fields are too many to be met by chance."""
+def test_each_field_at_its_boundary_values(site: Site, name: str) -> None:
+    """Only of the large requests, which have too many fields to be covered by chance."""
     served = site.served
     for path, value in field_edges(METHODS[name][1].input_type):
         request = served.valid(name, site.run(served.prepare()))
@@ -133,8 +135,8 @@ def test_each_field_at_its_edges(site: Site, name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 @settings(FUZZ, max_examples=10)
 @given(data=st.data())
-def test_bytes_that_are_no_message(site: Site, name: str, data: st.DataObject) -> None:
-    """Rubbish, and good requests that are cut short or have a byte changed."""
+def test_malformed_bytes_are_refused(site: Site, name: str, data: st.DataObject) -> None:
+    """Arbitrary bytes, and valid requests that are truncated or have a byte changed."""
     served = site.served
     base = site.run(served.prepare())
     raw = served.valid(name, base).SerializeToString()
@@ -152,7 +154,7 @@ def test_bytes_that_are_no_message(site: Site, name: str, data: st.DataObject) -
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_message_that_is_too_large(site: Site, name: str) -> None:
+def test_message_that_is_too_large_is_refused(site: Site, name: str) -> None:
     async def check() -> None:
         served = site.served
         await served.prepare()
@@ -180,8 +182,10 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  #
 
 @settings(FUZZ, max_examples=40)
 @given(st.lists(st.binary(min_size=1, max_size=200), max_size=4), st.booleans())
-def test_bytes_that_are_no_http(site: Site, pieces: list[bytes], greets: bool) -> None:
-    """Whoever may open the socket cannot keep others from being answered."""
+def test_bytes_that_are_not_http2_do_not_disturb_others(
+    site: Site, pieces: list[bytes], greets: bool
+) -> None:
+    """A client that may open the socket cannot stop the daemon from answering others."""
 
     async def check() -> None:
         served = site.served
@@ -202,7 +206,7 @@ def test_bytes_that_are_no_http(site: Site, pieces: list[bytes], greets: bool) -
 
 
 async def after(served: Served, name: str) -> None:
-    """What a call that its client left has to leave: what it made is known, and goes with it."""
+    """Assert that the daemon lists what an abandoned call made, and that removing it leaves nothing."""
     # one connection keeps the order, so a call that was left at once has arrived when this is answered
     await served.good("Version", pb.VersionRequest())
     await served.settle()
@@ -216,8 +220,10 @@ async def after(served: Served, name: str) -> None:
 @pytest.mark.parametrize("name", UNARY)
 @settings(FUZZ, max_examples=8)
 @given(turns=st.integers(0, 60), deadline_us=st.none() | st.integers(1, 20_000))
-def test_a_client_that_goes_away(site: Site, name: str, turns: int, deadline_us: int | None) -> None:
-    """By cancelling after so many turns of the loop, or by a deadline."""
+def test_client_that_cancels_or_times_out_leaves_no_trace(
+    site: Site, name: str, turns: int, deadline_us: int | None
+) -> None:
+    """It cancels after a number of iterations of the event loop, or by a deadline."""
 
     async def check() -> None:
         served = site.served
@@ -237,8 +243,8 @@ def test_a_client_that_goes_away(site: Site, name: str, turns: int, deadline_us:
 
 
 @pytest.mark.parametrize("name", UNARY)
-def test_a_deadline_while_host_and_guests_hang(site: Site, name: str) -> None:
-    """The client gives up in the middle; then the guest's connection breaks, and all comes to an end."""
+def test_deadline_while_registry_and_guests_hang_leaves_no_trace(site: Site, name: str) -> None:
+    """The client's deadline passes first; then the guests' connections break, which ends the calls."""
 
     async def check() -> None:
         served = site.served

@@ -1,11 +1,13 @@
-"""Every error of the trees has the code that a kubelet understands."""
+"""Status codes of errors: every class has the one that a kubelet expects."""
 
 from __future__ import annotations
+
+import errno
 
 import grpc
 import pytest
 
-from cri.errors import CODES, MESSAGE_MAX, NotOffered, failure_of
+from cri.errors import CODES, MESSAGE_MAX, NotImplementedRpc, failure_of
 from cri.fields import renamed
 from image import errors as image
 from network import errors as network
@@ -37,14 +39,16 @@ Code = grpc.StatusCode
         (ShuttingDown(), Code.UNAVAILABLE),
         (image.DiskFull("/var/lib", "pulling"), Code.RESOURCE_EXHAUSTED),
         (image.Unauthorized("busybox", "host", 401), Code.UNAUTHENTICATED),
+        (OSError(errno.ENOSPC, "No space left on device", "/var/lib/husk"), Code.RESOURCE_EXHAUSTED),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/var/lib/husk"), Code.RESOURCE_EXHAUSTED),
         (sandbox.VmmError("broke"), Code.INTERNAL),
         (sandbox.GuestError("mount /proc", 1, "not permitted"), Code.INTERNAL),
         (sandbox.InvalidContainerConfig("exec", 2, "no such program"), Code.FAILED_PRECONDITION),
-        (NotOffered("CheckpointPod"), Code.UNIMPLEMENTED),
+        (NotImplementedRpc("CheckpointPod"), Code.UNIMPLEMENTED),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_codes(error: Exception, code: grpc.StatusCode) -> None:
+def test_error_has_its_code(error: Exception, code: grpc.StatusCode) -> None:
     failure = failure_of(error)
     assert failure.code is code
     assert failure.expected
@@ -52,7 +56,7 @@ def test_codes(error: Exception, code: grpc.StatusCode) -> None:
 
 
 @pytest.mark.parametrize("tree", [sandbox.SandboxError, image.ImageError, network.NetworkError])
-def test_a_new_error_of_a_tree_has_a_code(tree: type[Exception]) -> None:
+def test_new_subclass_is_internal_and_expected(tree: type[Exception]) -> None:
     class Newer(tree):  # type: ignore[misc, valid-type]
         pass
 
@@ -60,7 +64,7 @@ def test_a_new_error_of_a_tree_has_a_code(tree: type[Exception]) -> None:
     assert failure_of(Newer("x")).expected
 
 
-def test_a_phase_takes_the_code_of_its_cause() -> None:
+def test_failed_phase_has_the_code_of_its_cause() -> None:
     def phase(cause: Exception | None) -> grpc.StatusCode:
         error = sandbox.PhaseFailed("network", 1.5, "no", "panic")
         error.__cause__ = cause
@@ -69,15 +73,16 @@ def test_a_phase_takes_the_code_of_its_cause() -> None:
     assert phase(sandbox.InvalidSpec("config.x", "bad")) is Code.INVALID_ARGUMENT
     assert phase(image.ImageNotFound("x")) is Code.NOT_FOUND
     assert phase(OSError("disk")) is Code.INTERNAL
+    assert phase(OSError(errno.ENOSPC, "full", "/var")) is Code.RESOURCE_EXHAUSTED
     assert phase(None) is Code.INTERNAL
 
 
-def test_gone_is_said_of_nothing_else() -> None:
+def test_not_found_is_used_for_nothing_else() -> None:
     gone = {kind for kind, code in CODES.items() if code is Code.NOT_FOUND}
     assert gone == {sandbox.NotFound, image.ImageNotFound, image.ManifestNotFound}
 
 
-def test_a_bug_gets_an_id_to_look_for() -> None:
+def test_unexpected_error_is_internal_with_a_tag() -> None:
     first, second = failure_of(KeyError("k")), failure_of(KeyError("k"))
     assert (first.code, first.expected) == (Code.INTERNAL, False)
     assert first.message.startswith("internal error ")

@@ -1,4 +1,4 @@
-"""The committed Python of the protocols is what deploy/generate makes of the .proto files today."""
+"""The committed protobuf modules are what deploy/generate makes of the .proto files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_generated_files_are_current(fresh: Path) -> None:
     assert not stale, "run deploy/generate"
 
 
-def test_no_generated_file_lacks_its_source() -> None:
+def test_generated_files_have_a_source() -> None:
     generated = [*REPOSITORY.glob("cri/proto/*_pb2.py"), *REPOSITORY.glob("sandbox/guest/*_pb2.py")]
     for path in generated:
         assert path.with_name(path.name.replace("_pb2.py", ".proto")).exists(), path

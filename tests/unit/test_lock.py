@@ -1,4 +1,4 @@
-"""One daemon to a directory, until its process ends in whatever way."""
+"""The lock on a directory: one process at a time, released however it ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ with hold([Path(sys.argv[1])]):
 """
 
 
-def test_a_second_one_is_told_and_the_first_keeps_it(tmp_path: Path) -> None:
+def test_lock_held_by_another_is_refused_and_kept(tmp_path: Path) -> None:
     root, run = tmp_path / "root", tmp_path / "run"
     with hold([root, run]):
         for taken in ([root], [run], [tmp_path / "other", run]):
@@ -32,7 +32,7 @@ def test_a_second_one_is_told_and_the_first_keeps_it(tmp_path: Path) -> None:
         pass
 
 
-def test_a_killed_holder_leaves_it_free_and_its_children_do_not_keep_it(tmp_path: Path) -> None:
+def test_lock_of_a_killed_process_is_free_and_not_inherited(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
@@ -41,6 +41,6 @@ def test_a_killed_holder_leaves_it_free_and_its_children_do_not_keep_it(tmp_path
         holder.kill()
         holder.wait(10)
     with hold([tmp_path]), subprocess.Popen(["sleep", "60"]) as child:
-        pass_on = Path(f"/proc/{child.pid}/fd")
-        assert str(tmp_path) not in {str(link.readlink()) for link in pass_on.iterdir()}
+        descriptors = Path(f"/proc/{child.pid}/fd")
+        assert str(tmp_path) not in {str(link.readlink()) for link in descriptors.iterdir()}
         child.kill()

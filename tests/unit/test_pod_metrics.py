@@ -123,7 +123,7 @@ def names(found: pb.PodSandboxMetrics) -> set[str]:
     return {metric.name.removeprefix("container_") for metric in every}
 
 
-def test_the_names_are_those_that_readers_know() -> None:
+def test_metric_names_are_cadvisors() -> None:
     told = [metric.name for metric in pod_metrics.descriptors()]
     assert sorted(told) == sorted(f"container_{name}" for name in ALWAYS + SOMETIMES)
     for metric in pod_metrics.descriptors():
@@ -132,14 +132,14 @@ def test_the_names_are_those_that_readers_know() -> None:
         assert len(set(metric.label_keys)) == len(metric.label_keys)
 
 
-def test_what_every_pod_has_is_always_told() -> None:
+def test_metrics_of_every_pod_are_present() -> None:
     layer = LayerStats(at_ns=1, bytes=4096, inodes=3)
     bare = metrics(CgroupStats(), layer)
     assert set(ALWAYS) <= names(bare)
     assert not set(SOMETIMES) & names(bare)
 
 
-def test_what_some_guests_have_is_told_of_them() -> None:
+def test_metrics_of_some_guests_are_present_where_they_exist() -> None:
     usage = msgspec.structs.replace(
         USAGE,
         io=(IoUsage(device="253:0", read_bytes=1, written_bytes=2, reads=3, writes=4),),
@@ -156,7 +156,7 @@ def test_what_some_guests_have_is_told_of_them() -> None:
     assert sample(found, "spec_memory_reservation_limit_bytes").value.value == 4096
 
 
-def test_labels_are_as_many_as_announced() -> None:
+def test_samples_have_the_labels_of_their_descriptor() -> None:
     keys = {metric.name: list(metric.label_keys) for metric in pod_metrics.descriptors()}
     found = metrics()
     for metric in [*found.metrics, *found.container_metrics[0].metrics]:
@@ -167,7 +167,7 @@ def test_labels_are_as_many_as_announced() -> None:
     assert list(network.label_values) == ["web", "ns", "", "p" * 64, "", "eth0"]
 
 
-def test_series_are_told_once() -> None:
+def test_series_are_unique() -> None:
     found = metrics()
     series = [
         (metric.name, *metric.label_values)
@@ -176,7 +176,7 @@ def test_series_are_told_once() -> None:
     assert len(series) == len(set(series))
 
 
-def test_values_and_kinds() -> None:
+def test_values_and_types_of_metrics() -> None:
     found = metrics(layer=LayerStats(at_ns=1, bytes=4096, inodes=3), memory_limit=100, memory_swap_limit=-1)
     cpu = sample(found, "cpu_usage_seconds_total")
     assert (cpu.value.value, cpu.metric_type, cpu.timestamp) == (2, pb.COUNTER, 0)
@@ -203,6 +203,6 @@ def test_values_and_kinds() -> None:
 
 
 @pytest.mark.parametrize("low", ["max", "", "-1", "9" * 25])
-def test_a_reservation_that_is_no_number_is_not_told(low: str) -> None:
+def test_memory_reservation_that_is_not_a_number_is_omitted(low: str) -> None:
     found = metrics(unified={"memory.low": low})
     assert "spec_memory_reservation_limit_bytes" not in names(found)

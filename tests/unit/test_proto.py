@@ -26,18 +26,18 @@ def enums() -> list[EnumDescriptor]:
     return [*FILE.enum_types_by_name.values(), *nested]
 
 
-def test_every_message_and_field_is_there() -> None:
+def test_every_message_and_field_exists() -> None:
     assert FILE.package == "runtime.v1"
     assert len(list(messages())) == 175
     assert sum(len(message.fields) for message in messages()) == 478
 
 
-def test_every_enum_and_value_is_there() -> None:
+def test_every_enum_and_value_exists() -> None:
     assert len(enums()) == 11
     assert sum(len(enum.values) for enum in enums()) == 95
 
 
-def test_every_service_and_rpc_is_there() -> None:
+def test_every_service_and_rpc_exists() -> None:
     services = FILE.services_by_name
     assert {name: len(service.methods) for name, service in services.items()} == {
         "RuntimeService": 37,
@@ -57,7 +57,7 @@ def test_every_service_and_rpc_is_there() -> None:
     assert not any(rpc.client_streaming for rpc in rpcs)
 
 
-def test_spellings_and_numbers_that_follow_no_rule() -> None:
+def test_irregular_names_and_numbers_are_the_cris() -> None:
     assert pb.ContainerConfig.DESCRIPTOR.fields_by_name["CDI_devices"].number == 17
     assert pb.Mount.DESCRIPTOR.fields_by_name["uidMappings"].number == 6
     assert pb.PsiStats.DESCRIPTOR.fields_by_name["Full"].number == 1
@@ -69,7 +69,7 @@ def test_spellings_and_numbers_that_follow_no_rule() -> None:
     assert pb.SIGNAL_SIGRTMAX == 65
 
 
-def test_a_known_message_has_known_bytes() -> None:
+def test_known_message_has_known_bytes() -> None:
     """Worked out by hand from the protobuf encoding: field number and wire type, length, content."""
     config = pb.PodSandboxConfig(
         metadata=pb.PodSandboxMetadata(name="a", uid="b", namespace="c", attempt=2),

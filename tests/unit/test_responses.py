@@ -63,7 +63,7 @@ def container(id: str = "c" * 64, **changes: Any) -> ContainerRecord:
     return replace(record, **changes)
 
 
-def test_a_pod_keeps_its_address_when_it_has_ended() -> None:
+def test_pod_status_after_stop_has_its_addresses() -> None:
     network = Attachment(netns="/n", ips=("10.0.0.5", "fd00::5"))
     status = objects.pod_status(pod(network=network, state=PodState.NOT_READY))
     assert status.state == pb.SANDBOX_NOTREADY
@@ -73,7 +73,7 @@ def test_a_pod_keeps_its_address_when_it_has_ended() -> None:
     assert dict(status.labels) == {"app": "web", "tier": "front"}
 
 
-def test_a_container_that_was_killed() -> None:
+def test_container_status_after_kill_has_exit_code_and_reason() -> None:
     record = container(
         state=ContainerState.EXITED,
         exit_code=137,
@@ -97,22 +97,22 @@ def test_a_container_that_was_killed() -> None:
     assert (status.stop_signal, status.log_path) == (pb.SIGNAL_SIGRTMINPLUS3, "/var/log/x/0.log")
 
 
-def test_every_state_of_a_container_has_its_number() -> None:
+def test_container_state_is_converted_for_every_state() -> None:
     numbers = {state: objects.container_state(container(state=state)) for state in ContainerState}
     assert sorted(set(numbers.values())) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("signal", [name for name, number in pb.Signal.items() if number])
-def test_every_signal_comes_back_as_it_went_in(signal: str) -> None:
+def test_stop_signal_round_trips_for_every_signal(signal: str) -> None:
     name = signal.removeprefix("SIGNAL_").replace("PLUS", "+").replace("MINUS", "-")
     assert pb.Signal.Name(objects.stop_signal(name)) == signal
 
 
-def test_a_signal_without_a_number_is_the_default() -> None:
+def test_stop_signal_without_a_number_is_the_default() -> None:
     assert objects.stop_signal("15") == pb.SIGNAL_RUNTIME_DEFAULT
 
 
-def test_conditions_of_a_filter_add_up() -> None:
+def test_filter_requires_every_condition() -> None:
     one, two = pod("a1" + "0" * 62), pod("a2" + "0" * 62, state=PodState.NOT_READY)
 
     def found(**filter: Any) -> list[str]:
@@ -128,7 +128,7 @@ def test_conditions_of_a_filter_add_up() -> None:
     assert found(id="a2", state=pb.PodSandboxStateValue(state=pb.SANDBOX_READY)) == []
 
 
-def test_containers_are_found_by_the_beginning_of_their_pods_id() -> None:
+def test_container_filter_matches_a_prefix_of_the_pod_id() -> None:
     records = [container("c1"), container("c2", pod_id=PodId("b" * 64), state=ContainerState.RUNNING)]
 
     def found(**filter: Any) -> list[str]:
@@ -139,7 +139,7 @@ def test_containers_are_found_by_the_beginning_of_their_pods_id() -> None:
     assert found(label_selector={"app": "db"}) == []
 
 
-def test_an_encoded_list_is_the_message() -> None:
+def test_encoded_list_parses_as_the_message() -> None:
     records = [
         container(str(n) * 64, spec=replace(container().spec, annotations={"k": "v" * 300})) for n in range(3)
     ]
@@ -149,7 +149,7 @@ def test_an_encoded_list_is_the_message() -> None:
     assert encoded.of([]) == b""
 
 
-def test_an_encoded_list_follows_changes_and_forgets() -> None:
+def test_encoded_list_follows_changes_and_drops_removed_items() -> None:
     made: list[str] = []
 
     def encode(record: PodRecord) -> pb.PodSandbox:

@@ -1,4 +1,4 @@
-"""SPDY/3.1 without a socket: the bytes themselves, and two ends that talk to each other."""
+"""SPDY/3.1 without a socket: frames, and two ends of a connection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cri.streaming.spdy_frames import Kind, SpdyError, Status
 
 
 class Both:
-    """A client, a server, and what each was told."""
+    """A client and a server, and the events of each."""
 
     def __init__(self) -> None:
         self.client, self.server = SpdyProtocol(client=True), SpdyProtocol()
@@ -33,7 +33,7 @@ class Both:
         self.server_saw: list[Event] = []
 
     def exchange(self) -> None:
-        """Until nobody has anything to say."""
+        """Pass output on until neither end has any."""
         while True:
             to_server, to_client = self.client.output(), self.server.output()
             if not to_server and not to_client:
@@ -41,7 +41,7 @@ class Both:
             self.server_saw += self.server.receive(to_server)
             self.client_saw += self.client.receive(to_client)
 
-    def take(self) -> list[Event]:
+    def events(self) -> list[Event]:
         self.exchange()
         seen, self.server_saw = self.server_saw, []
         return seen
@@ -52,10 +52,10 @@ def both() -> Both:
     return Both()
 
 
-# ------------------------------------------------------------------------------------- bytes
+# ------------------------------------------------------------------------------------- frames
 
 
-def test_the_dictionary_is_the_one_of_the_specification() -> None:
+def test_dictionary_is_the_specifications() -> None:
     """Its length and check sum as every implementation has them; zlib sends the latter on the wire."""
     assert len(frames.DICTIONARY) == 1423
     assert zlib.adler32(frames.DICTIONARY) == 0xE3C6A7C2
@@ -77,11 +77,11 @@ def test_the_dictionary_is_the_one_of_the_specification() -> None:
         (frames.window_update(1, 4096), "80030009 00000008 00000001 00001000"),
     ],
 )
-def test_frames_as_drawn_in_the_specification(frame: bytes, bytes: str) -> None:
+def test_frames_have_the_bytes_of_the_specification(frame: bytes, bytes: str) -> None:
     assert frame.hex() == bytes.replace(" ", "")
 
 
-def test_header_blocks_build_on_each_other() -> None:
+def test_header_blocks_share_one_compression_state() -> None:
     deflater, inflater = frames.HeaderCompressor(), frames.HeaderDecompressor()
     first = deflater.compress({"StreamType": "error", "empty": ""})
     second = deflater.compress({"StreamType": "error", "empty": ""})
@@ -95,7 +95,7 @@ def block_of(plain: bytes) -> bytes:
     return deflater.compress(plain) + deflater.flush(zlib.Z_SYNC_FLUSH)
 
 
-def test_of_several_values_the_first() -> None:
+def test_header_with_several_values_has_the_first() -> None:
     plain = struct.pack(">II1sI3s", 1, 1, b"a", 3, b"x\0y")
     assert frames.HeaderDecompressor().decompress(block_of(plain)) == {"a": "x"}
 
@@ -114,7 +114,7 @@ def test_of_several_values_the_first() -> None:
         block_of(bytes(64 << 20)),
     ],
 )
-def test_broken_header_blocks(block: bytes) -> None:
+def test_malformed_header_block_is_an_error(block: bytes) -> None:
     with pytest.raises(SpdyError):
         frames.HeaderDecompressor().decompress(block)
 
@@ -134,29 +134,29 @@ def test_broken_header_blocks(block: bytes) -> None:
         frames.data(3, b"on no stream"),
     ],
 )
-def test_what_is_no_spdy(bytes: bytes) -> None:
+def test_malformed_frame_is_an_error(bytes: bytes) -> None:
     with pytest.raises(SpdyError):
         list(SpdyProtocol().receive(bytes))
 
 
-def test_unknown_control_frames_are_passed_over(both: Both) -> None:
+def test_unknown_control_frame_is_skipped(both: Both) -> None:
     unknown = frames.control(Kind.PING, b"whatever").replace(b"\x80\x03\x00\x06", b"\x80\x03\x00\x0a")
     credential = frames.control(Kind.PING, bytes(10)).replace(b"\x80\x03\x00\x06", b"\x80\x03\x00\x05")
     assert list(both.server.receive(unknown + credential)) == []
     both.client.open({"a": "b"})
-    assert both.take() == [SynStream(1, {"a": "b"})]
+    assert both.events() == [SynStream(1, {"a": "b"})]
 
 
-# -------------------------------------------------------------------------------- conversations
+# ------------------------------------------------------------------------------------ streams
 
 
-def test_a_stream_from_open_to_end(both: Both) -> None:
+def test_stream_from_syn_stream_to_fin_of_both_ends(both: Both) -> None:
     id = both.client.open({"streamType": "stdin"})
-    assert both.take() == [SynStream(1, {"streamtype": "stdin"})]
+    assert both.events() == [SynStream(1, {"streamtype": "stdin"})]
     both.server.reply(id)
     both.client.send(id, b"question")
     both.client.end(id)
-    assert both.take() == [DataReceived(1, b"question"), FinReceived(1)]
+    assert both.events() == [DataReceived(1, b"question"), FinReceived(1)]
     both.server.send(id, b"answer")
     both.server.end(id)
     both.server.end(id)
@@ -167,40 +167,40 @@ def test_a_stream_from_open_to_end(both: Both) -> None:
     assert not both.server.is_open(id)
 
 
-def test_opened_and_ended_at_once(both: Both) -> None:
+def test_syn_stream_with_fin_opens_and_ends(both: Both) -> None:
     both.client.open({}, fin=True)
-    assert both.take() == [SynStream(1, {}), FinReceived(1)]
+    assert both.events() == [SynStream(1, {}), FinReceived(1)]
 
 
-def test_pieces_of_a_data_frame_come_as_they_arrive(both: Both) -> None:
+def test_parts_of_a_data_frame_are_delivered_as_they_arrive(both: Both) -> None:
     both.client.open({})
-    both.take()
+    both.events()
     frame = frames.data(1, b"abcdef", fin=True)
     seen = [event for at in range(len(frame)) for event in both.server.receive(frame[at : at + 1])]
     assert seen == [*(DataReceived(1, b"%c" % byte) for byte in b"abcdef"), FinReceived(1)]
 
 
-def test_resets(both: Both) -> None:
+def test_rst_stream_closes_a_stream_once(both: Both) -> None:
     both.client.open({})
     both.client.open({})
-    both.take()
+    both.events()
     both.client.reset(1)
     both.server.reset(3)
-    assert both.take() == [RstStream(1)]
+    assert both.events() == [RstStream(1)]
     assert both.client_saw == [RstStream(3)]
     both.server.reset(3)
     assert both.server.output() == b"", "once is enough"
 
 
-def test_data_under_way_to_a_stream_that_was_reset(both: Both) -> None:
+def test_data_after_rst_stream_is_dropped(both: Both) -> None:
     id = both.client.open({})
-    both.take()
+    both.events()
     both.server.reset(id)
     both.client.send(id, b"crossing")
-    assert both.take() == []
+    assert both.events() == []
 
 
-def test_pings(both: Both) -> None:
+def test_ping_of_the_peer_is_answered_and_a_reply_is_not(both: Both) -> None:
     both.client.ping(1)
     assert list(both.server.receive(both.client.output())) == []
     assert both.server.output() == frames.ping(1)
@@ -208,14 +208,14 @@ def test_pings(both: Both) -> None:
     assert both.server.output() == b"", "that is the answer to one of ours"
 
 
-def test_streams_may_come_out_of_order(both: Both) -> None:
+def test_stream_ids_out_of_order_are_accepted(both: Both) -> None:
     """Kubernetes's library numbers them before it queues them."""
     deflater = frames.HeaderCompressor()
     blocks = [frames.syn_stream(id, deflater.compress({"n": str(id)})) for id in (3, 1)]
     assert list(both.server.receive(b"".join(blocks))) == [SynStream(3, {"n": "3"}), SynStream(1, {"n": "1"})]
 
 
-def test_a_stream_that_is_open_already_is_broken(both: Both) -> None:
+def test_syn_stream_for_an_open_stream_resets_it(both: Both) -> None:
     deflater = frames.HeaderCompressor()
     twice = b"".join(frames.syn_stream(1, deflater.compress({})) for _ in range(2))
     assert list(both.server.receive(twice)) == [SynStream(1, {}), RstStream(1)]
@@ -223,24 +223,24 @@ def test_a_stream_that_is_open_already_is_broken(both: Both) -> None:
 
 
 @pytest.mark.parametrize("id", [0, 2])
-def test_streams_that_are_not_the_clients_to_open(both: Both, id: int) -> None:
+def test_syn_stream_with_an_id_of_the_server_is_an_error(both: Both, id: int) -> None:
     with pytest.raises(SpdyError):
         list(both.server.receive(frames.syn_stream(id, frames.HeaderCompressor().compress({}))))
 
 
-def test_streams_are_bounded(both: Both) -> None:
+def test_streams_beyond_the_limit_are_refused(both: Both) -> None:
     for _ in range(STREAMS_MAX):
         both.client.open({})
-    assert len(both.take()) == STREAMS_MAX
+    assert len(both.events()) == STREAMS_MAX
     id = both.client.open({"one": "more"})
-    assert both.take() == []
+    assert both.events() == []
     assert both.client_saw == [RstStream(id)]
     both.client.reset(1)
     both.client.open({"again": "room"})
-    assert both.take() == [RstStream(1), SynStream(id + 2, {"again": "room"})]
+    assert both.events() == [RstStream(1), SynStream(id + 2, {"again": "room"})]
 
 
-def test_going_away(both: Both) -> None:
+def test_go_away_refuses_later_streams_only(both: Both) -> None:
     id = both.client.open({})
     both.exchange()
     both.server.go_away()
@@ -249,28 +249,28 @@ def test_going_away(both: Both) -> None:
     assert both.client_saw == [GoAway()]
     late = both.client.open({})
     both.client.send(id, b"still heard")
-    assert DataReceived(id, b"still heard") in both.take()
+    assert DataReceived(id, b"still heard") in both.events()
     assert both.client_saw == [GoAway(), RstStream(late)]
 
 
 # -------------------------------------------------------------------------------------- windows
 
 
-def test_a_peer_without_windows_is_not_held_to_any(both: Both) -> None:
+def test_peer_without_flow_control_is_not_limited(both: Both) -> None:
     both.client.open({})
-    both.take()
+    both.events()
     for _ in range(10):
         both.server.send(1, bytes(both.server.send_capacity(1)))
     assert both.server.send_capacity(1) > 0
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_a_peer_with_windows_is(both: Both, early: bool) -> None:
+def test_peer_with_flow_control_is_limited_by_its_windows(both: Both, early: bool) -> None:
     if early:
         both.client.send_settings()
     both.client.open({})
     both.client.open({})
-    both.take()
+    both.events()
     if not early:
         assert list(both.server.receive(frames.window_update(0, 1))) == [WindowUpdate()]
     room = both.server.send_capacity(1)
@@ -289,22 +289,22 @@ def test_a_peer_with_windows_is(both: Both, early: bool) -> None:
     assert both.server.send_capacity(1) == WINDOW // 2
 
 
-def test_a_peer_that_overruns_its_window(both: Both) -> None:
+def test_data_beyond_the_window_resets_the_stream(both: Both) -> None:
     both.client.send_settings()
     both.client.open({})
     both.client.open({})
-    both.take()
+    both.events()
     both.client.send(1, bytes(WINDOW))
     both.client.send(1, b"x")
     both.client.send(3, b"alive")
-    seen = both.take()
+    seen = both.events()
     assert seen[-2:] == [RstStream(1), DataReceived(3, b"alive")]
     assert both.client_saw[-1] == RstStream(1)
 
 
-def test_initial_windows_of_the_peer(both: Both) -> None:
+def test_settings_change_the_windows_of_open_streams(both: Both) -> None:
     both.client.open({})
-    both.take()
+    both.events()
     list(both.server.receive(frames.settings({7: 1000})))
     assert both.server.send_capacity(1) == 1000
     both.server.send(1, bytes(900))
@@ -317,9 +317,9 @@ def test_initial_windows_of_the_peer(both: Both) -> None:
     assert both.server.send_capacity(3) == 2000
 
 
-def test_windows_beyond_their_bound(both: Both) -> None:
+def test_window_beyond_its_maximum_is_an_error(both: Both) -> None:
     both.client.open({})
-    both.take()
+    both.events()
     most = (1 << 31) - 1
     assert RstStream(1) in list(both.server.receive(frames.window_update(1, most)))
     with pytest.raises(SpdyError):
@@ -328,7 +328,7 @@ def test_windows_beyond_their_bound(both: Both) -> None:
         list(both.server.receive(frames.settings({7: 1 << 31})))
 
 
-def test_windows_of_streams_that_are_gone(both: Both) -> None:
+def test_window_update_of_a_closed_stream_is_ignored(both: Both) -> None:
     assert list(both.server.receive(frames.window_update(5, 100))) == [WindowUpdate()]
     both.server.consumed(5, WINDOW)
     assert both.server.output() == b""

@@ -28,23 +28,23 @@ def decoded(subprotocol: Subprotocol, *messages: bytes | str) -> list[ChannelDat
     return found
 
 
-def test_binary() -> None:
+def test_binary_messages_are_decoded() -> None:
     assert decoded(BINARY, b"\0abc", b"", b"\4", b"\xffxyz") == [
         ChannelData(0, b"abc"),
         ChannelData(255, b"xyz"),
     ]
 
 
-def test_base64() -> None:
+def test_base64_messages_are_decoded() -> None:
     assert decoded(BASE64, "0YWJj", "", "4", "2/w==") == [ChannelData(0, b"abc"), ChannelData(2, b"\xff")]
 
 
-def test_half_close_is_v5s_alone() -> None:
+def test_half_close_exists_in_v5_only() -> None:
     assert decoded(V5, b"\0a", b"\xff\0", b"\xff") == [ChannelData(0, b"a"), ChannelEnd(0)]
     assert decoded(BINARY, b"\xff\0") == [ChannelData(255, b"\0")]
 
 
-def test_a_message_in_pieces() -> None:
+def test_binary_message_is_decoded_as_its_parts_arrive() -> None:
     decoder = Decoder(V5)
     seen: list[ChannelData | ChannelEnd] = []
     for data, last in (
@@ -59,7 +59,7 @@ def test_a_message_in_pieces() -> None:
     assert seen == [ChannelData(1, b"ab"), ChannelData(1, b"c"), ChannelEnd(0)]
 
 
-def test_text_in_pieces() -> None:
+def test_base64_message_is_decoded_when_complete() -> None:
     decoder = Decoder(BASE64)
     seen: list[ChannelData | ChannelEnd] = []
     for data, last in (("1Y", False), ("WJ", False), ("j", True)):
@@ -79,20 +79,20 @@ def test_text_in_pieces() -> None:
         (BASE64, "1" + "A" * TEXT_MAX),
     ],
 )
-def test_what_is_no_message(subprotocol: Subprotocol, message: bytes | str) -> None:
+def test_invalid_message_is_an_error(subprotocol: Subprotocol, message: bytes | str) -> None:
     with pytest.raises(SubprotocolError):
         decoded(subprotocol, message)
 
 
 @pytest.mark.parametrize("subprotocol", [BINARY, BASE64, V5])
-def test_what_is_written_can_be_read(subprotocol: Subprotocol) -> None:
+def test_encoded_message_decodes_unchanged(subprotocol: Subprotocol) -> None:
     assert list(Decoder(subprotocol).feed(encode(subprotocol, 1, b"\0\xffdata"))) == [
         ChannelData(1, b"\0\xffdata")
     ]
     assert list(Decoder(subprotocol).feed(encode(subprotocol, 1, b""))) == []
 
 
-def test_the_first_that_is_known_is_chosen() -> None:
+def test_first_supported_subprotocol_of_the_client_is_chosen() -> None:
     known = [name for name in COMMAND_SUBPROTOCOLS if name]
     assert (
         choose_subprotocol(["v9.channel.k8s.io", "v4.channel.k8s.io", "v5.channel.k8s.io"], known)

@@ -52,7 +52,7 @@ def mounted(**mount: object) -> ContainerSpec:
 @pytest.mark.parametrize(
     ("limit", "overhead", "parent"), [(0, 0, "/pods/a"), (64, 32, "/pods/a"), (0, 32, "/pods/a"), (64, 0, "")]
 )
-def test_a_cgroup_too_small_for_a_vm_is_not_entered(limit: int, overhead: int, parent: str) -> None:
+def test_cgroup_parent_without_overhead_is_not_used_for_a_vm(limit: int, overhead: int, parent: str) -> None:
     linux = {
         "cgroupParent": "/pods/a",
         "resources": {"memoryLimitInBytes": limit},
@@ -61,14 +61,14 @@ def test_a_cgroup_too_small_for_a_vm_is_not_entered(limit: int, overhead: int, p
     assert pod(linux=linux).cgroup_parent == parent
 
 
-def test_the_smallest_pod() -> None:
+def test_minimal_pod_has_defaults() -> None:
     spec = pod()
     assert (spec.name, spec.uid, spec.namespace, spec.attempt) == ("web", "u1", "default", 0)
     # proto3: what is absent has the zero value, and that is POD
     assert spec.pid_mode is PidMode.POD
 
 
-def test_a_pod_with_everything_of_its_network() -> None:
+def test_pod_network_options_are_converted() -> None:
     spec = pod(
         hostname="web-0",
         dnsConfig={"servers": ["10.0.0.10"], "searches": ["svc"], "options": ["ndots:5"]},
@@ -82,7 +82,7 @@ def test_a_pod_with_everything_of_its_network() -> None:
 
 
 @pytest.mark.parametrize("missing", ["name", "uid", "namespace"])
-def test_a_pod_needs_its_names(missing: str) -> None:
+def test_pod_without_a_name_is_refused(missing: str) -> None:
     metadata = {key: value for key, value in METADATA.items() if key != missing}
     with pytest.raises(InvalidSpec) as caught:
         pod(metadata=metadata)
@@ -90,7 +90,7 @@ def test_a_pod_needs_its_names(missing: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["network", "pid", "ipc"])
-def test_host_namespaces_are_for_the_handler_to_give(kind: str) -> None:
+def test_host_namespaces_are_passed_to_the_handler(kind: str) -> None:
     options = {kind: "NODE"}
     assert secure_pod(namespaceOptions=options).host_namespaces == (kind,)
     security = secure(namespaceOptions=options).security
@@ -99,7 +99,7 @@ def test_host_namespaces_are_for_the_handler_to_give(kind: str) -> None:
     )
 
 
-def test_host_namespaces_and_user_namespaces_exclude_each_other() -> None:
+def test_host_namespace_with_user_namespace_is_refused() -> None:
     space = {"mode": "POD", "uids": [MAPPING], "gids": [MAPPING]}
     with pytest.raises(InvalidSpec, match="cannot be combined with network NODE") as caught:
         secure_pod(namespaceOptions={"network": "NODE", "usernsOptions": space})
@@ -107,14 +107,14 @@ def test_host_namespaces_and_user_namespaces_exclude_each_other() -> None:
     assert caught.value.field == f"{at}.userns_options.mode"
 
 
-def test_a_pod_without_a_vm_lives_in_its_own_cgroup_though_no_overhead_is_declared() -> None:
+def test_cgroup_parent_without_overhead_is_used_for_a_pod_without_a_vm() -> None:
     linux = {"cgroupParent": "/kubepods/podu1", "resources": {"memoryLimitInBytes": 1 << 20}}
     assert pod(linux=linux).cgroup_parent == ""
     security = {"namespaceOptions": {"network": "NODE"}}
     assert pod(linux=linux | {"securityContext": security}).cgroup_parent == "/kubepods/podu1"
 
 
-def test_pid_modes() -> None:
+def test_pid_mode_is_converted() -> None:
     assert secure_pod(namespaceOptions={"pid": "CONTAINER"}).pid_mode is PidMode.CONTAINER
     assert secure(namespaceOptions={"pid": "CONTAINER"}).security.pid_mode is PidMode.CONTAINER
     target = secure(namespaceOptions={"pid": "TARGET", "targetId": "abc"}).security
@@ -132,13 +132,13 @@ def test_pid_modes() -> None:
         ({"usernsOptions": {"mode": "NODE", "uids": [{"length": 1}]}}, "userns_options.uids"),
     ],
 )
-def test_namespaces_that_make_no_sense_or_are_not_offered(options: object, field: str) -> None:
+def test_invalid_namespace_mode_is_refused(options: object, field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         secure(namespaceOptions=options)
     assert caught.value.field == f"config.linux.security_context.namespace_options.{field}"
 
 
-def test_a_sandbox_has_no_target() -> None:
+def test_pid_target_of_a_pod_is_refused() -> None:
     with pytest.raises(InvalidSpec, match="cannot have TARGET"):
         secure_pod(namespaceOptions={"pid": "TARGET", "targetId": "x"})
 
@@ -164,7 +164,7 @@ def test_a_sandbox_has_no_target() -> None:
         ({"seccomp": {"profileType": "Unconfined"}, "seccompProfilePath": "runtime/default"}, Seccomp()),
     ],
 )
-def test_seccomp_in_both_spellings(security: dict[str, Any], expected: Seccomp) -> None:
+def test_seccomp_profile_in_both_fields_is_converted(security: dict[str, Any], expected: Seccomp) -> None:
     assert secure(**security).security.seccomp == expected
     assert secure_pod(**security).seccomp == expected
 
@@ -190,7 +190,7 @@ def test_seccomp_in_both_spellings(security: dict[str, Any], expected: Seccomp) 
         ({"maskedPaths": ["proc"]}, "masked_paths[0]"),
     ],
 )
-def test_security_that_cannot_be_had(security: dict[str, Any], field: str) -> None:
+def test_unsupported_security_option_is_refused(security: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         secure(**security)
     assert caught.value.field == f"config.linux.security_context.{field}"
@@ -209,7 +209,7 @@ LOADED = AppArmor(kind=AppArmorKind.LOCALHOST, name="p/q")
         ({"apparmor": {"profileType": "Localhost", "localhostRef": "localhost/p/q"}}, LOADED),
     ],
 )
-def test_apparmor(security: dict[str, Any], expected: AppArmor) -> None:
+def test_apparmor_profile_is_converted(security: dict[str, Any], expected: AppArmor) -> None:
     assert secure(**security).security.apparmor == expected
     assert secure_pod(**security).apparmor == expected
 
@@ -223,13 +223,13 @@ def test_apparmor(security: dict[str, Any], expected: AppArmor) -> None:
         ("localhost/p/q", LOADED),
     ],
 )
-def test_apparmor_in_its_older_spelling(older: str, expected: AppArmor) -> None:
+def test_apparmor_profile_in_the_older_field_is_converted(older: str, expected: AppArmor) -> None:
     assert secure(apparmorProfile=older).security.apparmor == expected
     newer = {"apparmor": {"profileType": "Unconfined"}}
     assert secure(apparmorProfile=older, **newer).security.apparmor == AppArmor(), "which wins"
 
 
-def test_users_and_groups() -> None:
+def test_users_and_groups_are_converted() -> None:
     security = secure(
         runAsUsername="www",
         runAsGroup={"value": 0},
@@ -244,11 +244,11 @@ def test_users_and_groups() -> None:
     ("number", "name"),
     [(0, ""), (23, "SIGTERM"), (35, "SIGRTMIN"), (38, "SIGRTMIN+3"), (51, "SIGRTMAX-14"), (65, "SIGRTMAX")],
 )
-def test_stop_signals(number: int, name: str) -> None:
+def test_stop_signal_is_converted(number: int, name: str) -> None:
     assert container(stopSignal=number).stop_signal == name
 
 
-def test_an_enum_of_a_newer_cri_is_refused() -> None:
+def test_unknown_enum_value_is_refused() -> None:
     config = ParseDict({"metadata": {"name": "c"}, "image": {"image": "i"}}, pb.ContainerConfig())
     config.mounts.add(container_path="/c", host_path="/h", propagation=9)
     with pytest.raises(InvalidSpec) as caught:
@@ -260,7 +260,7 @@ def test_an_enum_of_a_newer_cri_is_refused() -> None:
 MAPPING = {"containerId": 0, "hostId": 1000, "length": 100000}
 
 
-def test_a_user_namespace() -> None:
+def test_user_namespace_is_converted() -> None:
     options = {"usernsOptions": {"mode": "POD", "uids": [MAPPING], "gids": [MAPPING]}}
     ids = IdRange(inside=0, outside=1000, length=100000)
     space = UserNamespace(uids=(ids,), gids=(ids,))
@@ -285,14 +285,14 @@ def test_a_user_namespace() -> None:
         ({"mode": "NODE", "uids": [MAPPING]}, "uids"),
     ],
 )
-def test_user_namespaces_that_cannot_be(options: dict[str, Any], field: str) -> None:
+def test_invalid_user_namespace_is_refused(options: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         secure_pod(namespaceOptions={"usernsOptions": options})
     at = "config.linux.security_context.namespace_options.userns_options"
     assert caught.value.field == f"{at}.{field}"
 
 
-def test_devices_by_cdi_come_from_the_field_and_from_annotations() -> None:
+def test_cdi_devices_come_from_field_and_annotations() -> None:
     annotations = {"cdi.k8s.io/plugin_a": "v/c=1,v/c=2", "other": "v/c=3"}
     wishes = container(CDIDevices=[{"name": "v/c=0"}], annotations=annotations).cdi_devices
     at = "config.annotations['cdi.k8s.io/plugin_a']"
@@ -303,7 +303,7 @@ def test_devices_by_cdi_come_from_the_field_and_from_annotations() -> None:
     ]
 
 
-def test_a_mount() -> None:
+def test_mount_is_converted() -> None:
     mount = mounted(readonly=True, propagation="PROPAGATION_HOST_TO_CONTAINER", selinuxRelabel=True).mounts[0]
     assert (mount.host_path, mount.container_path, mount.readonly) == ("/h", "/c", True)
     assert (mount.propagation, mount.selinux_relabel) == (Propagation.HOST_TO_CONTAINER, True)
@@ -311,7 +311,7 @@ def test_a_mount() -> None:
     assert mounted(mountOptions=["nosuid", "noexec"]).mounts[0].options == ("nosuid", "noexec")
 
 
-def test_an_image_volume() -> None:
+def test_image_volume_is_converted() -> None:
     source = {"image": "sha256:1", "userSpecifiedImage": "tool"}
     mount = mounted(hostPath="", readonly=True, image=source, imageSubPath="usr/bin").mounts[0]
     assert (mount.image, mount.user_specified_image, mount.host_path) == ("sha256:1", "tool", "")
@@ -344,7 +344,7 @@ def test_an_image_volume() -> None:
         ),
     ],
 )
-def test_mounts_that_are_not_offered(mount: dict[str, Any], field: str) -> None:
+def test_unsupported_mount_is_refused(mount: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         mounted(**mount)
     assert caught.value.field == f"config.mounts[0].{field}"
@@ -366,7 +366,7 @@ def test_mounts_that_are_not_offered(mount: dict[str, Any], field: str) -> None:
         ({"linux": {"resources": {"cpuShares": -1}}}, "linux.resources.cpu_shares"),
     ],
 )
-def test_containers_that_are_refused(config: dict[str, Any], field: str) -> None:
+def test_invalid_container_is_refused(config: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         container(**config)
     assert caught.value.field == f"config.{field}"
@@ -380,13 +380,13 @@ def test_containers_that_are_refused(config: dict[str, Any], field: str) -> None
         ({"hostPort": -1}, "host_port"),
     ],
 )
-def test_ports_that_are_none(mapping: object, field: str) -> None:
+def test_invalid_port_is_refused(mapping: object, field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         pod(portMappings=[mapping])
     assert caught.value.field == f"config.port_mappings[0].{field}"
 
 
-def test_device_permissions_default_to_all() -> None:
+def test_device_without_permissions_has_all() -> None:
     assert (
         container(devices=[{"containerPath": "/dev/a", "hostPath": "/dev/b"}]).devices[0].permissions == "rwm"
     )
@@ -396,6 +396,6 @@ def test_environment_values_are_bytes() -> None:
     assert container(envs=[{"key": "A", "value": "/w=="}]).envs == (("A", b"\xff"),)
 
 
-def test_limits_that_mean_unlimited_pass() -> None:
+def test_limits_that_mean_unlimited_are_accepted() -> None:
     wire = pb.LinuxContainerResources(cpu_quota=-1, memory_swap_limit_in_bytes=-1)
     assert (resources(wire, "linux").cpu_quota, resources(wire, "linux").memory_swap_limit) == (-1, -1)

@@ -1,7 +1,6 @@
 """Every field that a request can carry is used, or refused by its path, or listed here with a reason.
 
-The descriptors are walked, so a field that a newer CRI brings fails this test until somebody has
-decided what becomes of it.
+The descriptors are traversed, so a new field of the CRI fails this test until its handling is decided.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from cri.proto import runtime_v1_pb2 as pb
 from cri.translate import container_spec, pod_spec, update_resources
 from sandbox.errors import InvalidSpec
 
-# ------------------------------------------------------------------------- what may be unheard
+# -------------------------------------------------------------------------- fields without effect
 
-SILENT: Mapping[str, str] = {
+UNUSED: Mapping[str, str] = {
     "RunPodSandboxRequest.config.linux.security_context.supplemental_groups_policy": (
-        "a sandbox has no process of its own whose groups could be merged"
+        "a sandbox has no process whose groups could be merged"
     ),
-    "CreateContainerRequest.pod_sandbox_id": "names the sandbox; handed on beside the specification",
-    "CreateContainerRequest.sandbox_config": "repeats what RunPodSandbox was told, which is what holds",
-    "CreateContainerRequest.config.image.annotations": "hints about finding an image; it is here by now",
+    "CreateContainerRequest.pod_sandbox_id": "names the sandbox; passed on next to the spec",
+    "CreateContainerRequest.sandbox_config": "repeats what RunPodSandbox got, which stays in force",
+    "CreateContainerRequest.config.image.annotations": "hints for finding an image, which exists",
     "CreateContainerRequest.config.image.runtime_handler": "an image is the same for every handler",
-    "CreateContainerRequest.config.image.image_ref": "says what `image` has resolved to, in answers",
-    "CreateContainerRequest.config.mounts.image.annotations": "hints about finding it; it is here by now",
+    "CreateContainerRequest.config.image.image_ref": "set in responses: what `image` was resolved to",
+    "CreateContainerRequest.config.mounts.image.annotations": "hints for finding an image, which exists",
     "CreateContainerRequest.config.mounts.image.runtime_handler": "an image is the same for every handler",
-    "CreateContainerRequest.config.mounts.image.image_ref": "says what `image` has resolved to, in answers",
-    "UpdateContainerResourcesRequest.container_id": "names the container; handed on beside the resources",
+    "CreateContainerRequest.config.mounts.image.image_ref": "set in responses: what `image` was resolved to",
+    "UpdateContainerResourcesRequest.container_id": "names the container; passed on next to the resources",
     "UpdateContainerResourcesRequest.annotations": "hints to runtimes that define some; Husk has none",
 }
 
@@ -237,11 +236,11 @@ def fate(request: Request, path: Path) -> Fate:
 
 def excused(request: Request, path: Path) -> bool:
     full = f"{request.name}.{dotted(path)}"
-    return any(full == known or full.startswith(f"{known}.") for known in SILENT)
+    return any(full == known or full.startswith(f"{known}.") for known in UNUSED)
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: request.name)
-def test_no_field_is_dropped_in_silence(request_: Request) -> None:
+def test_every_field_is_used_refused_or_listed(request_: Request) -> None:
     unheard = [
         dotted(path)
         for path in leaves(request_.kind.DESCRIPTOR)
@@ -251,17 +250,17 @@ def test_no_field_is_dropped_in_silence(request_: Request) -> None:
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: request.name)
-def test_no_excuse_is_stale(request_: Request) -> None:
+def test_listed_fields_exist_and_are_unused(request_: Request) -> None:
     """An excuse for a field that is gone, or is used by now, would hide the next mistake."""
     paths = {f"{request_.name}.{dotted(path)}": path for path in leaves(request_.kind.DESCRIPTOR)}
-    for known in (known for known in SILENT if known.startswith(f"{request_.name}.")):
+    for known in (known for known in UNUSED if known.startswith(f"{request_.name}.")):
         below = [path for full, path in paths.items() if full == known or full.startswith(f"{known}.")]
         assert below, f"{known} is no field"
         assert all(fate(request_, path) is Fate.UNHEARD for path in below), f"{known} is heard"
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: request.name)
-def test_the_walk_sees_whole_requests(request_: Request) -> None:
+def test_every_request_is_traversed_completely(request_: Request) -> None:
     counts = {
         "RunPodSandboxRequest": 70,
         "CreateContainerRequest": 167,

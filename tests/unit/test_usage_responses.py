@@ -33,7 +33,7 @@ def container(**fields: Any) -> pb.ContainerStats:
     return usage.container_stats(CONTAINER, stats, "/var/lib/husk")
 
 
-def test_a_container() -> None:
+def test_container_stats_have_every_value() -> None:
     answer = container(usage=USAGE, layer=LayerStats(at_ns=8, bytes=4096, inodes=2))
     assert (answer.attributes.metadata.name, dict(answer.attributes.labels)) == ("app", {"a": "b"})
     assert (answer.cpu.timestamp, answer.cpu.usage_core_nano_seconds.value) == (9, 42)
@@ -54,7 +54,7 @@ def test_a_container() -> None:
     assert (layer.used_bytes.value, layer.inodes_used.value) == (4096, 2)
 
 
-def test_what_is_not_known_is_not_said() -> None:
+def test_unknown_values_are_unset() -> None:
     answer = container()
     assert not answer.HasField("writable_layer")
     assert not answer.cpu.HasField("usage_nano_cores")
@@ -63,7 +63,7 @@ def test_what_is_not_known_is_not_said() -> None:
     assert not gone.HasField("cpu")
 
 
-def test_a_pod() -> None:
+def test_pod_stats_have_interfaces_processes_and_containers() -> None:
     nics = tuple(InterfaceUsage(name=name, rx_bytes=1, tx_errors=2) for name in ("eth0", "eth1"))
     stats = PodStats(
         pod_id=POD.id,
@@ -83,7 +83,7 @@ def test_a_pod() -> None:
     assert [one.attributes.id for one in linux.containers] == ["c"]
 
 
-def test_a_pod_without_a_network_and_one_that_has_ended() -> None:
+def test_pod_stats_without_network_or_sample_leave_it_unset() -> None:
     alone = usage.pod_stats(POD, PodStats(pod_id=POD.id, at_ns=9), [])
     assert not alone.linux.HasField("network"), "a kubelet would look for its default interface"
     ended = usage.pod_stats(POD, None, [])

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cri import server
 from cri.interceptor import is_read_only
 from cri.proto import runtime_v1_pb2 as pb
 from cri.server import SocketTaken
@@ -134,3 +135,21 @@ async def test_long_list_is_complete(runtime: Runtime) -> None:
     ids = {await runtime.pod(f"pod-{n}") for n in range(100)}
     for _ in range(2):
         assert {item.id for item in (await runtime.call("ListPodSandbox")).items} == ids
+
+
+async def test_calls_beyond_the_limit_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CALLS_MAX", 2)
+    runtime = Runtime(tmp_path / "husk.sock")
+    await runtime.start()
+    runtime.images.gate = asyncio.Event()
+    request = pb.PullImageRequest(image=pb.ImageSpec(image="a"))
+    pulls = [asyncio.ensure_future(runtime.call("PullImage", request)) for _ in range(2)]
+    count = runtime.metrics.registry.get_sample_value
+    await eventually(lambda: count("husk_cri_calls_running") == 2)
+    assert await runtime.code("Version") is Code.RESOURCE_EXHAUSTED
+    runtime.images.gate.set()
+    await asyncio.gather(*pulls)
+    assert await runtime.code("Version") is Code.OK
+    await runtime.stop()
