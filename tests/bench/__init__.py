@@ -1,1 +1,1 @@
-"""Husk beside containerd + runc: same host, same client, same images, one run."""
+"""Husk beside containerd + runc: the same host, client and images, in one run."""

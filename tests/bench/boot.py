@@ -1,9 +1,9 @@
-"""What a guest image costs to boot: `python -m tests.bench.boot [--rounds N] IMAGE...`
+"""Cost of booting a guest image: `python -m tests.bench.boot [--rounds N] IMAGE...`
 
-An IMAGE is a directory as `husk guest build` prints it. Each round boots every image once, one after the
-other, with the devices of a pod (two shares, no NIC); nothing else should run on the machine. Times are
-milliseconds since QEMU was asked for, up to the agent's answer; "cpu" is what QEMU used of the processor
-until then, "touched" what the guest has written or read of its RAM, "qemu" what QEMU holds beside that.
+An IMAGE is a directory as `husk guest build` prints it. Each round boots every image once, in turn, with the
+devices of a pod (two shares, no NIC); the machine should be idle otherwise. Times are milliseconds from the
+start of QEMU to the agent's Welcome. "cpu" is the processor time of QEMU until then, "touched" the guest RAM
+that was written or read, "qemu" QEMU's other memory.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def measure(handle: VmHandle) -> dict[str, float]:
     ticks = Path(f"/proc/{handle.vmm.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     ram, rest = pss_mib(handle.vmm.pid)
     for fd in Path(f"/proc/{handle.vmm.pid}/fd").iterdir():
-        if "memfd:" in str(fd.readlink()):  # its pages also count that virtiofsd or nobody has mapped
+        if "memfd:" in str(fd.readlink()):  # count pages that QEMU has not mapped too
             ram = fd.stat().st_blocks * 512 / (1 << 20)
     cpu_ms = sum(map(int, ticks)) * 1000 / os.sysconf("SC_CLK_TCK")
     return {"cpu_ms": cpu_ms, "touched_mib": ram, "qemu_mib": rest}

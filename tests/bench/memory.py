@@ -1,7 +1,7 @@
-"""What runtimes hold in memory: the daemon's RSS, and the PSS of what serves one pod.
+"""Memory of runtimes: the daemon's RSS, and the PSS of the processes that serve one pod.
 
-Guest RAM is told apart from the rest of a VMM by the name of its mapping (a memfd or a file in shared
-memory); Pss in /proc/PID/smaps counts a page shared by two processes half in each (proc(5)), so the sum
+Guest RAM is distinguished from a VMM's other memory by the name of its mapping (a memfd or a file in shared
+memory). Pss in /proc/PID/smaps counts a page shared by two processes half in each (proc(5)), so the sum
 over QEMU and virtiofsd counts guest RAM once.
 """
 
@@ -20,9 +20,9 @@ MIB = "MiB"
 
 
 def idle_pods(site: Site, figures: Figures, count: int) -> None:
-    """Pods with one sleeping container each: what each costs the host, and what the daemon's share is.
+    """Measure pods with one sleeping container each: the host's memory for each, and the daemon's share.
 
-    VMs that wait for a pod are not counted: there are as many of them however many pods there are.
+    Pooled VMs are not counted, as their number does not depend on the number of pods.
     """
     for subject in site.mains:
         settle()
@@ -74,13 +74,13 @@ def pss_mib(pid: int) -> tuple[float, float]:
 
 
 def servants() -> set[int]:
-    """The processes of this run that serve pods."""
+    """Return the pids of this run's processes that serve pods."""
     found = (each.split(" ", 2) for each in processes_naming(scratch_root().name))
     return {int(pid) for pid, program, *_ in found if any(name in program for name in SERVANTS)}
 
 
 def of_pod(pid: int, ids: list[str]) -> bool:
-    """Whether a process serves one of these pods: named for it, or moved to its cgroup."""
+    """Return whether a process serves one of these pods, by its command line or cgroup."""
     try:
         entry = Path(f"/proc/{pid}")
         said = (entry / "cmdline").read_text(errors="replace") + (entry / "cgroup").read_text()

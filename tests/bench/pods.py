@@ -1,4 +1,4 @@
-"""The life of a pod, call by call, and many pods at once."""
+"""The calls of a pod's life one by one, and many pods at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXECS = 5
 
 def lifecycles(site: Site, figures: Figures, rounds: int) -> None:
     for subject in site.subjects:
-        lifecycle(subject, 0, Figures())  # what only the first pod pays is not counted
+        lifecycle(subject, 0, Figures())  # the cost of the first pod is not counted
     for number in range(1, rounds + 1):
         for subject in site.subjects:
             settle()
@@ -20,7 +20,7 @@ def lifecycles(site: Site, figures: Figures, rounds: int) -> None:
 
 
 def lifecycle(subject: Subject, number: int, figures: Figures) -> None:
-    """One pod from nothing to nothing."""
+    """Run and remove one pod, timing each call."""
     cri, name = subject.cri, subject.name
     with figures.timing("RunPodSandbox", name):
         pod = cri.run_pod(f"bench-{subject.handler or 'runc'}-{number}", handler=subject.handler)
@@ -30,7 +30,7 @@ def lifecycle(subject: Subject, number: int, figures: Figures) -> None:
         with figures.timing("StartContainer", name):
             cri.start(container)
     for each in range(EXECS):
-        # the first in a container reads its program from the image
+        # the first exec in a container reads its program from the image
         with figures.timing("ExecSync" if each else "ExecSync, first", name):
             assert cri.exec(container, "true").code == 0
     with figures.timing("ContainerStatus", name):
@@ -46,7 +46,7 @@ def lifecycle(subject: Subject, number: int, figures: Figures) -> None:
 
 
 def crowds(site: Site, figures: Figures, rounds: int, size: int) -> None:
-    """`size` pods requested at once: the time until the last one is ready."""
+    """Request `size` pods at once and time until the last one is ready."""
     for number in range(rounds):
         for subject in site.mains:
             settle()

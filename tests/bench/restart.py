@@ -1,6 +1,6 @@
-"""A daemon that starts with many pods' records: how long until it answers, and what it holds in memory.
+"""Start of a daemon with many pods' records: the time until it answers, and its memory.
 
-Most of the records are copies of one pod that was stopped; some pods run, and are taken up.
+Most of the records are copies of one stopped pod's; some pods run, and are recovered.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tests.kit.daemon import Daemon
 
 
 def restarts(site: Site, figures: Figures, rounds: int, records: int, running: int) -> None:
+    """Restart the daemon with this many records, of which `running` are of running pods."""
     daemon = site.husk
     if daemon is None:
         return
@@ -38,7 +39,7 @@ def restarts(site: Site, figures: Figures, rounds: int, records: int, running: i
         figures.add("daemon's start with many records", subject.name, 1000 * timed_start(daemon))
         found = len(daemon.cri.call("ListPodSandbox").items)
         assert found >= records, f"{found} pods of {records}"
-        assert all(cri.pod_status(pod).status.state == 0 for pod in pods), "a running pod was not taken up"
+        assert all(cri.pod_status(pod).status.state == 0 for pod in pods), "a running pod was not recovered"
         settle()
         figures.add("daemon's memory with many records", subject.name, rss_mib(daemon.pid), MIB)
         daemon.terminate()

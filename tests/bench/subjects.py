@@ -1,8 +1,8 @@
-"""Whom the benchmark measures, and where: both runtimes side by side in one namespace.
+"""The runtimes that the bench measures, side by side in one namespace.
 
-They share the host, the bridge, the registry and the client, and rounds go from one to the next, so what
-else the machine does meets all of them alike. `settle` keeps the work that a runtime leaves behind (a pool
-that is filled again, images being deleted) out of the next one's figures.
+They share the host, the bridge, the registry and the client, and take turns, so that other load on the
+machine affects all of them alike. `settle` keeps a runtime's background work (refilling a pool, deleting
+images) out of the next one's figures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IMAGE = f"{HOST}/husk/busybox:1"
 SLEEP = ("sleep", "86400")
 QUIET_SHARE = 0.1  # of a core, over all processes of the run
 QUIET_WINDOW_S = 0.2
-QUIET_PATIENCE_S = 20.0
+QUIET_TIMEOUT_S = 20.0
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -49,13 +49,13 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Handler:
-    """A way in which Husk makes VMs: `[handlers.NAME]` of its configuration."""
+    """A source of VMs: `[handlers.NAME]` of Husk's configuration."""
 
     name: str
     settings: Mapping[str, object]
 
 
-# The first one is what the targets speak of.
+# The targets without a handler's name are for the first one.
 HANDLERS: tuple[Handler, ...] = (
     Handler("pool", {"source": "pool"}),
     Handler("template", {"source": "template"}),
@@ -65,7 +65,7 @@ HANDLERS: tuple[Handler, ...] = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A runtime, and the handler that pods are asked of it with."""
+    """A runtime, and the handler with which pods are requested from it."""
 
     name: str
     runtime: Runtime
@@ -128,8 +128,8 @@ def site(runtimes: Sequence[str], handlers: Sequence[Handler]) -> Iterator[Site]
 
 
 def settle() -> None:
-    """Return once nothing of this run works any more, or after a while all the same."""
-    end = time.monotonic() + QUIET_PATIENCE_S
+    """Return when the processes of this run are idle, at the latest after QUIET_TIMEOUT_S."""
+    end = time.monotonic() + QUIET_TIMEOUT_S
     before = cpu_seconds()
     while time.monotonic() < end:
         time.sleep(QUIET_WINDOW_S)
@@ -140,17 +140,17 @@ def settle() -> None:
 
 
 def settle_disk() -> None:
-    """As `settle`, with nothing left to be written to the disk either."""
+    """Wait as `settle` does, then write everything to the disk."""
     settle()
     subprocess.run(["sync", "--file-system", str(scratch_root())], check=True)
 
 
 def cpu_seconds() -> float:
-    """CPU time so far of all processes that belong to this run."""
+    """Return the CPU time of all processes of this run."""
     total = 0
     for each in processes_naming(scratch_root().name):
         with contextlib.suppress(OSError, IndexError, ValueError):
             line = Path(f"/proc/{each.split(' ', 1)[0]}/stat").read_text()
             fields = line.rpartition(")")[2].split()
-            total += int(fields[11]) + int(fields[12])  # utime, stime (proc(5), behind the name)
+            total += int(fields[11]) + int(fields[12])  # utime, stime (proc(5), after the name)
     return total / _TICKS_PER_S

@@ -1,4 +1,4 @@
-"""What does not depend on how a VM is made: pulls, lists, logs."""
+"""Figures that do not depend on the source of VMs: pulls, lists, logs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ LAST_LINE = b"the last line\n"
 
 
 def payload(mebibytes: int, files: int) -> Image:
-    """An image of so many files in several layers, most of them small, that packs to about a third.
+    """Make an image of `files` files in several layers, most of them small, that compresses to about a third.
 
-    Their text is made of words, so it has to be searched for repetitions as programs and libraries
-    have; a tenth is noise, as in what is compressed already. No two files are alike.
+    Their text is made of words, so that compression has to search for repetitions as in programs and
+    libraries; a tenth is random, like data that is compressed already. No two files are equal.
     """
     chance = random.Random("payload")
     words = [bytes(chance.choices(b"etaoinshrdlucmfwyp_./", k=chance.randint(2, 11))) for _ in range(4096)]
@@ -58,7 +58,7 @@ def _share_of(place: float) -> int:
 def pulls(site: Site, figures: Figures, rounds: int, mebibytes: int, files: int) -> None:
     site.registry.push("husk/payload", "1", payload(mebibytes, files))
     for number in range(rounds):
-        # who comes second finds the disk and the registry's files as the first has left them
+        # the order alternates, as the second finds the registry's files in the page cache
         for subject in site.mains if number % 2 == 0 else reversed(site.mains):
             settle_disk()
             for image, figure in ((IMAGE, "pull of a small image"), (PAYLOAD, "pull and unpack")):
@@ -73,7 +73,7 @@ def pulls(site: Site, figures: Figures, rounds: int, mebibytes: int, files: int)
 
 
 def lists(site: Site, figures: Figures, rounds: int, containers: int) -> None:
-    """Lists over many containers of one pod. They stay created: what is measured is the daemon."""
+    """Time lists over many containers of one pod. They are not started: only the daemon is measured."""
     pods = {subject: subject.cri.run_pod("lists", handler=subject.handler) for subject in site.mains}
     for subject, pod in pods.items():
         for number in range(containers):
@@ -95,7 +95,7 @@ def lists(site: Site, figures: Figures, rounds: int, containers: int) -> None:
 
 
 def lines_image() -> Image:
-    """/lines holds LINES_PER_FILE lines, each LINE_BYTES long with its newline."""
+    """Make an image with /lines: LINES_PER_FILE lines of LINE_BYTES bytes with the newline."""
     lines = (
         f"{number:08d} {'a line as programs write them ' * 4}"[: LINE_BYTES - 1] for number in range(1000)
     )
@@ -114,7 +114,7 @@ def logs(site: Site, figures: Figures, rounds: int, mebibytes: int) -> None:
 
 
 def log(subject: Subject, name: str, mebibytes: int, figures: Figures) -> None:
-    """From StartContainer until the last line is in the file."""
+    """Time from StartContainer until the last line is in the file."""
     cri = subject.cri
     repeats = max(1, round(mebibytes * (1 << 20) / (LINES_PER_FILE * LINE_BYTES)))
     script = f"i=0; while [ $i -lt {repeats} ]; do cat /lines; i=$((i+1)); done; echo {LAST_LINE.decode()}"
@@ -126,7 +126,7 @@ def log(subject: Subject, name: str, mebibytes: int, figures: Figures) -> None:
         _await_last_line(path)
     written = path.read_bytes().count(b"\n")
     assert written == repeats * LINES_PER_FILE + 1, f"{subject.name} wrote {written} lines"
-    # containerd 1.6 fails to stop a pod whose container ends in that moment
+    # containerd 1.6 fails to stop a pod whose container exits at the same time
     cri.wait_exited(container)
     cri.stop_pod(pod)
     cri.remove_pod(pod)

@@ -1,7 +1,6 @@
-"""What test_kvm.py runs in the outer VM: the daemon on a host with KVM, vhost, AppArmor and cgroups of
-version 2 alone.
+"""Tests that test_kvm.py runs in the outer VM, a host with KVM, vhost, AppArmor and only cgroup v2.
 
-The image is imported: a registry and its many images would take their time under emulation.
+The image is imported, as a registry with many images would be slow under emulation.
 """
 
 from __future__ import annotations
@@ -20,23 +19,24 @@ from sandbox.host import cgroup
 from tests.kit import apparmor, cni, images
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
+from tests.kit.eventually import eventually_sync
 from tests.kit.namespace import Namespace
 from tests.kit.scratch import scratch_dir, scratch_root
 
 IMAGE = "example.test/husk/web:1"
 PAGE = "a page from under KVM\n"
-START_DEADLINE_S = 120
+START_TIMEOUT_S = 120
 CURRENT = "/proc/self/attr/apparmor/current"
 
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
-    """With one image; a look for what is left follows the last test."""
+    """Start a daemon with one image, and check for leaks after the last test."""
     with Namespace(scratch_root()) as namespace:
         site = scratch_dir("site")
         leases = site / "leases"
         made = Daemon(namespace, cni.write_bridge(site / "cni", leases), site / "certs.d", leases=leases)
-        made.start(START_DEADLINE_S)
+        made.start(START_TIMEOUT_S)
         before = made.census()
         try:
             archive = site / "web.tar"
@@ -76,16 +76,16 @@ def files_of(pid: int) -> set[str]:
 
 
 def test_accelerator_probe_finds_that_kvm_works(daemon: Daemon) -> None:
-    told = info_of(daemon.cri)
-    assert told["accelerator"] == "kvm", told
-    assert "a guest booted under KVM" in told["acceleratorReason"]
+    info = info_of(daemon.cri)
+    assert info["accelerator"] == "kvm", info
+    assert "a guest booted under KVM" in info["acceleratorReason"]
 
 
 def test_pod_runs_under_kvm(daemon: Daemon, pod: Pod, web: str) -> None:
     (vmm,) = daemon.vmm_pids(pod.id)
     arguments = arguments_of(vmm)
     assert arguments[arguments.index("-accel") + 1] == "kvm"
-    assert any("kvm-vm" in each for each in files_of(vmm)), "KVM's own descriptor of a VM"
+    assert any("kvm-vm" in each for each in files_of(vmm)), "QEMU has no descriptor of a KVM VM"
     assert "hypervisor" in daemon.cri.exec(web, "cat", "/proc/cpuinfo").stdout
     facts = json.loads(daemon.cri.pod_status(pod, verbose=True).info["info"])
     assert facts["accelerator"] == "kvm"
@@ -97,24 +97,20 @@ def test_pod_web_server_answers_over_vhost_net(daemon: Daemon, pod: Pod, web: st
     assert "/dev/vhost-net" in files_of(vmm)
     assert any("vhost=on" in each for each in arguments_of(vmm))
 
-    def fetched() -> str:
-        try:
-            return daemon.namespace.fetch(daemon.cri.pod_ip(pod), 80)
-        except OSError:
-            return ""
-
-    assert daemon.cri.wait_for(fetched, bool) == PAGE
+    ip = daemon.cri.pod_ip(pod)
+    fetched = eventually_sync(lambda: daemon.namespace.fetch(ip, 80), timeout_s=30, retry_on=(OSError,))
+    assert fetched == PAGE
     assert has_vhost_worker(vmm)
 
 
 def has_vhost_worker(vmm: int) -> bool:
-    """Whether the kernel carries this VM's packets, in a thread of its own or (Linux 6.4) one of QEMU's."""
+    """Return whether vhost handles this VM's packets, in a kernel thread or (Linux 6.4) one of QEMU's."""
     threads = [*Path("/proc").glob("[0-9]*/comm"), *Path(f"/proc/{vmm}/task").glob("*/comm")]
     return any(each.read_text().strip() == f"vhost-{vmm}" for each in threads if each.exists())
 
 
 def test_unprivileged_vmm_reaches_kvm(daemon: Daemon, pod: Pod) -> None:
-    """/dev/kvm is for root alone here, and stays so."""
+    """/dev/kvm is accessible to root only, and stays so."""
     (vmm,) = daemon.vmm_pids(pod.id)
     status = dict(line.split(":", 1) for line in Path(f"/proc/{vmm}/status").read_text().splitlines())
     assert "0" not in status["Uid"].split()
@@ -136,14 +132,14 @@ def test_pod_on_cgroup_v2_has_vmm_and_virtiofsd_in_its_group(daemon: Daemon, pod
 
 def test_container_memory_limit_holds(daemon: Daemon, pod: Pod) -> None:
     eat = ["dd", "if=/dev/zero", "of=/dev/null", "bs=120M", "count=1"]
-    wish = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
-    status = daemon.cri.wait_exited(daemon.cri.run(pod, IMAGE, eat, linux=wish))
+    limits = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
+    status = daemon.cri.wait_exited(daemon.cri.run(pod, IMAGE, eat, linux=limits))
     assert (status.exit_code, status.reason) == (137, "OOMKilled")
 
 
 @pytest.fixture
 def node_pod(daemon: Daemon) -> Iterator[Pod]:
-    """One with the node's network, which has no VM."""
+    """Run a pod with the node's network, which has no VM."""
     options = api.NamespaceOption(network=api.NODE)
     context = api.LinuxSandboxSecurityContext(namespace_options=options)
     made = daemon.cri.run_pod("node", linux=api.LinuxPodSandboxConfig(security_context=context))
@@ -155,10 +151,10 @@ def node_pod(daemon: Daemon) -> Iterator[Pod]:
 
 def test_host_pod_limits_hold_and_change(daemon: Daemon, node_pod: Pod) -> None:
     eat = ["dd", "if=/dev/zero", "of=/dev/null", "bs=120M", "count=1"]
-    wish = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
-    status = daemon.cri.wait_exited(daemon.cri.run(node_pod, IMAGE, eat, linux=wish))
+    limits = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
+    status = daemon.cri.wait_exited(daemon.cri.run(node_pod, IMAGE, eat, linux=limits))
     assert (status.exit_code, status.reason) == (137, "OOMKilled")
-    box = daemon.cri.run(node_pod, IMAGE, ["sleep", "1000"], linux=wish)
+    box = daemon.cri.run(node_pod, IMAGE, ["sleep", "1000"], linux=limits)
     (group,) = Path("/sys/fs/cgroup").rglob(box)
     assert (group / "memory.max").read_text() == f"{32 << 20}\n"
     changed = api.LinuxContainerResources(
@@ -184,7 +180,7 @@ PROFILE = "husk-test-tmp-denied"
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[str]:
-    """A profile that this machine's kernel has."""
+    """Load a profile into this machine's kernel, and unload it at the end."""
     directory = scratch_dir("apparmor")
     text = directory / "profile"
     text.write_text(apparmor.profile(PROFILE, "deny /tmp/** w"))
@@ -231,7 +227,7 @@ def test_apparmor_default_profile_denies_mounts(daemon: Daemon, pod: Pod) -> Non
 def test_next_daemon_recovers_the_pod(daemon: Daemon, pod: Pod, web: str) -> None:
     vmm = daemon.vmm_pids(pod.id)
     daemon.kill()
-    daemon.start(START_DEADLINE_S)
+    daemon.start(START_TIMEOUT_S)
     assert daemon.vmm_pids(pod.id) == vmm
     assert daemon.cri.exec(web, "true").code == 0
     assert info_of(daemon.cri)["accelerator"] == "kvm"  # remembered, not probed again

@@ -1,12 +1,11 @@
 """A VM in which VMs run under KVM, on a host that has none: QEMU also emulates AMD's virtualisation (SVM).
 
-    python -m tests.nested.outer SHARED DEADLINE_S COMMAND...
+    python -m tests.nested.outer SHARED TIMEOUT_S COMMAND...
 
-runs a command in it and ends with its exit status. It is started by the product's own driver and lives on the
-host's programs: the host's root file system over virtio-fs, beneath an overlay whose upper side is memory, so
-nothing that is done in there stays. Kernel and modules come out of the package that guest images are made of.
-What this kernel offers and a host may not: /dev/vhost-net, /dev/vhost-vsock, AppArmor, and cgroups of
-version 2 alone.
+runs a command in it and exits with its status. Husk's QEMU driver starts the VM. Its root is the host's root
+file system over virtio-fs, under an overlay whose upper directory is in memory, so all changes are lost at
+its end. Kernel and modules come from the package that guest images are made of. Unlike some hosts it has
+/dev/vhost-net, /dev/vhost-vsock, AppArmor, and only cgroup v2.
 
     SHARED/start       the first process, seen inside as /nested/start
     SHARED/{lib,usr}   the kernel's modules
@@ -67,8 +66,8 @@ poweroff -f
 """
 
 
-async def run(shared: Path, command: Sequence[str], deadline_s: float) -> int:
-    """The command's exit status. Raises AssertionError with what was seen when there is none."""
+async def run(shared: Path, command: Sequence[str], timeout_s: float) -> int:
+    """Run the command and return its exit status. Raises AssertionError with the console if there is none."""
     run_dir = scratch_dir("outer")
     kernel = await prepare(shared, run_dir, command)
     vmlinux, initramfs = make_image(run_dir, kernel, INIT, MODULES)
@@ -94,7 +93,7 @@ async def run(shared: Path, command: Sequence[str], deadline_s: float) -> int:
         groups.create(pod_id, "")
         machine = await hypervisor.start(spec, ())
         try:
-            return await until_done(shared, machine, deadline_s)
+            return await until_done(shared, machine, timeout_s)
         finally:
             await machine.close()
     finally:
@@ -103,13 +102,13 @@ async def run(shared: Path, command: Sequence[str], deadline_s: float) -> int:
 
 
 async def prepare(shared: Path, scratch: Path, command: Sequence[str]) -> Kernel:
-    """Fill `shared`."""
+    """Fill `shared`, and return the kernel with its modules there."""
     kernel = await fetch_kernel(scratch)
     modules = shared / "lib/modules" / kernel.version
     modules.parent.mkdir(parents=True)
     kernel.modules.rename(modules)
     (shared / "usr").mkdir()
-    (shared / "usr/lib").symlink_to("../lib")  # some depmods look there
+    (shared / "usr/lib").symlink_to("../lib")  # some versions of depmod read that directory
     done = await process.run(["depmod", "-b", str(shared), kernel.version], timeout_s=60)
     assert done.status == 0, done.stderr
     start = shared / "start"
@@ -124,26 +123,26 @@ async def prepare(shared: Path, scratch: Path, command: Sequence[str]) -> Kernel
 
 
 def leave_mounts() -> None:
-    """A mount namespace of our own, so no clean-up of anybody ever meets the host's files below ours."""
+    """Enter a new mount namespace, so that no clean-up of the run reaches the host's files."""
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     mounts.set_propagation(Path("/"), syscalls.MS_REC | syscalls.MS_PRIVATE)
 
 
 def bind_root(at: Path) -> Path:
-    """The root's own file system once more, read-only, as virtiofsd cannot export "/" itself."""
+    """Bind the root file system to `at`, read-only, as virtiofsd cannot export "/" itself."""
     at.mkdir()
     mounts.bind(Path("/"), at, recursive=False)
     mounts.make_readonly(at)
     return at
 
 
-async def until_done(shared: Path, machine: Machine, deadline_s: float) -> int:
-    with contextlib.suppress(TimeoutError):  # what there is by then tells more
-        async with asyncio.timeout(deadline_s):
+async def until_done(shared: Path, machine: Machine, timeout_s: float) -> int:
+    with contextlib.suppress(TimeoutError):  # the status or the console is reported instead
+        async with asyncio.timeout(timeout_s):
             await machine.wait()
     status = shared / "status"
-    assert status.exists(), f"the outer VM did not finish within {deadline_s:g} s:\n{machine.console_tail()}"
+    assert status.exists(), f"the outer VM did not finish within {timeout_s:g} s:\n{machine.console_tail()}"
     return int(status.read_text())
 
 

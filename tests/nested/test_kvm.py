@@ -1,11 +1,12 @@
-"""KVM for real, on any host: the daemon in a VM whose emulated processor can run VMs itself.
+"""KVM on any host: the daemon in a VM whose emulated processor supports virtualisation.
 
-One boot serves all; each test here is the verdict of the test of the same name in there (`inside.py`, and the
-contract of the vsock transport, whose loopback the machine's own kernel may lack).
+The VM boots once. Each test here reports the result of the test of the same name inside (`inside.py`, and the
+contract tests of the vsock transport, whose loopback the host's kernel may lack).
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -19,16 +20,20 @@ from tests.kit import apparmor, debian
 from tests.kit.scratch import scratch_dir
 from tests.nested import inside
 
-DEADLINE_S = 420  # it takes about 100
+TIMEOUT_S = 420  # it takes about 100
 TREE = Path(__file__).resolve().parents[2]
+TRANSPORT = TREE / "tests/contract/test_transport.py"
+# the tests of the contract that run over every transport, here over vsock
 VSOCK = tuple(
-    f"test_{deed}[vsock]"
-    for deed in ("bytes_pass_both_ways", "a_client_talks_over_it", "nobody_there_is_unreachable")
+    f"{each.name}[vsock]"
+    for each in ast.parse(TRANSPORT.read_text()).body
+    if isinstance(each, ast.AsyncFunctionDef)
+    and any("SCHEMES" in ast.unparse(d) for d in each.decorator_list)
 )
 PROBLEMS = ("failure", "error", "skipped")
-PROMISES = (*(name for name in vars(inside) if name.startswith("test_")), *VSOCK)
+NAMES = (*(name for name in vars(inside) if name.startswith("test_")), *VSOCK)
 
-pytestmark = [pytest.mark.nested, pytest.mark.timeout(DEADLINE_S + 60)]
+pytestmark = [pytest.mark.nested, pytest.mark.timeout(TIMEOUT_S + 60)]
 
 
 def command() -> list[str]:
@@ -56,24 +61,24 @@ def command() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def verdicts() -> Mapping[str, str]:
-    """By the test's name what went wrong; nothing for those that passed."""
+def problems() -> Mapping[str, str]:
+    """Run the tests inside, and return what went wrong by test; empty for those that passed."""
     assert TREE.stat().st_dev == Path("/").stat().st_dev, "the outer VM sees only the root's file system"
-    apparmor.parser()  # from then on it is in the cache: there is no network inside
+    apparmor.parser()  # fills the cache, as there is no network inside
     shared = scratch_dir("nested")
-    program = [sys.executable, "-m", "tests.nested.outer", str(shared), str(DEADLINE_S), *command()]
+    program = [sys.executable, "-m", "tests.nested.outer", str(shared), str(TIMEOUT_S), *command()]
     done = subprocess.run(program, cwd=TREE, capture_output=True, text=True, check=False)
     output, results = shared / "output", shared / "results.xml"
-    # the daemon's log and the guests' consoles are in it when a test there has failed
-    told = output.read_text(errors="replace") if output.exists() else ""
-    assert results.exists(), f"{told}\n{done.stdout}\n{done.stderr}"
+    # with the daemon's log and the guests' consoles when a test inside has failed
+    text = output.read_text(errors="replace") if output.exists() else ""
+    assert results.exists(), f"{text}\n{done.stdout}\n{done.stderr}"
     found: dict[str, str] = {}
     for case in ElementTree.parse(results).iter("testcase"):
-        problems = [f"{each.get('message')}\n{each.text}" for each in case if each.tag in PROBLEMS]
-        found[str(case.get("name"))] = "\n".join([found.get(str(case.get("name")), ""), *problems]).strip()
+        reasons = [f"{each.get('message')}\n{each.text}" for each in case if each.tag in PROBLEMS]
+        found[str(case.get("name"))] = "\n".join([found.get(str(case.get("name")), ""), *reasons]).strip()
     return found
 
 
-@pytest.mark.parametrize("promise", PROMISES)
-def test_under_kvm(verdicts: Mapping[str, str], promise: str) -> None:
-    assert verdicts.get(promise, "it did not run") == ""
+@pytest.mark.parametrize("name", NAMES)
+def test_inside_outer_vm_passes(problems: Mapping[str, str], name: str) -> None:
+    assert problems.get(name, "it did not run") == ""
