@@ -30,6 +30,7 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     sandbox.InvalidSpec: Code.INVALID_ARGUMENT,
     sandbox.Reserved: Code.FAILED_PRECONDITION,
     sandbox.WrongState: Code.FAILED_PRECONDITION,
+    sandbox.PlanUnreadable: Code.FAILED_PRECONDITION,
     sandbox.MissingProgram: Code.FAILED_PRECONDITION,
     sandbox.InvalidContainerConfig: Code.FAILED_PRECONDITION,
     sandbox.DeadlineExceeded: Code.DEADLINE_EXCEEDED,

@@ -1,4 +1,4 @@
-"""One container in memory: its record, its plan for the agent, and its log."""
+"""One container in memory: its record, its compiled plan, and what its engine keeps open for it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from sandbox.store import Recorded, Store
 
 
 class Container(Recorded[ContainerRecord]):
-    """`exited` is set once the state is EXITED; `early_exit` holds an exit that the guest told
-    before StartContainer had its answer."""
+    """A container and its pod. `exited` is set once the state is EXITED.
+
+    `relay` copies its log, while it has one; `pid` is that of its first process as its engine
+    counts, 0 before the start. Both belong to the engine, and a new daemon's engine sets them again.
+    """
 
     def __init__(self, record: ContainerRecord, store: Store[ContainerRecord], pod: Pod) -> None:
         super().__init__(record, store)
@@ -31,7 +34,7 @@ class Container(Recorded[ContainerRecord]):
         self.lock = asyncio.Lock()  # held by start, update and remove
         self.propagation_lock = asyncio.Lock()  # held while its mounts are repeated on the host
         self.propagating = False  # its mount table is being polled
-        self.pid = 0  # of its first process, in the guest
+        self.pid = 0
         self.exited = asyncio.Event()
         self.on_state: Callable[[Container], None] = lambda container: None  # its state has changed
         self.on_phase: Callable[[str, float], None] = lambda name, seconds: None  # for the metrics
@@ -41,6 +44,7 @@ class Container(Recorded[ContainerRecord]):
 
     @property
     def id(self) -> ContainerId:
+        """64 hexadecimal digits."""
         return self.record.id
 
     @property
@@ -59,13 +63,16 @@ class Container(Recorded[ContainerRecord]):
 
     @property
     def volumes(self) -> Path:
+        """The directory of its volumes' mount points in the pod's share."""
         return self.pod.volumes_share / self.id
 
     @property
     def running(self) -> bool:
+        """Whether the record says RUNNING."""
         return self.record.state is ContainerState.RUNNING
 
     def update(self, **changes: object) -> None:
+        """Write changes to the record, and report a change of state. Raises OSError."""
         before = self.record.state
         super().update(**changes)
         if self.record.state is not before:
@@ -88,6 +95,7 @@ class Container(Recorded[ContainerRecord]):
         return self.pod.console()
 
     def require(self, state: ContainerState) -> None:
+        """Raise WrongState if the container is in another state."""
         if self.record.state is not state:
             raise WrongState("container", self.id, self.record.state, state)
 
@@ -112,6 +120,7 @@ class Container(Recorded[ContainerRecord]):
             path.unlink(missing_ok=True)
 
     def record_exit(self, exit_code: int, at_ns: int, reason: str, message: str = "") -> None:
+        """Make the container EXITED, at `at_ns` of the host's wall clock. Raises OSError."""
         self.update(
             state=ContainerState.EXITED,
             exit_code=exit_code,

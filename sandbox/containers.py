@@ -1,14 +1,15 @@
-"""The verbs of containers: create, start, stop, remove, exec, logs, resources.
+"""The verbs of containers: create, start, stop, remove, exec, attach, logs, resources.
 
-CreateContainer does all the host's work (root filesystem, volumes, the compiled plan), so that
-StartContainer is quick. Where it runs is the business of the pod's engine. The state changes in one
-place each: `start` makes RUNNING, `exited` makes EXITED (and an engine that takes up what an earlier
-daemon left makes either).
+CreateContainer does all of the host's work (root filesystem, volumes, the compiled plan), so that
+StartContainer is quick. Where a container runs is up to the engine of its pod. Each state is set in one
+place: CREATED by `create`, RUNNING by `start`, EXITED by `exits`; an engine that recovers a container may
+set any of these, by what has happened to it meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 import secrets
@@ -52,34 +53,47 @@ EXEC_OUTPUT_LIMIT = 7 << 20
 
 @dataclass(frozen=True, slots=True)
 class ContainerDeps:
-    """What containers need of the host."""
+    """What `Containers` is made of, beside other parts of this package."""
 
-    find_image: Callable[[str], Image]  # raises ImageNotFound
+    find_image: Callable[[str], Image]  # by any of its names; raises ImageNotFound
     rootfs: RootfsStore
-    cdi_dirs: Sequence[Path] = ()
-    on_phase: Callable[[str, float], None] = lambda name, seconds: None
+    cdi_dirs: Sequence[Path] = ()  # of CDI specifications, later ones win
+    on_phase: Callable[[str, float], None] = lambda name, seconds: None  # for the metrics
 
 
 class Containers:
-    def __init__(self, inventory: Inventory, engines: Engines, exits: Exits, host: ContainerDeps) -> None:
+    """The containers of this node, as the CRI's RuntimeService sees them. Belongs to one event loop.
+
+    Methods take a full id or an unambiguous prefix, and return records: immutable snapshots. As with pods,
+    a call that is cancelled in the middle of a creation is undone by the next daemon, so callers run each
+    call in a task of its own (see `host.flights`).
+    """
+
+    def __init__(self, inventory: Inventory, engines: Engines, exits: Exits, deps: ContainerDeps) -> None:
         self._inventory = inventory
         self._engines = engines
         self._exits = exits
-        self._host = host
-        inventory.on_phase = host.on_phase
+        self._deps = deps
+        inventory.on_phase = deps.on_phase
 
     # ------------------------------------------------------------------------------- look-up
 
     def find(self, id: str) -> ContainerRecord:
+        """Return the record of a container. Raises NotFound, and InvalidSpec for an ambiguous prefix."""
         return self._inventory.container(id).record
 
     def list(self) -> Sequence[ContainerRecord]:
+        """Return the records of all containers but for those that are being created: no client has their
+        ids yet."""
         containers = self._inventory.containers.values()
         return [each.record for each in containers if each.record.state is not ContainerState.CREATING]
 
     async def describe(self, record: ContainerRecord) -> Mapping[str, object]:
-        """Facts for a person, beside what the status tells. `pid` is a process of this host; in a VM it is
-        the VMM, and `guestPid` is the container's first process as the guest's kernel counts."""
+        """Return facts for a person that the CRI's status has no fields for: JSON values by name.
+
+        `pid` is a process of this host: in a VM the VMM, where `guestPid` is the container's first process
+        in the guest's PID namespace. Raises NotFound.
+        """
         container = self._inventory.container(record.id)
         return {
             "sandboxID": container.pod.id,
@@ -98,14 +112,18 @@ class Containers:
     # ------------------------------------------------------------------------------- create
 
     async def create(self, pod_id: str, spec: ContainerSpec) -> ContainerId:
-        """Prepare everything on the host. Raises NotFound, WrongState, Reserved, InvalidSpec,
-        ImageNotFound, PhaseFailed; after any of them nothing is left."""
+        """Prepare everything that the container needs of the host, and return its id once it is CREATED.
+
+        Raises NotFound, WrongState if the pod is not READY, Reserved if the name is in use, InvalidSpec,
+        ImageNotFound, PhaseFailed naming the step that failed, OSError if a record cannot be written. Then
+        everything is released; what could not be is named in a note to the error.
+        """
         if spec.cdi_devices:
             in_vm = self._inventory.pod(pod_id).record.isolation is Isolation.VM
-            spec = await asyncio.to_thread(with_devices, spec, self._host.cdi_dirs, in_vm=in_vm)
+            spec = await asyncio.to_thread(with_devices, spec, self._deps.cdi_dirs, in_vm=in_vm)
         pod = self._inventory.pod(pod_id)
         pod.require_ready()
-        image = self._host.find_image(spec.image)
+        image = self._deps.find_image(spec.image)
         self._inventory.check_container_name(pod, spec)
         defaults = ImageDefaults(
             entrypoint=tuple(image.config.entrypoint),
@@ -137,12 +155,12 @@ class Containers:
             await bring_up(self._engines.of(pod).containers.container_steps, container)
             container.update(state=ContainerState.CREATED)
         except Exception as failure:
-            await self._give_up(container, failure)
+            await self._abandon(container, failure)
             raise
         return container.id
 
-    async def _give_up(self, container: Container, failure: Exception) -> None:
-        """Release what it holds still, and its name."""
+    async def _abandon(self, container: Container, failure: Exception) -> None:
+        """Release what the container still holds, and its name."""
         held = held_steps(self._engines.of(container.pod).containers.container_steps, container.record.steps)
         try:
             await take_down(held, container)
@@ -152,17 +170,21 @@ class Containers:
             self._inventory.forget_container(container)
 
     def _image_volumes(self, spec: ContainerSpec) -> Iterator[ImageVolume]:
-        """Raises ImageNotFound: a kubelet has pulled them by now."""
+        """Find the images that are mounted, which a kubelet has pulled by now. Raises ImageNotFound."""
         for number, mount in enumerate(spec.mounts):
             if mount.image:
-                image = self._host.find_image(mount.image)
+                image = self._deps.find_image(mount.image)
                 yield ImageVolume(mount=number, image_id=image.id, chain_ids=tuple(image.chain_ids))
 
     # ------------------------------------------------------------------------------- start
 
     async def start(self, id: str) -> None:
-        """Run the first process. Raises NotFound, WrongState, GuestError (the program cannot be
-        run: the container is EXITED with code 128 and reason StartError)."""
+        """Run the first process; returns once its program was executed, with the container RUNNING.
+
+        Raises NotFound, WrongState if the container is not CREATED or its pod not READY, and GuestError if
+        the program cannot be run: then the container is EXITED with code 128 and reason StartError. Other
+        errors (InvalidSpec for the log's path, GuestUnreachable, DeadlineExceeded) leave it CREATED.
+        """
         container = self._inventory.container(id)
         async with container.lock:
             container.require(ContainerState.CREATED)
@@ -190,10 +212,10 @@ class Containers:
         for container in self._inventory.containers_of(pod):
             self._engines.of(pod).containers.detach(container)
 
-    # ------------------------------------------------------------------------------- adoption
+    # ------------------------------------------------------------------------------- recovery
 
     async def settle(self, container: Container) -> None:
-        """Undo a creation that the daemon's end cut short."""
+        """Undo a creation that the daemon's end interrupted. Raises UndoFailed."""
         if container.record.state is ContainerState.CREATING:
             await take_down(self._engines.of(container.pod).containers.container_steps, container)
             self._inventory.forget_container(container)
@@ -201,10 +223,10 @@ class Containers:
     async def sweep(self) -> None:
         """Delete writable layers and plans that belong to no container, quarantined ones included: what is
         left of a removal that the daemon's end cut short. Raises OSError."""
-        for key in self._host.rootfs.keys():  # noqa: SIM118 -- a store, not a mapping
+        for key in self._deps.rootfs.keys():  # noqa: SIM118 -- a store, not a mapping
             if ContainerId(key.partition(".")[0]) not in self._inventory.containers:
                 log.warning("container %s does not exist any more; deleting its writable layer", key)
-                await self._host.rootfs.down(key, self._nowhere)
+                await self._deps.rootfs.down(key, self._nowhere)
         for plan in self._inventory.container_store.directory.glob("*.plan*"):
             if ContainerId(plan.name.partition(".")[0]) not in self._inventory.containers:
                 plan.unlink()
@@ -212,7 +234,12 @@ class Containers:
     # ------------------------------------------------------------------------------- stop
 
     async def stop(self, id: str, timeout_s: float) -> None:
-        """Ask with the stop signal, kill after `timeout_s`. Unknown ids and ended ones are fine."""
+        """Send the stop signal, wait up to `timeout_s` seconds for the exit, then kill every process; with 0,
+        kill at once. Returns once the container is EXITED. Idempotent; an unknown id is fine.
+
+        A container whose state was lost (UNKNOWN) becomes EXITED with code 255. Raises GuestUnreachable,
+        DeadlineExceeded, WrongState if its pod is quarantined.
+        """
         try:
             container = self._inventory.container(id)
         except NotFound:
@@ -258,7 +285,8 @@ class Containers:
     # ------------------------------------------------------------------------------- remove
 
     async def remove(self, id: str) -> None:
-        """Kill if running, release everything, forget. Unknown ids are fine."""
+        """Kill the container if it runs, release everything that it holds, and delete its record.
+        Idempotent; an unknown id is fine. Raises UndoFailed, SandboxError; then another call retries."""
         try:
             container = self._inventory.container(id)
         except NotFound:
@@ -281,9 +309,9 @@ class Containers:
             await runtime.remove(container)
             await take_down(runtime.container_steps, container)
         if container.quarantined:  # nor is it known which images it mounts
-            for key in self._host.rootfs.keys():  # noqa: SIM118 -- a store, not a mapping
+            for key in self._deps.rootfs.keys():  # noqa: SIM118 -- a store, not a mapping
                 if key.partition(".")[0] == container.id:
-                    await self._host.rootfs.down(key, self._nowhere)
+                    await self._deps.rootfs.down(key, self._nowhere)
         self._inventory.forget_container(container)
 
     @property
@@ -301,8 +329,12 @@ class Containers:
         return container
 
     async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult:
-        """Run `cmd` to its end. Raises NotFound, WrongState, GuestError (cannot be run),
-        DeadlineExceeded (every process of it is dead by then)."""
+        """Run `cmd` to its end and return its output, at most EXEC_OUTPUT_LIMIT bytes of each stream.
+
+        Raises NotFound, WrongState if the container is not RUNNING, InvalidSpec for an empty `cmd`,
+        GuestError if it cannot be run, GuestUnreachable, and DeadlineExceeded after `timeout_s` (None: no
+        timeout), once everything that it started is dead.
+        """
         container = self._running(id)
         if not cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
@@ -317,8 +349,11 @@ class Containers:
     async def exec(
         self, id: str, cmd: Sequence[str], *, tty: bool, stdin: bool, stdout: bool, stderr: bool
     ) -> Session:
-        """Run `cmd` beside what runs there, with live streams. Close the session in the end.
-        Raises NotFound, WrongState, InvalidSpec, GuestError (cannot be run), GuestUnreachable."""
+        """Run `cmd` with live streams. The caller closes the session. With a terminal there is no stderr.
+
+        Raises NotFound, WrongState if the container is not RUNNING, InvalidSpec for an empty `cmd`,
+        GuestError if it cannot be run, GuestUnreachable.
+        """
         container = self._running(id)
         if not cmd:
             raise InvalidSpec("cmd", "is empty", "a program and its arguments")
@@ -328,8 +363,11 @@ class Containers:
         )
 
     async def attach(self, id: str, *, stdin: bool, stdout: bool, stderr: bool) -> Session:
-        """Hear and speak to a running container from now on. Close the session in the end.
-        Raises NotFound, WrongState, GuestError, GuestUnreachable."""
+        """Connect to the streams of a running container from now on. The caller closes the session.
+
+        stdin is given only if the container was created with it, stderr only if it has no terminal. Raises
+        NotFound, WrongState if the container is not RUNNING, GuestError, GuestUnreachable.
+        """
         container = self._running(id)
         spec = container.record.spec
         return await self._engines.of(container.pod).sessions.attach(
@@ -337,12 +375,18 @@ class Containers:
         )
 
     async def reopen_log(self, id: str) -> None:
+        """Go on in a new log file, after the kubelet renamed the old one. Raises NotFound, WrongState if the
+        container is not RUNNING, OSError."""
         container = self._running(id)
         await self._engines.of(container.pod).sessions.reopen_log(container)
 
     async def update(self, id: str, resources: Resources) -> None:
-        """Change limits in place; fields that are 0 or empty stay as they are. What the record then
-        says is in force. Raises NotFound, WrongState, InvalidSpec, GuestError, VmmError."""
+        """Change limits in place; fields that are 0 or empty stay as they are. On return the limits of the
+        record are in force; on failure the previous ones are.
+
+        Raises NotFound, WrongState if the container is neither CREATED nor RUNNING, InvalidSpec, GuestError,
+        VmmError.
+        """
         container = self._inventory.container(id)
         async with container.lock:
             merged = merge_resources(container.record.resources, resources)
@@ -355,8 +399,12 @@ class Containers:
             container.update(resources=merged)
 
     def open_files_limit(self, id: ContainerId) -> int:
-        """Soft limit of the first process; 0: the agent's own. Raises NotFound."""
-        limits = self._inventory.container(id).plan.process.rlimits
+        """Return the soft limit of open files of the first process; 0 if it is not known, which includes the
+        engine's default. Raises NotFound."""
+        try:
+            limits = self._inventory.container(id).plan.process.rlimits
+        except PlanUnreadable:
+            return 0
         return next((limit.soft for limit in limits if limit.resource == resource.RLIMIT_NOFILE), 0)
 
 
@@ -374,7 +422,7 @@ def _runtime_spec(container: Container) -> Mapping[str, object] | None:
 
 
 def _log_path(directory: str, name: str) -> str:
-    """The container's log file on the host; empty: it keeps none."""
+    """Return the path of the container's log file on the host; empty: it keeps none. Raises InvalidSpec."""
     if not directory or not name:
         return ""
     relative = PurePosixPath(name)

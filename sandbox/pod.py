@@ -1,7 +1,7 @@
-"""One pod in memory: its record, the VM that it lives in and the conversation with its agent.
+"""One pod in memory: its record, and the connections to its VM and agent where it has these.
 
-The record is the truth that survives; `machine` and `client` are connections that a new daemon
-makes again. Nothing here decides when a pod starts or stops: see `pods` and `steps`.
+The record is what survives; `machine` and `client` are connections that the next daemon makes again.
+Nothing here decides when a pod starts or stops: see `pods`, and the steps of its engine.
 """
 
 from __future__ import annotations
@@ -24,17 +24,23 @@ from sandbox.spec import Handler, Isolation, PodId
 from sandbox.store import Recorded, Store
 from sandbox.vmm import Machine
 
-# Long enough for a loaded, emulated guest; short enough that a caller learns of a dead one.
+# More than a loaded, emulated guest needs to answer, and less than clients wait for a dead one.
 GUEST_CALL_TIMEOUT_S = 60.0
 
 
 class Pod(Recorded[PodRecord]):
+    """A pod sandbox: its record, run directory and connections.
+
+    `handler` and `tap` are set while it starts only. `machine` and `client` are the engine's: the VM, and the
+    connection to its agent, None while that is being made again; `connected` is set while there is one.
+    """
+
     def __init__(self, record: PodRecord, store: Store[PodRecord], run_dir: Path) -> None:
         super().__init__(record, store)
         self.run_dir = run_dir
-        self.handler: Handler | None = None  # only while it starts
-        self.tap: int | None = None  # likewise: of its first interface
-        self.began = time.monotonic()  # moment 0 of its phases
+        self.handler: Handler | None = None
+        self.tap: int | None = None  # descriptor, of its first interface
+        self.began = time.monotonic()  # moment 0 of its phases, by the monotonic clock
         self.machine: Machine | None = None
         self.client: GuestClient | None = None
         self.lock = asyncio.Lock()  # held by start, stop and remove
@@ -45,6 +51,7 @@ class Pod(Recorded[PodRecord]):
 
     @property
     def id(self) -> PodId:
+        """64 hexadecimal digits."""
         return self.record.id
 
     @property
@@ -55,24 +62,27 @@ class Pod(Recorded[PodRecord]):
 
     @property
     def rootfs_share(self) -> Path:
+        """Where root filesystems are mounted, as virtiofsd exports them: read-only itself."""
         return self.run_dir / "share" / "rootfs"
 
     @property
     def volumes_share(self) -> Path:
+        """Where volumes are mounted, as virtiofsd exports them: read-only itself."""
         return self.run_dir / "share" / "volumes"
 
     def back_of(self, share: Path) -> Path:
-        """Where mount points of a share are made: the share itself is read-only."""
+        """Return the writable directory behind a share, in which mount points are made."""
         return self.run_dir / "back" / share.name
 
     def update(self, **changes: object) -> None:
+        """Write changes to the record, and report a change of state. Raises OSError."""
         before = self.record.state
         super().update(**changes)
         if self.record.state is not before:
             self.on_state(self)
 
     def take_event(self, event: pb.Event) -> None:
-        """Called by the guest connection, in the order in which the guest sent them."""
+        """Handle an event of the guest. The connection calls it in the order in which the guest sent them."""
         if self.on_event is not None:
             self.on_event(self, event)
 
@@ -108,49 +118,54 @@ class Pod(Recorded[PodRecord]):
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A stretch of the start within a step; one that fails is not recorded."""
+        """Record the body as a phase of the start, unless it fails."""
         begin = time.monotonic()
         yield
         self.record_phase(name, begin, time.monotonic())
 
     @contextlib.asynccontextmanager
     async def queued(self, stage: Limiter) -> AsyncIterator[None]:
-        """A place in a stage; a pod that nobody has asked for yet lets all others go first."""
+        """Run the body in a slot of the limiter, and record the wait for it. A pod of the pool lets all others
+        go first, as no client waits for it."""
         begin = time.monotonic()
         async with stage.slot(idle=self.record.state is PodState.WAITING):
             self.record_phase(f"queue-{stage.name}", begin, time.monotonic())
             yield
 
     def require_handler(self) -> Handler:
-        assert self.handler is not None, "only a pod that is started has to know its handler"
+        """Return the handler of a pod that is being started."""
+        assert self.handler is not None, "only a pod that is being started has a handler"
         return self.handler
 
     def require_tap(self) -> int:
-        assert self.tap is not None, "made by the step of the namespace"
+        """Return the descriptor of the tap, which the step `netns` opened."""
+        assert self.tap is not None, "opened by the step netns"
         return self.tap
 
     def close_tap(self) -> None:
-        """Once the VMM has it for good. Idempotent."""
+        """Close the tap, once the VMM has inherited it. Idempotent."""
         if self.tap is not None:
             os.close(self.tap)
             self.tap = None
 
     def require_ready(self) -> None:
+        """Raise WrongState if the pod is not READY."""
         if self.record.state is not PodState.READY:
             raise WrongState("sandbox", self.id, self.record.state, "ready")
 
     def console(self) -> str:
+        """Return the last lines of the guest's console; empty without a VM."""
         return self.machine.console_tail() if self.machine else ""
 
     async def call(self, request: pb.Request, timeout_s: float = GUEST_CALL_TIMEOUT_S) -> pb.Reply:
-        """Ask the agent. While the connection is being made anew, wait for it.
+        """Send a request to the agent and return its reply. Waits for a connection that is being made again.
 
         Raises GuestError, GuestUnreachable, DeadlineExceeded.
         """
         return await (await self.guest(timeout_s)).call(request, timeout_s)
 
     async def guest(self, timeout_s: float = GUEST_CALL_TIMEOUT_S) -> GuestClient:
-        """The connection to the agent, once there is one. Raises GuestUnreachable."""
+        """Return the connection to the agent, once there is one. Raises GuestUnreachable."""
         if self.client is None and self.record.state is PodState.NOT_READY:
             raise GuestUnreachable(f"pod {self.id}: {self.record.problem or 'its VM is gone'}")
         if self.client is None:
@@ -164,7 +179,7 @@ class Pod(Recorded[PodRecord]):
         return self.client
 
     async def disconnect(self) -> None:
-        """Let go of the agent and the VM, without touching them."""
+        """Close the connections to agent and VM, which run on. Idempotent."""
         client, self.client = self.client, None
         machine, self.machine = self.machine, None
         self.connected.clear()

@@ -1,12 +1,13 @@
-"""The verbs of pods: run, stop, remove, and taking up those that an earlier daemon left.
+"""The verbs of pods, and their recovery after a restart of the daemon.
 
-    run      a pod of its kind's engine, STARTING, the steps, READY; a failure is undone and leaves nothing
-    watch    from READY on a task per pod: if what it runs in ends, it is NOT_READY at once
-    stop     kills the containers, NOT_READY, the steps down; the record and its address stay
-    remove   stop, then the containers and the record
-    update   other limits for all containers together
+    run      acquire a pod from its engine (STARTING), bring its steps up, READY; a failure undoes all
+    watch    from READY on, a task per pod: if the VM or the first process ends, NOT_READY at once
+    stop     kill the containers, NOT_READY, take the steps down; the record and its addresses stay
+    remove   stop, then release the containers and delete the records
+    update   change the limits of all containers together
+    recover  reattach to READY pods, undo those that were half made, leave quarantined ones alone
 
-Shutting the daemon down touches no pod.
+The daemon's end touches no pod. Calls for one pod are serialized by `pod.lock`.
 """
 
 from __future__ import annotations
@@ -37,36 +38,47 @@ STOP_GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class PodDeps:
-    """What pods need of the host."""
+    """What `Pods` is made of, beside other parts of this package."""
 
-    handler: Callable[[str], Handler]  # raises InvalidSpec for an unknown name
+    handler: Callable[[str], Handler]  # by name; raises InvalidSpec for an unknown one
     on_started: Callable[[PodRecord], None]
 
 
 class Pods:
-    def __init__(self, inventory: Inventory, engines: Engines, containers: Containers, host: PodDeps) -> None:
+    """The pods of this node, as the CRI's RuntimeService sees them. Belongs to one event loop.
+
+    Methods take a full id or an unambiguous prefix, and return records: immutable snapshots. A call that is
+    cancelled in the middle of a start leaves the pod STARTING, for the next daemon to release; so callers
+    run each call in a task of its own (see `host.flights`).
+    """
+
+    def __init__(self, inventory: Inventory, engines: Engines, containers: Containers, deps: PodDeps) -> None:
         self._inventory = inventory
         self._engines = engines
         self._containers = containers
-        self._host = host
+        self._deps = deps
 
     # ------------------------------------------------------------------------------- look-up
 
     def find(self, id: str) -> PodRecord:
+        """Return the record of a pod. Raises NotFound, and InvalidSpec for an ambiguous prefix."""
         return self._inventory.pod(id).record
 
     def list(self) -> Sequence[PodRecord]:
-        # one that is starting is not shown: its client has not been told the id
+        """Return the records of all pods, quarantined ones included, but for those that are starting: no
+        client has their ids yet."""
         return [
             pod.record for pod in self._inventory.pods.values() if pod.record.state is not PodState.STARTING
         ]
 
     def containers_of(self, pod_id: str) -> Sequence[ContainerRecord]:
+        """Return the records of a pod's containers, in the order of their creation. Raises NotFound."""
         pod = self._inventory.pod(pod_id)
         return [container.record for container in self._inventory.containers_of(pod)]
 
     async def describe(self, record: PodRecord) -> Mapping[str, object]:
-        """Facts for a person: where things are, what runs, how long each phase of the start took."""
+        """Return facts for a person: paths, what runs, and how long each phase of the start took. JSON
+        values by name. Raises NotFound."""
         pod = self._inventory.pod(record.id)
         return {
             "runDir": str(pod.run_dir),
@@ -93,12 +105,16 @@ class Pods:
     # ------------------------------------------------------------------------------- run
 
     async def run(self, spec: PodSpec) -> PodId:
-        """Start a pod. Raises Reserved, InvalidSpec, MissingProgram, PhaseFailed; after any of
-        them nothing is left of it."""
+        """Start a pod, and return its id once it is READY.
+
+        Raises Reserved if the name is in use, InvalidSpec, MissingProgram, PhaseFailed naming the step that
+        failed, OSError if a record cannot be written. Then everything is released; what could not be is
+        named in a note to the error, and stays in the record for StopPodSandbox or the next daemon.
+        """
         self._inventory.check_pod_name(spec)
-        handler = self._host.handler(spec.handler)
+        handler = self._deps.handler(spec.handler)
         name = pod_name(spec)
-        self._inventory.starting.add(name)  # it is taken from here on
+        self._inventory.starting.add(name)  # reserved from here on
         try:
             pod, steps = await self._begin(spec, handler)
         finally:
@@ -108,17 +124,17 @@ class Pods:
                 await bring_up(steps, pod)
                 pod.update(state=PodState.READY)
         except Exception as failure:
-            await self._give_up(pod, failure)
+            await self._abandon(pod, failure)
             raise
         finally:
             self._engines.of(pod).pods.replenish()
         pod.handler = None
         self._engines.of(pod).pods.watch(pod)
-        self._host.on_started(pod.record)
+        self._deps.on_started(pod.record)
         return pod.id
 
     async def _begin(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
-        """A pod that is STARTING, and the rest of its way. Raises InvalidSpec, MissingProgram."""
+        """Acquire a pod and save it as STARTING; return it with the steps that are left."""
         began = time.monotonic()
         engine = self._engines.for_isolation(isolation_of(spec, handler))
         pod, steps = await engine.pods.acquire(spec, handler)
@@ -135,14 +151,14 @@ class Pods:
                 phases=(),
             )
         except Exception as failure:
-            await self._give_up(pod, failure)
+            await self._abandon(pod, failure)
             engine.pods.replenish()
             raise
         pod.record_phase("queue", began, time.monotonic())
         return pod, steps
 
-    async def _give_up(self, pod: Pod, failure: Exception) -> None:
-        """Release all that a pod holds, also what was made ahead of it, and its name."""
+    async def _abandon(self, pod: Pod, failure: Exception) -> None:
+        """Release everything that a pod holds, what the pool prepared included, and its name."""
         try:
             await self._release(pod)
         except UndoFailed as undo:
@@ -153,9 +169,11 @@ class Pods:
     # ------------------------------------------------------------------------------- ports
 
     async def dial(self, id: str, port: int) -> PortConnection:
-        """Connect to a TCP port inside the pod. Close the connection in the end.
-        Raises NotFound, WrongState, GuestError (nothing listens there), GuestUnreachable,
-        DeadlineExceeded."""
+        """Connect to a TCP port on the pod's loopback interface. The caller closes the connection.
+
+        Raises NotFound, WrongState if the pod is not READY, GuestError if nothing listens, GuestUnreachable,
+        DeadlineExceeded.
+        """
         pod = self._inventory.pod(id)
         pod.require_ready()
         return await self._engines.of(pod).sessions.dial(pod, port)
@@ -163,8 +181,11 @@ class Pods:
     # ------------------------------------------------------------------------------- stop, remove
 
     async def stop(self, id: str) -> None:
-        """Kill what runs and release all that the pod holds. Unknown ids and stopped pods are fine.
-        Raises UndoFailed; what is still held stays in the record, and another call tries again."""
+        """Kill what runs in the pod and release everything that it holds. Idempotent; an unknown id is fine
+        (CRI: "must not return an error if all relevant resources have already been reclaimed").
+
+        Raises UndoFailed; what is still held stays in the record, and another call retries it.
+        """
         try:
             pod = self._inventory.pod(id)
         except NotFound:
@@ -207,7 +228,8 @@ class Pods:
             raise UndoFailed(failures)
 
     async def _kill_containers(self, pod: Pod) -> None:
-        """First, so that exit codes and the last lines of logs arrive."""
+        """Kill the containers while the VM still runs, so that exit codes and last lines of logs arrive.
+        Waits up to STOP_GRACE_S; the rest ends with the VM."""
         running = [container for container in self._inventory.containers_of(pod) if container.running]
         stops = (self._containers.stop(container.id, 0) for container in running)
         with contextlib.suppress(TimeoutError, SandboxError):
@@ -215,7 +237,8 @@ class Pods:
                 await asyncio.gather(*stops)
 
     async def remove(self, id: str) -> None:
-        """Stop, then forget the pod and its containers. Unknown ids are fine. Raises UndoFailed."""
+        """Stop the pod, release its containers, and delete the records. Idempotent; an unknown id is fine.
+        Raises UndoFailed; then the pod stays, and another call retries."""
         try:
             pod = self._inventory.pod(id)
         except NotFound:
@@ -231,8 +254,11 @@ class Pods:
     # ------------------------------------------------------------------------------- update
 
     async def update(self, id: str, resources: Resources, overhead: Resources) -> None:
-        """Limits of all containers together. Raises NotFound, WrongState, InvalidSpec, GuestError,
-        VmmError."""
+        """Change the limits of all containers together; fields that are 0 or empty stay as they are.
+        `overhead` is what the sandbox may use beyond them. On failure the previous limits stay in force.
+
+        Raises NotFound, WrongState if the pod is not READY, InvalidSpec, GuestError, VmmError.
+        """
         pod = self._inventory.pod(id)
         async with pod.lock:
             pod.require_ready()
@@ -272,13 +298,14 @@ class Pods:
                 self._containers.lost(pod, pod.record.problem or "the sandbox was stopped")
 
     async def close(self) -> None:
-        """Let go of every pod, touching none."""
+        """Close the connections to all pods, which run on."""
         for pod in self._inventory.pods.values():
             await pod.disconnect()
 
 
 def isolation_of(spec: PodSpec, handler: Handler) -> Isolation:
-    """Raises InvalidSpec where the handler refuses what the pod asks for."""
+    """Return what kind of engine runs such a pod: those that share namespaces of the node cannot be VMs.
+    Raises InvalidSpec if the handler refuses these."""
     fields = spec.host_namespaces
     if not fields:
         return Isolation.VM
@@ -294,7 +321,7 @@ def isolation_of(spec: PodSpec, handler: Handler) -> Isolation:
 
 
 def find_handler(handlers: Mapping[str, Handler], name: str) -> Handler:
-    """Raises InvalidSpec naming the handlers that there are."""
+    """Return the handler of this name. Raises InvalidSpec, listing the configured ones."""
     handler = handlers.get(name)
     if handler is None:
         names = ", ".join(repr(known) for known in sorted(handlers))
