@@ -9,7 +9,6 @@ set any of these, by what has happened to it meanwhile.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import resource
 import secrets
