@@ -121,7 +121,7 @@ async def test_stopped_reader_blocks_only_its_connection(guest: Guest, listener:
     other, peer = await pair(guest, listener)
     loop = asyncio.get_running_loop()
     flood = asyncio.ensure_future(loop.sock_sendall(flooding, bytes(64 << 20)))
-    done, _ = await asyncio.wait({flood}, timeout=0.3)
+    done, _ = await asyncio.wait({flood}, timeout=0.2)
     assert not done
     await loop.sock_sendall(peer, b"quick")
     assert await asyncio.wait_for(other.reader.read(), 5) == b"quick"
@@ -183,7 +183,7 @@ async def test_dial_that_gets_no_answer_times_out(
         port = full.getsockname()[1]
         first = await GuestPortConnection.dial(guest.client, port, 10)
         with pytest.raises(DeadlineExceeded):
-            await GuestPortConnection.dial(guest.client, port, 0.3)
+            await GuestPortConnection.dial(guest.client, port, 0.2)
         first.close()
 
 

@@ -238,6 +238,7 @@ class FakeAgent:
             now_ns=self.now_ns,
         )
         self.send(Kind.WELCOME, 0, self.welcome or welcome.SerializeToString())
+        self._greeted = welcome.version != 0  # else everything up to the next preamble is ignored
         self.connected.set()
 
     def _choose(self, hello: pb.Hello) -> int:
