@@ -1,4 +1,4 @@
-"""A guest's clock goes as the host's does, whatever it did before."""
+"""A guest's clock is synchronized to the host's, also after it was slowed down, sped up or set."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ PRIVILEGED = api.LinuxContainerConfig(security_context=api.LinuxContainerSecurit
 
 
 @pytest.fixture(scope="module")
-def keeper(cri: Cri) -> str:
+def clock_setter(cri: Cri) -> str:
     """A container that may set the clock of its VM."""
     security = api.LinuxSandboxSecurityContext(privileged=True)
     privileged = cri.run_pod("clock", linux={"security_context": security})
     return cri.run(privileged, BUSYBOX, ["sleep", "3600"], linux=PRIVILEGED)
 
 
-def shown(cri: Cri, container: str) -> dict[str, int]:
-    """What adjtimex(2) tells in the guest."""
+def read_adjtimex(cri: Cri, container: str) -> dict[str, int]:
+    """Return the fields of adjtimex(2) in the guest."""
     lines = [line.strip().split(":", 1) for line in cri.exec(container, "adjtimex").stdout.splitlines()]
     return {line[0].split()[-1]: int(line[1].split()[0]) for line in lines if len(line) == 2}
 
 
 def ahead_s(cri: Cri, container: str) -> float:
-    """So far is its wall clock ahead of ours; of some answers the quickest."""
+    """Return by how much its wall clock is ahead of ours, by the fastest of four round trips."""
     found = []
     for _ in range(4):
         before = time.time()
-        told = shown(cri, container)
+        fields = read_adjtimex(cri, container)
         took = time.time() - before
-        found.append((took, told["time.tv_sec"] + told["time.tv_usec"] / 1e6 - before - took / 2))
+        found.append((took, fields["time.tv_sec"] + fields["time.tv_usec"] / 1e6 - before - took / 2))
     return min(found)[1]
 
 
-def check_right(cri: Cri, container: str) -> None:
+def wait_until_right(cri: Cri, container: str) -> None:
     cri.wait_for(lambda: abs(ahead_s(cri, container)), lambda off: off < 0.02, 150)
     time.sleep(4)  # and stays so
     cri.wait_for(lambda: abs(ahead_s(cri, container)), lambda off: off < 0.03, 10)
 
 
-def test_one_that_runs_too_fast_is_slowed_down(cri: Cri, keeper: str) -> None:
-    cri.exec(keeper, "adjtimex", "-t", "10500")  # by 5 %
-    cri.wait_for(lambda: shown(cri, keeper)["tick"], lambda tick: tick != 10500, 100)
-    check_right(cri, keeper)
+def test_clock_that_runs_too_fast_is_slowed_down(cri: Cri, clock_setter: str) -> None:
+    cri.exec(clock_setter, "adjtimex", "-t", "10500")  # by 5 %
+    cri.wait_for(lambda: read_adjtimex(cri, clock_setter)["tick"], lambda tick: tick != 10500, 100)
+    wait_until_right(cri, clock_setter)
 
 
-def test_one_that_was_set_is_set_back(cri: Cri, keeper: str) -> None:
+def test_clock_that_was_set_is_set_back(cri: Cri, clock_setter: str) -> None:
     wrong = int(time.time()) - 3600
-    said = cri.exec(keeper, "sh", "-c", f"date -s @{wrong} >/dev/null; date +%s").stdout
-    assert int(said) - wrong < 60
-    check_right(cri, keeper)
+    answer = cri.exec(clock_setter, "sh", "-c", f"date -s @{wrong} >/dev/null; date +%s").stdout
+    assert int(answer) - wrong < 60
+    wait_until_right(cri, clock_setter)

@@ -1,4 +1,4 @@
-"""Huge pages: limits of them make a VM larger, and a kubelet's emptyDir of them is one of the guest's own."""
+"""Huge pages: their limits grow the VM, and an emptyDir on them is a directory of the guest's hugetlbfs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def program() -> Path:
 
 @pytest.fixture
 def volume(site: Any) -> Iterator[Path]:
-    """As a kubelet mounts it."""
+    """A hugetlbfs, mounted as the kubelet does it."""
     path = scratch_dir("huge")
     site.namespace.run("mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "huge", str(path))
     site.namespace.run("chmod", "1777", str(path))
@@ -41,7 +41,7 @@ def volume(site: Any) -> Iterator[Path]:
 
 
 def limits(mib: int, size: str = "2MB") -> api.LinuxContainerConfig:
-    # a kubelet names every size that its node knows
+    # the kubelet names every size that its node has
     pages = [
         api.HugepageLimit(page_size=size, limit=mib * MIB),
         api.HugepageLimit(page_size="1GB" if size != "1GB" else "2MB", limit=0),
@@ -50,7 +50,7 @@ def limits(mib: int, size: str = "2MB") -> api.LinuxContainerConfig:
 
 
 def total(cri: Cri, container: str) -> int:
-    """MiB of huge pages that the guest has set aside."""
+    """Return the MiB of huge pages that the guest has allocated."""
     words = cri.exec(container, "grep", "HugePages_Total", "/proc/meminfo").stdout.split()
     return 2 * int(words[1])
 
@@ -69,16 +69,16 @@ def test_containers_of_a_pod_share_a_volume_of_huge_pages(
     assert cri.exec(one, "stat", "-c", "%a", "/huge").stdout == "1777\n"
     assert cri.exec(one, "huge", "/huge/shared", "32").stdout == "was 0\n"
     assert cri.exec(other, "huge", "/huge/shared", "32").stdout == "was 42\n"
-    # it lives as long as the pod
+    # the volume lives as long as the pod
     assert cri.exec(one, "rm", "/huge/shared").code == 0
     assert cri.exec(one, "huge", "-", "32").code == 0
-    # its own limit is what each may have, whatever the guest has
+    # a container may use as much as its limit, whatever the guest has
     refused = cri.exec(one, "huge", "-", "34")
     assert (refused.code, refused.stdout) == (1, "mmap: Cannot allocate memory\n")
     assert list(volume.iterdir()) == []
 
 
-def test_memory_for_huge_pages_comes_on_top(cri: Cri, pod: Pod, program: Path) -> None:
+def test_memory_for_huge_pages_is_added_to_the_vm(cri: Cri, pod: Pod, program: Path) -> None:
     def available(container: str) -> int:
         return int(cri.exec(container, "grep", "MemAvailable", "/proc/meminfo").stdout.split()[1]) // 1024
 
@@ -89,14 +89,14 @@ def test_memory_for_huge_pages_comes_on_top(cri: Cri, pod: Pod, program: Path) -
     assert total(cri, container) == 256
     assert available(plain) > before - 30, (available(plain), before)
     assert cri.exec(container, "huge", "-", "256").stdout == "was 0\n"
-    # and more in place
+    # and more while it runs
     more = limits(300).resources
     cri.call("UpdateContainerResources", container_id=container, linux=more)
     assert total(cri, container) == 300
     assert cri.exec(container, "huge", "-", "300").stdout == "was 0\n"
 
 
-def test_pages_that_a_guest_cannot_find_are_refused(cri: Cri, pod: Pod) -> None:
+def test_pages_of_another_size_are_rejected(cri: Cri, pod: Pod) -> None:
     with pytest.raises(grpc.RpcError) as fault:
         cri.create(pod, BUSYBOX, SLEEP, linux=limits(1024, "1GB"))
     assert fault.value.code() is grpc.StatusCode.INVALID_ARGUMENT

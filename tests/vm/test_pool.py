@@ -1,4 +1,4 @@
-"""Where VMs come from, with real ones: template, pool, growth, and what copies of one VM must not share."""
+"""Templates, the pool and growth, with real VMs, and what copies of one VM must not share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from cri.proto import runtime_v1_pb2 as api
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -51,17 +52,17 @@ def pool(site: Any) -> Iterator[Daemon]:
 
 
 def fill(daemon: Daemon) -> None:
-    """Until two VMs wait and have come to rest."""
-    end = time.monotonic() + FILL_S
-    while len(paused(daemon)) < 2:
-        assert time.monotonic() < end, daemon.evidence()
+    """Wait until two pooled VMs are paused."""
+    eventually_sync(
+        lambda: paused(daemon), until=lambda ids: len(ids) == 2, timeout_s=FILL_S, describe=daemon.evidence
+    )
 
 
 def paused(daemon: Daemon) -> list[str]:
-    """Ids of pods whose record says that they wait, and whose VM has come to a stop."""
+    """Return the ids of pods whose record is in state waiting and whose VM uses no CPU time."""
     found = []
     for path in (daemon.root / "pods").glob("*.json"):
-        # A VM may be taken down, record or VMM, while it is looked at.
+        # record and VMM of a VM that is being taken down may vanish meanwhile
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             record = json.loads(path.read_text())
             waits = record.get("state") == "waiting" and record.get("guest_kernel")
@@ -71,7 +72,7 @@ def paused(daemon: Daemon) -> list[str]:
 
 
 def is_idle(daemon: Daemon, pod_id: str) -> bool:
-    """No CPU time goes by in its VMM."""
+    """Return whether its VMM uses no CPU time for 0.3 s."""
     pids = daemon.vmm_pids(pod_id)
     if not pids:
         return False
@@ -96,7 +97,7 @@ def read(cri: Cri, container: str, command: str) -> str:
     return str(answer.stdout).strip()
 
 
-def test_a_pod_takes_a_vm_that_waits(pool: Daemon) -> None:
+def test_pod_acquires_a_pooled_vm(pool: Daemon) -> None:
     fill(pool)
     ready = set(paused(pool))
     pod = pool.cri.run_pod("claimed", handler="pool")
@@ -107,21 +108,21 @@ def test_a_pod_takes_a_vm_that_waits(pool: Daemon) -> None:
     container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
     assert read(pool.cri, container, "hostname") == "claimed"
     assert pool.cri.pod_ip(pod) in read(pool.cri, container, "ip -o addr show eth0")
-    assert "192.0.2." not in read(pool.cri, container, "ip addr; ip route"), "the rehearsal has left no trace"
+    assert "192.0.2." not in read(pool.cri, container, "ip addr; ip route"), "the warm-up has left no trace"
     pool.cri.stop_pod(pod)
     pool.cri.remove_pod(pod)
 
 
-def test_copies_of_one_vm_share_nothing_that_names_them(pool: Daemon) -> None:
+def test_copies_of_one_vm_share_no_identity(pool: Daemon) -> None:
     """Entropy, machine id, boot id, MAC, hostname: of two from the pool and two from the template."""
-    told = []
+    seen = []
     for number, handler in enumerate(("pool", "pool", "template", "template")):
         if handler == "pool":
             fill(pool)
         pod = pool.cri.run_pod(f"copy-{number}", handler=handler, hostname=f"copy-{number}")
         assert facts(pool.cri, pod)["source"] == handler
         container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
-        told.append(
+        seen.append(
             {
                 "entropy": read(pool.cri, container, "head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'"),
                 "uuid": read(pool.cri, container, "cat /proc/sys/kernel/random/uuid"),
@@ -132,16 +133,16 @@ def test_copies_of_one_vm_share_nothing_that_names_them(pool: Daemon) -> None:
             }
         )
         again = read(pool.cri, container, "cat /proc/sys/kernel/random/boot_id")
-        assert again == told[-1]["boot id"], "of one pod it stays the same"
-    for name in told[0]:
-        values = [each[name] for each in told]
+        assert again == seen[-1]["boot id"], "it stays the same in one pod"
+    for name in seen[0]:
+        values = [each[name] for each in seen]
         assert all(values) and len(set(values)) == len(values), f"{name}: {values}"
     pool.remove_all()
 
 
 @pytest.mark.parametrize("handler", ["pool", "template", "boot"])
-def test_clocks_are_right_at_once(pool: Daemon, handler: str) -> None:
-    """A VM that waited was stopped meanwhile: its clock is set when it is claimed."""
+def test_clocks_are_right_as_soon_as_the_pod_runs(pool: Daemon, handler: str) -> None:
+    """A pooled VM was paused meanwhile: its clock is set when it is claimed."""
     if handler == "pool":
         fill(pool)
         time.sleep(2)
@@ -149,7 +150,7 @@ def test_clocks_are_right_at_once(pool: Daemon, handler: str) -> None:
     container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
 
     def offset_s() -> tuple[float, float]:
-        """How far the guest's wall clock is off, and its monotonic clock's distance from ours."""
+        """Return the offset of the guest's wall clock, and that of its monotonic clock to ours."""
         best = (1e9, 0.0, 0.0)
         for _ in range(5):
             before, wall, mono = time.monotonic(), time.time(), time.monotonic()
@@ -168,13 +169,13 @@ def test_clocks_are_right_at_once(pool: Daemon, handler: str) -> None:
     time.sleep(3)
     wall_later, mono_later = offset_s()
     assert abs(wall_later) < 0.1
-    assert abs(mono_later - mono) < 0.1, "the monotonic clock goes as fast as ours"
+    assert abs(mono_later - mono) < 0.1, "the monotonic clock runs at the rate of ours"
     pool.cri.stop_pod(pod)
     pool.cri.remove_pod(pod)
 
 
 @pytest.mark.parametrize("handler", ["pool", "template", "boot"])
-def test_a_pod_sees_what_it_asked_for(pool: Daemon, handler: str) -> None:
+def test_pod_gets_the_memory_and_cpus_of_its_limits(pool: Daemon, handler: str) -> None:
     if handler == "pool":
         fill(pool)
     limits = api.LinuxContainerResources(
@@ -186,13 +187,13 @@ def test_a_pod_sees_what_it_asked_for(pool: Daemon, handler: str) -> None:
     assert read(pool.cri, container, "nproc") == "2"
     total_kib = int(read(pool.cri, container, "awk '/MemTotal/ {print $2}' /proc/meminfo"))
     assert 520 * 1024 < total_kib < 900 * 1024
-    # and it is there to be used
+    # and it is usable
     assert read(pool.cri, container, "head -c 400m /dev/zero | tail -c 1 | od -An -tx1") == "00"
     pool.cri.stop_pod(pod)
     pool.cri.remove_pod(pod)
 
 
-def test_a_running_pod_is_grown_for_raised_limits(pool: Daemon) -> None:
+def test_running_pod_is_grown_for_raised_limits(pool: Daemon) -> None:
     fill(pool)
     pod = pool.cri.run_pod("grows", handler="pool")
     container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
@@ -205,20 +206,23 @@ def test_a_running_pod_is_grown_for_raised_limits(pool: Daemon) -> None:
     pool.cri.remove_pod(pod)
 
 
-def test_what_waits_dies_and_is_replaced(pool: Daemon) -> None:
+def test_pooled_vm_that_dies_is_replaced(pool: Daemon) -> None:
     fill(pool)
     victim = paused(pool)[0]
     pool.kill_vmm(victim)
-    end = time.monotonic() + FILL_S
-    while victim in paused(pool) or len(paused(pool)) < 2:
-        assert time.monotonic() < end, pool.evidence()
+    eventually_sync(
+        lambda: paused(pool),
+        until=lambda ids: victim not in ids and len(ids) == 2,
+        timeout_s=FILL_S,
+        describe=pool.evidence,
+    )
     pod = pool.cri.run_pod("after", handler="pool")
     assert pod.id != victim and facts(pool.cri, pod)["source"] == "pool"
     pool.cri.stop_pod(pod)
     pool.cri.remove_pod(pod)
 
 
-def test_a_damaged_template_is_made_anew_and_pods_boot_meanwhile(pool: Daemon) -> None:
+def test_damaged_template_is_made_again_and_pods_boot_meanwhile(pool: Daemon) -> None:
     fill(pool)
     (template,) = [path for path in (pool.run_directory / "templates").iterdir() if (path / "ram").exists()]
     with (template / "state").open("r+b") as state:
@@ -226,32 +230,35 @@ def test_a_damaged_template_is_made_anew_and_pods_boot_meanwhile(pool: Daemon) -
     made = template.stat().st_ino
     pod = pool.cri.run_pod("unlucky", handler="template")
     assert facts(pool.cri, pod)["source"] == "boot"
-    assert "is broken and given up" in pool.log_text()
-    end = time.monotonic() + FILL_S
-    while not (template / "state").exists() or template.stat().st_ino == made:
-        assert time.monotonic() < end, pool.evidence()
-        time.sleep(0.1)
+    assert "cannot be restored and is deleted" in pool.log_text()
+    eventually_sync(
+        lambda: template.stat().st_ino if (template / "state").exists() else made,
+        until=lambda inode: inode != made,
+        timeout_s=FILL_S,
+        describe=pool.evidence,
+        retry_on=(FileNotFoundError,),
+    )
     again = pool.cri.run_pod("lucky", handler="template")
     assert facts(pool.cri, again)["source"] == "template"
     pool.remove_all()
 
 
-def test_a_killed_daemon_leaves_no_vm_that_waits(pool: Daemon) -> None:
+def test_pooled_vms_of_a_killed_daemon_are_taken_down_by_the_next(pool: Daemon) -> None:
     fill(pool)
     pod = pool.cri.run_pod("stays", handler="pool")
     container = pool.cri.run(pod, BUSYBOX, ["sleep", "3600"])
     fill(pool)
     before = paused(pool)
     pool.kill()
-    assert all(pool.vmm_pids(each) for each in before), "they outlive it"
+    assert all(pool.vmm_pids(each) for each in before), "they outlive the daemon"
     pool.start()
-    assert not any(pool.vmm_pids(each) for each in before), "and are taken down by the next"
+    assert not any(pool.vmm_pids(each) for each in before), "and the next one takes them down"
     assert read(pool.cri, container, "echo still here") == "still here"
     fill(pool)
     pool.remove_all()
 
 
-def test_a_daemon_that_ends_takes_what_waits_with_it(pool: Daemon) -> None:
+def test_daemon_that_stops_takes_down_pooled_vms(pool: Daemon) -> None:
     fill(pool)
     before = paused(pool)
     assert pool.terminate() == 0

@@ -1,7 +1,7 @@
-"""A real guest in a real VM: what the host mounts later appears in it, and what it writes comes back.
+"""A real guest in a real VM: what the host mounts later appears in it, and its writes reach the host.
 
-The guest is the distribution's kernel with a shell as its agent, so that nothing but the VMM, its
-shares and the guest image's parts is under test here.
+The guest is the distribution's kernel with a shell in place of the agent, so only the VMM, its shares and
+the parts of the guest image are under test.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Guest:
     run_dir: Path
 
     async def sh(self, script: str) -> str:
-        """What the script prints in the guest."""
+        """Run a script in the guest; return its output."""
         loop = asyncio.get_running_loop()
         end = secrets.token_hex(8)
         await loop.sock_sendall(self.channel, f"{script}\necho {end[:8]}''{end[8:]}\n".encode())
@@ -53,7 +53,7 @@ class Guest:
         return printed.decode().replace(end + "\n", "")
 
     def share(self, tag: str, name: str, *, directory: bool = True) -> Path:
-        """A mount point in a share, made behind its read-only face."""
+        """Make a mount point in a share, by the writable directory of which the share is a read-only bind."""
         place = self.run_dir / "back" / tag / name
         place.parent.mkdir(exist_ok=True)
         place.mkdir() if directory else place.touch()
@@ -114,12 +114,12 @@ async def greeted(channel: socket.socket, machine: Machine) -> socket.socket:
     return channel
 
 
-async def test_mounts_made_later_appear(guest: Guest, tmp_path: Path) -> None:
+async def test_mounts_made_while_the_guest_runs_appear_in_it(guest: Guest, tmp_path: Path) -> None:
     mounted = await guest.sh(
         "mkdir /r /v; mount -t virtiofs rootfs /r && mount -t virtiofs volumes /v; ls /r /v"
     )
     assert mounted == "/r:\n\n/v:\n", "both shares are mounted, and empty"
-    assert "Read-only" in await guest.sh("touch /r/planted /v/planted"), "a guest plants nothing there"
+    assert "Read-only" in await guest.sh("touch /r/planted /v/planted"), "a guest cannot create files there"
     lower, upper, work = (tmp_path / name for name in ("lower", "upper", "work"))
     for each in (lower, upper, work):
         each.mkdir()
@@ -140,7 +140,7 @@ async def test_mounts_made_later_appear(guest: Guest, tmp_path: Path) -> None:
     assert ((upper / "new").stat().st_uid, (upper / "new").stat().st_gid) == (1234, 5678)
     assert (upper / "null").is_char_device()
     assert not (lower / "new").exists()
-    # each volume is a super block of its own in the guest, so that inode numbers do not clash
+    # each volume is a separate super block in the guest, so that inode numbers do not clash
     assert await guest.sh("grep -c ' /[rv]/[c01]' /proc/mounts") == "1\n"
 
     single.write_text("two\n")
@@ -149,7 +149,7 @@ async def test_mounts_made_later_appear(guest: Guest, tmp_path: Path) -> None:
             await asyncio.sleep(0.2)
 
 
-async def test_a_panic_ends_the_vm_with_its_last_words(guest: Guest) -> None:
+async def test_panic_ends_the_vm_with_its_output_in_the_reason(guest: Guest) -> None:
     death = asyncio.create_task(guest.machine.wait())
     await asyncio.get_running_loop().sock_sendall(guest.channel, b"echo c >/proc/sysrq-trigger\n")
     async with asyncio.timeout(30):
