@@ -207,32 +207,6 @@ def test_a_plan_depends_on_nothing_that_reads_clock_files_or_loop() -> None:
         waiting |= {each for each in found - seen if each.split(".")[0] in PACKAGES}
 
 
-# Where a tree and a disk are told apart; docs/architecture.md, "A root filesystem store", counts what a store
-# made of disks would change.
-KNOW_KINDS_OF_ROOTFS = {
-    "image.stores",
-    "image.stores.overlay",
-    "sandbox.container",
-    "sandbox.records",
-    "sandbox.steps.container",
-    "sandbox.steps.rootfs",
-    "sandbox.vm_pods.propagation",
-    "sandbox.vm_pods.rootfs",
-}
-
-
-def test_kinds_of_root_filesystems_are_told_apart_in_few_places() -> None:
-    assert imports().find_modules_that_directly_import("image.rootfs") <= KNOW_KINDS_OF_ROOTFS
-
-
-def test_places_to_change_for_a_store_of_disks_are_at_most_five_and_exist() -> None:
-    text = (ROOT / "docs/architecture.md").read_text().partition("## A root filesystem store")[2]
-    listed = re.findall(r"^\d+\. ((?:`[^`]+`(?: and )?)+)", text.partition("\n## ")[0], re.MULTILINE)
-    assert 0 < len(listed) <= 5
-    for path in re.findall(r"`([^`]+)`", " ".join(listed)):
-        assert (ROOT / path.replace("NAME", "qemu")).exists() or path == "image/stores/disk.py", path
-
-
 # ------------------------------------------------------------------------------ small rules
 
 

@@ -58,8 +58,13 @@ def test_driver_that_exists_only_in_tests_is_named_nowhere_else() -> None:
     assert not [path for path in sources if "tests.drivers" in path.read_text()]
 
 
+def test_places_to_change_for_a_store_of_disks_are_at_most_five() -> None:
+    places = re.findall(r"^\d+\. `", section("count: rootfs-disk"), re.MULTILINE)
+    assert 0 < len(places) <= MOST_PLACES_FOR_DISKS
+
+
 def test_places_that_tell_disks_from_trees_are_listed_and_at_most_five() -> None:
-    listed = set(CODE_PATH.findall(section("count: rootfs-disk")))
+    listed = set(CODE_PATH.findall(section("kinds: rootfs")))
     kinds = re.compile(r"\b(?:HostTree|Disk)\b")
     sources = [*ROOT.glob("sandbox/**/*.py"), *ROOT.glob("cri/**/*.py"), *ROOT.glob("network/**/*.py")]
     found = {str(path.relative_to(ROOT)) for path in sources if kinds.search(path.read_text())}
