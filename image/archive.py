@@ -1,9 +1,12 @@
-"""Images that come as files: an OCI layout (directory or tar), or the tar that `docker save` writes.
+"""Read images from files: an OCI layout (directory or tar), or a docker-archive (what `docker save` writes).
 
-Nothing is extracted: members are read where they lie (a compressed archive is inflated into the
-scratch directory first), and no name inside the archive becomes a path of the host. Digests are
-checked as for a registry; a docker-archive gives none for its layers, so they are taken here, and
-the diff ids of its configuration decide.
+Members are read in place, not extracted (a compressed archive is first decompressed into the scratch
+directory), and no name inside the archive becomes a path of the host. Digests are verified as for a registry.
+A docker-archive states none for its layers, so they are computed here, and the diff ids of its configuration
+verify the content.
+
+Formats: OCI image-spec, image-layout.md; Docker image-spec v1.2, "Combined Image JSON + Filesystem Changeset
+Format".
 """
 
 from __future__ import annotations
@@ -36,21 +39,23 @@ _CONFIG = "application/vnd.docker.container.image.v1+json"
 
 
 class Archived(msgspec.Struct, frozen=True, kw_only=True):
-    """One image of an archive: what to ask the source for, and the names that the archive gives it."""
+    """One image of an archive: its digest there, and the names that the archive gives it."""
 
     target: str  # digest of its manifest or index
     names: tuple[str, ...] = ()
-    has_digest: bool = True  # false: the manifest was made here, its digest means nothing elsewhere
+    has_digest: bool = True  # false: the manifest was generated here, so no registry knows its digest
 
 
 class _DockerImage(msgspec.Struct, frozen=True, rename="pascal"):
+    """An element of a docker-archive's manifest.json."""
+
     config: str
     layers: list[str]
     repo_tags: list[str] | None = None
 
 
 class _Members(Protocol):
-    """Files by name, relative to the archive's top. `open` raises KeyError."""
+    """Files by name, relative to the archive's root. `open` raises KeyError for a missing one."""
 
     def open(self, name: str) -> BinaryIO: ...
 
@@ -79,7 +84,7 @@ class _Tar:
         self._members = {os.path.normpath(m.name): m for m in self._tar.getmembers()}
 
     def open(self, name: str) -> BinaryIO:
-        # links between members are followed inside the archive (old `docker save` has them)
+        # links between members are followed inside the archive (old versions of `docker save` write them)
         file = self._tar.extractfile(self._members[os.path.normpath(name)])
         if file is None:
             raise KeyError(name)
@@ -90,21 +95,26 @@ class _Tar:
 
 
 class Archive:
-    """The `Source` that is a file. Open it in a thread with `open_archive`; close it."""
+    """The `Source` that reads an archive. Made by `open_archive`; close it.
+
+    Its methods raise ArchiveInvalid, DigestMismatch, DiskFull and StorageFailed.
+    """
 
     def __init__(self, path: Path, members: _Members) -> None:
         self._path = path
         self._members = members
-        # the members of a tar share one file position, and layers are read at once
+        # the members of a tar share one file position, and layers are read concurrently
         self._reading = threading.Lock()
-        self._made: dict[str, bytes] = {}  # manifests made here, by digest
+        self._made: dict[str, bytes] = {}  # manifests generated here, by digest
         self._names: dict[str, str] = {}  # digest -> member of a docker-archive
         self.images: tuple[Archived, ...] = ()
 
     async def close(self) -> None:
+        """Close the file."""
         self._members.close()
 
     async def manifest(self, target: str, size: int | None = None) -> Fetched:
+        """Return a manifest or index by its digest."""
         data = self._made.get(target)
         if data is None:
             data = await asyncio.to_thread(self._read, self._member(target), MANIFEST_LIMIT)
@@ -112,18 +122,20 @@ class Archive:
         return Fetched(data=data, digest=target)
 
     async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
+        """Return a blob of at most `limit` bytes, verified."""
         data = await asyncio.to_thread(self._read, self._member(descriptor.digest), limit)
         manifest.check(f"blob {descriptor.digest}", data, descriptor.digest, descriptor.size)
         return data
 
     async def blob(self, descriptor: Descriptor, into: BlobWriter) -> None:
+        """Copy a blob and verify it."""
         await into.append(self._chunks(self._member(descriptor.digest)))
         await into.finish()
 
     async def _chunks(self, name: str) -> AsyncIterator[bytes]:
         file = await asyncio.to_thread(self._open, name)
         try:
-            while chunk := await asyncio.to_thread(self._part, file, BATCH):
+            while chunk := await asyncio.to_thread(self._read_part, file, BATCH):
                 yield chunk
         except (OSError, tarfile.TarError) as error:
             raise self._invalid(f"{name} cannot be read: {error}") from error
@@ -132,12 +144,12 @@ class Archive:
 
     # ------------------------------------------------------------------------------ reading
 
-    def _part(self, file: BinaryIO, size: int) -> bytes:
+    def _read_part(self, file: BinaryIO, size: int) -> bytes:
         with self._reading:
             return file.read(size)
 
     def find_images(self) -> None:
-        """Blocking. Raises ArchiveInvalid."""
+        """Read the archive's index into `images`. Blocking. Raises ArchiveInvalid, ManifestInvalid."""
         if (docker := self._optional("manifest.json")) is not None and not self._has("index.json"):
             self.images = tuple(
                 self._docker_image(image) for image in self._decode(docker, list[_DockerImage])
@@ -172,7 +184,7 @@ class Archive:
         digest, size = hashlib.sha256(), 0
         try:
             with self._open(name) as file:
-                while chunk := self._part(file, BATCH):
+                while chunk := self._read_part(file, BATCH):
                     digest.update(chunk)
                     size += len(chunk)
         except (OSError, tarfile.TarError) as error:
@@ -182,7 +194,8 @@ class Archive:
         return found
 
     def _docker_names(self, docker: bytes) -> Mapping[str, tuple[str, ...]]:
-        """`docker save` since version 25 writes both forms, and full names only in manifest.json."""
+        """Return full names by manifest digest: `docker save` since version 25 writes both formats, and full
+        names only in manifest.json."""
         images = self._decode(docker, list[_DockerImage])
         entries = manifest.decode_index("index.json", self._read("index.json", MANIFEST_LIMIT)).manifests
         names: dict[str, tuple[str, ...]] = {}
@@ -223,7 +236,7 @@ class Archive:
     def _read(self, name: str, limit: int) -> bytes:
         try:
             with self._open(name) as file:
-                data = self._part(file, limit + 1)
+                data = self._read_part(file, limit + 1)
         except (OSError, tarfile.TarError) as error:
             raise self._invalid(f"{name} cannot be read: {error}") from error
         if len(data) > limit:
@@ -241,15 +254,18 @@ class Archive:
 
 
 def open_archive(path: Path, scratch: Path) -> Archive:
-    """Blocking. Raises ArchiveInvalid, DiskFull."""
+    """Open an archive; `scratch` is an empty directory that outlives the result. Blocking.
+
+    Raises ArchiveInvalid, ManifestInvalid, DiskFull, StorageFailed.
+    """
     try:
-        members = _Folder(path) if path.is_dir() else _Tar(_inflated(path, scratch))
+        members = _Folder(path) if path.is_dir() else _Tar(_decompressed(path, scratch))
     except (tarfile.TarError, ValueError, EOFError) as error:
-        raise ArchiveInvalid(str(path), f"is no tar archive: {error}") from error
+        raise ArchiveInvalid(str(path), f"is not a tar archive: {error}") from error
     except OSError as error:
         if error.filename == str(path):
             raise ArchiveInvalid(str(path), error.strerror or str(error)) from error
-        raise storage_error(error, scratch, "inflating an archive") from error
+        raise storage_error(error, scratch, "decompressing an archive") from error
     archive = Archive(path, members)
     try:
         archive.find_images()
@@ -259,8 +275,9 @@ def open_archive(path: Path, scratch: Path) -> Archive:
     return archive
 
 
-def _inflated(path: Path, scratch: Path) -> Path:
-    """A plain tar of it: members of a compressed one cannot be reached without reading all before."""
+def _decompressed(path: Path, scratch: Path) -> Path:
+    """Return `path`, or a decompressed copy: in a compressed tar no member can be read without all before
+    it."""
     with path.open("rb") as file:
         magic = file.read(4)
         file.seek(0)
@@ -276,7 +293,8 @@ def _inflated(path: Path, scratch: Path) -> Path:
 
 
 def _oci_names(entry: Descriptor) -> tuple[str, ...]:
-    """containerd's annotation holds a full name; OCI's own often just a tag, which names nothing."""
+    """Return an entry's full name: containerd's annotation holds one, OCI's often only a tag, which is not a
+    name (image-layout.md, "index.json file")."""
     annotations = entry.annotations or {}
     for text in (annotations.get(_NAME, ""), annotations.get(_REF_NAME, "")):
         if ":" not in text and "/" not in text:

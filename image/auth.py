@@ -1,8 +1,4 @@
-"""Credentials of one pull, and what a registry asks for. Pure; nothing here is ever printed.
-
-The fields are those of the CRI's AuthConfig. Challenges: RFC 9110 section 11, and the token flow of
-the distribution project ("Token Authentication Specification").
-"""
+"""The credentials of one pull. Pure. Their `repr` hides every field, so that no log shows a secret."""
 
 from __future__ import annotations
 
@@ -14,6 +10,8 @@ _HUB = frozenset(("docker.io", "index.docker.io", "registry-1.docker.io"))
 
 
 class Auth(msgspec.Struct, frozen=True, kw_only=True):
+    """AuthConfig of the CRI, as the client sent it."""
+
     username: str = ""
     password: str = ""
     auth: str = ""  # base64 of "username:password", as in a docker config file
@@ -28,7 +26,7 @@ class Auth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Credential(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be shown to one registry. At most one of the three forms is set."""
+    """What may be sent to one registry. At most one of the three forms is set."""
 
     username: str = ""
     password: str = ""
@@ -42,7 +40,7 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def basic(self) -> str:
-        """The value of an Authorization header; empty without a password."""
+        """The value of a Basic Authorization header (RFC 7617); empty without user and password."""
         if not self.username and not self.password:
             return ""
         return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
@@ -52,9 +50,9 @@ ANONYMOUS = Credential()
 
 
 def find_credential(auth: Auth | None, *, hosts: tuple[str, ...]) -> Credential:
-    """What `auth` has for a registry known by these names ("host" or "host:port").
+    """Return the part of `auth` for a registry that is known by these names ("host" or "host:port").
 
-    Nothing when `server_address` names another host. The order of the forms is containerd's.
+    ANONYMOUS when `server_address` names another host. The order of the forms is containerd's.
     """
     if auth is None or (auth.server_address and not _names(auth.server_address, hosts)):
         return ANONYMOUS
@@ -68,16 +66,17 @@ def find_credential(auth: Auth | None, *, hosts: tuple[str, ...]) -> Credential:
 
 
 def _names(server_address: str, hosts: tuple[str, ...]) -> bool:
-    """`server_address` is a host or an URL ("https://index.docker.io/v1/")."""
+    """Return whether `server_address`, a host or a URL such as "https://index.docker.io/v1/", is one of these
+    hosts. All names of Docker Hub are the same."""
     named = server_address.partition("://")[2] if "://" in server_address else server_address
     host = named.partition("/")[0].lower()
     return any(host == known.lower() or (host in _HUB and known in _HUB) for known in hosts)
 
 
 def _decoded(text: str) -> Credential:
-    """An unreadable value counts as none: the registry's own answer then tells the client."""
+    """Decode `auth.auth`. An invalid value counts as none: the registry's refusal then reaches the client."""
     try:
         username, _, password = base64.b64decode(text, validate=True).decode().partition(":")
-    except ValueError:  # not base64, or of something that is no text
+    except ValueError:  # not base64, or not UTF-8
         return ANONYMOUS
     return Credential(username=username, password=password.rstrip("\0"))

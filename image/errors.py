@@ -1,7 +1,7 @@
-"""What can go wrong with images, named for what a caller can do about it.
+"""The errors of this package, one class for each thing that a caller can do about it.
 
-Facts are in fields; a message is bounded and never holds a credential, a token or a query string
-(registries put signatures there). Only `cri/errors.py` turns these into status codes.
+Facts are in fields. A message is bounded and never holds a credential, a token or a query string (registries
+put signatures there). Only `cri/errors.py` turns these into status codes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ TEXT_LIMIT = 300
 
 
 def bounded(text: str) -> str:
-    """One line of at most TEXT_LIMIT printable characters, of text that a stranger wrote."""
+    """Return untrusted text as one line of at most TEXT_LIMIT printable characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * TEXT_LIMIT]).split())
     return line if len(line) <= TEXT_LIMIT else line[: TEXT_LIMIT - 3] + "..."
 
@@ -29,15 +29,15 @@ class InvalidReference(ImageError):
 
 
 class ImageNotFound(ImageError):
-    """No image of the store answers to this name."""
+    """No stored image has this name, digest or id."""
 
-    def __init__(self, reference: str, problem: str = "no such image here") -> None:
+    def __init__(self, reference: str, problem: str = "not found in the store") -> None:
         super().__init__(f"image {bounded(reference)!r}: {problem}")
         self.reference = reference
 
 
 class ManifestNotFound(ImageError):
-    """The registry answered, and has no such image (or none for this platform)."""
+    """The registry has no such image, or none for this platform."""
 
     def __init__(self, reference: str, host: str, detail: str = "manifest unknown") -> None:
         super().__init__(f"{bounded(reference)}: not found at {host}: {bounded(detail)}")
@@ -47,7 +47,7 @@ class ManifestNotFound(ImageError):
 
 
 class Unauthorized(ImageError):
-    """The registry refused the credentials, or the lack of them (it may also hide a missing image so)."""
+    """The registry refused the credentials, or wants some. Registries also answer so for a missing image."""
 
     def __init__(self, reference: str, host: str, status: int, detail: str = "") -> None:
         text = f"{bounded(reference)}: {host} refused access with {status}"
@@ -59,9 +59,10 @@ class Unauthorized(ImageError):
 
 
 class RegistryUnavailable(ImageError):
-    """The registry cannot be reached or cannot serve now; asking again later may help.
+    """The registry cannot be reached or cannot serve now; a later retry may succeed.
 
-    The text begins with the class's name: kubelet gives such errors an event reason of their own.
+    The text begins with the class's name, for which the kubelet has an event reason (its
+    ErrRegistryUnavailable).
     """
 
     def __init__(self, host: str, what: str, problem: str, attempts: int = 1) -> None:
@@ -74,7 +75,7 @@ class RegistryUnavailable(ImageError):
 
 
 class DigestMismatch(ImageError):
-    """Bytes are not those that were asked for. `expected` and `actual` are digests or sizes."""
+    """Content is not what was requested. `expected` and `actual` are digests or sizes in bytes."""
 
     def __init__(self, what: str, expected: str, actual: str) -> None:
         super().__init__(f"{what}: expected {bounded(expected)}, got {bounded(actual)}")
@@ -84,7 +85,7 @@ class DigestMismatch(ImageError):
 
 
 class UnsupportedMedia(ImageError):
-    """The image is of a kind that Husk does not run."""
+    """The image is of a kind that Husk does not support."""
 
     def __init__(self, what: str, media_type: str, problem: str) -> None:
         super().__init__(f"{what}: media type {bounded(media_type)!r}: {problem}")
@@ -94,7 +95,7 @@ class UnsupportedMedia(ImageError):
 
 
 class ManifestInvalid(ImageError):
-    """A manifest, index or configuration that contradicts its specification."""
+    """A manifest, index or configuration violates its specification or a limit."""
 
     def __init__(self, what: str, problem: str) -> None:
         super().__init__(f"{what}: {bounded(problem)}")
@@ -103,7 +104,7 @@ class ManifestInvalid(ImageError):
 
 
 class LayerRejected(ImageError):
-    """A layer's archive is broken or hostile; nothing of it was kept."""
+    """A layer's archive is broken, forbidden or above a limit; nothing of it is kept. `path` is the entry."""
 
     def __init__(self, path: str, reason: str) -> None:
         where = f" at {bounded(path)!r}" if path else ""
@@ -113,7 +114,7 @@ class LayerRejected(ImageError):
 
 
 class ArchiveInvalid(ImageError):
-    """A file given to import is not an image archive."""
+    """A file to import is not an image archive."""
 
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {bounded(problem)}")
@@ -122,7 +123,7 @@ class ArchiveInvalid(ImageError):
 
 
 class DiskFull(ImageError):
-    """The store's filesystem (or a quota) has no room; what was begun was undone."""
+    """The store's filesystem or quota has no space or inodes left; what was begun is undone."""
 
     def __init__(self, path: str, what: str) -> None:
         super().__init__(f"no space left on the filesystem of {path} while {what}")
@@ -149,7 +150,7 @@ class MirrorConfigInvalid(ImageError):
 
 
 class StorageFailed(ImageError):
-    """A system call on the store failed for a reason that is not the image's."""
+    """A system call on the store failed, and not because of the image."""
 
     def __init__(self, path: str, what: str, errno: int, problem: str) -> None:
         super().__init__(f"{what}: {path}: {problem}")

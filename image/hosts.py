@@ -1,4 +1,4 @@
-"""Where an image's registry is really asked: mirrors and TLS settings, in containerd's form.
+"""Which hosts serve a registry's images: mirrors and TLS settings, in containerd's hosts.toml format.
 
     CONFIG_PATH/
       HOST_PORT_/hosts.toml    or  HOST:PORT/  or  HOST/  or  _default/ : the first that exists
@@ -6,15 +6,18 @@
     server = "https://registry.example.com"
     [host."https://mirror.example.com"]
       capabilities = ["pull", "resolve"]
-      ca = "ca.pem"            # beside the file, or absolute; a string or a list
+      ca = "ca.pem"            # relative to the file, or absolute; a string or a list
       client = [["c.pem", "k.pem"]]
       skip_verify = false
       override_path = false    # true: the URL's path is the whole prefix, no /v2 is added
       [host."https://mirror.example.com".header]
         x-thing = "value"
 
-Hosts are asked in the order of the file, the server itself last. The same keys beside `server`
-concern the server. Read anew for each pull, so that an edit needs no restart.
+Hosts are asked in the order of the file, the server last. The same keys at the top level apply to the server.
+The file is read for each pull, so an edit needs no restart.
+
+Source: containerd, docs/hosts.md. A directory without hosts.toml may hold *.crt, *.cert and *.key files
+(Docker's certs.d).
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ _KEYS = frozenset(("capabilities", "ca", "client", "skip_verify", "override_path
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    scheme: str
+    """One host to ask, with the settings of its table in hosts.toml."""
+
+    scheme: str  # "http" or "https"
     address: str  # host or host:port
     prefix: str = "/v2"
     capabilities: frozenset[str] = CAPABILITIES
@@ -45,15 +50,17 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     skip_verify: bool = False
     headers: tuple[tuple[str, str], ...] = ()
     mirror: bool = False
-    # nobody said which scheme: a registry on loopback may speak either
+    # the scheme is not configured, and a registry on loopback may not speak TLS: fall back to http
     plain_fallback: bool = False
 
     @property
     def url(self) -> str:
+        """The prefix of all requests, without a slash at its end."""
         return f"{self.scheme}://{self.address}{self.prefix}"
 
 
 def is_loopback(address: str) -> bool:
+    """Return whether a "host" or "host:port" is on loopback: localhost, *.localhost, 127.0.0.0/8 or ::1."""
     host = urlsplit(f"//{address}").hostname or ""
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -64,13 +71,17 @@ def is_loopback(address: str) -> bool:
 
 
 def find_hosts(config_path: Path | None, domain: str) -> tuple[Host, ...]:
-    """Whom to ask for images of this registry, in order. Raises MirrorConfigInvalid."""
+    """Return the hosts to ask for images of registry `domain`, in order; at least one.
+
+    `config_path` is a directory as described above; None or a missing one gives the registry itself.
+    Blocking. Raises MirrorConfigInvalid, which names file and key.
+    """
     folder = _folder(config_path, domain) if config_path else None
     if folder is None:
         return (_origin(domain),)
     file = folder / "hosts.toml"
     if not file.exists():
-        # the older layout: certificates only
+        # Docker's layout: certificates only
         return (msgspec.structs.replace(_origin(domain), **_certificates(folder)),)
     try:
         config = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -101,6 +112,8 @@ def _origin(domain: str) -> Host:
 
 
 class _Parser:
+    """Parses one hosts.toml."""
+
     def __init__(self, file: Path, domain: str) -> None:
         self._file = file
         self._domain = domain
@@ -121,7 +134,7 @@ class _Parser:
             found.append(self._host(server, own, mirror=False))
         else:
             origin = _origin(self._domain)
-            found.append(self._settle(origin, own, "server") if own else origin)
+            found.append(self._with_settings(origin, own, "server") if own else origin)
         return tuple(found)
 
     def _host(self, url: str, table: object, *, mirror: bool) -> Host:
@@ -132,14 +145,14 @@ class _Parser:
             text = ("http://" if is_loopback(url.partition("/")[0]) else "https://") + url
         parts = urlsplit(text)
         if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
-            raise self._invalid(f'"{url}"', "is not an http(s) URL of a host")
+            raise self._invalid(f'"{url}"', "is not an http or https URL of a host")
         path = parts.path.rstrip("/")
         if table.get("override_path") is not True and not path.endswith("/v2"):
             path += "/v2"
         host = Host(scheme=parts.scheme, address=parts.netloc, prefix=path, mirror=mirror)
-        return self._settle(host, table, f'host."{url}"')
+        return self._with_settings(host, table, f'host."{url}"')
 
-    def _settle(self, host: Host, table: Mapping[str, object], where: str) -> Host:
+    def _with_settings(self, host: Host, table: Mapping[str, object], where: str) -> Host:
         for key in table:
             if key not in _KEYS:
                 raise self._invalid(f"{where}.{key}", "unknown key")
@@ -169,7 +182,7 @@ class _Parser:
         return value
 
     def _client(self, table: Mapping[str, object], where: str) -> tuple[tuple[str, str], ...]:
-        """A file with both, a list of such, or a list of [certificate, key]."""
+        """Parse `client`: a file with certificate and key, a list of those, or of [certificate, key]."""
         value = table.get("client", [])
         listed = [value] if isinstance(value, str) else value
         pairs: list[tuple[str, str]] = []

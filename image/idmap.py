@@ -1,10 +1,10 @@
-"""Layers of an image as a user namespace sees them: the same files, with shifted owners.
+"""Mount layers with the ids of a user namespace: the same files, with mapped owners.
 
-An idmapped mount (mount_setattr(2)) shows a file of user 0 as one of the namespace's root. overlayfs takes
-such mounts as lower layers since Linux 5.19, where the layers' file system can map ids.
+An idmapped mount (mount_setattr(2), MOUNT_ATTR_IDMAP) shows a file of user 0 as one of the namespace's root.
+overlayfs accepts such mounts as lower layers since Linux 5.19, if the layers' filesystem supports them.
 
-The mounts are made in a mount namespace of the thread's own that ends with it: nothing of them can be
-left on the host, which matters, as whoever removes a directory with a layer mounted in it removes the layer.
+The mounts of single layers are made in a private mount namespace of a thread, and end with it. Left on the
+host, they would be dangerous: to delete a directory in which a layer is mounted deletes the layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import msgspec
 from sandbox.host import syscalls, threads
 from sandbox.host.ids import IdRange, to_outside
 
-# Ends when its standard input does.
+# Holds a user namespace open until its standard input is closed.
 _HOLDER = ["unshare", "--user", "sh", "-c", "echo ready; read line"]
 
 
@@ -42,15 +42,16 @@ class IdMap(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.contextmanager
 def user_namespace(ids: IdMap) -> Iterator[int]:
-    """A descriptor of a new one with these ids. Blocks a little. Raises OSError."""
+    """Yield a descriptor of a new user namespace with these ids. Blocking: starts a process. Raises
+    OSError."""
     with subprocess.Popen(_HOLDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdin is not None
         assert holder.stdout is not None
         if holder.stdout.readline() != b"ready\n":
-            raise OSError(f"{_HOLDER[0]}: no user namespace can be made")
+            raise OSError(f"{_HOLDER[0]}: cannot make a user namespace")
         for name, ranges in (("uid_map", ids.uids), ("gid_map", ids.gids)):
             text = "".join(f"{each.inside} {each.outside} {each.length}\n" for each in ranges)
-            # in one write, as the kernel takes a map only once
+            # in one write: the kernel accepts a map only once (user_namespaces(7))
             with Path(f"/proc/{holder.pid}/{name}").open("wb", buffering=0) as file:
                 file.write(text.encode())
         descriptor = os.open(f"/proc/{holder.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
@@ -61,21 +62,28 @@ def user_namespace(ids: IdMap) -> Iterator[int]:
         os.close(descriptor)
 
 
-def clone(source: Path, namespace: int | None = None) -> int:
-    """A copy of the mount at `source`, attached nowhere, with shifted ids if a namespace is given."""
+def clone_mount(source: Path, namespace: int | None = None) -> int:
+    """Return a descriptor of a detached copy of the mount at `source`, which the caller closes.
+
+    With the descriptor of a user namespace its ids are mapped. The copy lasts as long as the descriptor, or
+    until it is attached and unmounted. Raises OSError.
+    """
     flags = syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC
     tree = syscalls.open_tree(syscalls.AT_FDCWD, source, flags)
     try:
         if namespace is not None:
-            shift(tree, namespace, source)
+            map_ids(tree, namespace, source)
     except OSError:
         os.close(tree)
         raise
     return tree
 
 
-def shift(tree: int, namespace: int, what: Path) -> None:
-    """Raises OSError (EINVAL: the file system cannot map ids)."""
+def map_ids(tree: int, namespace: int, what: Path) -> None:
+    """Map the ids of a detached mount by a user namespace. `what` names it in errors.
+
+    Raises OSError (EINVAL: the filesystem does not support idmapped mounts).
+    """
     syscalls.mount_setattr(
         tree,
         "",
@@ -86,16 +94,18 @@ def shift(tree: int, namespace: int, what: Path) -> None:
     )
 
 
-def attach(tree: int, target: Path) -> None:
+def attach_mount(tree: int, target: Path) -> None:
+    """Attach a detached mount at `target`. Raises OSError."""
     syscalls.move_mount(tree, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
 
 
-def mounted_shifted(
+def mount_mapped(
     layers: Sequence[Path], ids: IdMap, scratch: Path, mount: Callable[[Sequence[Path], Path], None]
 ) -> int:
-    """A mount that `mount` makes over the shifted layers, attached nowhere yet (see `clone`).
+    """Return a detached mount of what `mount` mounts over the layers with mapped ids (see `clone_mount`).
 
-    `scratch` is an empty directory of the caller's, for mount points. Raises OSError.
+    `mount` is called with the mapped layers and its mount point. `scratch` is an empty directory, for mount
+    points. Blocking. Raises OSError.
     """
     points = [scratch / str(number) for number in range(len(layers))]
     merged = scratch / "merged"
@@ -106,20 +116,21 @@ def mounted_shifted(
         syscalls.unshare(syscalls.CLONE_FS | syscalls.CLONE_NEWNS)
         syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
         for layer, point in zip(layers, points, strict=True):
-            tree = clone(layer, namespace)
+            tree = clone_mount(layer, namespace)
             try:
-                attach(tree, point)
+                attach_mount(tree, point)
             finally:
                 os.close(tree)
         mount(points, merged)
-        return clone(merged)
+        return clone_mount(merged)
 
     with user_namespace(ids) as namespace:
         return threads.call(work, "husk-idmap")
 
 
 def find_obstacle(scratch: Path) -> str:
-    """Why the file system of this empty directory has no shifted layers; empty when it has. Blocking."""
+    """Return why layers on the filesystem of this empty directory cannot be mounted with mapped ids; empty
+    if they can. Blocking: tries it."""
     shifted = IdRange(inside=0, outside=65536, length=65536)
     ids = IdMap(uids=(shifted,), gids=(shifted,))
     for each in ("layer", "upper", "work", "points"):
@@ -130,7 +141,7 @@ def find_obstacle(scratch: Path) -> str:
         syscalls.mount("husk", target, "overlay", 0, data)
 
     try:
-        os.close(mounted_shifted([scratch / "layer"], ids, scratch / "points", mount))
+        os.close(mount_mapped([scratch / "layer"], ids, scratch / "points", mount))
     except OSError as error:
-        return f"the file system of {scratch.parent} cannot map ids: {error.strerror or error}"
+        return f"the filesystem of {scratch.parent} cannot map ids: {error.strerror or error}"
     return ""

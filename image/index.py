@@ -1,11 +1,11 @@
-"""Which images are here, and by what names.
+"""The index: which images are stored, and by which names.
 
-    ROOT/images/ID.json    one file per image, replaced as a whole
+    ROOT/images/ID.json    one file per image, replaced atomically
 
-An image's id is the digest of its configuration, so the same content under two names is one image
-with two names. A tag belongs to one image: adding another takes it away. A file that cannot be
-read is reported and left out; the others are loaded. Losing a file loses the image, which is
-pulled again: nothing here waits for the disk.
+An image's id is the digest of its configuration, so the same content under two names is one image with two
+names. A tag belongs to one image: a pull that gives it to another removes it from the first. A file that
+cannot be read is logged and dropped, and the others are loaded. Losing a file loses the image, which is
+pulled again, so nothing here waits for the disk.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from sandbox.host.files import write_json
 
 log = logging.getLogger(__name__)
 
-_HEX = re.compile(r"[a-f0-9]{3,64}")  # an id, whole or cut short
+_HEX = re.compile(r"[a-f0-9]{3,64}")  # an id or its beginning
 
 
 class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How an image wants to be run (OCI image-spec, config.md)."""
+    """How a container of the image runs unless the client says otherwise: `config` of the image's
+    configuration (OCI image-spec, config.md)."""
 
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 def run_defaults(config: RunConfig | None) -> RunDefaults:
+    """Return the index's form of an image configuration's `config`; absent and null fields are empty."""
     given = config or RunConfig()
     return RunDefaults(
         entrypoint=tuple(given.entrypoint or ()),
@@ -58,10 +60,12 @@ def run_defaults(config: RunConfig | None) -> RunDefaults:
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One image, as its file in the index holds it."""
+
     id: str  # "sha256:...", the configuration's digest
     repo_tags: tuple[str, ...] = ()  # full names, "docker.io/library/busybox:latest"
     repo_digests: tuple[str, ...] = ()  # "docker.io/library/busybox@sha256:..."
-    size: int  # bytes that its layers take here, and its configuration; more than 0
+    size: int  # bytes that its unpacked layers occupy, and its configuration; more than 0 (the kubelet's GC)
     chain_ids: tuple[str, ...] = ()  # bottom first
     config: RunDefaults = RunDefaults()
     created: str = ""  # RFC 3339, as the builder wrote it
@@ -69,7 +73,10 @@ class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Index:
-    """Belongs to one event loop; every change is one short write."""
+    """All images of one store. Belongs to one event loop; each change writes one or two small files.
+
+    Changes raise DiskFull and StorageFailed.
+    """
 
     def __init__(self, root: Path) -> None:
         self._folder = root / "images"
@@ -77,34 +84,36 @@ class Index:
         self._names: dict[str, str] = {}  # every tag and repo digest -> id
 
     def load(self, complete: Callable[[Image], bool] = lambda image: True) -> None:
-        """Read all images; forget those that are not `complete` any more."""
+        """Read all images; drop those that are not `complete` any more, or whose file is broken. Blocking."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in sorted(self._folder.iterdir()):
             try:
                 image = msgspec.json.decode(file.read_bytes(), type=Image)
                 if self._file(image.id) != file or image.size <= 0:
-                    raise ValueError("does not fit its name")
+                    raise ValueError("its content does not match its name")
             except (OSError, msgspec.DecodeError, ValueError) as error:
-                log.warning("image entry %s is dropped: %s", file.name, error)
+                log.warning("dropping image entry %s, the image must be pulled again: %s", file.name, error)
                 file.unlink(missing_ok=True)
                 continue
             if complete(image):
-                self._take(image)
+                self._insert(image)
             else:
-                log.warning("image %s is dropped: some of its layers are gone", image.id)
+                log.warning("dropping image %s, which must be pulled again: a layer is missing", image.id)
                 file.unlink(missing_ok=True)
 
     def list(self) -> tuple[Image, ...]:
+        """Return all images."""
         return tuple(self._images.values())
 
     def get(self, id: str) -> Image | None:
+        """Return the image with this whole id; None if there is none."""
         return self._images.get(id)
 
     def find(self, ref: str) -> Image:
-        """By id, by the beginning of an id, by tag, by digest, or by name alone (its :latest).
+        """Return the image of an id, the beginning of an id, a tag, a digest, or a name (with :latest).
 
-        A name wins over the beginning of an id: "cafe" is a good name of either kind.
-        Raises ImageNotFound.
+        A name wins over the beginning of an id: "cafe" may be either. Raises ImageNotFound, also for an
+        ambiguous beginning.
         """
         if is_digest(ref) and (image := self._images.get(ref)):
             return image
@@ -127,13 +136,13 @@ class Index:
             return None
         found = [image for id, image in self._images.items() if id.startswith(f"sha256:{prefix}")]
         if len(found) > 1:
-            raise ImageNotFound(ref, f"the id is ambiguous, {len(found)} images begin with it")
+            raise ImageNotFound(ref, f"the id is ambiguous: those of {len(found)} images begin with it")
         return found[0] if found else None
 
     # ------------------------------------------------------------------------------ changes
 
     def add(self, image: Image) -> Image:
-        """Add an image, or more names to one that is here; gives what is here now."""
+        """Add an image, or its names to the stored one of the same id; return what is stored now."""
         known = self._images.get(image.id)
         if known is not None:
             image = msgspec.structs.replace(
@@ -147,11 +156,11 @@ class Index:
             owner = self._names.get(tag)
             if owner is not None and owner != image.id:
                 self.untag(tag)
-        self._take(image)
+        self._insert(image)
         return image
 
     def untag(self, tag: str) -> None:
-        """Take a name away from its image, which stays. Unknown names are fine."""
+        """Remove a name from its image, which stays. An unknown name is ignored."""
         image = self._images.get(self._names.get(tag, ""))
         if image is None:
             return
@@ -165,7 +174,7 @@ class Index:
         self._images[left.id] = left
 
     def remove(self, ref: str) -> Image | None:
-        """Remove the image that answers to `ref`, with all its names, at once; None: not here."""
+        """Remove and return the image of `ref`, with all its names; None for an unknown reference."""
         try:
             image = self.find(ref)
         except ImageNotFound:
@@ -175,7 +184,7 @@ class Index:
         self._names = {name: id for name, id in self._names.items() if id != image.id}
         return image
 
-    def _take(self, image: Image) -> None:
+    def _insert(self, image: Image) -> None:
         self._images[image.id] = image
         for name in (*image.repo_tags, *image.repo_digests):
             self._names[name] = image.id

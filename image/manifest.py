@@ -1,7 +1,8 @@
-"""Manifests, indexes and image configurations: OCI image-spec 1.1 and Docker's schema 2.
+"""Decode manifests, indexes and image configurations: OCI image-spec 1.1 and Docker image manifest v2, schema
+2.
 
-Bytes come in, values go out; whoever calls has checked digest and size. Everything that cannot be
-run is refused here, by name: schema 1, artifacts, foreign and encrypted layers. Pure.
+The caller has verified digest and size of the bytes. What cannot run is rejected here by name: schema 1,
+artifacts, foreign and encrypted layers. Pure.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1"
 CONFIGS = (
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
-    "application/octet-stream",  # old registries say this of a Docker configuration
+    "application/octet-stream",  # Docker configurations in old registries
 )
 _LAYER = re.compile(
     r"application/vnd\.oci\.image\.layer\.v1\.tar(\+gzip|\+zstd)?"
@@ -41,12 +42,16 @@ _LAYER = re.compile(
 
 
 class Platform(msgspec.Struct, frozen=True, kw_only=True):
+    """`platform` of an index entry (image-spec, image-index.md); names as Go's GOOS and GOARCH."""
+
     architecture: str = ""
     os: str = ""
     variant: str = ""
 
 
 class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A reference to a blob or manifest (image-spec, descriptor.md); `size` is in bytes."""
+
     media_type: str = ""
     digest: str
     size: int
@@ -55,6 +60,8 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """An image manifest (image-spec, manifest.md); layers bottom first."""
+
     schema_version: int
     media_type: str = ""
     artifact_type: str = ""
@@ -63,13 +70,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class ImageIndex(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """An image index or Docker manifest list (image-spec, image-index.md)."""
+
     schema_version: int
     media_type: str = ""
     manifests: list[Descriptor]
 
 
 class _Probe(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """Just enough to tell the kinds apart where no media type was given."""
+    """The fields that distinguish the kinds of documents where no media type is given."""
 
     schema_version: int = 0
     media_type: str = ""
@@ -92,11 +101,15 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
 
 class RootFs(msgspec.Struct, frozen=True, kw_only=True):
+    """`rootfs` of an image configuration; diff ids bottom first."""
+
     type: str = "layers"
     diff_ids: list[str] = []
 
 
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """An image configuration (image-spec, config.md); `created` is RFC 3339 as the builder wrote it."""
+
     architecture: str = ""
     os: str = ""
     variant: str = ""
@@ -106,12 +119,13 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def digest_of(data: bytes, like: str = "sha256:") -> str:
+    """Return the digest of `data`, with the algorithm of the digest `like`."""
     algorithm = like.partition(":")[0]
     return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
 
 
 def check(what: str, data: bytes, digest: str, size: int | None = None) -> None:
-    """Raises DigestMismatch."""
+    """Raise DigestMismatch unless `data`, named `what`, has this digest and size in bytes."""
     if size is not None and len(data) != size:
         raise DigestMismatch(f"{what}: size", str(size), str(len(data)))
     if (actual := digest_of(data, digest)) != digest:
@@ -119,11 +133,16 @@ def check(what: str, data: bytes, digest: str, size: int | None = None) -> None:
 
 
 def decode(what: str, data: bytes, media_type: str = "") -> Manifest | ImageIndex:
-    """Tell what a registry sent. Raises UnsupportedMedia, ManifestInvalid."""
+    """Decode what a registry sent as `media_type`; the document's own `mediaType` takes precedence.
+
+    `what` names it in errors. Raises UnsupportedMedia, ManifestInvalid.
+    """
     probe = _decode(what, data, _Probe)
     kind = probe.media_type or media_type.partition(";")[0].strip()
     if kind.startswith(SCHEMA_1) or probe.schema_version == 1:
-        raise UnsupportedMedia(what, kind or "schema 1", "Docker schema 1 is obsolete; push the image again")
+        raise UnsupportedMedia(
+            what, kind or "schema 1", "Docker schema 1 is obsolete; push the image with a newer client"
+        )
     if kind in INDEXES or (kind not in MANIFESTS and bytes(probe.manifests)):
         return _checked_index(what, _decode(what, data, ImageIndex))
     if kind in MANIFESTS or not probe.media_type:
@@ -132,11 +151,13 @@ def decode(what: str, data: bytes, media_type: str = "") -> Manifest | ImageInde
 
 
 def decode_index(what: str, data: bytes) -> ImageIndex:
+    """Decode an index. Raises ManifestInvalid."""
     return _checked_index(what, _decode(what, data, ImageIndex))
 
 
 def decode_config(what: str, data: bytes, manifest: Manifest) -> ImageConfig:
-    """Raises ManifestInvalid when the configuration does not fit the manifest's layers."""
+    """Decode an image configuration. Raises ManifestInvalid, also when it does not match the manifest's
+    layers."""
     config = _decode(what, data, ImageConfig)
     if config.rootfs.type != "layers":
         raise ManifestInvalid(what, f"rootfs type {config.rootfs.type!r} is not 'layers'")
@@ -151,7 +172,7 @@ def decode_config(what: str, data: bytes, manifest: Manifest) -> ImageConfig:
 
 
 def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
-    """Names of the stacks, bottom first (OCI image-spec, config.md, "Layer ChainID")."""
+    """Return the chain id of each layer, bottom first (image-spec, config.md, "Layer ChainID")."""
     chain: list[str] = []
     for diff_id in diff_ids:
         chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
@@ -164,17 +185,17 @@ _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "38
 
 
 def host_platform(machine: str) -> Platform:
-    """`machine` is what platform.machine() says."""
+    """Return the platform of this host; `machine` is platform.machine() (uname(2))."""
     architecture = _MACHINES.get(machine, machine)
     variant = {"arm": "v7", "arm64": "v8"}.get(architecture, "")
     return Platform(os="linux", architecture=architecture, variant=variant)
 
 
 def choose(index: ImageIndex, wanted: Platform) -> Descriptor | None:
-    """The best manifest of an index for this platform; None when there is none.
+    """Return the best manifest of an index for this platform; None if there is none.
 
-    The first of equals wins (image-spec, image-index.md). Of amd64 and arm variants the highest
-    that does not exceed the host's wins; an entry without a platform matches last.
+    Of amd64 and arm variants the highest wins that does not exceed `wanted`; of equal entries the first
+    (image-spec, image-index.md). An entry without a platform matches only if no other does.
     """
     best: Descriptor | None = None
     best_score = -1
@@ -197,7 +218,7 @@ def _score(entry: Descriptor, wanted: Platform) -> int:
 
 
 def _level(variant: str, wanted: Platform) -> int:
-    """Variants are "v1", "v2"...; none means the baseline."""
+    """Return the number of a variant "v1", "v2"...; of the architecture's baseline if there is none."""
     baseline = {"amd64": 1, "arm64": 8, "arm": 7}.get(wanted.architecture, 0)
     number = variant.removeprefix("v")
     return int(number) if number.isdecimal() and len(number) < 3 else baseline
@@ -229,7 +250,7 @@ def _checked_index(what: str, index: ImageIndex) -> ImageIndex:
 def _checked_manifest(what: str, manifest: Manifest) -> Manifest:
     _checked_descriptor(what, manifest.config)
     if manifest.config.media_type not in CONFIGS:
-        raise UnsupportedMedia(what, manifest.config.media_type, "an artifact, not an image that can run")
+        raise UnsupportedMedia(what, manifest.config.media_type, "an artifact, not a container image")
     if len(manifest.layers) > LAYER_COUNT_LIMIT:
         raise ManifestInvalid(what, f"{len(manifest.layers)} layers, the limit is {LAYER_COUNT_LIMIT}")
     for layer in manifest.layers:
@@ -244,7 +265,7 @@ def _checked_layer(what: str, media_type: str) -> None:
     if "encrypted" in media_type:
         problem = "encrypted layers are not supported"
     elif "foreign" in media_type or "nondistributable" in media_type:
-        problem = "layers that lie outside the registry are not supported"
+        problem = "layers that are stored outside the registry are not supported"
     else:
-        problem = "not a layer that can be unpacked"
+        problem = "not a supported kind of layer"
     raise UnsupportedMedia(what, media_type, problem)

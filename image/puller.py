@@ -1,14 +1,14 @@
-"""Brings images in: from a registry or an archive, to layers and an entry of the index.
+"""Pull images from a registry, or import them from an archive, into layers and the index.
 
     manifest -> platform -> configuration -> layers -> index
 
-Layers are fetched in parallel (a bound over all pulls) and unpacked in order, each as soon as it
-and those below are there: a layer may refer to what is below it. A blob is used only after its
-digest and size were checked; its unpacked form only after its diff id was. The image appears in
-the index last, so nothing half-pulled is ever seen.
+Layers are downloaded in parallel, limited over all pulls, and unpacked in order, each as soon as it is
+downloaded and those below are unpacked: a layer may refer to files below it. A blob is used only after its
+digest and size were verified, and its unpacked form only after its diff id was. The image is added to the
+index last, so an incomplete image is never visible.
 
-The same pull asked twice is done once. It ends early when nobody waits for it any more; whatever
-was whole by then stays and is found by the next attempt, or deleted by the next collection.
+Concurrent pulls of one image are one pull (`sandbox.host.flights`). It is cancelled with its last caller;
+layers that are complete by then stay, and the next attempt finds them or the next collection deletes them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NESTING_LIMIT = 3  # of indexes
 
 
 class _Names(msgspec.Struct, frozen=True, kw_only=True):
-    """What the image will be called here, and in errors."""
+    """The names of an image that is being stored, and what it is called in errors."""
 
     what: str
     host: str
@@ -49,6 +49,11 @@ class _Names(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Puller:
+    """Pulls and imports for one store. Belongs to one event loop; close it.
+
+    `on_end` is called whenever a pull or import has ended, with or without success.
+    """
+
     def __init__(
         self,
         index: Index,
@@ -63,7 +68,7 @@ class Puller:
         self._downloads = Limiter("download", options.max_downloads)
         self._unpacks = Limiter("unpack", options.max_unpacks)
         self.limiters = (self._downloads, self._unpacks)
-        self._on_end = on_end  # called whenever a pull or import has ended, however it did
+        self._on_end = on_end
         self._flights = Flights(cancel_abandoned=True)
 
     async def pull(self, ref: str, auth: Auth | None = None, *, on_progress: Report | None = None) -> Image:
@@ -89,9 +94,10 @@ class Puller:
     async def import_archive(
         self, path: Path, *, name: str = "", on_progress: Report | None = None
     ) -> tuple[Image, ...]:
-        """Take all images of an OCI layout (directory or tar) or a docker-archive in.
+        """Import all images of an OCI layout (directory or tar) or a docker-archive.
 
-        `name` replaces the archive's own names; it then must hold one image. Raises any ImageError.
+        `name` replaces the archive's own names; the archive must then hold one image. Raises any ImageError;
+        images before the one that failed stay.
         """
         try:
             return await self._import(path, name, on_progress or (lambda progress: None))
@@ -104,7 +110,9 @@ class Puller:
             archive = await asyncio.to_thread(open_archive, path, scratch)
             try:
                 if tag and len(archive.images) > 1:
-                    raise ManifestNotFound(name, str(path), f"{len(archive.images)} images, one name")
+                    raise ManifestNotFound(
+                        name, str(path), f"{len(archive.images)} images, and one name for them"
+                    )
                 return tuple(
                     [await self._import_one(archive, found, tag, path, report) for found in archive.images]
                 )
@@ -122,7 +130,7 @@ class Puller:
             tags=tuple(reference.tagged for reference in named if reference.tagged),
             digests=tuple(f"{r.name}@{found.target}" for r in named) if found.has_digest else (),
         )
-        return await self._take(archive, fetched, names, report)
+        return await self._store(archive, fetched, names, report)
 
     # ----------------------------------------------------------------------------- one pull
 
@@ -149,18 +157,18 @@ class Puller:
                 tags=() if reference.digest else (reference.tagged,),
                 digests=(f"{reference.name}@{fetched.digest}",),
             )
-            return await self._take(registry, fetched, names, report)
+            return await self._store(registry, fetched, names, report)
         finally:
             await registry.close()
 
-    async def _take(self, source: Source, fetched: Fetched, names: _Names, report: Report) -> Image:
+    async def _store(self, source: Source, fetched: Fetched, names: _Names, report: Report) -> Image:
         chosen = await self._choose(source, fetched, names)
         raw = await source.small_blob(chosen.config, manifest.CONFIG_LIMIT)
         config = manifest.decode_config(f"configuration of {names.what}", raw, chosen)
         self._check_platform(config, names)
         chain = manifest.chain_ids(config.rootfs.diff_ids)
         with self._layers.pinned(chain):
-            await self._take_layers(source, chosen.layers, config.rootfs.diff_ids, chain, report)
+            await self._store_layers(source, chosen.layers, config.rootfs.diff_ids, chain, report)
             layers = [self._layers.find(chain_id) for chain_id in chain]
             return self._index.add(
                 Image(
@@ -184,7 +192,7 @@ class Puller:
                 raise self._wrong_platform(names, [e.platform for e in found.manifests if e.platform])
             fetched = await source.manifest(entry.digest, entry.size)
             found = manifest.decode(names.what, fetched.data, entry.media_type)
-        raise ManifestNotFound(names.what, names.host, "an index of indexes of indexes")
+        raise ManifestNotFound(names.what, names.host, f"indexes are nested more than {NESTING_LIMIT} deep")
 
     def _check_platform(self, config: ImageConfig, names: _Names) -> None:
         own = self._platform
@@ -195,11 +203,13 @@ class Puller:
     def _wrong_platform(self, names: _Names, offered: Sequence[Platform]) -> ManifestNotFound:
         have = sorted({f"{p.os}/{p.architecture}" for p in offered})
         wanted = f"{self._platform.os}/{self._platform.architecture}"
-        return ManifestNotFound(names.what, names.host, f"nothing for {wanted}, only {', '.join(have)}")
+        return ManifestNotFound(
+            names.what, names.host, f"no image for {wanted}, only for {', '.join(have) or 'none'}"
+        )
 
     # ------------------------------------------------------------------------------- layers
 
-    async def _take_layers(
+    async def _store_layers(
         self,
         source: Source,
         blobs: Sequence[Descriptor],
@@ -209,7 +219,7 @@ class Puller:
     ) -> None:
         ready = [asyncio.Event() for _ in chain]
 
-        async def take(n: int, stage: Path) -> None:
+        async def store(n: int, stage: Path) -> None:
             async with self._layers.making(chain[n]):
                 if self._layers.find(chain[n]):
                     report(Progress(item=blobs[n].digest, step="present", current=1, total=1))
@@ -224,18 +234,18 @@ class Puller:
             try:
                 async with asyncio.TaskGroup() as group:
                     for n in range(len(chain)):
-                        group.create_task(take(n, stage))
+                        group.create_task(store(n, stage))
             except BaseExceptionGroup as errors:
-                # the first to fail ended the others; its own error is what the caller knows
+                # the first failure cancelled the other layers, and is the one that callers expect
                 raise errors.exceptions[0] from errors
 
     async def _download(self, source: Source, blob: Descriptor, path: Path, report: Report) -> None:
-        def tell(written: int) -> None:
+        def report_written(written: int) -> None:
             report(Progress(item=blob.digest, step="download", current=written, total=blob.size))
 
         async with self._downloads.slot():
-            tell(0)
-            writer = await asyncio.to_thread(BlobWriter, path, blob, tell)
+            report_written(0)
+            writer = await asyncio.to_thread(BlobWriter, path, blob, report_written)
             try:
                 await source.blob(blob, writer)
             finally:

@@ -1,9 +1,9 @@
-"""Image references: parsing, and Docker's rules for what a short name means.
+"""Parse image references, with Docker's defaults for short names. Pure.
 
     [domain/]path[:tag][@digest]        busybox -> docker.io/library/busybox:latest
 
-The grammar is that of the distribution project; the defaults are those that every client of a
-container runtime expects (contract: repo tags are full names). Pure.
+The grammar is that of the distribution project (github.com/distribution/reference, regexp.go). The kubelet
+and crictl expect the defaults: repo tags of images are full names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from image.errors import InvalidReference
 
 DEFAULT_DOMAIN = "docker.io"
 DEFAULT_TAG = "latest"
-NAME_LIMIT = 255
+NAME_LIMIT = 255  # characters of domain and path (distribution's NameTotalLengthMax)
 
 _LABEL = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
 _DOMAIN = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])(?::[0-9]{{1,5}})?")
@@ -28,10 +28,13 @@ _HEX64 = re.compile(r"[a-f0-9]{64}")
 
 
 def is_digest(text: str) -> bool:
+    """Return whether `text` is a sha256 or sha512 digest (image-spec, descriptor.md, "Digests")."""
     return _DIGEST.fullmatch(text) is not None
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
+    """A normalized image reference; it has a tag, a digest, or both."""
+
     domain: str
     path: str
     tag: str = ""  # empty only where a digest is given
@@ -39,20 +42,22 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The full repository name."""
+        """The full repository name: domain and path."""
         return f"{self.domain}/{self.path}"
 
     @property
     def tagged(self) -> str:
+        """The full name with the tag; empty without a tag."""
         return f"{self.name}:{self.tag}" if self.tag else ""
 
     @property
     def digested(self) -> str:
+        """The full name with the digest; empty without a digest."""
         return f"{self.name}@{self.digest}" if self.digest else ""
 
     @property
     def target(self) -> str:
-        """What to ask a registry for: the digest wins over the tag."""
+        """What to request from a registry: the digest if there is one, else the tag."""
         return self.digest or self.tag
 
     def __str__(self) -> str:
@@ -60,7 +65,8 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse(text: str) -> Reference:
-    """Normalise a reference. Raises InvalidReference."""
+    """Parse and normalize a reference; without tag and digest the tag is "latest". Raises
+    InvalidReference."""
     rest, _, digest = text.partition("@")
     if "@" in text and not is_digest(digest):
         raise InvalidReference(text, "a digest is sha256: and 64, or sha512: and 128 lower-case hex digits")
@@ -82,7 +88,7 @@ def parse(text: str) -> Reference:
 
 
 def _split_tag(text: str, rest: str) -> tuple[str, str]:
-    """A colon behind the last slash begins a tag; before it, a port."""
+    """Split off the tag: a colon after the last slash begins a tag, one before it a port."""
     head, colon, tag = rest.rpartition(":")
     if not colon or "/" in tag:
         return rest, ""
@@ -92,7 +98,8 @@ def _split_tag(text: str, rest: str) -> tuple[str, str]:
 
 
 def _split_domain(rest: str) -> tuple[str, str]:
-    """The first piece is a registry if it looks like a host; a bare name is Docker Hub's library."""
+    """Split off the registry: the first component if it looks like a host, else Docker Hub. A name of one
+    component on Docker Hub is in library/."""
     first, slash, path = rest.partition("/")
     looks_like_host = "." in first or ":" in first or first == "localhost" or first != first.lower()
     if not slash or not looks_like_host:

@@ -1,7 +1,8 @@
-"""The seam to a root filesystem: how a container gets a writable one out of an image's layers.
+"""The seam for root filesystems: how a container gets a writable one from an image's layers.
 
-One file per kind, found by its name. `key` is the container's id: all names derive from it and
-from `target`, so `down` works after a crash at any point, with no other memory.
+One module per kind of store. What it makes is a value (`Rootfs`): a directory of the host or a disk.
+`key` is the container's id. All names derive from it and from `target`, so `down` works after a crash at any
+point, with no other record.
 """
 
 from __future__ import annotations
@@ -18,19 +19,28 @@ __all__ = ["Rootfs", "RootfsStore", "Usage"]
 
 
 class RootfsStore(Protocol):
+    """Makes and removes writable root filesystems. tests/contract/test_rootfs_store.py checks each store."""
+
     async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
-        """Make a fresh writable root of these layers, bottom first; with `ids`, their files belong to the
+        """Make a new writable root from these layers, bottom first. With `ids`, their files belong to the
         ids outside, and so does what is written.
 
-        A HostTree is mounted at `target`, a directory, made if it is missing. What an `up` left behind that
-        failed or was killed is replaced. Raises ImageNotFound when a layer is gone, StorageFailed, DiskFull.
+        A HostTree is mounted at `target`, a directory, which is made if it is missing. What an earlier `up`
+        with this key left, after a failure or a crash, is replaced. When cancelled, nothing stays. Raises
+        ImageNotFound when a layer is not stored any more, StorageFailed, DiskFull, ValueError for a bad key.
         """
 
     async def down(self, key: str, target: Path) -> None:
-        """Unmount it and delete what the container wrote. Idempotent, also after a crash."""
+        """Unmount the root and delete what the container wrote. Idempotent, also after a crash.
+
+        Works while files in it are open. Raises StorageFailed, ValueError for a bad key.
+        """
 
     def usage(self, key: str) -> Usage:
-        """What the container wrote. Zero for an unknown key. Blocking: it walks the directory."""
+        """Return what the container wrote; zero for an unknown key. Blocking: reads the whole tree.
+
+        Raises OSError.
+        """
 
     def read(self, rootfs: Rootfs, name: str, limit: int) -> bytes:
         """Return a file's content as a process with that root finds it; empty: no such regular file.
@@ -40,4 +50,4 @@ class RootfsStore(Protocol):
         """
 
     def keys(self) -> Collection[str]:
-        """Every key that holds something here, for the sweep at start."""
+        """Return every key that has something in this store, for the removal of orphans at start."""

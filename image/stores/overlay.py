@@ -1,16 +1,18 @@
 """Root filesystems by overlayfs.
 
     ROOT/rootfs/KEY/upper    what the container wrote
-    ROOT/rootfs/KEY/work     overlayfs's own
+    ROOT/rootfs/KEY/work     overlayfs's work directory
+    ROOT/rootfs/KEY/empty    the only lower layer of an image without layers
+    ROOT/rootfs/KEY/points   mount points of layers with mapped ids
 
-Layers are given to the kernel as /proc/self/fd/N: mount(2) takes one page of options, which the
-paths of some forty layers would fill, and short names allow all that overlayfs can stack. It also
-spares the escaping of colons and commas.
+Layers are passed to the kernel as /proc/self/fd/N. mount(2) takes one page of options, which the paths of
+about forty layers would fill; short names allow as many as overlayfs can stack, and need no escaping of
+colons and commas.
 
-Mounted `volatile`: a writable layer never outlives the machine's boot (its container is gone then),
-so neither an fsync in the guest nor the unmounting waits for the host's disk. Mounted nosuid and
-nodev: set-id programs and device nodes are for the guest's kernel, and its virtio-fs sees them as
-they are; on the host they must do nothing.
+Mounted `volatile` (overlayfs.rst, "Volatile mount"): a writable layer never outlives the machine's boot, as
+its container is gone then, so neither an fsync in the guest nor the unmount waits for the host's disk.
+Mounted nosuid and nodev: set-id programs and device nodes are for the guest's kernel, which sees them through
+virtio-fs; on the host they must have no effect.
 """
 
 from __future__ import annotations
@@ -38,14 +40,19 @@ _NAME_LIMIT = 128
 
 
 class OverlayStore:
+    """The `RootfsStore` that mounts overlayfs at `target`. See there for each method."""
+
     def __init__(self, root: Path, layers: LayerStore) -> None:
         self._root = root / "rootfs"
         self._layers = layers
 
     async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
+        """Mount a new root filesystem. A cancelled call waits for the mount and undoes it."""
         for chain_id in chain_ids:
             if self._layers.find(chain_id) is None:
-                raise ImageNotFound(chain_id, "this layer of the image is not here any more")
+                raise ImageNotFound(
+                    chain_id, "a layer of the image is not stored any more; pull the image again"
+                )
         with self._layers.pinned(chain_ids):
             await threads.run(
                 lambda: self._up(key, chain_ids, target, ids),
@@ -55,15 +62,19 @@ class OverlayStore:
         return HostTree(path=str(target))
 
     async def down(self, key: str, target: Path) -> None:
+        """Unmount `target` and delete the writable layer."""
         await asyncio.to_thread(self._down, key, target)
 
     def usage(self, key: str) -> Usage:
+        """Measure the writable layer."""
         return tree_ops.measure(self._home(key) / "upper")
 
     def read(self, rootfs: Rootfs, name: str, limit: int) -> bytes:
+        """Read a file through the mount."""
         return read_beneath(Path(rootfs.path), name, limit)
 
     def keys(self) -> Collection[str]:
+        """Return the names of all directories."""
         try:
             return tuple(path.name for path in self._root.iterdir())
         except FileNotFoundError:
@@ -82,12 +93,11 @@ class OverlayStore:
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in ("upper", "work", "empty", "points"):
-                # `empty` stands in for an image without layers, in `points` shifted ones are mounted
                 (home / name).mkdir(parents=True)
                 (home / name).chmod(0o755)
             target.mkdir(parents=True, exist_ok=True)
             lowers = [self._layers.path(chain_id) for chain_id in reversed(chain_ids)]
-            _mirror_root(lowers, home / "upper", ids)
+            _copy_root_attributes(lowers, home / "upper", ids)
             _mount(lowers or [home / "empty"], home, target, ids)
         except OSError as error:
             self._down(key, target)
@@ -102,8 +112,8 @@ class OverlayStore:
             raise storage_error(error, home, "removing a root filesystem") from error
 
 
-def _mirror_root(lowers: Sequence[Path], upper: Path, ids: IdMap | None) -> None:
-    """The root directory of the merged view is the upper one: it must look like the image's."""
+def _copy_root_attributes(lowers: Sequence[Path], upper: Path, ids: IdMap | None) -> None:
+    """Give the upper directory the owner and mode of the image's root: it is the merged view's root."""
     top = lowers[0].stat() if lowers else upper.stat()
     owner = (top.st_uid, top.st_gid)
     if ids is not None:
@@ -119,9 +129,9 @@ def _mount(lowers: Sequence[Path], home: Path, target: Path, ids: IdMap | None) 
     if ids is None:
         mount(lowers, target)
         return
-    tree = idmap.mounted_shifted(lowers, ids, home / "points", mount)
+    tree = idmap.mount_mapped(lowers, ids, home / "points", mount)
     try:
-        idmap.attach(tree, target)
+        idmap.attach_mount(tree, target)
     finally:
         os.close(tree)
 

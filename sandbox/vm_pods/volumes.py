@@ -139,7 +139,7 @@ def _shift(number: int, tree: int, what: Path, mount: MountSpec) -> None:
         return
     try:
         with idmap.user_namespace(ids) as namespace:
-            idmap.shift(tree, namespace, what)
+            idmap.map_ids(tree, namespace, what)
     except OSError as error:
         problem = f"the file system of {what} cannot map ids: {error.strerror or error}"
         raise InvalidSpec(f"config.mounts[{number}].uidMappings", problem, "an empty list") from error
