@@ -135,7 +135,8 @@ class Vm:
             spec = msgspec.structs.replace(spec, template=str(template))
             await self._start(pod, spec, RESTORE_TIMEOUT_S, "restore")
         except (VmmError, GuestUnreachable, GuestError, DeadlineExceeded) as error:
-            log.error("template %s cannot be restored and is deleted; the VM boots instead: %s", template.name, error)
+            problem = "template %s cannot be restored and is deleted; the VM boots instead: %s"
+            log.error(problem, template.name, error)
             await asyncio.to_thread(self.templates.discard, template)
             await self.down(pod)
             return False
