@@ -1,7 +1,7 @@
-"""Capability sets of a process, from what a client adds and drops.
+"""Capability sets of a process, computed from what a client adds and drops (capabilities(7)).
 
 Bit numbers are those of Linux 6.1 (include/uapi/linux/capability.h), the guest's kernel: "ALL" and
-privileged mean every one of them.
+privileged mean every one of them. Pure.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_C
 AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ
 PERFMON BPF CHECKPOINT_RESTORE
 """
-# What a container gets that asks for nothing: the fourteen that Docker, containerd and CRI-O users
-# have come to rely on.
+# The default set of a container: the fourteen capabilities that Docker and containerd grant too, and on which
+# images rely.
 _USUAL = """
 AUDIT_WRITE CHOWN DAC_OVERRIDE FOWNER FSETID KILL MKNOD NET_BIND_SERVICE NET_RAW SETFCAP SETGID SETPCAP
 SETUID SYS_CHROOT
@@ -32,7 +32,7 @@ _BITS = {name: 1 << number for number, name in enumerate(NAMES)}
 
 
 def mask_of(names: Iterable[str]) -> int:
-    """Bits of known names, written as in `NAMES`."""
+    """Return the bits of known names, written as in `NAMES`. Raises KeyError."""
     return sum(_BITS[name] for name in set(names))
 
 
@@ -51,6 +51,8 @@ DEFAULT = mask_of(_USUAL.split())
 
 @dataclass(frozen=True, slots=True)
 class CapabilitySets:
+    """The five capability sets of a process, as bit masks."""
+
     bounding: int
     permitted: int
     effective: int
@@ -59,12 +61,12 @@ class CapabilitySets:
 
 
 def capability_sets(security: SecuritySpec) -> CapabilitySets:
-    """The five sets of the first process and of every exec.
+    """Compute the five sets of the first process, which every exec gets too.
 
-    "ALL" is applied before single names, and drops come after adds, so `add ALL, drop NET_RAW` and
-    `drop ALL, add CHOWN` both mean what they say. Inheritable stays empty but for ambient ones:
-    filled, it would let a file's inheritable bits grant more than was asked (capabilities(7)).
-    Raises InvalidSpec for an unknown name.
+    "ALL" is applied before single names, and drops after adds, so `add ALL, drop NET_RAW` and `drop ALL, add
+    CHOWN` have their literal meanings. The inheritable set holds the ambient capabilities alone: with more,
+    the inheritable bits of a file could grant more than was requested (capabilities(7)). Raises InvalidSpec
+    with the field for an unknown name.
     """
     prefix = "config.linux.security_context.capabilities"
     add = _masks(security.add_capabilities, f"{prefix}.add_capabilities")
@@ -102,12 +104,12 @@ def _bare(name: str) -> str:
 
 
 def mask_named(name: str) -> int:
-    """One bit, or `ALL`, of a name that was checked."""
+    """Return the bit of a name, or `ALL`. Raises InvalidSpec, without a field: check names first."""
     return _mask(name, "")
 
 
 def _mask(name: str, field: str) -> int:
-    """One bit, or `ALL`. Case and a CAP_ prefix do not matter."""
+    """Return the bit of a name, or `ALL`. Case and a CAP_ prefix do not matter. Raises InvalidSpec."""
     bare = _bare(name)
     if bare == "ALL":
         return ALL

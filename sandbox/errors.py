@@ -1,6 +1,6 @@
-"""What can go wrong in `sandbox`, named for what a caller can do about it.
+"""The errors of this package, named by what a caller can do about them.
 
-Each error keeps its facts in fields; only `cri/errors.py` turns them into gRPC codes.
+Each keeps its facts in fields; only `cri/errors.py` maps them to gRPC codes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ class SandboxError(Exception):
 
 
 class NotFound(SandboxError):
-    """No pod or container answers to this id."""
+    """No pod or container has this id."""
 
     def __init__(self, kind: str, id: str) -> None:
         super().__init__(f"{kind} {id!r} does not exist")
@@ -20,7 +20,7 @@ class NotFound(SandboxError):
 
 
 class InvalidSpec(SandboxError):
-    """A field of the request cannot be honoured; nothing was changed."""
+    """A field of the request has a value that is invalid or not supported; nothing was changed."""
 
     def __init__(self, field: str, problem: str, accepted: str = "") -> None:
         super().__init__(f"{field}: {problem}" + (f"; accepted: {accepted}" if accepted else ""))
@@ -30,7 +30,7 @@ class InvalidSpec(SandboxError):
 
 
 class Reserved(SandboxError):
-    """The name is taken by another live object."""
+    """The name is in use by another pod or container."""
 
     def __init__(self, name: str, owner: str) -> None:
         super().__init__(f"name {name!r} is reserved for {owner}")
@@ -39,7 +39,7 @@ class Reserved(SandboxError):
 
 
 class WrongState(SandboxError):
-    """The object exists, and its state does not allow the call."""
+    """The state of the object does not allow the call."""
 
     def __init__(self, kind: str, id: str, state: str, wanted: str) -> None:
         super().__init__(f"{kind} {id} is {state}, not {wanted}")
@@ -50,7 +50,7 @@ class WrongState(SandboxError):
 
 
 class DeadlineExceeded(SandboxError):
-    """A bounded wait ended without its event."""
+    """An operation did not end within its time limit, in seconds."""
 
     def __init__(self, what: str, timeout_s: float) -> None:
         super().__init__(f"{what}: not done within {timeout_s:g} s")
@@ -59,7 +59,7 @@ class DeadlineExceeded(SandboxError):
 
 
 class MissingProgram(SandboxError):
-    """A program or file that Husk needs of the host is not there; says how to get it."""
+    """A program or file that Husk needs is not installed; names the command that installs it."""
 
     def __init__(self, what: str, package: str) -> None:
         super().__init__(f"{what} was not found; install it with: {package}")
@@ -68,7 +68,7 @@ class MissingProgram(SandboxError):
 
 
 class PhaseFailed(SandboxError):
-    """A step of starting a pod or container failed: which, after how long, and the console's tail."""
+    """A step of starting a pod or container failed: which, after how long, and the guest console's tail."""
 
     def __init__(self, phase: str, elapsed_s: float, reason: str, console: str = "") -> None:
         text = f"{phase} failed after {elapsed_s:.2f} s: {reason}"
@@ -80,11 +80,11 @@ class PhaseFailed(SandboxError):
 
 
 class VmmError(SandboxError):
-    """The hypervisor or a helper of it could not be started, or broke."""
+    """The hypervisor or one of its helpers could not be started, or failed."""
 
 
 class VmmGone(VmmError):
-    """The VM does not run any more."""
+    """The VM has ended."""
 
 
 class RootfsUnusable(SandboxError):
@@ -101,7 +101,7 @@ class PlanUnreadable(SandboxError):
 
 
 class GuestError(SandboxError):
-    """The agent refused a request: `step` failed with `errno` (0: no system call failed)."""
+    """A request was refused where the container runs: `step` failed with `errno` (0: no system call did)."""
 
     def __init__(self, step: str, errno: int, message: str) -> None:
         super().__init__(f"{step}: {message}")
@@ -111,18 +111,18 @@ class GuestError(SandboxError):
 
 
 class InvalidContainerConfig(GuestError):
-    """A client wished what cannot be had where the container runs: its program, directory, limits, sysctls.
+    """A request that cannot be satisfied where the container runs: its program, directory, limits or sysctls.
 
-    A matter of the request or of the image, not of Husk: asking again is of no use.
+    The request or the image is the cause, not Husk: retrying is useless.
     """
 
 
 class GuestUnreachable(SandboxError):
-    """No connection to the agent, or it was lost while a request was under way."""
+    """There is no connection to the agent, or it was lost during a request. Retrying may help."""
 
 
 class ProtocolError(GuestUnreachable):
-    """The guest sent bytes that make no sense; the connection is closed."""
+    """The guest violated the protocol; the connection is closed."""
 
 
 class VersionMismatch(GuestUnreachable):
@@ -146,12 +146,12 @@ def _versions(spoken: tuple[int, int]) -> str:
 
 
 class FellBehind(SandboxError):
-    """A subscriber did not take its events as fast as they came."""
+    """A subscriber did not read its events as fast as they came."""
 
     def __init__(self, waiting: int) -> None:
-        super().__init__(f"more than {waiting} events waited to be taken; see the state and subscribe anew")
+        super().__init__(f"more than {waiting} events were unread; list the state and subscribe again")
         self.waiting = waiting
 
 
 class StreamReset(SandboxError):
-    """The reader at the other end wants no more of this stream."""
+    """The reader at the other end has closed this stream."""

@@ -1,9 +1,9 @@
-"""What happens to pods and containers, told to whoever subscribed.
+"""Events of pods and containers for subscribers (CRI, GetContainerEvents).
 
-Events come from the state changes of records, so nothing that a client can see goes untold. Each holds
-the records as they were then. Nothing is kept for later: who subscribes anew asks for the state first.
-A subscriber that does not keep up is ended, with FellBehind, when QUEUE_MAX events wait for it; the
-daemon waits for nobody.
+Events come from the state changes of records, so there is one for every change that a client can see. Each
+holds the records as they were then. Nothing is kept for later: a client that subscribes again lists the
+state first. A subscription ends with FellBehind once QUEUE_MAX events wait for its reader; nothing ever
+waits for a reader.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ QUEUE_MAX = 1000  # as many as a kubelet keeps on its side
 
 
 class EventKind(StrEnum):
+    """The CRI's types of events (ContainerEventType)."""
+
     CREATED = "created"
     STARTED = "started"
     STOPPED = "stopped"
@@ -33,7 +35,7 @@ class EventKind(StrEnum):
 
 
 class Event(Value, frozen=True, kw_only=True):
-    """`id` is of a container, or of the pod itself; `at_ns` rises with each event."""
+    """One event. `id` is of a container, or of the pod itself; `at_ns` (wall clock) rises with each event."""
 
     kind: EventKind
     id: str
@@ -54,7 +56,8 @@ _OF_CONTAINER = {
 
 
 class Subscription:
-    """Iterate over it. Raises FellBehind once it is too slow; ends when the daemon does."""
+    """An asynchronous iterator over events, for one reader. Raises FellBehind once the reader is too slow;
+    ends with `end`, after the events that wait."""
 
     def __init__(self) -> None:
         self._queue: deque[Event] = deque()
@@ -63,6 +66,7 @@ class Subscription:
         self._behind = False
 
     def put(self, event: Event) -> None:
+        """Queue an event. When the queue is full, drop all, and fail the reader."""
         if len(self._queue) >= QUEUE_MAX:
             self._behind = True
             self._queue.clear()
@@ -71,6 +75,7 @@ class Subscription:
         self._news.set()
 
     def end(self) -> None:
+        """End the iteration after the events that wait. Idempotent."""
         self._ended = True
         self._news.set()
 
@@ -87,7 +92,7 @@ class Subscription:
 
 
 class Events:
-    """Observes the inventory and passes its changes on. Belongs to one event loop."""
+    """Turns changes of the inventory into events for all subscriptions. Belongs to one event loop."""
 
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
@@ -98,6 +103,7 @@ class Events:
 
     @contextmanager
     def subscribe(self) -> Iterator[Subscription]:
+        """Subscribe to all events from now on, for the length of the context. Ended at once after `close`."""
         subscription = Subscription()
         self._subscriptions.add(subscription)
         if self._closed:
@@ -113,27 +119,30 @@ class Events:
         for subscription in self._subscriptions:
             subscription.end()
 
-    # ------------------------------------------------------------------------- what happened
+    # ------------------------------------------------------------------------- observer
 
     def pod_changed(self, pod: Pod) -> None:
-        """Its state is another than before."""
+        """Emit what the pod's new state means: READY is created and started."""
         for kind in _OF_POD.get(pod.record.state, ()):
-            self._tell(kind, pod.id, pod)
+            self._emit(kind, pod.id, pod)
 
     def pod_deleted(self, pod: Pod) -> None:
+        """Emit the deletion of a pod that clients have seen."""
         if pod.record.state is not PodState.STARTING:
-            self._tell(EventKind.DELETED, pod.id, pod)
+            self._emit(EventKind.DELETED, pod.id, pod)
 
     def container_changed(self, container: Container) -> None:
+        """Emit what the container's new state means."""
         for kind in _OF_CONTAINER.get(container.record.state, ()):
-            self._tell(kind, container.id, container.pod)
+            self._emit(kind, container.id, container.pod)
 
     def container_deleted(self, container: Container) -> None:
-        """Told once it is out of the inventory: its pod's containers are those that remain."""
+        """Emit the deletion of a container that clients have seen. It is out of the inventory by now, so the
+        event lists the containers that remain."""
         if container.record.state is not ContainerState.CREATING:
-            self._tell(EventKind.DELETED, container.id, container.pod)
+            self._emit(EventKind.DELETED, container.id, container.pod)
 
-    def _tell(self, kind: EventKind, id: str, pod: Pod) -> None:
+    def _emit(self, kind: EventKind, id: str, pod: Pod) -> None:
         if not self._subscriptions:
             return
         self._last_ns = max(time.time_ns(), self._last_ns + 1)

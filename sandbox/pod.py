@@ -125,8 +125,8 @@ class Pod(Recorded[PodRecord]):
 
     @contextlib.asynccontextmanager
     async def queued(self, stage: Limiter) -> AsyncIterator[None]:
-        """Run the body in a slot of the limiter, and record the wait for it. A pod of the pool lets all others
-        go first, as no client waits for it."""
+        """Run the body in a slot of the limiter, and record the wait for it. No client waits for a pod of the
+        pool, so these let all others go first."""
         begin = time.monotonic()
         async with stage.slot(idle=self.record.state is PodState.WAITING):
             self.record_phase(f"queue-{stage.name}", begin, time.monotonic())

@@ -1,14 +1,17 @@
-"""What is remembered of pods and containers, on disk and in memory.
+"""The records of pods and containers, on disk (see `store`) and in memory, and their states.
 
     pod:        [WAITING ──>] STARTING ──> READY ──> NOT_READY   (a failed start is undone and forgotten)
     container:  CREATING ──> CREATED ──> RUNNING ──> EXITED
                                              └────> UNKNOWN ──> EXITED (255, after StopContainer)
 
-WAITING is a pod of the pool, whose VM runs before anybody has asked for it: its spec names nothing but
-the handler. It, STARTING and CREATING are never shown to a client: it has not been told the id yet.
+WAITING is a pod of the pool: its VM runs, and its spec names the handler alone. Clients never see it, nor a
+pod that is STARTING or a container that is CREATING: they do not have the id yet.
 
-A record is written before the effect that it announces: `steps` names each acquisition begun, so
-whatever the daemon was doing when it was killed, the next start knows what to undo.
+A record is written before the effect that it announces: `steps` names every acquisition that may have begun,
+so whatever the daemon was doing when it was killed, the next one knows what to release.
+
+A released field keeps its name and meaning. A new one needs a default, and unknown ones are refused, as a
+damaged name must not pass for a field that has its default value; any other change raises VERSION.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ VERSION = 2  # of both kinds of records; see `migrations`
 
 
 class PodState(StrEnum):
+    """See the diagram above. READY and NOT_READY are the CRI's."""
+
     WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
@@ -45,12 +50,14 @@ class PodState(StrEnum):
 
 
 class Side(StrEnum):
+    """Where a phase ran, and whose clock measured it."""
+
     HOST = "host"
     GUEST = "guest"
 
 
 class Source(StrEnum):
-    """Where a pod's VM came from."""
+    """How a pod's VM was started."""
 
     BOOT = "boot"
     TEMPLATE = "template"
@@ -58,12 +65,12 @@ class Source(StrEnum):
 
 
 class Phase(Value, frozen=True, kw_only=True):
-    """A stretch of the start, for the waterfall; seconds since RunPodSandbox began."""
+    """A phase of a pod's start, for `husk trace` and the metrics; in seconds since RunPodSandbox began."""
 
     name: str
     begin_s: float
     end_s: float
-    side: Side = Side.HOST  # whose doing it is, and whose clock told it
+    side: Side = Side.HOST
 
 
 class VmRuntime(Value, frozen=True, kw_only=True, tag="vm", forbid_unknown_fields=True):
@@ -101,18 +108,20 @@ class PodRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
     state: PodState = PodState.STARTING
     steps: tuple[str, ...] = ()  # begun, in order
     runtime: VmRuntime | ProcessRuntime = VmRuntime()
-    resources: Resources = Resources()  # in force, of all containers together
-    overhead: Resources = Resources()  # what the pod's sandbox is reckoned to cost beyond these
+    resources: Resources = Resources()  # in force, for all containers together
+    overhead: Resources = Resources()  # in force, for the sandbox itself, beyond these
     network: Attachment | None = None
     phases: tuple[Phase, ...] = ()
-    problem: str = ""  # why it is NOT_READY, when nobody asked for it
+    problem: str = ""  # why it is NOT_READY, where no client stopped it
 
     @property
     def ready(self) -> bool:
+        """Whether the state is READY."""
         return self.state is PodState.READY
 
     @property
     def isolation(self) -> Isolation:
+        """What keeps the pod apart from the node, by what it runs in."""
         return Isolation.VM if isinstance(self.runtime, VmRuntime) else Isolation.PROCESS
 
     @property
@@ -122,6 +131,8 @@ class PodRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class ContainerState(StrEnum):
+    """See the diagram above. All but CREATING are the CRI's."""
+
     CREATING = "creating"
     CREATED = "created"
     RUNNING = "running"
@@ -129,17 +140,20 @@ class ContainerState(StrEnum):
     UNKNOWN = "unknown"
 
 
-class User(Value, frozen=True, kw_only=True):
+class ContainerUser(Value, frozen=True, kw_only=True):
+    """The ids of a container's first process, as resolved when it was created; inside its user namespace."""
+
     uid: int = 0
     gid: int = 0
     groups: tuple[int, ...] = ()
 
 
 class LogPosition(Value, frozen=True, kw_only=True):
-    """Which byte of the guest's log stream the file begins with: written = base + file size.
+    """Where a log file is in the guest's stream of log bytes: it begins at byte `base`, so byte `base` + file
+    size is the next to request.
 
-    `inode` tells the file apart from one that took its name; `next_base` is set while a reopen is
-    under way and is the base of the file that it makes.
+    `inode` distinguishes the file from another with the same name. `next_base` is set while a reopen is under
+    way, to the base of the file that it makes.
     """
 
     base: int = 0
@@ -148,26 +162,26 @@ class LogPosition(Value, frozen=True, kw_only=True):
 
 
 class ImageVolume(Value, frozen=True, kw_only=True):
-    """An image that is the source of a mount, as it was found when the container was created."""
+    """An image that is the source of a mount, as it was when the container was created."""
 
-    mount: int  # which of the specification's
+    mount: int  # index in the specification's mounts
     image_id: str
     chain_ids: tuple[str, ...]
 
 
 class Propagated(Value, frozen=True, kw_only=True):
-    """A mount of the container's that is shown on the host (see `propagation`)."""
+    """A mount of the container that is repeated on the host (see `vm_pods.propagation`)."""
 
     path: str
-    mount_id: int = 0  # 0: about to be made
-    below: int = 0  # the mount that was on top there before
+    mount_id: int = 0  # 0: not made yet
+    below: int = 0  # id of the mount that was on top of the path before
 
 
 class HostProcess(Value, frozen=True, kw_only=True):
-    """A container that runs as processes of the host."""
+    """The processes of a container that runs on the host itself."""
 
     supervisor: ProcessIdentity  # conmon
-    init: ProcessIdentity | None = None  # the container's first; None: conmon is making it
+    init: ProcessIdentity | None = None  # the container's first; None: not started yet
 
 
 class ContainerRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -180,7 +194,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     created_at_ns: int
     image_id: str  # "sha256:..." of the image's configuration
     image_ref: str
-    chain_ids: tuple[str, ...] = ()  # of its root filesystem, kept from collection
+    chain_ids: tuple[str, ...] = ()  # of its root filesystem; these layers are not collected
     image_volumes: tuple[ImageVolume, ...] = ()
     rootfs: Rootfs | None = None  # None: not made yet
     defaults: ImageDefaults
@@ -191,7 +205,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     exit_code: int = 0
     reason: str = ""
     message: str = ""
-    user: User = User()
+    user: ContainerUser = ContainerUser()
     resources: Resources = Resources()  # in force
     stop_signal: str = "SIGTERM"
     log_path: str = ""  # absolute on the host
@@ -201,5 +215,5 @@ class ContainerRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """All that it stands on: chain ids."""
+        """Chain ids of all layers that it uses."""
         return (*self.chain_ids, *(chain for volume in self.image_volumes for chain in volume.chain_ids))

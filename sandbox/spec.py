@@ -1,8 +1,7 @@
-"""What a client asked for, as values.
+"""What a client requests, as values: the specifications of pods and containers.
 
-These are the only shapes in which `cri` hands wishes to `sandbox`; they are also what the records
-on disk hold, so a field may be added with a default but never renamed or given another meaning.
-Pure: no clock, no files, no event loop.
+`cri` translates requests to these, and records keep them on disk: a field may be added with a default, but
+never renamed or given another meaning. Pure: no clock, no files, no event loop.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Resources(Value, frozen=True, kw_only=True):
-    """LinuxContainerResources of the CRI; 0 means "not given" as it does there.
+    """Limits, as the CRI's LinuxContainerResources: 0 and empty mean "not given", as they do there.
 
-    `cpu_period` and `cpu_quota` are microseconds, memory is bytes.
+    `cpu_period` and `cpu_quota` are microseconds, `cpu_shares` relative weights, memory and huge pages bytes.
+    `unified` holds files of cgroup v2 by name.
     """
 
     cpu_period: int = 0
@@ -44,42 +44,52 @@ class Resources(Value, frozen=True, kw_only=True):
 
 
 class SeccompKind(StrEnum):
+    """The CRI's types of profiles (SecurityProfile.ProfileType)."""
+
     UNCONFINED = "unconfined"
     RUNTIME_DEFAULT = "runtime-default"
     LOCALHOST = "localhost"
 
 
 class Seccomp(Value, frozen=True, kw_only=True):
+    """Which system calls a container may make."""
+
     kind: SeccompKind = SeccompKind.UNCONFINED
     path: str = ""  # absolute path on the host, with LOCALHOST
 
 
 class AppArmorKind(StrEnum):
+    """The CRI's types of profiles (SecurityProfile.ProfileType)."""
+
     UNCONFINED = "unconfined"
     RUNTIME_DEFAULT = "runtime-default"
     LOCALHOST = "localhost"
 
 
 class AppArmor(Value, frozen=True, kw_only=True):
+    """Which AppArmor profile confines a container."""
+
     kind: AppArmorKind = AppArmorKind.UNCONFINED
     name: str = ""  # of a profile that is loaded on the host, with LOCALHOST
 
 
 class UserNamespace(Value, frozen=True, kw_only=True):
-    """Ids of the containers, and as what their files lie on the host."""
+    """How the ids of a pod's containers map to those of files on the host."""
 
     uids: tuple[IdRange, ...]
     gids: tuple[IdRange, ...]
 
 
 class Isolation(StrEnum):
-    """What keeps a pod's containers from the node."""
+    """What keeps a pod's containers apart from the node."""
 
     VM = "vm"
-    PROCESS = "process"  # namespaces and cgroups alone, some of them the node's
+    PROCESS = "process"  # namespaces and cgroups alone, some namespaces being the node's
 
 
 class PidMode(StrEnum):
+    """Whose PID namespace a container has (CRI, NamespaceMode)."""
+
     NODE = "node"
     POD = "pod"
     CONTAINER = "container"
@@ -90,6 +100,8 @@ class PidMode(StrEnum):
 
 
 class Dns(Value, frozen=True, kw_only=True):
+    """The content of resolv.conf (resolv.conf(5))."""
+
     servers: tuple[str, ...] = ()
     searches: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -103,6 +115,8 @@ class PortMapping(Value, frozen=True, kw_only=True):
 
 
 class PodSpec(Value, frozen=True, kw_only=True):
+    """A pod sandbox (CRI, PodSandboxConfig). `handler` names the runtime handler; empty: the default one."""
+
     name: str
     namespace: str
     uid: str
@@ -132,22 +146,24 @@ class PodSpec(Value, frozen=True, kw_only=True):
 
     @property
     def host_namespaces(self) -> tuple[str, ...]:
-        """Those of the node that it asks for, as the fields are called."""
-        asked = {"network": self.host_network, "pid": self.pid_mode is PidMode.NODE, "ipc": self.host_ipc}
-        return tuple(name for name, wanted in asked.items() if wanted)
+        """The node's namespaces that the pod shares, by the names of the CRI's fields."""
+        shared = {"network": self.host_network, "pid": self.pid_mode is PidMode.NODE, "ipc": self.host_ipc}
+        return tuple(name for name, requested in shared.items() if requested)
 
 
 # --------------------------------------------------------------------------------- container
 
 
 class Propagation(StrEnum):
+    """Whether mounts made later below a mount are seen on the other side (mount_namespaces(7))."""
+
     PRIVATE = "private"
     HOST_TO_CONTAINER = "host-to-container"
     BIDIRECTIONAL = "bidirectional"
 
 
 class MountSpec(Value, frozen=True, kw_only=True):
-    """Of the host's files, or of an image: then `host_path` is empty and `image` is not."""
+    """A mount of files of the host, or of an image: then `host_path` is empty and `image` is not."""
 
     container_path: str
     host_path: str
@@ -159,28 +175,34 @@ class MountSpec(Value, frozen=True, kw_only=True):
     user_specified_image: str = ""
     image_sub_path: str = ""  # relative to the image's root
     options: tuple[str, ...] = ()  # noexec, nodev, nosuid
-    ids: UserNamespace | None = None  # how its owners are shifted
+    ids: UserNamespace | None = None  # maps the owners of its files; None: as they are
 
 
 class DeviceSpec(Value, frozen=True, kw_only=True):
+    """A device node. `permissions`: any of r, w and m (mknod)."""
+
     container_path: str
     host_path: str
     permissions: str = "rwm"
 
 
 class CdiRequest(Value, frozen=True, kw_only=True):
-    """A device by its CDI name, and the field of the request that names it."""
+    """A device by its CDI name (vendor/class=device), and the field of the request that names it."""
 
     name: str
     field: str
 
 
 class GroupsPolicy(StrEnum):
+    """Whether the groups of the image's /etc/group apply too (CRI, SupplementalGroupsPolicy)."""
+
     MERGE = "merge"
     STRICT = "strict"
 
 
 class SecuritySpec(Value, frozen=True, kw_only=True):
+    """The security context of a container (CRI, LinuxContainerSecurityContext)."""
+
     privileged: bool = False
     add_capabilities: tuple[str, ...] = ()
     drop_capabilities: tuple[str, ...] = ()
@@ -204,6 +226,8 @@ class SecuritySpec(Value, frozen=True, kw_only=True):
 
 
 class ContainerSpec(Value, frozen=True, kw_only=True):
+    """A container (CRI, ContainerConfig)."""
+
     name: str
     attempt: int = 0
     image: str  # as the client named it
@@ -256,21 +280,21 @@ class Handler(Value, frozen=True, kw_only=True):
     """A runtime handler as configured ([handlers.NAME] in config.toml), all defaults filled in."""
 
     name: str
-    kernel: str  # path of the guest's vmlinux; empty: the one that `husk guest build` made
-    initramfs: str
-    memory_mib: int
+    kernel: str  # path of the guest's vmlinux; empty: that of the current guest image
+    initramfs: str  # likewise
+    memory_mib: int  # of a VM before it grows to its pod's needs
     vcpus: int
     accelerator: str  # "auto", or one of the hypervisor's, such as kvm or tcg
     hypervisor: str = ""  # name of the driver: see `vmm`
     options: dict[str, str] = {}  # the driver's own
-    source: str = "pool"  # boot, template or pool: see `factory`
-    pool_size: int = 0  # VMs that wait for a pod, with "pool"
-    host_pods: str = "process"  # process or refuse: pods that ask for namespaces of the node
+    source: str = "pool"  # boot, template or pool: see `vm_pods.pool`
+    pool_size: int = 0  # VMs to keep paused for later pods, with "pool"
+    host_pods: str = "process"  # pods that share namespaces of the node: "process" or "refuse"
 
 
 class VmSize(Value, frozen=True, kw_only=True):
-    """What a pod needs; `plan.vm_size` derives it from a PodSpec and a Handler."""
+    """The size of a VM that a pod needs: `plan.vm_size` computes it of a PodSpec and a Handler."""
 
     memory_mib: int
     vcpus: int
-    huge_mib: int = 0  # of the memory, set aside as huge pages
+    huge_mib: int = 0  # part of `memory_mib`, reserved as huge pages

@@ -8,7 +8,7 @@ from cri.proto import runtime_v1_pb2 as pb
 from image.index import Image
 from sandbox.host.ids import IdRange
 from sandbox.plan.users import image_user
-from sandbox.records import ContainerRecord, ContainerState, PodRecord, User
+from sandbox.records import ContainerRecord, ContainerState, ContainerUser, PodRecord
 from sandbox.spec import (
     MountSpec,
     PodSpec,
@@ -197,7 +197,7 @@ def _resources(resources: Resources) -> pb.LinuxContainerResources:
     )
 
 
-def _user(user: User) -> pb.ContainerUser:
+def _user(user: ContainerUser) -> pb.ContainerUser:
     return pb.ContainerUser(
         linux=pb.LinuxContainerUser(uid=user.uid, gid=user.gid, supplemental_groups=user.groups)
     )

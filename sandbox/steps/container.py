@@ -22,7 +22,7 @@ from sandbox.plan.paths import covers
 from sandbox.plan.pod_files import PodFiles, pod_files
 from sandbox.plan.users import resolve_user
 from sandbox.plan.values import ContainerPlan, Make
-from sandbox.records import PodRecord, User
+from sandbox.records import ContainerUser, PodRecord
 from sandbox.seccomp import seccomp_for
 from sandbox.spec import AppArmor, ContainerSpec
 from sandbox.steps.node_files import read_node_files
@@ -77,7 +77,7 @@ class CompiledPlan:
         if isinstance(rootfs, HostTree):
             make_mount_points(Path(rootfs.path), plan)
         container.save_plan(plan)
-        container.update(user=User(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))
+        container.update(user=ContainerUser(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))
 
 
 def _files(pod: PodRecord) -> PodFiles:

@@ -119,7 +119,7 @@ def _edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
 
 
 def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(path.read_bytes()[:40])  # within the id
 
 
 def _swap_id(path: Path) -> None:

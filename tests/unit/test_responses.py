@@ -11,7 +11,7 @@ from cri.proto import runtime_v1_pb2 as pb
 from cri.responses import objects
 from cri.responses.list_cache import ListCache
 from network.attach import Attachment
-from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState, User
+from sandbox.records import ContainerRecord, ContainerState, ContainerUser, PodRecord, PodState
 from sandbox.spec import (
     ContainerId,
     ContainerSpec,
@@ -80,7 +80,7 @@ def test_container_status_after_kill_has_exit_code_and_reason() -> None:
         reason="OOMKilled",
         started_at_ns=6,
         finished_at_ns=7,
-        user=User(uid=1, gid=2, groups=(2, 3)),
+        user=ContainerUser(uid=1, gid=2, groups=(2, 3)),
         resources=Resources(cpu_shares=512, hugepage_limits={"2MB": 4}, unified={"memory.high": "9"}),
         stop_signal="SIGRTMIN+3",
         log_path="/var/log/x/0.log",

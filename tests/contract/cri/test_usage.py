@@ -161,7 +161,7 @@ async def test_slow_subscriber_gets_resource_exhausted(runtime: Runtime) -> None
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await messages(runtime, "GetContainerEvents")
     assert caught.value.code() is Code.RESOURCE_EXHAUSTED
-    assert "subscribe anew" in (caught.value.details() or "")
+    assert "subscribe again" in (caught.value.details() or "")
 
 
 async def test_subscriber_that_does_not_read_is_bounded_and_ended(tmp_path: Path) -> None:
