@@ -1,7 +1,7 @@
-"""A profile's text to policy, by apparmor_parser(8), which needs no AppArmor in this host's kernel.
+"""Compiles AppArmor's RuntimeDefault profile with apparmor_parser(8), also where the host has no AppArmor.
 
-What a policy may use is said by FEATURES, in the form that apparmor_parser reads and the kernel writes
-(/sys/kernel/security/apparmor/features): what kernels from 5.9 on have in common, so that any guest takes it.
+FEATURES restricts what the policy may use, in the form that apparmor_parser reads and the kernel writes
+(/sys/kernel/security/apparmor/features): what all kernels since 5.9 have, so that any guest can load it.
 """
 
 from __future__ import annotations
@@ -81,10 +81,11 @@ signal {{mask {{{" ".join(_SIGNALS.split())}
 
 
 async def compile_default(parser: Path | None, packages: Path, scratch: Path, progress: Progress) -> bytes:
-    """The RuntimeDefault profile by `parser`, or the installed one, or the one of the distribution's package.
-    Empty where none can be had: containers that ask for the profile are refused then.
+    """Compile the RuntimeDefault profile with `parser`, the installed one, or that of the distribution's
+    package.
 
-    Raises BuildFailed.
+    Returns the policy; empty when there is no parser: containers that request the profile are refused then.
+    Raises BuildFailed when the compilation fails.
     """
     try:
         parser = parser or await find_parser(packages, scratch, progress)
@@ -95,7 +96,10 @@ async def compile_default(parser: Path | None, packages: Path, scratch: Path, pr
 
 
 async def find_parser(packages: Path, scratch: Path, progress: Progress) -> Path:
-    """Raises BuildFailed, MissingProgram."""
+    """Find the installed parser, or unpack the distribution's package to `scratch`.
+
+    Raises BuildFailed, MissingProgram.
+    """
     if installed := shutil.which(PROGRAM, path=WHERE):
         return Path(installed)
     need_apt(f"{PROGRAM} in {WHERE}")
@@ -111,7 +115,7 @@ async def find_parser(packages: Path, scratch: Path, progress: Progress) -> Path
 
 
 async def compile_policy(parser: Path, text: str, scratch: Path) -> bytes:
-    """Raises BuildFailed."""
+    """Compile a profile's text to the binary policy that a kernel loads. Raises BuildFailed."""
     files = {name: scratch / f"apparmor.{name}" for name in ("features", "profile", "policy")}
     files["features"].write_text(FEATURES)
     files["profile"].write_text(text)

@@ -1,4 +1,4 @@
-"""What a VM boots: the distribution's kernel and an initramfs with the agent, made on this host.
+"""Builds what a VM boots, on this host: the distribution's kernel, and an initramfs with the agent.
 
     ROOT/guest/
       packages/NAME_VERSION.deb       kernel packages as downloaded, by version
@@ -7,13 +7,13 @@
       HASH/apparmor                   AppArmor's RuntimeDefault profile, where it could be compiled
       current -> HASH                 the image that new pods get
 
-HASH is taken of the content, so the same inputs give the same directory, and nothing in it ever
-changes. A build happens in a directory beside it that gets its name when it is complete; `current`
-is replaced by renaming. Killed anywhere, the old image stays in use and the next build starts anew
-and sweeps what was left. The image before the last is kept, as a pod may be about to boot it.
+HASH is computed from the content, so the same inputs give the same directory, and nothing in it changes. A
+build runs in a scratch directory that is renamed when it is complete; `current` is replaced by a rename.
+After a kill at any moment the old image stays in use, and the next build starts from the beginning and
+removes the leftovers. The image before the current one is kept, as a pod may be about to boot it.
 """
 
-# ruff: noqa: ASYNC240 -- runs as a command of its own, with nothing else on its loop
+# ruff: noqa: ASYNC240 -- runs as a command, with nothing else on its event loop
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ from sandbox.guest_image.vmlinux import (
     load_orders,
     read_builtin,
 )
+from sandbox.host import files
 from sandbox.vm_pods.boot_image import GuestImage, ImageFacts, find_image
 
-# Each module costs a cold start some milliseconds.
+# Loaded at boot. Each one adds some milliseconds to a cold start.
 MODULES = (
     "virtio_pci",
     "virtio_console",
@@ -65,13 +66,13 @@ MODULES = (
     "virtio_balloon",
     "virtio_mem",
 )
-# For a container with NET_ADMIN that makes links of its own: the kernel loads these when one is made.
+# For containers with NET_ADMIN that create links: the kernel loads them by modprobe when one is created.
 ON_DEMAND = ("bridge", "veth", "dummy", "tun")
-# The smallest kernel that a distribution offers for VMs comes first: Debian, then Ubuntu.
+# Meta-packages in the order in which they are tried, the smallest kernels for VMs first: Debian, then Ubuntu.
 KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", "linux-image-generic")
 AGENT = Path(__file__).parents[1] / "agent"
 DIRECTORIES = ("dev", "modules", "modules/load", "proc", "run", "sbin", "sys", "tmp")
-MODPROBE = "sbin/modprobe"  # where a kernel looks for it (CONFIG_MODPROBE_PATH)
+MODPROBE = "sbin/modprobe"  # CONFIG_MODPROBE_PATH
 
 
 async def build(
@@ -84,12 +85,13 @@ async def build(
     agent: Path = AGENT,
     parser: Path | None = None,
 ) -> GuestImage:
-    """Make the image and let new pods use it; quick when nothing has changed.
+    """Build the image below `root` and make it the one that new pods boot. Quick when nothing has changed.
 
-    `kernel` is used instead of the distribution's; its modules are looked for in `modules`, or
-    where an installed or unpacked kernel has them. With `from_source` a small kernel is compiled.
-    `parser` is an apparmor_parser to use instead of the host's or its distribution's.
-    Raises BuildFailed, BadKernel, OptionsDropped, MissingProgram, and OSError.
+    `kernel` is used instead of the distribution's; its modules are taken from `modules`, or from where an
+    installed or unpacked kernel has them. With `from_source` a small kernel is compiled. `agent` is the
+    source directory or the program itself. `parser` is an apparmor_parser to use instead of the host's or its
+    distribution's. Waits while another build runs. `progress` gets a line for each step. Raises BuildFailed,
+    BadKernel, OptionsDropped, MissingProgram, and OSError.
     """
     guest = root / "guest"
     guest.mkdir(parents=True, exist_ok=True)
@@ -114,8 +116,8 @@ async def build(
 
 
 def find_modules_of(kernel: Path) -> Path:
-    """The modules directory of a kernel by its file name's version: beside it (lib/modules of the
-    tree that it lies in) or of this host. Raises BadKernel.
+    """Find the modules of a kernel by the version in its file name: in lib/modules of the tree that it lies
+    in, or of this host. Raises BadKernel.
     """
     version = re.sub(r"^(vmlinuz|vmlinux|bzImage)-?", "", kernel.name)
     places = [kernel.parent / "modules" / version, kernel.parent.parent / "lib/modules" / version]
@@ -127,7 +129,10 @@ def find_modules_of(kernel: Path) -> Path:
 
 
 async def fetch_kernel(packages: Path, scratch: Path, progress: Progress) -> Kernel:
-    """Download (once per version) and unpack the newest kernel for VMs that apt knows."""
+    """Download (once per version) and unpack the newest kernel for VMs that apt knows.
+
+    Raises BuildFailed, BadKernel, and MissingProgram on a host without apt.
+    """
     need_apt("husk guest build --kernel PATH")
     names = await find_kernel_packages()
     tree = scratch / "package"
@@ -139,14 +144,15 @@ async def fetch_kernel(packages: Path, scratch: Path, progress: Progress) -> Ker
         raise BadKernel(names[0][0], "its package holds no /boot/vmlinuz")
     version = images[0].name.removeprefix("vmlinuz-")
     directory = next((d for d in (tree / "lib/modules", tree / "usr/lib/modules") if d.is_dir()), tree)
-    # distributions' kernels take unsigned modules, unless firmware that VMs do not have forbids it
+    # distributions' kernels load unsigned modules, unless secure boot, which VMs do not have, forbids it
     return Kernel(image=images[0], modules=directory / version, keep_signatures=False)
 
 
 async def find_kernel_packages() -> list[tuple[str, str]]:
-    """The package of the kernel itself, with the one of its modules where that is separate (Ubuntu).
+    """Find the kernel's package, and that of its modules where it is separate (Ubuntu), with their versions.
 
-    The name that stays the same over upgrades depends on the one with the version in it.
+    A meta-package, whose name is the same for all versions, depends on the package with the version in its
+    name. Raises BuildFailed.
     """
     for meta in KERNELS:
         shown = await show(meta)
@@ -166,7 +172,10 @@ async def find_kernel_packages() -> list[tuple[str, str]]:
 
 
 async def compile_agent(source: Path, scratch: Path, progress: Progress) -> bytes:
-    """Compile the agent out of its sources; a file is taken as the program itself."""
+    """Compile the agent from its sources and return the program; a file is the program itself.
+
+    Raises MissingProgram and BuildFailed.
+    """
     if source.is_file():
         return source.read_bytes()
     for program, package in (("make", "make"), ("cc", "gcc libc6-dev libprotobuf-c-dev protobuf-c-compiler")):
@@ -183,9 +192,11 @@ async def compile_agent(source: Path, scratch: Path, progress: Progress) -> byte
 
 
 def make_initramfs(program: bytes, modules: Mapping[str, bytes], later: Mapping[str, bytes]) -> bytes:
-    """/init, the modules, and the order to load them in; for `later` ones, which the kernel asks for by
-    calling modprobe, the order for each name that it may ask by. Not compressed: reading two
-    megabytes is quicker for an emulated processor than unpacking one.
+    """Compose the initramfs: /init, the modules, and the order in which to load them.
+
+    `later` are modules that the kernel loads by modprobe on demand: for each name by which it may request
+    one, there is the order to load. Not compressed: an emulated processor reads two megabytes faster than it
+    decompresses one.
     """
     members = [cpio.directory(name) for name in DIRECTORIES]
     members.append(cpio.character_device("dev/console", 5, 1))
@@ -210,20 +221,20 @@ def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes, profil
     later = load_modules(available, [*builtin, *modules], offered, keep_signatures=keep)
     initramfs = make_initramfs(program, modules, later)
     facts = msgspec.json.encode(ImageFacts(kernel.version, tuple(modules)))
-    files = {"vmlinux": vmlinux, "initramfs": initramfs, "image.json": facts}
+    contents = {"vmlinux": vmlinux, "initramfs": initramfs, "image.json": facts}
     if profile:
-        files["apparmor"] = profile
-    digest = hash_of(*files.values())
+        contents["apparmor"] = profile
+    digest = hash_of(*contents.values())
     staging = scratch / digest
     staging.mkdir(mode=0o755)
-    for name, content in files.items():
+    for name, content in contents.items():
         _write(staging / name, content)
     final = guest / digest
     try:
         staging.rename(final)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise  # it is there already, with the same content
+            raise  # else it exists already, with the same content
     _make_current(guest, scratch, digest)
     _sweep(guest, scratch)
     image = find_image(guest.parent)
@@ -243,15 +254,11 @@ def _make_current(guest: Path, scratch: Path, digest: str) -> None:
     link = scratch / "current"
     link.symlink_to(digest)
     link.rename(guest / "current")
-    descriptor = os.open(guest, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync(guest)
 
 
 def _sweep(guest: Path, scratch: Path) -> None:
-    """Remove all images but the current and the one before, and what killed builds have left."""
+    """Remove all images but the current one and the one before it, and leftovers of killed builds."""
     current = (guest / "current").resolve()
     images = [d for d in guest.iterdir() if (d / "image.json").exists() and not d.is_symlink()]
     others = sorted((d for d in images if d != current), key=lambda d: d.stat().st_mtime)

@@ -1,9 +1,9 @@
-"""Writer of initramfs archives: cpio's "newc" form, the same bytes for the same content.
+"""Writes initramfs archives in cpio's "newc" format, the same bytes for the same content.
 
-Each member: a 110-byte header of "070701" and 13 fields of 8 hex digits, the name with its NUL,
-padding to 4, the data, padding to 4; a member "TRAILER!!!" ends the archive (kernel's
-Documentation/driver-api/early-userspace/buffer-format.rst). Owner is root, times are 0, inode
-numbers count up, so nothing of the host gets in.
+Each member is a 110-byte header of "070701" and 13 fields of 8 hex digits, the name with its NUL, padding to
+4 bytes, the data, padding to 4; a member "TRAILER!!!" ends the archive (kernel's
+Documentation/driver-api/early-userspace/buffer-format.rst). The owner is root, times are 0 and inode numbers
+count up, so nothing of the host gets in. Pure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
-    """A file, directory, link or device; `mode` holds the type as stat(2) has it."""
+    """A file, directory, link or device. `mode` includes the type, as in inode(7)."""
 
     name: str
     mode: int
@@ -24,22 +24,27 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def directory(name: str, mode: int = 0o755) -> Member:
+    """Return a directory; its parents must come before it in the archive."""
     return Member(name=name, mode=stat.S_IFDIR | mode)
 
 
 def file(name: str, content: bytes, mode: int = 0o644) -> Member:
+    """Return a regular file."""
     return Member(name=name, mode=stat.S_IFREG | mode, content=content)
 
 
 def symbolic_link(name: str, target: str) -> Member:
+    """Return a symbolic link."""
     return Member(name=name, mode=stat.S_IFLNK | 0o777, content=target.encode())
 
 
 def character_device(name: str, major: int, minor: int, mode: int = 0o600) -> Member:
+    """Return a character device."""
     return Member(name=name, mode=stat.S_IFCHR | mode, device=(major, minor))
 
 
 def write_archive(members: Sequence[Member]) -> bytes:
+    """Encode the members in their order, and the trailer."""
     archive = bytearray()
     for inode, member in enumerate(members, start=1):
         _append(archive, inode, member)

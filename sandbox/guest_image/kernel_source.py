@@ -1,17 +1,17 @@
-"""A small kernel for VMs, compiled here from the distribution's source package.
+"""Compiles a small kernel for VMs from the distribution's source package.
 
     ROOT/guest/kernels/KEY/
       vmlinux                             what QEMU boots, stripped
       config                              the complete configuration that it was compiled with
-      modules/VERSION/modules.builtin     all that was wished for is in it; there are no modules
+      modules/VERSION/modules.builtin     everything requested is built in; there are no modules
 
-KEY is taken of what goes in: source package and its version, kernel.config (the options, and why), the
-compiler, and the steps below. Same inputs, same bytes: time, user, host and path are kept out. A kernel
-is compiled in the build's scratch directory and moved here when it is complete, so one that is here is
-whole. The one before the last is kept, as for images.
+KEY is computed from the inputs: the source package and its version, kernel.config (the options, with
+reasons), the compiler, and the steps below. The same inputs give the same bytes: time, user, host and path
+are fixed. A kernel is compiled in the build's scratch directory and renamed when it is complete, so one that
+exists here is complete. The one before the current one is kept, as for images.
 """
 
-# ruff: noqa: ASYNC240 -- runs as a command of its own, with nothing else on its loop
+# ruff: noqa: ASYNC240 -- runs as a command, with nothing else on its event loop
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from sandbox.host import process
 SOURCE = "linux-source"  # on Debian and Ubuntu: depends on the package with the version in its name
 OPTIONS = Path(__file__).with_name("kernel.config")
 COMPILE_TIMEOUT_S = 4 * 3600.0
-# Only this build needs them, so no other check asks for them.
+# Needed by this build alone, so nothing else checks for them.
 TOOLS = {
     "make": "make",
     "cc": "gcc libc6-dev",
@@ -52,7 +52,7 @@ TOOLS = {
     "xz": "xz-utils",
 }
 ELF_HEADER = ("gelf.h", "libelf-dev")
-# What the kernel's build would ask the machine for: kernel's Documentation/kbuild/reproducible-builds.rst
+# What the build would else take from the machine: kernel's Documentation/kbuild/reproducible-builds.rst
 _FIXED = {
     "ARCH": "x86_64",
     "KBUILD_BUILD_HOST": "husk",
@@ -64,10 +64,12 @@ _STRIP = ("objcopy", "--strip-all", "--remove-section=.comment")
 
 
 class OptionsDropped(SandboxError):
-    """The kernel's Kconfig did not take all of kernel.config: renamed, gone, or something it needs is off."""
+    """Kconfig did not accept all of kernel.config: an option is renamed, removed, or lacks a dependency."""
 
     def __init__(self, options: tuple[str, ...]) -> None:
-        super().__init__(f"the kernel's configuration does not take: {', '.join(options)}")
+        super().__init__(
+            f"the kernel's Kconfig does not accept these options of kernel.config: {', '.join(options)}"
+        )
         self.options = options
 
 
@@ -75,38 +77,38 @@ class OptionsDropped(SandboxError):
 
 
 def find_options(text: str) -> list[tuple[str, ...]]:
-    """The wishes of a fragment in its order, each with its alternatives: lines that "## or" joins."""
-    wishes: list[tuple[str, ...]] = []
+    """Parse a fragment's options in order, each with its alternatives: lines that "## or" joins."""
+    options: list[tuple[str, ...]] = []
     joined = False
     for line in map(str.strip, text.splitlines()):
         if line == "## or":
             joined = True
         elif re.match(r"CONFIG_\w+=|# CONFIG_\w+ is not set$", line):
-            before = wishes.pop() if joined else ()
-            wishes.append((*before, line))
+            before = options.pop() if joined else ()
+            options.append((*before, line))
             joined = False
-    return wishes
+    return options
 
 
 def find_dropped(text: str, config: str) -> tuple[str, ...]:
-    """Wishes of the fragment that the configuration made of it does not fulfil.
+    """List the options of the fragment that the resulting configuration does not have.
 
-    An option that is off is fulfilled too where the configuration does not mention it.
+    An option that is to be off may also be absent from the configuration.
     """
     lines = set(config.splitlines())
     names = {line.partition("=")[0] for line in lines}
 
-    def taken(wish: str) -> bool:
-        return wish in lines or (wish.startswith("# ") and wish.split()[1] not in names)
+    def is_set(option: str) -> bool:
+        return option in lines or (option.startswith("# ") and option.split()[1] not in names)
 
-    return tuple(" or ".join(wish) for wish in find_options(text) if not any(map(taken, wish)))
+    return tuple(" or ".join(each) for each in find_options(text) if not any(map(is_set, each)))
 
 
 # ------------------------------------------------------------------------------------- the build
 
 
 async def build_kernel(guest: Path, scratch: Path, progress: Progress, options: Path = OPTIONS) -> Kernel:
-    """The kernel of the newest source package that apt knows, compiled unless it is there already.
+    """Compile the newest source package that apt knows, unless that kernel exists already.
 
     Raises MissingProgram, BuildFailed, OptionsDropped and OSError.
     """
@@ -130,7 +132,7 @@ async def build_kernel(guest: Path, scratch: Path, progress: Progress, options: 
 
 
 async def find_source() -> tuple[str, str]:
-    """Name and version of the source package. Raises BuildFailed."""
+    """Find the name and version of the source package. Raises BuildFailed."""
     found = re.search(rf"\b({SOURCE}-\d[^\s,(]*)", field(await show(SOURCE), "Depends"))
     if found is None:
         raise BuildFailed("apt-cache show", f"{SOURCE} is not known; run apt-get update")
@@ -138,7 +140,7 @@ async def find_source() -> tuple[str, str]:
 
 
 async def find_key(source: str, options: bytes) -> str:
-    """Raises MissingProgram where there is no compiler."""
+    """Compute KEY with this host's compiler and linker. Raises MissingProgram where there is none."""
     tools = []
     for program in ("cc", "ld"):
         if shutil.which(program) is None:
@@ -148,12 +150,13 @@ async def find_key(source: str, options: bytes) -> str:
 
 
 def make_key(source: str, options: bytes, compiler: str, linker: str) -> str:
+    """Compute KEY from the inputs of a build and its steps."""
     steps = repr((sorted(_FIXED.items()), _STRIP))
     return hash_of(source.encode(), options, compiler.encode(), linker.encode(), steps.encode())
 
 
 async def check_tools(scratch: Path) -> None:
-    """Raises MissingProgram with everything that is missing."""
+    """Raise MissingProgram with all tools and headers that are missing, and the packages that have them."""
     missing = {tool: package for tool, package in TOOLS.items() if shutil.which(tool) is None}
     if "cc" not in missing:
         header, package = ELF_HEADER
@@ -167,7 +170,7 @@ async def check_tools(scratch: Path) -> None:
 
 
 async def compile_kernel(archive: Path, options: Path, scratch: Path, progress: Progress) -> Path:
-    """Compile what the archive holds to scratch/kernel, laid out as in the module's docstring.
+    """Compile a source archive to scratch/kernel, with the layout of the module's docstring.
 
     Raises BuildFailed, and OptionsDropped before the long part begins.
     """
@@ -192,13 +195,13 @@ async def compile_kernel(archive: Path, options: Path, scratch: Path, progress: 
 
 
 def find_environment(source: Path) -> dict[str, str]:
-    """The build's date is the source's: of the Makefile, which says the version."""
+    """Return the variables of a reproducible build. Its date is the source's: that of the Makefile."""
     date = time.strftime("%Y-%m-%d", time.gmtime((source / "Makefile").stat().st_mtime))
     return {**_FIXED, "KBUILD_BUILD_TIMESTAMP": date}
 
 
 async def _make(source: Path, environment: Mapping[str, str], *arguments: str, timeout_s: float) -> None:
-    # a long build shall not hold up the pods that run beside it
+    # nice: a long build must not slow the pods that run at the same time
     command = ["nice", "-n", "10", "make", "--silent", "-C", str(source), *arguments]
     await checked(command, timeout_s=timeout_s, environment=environment)
 

@@ -1,8 +1,8 @@
-"""What a distribution's kernel package holds, in the form that a VM boots from.
+"""Converts a distribution's kernel package to what a VM boots: a plain vmlinux and plain modules.
 
-A bzImage carries the real kernel, compressed, as its payload. Taken out beforehand it is entered
-directly (PVH), and no guest spends its start on decompression. Modules are brought to plain `.ko`
-for the same reason, in an order in which each finds what it needs already loaded.
+A bzImage contains the kernel compressed. Extracted beforehand, QEMU enters it directly (PVH), and no guest
+spends its start on decompression. Modules are decompressed to `.ko` for the same reason, and ordered so that
+each follows those that it depends on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LZ4_BLOCK = 8 << 20  # of the legacy format: lz4, doc/lz4_Frame_format.md, "Leg
 
 
 class BadKernel(SandboxError):
-    """The kernel image or its modules are not in a form that can be used."""
+    """The kernel image or its modules cannot be used."""
 
     def __init__(self, what: str, problem: str) -> None:
         super().__init__(f"{what}: {problem}")
@@ -36,9 +36,9 @@ class BadKernel(SandboxError):
 
 
 class Kernel(msgspec.Struct, frozen=True, kw_only=True):
-    """A kernel image (bzImage or ELF) and the /lib/modules/VERSION that belongs to it.
+    """A kernel image (bzImage or ELF) and its /lib/modules/VERSION.
 
-    `keep_signatures` where it is not known whether the kernel insists on modules that are signed.
+    `keep_signatures` keeps those of modules, where it is unknown whether the kernel requires them.
     """
 
     image: Path
@@ -47,11 +47,12 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def version(self) -> str:
+        """The release, as uname -r prints it."""
         return self.modules.name
 
 
 def extract_vmlinux(image: bytes, name: str = "kernel") -> bytes:
-    """The ELF kernel inside a bzImage; an ELF file is returned as it is.
+    """Extract the ELF kernel from a bzImage; an ELF file is returned as it is. `name` is used in errors.
 
     Header fields as in the kernel's Documentation/arch/x86/boot.rst: setup_sects at 0x1f1, magic
     "HdrS" at 0x202, version at 0x206, payload_offset and payload_length (since 2.08) at 0x248.
@@ -63,7 +64,7 @@ def extract_vmlinux(image: bytes, name: str = "kernel") -> bytes:
         raise BadKernel(name, "neither an ELF file nor a bzImage")
     (version,) = struct.unpack_from("<H", image, 0x206)
     if version < 0x208:
-        raise BadKernel(name, f"boot protocol {version:#x} does not say where the kernel is")
+        raise BadKernel(name, f"boot protocol {version:#x} is too old: it has no payload offset (2.08 has)")
     offset, length = struct.unpack_from("<II", image, 0x248)
     start = ((image[0x1F1] or 4) + 1) * 512 + offset
     vmlinux = decompress(image[start : start + length], name)
@@ -73,10 +74,10 @@ def extract_vmlinux(image: bytes, name: str = "kernel") -> bytes:
 
 
 def decompress(data: bytes, name: str) -> bytes:
-    """Undo whatever the kernel's build may have used, told by magic number.
+    """Decompress gzip, xz, lzma, zstd or legacy lz4, recognized by magic number; ELF is returned as it is.
 
-    A kernel's payload has its unpacked size appended, which every format but its own ignores.
-    Raises BadKernel, or MissingProgram where the lz4 library is not there.
+    A kernel's payload has its uncompressed size appended, which the decompressors ignore. Raises BadKernel,
+    and MissingProgram where the lz4 library is not installed.
     """
     try:
         if data[:2] == b"\x1f\x8b":
@@ -93,7 +94,7 @@ def decompress(data: bytes, name: str) -> bytes:
         return _unpack_lz4(data, name)
     if data[:4] == b"\x7fELF":
         return data
-    raise BadKernel(name, f"unknown compression, it begins with {data[:6].hex()}")
+    raise BadKernel(name, f"unknown compression with magic number {data[:6].hex()}")
 
 
 def _unpack_lz4(data: bytes, name: str) -> bytes:
@@ -108,10 +109,10 @@ def _unpack_lz4(data: bytes, name: str) -> bytes:
         (size,) = struct.unpack_from("<I", data, at)
         at += 4
         if size > len(data) - at or len(unpacked) > MAX_KERNEL:
-            raise BadKernel(name, "its lz4 data is cut short")
+            raise BadKernel(name, "its lz4 data is truncated")
         got = library.LZ4_decompress_safe(data[at : at + size], block, size, _LZ4_BLOCK)
         if got < 0:
-            raise BadKernel(name, "its lz4 data is damaged")
+            raise BadKernel(name, "its lz4 data is corrupt")
         unpacked += memoryview(block)[:got]
         at += size
     return bytes(unpacked)
@@ -121,7 +122,7 @@ def _unpack_lz4(data: bytes, name: str) -> bytes:
 
 
 def find_modules(directory: Path) -> dict[str, Path]:
-    """Module files by name, dashes as underscores, below /lib/modules/VERSION."""
+    """Find the module files below /lib/modules/VERSION, by name with underscores in place of dashes."""
     found = {}
     for path in sorted((directory / "kernel").rglob("*.ko*")):
         found[path.name.split(".ko")[0].replace("-", "_")] = path
@@ -135,10 +136,10 @@ def load_modules(
     *,
     keep_signatures: bool = True,
 ) -> dict[str, bytes]:
-    """The wanted modules and what they need, unpacked, each after its dependencies.
+    """Read the wanted modules and their dependencies, decompressed, each after its dependencies.
 
-    What is built into the kernel is left out. Dependencies are read from the modules themselves,
-    as a package brings no modules.dep before depmod has run. Raises BadKernel for a missing one.
+    What is built into the kernel is left out. Dependencies are read from the modules themselves, as a package
+    contains no modules.dep: depmod creates it at installation. Raises BadKernel for a missing module.
     """
     inside = set(builtin)
     loaded: dict[str, bytes] = {}
@@ -160,7 +161,7 @@ def load_modules(
 
 
 def find_dependencies(module: bytes) -> list[str]:
-    """The `depends=` line of a module's .modinfo section: NUL-ended strings, names by commas."""
+    """Read `depends=` of a module's .modinfo section (NUL-terminated strings): names separated by commas."""
     at = module.find(b"\0depends=")
     if at < 0:
         return []
@@ -169,14 +170,14 @@ def find_dependencies(module: bytes) -> list[str]:
 
 
 def find_aliases(module: bytes) -> list[str]:
-    """Other names that a kernel asks for it by; the patterns that match hardware are left out."""
+    """Read the other names by which a kernel requests a module, without the patterns that match hardware."""
     names = (each.decode() for each in re.findall(rb"\0alias=([^\0]+)", module))
     return [name for name in names if not set(name) & set("*?[/")]
 
 
 def load_orders(modules: Mapping[str, bytes]) -> dict[str, list[str]]:
-    """By name and alias: what to load, dependencies first. What is not among `modules` is loaded
-    already."""
+    """Return what to load for each name and alias, dependencies first. A dependency that is not among
+    `modules` is loaded already."""
 
     def order(name: str) -> list[str]:
         before = [
@@ -188,9 +189,9 @@ def load_orders(modules: Mapping[str, bytes]) -> dict[str, list[str]]:
 
 
 def cut_signature(module: bytes) -> bytes:
-    """The module without its signature: the host vouches for the initramfs, and checking costs a start.
+    """Remove a module's signature: the host provides the initramfs, and verification would slow each start.
 
-    Behind the signature are struct module_signature, whose last four bytes of twelve are the length
+    The signature is followed by struct module_signature, whose last four bytes of twelve are the length
     (big-endian), and a line of text: kernel's include/linux/module_signature.h.
     """
     body = module.removesuffix(_SIGNED)
@@ -201,6 +202,6 @@ def cut_signature(module: bytes) -> bytes:
 
 
 def read_builtin(directory: Path) -> list[str]:
-    """Names from modules.builtin (kernel's Documentation/kbuild/kbuild.rst)."""
+    """Read the names of built-in modules from modules.builtin (kernel's Documentation/kbuild/kbuild.rst)."""
     lines = (directory / "modules.builtin").read_text().split()
     return [Path(line).name.removesuffix(".ko").replace("-", "_") for line in lines]

@@ -1,4 +1,4 @@
-"""A filesystem small enough to be filled, for what must survive that."""
+"""A filesystem small enough to be filled, for tests of a full disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def small_disk(point: Path, size: int, inodes: int = 0) -> Iterator[Path]:
-    """A tmpfs of `size` bytes at `point`, gone afterwards."""
+    """Mount a tmpfs of `size` bytes at `point`, and unmount it afterwards. Needs root."""
     point.mkdir(parents=True, exist_ok=True)
     options = f"size={size},mode=755" + (f",nr_inodes={inodes}" if inodes else "")
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "husk-test", str(point)], check=True)

@@ -1,7 +1,7 @@
-"""The kernel of `husk guest build --kernel-source`: the same bytes each time, and what images need of it.
+"""The kernel of `husk guest build --kernel-source` is reproducible, and has what images need.
 
 `tests/run kernel` builds it, runs these and all of `tests/vm` with it: two builds of a quarter of an hour
-each on two cores, so it is not among what `all` means.
+each on two cores, so `all` does not include it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ PROGRAMS = ("/usr/sbin/xtables-nft-multi", "/usr/sbin/xtables-legacy-multi")
 
 
 def firewall_image() -> images.Image:
-    """Busybox and the machine's iptables with the libraries that it loads."""
+    """Return an image of busybox and this machine's iptables with the libraries that it loads."""
     layer = images.Layer()
     paths = {*PROGRAMS, *map(str, Path(XTABLES).glob("*.so"))}
-    told = subprocess.run(["ldd", *paths], check=True, capture_output=True, text=True).stdout
-    paths |= set(re.findall(r"\s(/\S+\.so\S*) \(", told))
+    printed = subprocess.run(["ldd", *paths], check=True, capture_output=True, text=True).stdout
+    paths |= set(re.findall(r"\s(/\S+\.so\S*) \(", printed))
     for path in sorted(paths):
         layer.add(path, Path(path).read_bytes(), mode=0o755)
     for family in ("iptables", "ip6tables"):
@@ -50,7 +50,7 @@ def firewall_image() -> images.Image:
 
 @pytest.fixture(scope="module")
 def firewall(site: Site, cri: Cri, pod: Pod) -> Iterator[str]:
-    """A container that may change its pod's network."""
+    """A container with the capabilities to change its pod's network."""
     site.registry.push(NAME, "1", firewall_image())
     cri.pull(f"{HOST}/{NAME}:1")
     rights = api.Capability(add_capabilities=["NET_ADMIN", "NET_RAW"])
@@ -65,11 +65,11 @@ def firewall(site: Site, cri: Cri, pod: Pod) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(cri: Cri, pod: Pod) -> str:
-    """Another container of the pod: what the firewall says holds for all of it."""
+    """Another container of the pod, to which its firewall rules apply too."""
     return cri.run(pod, f"{HOST}/husk/busybox:1", ["sleep", "3600"])
 
 
-def said(cri: Cri, container: str, script: str) -> str:
+def output_of(cri: Cri, container: str, script: str) -> str:
     result = cri.exec(container, "sh", "-c", script)
     assert result.code == 0, f"{script}: {result}"
     return result.stdout.strip()
@@ -83,21 +83,21 @@ def test_two_builds_give_the_same_bytes(daemon: Daemon) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ours, theirs = ((place / "guest/current").resolve() for place in (root, daemon.root))
-    assert ours.name == theirs.name, "named by the hash of what is in it"
+    assert ours.name == theirs.name, "named by the hash of the content"
     assert (ours / "vmlinux").read_bytes() == (theirs / "vmlinux").read_bytes()
     assert json.loads((ours / "image.json").read_bytes())["modules"] == []
 
 
-def test_the_guest_runs_what_was_asked_for(daemon: Daemon, cri: Cri, pod: Pod, firewall: str) -> None:
-    assert said(cri, firewall, "uname -r").endswith("-husk")
+def test_running_kernel_has_the_requested_options(daemon: Daemon, cri: Cri, pod: Pod, firewall: str) -> None:
+    assert output_of(cri, firewall, "uname -r").endswith("-husk")
     facts: Any = json.loads((daemon.root / "guest/current/image.json").read_bytes())
-    assert said(cri, firewall, "uname -r") == facts["kernel_version"]
-    packed = said(cri, firewall, "base64 /proc/config.gz")
+    assert output_of(cri, firewall, "uname -r") == facts["kernel_version"]
+    packed = output_of(cri, firewall, "base64 /proc/config.gz")
     decoded = subprocess.run(["base64", "-d"], input=packed.encode(), capture_output=True, check=True).stdout
     assert find_dropped(OPTIONS.read_text(), gzip.decompress(decoded).decode()) == ()
 
 
-def test_it_says_that_it_has_no_apparmor(cri: Cri, pod: Pod) -> None:
+def test_apparmor_profile_is_rejected_with_a_reason(cri: Cri, pod: Pod) -> None:
     profile = api.SecurityProfile(profile_type=api.SecurityProfile.RuntimeDefault)
     security = api.LinuxContainerSecurityContext(apparmor=profile)
     container = cri.create(
@@ -109,11 +109,11 @@ def test_it_says_that_it_has_no_apparmor(cri: Cri, pod: Pod) -> None:
     cri.remove(container)
 
 
-def test_controllers_of_containers(cri: Cri, firewall: str) -> None:
-    there = said(cri, firewall, "cat /sys/fs/cgroup/cgroup.controllers")
+def test_containers_have_all_controllers(cri: Cri, firewall: str) -> None:
+    there = output_of(cri, firewall, "cat /sys/fs/cgroup/cgroup.controllers")
     assert set(there.split()) >= {"cpuset", "cpu", "io", "memory", "hugetlb", "pids", "misc"}
     for file in ("cpu.pressure", "memory.pressure", "memory.swap.max", "cpu.max", "io.max"):
-        said(cri, firewall, f"test -e /sys/fs/cgroup/{file}")
+        output_of(cri, firewall, f"test -e /sys/fs/cgroup/{file}")
 
 
 @pytest.mark.parametrize(
@@ -125,17 +125,17 @@ def test_controllers_of_containers(cri: Cri, firewall: str) -> None:
         ("ip6tables-legacy", "[::1]", 9004),
     ],
 )
-def test_a_pod_redirects_its_own_ports(
+def test_pod_redirects_its_own_ports(
     cri: Cri, firewall: str, client: str, command: str, address: str, port: int
 ) -> None:
-    """What a service mesh's side-car does: NAT by owner, in either tongue of iptables."""
+    """What the sidecar of a service mesh does: NAT by owner, with either variant of iptables."""
     match = f"-p tcp --dport {port} -m owner --uid-owner 0 -m comment --comment x"
     rule = f"OUTPUT {match} -j REDIRECT --to-ports 8080"
     get = f"wget -q -O - http://{address}:{port}/"
     assert cri.exec(client, "sh", "-c", get).code == 1
-    said(cri, firewall, f"{command} -t nat -A {rule}")
-    assert said(cri, client, get) == "served"
-    said(cri, firewall, f"{command} -t nat -D {rule}")
+    output_of(cri, firewall, f"{command} -t nat -A {rule}")
+    assert output_of(cri, client, get) == "served"
+    output_of(cri, firewall, f"{command} -t nat -D {rule}")
     assert cri.exec(client, "sh", "-c", get).code == 1
 
 
@@ -153,12 +153,12 @@ def test_a_pod_redirects_its_own_ports(
         "-A INPUT -p tcp -m connlimit --connlimit-above 9 -m recent --set --name x -j DROP",
     ],
 )
-def test_rules_that_pods_bring(cri: Cri, firewall: str, rule: str) -> None:
+def test_common_iptables_rules_are_accepted(cri: Cri, firewall: str, rule: str) -> None:
     for form in ("nft", "legacy"):
-        said(cri, firewall, f"iptables-{form} {rule}")
-        said(cri, firewall, f"iptables-{form} {rule.replace('-A', '-D', 1)}")
+        output_of(cri, firewall, f"iptables-{form} {rule}")
+        output_of(cri, firewall, f"iptables-{form} {rule.replace('-A', '-D', 1)}")
 
 
-def test_links_that_pods_make(cri: Cri, firewall: str) -> None:
-    said(cri, firewall, "ip link add v0 type veth peer name v1 && ip link add br9 type bridge")
-    said(cri, firewall, "ip link set v0 master br9 && ip link del v0 && ip link del br9")
+def test_veth_and_bridge_can_be_created(cri: Cri, firewall: str) -> None:
+    output_of(cri, firewall, "ip link add v0 type veth peer name v1 && ip link add br9 type bridge")
+    output_of(cri, firewall, "ip link set v0 master br9 && ip link del v0 && ip link del br9")

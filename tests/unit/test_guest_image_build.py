@@ -53,7 +53,7 @@ def bzimage(payload: bytes, *, version: int = 0x20F) -> bytes:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_kernel_comes_out(name: str) -> None:
+def test_kernel_is_extracted_from_each_format(name: str) -> None:
     got = vmlinux_module.extract_vmlinux(bzimage(FORMATS[name](ELF)))
     assert got[: len(ELF)] == ELF
 
@@ -71,7 +71,7 @@ def test_the_kernel_comes_out(name: str) -> None:
         bzimage(gzip.compress(ELF), version=0x200),
     ],
 )
-def test_what_is_no_kernel_is_refused(image: bytes) -> None:
+def test_image_that_is_not_a_kernel_is_rejected(image: bytes) -> None:
     with pytest.raises(BadKernel):
         vmlinux_module.extract_vmlinux(image, "it")
 
@@ -101,7 +101,7 @@ def make_tree(root: Path, *, fail: str = "") -> Kernel:
     return Kernel(image=image, modules=modules)
 
 
-def test_modules_follow_what_they_need(tmp_path: Path) -> None:
+def test_modules_follow_their_dependencies(tmp_path: Path) -> None:
     kernel = make_tree(tmp_path)
     found = vmlinux_module.find_modules(kernel.modules)
     loaded = list(vmlinux_module.load_modules(found, ["ext4"], ["virtio_pci", "ext4", "virtiofs"]))
@@ -110,7 +110,7 @@ def test_modules_follow_what_they_need(tmp_path: Path) -> None:
         vmlinux_module.load_modules(found, [], ["nonsense"])
 
 
-def test_a_later_module_is_found_by_each_of_its_names(tmp_path: Path) -> None:
+def test_module_loaded_on_demand_is_found_by_each_of_its_names(tmp_path: Path) -> None:
     kernel = make_tree(tmp_path)
     found = vmlinux_module.find_modules(kernel.modules)
     later = vmlinux_module.load_modules(found, ["virtio"], ["bridge"])
@@ -142,19 +142,19 @@ SIGNED = b"~Module signature appended~\n"
         (ELF + b"\xff" * 12 + SIGNED, ELF + b"\xff" * 12 + SIGNED),
     ],
 )
-def test_a_signature_is_cut_off_and_nothing_else(module: bytes, expected: bytes) -> None:
+def test_only_a_signature_is_removed(module: bytes, expected: bytes) -> None:
     assert vmlinux_module.cut_signature(module) == expected
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_signatures_stay_where_the_kernel_may_insist(tmp_path: Path, keep: bool) -> None:
+def test_signatures_stay_where_the_kernel_may_require_them(tmp_path: Path, keep: bool) -> None:
     module = tmp_path / "a.ko"
     module.write_bytes(ELF + bytes(12) + SIGNED)
     loaded = vmlinux_module.load_modules({"a": module}, [], ["a"], keep_signatures=keep)
     assert loaded == {"a": module.read_bytes() if keep else ELF}
 
 
-def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:
+def test_archive_is_read_by_cpio(tmp_path: Path) -> None:
     members = [
         cpio.directory("dev"),
         cpio.character_device("dev/console", 5, 1),
@@ -205,7 +205,7 @@ async def test_two_builds_give_the_same_bytes(tmp_path: Path, agent: Path, parse
     assert images[0] == images[1]
 
 
-async def test_again_changes_nothing_and_another_agent_does(
+async def test_repeated_build_changes_nothing_unless_the_agent_differs(
     tmp_path: Path, agent: Path, parser: Path
 ) -> None:
     kernel = make_tree(tmp_path)
@@ -230,7 +230,7 @@ async def test_again_changes_nothing_and_another_agent_does(
     assert lines
 
 
-async def test_a_failed_build_leaves_the_old_image(tmp_path: Path, agent: Path, parser: Path) -> None:
+async def test_failed_build_leaves_the_old_image(tmp_path: Path, agent: Path, parser: Path) -> None:
     root = tmp_path / "root"
     image = await image_build.build(
         root, kernel=make_tree(tmp_path / "good").image, agent=agent, parser=parser
@@ -244,15 +244,15 @@ async def test_a_failed_build_leaves_the_old_image(tmp_path: Path, agent: Path, 
     assert not list((root / "guest").glob(".build-*"))
 
 
-async def test_a_kernel_without_modules_is_told(tmp_path: Path, agent: Path, parser: Path) -> None:
+async def test_kernel_without_modules_is_rejected(tmp_path: Path, agent: Path, parser: Path) -> None:
     lonely = tmp_path / "vmlinuz-0.0-nowhere"
     lonely.write_bytes(ELF)
     with pytest.raises(BadKernel, match="--modules"):
         await image_build.build(tmp_path, kernel=lonely, agent=agent, parser=parser)
 
 
-async def test_builds_wait_for_each_other(tmp_path: Path) -> None:
-    """One would sweep away the scratch directory of the other."""
+async def test_concurrent_builds_wait_for_each_other(tmp_path: Path) -> None:
+    """One would remove the scratch directory of the other."""
     said: list[str] = []
     async with packages.alone(tmp_path, said.append):
         second = asyncio.create_task(_enter(tmp_path, said.append))

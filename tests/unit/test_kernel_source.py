@@ -29,7 +29,7 @@ CONFIG_TEXT="-x"
 """
 
 
-def test_options_are_read_with_their_alternatives() -> None:
+def test_options_are_parsed_with_their_alternatives() -> None:
     assert kernel_source.find_options(FRAGMENT) == [
         ("CONFIG_A=y",),
         ("CONFIG_NUMBER=12", "CONFIG_NUMMER=12"),
@@ -52,11 +52,11 @@ def test_options_are_read_with_their_alternatives() -> None:
         ),
     ],
 )
-def test_what_the_configuration_lacks_is_named(config: str, dropped: tuple[str, ...]) -> None:
+def test_options_missing_from_the_configuration_are_named(config: str, dropped: tuple[str, ...]) -> None:
     assert kernel_source.find_dropped(FRAGMENT, config) == dropped
 
 
-def test_the_options_in_use_are_well_formed() -> None:
+def test_kernel_config_is_well_formed() -> None:
     text = kernel_source.OPTIONS.read_text()
     for line in text.splitlines():
         assert re.fullmatch(r"(CONFIG_\w+=\S+|# CONFIG_\w+ is not set|#.*|)", line), line
@@ -65,7 +65,7 @@ def test_the_options_in_use_are_well_formed() -> None:
     assert not [option for option in options if option.endswith("=m")], "there is nobody to load a module"
 
 
-def test_the_key_depends_on_all_that_goes_in() -> None:
+def test_key_depends_on_every_input() -> None:
     inputs = ["linux-source-6.1 6.1.1-1", "CONFIG_A=y", "cc 12.2", "ld 2.40"]
 
     def key() -> str:
@@ -122,7 +122,7 @@ async def compile_it(archive: Path, scratch: Path) -> vmlinux_module.Kernel:
     return vmlinux_module.Kernel(image=made / "vmlinux", modules=modules)
 
 
-async def test_a_kernel_is_compiled_and_stripped(tmp_path: Path) -> None:
+async def test_kernel_is_compiled_and_stripped(tmp_path: Path) -> None:
     kernel = await compile_it(make_archive(tmp_path / "a"), make_scratch(tmp_path / "s"))
     vmlinux = kernel.image.read_bytes()
     assert vmlinux_module.extract_vmlinux(vmlinux) == vmlinux
@@ -134,20 +134,20 @@ async def test_a_kernel_is_compiled_and_stripped(tmp_path: Path) -> None:
     assert vmlinux_module.load_modules(vmlinux_module.find_modules(kernel.modules), builtin, MODULES) == {}
 
 
-async def test_neither_place_nor_time_show_in_it(tmp_path: Path) -> None:
+async def test_kernel_contains_neither_path_nor_time(tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "a")
     one = await compile_it(archive, make_scratch(tmp_path / "one"))
     two = await compile_it(archive, make_scratch(tmp_path / "elsewhere"))
     assert one.image.read_bytes() == two.image.read_bytes()
 
 
-async def test_an_option_that_is_not_taken_is_named(tmp_path: Path) -> None:
+async def test_option_that_kconfig_drops_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionsDropped, match="CONFIG_B=y") as raised:
         await compile_it(make_archive(tmp_path / "a", known="CONFIG_A="), make_scratch(tmp_path / "s"))
     assert raised.value.options == ("CONFIG_B=y",)
 
 
-async def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
+async def test_output_of_the_compiler_is_reported(tmp_path: Path) -> None:
     with pytest.raises(BuildFailed, match="no-such-flag") as raised:
         await compile_it(make_archive(tmp_path / "a", flags="-fno-such-flag"), make_scratch(tmp_path / "s"))
     assert "vmlinux" in raised.value.what
@@ -194,7 +194,7 @@ async def build(root: Path, options: str, lines: list[str] | None = None) -> vml
         shutil.rmtree(scratch)
 
 
-async def test_a_kernel_is_compiled_once(source: Path) -> None:
+async def test_kernel_is_compiled_once(source: Path) -> None:
     first = await build(source, "CONFIG_A=y\n")
     lines: list[str] = []
     assert await build(source, "CONFIG_A=y\n", lines) == first
@@ -205,7 +205,7 @@ async def test_a_kernel_is_compiled_once(source: Path) -> None:
     assert not first.image.exists() and len(list((source / "guest/kernels").iterdir())) == 2
 
 
-async def test_a_failed_build_leaves_nothing_and_can_be_repeated(source: Path) -> None:
+async def test_failed_build_leaves_nothing_and_can_be_repeated(source: Path) -> None:
     (source / "usr/src").rename(source / "usr/right")
     bad = make_archive(source / "usr/src", known="CONFIG_B=")
     with pytest.raises(OptionsDropped):
@@ -215,7 +215,7 @@ async def test_a_failed_build_leaves_nothing_and_can_be_repeated(source: Path) -
     assert (await build(source, "CONFIG_A=y\n")).image.exists()
 
 
-async def test_missing_tools_are_named_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_missing_tools_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler is a program that fails, so the header is missing on any machine."""
     for tool, program in {"make": "true", "cc": "false", "ld": "true", "xz": "true"}.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
@@ -227,7 +227,7 @@ async def test_missing_tools_are_named_all_at_once(tmp_path: Path, monkeypatch: 
     assert raised.value.package == "apt-get install binutils flex bison bc libelf-dev"
 
 
-async def test_a_missing_header_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_header_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_source, "TOOLS", {"cc": "gcc"})
     monkeypatch.setattr(kernel_source, "ELF_HEADER", ("no/such.h", "libno-dev"))
     with pytest.raises(MissingProgram, match=r"no/such\.h was not found.*libno-dev"):

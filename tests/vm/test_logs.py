@@ -26,7 +26,7 @@ def log_of(cri: Cri, pod: Pod, script: str, **fields: object) -> list[LogLine]:
     return parse_log(Path(cri.wait_exited(container).log_path))
 
 
-def test_format_and_place(cri: Cri, pod: Pod) -> None:
+def test_log_has_the_cri_format_at_its_path(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, ["sh", "-c", "echo to stdout; echo to stderr >&2"], name="speaker")
     status = cri.wait_exited(container)
     assert Path(status.log_path) == pod.log_directory / "speaker.log"
@@ -39,7 +39,7 @@ def test_format_and_place(cri: Cri, pod: Pod) -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}(Z|[+-]\d\d:\d\d)", line.time)
 
 
-def test_unended_last_line_is_partial(cri: Cri, pod: Pod) -> None:
+def test_last_line_without_newline_is_partial(cri: Cri, pod: Pod) -> None:
     lines = log_of(cri, pod, "echo whole; printf unended")
     assert [(line.tag, line.text) for line in lines] == [("F", "whole"), ("P", "unended")]
 
@@ -60,7 +60,7 @@ def test_terminal_has_one_stream(cri: Cri, pod: Pod) -> None:
     ]
 
 
-def test_no_log_path_means_no_log(cri: Cri, pod: Pod) -> None:
+def test_container_without_log_path_has_no_log(cri: Cri, pod: Pod) -> None:
     config = api.ContainerConfig(
         metadata=api.ContainerMetadata(name="silent"),
         image=api.ImageSpec(image=BUSYBOX),
@@ -74,7 +74,7 @@ def test_no_log_path_means_no_log(cri: Cri, pod: Pod) -> None:
 
 
 def test_rotation_loses_no_line(cri: Cri, pod: Pod) -> None:
-    """As a kubelet does it: rename, then ReopenContainerLog, while the container writes all the time."""
+    """As a kubelet does it: rename, then ReopenContainerLog, while the container keeps writing."""
     script = f"n=0; while [ $n -lt {LINES} ]; do n=$((n+1)); echo $n; done"
     container = cri.run(pod, BUSYBOX, ["sh", "-c", script])
     log = Path(cri.status(container).log_path)

@@ -1,4 +1,4 @@
-"""What pods use is told truly: CPU, memory, network, processes, writable layer, and the VM's own cost."""
+"""Stats are true: CPU, memory, network, processes, writable layer, and the overhead of the VM."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ def pod_stats(cri: Cri, pod: Pod) -> Any:
     return cri.call("PodSandboxStats", pod_sandbox_id=pod.id).stats.linux
 
 
-def cpus(look: Callable[[], Any], seconds: float = 2) -> float:
-    """CPUs used on average between two looks at a CpuUsage."""
-    first = look()
+def cpus(sample: Callable[[], Any], seconds: float = 2) -> float:
+    """Return the CPUs used on average between two samples of a CpuUsage."""
+    first = sample()
     time.sleep(seconds)
-    second = look()
+    second = sample()
     used = second.usage_core_nano_seconds.value - first.usage_core_nano_seconds.value
     return float(used / (second.timestamp - first.timestamp))
 
 
-def test_a_busy_loop_is_about_one_cpu(cri: Cri, pod: Pod) -> None:
+def test_busy_loop_uses_about_one_cpu(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, ["sh", "-c", "while :; do :; done"])
     assert 0.7 < cpus(lambda: stats_of(cri, container).cpu) < 1.2
     assert 0.7e9 < stats_of(cri, container).cpu.usage_nano_cores.value < 1.2e9
     assert 0.7 < cpus(lambda: pod_stats(cri, pod).cpu) < 1.2
 
 
-def test_a_sleeper_uses_nothing(cri: Cri, pod: Pod) -> None:
+def test_sleeping_container_uses_almost_nothing(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP)
     assert cpus(lambda: stats_of(cri, container).cpu, 1) < 0.1
     memory = stats_of(cri, container).memory
     assert 0 < memory.working_set_bytes.value < 10 * MIB
-    # no limit is its own, so the VM's size is
+    # it has no limit, so the VM's size applies
     assert 100 * MIB < memory.available_bytes.value < 256 * MIB
 
 
-def test_an_allocation_of_50_megabytes(cri: Cri, pod: Pod) -> None:
+def test_allocation_of_50_megabytes_is_counted(cri: Cri, pod: Pod) -> None:
     before = pod_stats(cri, pod).memory.working_set_bytes.value
     # dd holds its block, and waits for a reader that never reads
     container = cri.run(pod, BUSYBOX, ["sh", "-c", "dd if=/dev/zero bs=50M count=1 | sleep 3600"])
@@ -105,7 +105,7 @@ def test_network_counters_grow(cri: Cri, site: Any) -> None:
     assert values["container_file_descriptors"] >= 4
 
 
-def test_a_written_file_shows_in_the_writable_layer(cri: Cri, pod: Pod) -> None:
+def test_written_file_counts_in_the_writable_layer(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP)
     first = stats_of(cri, container).writable_layer
     assert os.path.isdir(first.fs_id.mountpoint)  # noqa: PTH112
@@ -119,8 +119,8 @@ def test_a_written_file_shows_in_the_writable_layer(cri: Cri, pod: Pod) -> None:
     assert layer.timestamp > first.timestamp
 
 
-def test_a_tree_of_many_levels(cri: Cri, pod: Pod) -> None:
-    """Deeper than what Python's own removal of trees can manage."""
+def test_tree_of_1500_levels_is_measured_and_removed(cri: Cri, pod: Pod) -> None:
+    """Deeper than what shutil.rmtree can remove."""
     script = "cd /; i=0; while [ $i -lt 1500 ]; do mkdir d; cd d || exit 9; i=$((i+1)); done; sleep 3600"
     container = cri.run(pod, BUSYBOX, ["sh", "-c", script])
     cri.wait_for(
@@ -136,7 +136,7 @@ def test_processes_are_counted(cri: Cri, pod: Pod) -> None:
     cri.wait_for(lambda: pod_stats(cri, pod).process.process_count.value, lambda seen: seen == before + 3)
 
 
-def test_lists_and_streams_tell_the_same(cri: Cri, pod: Pod) -> None:
+def test_lists_and_streams_agree(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP)
     created = cri.create(pod, BUSYBOX, SLEEP)
     listed = {one.attributes.id for one in cri.call("ListContainerStats").stats}
@@ -152,7 +152,7 @@ def test_lists_and_streams_tell_the_same(cri: Cri, pod: Pod) -> None:
     assert pod.id in pods
 
 
-def test_every_metric_that_is_always_there(cri: Cri, pod: Pod) -> None:
+def test_unconditional_metrics_are_all_present(cri: Cri, pod: Pod) -> None:
     cri.run(pod, BUSYBOX, SLEEP)
     keys = {one.name: len(one.label_keys) for one in cri.call("ListMetricDescriptors").descriptors}
     (metrics,) = [
@@ -165,7 +165,7 @@ def test_every_metric_that_is_always_there(cri: Cri, pod: Pod) -> None:
     assert always - {metric.name for metric in every} == set()
 
 
-def test_the_vms_own_cost_is_told_apart(cri: Cri, pod: Pod) -> None:
+def test_overhead_of_the_vm_is_reported_separately(cri: Cri, pod: Pod) -> None:
     cri.run(pod, BUSYBOX, SLEEP)
     usage = json.loads(cri.pod_status(pod, verbose=True).info["info"])["hostUsage"]
     assert 30 * MIB < usage["guestMemoryBytes"] < 320 * MIB
@@ -175,25 +175,25 @@ def test_the_vms_own_cost_is_told_apart(cri: Cri, pod: Pod) -> None:
     assert usage["vmmCpuSeconds"] > 0.1
 
 
-def test_pressure_is_told_where_the_guest_keeps_it(cri: Cri, pod: Pod) -> None:
+def test_pressure_is_reported_where_the_guest_keeps_it(cri: Cri, pod: Pod) -> None:
     one = cri.run(pod, BUSYBOX, ["sh", "-c", "while :; do :; done"])
     cri.run(pod, BUSYBOX, ["sh", "-c", "while :; do :; done"])
     kept = cri.exec(one, "cat", "/proc/pressure/cpu").code == 0
     first = stats_of(cri, one)
     assert first.cpu.HasField("psi") == first.memory.HasField("psi") == first.io.HasField("psi") == kept
-    if kept:  # two that want the one CPU wait for each other
+    if kept:  # two busy loops on one CPU wait for each other
         cri.wait_for(
             lambda: stats_of(cri, one).cpu.psi.Some.Total,
             lambda total: total > first.cpu.psi.Some.Total + 10**8,
         )
 
 
-# --------------------------------------------------------------------------------- a silent guest
+# ---------------------------------------------------------------------------------- a frozen guest
 
 
 @pytest.fixture
 def frozen(cri: Cri, daemon: Any) -> Iterator[Pod]:
-    """A pod whose VM stands still, for a test without an interest in its own pod."""
+    """A pod whose VM is stopped by SIGSTOP."""
     pod = cri.run_pod("usage-frozen")
     cri.run(pod, BUSYBOX, SLEEP)
     pids = daemon.vmm_pids(pod.id)
@@ -204,13 +204,13 @@ def frozen(cri: Cri, daemon: Any) -> Iterator[Pod]:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_a_vm_that_stands_still_holds_up_no_list(cri: Cri, pod: Pod, frozen: Pod) -> None:
-    for patience_s in (6.0, 2.0):  # and nobody waits for it a second time
+def test_frozen_vm_does_not_delay_the_list(cri: Cri, pod: Pod, frozen: Pod) -> None:
+    for limit_s in (6.0, 2.0):  # the second call does not wait for it
         began = time.monotonic()
         listed = {one.attributes.id for one in cri.call("ListPodSandboxStats").stats}
         assert pod.id in listed
         assert frozen.id not in listed
-        assert time.monotonic() - began < patience_s
+        assert time.monotonic() - began < limit_s
 
 
 # ------------------------------------------------------------------------------------- events
@@ -225,14 +225,14 @@ class Listener:
         self._stream = cri.stream("GetContainerEvents")
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
-        time.sleep(0.5)  # the call has reached the daemon
+        cri.call("Version")  # on the same connection, so the stream's call has reached the daemon
 
     def _listen(self) -> None:
         try:
             for event in self._stream:
                 self.seen.append(event)
         except grpc.RpcError:
-            pass  # `code` tells
+            pass  # see `code`
         self.code = self._stream.code()
 
     def join(self, *, cancel: bool = False) -> None:
@@ -242,7 +242,7 @@ class Listener:
         assert not self._thread.is_alive()
 
 
-def test_events_of_a_life(cri: Cri) -> None:
+def test_life_of_a_pod_has_its_events_in_order(cri: Cri) -> None:
     listener = Listener(cri)
     pod = cri.run_pod("usage-events")
     container = cri.run(pod, BUSYBOX, ["sh", "-c", "exit 3"])
@@ -270,13 +270,13 @@ def test_events_of_a_life(cri: Cri) -> None:
     assert times == sorted(set(times))
 
 
-def test_streams_end_with_the_daemon_and_usage_goes_on(cri: Cri, daemon: Any, pod: Pod) -> None:
+def test_streams_end_with_the_daemon_and_counters_continue(cri: Cri, daemon: Any, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP)
     used = pod_stats(cri, pod).cpu.usage_core_nano_seconds.value
     listener = Listener(cri)
     began = time.monotonic()
     assert daemon.terminate() == 0
-    assert time.monotonic() - began < 4, "an open stream does not hold the daemon up"
+    assert time.monotonic() - began < 4, "an open stream does not delay the exit of the daemon"
     listener.join()
     assert listener.code == grpc.StatusCode.OK
     daemon.start()
@@ -291,9 +291,9 @@ def linux(**fields: Any) -> Any:
     return api.LinuxContainerResources(**fields)
 
 
-def test_limits_in_place(cri: Cri, pod: Pod) -> None:
+def test_limits_of_a_running_container_are_changed(cri: Cri, pod: Pod) -> None:
     own = api.LinuxContainerSecurityContext(namespace_options=api.NamespaceOption(pid=api.CONTAINER))
-    config = api.LinuxContainerConfig(security_context=own)  # so that process 1 is its own
+    config = api.LinuxContainerConfig(security_context=own)  # so that process 1 is the container's
     container = cri.run(pod, BUSYBOX, ["sh", "-c", "while :; do :; done"], linux=config)
     limits = linux(cpu_quota=30_000, cpu_period=100_000, memory_limit_in_bytes=32 * MIB, oom_score_adj=333)
     cri.call("UpdateContainerResources", container_id=container, linux=limits)
@@ -306,7 +306,7 @@ def test_limits_in_place(cri: Cri, pod: Pod) -> None:
     assert cri.exec(container, "cat", "/proc/self/oom_score_adj").stdout == "333\n"
 
 
-def test_limits_of_all_containers_together(cri: Cri) -> None:
+def test_limits_of_a_pod_apply_to_all_containers_together(cri: Cri) -> None:
     pod = cri.run_pod("usage-limits")
     one = cri.run(pod, BUSYBOX, SLEEP)
     two = cri.run(pod, BUSYBOX, SLEEP)
