@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from sandbox.host import syscalls, threads
+from sandbox.host import mount_flags, syscalls, threads
 from sandbox.host.ids import IdRange, to_outside
 
 # Holds a user namespace open until its standard input is closed.
@@ -114,7 +114,7 @@ def mount_mapped(
 
     def work() -> int:
         syscalls.unshare(syscalls.CLONE_FS | syscalls.CLONE_NEWNS)
-        syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
+        syscalls.mount("none", "/", flags=mount_flags.MS_REC | mount_flags.MS_PRIVATE)
         for layer, point in zip(layers, points, strict=True):
             tree = clone_mount(layer, namespace)
             try:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from network.errors import NetnsError
-from sandbox.host import syscalls, threads
+from sandbox.host import mount_flags, syscalls, threads
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def _unshare_and_pin(path: Path) -> None:
     for name, value in SYSCTLS:
         with contextlib.suppress(OSError):  # no IPv6, or a read-only /proc/sys: only slower
             Path("/proc/sys", name).write_text(value)
-    syscalls.mount(OWN, path, flags=syscalls.MS_BIND)
+    syscalls.mount(OWN, path, flags=mount_flags.MS_BIND)
 
 
 def remove(path: Path) -> None:

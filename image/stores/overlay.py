@@ -31,7 +31,7 @@ from image.idmap import IdMap
 from image.layers import LayerStore
 from image.rootfs import HostTree, Rootfs
 from image.tree_ops import Usage
-from sandbox.host import syscalls, threads
+from sandbox.host import mount_flags, syscalls, threads
 from sandbox.host.mounts import unmount_all
 from sandbox.host.openat import read_beneath
 
@@ -162,4 +162,4 @@ def _mount_overlay(lowers: Sequence[Path], upper: Path, work: Path, target: Path
 def _mount_at(target: Path, options: str) -> None:
     if len(options) >= os.sysconf("SC_PAGE_SIZE"):
         raise OSError(errno.E2BIG, "too many layers for one mount", str(target))
-    syscalls.mount("husk", target, "overlay", syscalls.MS_NOSUID | syscalls.MS_NODEV, options)
+    syscalls.mount("husk", target, "overlay", mount_flags.MS_NOSUID | mount_flags.MS_NODEV, options)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from sandbox.host import syscalls, threads
+from sandbox.host import mount_flags, syscalls, threads
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 def bind(source: Path, target: Path, *, recursive: bool = True) -> None:
     """Bind-mount `source` on `target`; `recursive` includes the mounts below it (mount(2), MS_BIND)."""
-    syscalls.mount(source, target, flags=syscalls.MS_BIND | (syscalls.MS_REC if recursive else 0))
+    syscalls.mount(source, target, flags=mount_flags.MS_BIND | (mount_flags.MS_REC if recursive else 0))
 
 
 def make_readonly(target: Path, *, recursive: bool = False) -> None:

@@ -5,7 +5,8 @@ returns plain numbers and paths, and raises OSError: errno, a text that names th
 path or `what` (what a descriptor stands for, in the caller's words). All of them release the GIL, block for
 as long as the kernel does, and need CAP_SYS_ADMIN unless said otherwise.
 
-Flags have the names and values of linux/mount.h, linux/fcntl.h, linux/sched.h and linux/openat2.h.
+Flags have the names and values of linux/mount.h (those of mount(2) are in `mount_flags`), linux/fcntl.h,
+linux/sched.h and linux/openat2.h.
 The numbers of system calls above 424 are the same on every architecture (but alpha).
 """
 
@@ -16,15 +17,6 @@ import os
 from ctypes import c_char_p, c_int, c_long, c_size_t, c_uint, c_uint64, c_ulong
 from pathlib import Path
 
-MS_RDONLY = 0x1
-MS_NOSUID = 0x2
-MS_NODEV = 0x4
-MS_REMOUNT = 0x20
-MS_BIND = 0x1000
-MS_REC = 0x4000
-MS_PRIVATE = 1 << 18
-MS_SLAVE = 1 << 19
-MS_SHARED = 1 << 20
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from msgspec.structs import replace
 
 from sandbox.errors import InvalidSpec
+from sandbox.host import mount_flags
 from sandbox.plan import mounts
 from sandbox.plan.oci import Json, linux_spec, process_spec, runtime_spec
 from sandbox.plan.values import ContainerPlan, DevicePlan, MountPlan, ProcessPlan, Rlimit
@@ -68,7 +69,7 @@ def fit(plan: ContainerPlan, env: RuntimeEnv) -> ContainerPlan:
 
     Limits are left out: `cgroups` writes them, as crun is started with cgroups disabled.
     """
-    shared = any(mount.propagation & mounts.MS_SHARED for mount in plan.mounts)
+    shared = any(mount.propagation & mount_flags.MS_SHARED for mount in plan.mounts)
     return replace(
         plan,
         process=fit_process(plan.process, env.limits),
@@ -76,7 +77,7 @@ def fit(plan: ContainerPlan, env: RuntimeEnv) -> ContainerPlan:
         devices=(*plan.devices, *env.devices),
         cgroup=(),
         # a mount shares with the host what the tree shares that it is copied out of
-        rootfs_propagation=mounts.MS_SHARED | mounts.MS_REC if shared else plan.rootfs_propagation,
+        rootfs_propagation=mount_flags.MS_SHARED | mount_flags.MS_REC if shared else plan.rootfs_propagation,
     )
 
 
@@ -113,7 +114,7 @@ def _fit_mount(mount: MountPlan, env: RuntimeEnv) -> MountPlan:
         return replace(mount, source=env.shm)
     if mount.type == "devtmpfs":
         # it would be the node's, whose entries a container could remove and replace: a tmpfs, then
-        flags = mounts.MS_NOSUID | mounts.MS_NOEXEC | mounts.MS_STRICTATIME
+        flags = mount_flags.MS_NOSUID | mount_flags.MS_NOEXEC | mount_flags.MS_STRICTATIME
         return replace(mount, source="tmpfs", type="tmpfs", flags=flags, data="mode=755,size=65536k")
     if mount.type == "cgroup2":
         return replace(mount, source="cgroup", type="cgroup")  # whichever version the host has
@@ -125,8 +126,8 @@ def _files(plan: ContainerPlan, env: RuntimeEnv) -> list[MountPlan]:
         MountPlan(
             source=source,
             target=file.path,
-            flags=mounts.MS_BIND | (mounts.MS_RDONLY if file.readonly else 0),
-            propagation=mounts.MS_PRIVATE | mounts.MS_REC,
+            flags=mount_flags.MS_BIND | (mount_flags.MS_RDONLY if file.readonly else 0),
+            propagation=mount_flags.MS_PRIVATE | mount_flags.MS_REC,
         )
         for file, source in zip(plan.files, env.files, strict=True)
     ]

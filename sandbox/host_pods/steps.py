@@ -27,6 +27,7 @@ from sandbox.container import Container
 from sandbox.errors import DeadlineExceeded, GuestError, InvalidContainerConfig, InvalidSpec
 from sandbox.host import cgroup, mounts, process, syscalls
 from sandbox.host.limiter import Limiter
+from sandbox.host.mount_flags import MS_NODEV, MS_NOEXEC, MS_NOSUID
 from sandbox.host.process import ProcessIdentity
 from sandbox.host_pods import cgroups
 from sandbox.host_pods.host_files import find_devices, find_volumes, node_limits
@@ -34,7 +35,6 @@ from sandbox.host_pods.layout import HostLayout, runtime_of, shm_of
 from sandbox.host_pods.oci import compile_process
 from sandbox.host_pods.sysctls import pod_sysctls
 from sandbox.lifecycle import Step, Steps
-from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
 from sandbox.plan.pod_files import pod_hostname
 from sandbox.plan.shares import SHM_BYTES
 from sandbox.pod import Pod

@@ -17,6 +17,18 @@ from collections.abc import Sequence
 
 from sandbox.errors import InvalidSpec
 from sandbox.host.ids import to_outside
+from sandbox.host.mount_flags import (
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_RDONLY,
+    MS_REC,
+    MS_SHARED,
+    MS_SLAVE,
+    MS_STRICTATIME,
+)
 from sandbox.plan.paths import container_path, covers, depth
 from sandbox.plan.values import Make, MountPlan
 from sandbox.spec import (
@@ -30,18 +42,6 @@ from sandbox.spec import (
 )
 
 POD_SHM = "/run/husk/shm"
-
-# linux/mount.h
-MS_RDONLY = 0x1
-MS_NOSUID = 0x2
-MS_NODEV = 0x4
-MS_NOEXEC = 0x8
-MS_BIND = 0x1000
-MS_REC = 0x4000
-MS_PRIVATE = 1 << 18
-MS_SLAVE = 1 << 19
-MS_SHARED = 1 << 20
-MS_STRICTATIME = 1 << 24
 
 _INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC
 _OPTIONS = {"noexec": MS_NOEXEC, "nodev": MS_NODEV, "nosuid": MS_NOSUID}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import stat
 
 from sandbox import capabilities
-from sandbox.plan import mounts
+from sandbox.host import mount_flags
 from sandbox.plan.process import RLIMIT_NOFILE
 from sandbox.plan.values import ContainerPlan, DevicePlan, MountPlan, ProcessPlan, Rlimit
 
@@ -19,13 +19,17 @@ VERSION = "1.0.2"
 _ROWS, _COLUMNS = 24, 80  # of a terminal whose size is not known
 _RLIMITS = {RLIMIT_NOFILE: "RLIMIT_NOFILE"}
 _MOUNT_OPTIONS = {
-    mounts.MS_RDONLY: "ro",
-    mounts.MS_NOSUID: "nosuid",
-    mounts.MS_NODEV: "nodev",
-    mounts.MS_NOEXEC: "noexec",
-    mounts.MS_STRICTATIME: "strictatime",
+    mount_flags.MS_RDONLY: "ro",
+    mount_flags.MS_NOSUID: "nosuid",
+    mount_flags.MS_NODEV: "nodev",
+    mount_flags.MS_NOEXEC: "noexec",
+    mount_flags.MS_STRICTATIME: "strictatime",
 }
-_PROPAGATIONS = {mounts.MS_PRIVATE: "private", mounts.MS_SLAVE: "slave", mounts.MS_SHARED: "shared"}
+_PROPAGATIONS = {
+    mount_flags.MS_PRIVATE: "private",
+    mount_flags.MS_SLAVE: "slave",
+    mount_flags.MS_SHARED: "shared",
+}
 
 
 def runtime_spec(plan: ContainerPlan) -> Json:
@@ -88,22 +92,22 @@ def _rlimit(limit: Rlimit) -> Json:
 def _mount(mount: MountPlan) -> Json:
     """Options in the order: bind, flags, recursive flags, propagation, the file system's own."""
     options = [name for bit, name in _MOUNT_OPTIONS.items() if mount.flags & bit]
-    if mount.recursive_readonly and mount.flags & mounts.MS_RDONLY:
+    if mount.recursive_readonly and mount.flags & mount_flags.MS_RDONLY:
         options.append("rro")
     if propagation := _propagation(mount.propagation):
         options.append(propagation)
     kind = mount.type
-    if mount.flags & mounts.MS_BIND:
+    if mount.flags & mount_flags.MS_BIND:
         kind = "bind"
-        options.insert(0, "rbind" if mount.flags & mounts.MS_REC else "bind")
+        options.insert(0, "rbind" if mount.flags & mount_flags.MS_REC else "bind")
     else:
         options += [option for option in mount.data.split(",") if option]
     return {"destination": mount.target, "type": kind, "source": mount.source, "options": options}
 
 
 def _propagation(flags: int) -> str:
-    name = _PROPAGATIONS.get(flags & ~mounts.MS_REC, "")
-    return f"r{name}" if name and flags & mounts.MS_REC else name
+    name = _PROPAGATIONS.get(flags & ~mount_flags.MS_REC, "")
+    return f"r{name}" if name and flags & mount_flags.MS_REC else name
 
 
 def _device(device: DevicePlan) -> Json:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from network.attach import NetworkRequest, Networks, PublishedPort
-from sandbox.host import mounts, syscalls
+from sandbox.host import mount_flags, mounts
 from sandbox.host.cgroup import Cgroups
 from sandbox.host.limiter import Limiter
 from sandbox.pod import Pod
@@ -135,8 +135,8 @@ class Shares:
             share.mkdir(mode=0o755, parents=True)
             mounts.bind(back, share, recursive=False)
             mounts.make_readonly(share)
-            mounts.set_propagation(share, syscalls.MS_PRIVATE)
-            mounts.set_propagation(share, syscalls.MS_SHARED)
+            mounts.set_propagation(share, mount_flags.MS_PRIVATE)
+            mounts.set_propagation(share, mount_flags.MS_SHARED)
 
     async def down(self, pod: Pod) -> None:
         await asyncio.to_thread(mounts.unmount_tree, pod.run_dir / "share")

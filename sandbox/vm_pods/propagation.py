@@ -31,7 +31,7 @@ from image.rootfs import HostTree
 from sandbox.container import Container
 from sandbox.errors import SandboxError
 from sandbox.guest import guest_pb2 as pb
-from sandbox.host import mounts, syscalls
+from sandbox.host import mount_flags, mounts
 from sandbox.host.openat import open_beneath
 from sandbox.host.tasks import Tasks
 from sandbox.records import Propagated
@@ -218,7 +218,7 @@ def _attach(container: Container, path: Path, request: PropagationRequest) -> in
             return 0
         tree = mounts.clone_tree(source, path)
         opened.callback(os.close, tree)
-        mounts.set_tree_attributes(tree, path, propagation=syscalls.MS_PRIVATE, inert=True)
+        mounts.set_tree_attributes(tree, path, propagation=mount_flags.MS_PRIVATE, inert=True)
         mounts.attach_tree(tree, target, path)
         return mounts.top_mounts().get(str(path), 0)
     return 0

@@ -27,7 +27,7 @@ from image import idmap
 from image.stores import RootfsStore
 from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
-from sandbox.host import mounts, process, syscalls
+from sandbox.host import mount_flags, mounts, process
 from sandbox.plan import MountSource, huge_mib
 from sandbox.plan.shares import GUEST_VOLUMES, VOLUMES_TAG
 from sandbox.plan.values import HugeDirectory
@@ -151,7 +151,7 @@ def _shape(tree: int, what: Path, mount: MountSpec) -> None:
     mounts.set_tree_attributes(
         tree,
         what,
-        propagation=syscalls.MS_PRIVATE if private else syscalls.MS_SLAVE,
+        propagation=mount_flags.MS_PRIVATE if private else mount_flags.MS_SLAVE,
         readonly=mount.readonly,
         recursive=mount.recursive_readonly or bool(mount.image),
     )

@@ -23,7 +23,7 @@ from network.spec import Attachment, Interface, Route
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.guest.execs import run_exec
-from sandbox.host import syscalls
+from sandbox.host import mount_flags
 from sandbox.plan import compile_container, compile_exec, compile_identity, compile_network
 from sandbox.plan.device_filter import device_filter_for
 from sandbox.plan.encode import encode_configuration, encode_container, encode_process
@@ -132,7 +132,10 @@ def compile_plan(guest_root: str, command: WarmupCommand) -> ContainerPlan:
     # /dev/shm is the pod's, and is made with it
     kept = (mount for mount in plan.mounts if mount.target != "/dev/shm")
     program = MountPlan(
-        source=command.source, target=PROGRAM, flags=syscalls.MS_BIND | syscalls.MS_RDONLY, make=Make.FILE
+        source=command.source,
+        target=PROGRAM,
+        flags=mount_flags.MS_BIND | mount_flags.MS_RDONLY,
+        make=Make.FILE,
     )
     scratch = MountPlan(source="tmpfs", target="/tmp", type="tmpfs", data="mode=1777", make=Make.DIRECTORY)
     return replace(plan, mounts=(*kept, program, scratch))

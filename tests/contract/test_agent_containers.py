@@ -11,7 +11,8 @@ import pytest
 
 from sandbox.errors import GuestError
 from sandbox.guest import guest_pb2 as pb
-from tests.kit.agent import ALL_CAPS, MS_BIND, Agent, Guest, Sink, process, start
+from sandbox.host.mount_flags import MS_BIND
+from tests.kit.agent import ALL_CAPS, Agent, Guest, Sink, process, start
 from tests.kit.eventually import eventually
 
 POD, TARGET = pb.PidNamespace.POD, pb.PidNamespace.TARGET

@@ -13,7 +13,8 @@ import pytest
 from sandbox.errors import DeadlineExceeded, GuestError
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
-from tests.kit.agent import MS_BIND, TOKEN, Agent, Guest, build, standard_mounts
+from sandbox.host.mount_flags import MS_BIND
+from tests.kit.agent import TOKEN, Agent, Guest, build, standard_mounts
 from tests.kit.scratch import scratch_dir
 
 MACS = ("02:00:00:00:00:01", "02:00:00:00:00:02")

@@ -9,19 +9,9 @@ import pytest
 
 from sandbox.errors import GuestError
 from sandbox.guest import guest_pb2 as pb
-from tests.kit.agent import (
-    MS_BIND,
-    MS_NOEXEC,
-    MS_RDONLY,
-    MS_REC,
-    Agent,
-    Guest,
-    process,
-    standard_devices,
-    standard_mounts,
-)
+from sandbox.host.mount_flags import MS_BIND, MS_NOEXEC, MS_PRIVATE, MS_RDONLY, MS_REC, MS_SHARED, MS_SLAVE
+from tests.kit.agent import Agent, Guest, process, standard_devices, standard_mounts
 
-MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
 DIRECTORY, FILE, LIKE_SOURCE = pb.Mount.DIRECTORY, pb.Mount.FILE, pb.Mount.LIKE_SOURCE
 
 

@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from sandbox.guest import guest_pb2 as pb
-from tests.kit.agent import MS_BIND, TOKEN, Agent, Guest, standard_mounts, start
+from sandbox.host.mount_flags import MS_BIND
+from tests.kit.agent import TOKEN, Agent, Guest, standard_mounts, start
 from tests.kit.eventually import eventually_sync
 
 LARGEST = 64 << 20  # of a mapping that is searched: a sanitizer's shadow memory is terabytes

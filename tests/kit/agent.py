@@ -21,6 +21,7 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.guest.execs import run_exec
 from sandbox.guest.frames import MIN_VERSION, VERSION
+from sandbox.host.mount_flags import MS_NODEV, MS_NOEXEC, MS_NOSUID
 from tests.kit.eventually import eventually_sync
 
 TREE = Path(__file__).parents[2]
@@ -31,8 +32,6 @@ APPLETS = """
 sh true cat echo sleep ls stty tty env id head yes seq mount umask kill dd ln mkdir wc
 stat grep setsid rmdir mkfifo umount chmod
 """
-
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC = 1, 2, 4, 8, 0x1000, 0x4000
 
 
 def build(target: str) -> Path:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sandbox.guest_image.vmlinux import Kernel
-from sandbox.host import cgroup, mounts, process, syscalls
+from sandbox.host import cgroup, mount_flags, mounts, process
 from sandbox.vmm import Machine, ShareSpec, VmSpec
 from sandbox.vmm.drivers import find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
@@ -126,7 +126,7 @@ def leave_mounts() -> None:
     """Enter a new mount namespace, so that no clean-up of the run reaches the host's files."""
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
-    mounts.set_propagation(Path("/"), syscalls.MS_REC | syscalls.MS_PRIVATE)
+    mounts.set_propagation(Path("/"), mount_flags.MS_REC | mount_flags.MS_PRIVATE)
 
 
 def bind_root(at: Path) -> Path:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
 from sandbox.host.ids import IdRange
+from sandbox.host.mount_flags import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
 from sandbox.plan import (
     MountSource,
     compile_container,
@@ -19,7 +20,7 @@ from sandbox.plan import (
 )
 from sandbox.plan.configure import sysctl_path
 from sandbox.plan.devices import guest_devices
-from sandbox.plan.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, compile_mounts
+from sandbox.plan.mounts import compile_mounts
 from sandbox.plan.paths import container_path, covers, depth
 from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.size import BOOT_FLOOR_MIB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from sandbox.plan import mounts
+from sandbox.host import mount_flags
 from sandbox.plan.oci import runtime_spec
 from sandbox.plan.values import CgroupFile, ContainerPlan, DevicePlan, MountPlan, ProcessPlan
 
@@ -21,7 +21,7 @@ def test_plan_is_rendered_as_runtime_spec() -> None:
         oom_score_adj=-3,
         no_new_privs=True,
     )
-    bind = mounts.MS_BIND | mounts.MS_REC | mounts.MS_RDONLY
+    bind = mount_flags.MS_BIND | mount_flags.MS_REC | mount_flags.MS_RDONLY
     plan = ContainerPlan(
         id="c",
         rootfs="/run/husk/rootfs/c",
@@ -30,13 +30,15 @@ def test_plan_is_rendered_as_runtime_spec() -> None:
         masked_paths=("/proc/kcore",),
         devices=(DevicePlan("/dev/fuse", 10, 229),),
         mounts=(
-            MountPlan(source="proc", target="/proc", type="proc", flags=mounts.MS_NOSUID, data="hidepid=2"),
+            MountPlan(
+                source="proc", target="/proc", type="proc", flags=mount_flags.MS_NOSUID, data="hidepid=2"
+            ),
             MountPlan(
                 source="/v/1",
                 target="/v",
                 flags=bind,
                 recursive_readonly=True,
-                propagation=mounts.MS_SLAVE | mounts.MS_REC,
+                propagation=mount_flags.MS_SLAVE | mount_flags.MS_REC,
             ),
         ),
         cgroup=(

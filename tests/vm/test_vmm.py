@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.host import cgroup, mounts, process, syscalls, unix_sockets
+from sandbox.host import cgroup, mount_flags, mounts, process, syscalls, unix_sockets
 from sandbox.vmm import Machine, ShareSpec, VmHandle, VmSpec
 from sandbox.vmm.drivers import find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
@@ -72,8 +72,8 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
         share.mkdir(parents=True)
         mounts.bind(back, share, recursive=False)
         mounts.make_readonly(share)
-        mounts.set_propagation(share, syscalls.MS_PRIVATE)
-        mounts.set_propagation(share, syscalls.MS_SHARED)
+        mounts.set_propagation(share, mount_flags.MS_PRIVATE)
+        mounts.set_propagation(share, mount_flags.MS_SHARED)
         shares.append(ShareSpec(tag=tag, source=str(share), cache=cache))
     cgroups = cgroup.find_cgroups(f"/husk-{pod_id}")
     cgroups.create(pod_id, "")

@@ -33,7 +33,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from sandbox.errors import InvalidSpec, MissingProgram, VmmError, VmmGone
-from sandbox.host import mounts, process, syscalls, threads
+from sandbox.host import mount_flags, mounts, process, syscalls, threads
 from sandbox.host.process import ProcessIdentity
 from sandbox.vmm import Feature, Machine, NicSpec, ShareSpec, Unsupported, VmHandle, VmSpec
 from tests.drivers.process.host import ProcessHost
@@ -186,7 +186,7 @@ def _mount_share(agent: ProcessIdentity, share: ShareSpec) -> None:
     try:
         tree = mounts.clone_tree(source, target)
         try:
-            mounts.set_tree_attributes(tree, target, propagation=syscalls.MS_SLAVE)
+            mounts.set_tree_attributes(tree, target, propagation=mount_flags.MS_SLAVE)
             mounts.in_namespace(namespace, lambda: _attach(tree, target))
         finally:
             os.close(tree)

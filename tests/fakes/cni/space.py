@@ -21,7 +21,7 @@ import uvloop
 
 from network.attach import Networks
 from network.spec import NetworkRequest
-from sandbox.host import syscalls
+from sandbox.host import mount_flags, syscalls
 
 PLUGINS = Path("/usr/lib/cni")
 FAKE = Path(__file__).with_name("plugin.py")
@@ -164,7 +164,7 @@ def in_space(body: Callable[..., Coroutine[Any, Any, None] | None]) -> Callable[
 def enter_new_namespaces() -> None:
     """Move the calling thread into a new network and a new mount namespace. Needs root."""
     syscalls.unshare(syscalls.CLONE_NEWNET | syscalls.CLONE_NEWNS)
-    syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
+    syscalls.mount("none", "/", flags=mount_flags.MS_REC | mount_flags.MS_PRIVATE)
     script = """set -e
     mount -t tmpfs husk-test /run
     mkdir -p /var/lib/cni
