@@ -67,10 +67,10 @@ class Quickstart:
 
     def _container(self, pod: str, config: pb.PodSandboxConfig, spent: dict[str, float]) -> str:
         begin = time.monotonic()
-        wish = pb.ContainerConfig(
+        request = pb.ContainerConfig(
             metadata=pb.ContainerMetadata(name="web"), image=pb.ImageSpec(image=IMAGE), log_path="web.log"
         )
-        made = self.call("CreateContainer", pod_sandbox_id=pod, config=wish, sandbox_config=config)
+        made = self.call("CreateContainer", pod_sandbox_id=pod, config=request, sandbox_config=config)
         spent["container created"] = time.monotonic() - begin
         begin = time.monotonic()
         self.call("StartContainer", container_id=made.container_id)

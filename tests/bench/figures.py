@@ -20,7 +20,7 @@ MS = "ms"
 
 @dataclass(frozen=True)
 class Target:
-    """Upper bound of a figure: of its ratio to containerd's median, or of its own value and unit."""
+    """Upper bound of a figure: of its ratio to containerd's median, or of its value in its unit."""
 
     figure: str
     most: float | None  # None: only reported

@@ -37,7 +37,7 @@ class Critest:
         assert text.count(FIXED_DIGEST.encode()) == 1, f"{critest} does not contain {FIXED_DIGEST}"
         program.write_bytes(text.replace(FIXED_DIGEST.encode(), digest.encode()))
         program.chmod(0o755)
-        shutil.copy(ginkgo, directory / "ginkgo")  # critest looks it up in PATH by this name
+        shutil.copy(ginkgo, directory / "ginkgo")  # critest finds it in PATH by this name
         (directory / "tmp").mkdir()
         (directory / "crictl.yaml").touch()  # in place of the machine's configuration
         return cls(namespace, socket, program, directory / "ginkgo", directory)
