@@ -32,7 +32,7 @@ from sandbox.host import mounts
 from sandbox.host.openat import read_beneath
 from sandbox.host.process import alive
 from sandbox.host_pods import conmon
-from sandbox.host_pods.conmon import Bundle, Starting
+from sandbox.host_pods.conmon import Bundle, ConmonOptions, Starting
 from sandbox.host_pods.containers import ProcessContainers
 from sandbox.host_pods.oci import NodeLimits
 from sandbox.records import ContainerState, PodState, ProcessRuntime
@@ -414,7 +414,7 @@ async def test_conmon_that_cannot_run_fails_the_start(
     pod = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(pod, container_spec())
 
-    def broken(bundle: Bundle, options: Any) -> list[str]:
+    def broken(bundle: Bundle, options: ConmonOptions) -> list[str]:
         return ["/bin/sh", "-c", "echo no such luck >&2; exit 1"]
 
     with monkeypatch.context() as patch:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import msgspec
 import pytest
@@ -58,9 +57,7 @@ class Site:
 
     @property
     def step(self) -> Volumes:
-        return Volumes(
-            cast(Any, FakeRootfs(self.ledger)), Resizer(make_inventory(self.root / "state"), _never)
-        )
+        return Volumes(FakeRootfs(self.ledger), Resizer(make_inventory(self.root / "state"), _never))
 
     def container(self, *specs: MountSpec, images: tuple[ImageVolume, ...] = ()) -> Container:
         record = ContainerRecord(
@@ -89,7 +86,7 @@ class Site:
 async def site() -> AsyncIterator[Site]:
     root = Path(tempfile.mkdtemp(prefix="husk-faults-"))
     record = PodRecord(id=PodId("p"), spec=PodSpec(name="p", namespace="n", uid="u"), created_at_ns=1)
-    pod = Pod(record, cast(Any, None), root / "run")
+    pod = Pod(record, make_inventory(root / "state").pod_store, root / "run")
     pod.run_dir.mkdir()
     await Shares().up(pod)
     (pod.back_of(pod.volumes_share) / "old").mkdir()

@@ -77,7 +77,7 @@ def test_yaml_specification_is_parsed_like_json() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a.json", "a.yaml"])
-def test_invalid_specification_is_rejected(data: Any, problem: str, name: str) -> None:
+def test_invalid_specification_is_rejected(data: bytes | dict[str, Any], problem: str, name: str) -> None:
     raw = data if isinstance(data, bytes) else json.dumps(data).encode()
     with pytest.raises(SpecBroken, match=problem):
         parse(raw, name)

@@ -15,7 +15,9 @@ import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.conftest import Site
 from tests.kit.cri import Cri, Pod, parse_log
+from tests.kit.daemon import Daemon
 from tests.kit.eventually import eventually_sync
 from tests.kit.leaks import processes_naming
 from tests.kit.registry import HOST
@@ -38,7 +40,7 @@ def host_pod(cri: Cri, name: str, *, linux: dict[str, Any] | None = None, **name
     )
 
 
-def security(**fields: Any) -> Any:
+def security(**fields: Any) -> api.LinuxContainerConfig:
     return api.LinuxContainerConfig(security_context=api.LinuxContainerSecurityContext(**fields))
 
 
@@ -49,7 +51,7 @@ def test_container_runs_to_its_end(cri: Cri) -> None:
     assert cri.pod_ip(pod) == ""
 
 
-def test_requested_namespaces_are_the_nodes(cri: Cri, daemon: Any) -> None:
+def test_requested_namespaces_are_the_nodes(cri: Cri, daemon: Daemon) -> None:
     pod = host_pod(cri, "spaces", network=NODE, pid=NODE, ipc=NODE)
     container = cri.run(pod, BUSYBOX, ["sleep", "1000"], linux=security(namespace_options=pod_options(pod)))
     pid = pid_of(cri, pod, container)
@@ -65,7 +67,7 @@ def test_requested_namespaces_are_the_nodes(cri: Cri, daemon: Any) -> None:
     assert cri.exec(container, "hostname").stdout.strip() == os.uname().nodename
 
 
-def test_other_namespaces_are_the_pods(cri: Cri, daemon: Any) -> None:
+def test_other_namespaces_are_the_pods(cri: Cri, daemon: Daemon) -> None:
     pod = host_pod(cri, "ipc-only", ipc=NODE)
     assert re.match(r"\d+\.\d+\.\d+\.\d+", cri.pod_ip(pod))
     container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
@@ -77,9 +79,7 @@ def test_other_namespaces_are_the_pods(cri: Cri, daemon: Any) -> None:
     assert shares(pid, pid_of(cri, pod, other), "net")
 
 
-def test_handler_that_refuses_host_pods_rejects_the_pod(site: Any) -> None:
-    from tests.kit.daemon import Daemon
-
+def test_handler_that_refuses_host_pods_rejects_the_pod(site: Site) -> None:
     settings: dict[str, dict[str, object]] = {
         "handlers.std": {"source": "boot", "host_pods": "refuse"},
         "metrics": {"port": 0},
@@ -234,7 +234,7 @@ def test_container_above_its_memory_limit_is_oom_killed(cri: Cri) -> None:
     assert status.exit_code != 0
 
 
-def test_port_forward_reaches_a_port_of_the_node(cri: Cri, daemon: Any) -> None:
+def test_port_forward_reaches_a_port_of_the_node(cri: Cri, daemon: Daemon) -> None:
     cri.pull(WEB)
     pod = host_pod(cri, "web", network=NODE)
     cri.run(pod, WEB, ["httpd", "-f", "-p", "127.0.0.1:18080", "-h", "/www"])
@@ -255,7 +255,7 @@ def test_requested_mounts_are_made(cri: Cri, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     pod = host_pod(cri, "mounts", network=NODE)
 
-    def mount(target: str, source: str, **fields: Any) -> Any:
+    def mount(target: str, source: str, **fields: Any) -> api.Mount:
         return api.Mount(container_path=target, host_path=str(tmp_path / source), **fields)
 
     container = cri.run(
@@ -362,7 +362,7 @@ def test_privileged_container_has_devices_of_the_node(cri: Cri) -> None:
 
 
 @pytest.mark.parametrize("end", ["kill", "terminate"])
-def test_pod_outlives_the_daemon(cri: Cri, daemon: Any, end: str) -> None:
+def test_pod_outlives_the_daemon(cri: Cri, daemon: Daemon, end: str) -> None:
     pod = host_pod(cri, f"lives-{end}", network=NODE)
     script = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.05; done"
     writes = cri.run(pod, BUSYBOX, ["sh", "-c", script])
@@ -404,7 +404,7 @@ def test_pod_whose_first_process_is_killed_is_not_ready(cri: Cri) -> None:
     assert cri.wait_exited(container).exit_code == 137
 
 
-def pod_options(pod: Pod) -> Any:
+def pod_options(pod: Pod) -> api.NamespaceOption:
     return pod.config.linux.security_context.namespace_options
 
 

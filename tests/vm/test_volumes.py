@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
 from tests.kit.registry import HOST
 from tests.kit.scratch import scratch_dir
@@ -30,7 +31,7 @@ def folder() -> Path:
 
 
 @pytest.fixture
-def mount(site: Any, folder: Path) -> Iterator[Mount]:
+def mount(site: Site, folder: Path) -> Iterator[Mount]:
     """mount(8) where the daemon runs; what is left of it is undone."""
 
     def run(*arguments: str) -> None:
@@ -61,7 +62,7 @@ def test_read_only_mount_is_recursive_only_on_request(
 
 
 def test_volume_unmounted_on_the_host_is_not_busy(
-    site: Any, cri: Cri, pod: Pod, folder: Path, mount: Mount
+    site: Site, cri: Cri, pod: Pod, folder: Path, mount: Mount
 ) -> None:
     (folder / "sub").mkdir()
     mount("-t", "tmpfs", "beneath", str(folder / "sub"))
@@ -71,14 +72,14 @@ def test_volume_unmounted_on_the_host_is_not_busy(
     site.namespace.run("rmdir", str(folder / "sub"))
 
 
-def test_volumes_are_not_in_the_hosts_mount_table(site: Any, cri: Cri, pod: Pod, folder: Path) -> None:
+def test_volumes_are_not_in_the_hosts_mount_table(site: Site, cri: Cri, pod: Pod, folder: Path) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP, mounts=[volume(folder)])
     table = site.namespace.run("cat", "/proc/self/mountinfo")
     assert not any("/volumes/" in line and container in line for line in table.splitlines())
 
 
 def test_later_mount_of_the_host_is_propagated_on_request(
-    site: Any, cri: Cri, pod: Pod, folder: Path, mount: Mount
+    site: Site, cri: Cri, pod: Pod, folder: Path, mount: Mount
 ) -> None:
     (folder / "sub").mkdir()
     mount("--bind", str(folder), str(folder))
@@ -92,7 +93,7 @@ def test_later_mount_of_the_host_is_propagated_on_request(
 
 
 def test_mount_of_the_container_is_propagated_to_the_host_on_request(
-    site: Any, cri: Cri, pod: Pod, folder: Path, mount: Mount
+    site: Site, cri: Cri, pod: Pod, folder: Path, mount: Mount
 ) -> None:
     (folder / "point").mkdir()
     mount("--bind", str(folder), str(folder))
