@@ -76,11 +76,11 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     assert site.mounts() == []
 
 
-def test_every_store_is_held_to_this() -> None:
+def test_every_store_has_a_maker_here() -> None:
     assert set(FILES) == set(MAKERS)
 
 
-async def test_files_are_read_as_a_process_with_that_root_finds_them(site: Site) -> None:
+async def test_read_finds_files_as_a_process_with_that_root(site: Site) -> None:
     chain = await site.stack({"etc": None, "etc/passwd": b"root:x:0:0::/:\n", "big": b"x" * 100})
     rootfs = await site.store.up("c1", chain, site.target)
     assert site.store.read(rootfs, "etc/passwd", 100) == b"root:x:0:0::/:\n"
@@ -90,7 +90,7 @@ async def test_files_are_read_as_a_process_with_that_root_finds_them(site: Site)
         site.store.read(rootfs, "big", 99)
 
 
-async def test_a_tree_is_mounted_at_its_target(site: Site) -> None:
+async def test_tree_is_mounted_at_its_target(site: Site) -> None:
     rootfs = await site.store.up("c1", await site.stack({"a": b"1"}), site.target)
     if isinstance(rootfs, HostTree):
         assert rootfs.path == str(site.target)
@@ -115,7 +115,7 @@ async def test_layers_merge_and_are_not_written(site: Site) -> None:
     assert (site.target / "a/old").exists()
 
 
-async def test_two_containers_of_one_image_do_not_see_each_other(site: Site) -> None:
+async def test_containers_of_one_image_are_isolated(site: Site) -> None:
     chain = await site.stack({"f": b"1"})
     other = site.root / "other"
     await site.store.up("c1", chain, site.target)
@@ -127,7 +127,7 @@ async def test_two_containers_of_one_image_do_not_see_each_other(site: Site) -> 
     assert (site.target / "f").read_bytes() == b"2"
 
 
-async def test_the_root_directory_is_the_images(site: Site) -> None:
+async def test_root_directory_has_the_images_attributes(site: Site) -> None:
     chain = await site.stack({"f": b"1"})
     site.layers.path(chain[0]).chmod(0o711)
     os.chown(site.layers.path(chain[0]), 5, 6)
@@ -136,20 +136,20 @@ async def test_the_root_directory_is_the_images(site: Site) -> None:
     assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o711, 5, 6)
 
 
-async def test_an_image_without_layers(site: Site) -> None:
+async def test_image_without_layers_is_mounted(site: Site) -> None:
     await site.store.up("c1", (), site.target)
     (site.target / "f").write_bytes(b"1")
     assert [p.name for p in site.target.iterdir()] == ["f"]
 
 
-async def test_many_layers(site: Site) -> None:
+async def test_stack_of_128_layers_are_mounted(site: Site) -> None:
     """More than the options of one mount could name by their paths."""
     chain = await site.stack(*({f"f{n}": str(n).encode()} for n in range(128)))
     await site.store.up("c1", chain, site.target)
     assert len(list(site.target.iterdir())) == 128
 
 
-async def test_a_path_with_the_kernels_own_separators(tmp_path: Path) -> None:
+async def test_path_with_overlayfs_separators_is_mounted(tmp_path: Path) -> None:
     for name in FILES:
         odd = tmp_path / f"{name},a:b\\c"
         odd.mkdir()
@@ -171,7 +171,7 @@ async def test_usage_counts_what_was_written(site: Site) -> None:
     assert site.store.usage("nobody").bytes == 0
 
 
-async def test_down_twice_and_of_nothing(site: Site) -> None:
+async def test_down_is_idempotent(site: Site) -> None:
     await site.store.down("never", site.root / "nowhere")
     await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
     await site.store.down("c1", site.target)
@@ -179,7 +179,7 @@ async def test_down_twice_and_of_nothing(site: Site) -> None:
     assert site.nothing_left()
 
 
-async def test_down_after_a_crash(site: Site) -> None:
+async def test_down_after_a_crash_removes_everything(site: Site) -> None:
     await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
     site.store = site.restarted()
     assert set(site.store.keys()) == {"c1"}
@@ -187,7 +187,7 @@ async def test_down_after_a_crash(site: Site) -> None:
     assert site.nothing_left()
 
 
-async def test_down_when_something_is_open_in_it(site: Site) -> None:
+async def test_down_with_an_open_file_succeeds(site: Site) -> None:
     await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
     with (site.target / "f").open("rb") as file:
         await site.store.down("c1", site.target)
@@ -195,7 +195,7 @@ async def test_down_when_something_is_open_in_it(site: Site) -> None:
     assert site.nothing_left()
 
 
-async def test_up_after_a_crash_half_way_begins_anew(site: Site) -> None:
+async def test_up_after_a_crash_starts_from_the_image(site: Site) -> None:
     chain = await site.stack({"f": b"1"})
     await site.store.up("c1", chain, site.target)
     (site.target / "old").write_bytes(b"1")
@@ -205,13 +205,13 @@ async def test_up_after_a_crash_half_way_begins_anew(site: Site) -> None:
     assert site.mounts() == [str(site.target)]
 
 
-async def test_a_missing_layer_is_named(site: Site) -> None:
+async def test_up_with_a_missing_layer_names_it(site: Site) -> None:
     with pytest.raises(ImageNotFound, match="sha256:gone"):
         await site.store.up("c1", ("sha256:gone",), site.target)
     assert site.nothing_left()
 
 
-async def test_a_failed_up_leaves_nothing(site: Site) -> None:
+async def test_failed_up_leaves_nothing(site: Site) -> None:
     chain = await site.stack({"f": b"1"})
     site.target.write_bytes(b"a file where the mount should go")
     with pytest.raises(ImageError):
@@ -219,7 +219,7 @@ async def test_a_failed_up_leaves_nothing(site: Site) -> None:
     assert site.nothing_left()
 
 
-async def test_a_full_disk(tmp_path: Path) -> None:
+async def test_up_on_full_disk_leaves_nothing(tmp_path: Path) -> None:
     for name in FILES:
         with small_disk(tmp_path / name, 1 << 20, inodes=16) as disk:
             site = Site(disk, name)
@@ -234,7 +234,7 @@ async def test_a_full_disk(tmp_path: Path) -> None:
             assert site.nothing_left()
 
 
-async def test_a_cancelled_up_leaves_nothing(site: Site) -> None:
+async def test_cancelled_up_leaves_nothing(site: Site) -> None:
     chain = await site.stack({"f": b"1"})
     task = asyncio.create_task(site.store.up("c1", chain, site.target))
     await asyncio.sleep(0)
@@ -245,12 +245,12 @@ async def test_a_cancelled_up_leaves_nothing(site: Site) -> None:
 
 
 @pytest.mark.parametrize("key", ["", ".", "..", "a/b", "../x", "x" * 300])
-async def test_keys_are_names(site: Site, key: str) -> None:
+async def test_key_that_is_not_a_name_is_rejected(site: Site, key: str) -> None:
     with pytest.raises(ValueError, match="not a key"):
         await site.store.down(key, site.target)
 
 
-async def test_set_id_programs_and_devices_do_nothing_on_the_host(site: Site) -> None:
+async def test_mount_is_nosuid_and_nodev(site: Site) -> None:
     await site.store.up("c1", await site.stack({"f": b"1"}), site.target)
     flags = os.statvfs(site.target).f_flag
     assert flags & os.ST_NOSUID and flags & os.ST_NODEV
@@ -264,7 +264,7 @@ IDS = IdMap(
 )
 
 
-async def test_layers_are_seen_with_shifted_owners(site: Site) -> None:
+async def test_layers_are_mounted_with_mapped_owners(site: Site) -> None:
     chain = await site.stack({"low": b"1"}, {"top": b"2", "folder": None})
     await site.store.up("key", chain, site.target, IDS)
     for name in (".", "low", "top", "folder"):
@@ -280,7 +280,7 @@ async def test_layers_are_seen_with_shifted_owners(site: Site) -> None:
     assert all(layer.stat().st_uid == 0 for layer in (site.root / "images/layers").iterdir())
 
 
-async def test_what_is_written_over_shifted_layers_stays_apart_from_them(site: Site) -> None:
+async def test_writes_over_mapped_layers_do_not_change_them(site: Site) -> None:
     chain = await site.stack({"file": b"of the layer"})
     await site.store.up("key", chain, site.target, IDS)
     os.chown(site.target / "file", 70005, 80006)
@@ -293,7 +293,7 @@ async def test_what_is_written_over_shifted_layers_stays_apart_from_them(site: S
     await site.store.down("key", site.target)
 
 
-def test_a_file_system_that_cannot_map_ids_is_told(tmp_path: Path) -> None:
+def test_filesystem_without_idmapped_mounts_is_reported(tmp_path: Path) -> None:
     assert find_obstacle(_made(tmp_path / "able")) == ""
     point = _made(tmp_path / "unable")
     subprocess.run(["mount", "-t", "ramfs", "husk-test", str(point)], check=True)

@@ -94,46 +94,46 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistr
 
 
 @pytest.fixture
-def library(tmp_path: Path) -> ImageStore:
+def store(tmp_path: Path) -> ImageStore:
     timing = Timing(attempts=8, backoff_s=0.2, backoff_limit_s=1)
-    library = ImageStore(tmp_path, msgspec.structs.replace(ImageOptions(), timing=timing))
-    library.load()
-    return library
+    store = ImageStore(tmp_path, msgspec.structs.replace(ImageOptions(), timing=timing))
+    store.load()
+    return store
 
 
 @pytest.mark.parametrize("tag", ["oci", "docker", "multi"])
-async def test_a_real_image_runs(
-    registry: DockerRegistry, library: ImageStore, tmp_path: Path, tag: str
+async def test_image_of_docker_registry_is_pulled_and_runs(
+    registry: DockerRegistry, store: ImageStore, tmp_path: Path, tag: str
 ) -> None:
-    image = await library.pull(f"{registry.address}/test/busybox:{tag}")
+    image = await store.pull(f"{registry.address}/test/busybox:{tag}")
     root = tmp_path / "root"
-    await library.rootfs.up("c1", image.chain_ids, root)
+    await store.rootfs.up("c1", image.chain_ids, root)
     try:
         command = ["chroot", str(root), "/bin/sh", "-c", "echo from $(id -un) > /new && cat /new"]
         done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
         assert done.stdout == "from root\n"
-        assert library.rootfs.usage("c1").inodes == 1
+        assert store.rootfs.usage("c1").inodes == 1
     finally:
-        await library.rootfs.down("c1", root)
-        await library.close()
+        await store.rootfs.down("c1", root)
+        await store.close()
 
 
-async def test_what_is_not_there(registry: DockerRegistry, library: ImageStore) -> None:
+async def test_absent_tag_and_repository_are_not_found(registry: DockerRegistry, store: ImageStore) -> None:
     for name in ("test/busybox:absent", "absent/repository:1"):
         with pytest.raises(ManifestNotFound, match="UNKNOWN"):
-            await library.pull(f"{registry.address}/{name}")
-    await library.close()
+            await store.pull(f"{registry.address}/{name}")
+    await store.close()
 
 
-async def test_a_registry_that_comes_back_in_time(registry: DockerRegistry, library: ImageStore) -> None:
+async def test_registry_that_returns_in_time_is_retried(registry: DockerRegistry, store: ImageStore) -> None:
     await asyncio.to_thread(registry.stop)
-    pull = asyncio.create_task(library.pull(f"{registry.address}/test/busybox:oci"))
+    pull = asyncio.create_task(store.pull(f"{registry.address}/test/busybox:oci"))
     await asyncio.to_thread(registry.start)
     assert (await pull).size > 0
-    await library.close()
+    await store.close()
 
 
-async def test_a_registry_that_does_not(registry: DockerRegistry, tmp_path: Path) -> None:
+async def test_registry_that_stays_away_is_unavailable(registry: DockerRegistry, tmp_path: Path) -> None:
     quick = ImageStore(tmp_path / "quick", ImageOptions(timing=Timing(attempts=2, backoff_s=0.01)))
     quick.load()
     await asyncio.to_thread(registry.stop)

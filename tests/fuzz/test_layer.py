@@ -97,7 +97,7 @@ def try_unpack(place: Ground, data: bytes, chunk: int) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(items(), max_size=12), st.integers(1, 5000))
-def test_hostile_entries(entries: list[tuple[tarfile.TarInfo, bytes]], chunk: int) -> None:
+def test_hostile_entries_stay_inside(entries: list[tuple[tarfile.TarInfo, bytes]], chunk: int) -> None:
     with ground() as place:
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
@@ -127,7 +127,7 @@ SAMPLE = sample()
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(SAMPLE) - 1), st.binary(min_size=1, max_size=16)), max_size=6),
        st.integers(0, len(SAMPLE)), st.booleans())  # fmt: skip
-def test_damaged_archives(damage: list[tuple[int, bytes]], cut: int, repair: bool) -> None:
+def test_damaged_archive_stays_inside(damage: list[tuple[int, bytes]], cut: int, repair: bool) -> None:
     data = bytearray(SAMPLE)
     for at, new in damage:
         data[at : at + len(new)] = new
@@ -148,7 +148,7 @@ def mend_checksums(data: bytearray) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=3000), st.sampled_from([b"", b"\x1f\x8b\x08\x00", b"\x28\xb5\x2f\xfd"]))
-def test_rubbish_in_any_compression(data: bytes, magic: bytes) -> None:
+def test_arbitrary_bytes_in_any_compression_are_rejected(data: bytes, magic: bytes) -> None:
     inflated = Inflated(io.BytesIO(magic + data))
     try:
         with ground() as place:
@@ -161,7 +161,7 @@ def test_rubbish_in_any_compression(data: bytes, magic: bytes) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 511, 512, 513])
-async def test_a_blob_writer_counts(tmp_path: Path, length: int) -> None:
+async def test_blob_writer_accepts_exactly_the_announced_bytes(tmp_path: Path, length: int) -> None:
     async def chunks() -> object:
         for _ in range(length):
             yield b"x"

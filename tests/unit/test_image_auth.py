@@ -23,7 +23,7 @@ PAIR = base64.b64encode(b"user:pa:ss").decode()
         (Auth(username="u", password="p", auth=PAIR), Credential(username="u", password="p")),
     ],
 )
-def test_forms(auth: Auth | None, expected: Credential) -> None:
+def test_credential_form_is_chosen_in_containerds_order(auth: Auth | None, expected: Credential) -> None:
     assert find_credential(auth, hosts=("host",)) == expected
 
 
@@ -40,12 +40,12 @@ def test_forms(auth: Auth | None, expected: Credential) -> None:
         ("https://host.evil.com", ("host",), False),
     ],
 )
-def test_server_address(address: str, hosts: tuple[str, ...], fits: bool) -> None:
+def test_credential_is_for_the_named_server_only(address: str, hosts: tuple[str, ...], fits: bool) -> None:
     found = find_credential(Auth(username="u", password="p", server_address=address), hosts=hosts)
     assert (found != ANONYMOUS) is fits
 
 
-def test_secrets_are_not_shown() -> None:
+def test_repr_hides_secrets() -> None:
     auth = Auth(username="u", password="secret", registry_token="secret", identity_token="secret")
     shown = f"{auth} {auth!r} {find_credential(auth, hosts=())!r} {[auth]}"
     assert "secret" not in shown

@@ -18,7 +18,7 @@ def urls(root: Path | None, domain: str) -> list[str]:
     return [host.url for host in find_hosts(root, domain)]
 
 
-def test_without_configuration() -> None:
+def test_registry_without_configuration_is_asked_itself() -> None:
     assert urls(None, "docker.io") == ["https://registry-1.docker.io/v2"]
     assert urls(Path("/nonexistent"), "a.example.com:5000") == ["https://a.example.com:5000/v2"]
     assert find_hosts(None, "localhost:5000")[0].plain_fallback
@@ -33,17 +33,17 @@ def test_without_configuration() -> None:
         ("localhost.example.com", False), ("127.example.com", False),
     ],
 )  # fmt: skip
-def test_loopback(address: str, is_one: bool) -> None:
+def test_loopback_addresses_are_recognized(address: str, is_one: bool) -> None:
     assert is_loopback(address) is is_one
 
 
 @pytest.mark.parametrize("folder", ["a.example.com_5000_", "a.example.com:5000", "a.example.com", "_default"])
-def test_folders(tmp_path: Path, folder: str) -> None:
+def test_directory_names_are_tried_in_containerds_order(tmp_path: Path, folder: str) -> None:
     write(tmp_path, folder, 'server = "https://there.example.com"')
     assert urls(tmp_path, "a.example.com:5000") == ["https://there.example.com/v2"]
 
 
-def test_order_and_settings(tmp_path: Path) -> None:
+def test_hosts_keep_order_and_settings_of_the_file(tmp_path: Path) -> None:
     write(
         tmp_path,
         "docker.io",
@@ -76,12 +76,12 @@ skip_verify = true
     assert origin.skip_verify and not origin.mirror and one.mirror
 
 
-def test_mirrors_without_a_server_keep_the_registry(tmp_path: Path) -> None:
+def test_mirrors_without_server_keep_the_registry_last(tmp_path: Path) -> None:
     write(tmp_path, "a.example.com", '[host."https://m.example.com"]')
     assert urls(tmp_path, "a.example.com") == ["https://m.example.com/v2", "https://a.example.com/v2"]
 
 
-def test_certificates_alone(tmp_path: Path) -> None:
+def test_directory_of_certificates_without_hosts_toml_is_used(tmp_path: Path) -> None:
     folder = tmp_path / "a.example.com"
     folder.mkdir()
     for name in ("x.crt", "c.cert", "c.key"):
@@ -108,7 +108,7 @@ def test_certificates_alone(tmp_path: Path) -> None:
         ("[host.'https://x']\nnonsense = 'x'", "nonsense: unknown key"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, text: str, named: str) -> None:
+def test_invalid_hosts_toml_is_rejected_with_file_and_key(tmp_path: Path, text: str, named: str) -> None:
     write(tmp_path, "a.example.com", text)
     with pytest.raises(MirrorConfigInvalid, match=named) as caught:
         find_hosts(tmp_path, "a.example.com")

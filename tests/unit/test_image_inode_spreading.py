@@ -35,7 +35,7 @@ class Disk:
         return data
 
 
-def test_the_flag_is_set_once_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_is_added_once_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(INDEXED)
     monkeypatch.setattr(fcntl, "ioctl", disk.ioctl)
     inode_spreading.spread_directories(tmp_path)
@@ -44,21 +44,21 @@ def test_the_flag_is_set_once_beside_others(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("refusal", [errno.ENOTTY, errno.EOPNOTSUPP, errno.EPERM])
-def test_a_file_system_without_it_serves_as_well(
+def test_filesystem_without_the_flag_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
 ) -> None:
     monkeypatch.setattr(fcntl, "ioctl", Disk(refusal=refusal).ioctl)
     inode_spreading.spread_directories(tmp_path)
 
 
-def test_layers_are_scattered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staging_directory_gets_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk()
     monkeypatch.setattr(fcntl, "ioctl", disk.ioctl)
     ImageStore(tmp_path).load()
     assert disk.flags == TOP_OF_TREES
 
 
-def test_the_kernel_takes_the_calls_or_says_that_it_does_not(tmp_path: Path) -> None:
+def test_real_filesystem_accepts_or_refuses_the_flag(tmp_path: Path) -> None:
     inode_spreading.spread_directories(tmp_path)
     (tmp_path / "layer").mkdir()
     assert (tmp_path / "layer").is_dir()

@@ -23,32 +23,32 @@ def choose(machine: str, *entries: Descriptor) -> Descriptor | None:
     return manifest.choose(index, manifest.host_platform(machine))
 
 
-def test_the_platform_decides() -> None:
+def test_index_entry_of_the_platform_is_chosen() -> None:
     arm, amd, windows = entry("a", "arm64"), entry("b", "amd64"), entry("c", "amd64", os="windows")
     assert choose("x86_64", windows, arm, amd) == amd
     assert choose("aarch64", windows, arm, amd) == arm
     assert choose("s390x", windows, arm, amd) is None
 
 
-def test_the_baseline_variant_is_what_a_host_surely_runs() -> None:
+def test_amd64_variant_above_baseline_is_not_chosen() -> None:
     plain, third = entry("a", "amd64"), entry("b", "amd64", "v3")
     assert choose("x86_64", third, plain) == plain
     assert choose("x86_64", third) is None
 
 
-def test_arm_variants() -> None:
+def test_highest_arm_variant_up_to_the_hosts_is_chosen() -> None:
     v6, v7, v8 = entry("a", "arm", "v6"), entry("b", "arm", "v7"), entry("c", "arm", "v8")
     assert choose("armv7l", v6, v7, v8) == v7
     assert choose("armv7l", v6, v8) == v6
     assert choose("aarch64", entry("d", "arm64", "v8")) is not None
 
 
-def test_the_first_of_equals_wins() -> None:
+def test_first_of_equal_index_entries_is_chosen() -> None:
     first, second = entry("a", "amd64"), entry("b", "amd64")
     assert choose("x86_64", first, second) == first
 
 
-def test_attestations_and_entries_without_platform_come_last() -> None:
+def test_index_entry_without_platform_is_chosen_last() -> None:
     bare = Descriptor(media_type=manifest.OCI_MANIFEST, digest=D, size=1)
     attestation = entry("x", "unknown", os="unknown")
     assert choose("x86_64", bare, attestation, entry("a", "amd64")) == entry("a", "amd64")
@@ -57,7 +57,7 @@ def test_attestations_and_entries_without_platform_come_last() -> None:
     assert choose("x86_64", other) is None
 
 
-def test_chain_ids_are_those_of_the_specification() -> None:
+def test_chain_ids_equal_those_of_the_specification() -> None:
     first, second = "sha256:" + "a" * 64, "sha256:" + "b" * 64
     chain = manifest.chain_ids([first, second])
     assert chain == (first, manifest.digest_of(f"{first} {second}".encode()))
@@ -75,7 +75,7 @@ def document(**changes: object) -> bytes:
     return json.dumps(value | changes).encode()
 
 
-def test_the_kind_is_told_without_a_media_type() -> None:
+def test_document_without_media_type_is_recognized() -> None:
     assert isinstance(manifest.decode("x", document(mediaType="")), Manifest)
     index = json.dumps({"schemaVersion": 2, "manifests": []}).encode()
     assert isinstance(manifest.decode("x", index), ImageIndex)
@@ -95,19 +95,19 @@ def test_the_kind_is_told_without_a_media_type() -> None:
         document(layers=[json.loads(document())["layers"][0]] * 501),
     ],
 )
-def test_broken_manifests(data: bytes) -> None:
+def test_invalid_manifest_is_rejected(data: bytes) -> None:
     with pytest.raises(ManifestInvalid):
         manifest.decode("x", data)
 
 
-def test_artifacts_are_named() -> None:
+def test_artifact_is_rejected_with_its_media_type() -> None:
     config = {"mediaType": "application/vnd.cncf.helm.config.v1+json", "digest": D, "size": 1}
     with pytest.raises(UnsupportedMedia, match=r"helm\.config"):
         manifest.decode("x", document(config=config))
 
 
 @pytest.mark.parametrize("diff_ids", [[], [D, D], ["sha512:" + "a" * 128], ["../x"]])
-def test_diff_ids_must_fit(diff_ids: list[str]) -> None:
+def test_configuration_with_wrong_diff_ids_is_rejected(diff_ids: list[str]) -> None:
     found = manifest.decode("x", document())
     assert isinstance(found, Manifest)
     config = json.dumps({"rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode()
@@ -115,7 +115,7 @@ def test_diff_ids_must_fit(diff_ids: list[str]) -> None:
         manifest.decode_config("x", config, found)
 
 
-def test_nulls_in_a_configuration_mean_absent() -> None:
+def test_null_in_a_configuration_means_absent() -> None:
     found = manifest.decode("x", document())
     assert isinstance(found, Manifest)
     value = {
@@ -127,7 +127,7 @@ def test_nulls_in_a_configuration_mean_absent() -> None:
     assert config.config is not None and config.config.cmd is None
 
 
-def test_check() -> None:
+def test_check_rejects_wrong_size_and_digest() -> None:
     digest = manifest.digest_of(b"data")
     manifest.check("x", b"data", digest, 4)
     manifest.check("x", b"data", manifest.digest_of(b"data", "sha512:"))

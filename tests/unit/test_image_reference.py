@@ -26,13 +26,13 @@ DIGEST = "sha256:" + "a" * 64
         ("HOST/app", "HOST/app:latest"),
     ],
 )
-def test_normalisation(text: str, full: str) -> None:
+def test_reference_is_normalized(text: str, full: str) -> None:
     reference = parse(text)
     assert str(reference) == full
     assert parse(full) == parse(str(parse(full)))
 
 
-def test_parts() -> None:
+def test_reference_has_domain_path_tag_and_digest() -> None:
     reference = parse(f"localhost:5000/a/b:1@{DIGEST}")
     assert (reference.domain, reference.path, reference.tag) == ("localhost:5000", "a/b", "1")
     assert reference.name == "localhost:5000/a/b"
@@ -51,6 +51,6 @@ def test_parts() -> None:
         f"a@{DIGEST}@{DIGEST}",
     ],
 )  # fmt: skip
-def test_refused(text: str) -> None:
+def test_invalid_reference_is_rejected(text: str) -> None:
     with pytest.raises(InvalidReference):
         parse(text)

@@ -36,7 +36,7 @@ def index(tmp_path: Path) -> Index:
 # ------------------------------------------------------------------------------------- index
 
 
-def test_every_kind_of_reference_finds_the_same(index: Index) -> None:
+def test_every_kind_of_reference_finds_the_image(index: Index) -> None:
     added = index.add(
         image(
             repo_tags=("docker.io/library/box:latest", "host.test/box:2"),
@@ -53,14 +53,14 @@ def test_every_kind_of_reference_finds_the_same(index: Index) -> None:
 @pytest.mark.parametrize(
     "ref", ["", "box", "box:2", "a3", "sha256:", DIGEST, f"x@{DIGEST}", "Not A Name", "../x"]
 )
-def test_unknown_references(index: Index, ref: str) -> None:
+def test_unknown_reference_is_not_found(index: Index, ref: str) -> None:
     index.add(image(repo_tags=("host.test/box:2",)))
     with pytest.raises(ImageNotFound):
         index.find(ref)
     assert index.remove(ref) is None
 
 
-def test_an_ambiguous_id_says_so(index: Index) -> None:
+def test_ambiguous_id_is_not_found_with_a_reason(index: Index) -> None:
     index.add(image(A))
     index.add(image(B))
     with pytest.raises(ImageNotFound):
@@ -71,13 +71,13 @@ def test_an_ambiguous_id_says_so(index: Index) -> None:
         index.find("a1a1")
 
 
-def test_a_name_wins_over_the_beginning_of_an_id(index: Index) -> None:
+def test_name_wins_over_the_beginning_of_an_id(index: Index) -> None:
     index.add(image(A))
     named = index.add(image(B, repo_tags=("docker.io/library/a1a1:latest",)))
     assert index.find("a1a1") == named
 
 
-def test_a_tag_moves(index: Index) -> None:
+def test_tag_moves_to_the_image_added_last(index: Index) -> None:
     index.add(image(A, repo_tags=("host.test/box:1",), repo_digests=("host.test/box@" + DIGEST,)))
     index.add(image(B, repo_tags=("host.test/box:1",)))
     assert index.find("host.test/box:1").id == B
@@ -85,7 +85,7 @@ def test_a_tag_moves(index: Index) -> None:
     assert index.find(A).repo_digests == ("host.test/box@" + DIGEST,)
 
 
-def test_names_add_up_and_go_together(index: Index) -> None:
+def test_names_of_one_image_accumulate_and_are_removed_together(index: Index) -> None:
     index.add(image(repo_tags=("host.test/a:1",), pinned=True))
     added = index.add(image(repo_tags=("host.test/b:1",)))
     assert added.repo_tags == ("host.test/a:1", "host.test/b:1") and added.pinned
@@ -94,14 +94,14 @@ def test_names_add_up_and_go_together(index: Index) -> None:
     assert index.remove("host.test/a:1") is None
 
 
-def test_untag(index: Index) -> None:
+def test_untag_removes_one_name_and_is_idempotent(index: Index) -> None:
     index.add(image(repo_tags=("host.test/a:1", "host.test/a:2")))
     index.untag("host.test/a:1")
     index.untag("host.test/a:1")
     assert index.find(A).repo_tags == ("host.test/a:2",)
 
 
-def test_it_is_all_there_after_a_restart(index: Index, tmp_path: Path) -> None:
+def test_index_is_the_same_after_a_restart(index: Index, tmp_path: Path) -> None:
     added = index.add(image(repo_tags=("host.test/a:1",), created="2024-01-01T00:00:00Z"))
     again = Index(tmp_path)
     again.load()
@@ -110,7 +110,7 @@ def test_it_is_all_there_after_a_restart(index: Index, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"id": "sha256:../x", "size": 1}', b"\x00" * 100])
-def test_a_broken_entry_blocks_no_other(index: Index, tmp_path: Path, content: bytes) -> None:
+def test_broken_entry_is_dropped_and_others_are_loaded(index: Index, tmp_path: Path, content: bytes) -> None:
     kept = index.add(image(A))
     index.add(image(B))
     file = tmp_path / "images" / (B.removeprefix("sha256:") + ".json")
@@ -126,34 +126,32 @@ def test_a_broken_entry_blocks_no_other(index: Index, tmp_path: Path, content: b
 
 
 class Bench:
-    """A library, filled without a registry."""
+    """A store, filled without a registry."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.used: set[str] = set()
-        self.library = self.restart()
+        self.store = self.restart()
 
     def restart(self) -> ImageStore:
-        self.library = ImageStore(self.root, in_use=lambda: self.used)
-        self.library.load()
-        return self.library
+        self.store = ImageStore(self.root, in_use=lambda: self.used)
+        self.store.load()
+        return self.store
 
     async def add(self, name: str, *contents: str) -> Image:
         tars = [make_layer({text: text.encode()}) for text in contents]
         diff_ids = [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars]
         chain = chain_ids(diff_ids)
         for n, tar in enumerate(tars):
-            if self.library.layers.find(chain[n]) is None:
-                with self.library.layers.staging() as stage:
+            if self.store.layers.find(chain[n]) is None:
+                with self.store.layers.staging() as stage:
                     (stage / "blob").write_bytes(tar)
-                    await self.library.layers.unpack(chain[n], diff_ids[n], chain[:n], stage / "blob")
+                    await self.store.layers.unpack(chain[n], diff_ids[n], chain[:n], stage / "blob")
         id = f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
-        return self.library.index.add(
-            Image(id=id, size=1, chain_ids=chain, repo_tags=(f"host.test/{name}:1",))
-        )
+        return self.store.index.add(Image(id=id, size=1, chain_ids=chain, repo_tags=(f"host.test/{name}:1",)))
 
     def here(self, image: Image) -> list[bool]:
-        return [self.library.layers.path(chain_id).exists() for chain_id in image.chain_ids]
+        return [self.store.layers.path(chain_id).exists() for chain_id in image.chain_ids]
 
     def leftovers(self) -> list[Path]:
         return [p for name in ("staging", "trash") for p in (self.root / "images" / name).iterdir()]
@@ -164,63 +162,61 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-async def test_layers_go_with_the_last_image_that_names_them(bench: Bench) -> None:
+async def test_layers_are_removed_with_the_last_image_that_names_them(bench: Bench) -> None:
     one = await bench.add("one", "base", "x")
     two = await bench.add("two", "base", "y")
     assert one.chain_ids[0] == two.chain_ids[0]
-    await bench.library.remove("host.test/one:1")
+    await bench.store.remove("host.test/one:1")
     assert bench.here(one) == [True, False] and bench.here(two) == [True, True]
-    await bench.library.remove("host.test/two:1")
+    await bench.store.remove("host.test/two:1")
     assert bench.here(two) == [False, False]
     assert bench.leftovers() == []
-    usage = bench.library.fs_usage()
+    usage = bench.store.fs_usage()
     assert (usage.used_bytes, usage.inodes_used) == (0, 0)
 
 
-async def test_layers_that_a_container_stands_on_stay(bench: Bench) -> None:
+async def test_layers_used_by_a_container_are_kept(bench: Bench) -> None:
     one = await bench.add("one", "base", "x")
     bench.used.update(one.chain_ids)
-    await bench.library.remove(one.id)
-    assert bench.library.list() == () and bench.here(one) == [True, True]
+    await bench.store.remove(one.id)
+    assert bench.store.list() == () and bench.here(one) == [True, True]
     bench.used.clear()
-    await bench.library.collect()
+    await bench.store.collect()
     assert bench.here(one) == [False, False]
 
 
-async def test_layers_that_are_just_being_taken_up_stay(bench: Bench) -> None:
+async def test_pinned_layers_are_kept(bench: Bench) -> None:
     one = await bench.add("one", "base")
-    with bench.library.layers.pinned(one.chain_ids):
-        await bench.library.remove(one.id)
+    with bench.store.layers.pinned(one.chain_ids):
+        await bench.store.remove(one.id)
         assert bench.here(one) == [True]
-    await bench.library.collect()
+    await bench.store.collect()
     assert bench.here(one) == [False]
 
 
-async def test_concurrent_removal(bench: Bench) -> None:
+async def test_concurrent_removals_all_succeed(bench: Bench) -> None:
     one = await bench.add("one", "base")
-    answers = await asyncio.gather(
-        *(bench.library.remove(ref) for ref in (one.id, "host.test/one:1", one.id))
-    )
+    answers = await asyncio.gather(*(bench.store.remove(ref) for ref in (one.id, "host.test/one:1", one.id)))
     assert [bool(answer) for answer in answers] == [True, False, False]
 
 
-async def test_usage_is_what_lies_there(bench: Bench) -> None:
+async def test_usage_counts_layers_and_entries(bench: Bench) -> None:
     await bench.add("one", "base", "x")
-    usage = bench.library.fs_usage()
+    usage = bench.store.fs_usage()
     # two layers of a root and a file, and the entry
     assert usage.inodes_used == 5 and usage.used_bytes > 0
     assert Path(usage.mountpoint).is_dir()
     assert bench.restart().fs_usage() == usage
 
 
-async def test_a_restart_keeps_all_and_sweeps_what_was_begun(bench: Bench) -> None:
+async def test_restart_keeps_images_and_deletes_incomplete_ones(bench: Bench) -> None:
     one = await bench.add("one", "base", "x")
     for name in ("staging", "trash"):
         folder = bench.root / "images" / name / "left" / "fs"
         folder.mkdir(parents=True)
         (folder / "file").write_text("half")
     bench.restart()
-    assert bench.library.list() == (one,) and bench.here(one) == [True, True]
+    assert bench.store.list() == (one,) and bench.here(one) == [True, True]
     assert bench.leftovers() == []
 
 
@@ -237,7 +233,7 @@ async def test_undeletable_layer_does_not_block_other_deletions(
 
     with monkeypatch.context() as patch:
         patch.setattr(tree_ops, "remove", failing_remove)
-        await bench.library.remove("host.test/one:1")
+        await bench.store.remove("host.test/one:1")
     assert len(bench.leftovers()) == 1 and "not that one" in caplog.text
     bench.restart()
     assert bench.leftovers() == []
@@ -245,7 +241,7 @@ async def test_undeletable_layer_does_not_block_other_deletions(
 
 async def test_layer_deeper_than_recursion_is_removed_and_does_not_block_a_start(bench: Bench) -> None:
     image = await bench.add("one", "base")
-    deep = bench.library.layers.path(image.chain_ids[0])
+    deep = bench.store.layers.path(image.chain_ids[0])
     for parent in (deep, bench.root / "images/trash"):
         at = os.open(parent, os.O_RDONLY)
         for _ in range(2000):
@@ -256,28 +252,28 @@ async def test_layer_deeper_than_recursion_is_removed_and_does_not_block_a_start
         os.close(at)
     bench.restart()
     assert bench.leftovers() == []
-    await bench.library.remove("host.test/one:1")
+    await bench.store.remove("host.test/one:1")
     assert bench.leftovers() == [] and bench.here(image) == [False]
 
 
 def mark_of(bench: Bench, image: Image) -> Path:
-    return bench.library.layers.path(image.chain_ids[0]).parent / "unsynced"
+    return bench.store.layers.path(image.chain_ids[0]).parent / "unsynced"
 
 
 async def test_layers_are_synced_after_a_delay(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_store, "SYNC_DELAY_S", 0.05)
     one = await bench.add("one", "base")
-    await bench.library.collect()
+    await bench.store.collect()
     assert mark_of(bench, one).exists()
     await eventually(lambda: not mark_of(bench, one).exists(), describe="the layer is synced")
-    assert not bench.library.layers.has_unsynced
-    await bench.library.close()
+    assert not bench.store.layers.has_unsynced
+    await bench.store.close()
 
 
 async def test_close_syncs_without_delay(bench: Bench) -> None:
     one = await bench.add("one", "base")
-    await bench.library.collect()
-    await bench.library.close()
+    await bench.store.collect()
+    await bench.store.close()
     assert not mark_of(bench, one).exists()
 
 
@@ -287,18 +283,18 @@ async def test_layer_removed_before_the_sync_is_not_synced(
     synced: list[Path] = []
     monkeypatch.setattr(layers, "_syncfs", synced.append)
     await bench.add("one", "base")
-    await bench.library.remove("host.test/one:1")
-    assert not bench.library.layers.has_unsynced
-    await bench.library.close()
+    await bench.store.remove("host.test/one:1")
+    assert not bench.store.layers.has_unsynced
+    await bench.store.close()
     assert synced == []
 
 
 async def test_layer_unsynced_at_a_restart_is_synced_later(bench: Bench) -> None:
     one = await bench.add("one", "base")
     bench.restart()
-    assert bench.library.layers.has_unsynced and mark_of(bench, one).exists()
-    await bench.library.collect()
-    await bench.library.close()
+    assert bench.store.layers.has_unsynced and mark_of(bench, one).exists()
+    await bench.store.collect()
+    await bench.store.close()
     assert not mark_of(bench, one).exists()
 
 
@@ -306,7 +302,7 @@ async def test_layer_made_again_during_a_sync_stays_marked(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = await bench.add("one", "base")
-    store = bench.library.layers
+    store = bench.store.layers
     (chain_id,) = one.chain_ids
     again = msgspec.structs.replace(store._layers[chain_id])
     monkeypatch.setattr(layers, "_syncfs", lambda root: store._unsynced.update({chain_id: again}))
@@ -314,32 +310,32 @@ async def test_layer_made_again_during_a_sync_stays_marked(
     assert mark_of(bench, one).exists() and store.has_unsynced
 
 
-async def test_a_power_cut_costs_what_was_not_written_out(bench: Bench) -> None:
+async def test_power_failure_drops_unsynced_layers_only(bench: Bench) -> None:
     old = await bench.add("old", "base")
-    bench.library.layers.sync()
+    bench.store.layers.sync()
     new = await bench.add("new", "other")
-    mark = bench.library.layers.path(new.chain_ids[0]).parent / "unsynced"
+    mark = bench.store.layers.path(new.chain_ids[0]).parent / "unsynced"
     assert mark.exists()
-    assert not (bench.library.layers.path(old.chain_ids[0]).parent / "unsynced").exists()
+    assert not (bench.store.layers.path(old.chain_ids[0]).parent / "unsynced").exists()
     mark.write_text("another boot")
     bench.restart()
-    assert bench.library.list() == (old,)
+    assert bench.store.list() == (old,)
     assert bench.here(new) == [False] and bench.leftovers() == []
 
 
-async def test_a_damaged_layer_takes_its_image_along_and_no_other(bench: Bench) -> None:
+async def test_damaged_layer_drops_its_image_only(bench: Bench) -> None:
     one = await bench.add("one", "base")
     two = await bench.add("two", "other")
-    (bench.library.layers.path(one.chain_ids[0]).parent / "layer.json").write_text("{")
+    (bench.store.layers.path(one.chain_ids[0]).parent / "layer.json").write_text("{")
     bench.restart()
-    assert bench.library.list() == (two,)
+    assert bench.store.list() == (two,)
 
 
-async def test_a_wrong_diff_id_leaves_nothing(bench: Bench) -> None:
-    layers = bench.library.layers
+async def test_layer_with_wrong_diff_id_leaves_nothing(bench: Bench) -> None:
+    layers = bench.store.layers
     with layers.staging() as stage:
         (stage / "blob").write_bytes(make_layer({"a": b""}))
         with pytest.raises(DigestMismatch):
             await layers.unpack(DIGEST, DIGEST, (), stage / "blob")
-    await bench.library.collect()
+    await bench.store.collect()
     assert layers.chain_ids() == () and bench.leftovers() == []

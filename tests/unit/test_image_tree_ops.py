@@ -42,7 +42,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_a_deep_tree_is_removed(home: Path) -> None:
+def test_deep_tree_is_removed(home: Path) -> None:
     dig(home / "upper")
     dig(home / "upper", levels=200, name="other")
     (home / "deep-0").mkdir()  # of a removal that was cut short
@@ -54,7 +54,7 @@ def test_a_deep_tree_is_removed(home: Path) -> None:
     tree_ops.remove(home)
 
 
-def test_a_wide_tree_is_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_tree_is_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_ops, "ENTRIES", 7)
     for n in range(100):
         (home / f"upper/folder{n}").mkdir()
@@ -64,7 +64,7 @@ def test_a_wide_tree_is_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not home.exists()
 
 
-def test_a_link_is_not_followed(home: Path, tmp_path: Path) -> None:
+def test_symlink_is_not_followed(home: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/file").write_text("kept")
     (home / "upper/link").symlink_to(tmp_path / "precious")
@@ -73,14 +73,14 @@ def test_a_link_is_not_followed(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "precious/file").read_text() == "kept"
 
 
-def test_a_home_that_is_a_link_is_refused(home: Path, tmp_path: Path) -> None:
+def test_remove_of_a_symlink_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(home)
     with pytest.raises(OSError):
         tree_ops.remove(tmp_path / "link")
     assert home.exists()
 
 
-def test_a_deep_tree_is_measured(home: Path) -> None:
+def test_deep_tree_is_measured(home: Path) -> None:
     dig(home / "upper")
     usage = tree_ops.measure(home / "upper")
     # du counts the directory itself too
@@ -88,7 +88,7 @@ def test_a_deep_tree_is_measured(home: Path) -> None:
     assert usage.bytes >= 4096
 
 
-def test_a_file_with_several_names_counts_once(home: Path) -> None:
+def test_file_with_several_names_counts_once(home: Path) -> None:
     file = home / "upper/file"
     with file.open("wb") as writing:
         writing.write(os.urandom(1 << 20))
@@ -100,7 +100,7 @@ def test_a_file_with_several_names_counts_once(home: Path) -> None:
     assert 1 << 20 <= usage.bytes < 2 << 20
 
 
-def test_more_links_than_are_kept_in_mind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_hard_links_than_are_remembered_count_each(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_ops, "_LINKS_MAX", 1)
     for name in ("a", "b"):
         (home / "upper" / name).write_text(name)
@@ -108,12 +108,12 @@ def test_more_links_than_are_kept_in_mind(home: Path, monkeypatch: pytest.Monkey
     assert tree_ops.measure(home / "upper").inodes == 3
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_absent_path_measures_zero_and_is_removed(tmp_path: Path) -> None:
     assert tree_ops.measure(tmp_path / "nobody").inodes == 0
     tree_ops.remove(tmp_path / "nobody")
 
 
-def test_a_measurement_that_fails_says_why(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_measurement_names_the_path(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dig(home / "upper")
     monkeypatch.setattr(tree_ops, "DU", "/bin/false")
     with pytest.raises(OSError, match="upper"):

@@ -29,7 +29,7 @@ def remove(cri: Cri, image: str) -> None:
 
 
 @pytest.mark.parametrize("repository", ["husk/docker", "husk/index"])
-def test_forms(cri: Cri, repository: str) -> None:
+def test_image_of_each_format_runs(cri: Cri, repository: str) -> None:
     name = f"{HOST}/{repository}:1"
     id = cri.pull(name)
     found = status_of(cri, name)
@@ -44,7 +44,7 @@ def test_forms(cri: Cri, repository: str) -> None:
 
 
 @pytest.mark.parametrize("packing", list(images.Packing))
-def test_layer_packings(cri: Cri, pod: Pod, site: Any, packing: images.Packing) -> None:
+def test_image_of_each_compression_runs(cri: Cri, pod: Pod, site: Any, packing: images.Packing) -> None:
     word = packing.name.lower()
     layer = images.Layer(packing=packing).add("etc/packing", word)
     image = images.Image((images.base_layer(), layer))
@@ -64,7 +64,7 @@ def test_pull_by_digest_has_no_tag(cri: Cri, site: Any) -> None:
     remove(cri, name)
 
 
-def test_one_image_under_several_tags(cri: Cri, site: Any) -> None:
+def test_image_under_several_tags_is_one_image(cri: Cri, site: Any) -> None:
     image = images.busybox("several tags")
     names = [f"{HOST}/husk/several:{tag}" for tag in ("a", "b")]
     for name in names:
@@ -75,7 +75,7 @@ def test_one_image_under_several_tags(cri: Cri, site: Any) -> None:
     assert not status_of(cri, names[1]).id
 
 
-def test_pulling_at_once_gives_one_image(cri: Cri, site: Any) -> None:
+def test_concurrent_pulls_give_one_image(cri: Cri, site: Any) -> None:
     image = images.busybox("at once")
     site.registry.push("husk/at-once", "1", image)
     name = f"{HOST}/husk/at-once:1"
@@ -85,7 +85,7 @@ def test_pulling_at_once_gives_one_image(cri: Cri, site: Any) -> None:
     assert not status_of(cri, name).id
 
 
-def test_user_of_the_image_is_told(cri: Cri, site: Any) -> None:
+def test_image_status_reports_the_user(cri: Cri, site: Any) -> None:
     wanted = {"1002": (1002, ""), "www-data": (None, "www-data"), "1003:1003": (1003, "")}
     for number, (user, (uid, username)) in enumerate(wanted.items()):
         site.registry.push("husk/user", str(number), images.busybox(f"user {user}", user=user))
@@ -96,7 +96,7 @@ def test_user_of_the_image_is_told(cri: Cri, site: Any) -> None:
         remove(cri, name)
 
 
-def test_a_pod_runs_on_while_its_image_is_removed(cri: Cri, pod: Pod, site: Any) -> None:
+def test_pod_keeps_running_after_its_image_is_removed(cri: Cri, pod: Pod, site: Any) -> None:
     site.registry.push("husk/removed", "1", images.busybox("removed"))
     name = f"{HOST}/husk/removed:1"
     cri.pull(name)
@@ -107,7 +107,7 @@ def test_a_pod_runs_on_while_its_image_is_removed(cri: Cri, pod: Pod, site: Any)
     assert cri.status(container).image_ref
 
 
-def test_file_system_info(cri: Cri) -> None:
+def test_image_fs_info_reports_usage(cri: Cri) -> None:
     usage = cri.call("ImageFsInfo").image_filesystems[0]
     assert usage.timestamp > 0
     assert usage.used_bytes.value > 0
@@ -116,7 +116,9 @@ def test_file_system_info(cri: Cri) -> None:
 
 
 @pytest.mark.parametrize("form", ["oci", "docker"])
-def test_import_by_the_command(daemon: Daemon, cri: Cri, pod: Pod, tmp_path: Path, form: str) -> None:
+def test_husk_image_import_imports_an_archive(
+    daemon: Daemon, cri: Cri, pod: Pod, tmp_path: Path, form: str
+) -> None:
     archive, name = tmp_path / "image.tar", f"example.test/imported:{form}"
     write = images.write_oci_layout if form == "oci" else images.write_docker_archive
     write(archive, {name: images.busybox(f"imported {form}")})

@@ -1,0 +1,295 @@
+"""Unpacking hostile and broken layers: nothing outside of the root changes, and every limit holds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from image import layer
+from image.errors import DiskFull, ImageError, LayerRejected
+from image.layer import Limits
+from tests.fakes.disk import small_disk
+from tests.kit.layers import (
+    Jail,
+    archive,
+    entry,
+    file,
+    folder,
+    hard,
+    link,
+    listing,
+    make_jail,
+    padded,
+    raw_header,
+    raw_header_gnu,
+    with_pax,
+)  # fmt: skip
+
+
+@pytest.fixture
+def jail(tmp_path: Path) -> Iterator[Jail]:
+    with make_jail(tmp_path) as jail:
+        yield jail
+
+
+# ----------------------------------------------------------------------------------- paths that lead outside
+
+
+def test_absolute_path_begins_at_the_layers_root(jail: Jail) -> None:
+    target = jail.outside / "victim"
+    jail.unpack(file(str(target), b"changed"))
+    assert (jail.root / str(target)[1:]).read_bytes() == b"changed"
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a/../../escaped", "../../../../../../tmp/escaped", ".."])
+def test_path_that_climbs_out_is_rejected(jail: Jail, name: str) -> None:
+    with pytest.raises(LayerRejected, match="climbs out"):
+        jail.unpack(file(name))
+
+
+def test_dots_that_stay_inside_are_resolved(jail: Jail) -> None:
+    jail.unpack(folder("a"), file("a/./b/../c"))
+    assert (jail.root / "a/c").exists()
+
+
+@pytest.mark.parametrize(
+    "target", ["{outside}", "../../outside", "/../../{outside}", "../" * 20 + "{outside}"]
+)
+def test_path_through_symlink_stays_inside(jail: Jail, target: str) -> None:
+    """What lies behind the link is made inside, as the finished root would see it."""
+    jail.unpack(link("door", target.format(outside=jail.outside)), file("door/victim", b"changed"))
+    assert (jail.outside / "victim").read_text() == "untouched"
+    inside = [p for p in jail.root.rglob("victim") if p.read_bytes() == b"changed"]
+    assert len(inside) == 1
+
+
+def test_path_through_chain_of_symlinks_stays_inside(jail: Jail) -> None:
+    jail.unpack(
+        link("a", "b"), link("b", "/c"), link("c", "../.."), file("a/etc/passwd", b"x"),
+    )  # fmt: skip
+    assert (jail.root / "etc/passwd").read_bytes() == b"x"
+
+
+def test_symlink_loop_is_rejected(jail: Jail) -> None:
+    with pytest.raises(LayerRejected, match="too many symbolic links"):
+        jail.unpack(link("a", "b"), link("b", "a"), file("a/f"))
+
+
+def test_file_replaces_symlink_of_its_name(jail: Jail) -> None:
+    jail.unpack(link("f", str(jail.outside / "victim")), file("f", b"new"))
+    assert not (jail.root / "f").is_symlink()
+    assert (jail.root / "f").read_bytes() == b"new"
+
+
+def test_symlink_entry_does_not_change_its_target(jail: Jail) -> None:
+    jail.unpack((entry("f", tarfile.SYMTYPE, linkname=str(jail.outside / "victim"), mode=0o777, uid=5), b""))
+    assert (jail.root / "f").lstat().st_uid == 5
+
+
+def test_directory_replaced_by_symlink_is_not_followed_at_the_end(jail: Jail) -> None:
+    """Directory attributes are set last: the name may stand for a way out by then."""
+    jail.unpack(folder("d", mode=0o777, uid=12), link("d", str(jail.outside / "folder")))
+    assert (jail.root / "d").is_symlink()
+
+
+def test_replaced_directory_is_not_written_to(jail: Jail) -> None:
+    jail.unpack(folder("d/e"), file("d/e/f"), link("d", str(jail.outside)), file("d/e/g", b"x"))
+    assert not (jail.outside / "e").exists()
+
+
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "../../outside/victim", "{outside}/victim", "door/victim", "missing"]
+)
+def test_hard_link_to_outside_is_rejected(jail: Jail, target: str) -> None:
+    with pytest.raises(LayerRejected):
+        jail.unpack(link("door", str(jail.outside)), hard("stolen", target.format(outside=jail.outside)))
+    assert not (jail.root / "stolen").exists()
+
+
+def test_hard_link_to_symlink_links_the_symlink(jail: Jail) -> None:
+    jail.unpack(link("l", str(jail.outside / "victim")), hard("twin", "l"), file("twin", b"new"))
+    assert (jail.root / "l").is_symlink()
+    assert (jail.root / "twin").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("target", [".", "d", "f", "dev"])
+def test_hard_link_to_directory_or_itself_is_rejected(jail: Jail, target: str) -> None:
+    with pytest.raises(LayerRejected):
+        jail.unpack(folder("d"), folder("dev"), file("f"), hard("f" if target == "f" else "x", target))
+
+
+def test_hard_link_onto_its_own_file_keeps_it(jail: Jail) -> None:
+    jail.unpack(file("a", b"data"), hard("b", "a"), hard("b", "a"), hard("a", "b"))
+    assert (jail.root / "a").read_bytes() == (jail.root / "b").read_bytes() == b"data"
+
+
+def test_file_as_parent_is_rejected(jail: Jail) -> None:
+    with pytest.raises(LayerRejected, match="not a directory"):
+        jail.unpack(file("a"), file("a/b"))
+
+
+# ---------------------------------------------------------------------------------------------- sparse files
+
+
+SPARSE = bytes(4096) + b"data" + bytes(4092) + b"tail"
+
+
+def test_sparse_file_with_pax_map_is_unpacked(jail: Jail) -> None:
+    info = entry("made/up/name", size=8)
+    jail.unpack_bytes(
+        with_pax(info, b"datatail", GNU__sparse__map="4096,4,8192,4", GNU__sparse__size="8196",
+                 GNU__sparse__name="holes")
+    )  # fmt: skip
+    assert (jail.root / "holes").read_bytes() == SPARSE
+    assert not (jail.root / "made").exists()
+
+
+def test_sparse_file_with_map_before_data_is_unpacked(jail: Jail) -> None:
+    stored = padded(b"2\n4096\n4\n8192\n4\n") + b"datatail"
+    info = entry("x", size=len(stored))
+    jail.unpack_bytes(
+        with_pax(info, stored, GNU__sparse__major="1", GNU__sparse__minor="0",
+                 GNU__sparse__name="holes", GNU__sparse__realsize="8196")
+    )  # fmt: skip
+    assert (jail.root / "holes").read_bytes() == SPARSE
+
+
+def test_sparse_file_of_old_gnu_tar_is_unpacked(jail: Jail) -> None:
+    header = bytearray(raw_header(entry("holes", b"S", size=8)))
+    header[257:265] = b"ustar  \0"
+    header[386:410] = b"%011o\0%011o\0" % (4096, 4)
+    header[410:434] = b"%011o\0%011o\0" % (8192, 4)
+    header[482] = 0
+    header[483:495] = b"%011o\0" % 8196
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    jail.unpack_bytes(bytes(header) + padded(b"datatail"))
+    assert (jail.root / "holes").read_bytes() == SPARSE
+
+
+@pytest.mark.parametrize("sparse_map", ["0,4,2,4", "4,4,0,4", "0,8,8,100", "0,4"])
+def test_impossible_sparse_map_is_rejected(jail: Jail, sparse_map: str) -> None:
+    data = with_pax(entry("x", size=8), b"datatail", GNU__sparse__map=sparse_map, GNU__sparse__size="16")
+    with pytest.raises(LayerRejected, match="sparse"):
+        jail.unpack_bytes(data)
+
+
+# -------------------------------------------------------------------------------- limits and broken archives
+
+
+def test_too_many_entries_are_rejected(jail: Jail) -> None:
+    with pytest.raises(LayerRejected, match="more than 10 entries"):
+        jail.unpack(*(file(f"f{n}") for n in range(11)), limits=Limits(max_entries=10))
+
+
+def test_too_many_bytes_are_rejected_before_they_are_read(jail: Jail) -> None:
+    info = entry("huge", size=1 << 40)
+    with pytest.raises(LayerRejected, match="more than 1000 bytes"):
+        jail.unpack_bytes(raw_header_gnu(info), limits=Limits(max_bytes=1000))
+    assert not (jail.root / "huge").exists()
+
+
+def test_sparse_hole_counts_as_bytes(jail: Jail) -> None:
+    data = with_pax(entry("x", size=0), b"", GNU__sparse__map="0,0", GNU__sparse__size=str(1 << 50))
+    with pytest.raises(LayerRejected, match="bytes when unpacked"):
+        jail.unpack_bytes(data)
+
+
+def test_path_deeper_than_the_limit_is_rejected(jail: Jail) -> None:
+    with pytest.raises(LayerRejected, match="directories deep"):
+        jail.unpack(file("d/" * 300 + "f"))
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_link_target_deeper_than_the_limit_is_rejected(jail: Jail, below: bool) -> None:
+    """146 bytes of layer would make a tree 1,990 directories deep."""
+    deep = link("door", "/".join(["d"] * 1990))
+    lowers = [jail.layer("lower", deep)] if below else []
+    with pytest.raises(LayerRejected, match="directories deep"):
+        jail.unpack(*([] if below else [deep]), file("door/f"), lowers=lowers)
+
+
+def test_name_longer_than_255_bytes_is_rejected(jail: Jail) -> None:
+    with pytest.raises(LayerRejected, match="File name too long"):
+        jail.unpack(file("n" * 256))
+
+
+def test_huge_extension_header_is_rejected(jail: Jail) -> None:
+    with pytest.raises(LayerRejected, match="extension header"):
+        jail.unpack_bytes(raw_header(entry("x", tarfile.XHDTYPE, size=1 << 30)))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"5 a=\n",
+        b"99 path=x\n",
+        b"x path=y\n",
+        b"0 path=\n",
+        b"11 pathyyyy\n",
+        b"9999999999999999999999 a=b\n",
+    ],
+)
+def test_broken_extension_header_makes_nothing_else(jail: Jail, record: bytes) -> None:
+    header = raw_header(entry("x", tarfile.XHDTYPE, size=len(record)))
+    data = header + padded(record) + raw_header(entry("f"))
+    with contextlib.suppress(LayerRejected):
+        jail.unpack_bytes(data)
+    assert set(listing(jail.root)) <= {"f", "x"}
+
+
+@pytest.mark.parametrize("cut", [100, 512, 600, 1000])
+def test_truncated_archive_is_rejected(jail: Jail, cut: int) -> None:
+    data = archive(file("f", b"x" * 2000))
+    with pytest.raises(LayerRejected, match="ends in the middle"):
+        jail.unpack_bytes(data[:cut])
+
+
+def test_bytes_that_are_not_a_tar_are_rejected(jail: Jail) -> None:
+    with pytest.raises(LayerRejected, match="not a tar header"):
+        jail.unpack_bytes(hashlib.sha512(b"seed").digest() * 16)
+
+
+def test_negative_size_is_rejected(jail: Jail) -> None:
+    header = bytearray(raw_header(entry("f")))
+    header[124:136] = b"\xff" * 12
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with pytest.raises(LayerRejected, match="impossible size"):
+        jail.unpack_bytes(bytes(header))
+
+
+def test_zero_byte_in_a_name_is_rejected(jail: Jail) -> None:
+    with pytest.raises(LayerRejected, match="zero byte"):
+        jail.unpack_bytes(with_pax(entry("x"), b"", path="a\0b"))
+
+
+def test_unpack_ends_when_stop_is_set(jail: Jail) -> None:
+    stop = threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        data = archive(*(file(f"f{n}") for n in range(100)))
+        yield data[:10240]
+        stop.set()
+        yield data[10240:]
+
+    with pytest.raises(layer.Stopped):
+        layer.unpack(chunks(), str(jail.root), stop=stop)
+    assert len(listing(jail.root)) < 100
+
+
+def test_unpack_on_full_disk_raises_disk_full(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk, pytest.raises(DiskFull):
+        (disk / "root").mkdir()
+        layer.unpack(iter([archive(file("big", bytes(2 << 20)))]), str(disk / "root"))
+
+
+def test_rejection_is_an_image_error(jail: Jail) -> None:
+    with pytest.raises(ImageError):
+        jail.unpack(file("../x"))
