@@ -1,5 +1,5 @@
-"""Each step of RunPodSandbox and CreateContainer fails in turn, or the daemon is killed in it:
-everything is undone, now or by the next start, and the name is free again."""
+"""Every step of RunPodSandbox and CreateContainer fails, or the daemon is killed in it: everything is undone,
+at once or by the next daemon, and the name is free again."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from sandbox.vm_pods.volumes import Volumes
 from tests.fakes.daemon import HANDLER, FakeHost, RestartableDaemon
 from tests.fakes.disk import small_disk
 from tests.fakes.guest import FakeAgent
+from tests.kit.eventually import eventually
 
 POD_STEPS: list[type[Any]] = [RunDir, Netns, Network, Shares, Vm, Size, Identity, Guest]
 CONTAINER_STEPS: list[type[Any]] = [ContainerRootfs, Volumes, CompiledPlan]
@@ -87,7 +88,7 @@ def container_spec(**fields: Any) -> ContainerSpec:
 # ------------------------------------------------------------------------------------- pods
 
 
-async def test_a_pod_starts_and_goes_and_leaves_nothing(daemon: Daemon) -> None:
+async def test_pod_that_is_started_stopped_and_removed_leaves_nothing(daemon: Daemon) -> None:
     id = await daemon.pods.run(pod_spec())
     assert daemon.pods.find(id).state is PodState.READY
     assert len(daemon.ledger.held) == 4
@@ -104,7 +105,9 @@ async def test_a_pod_starts_and_goes_and_leaves_nothing(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("operation", POD_FAULTS)
-async def test_each_step_fails_in_turn(daemon: Daemon, operation: str, moment: str) -> None:
+async def test_run_with_failing_operation_leaves_nothing_and_frees_the_name(
+    daemon: Daemon, operation: str, moment: str
+) -> None:
     daemon.ledger.faults[operation] = moment
     with pytest.raises(PhaseFailed) as caught:
         await daemon.pods.run(pod_spec())
@@ -128,7 +131,7 @@ def _struck(step: type[Any], moment: str) -> Callable[[Any, Any], Awaitable[None
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("step", POD_STEPS, ids=lambda step: step.name)
-async def test_whichever_step_of_a_pod_fails_all_is_undone(
+async def test_run_with_failing_step_undoes_all_steps(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, step: type[Any], moment: str
 ) -> None:
     with monkeypatch.context() as patch:
@@ -141,7 +144,7 @@ async def test_whichever_step_of_a_pod_fails_all_is_undone(
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("step", CONTAINER_STEPS, ids=lambda step: step.name)
-async def test_whichever_step_of_a_container_fails_all_is_undone(
+async def test_create_with_failing_step_undoes_all_steps(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: type[Any], moment: str
 ) -> None:
     spec = container_spec(mounts=(MountSpec(container_path="/x", host_path=str(tmp_path)),))
@@ -156,13 +159,13 @@ async def test_whichever_step_of_a_container_fails_all_is_undone(
     assert await daemon.containers.create(id, spec), "the name is free again"
 
 
-async def test_no_step_is_left_out(daemon: Daemon) -> None:
+async def test_every_step_is_in_the_lists_of_this_file(daemon: Daemon) -> None:
     assert [type(step) for step in daemon.engine.containers.container_steps] == CONTAINER_STEPS
     names = set(step_names(daemon.engine.pods.pod_steps))
-    assert names == {"cgroup", *(step.name for step in POD_STEPS)}  # cgroup: see POD_FAULTS
+    assert names == {"cgroup", *(step.name for step in POD_STEPS)}  # cgroup is in POD_FAULTS
 
 
-async def test_a_guest_that_refuses_its_configuration(daemon: Daemon) -> None:
+async def test_run_with_guest_refusing_its_configuration_fails(daemon: Daemon) -> None:
     daemon.hypervisor.make_agent = _refusing("configure", "sysctl kernel.nonsense")
     with pytest.raises(PhaseFailed, match=r"identity failed.*sysctl kernel.nonsense") as caught:
         await daemon.pods.run(pod_spec())
@@ -170,13 +173,14 @@ async def test_a_guest_that_refuses_its_configuration(daemon: Daemon) -> None:
     daemon.assert_empty()
 
 
-async def test_a_vm_that_dies_while_it_boots(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_run_with_vm_ending_while_it_boots_fails(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     agent = daemon.hypervisor.make_agent()
     agent.silent = True
     daemon.hypervisor.make_agent = lambda: agent
     run = asyncio.create_task(daemon.pods.run(pod_spec()))
-    while not daemon.hypervisor.vms:
-        await asyncio.sleep(0.01)
+    await eventually(lambda: daemon.hypervisor.vms)
     [vm] = daemon.hypervisor.vms.values()
     vm.ended.set()
     with pytest.raises(PhaseFailed, match="the VM ended"):
@@ -185,7 +189,7 @@ async def test_a_vm_that_dies_while_it_boots(daemon: Daemon, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("wrong", [1, 2])
-async def test_a_guest_whose_clock_runs_too_fast_boots_once_more(daemon: Daemon, wrong: int) -> None:
+async def test_run_with_wrong_guest_clock_boots_once_more(daemon: Daemon, wrong: int) -> None:
     agents: list[FakeAgent] = []
 
     def make_agent() -> FakeAgent:
@@ -206,7 +210,7 @@ async def test_a_guest_whose_clock_runs_too_fast_boots_once_more(daemon: Daemon,
 
 
 @pytest.mark.parametrize("operation", ["cgroup.remove", "network.down", "vm.destroy"])
-async def test_what_cannot_be_released_is_tried_again(daemon: Daemon, operation: str) -> None:
+async def test_stop_with_failing_release_keeps_it_for_a_retry(daemon: Daemon, operation: str) -> None:
     id = await daemon.pods.run(pod_spec())
     daemon.ledger.faults[operation] = "before"
     with pytest.raises(UndoFailed, match=operation):
@@ -218,34 +222,34 @@ async def test_what_cannot_be_released_is_tried_again(daemon: Daemon, operation:
     daemon.assert_empty()
 
 
-async def test_a_name_is_taken_while_its_pod_exists(daemon: Daemon) -> None:
+async def test_run_with_name_in_use_is_refused(daemon: Daemon) -> None:
     await daemon.pods.run(pod_spec())
     with pytest.raises(Reserved, match="web_default_u_0"):
         await daemon.pods.run(pod_spec())
     assert await daemon.pods.run(pod_spec(attempt=1))
 
 
-async def test_an_unknown_handler_is_named_and_leaves_nothing(daemon: Daemon) -> None:
+async def test_run_with_unknown_handler_is_refused_by_name(daemon: Daemon) -> None:
     with pytest.raises(InvalidSpec, match="'gpu' is not configured"):
         await daemon.pods.run(pod_spec(handler="gpu"))
     daemon.assert_empty()
 
 
-async def test_a_dead_vm_makes_the_pod_not_ready_at_once(daemon: Daemon) -> None:
+async def test_vm_that_ends_makes_the_pod_not_ready(daemon: Daemon) -> None:
     id = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(id, container_spec())
     await daemon.containers.start(container)
     await daemon.hypervisor.vms[id].die()
-    await _until(lambda: daemon.pods.find(id).state is PodState.NOT_READY)
+    await eventually(lambda: daemon.pods.find(id).state is PodState.NOT_READY)
     record = daemon.containers.find(container)
     assert (record.state, record.exit_code, record.reason) == (ContainerState.EXITED, 137, "Error")
 
 
-# --------------------------------------------------------------------------- kill and adopt
+# --------------------------------------------------------------------------- kill and recover
 
 
 @pytest.mark.parametrize("operation", [*POD_FAULTS, "guest"])
-async def test_killed_in_the_middle_of_a_start_the_next_start_undoes_it(
+async def test_daemon_killed_during_run_undoes_the_pod_at_its_next_start(
     daemon: Daemon, operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuck = asyncio.Event()
@@ -274,7 +278,7 @@ async def test_killed_in_the_middle_of_a_start_the_next_start_undoes_it(
     assert await daemon.pods.run(pod_spec())
 
 
-async def test_a_restart_takes_up_what_runs(daemon: Daemon) -> None:
+async def test_restart_recovers_running_pods(daemon: Daemon) -> None:
     id = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(id, container_spec())
     await daemon.containers.start(container)
@@ -288,7 +292,7 @@ async def test_a_restart_takes_up_what_runs(daemon: Daemon) -> None:
     assert daemon.containers.find(created).state is ContainerState.RUNNING
 
 
-async def test_an_exit_while_the_daemon_was_away_is_not_lost(daemon: Daemon) -> None:
+async def test_exit_while_daemon_is_down_is_reported_after_restart(daemon: Daemon) -> None:
     id = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(id, container_spec())
     await daemon.containers.start(container)
@@ -297,23 +301,24 @@ async def test_an_exit_while_the_daemon_was_away_is_not_lost(daemon: Daemon) -> 
     daemon.hypervisor.vms[id].agent._greeted = False
     daemon.hypervisor.vms[id].agent.exit(container, 3)
     await daemon.restart()
-    await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+    await eventually(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
     assert daemon.containers.find(container).exit_code == 3
 
 
 @pytest.mark.parametrize("at_ns", [-1, 0, 1, (1 << 63) - 1])
-async def test_an_end_is_not_before_its_start_nor_to_come(daemon: Daemon, at_ns: int) -> None:
-    """Whatever the guest's clock shows."""
+async def test_exit_time_lies_between_start_and_now_whatever_the_guest_says(
+    daemon: Daemon, at_ns: int
+) -> None:
     id = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(id, container_spec())
     await daemon.containers.start(container)
     daemon.hypervisor.vms[id].agent.exit(container, at_ns=at_ns)
-    await _until(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
+    await eventually(lambda: daemon.containers.find(container).state is ContainerState.EXITED)
     record = daemon.containers.find(container)
     assert record.started_at_ns <= record.finished_at_ns <= time.time_ns()
 
 
-async def test_a_vm_that_died_while_the_daemon_was_away(daemon: Daemon) -> None:
+async def test_vm_that_ends_while_daemon_is_down_makes_the_pod_not_ready(daemon: Daemon) -> None:
     id = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(id, container_spec())
     await daemon.containers.start(container)
@@ -326,11 +331,11 @@ async def test_a_vm_that_died_while_the_daemon_was_away(daemon: Daemon) -> None:
     daemon.assert_empty()
 
 
-async def test_a_lost_connection_is_made_anew(daemon: Daemon) -> None:
+async def test_lost_connection_to_the_agent_is_made_again(daemon: Daemon) -> None:
     id = await daemon.pods.run(pod_spec())
     agent = daemon.hypervisor.vms[id].agent
     agent.drop()
-    await _until(lambda: len(agent.hellos) == 2)
+    await eventually(lambda: len(agent.hellos) == 2)
     container = await daemon.containers.create(id, container_spec())
     await daemon.containers.start(container)
     assert daemon.containers.find(container).state is ContainerState.RUNNING
@@ -349,7 +354,7 @@ async def test_a_lost_connection_is_made_anew(daemon: Daemon) -> None:
         ({"stop_signal": "SIGNONSENSE"}, "SIGNONSENSE"),
     ],
 )
-async def test_a_bad_container_is_refused_and_leaves_nothing(
+async def test_create_with_invalid_spec_is_refused_and_leaves_nothing(
     daemon: Daemon, fields: dict[str, Any], problem: str
 ) -> None:
     id = await daemon.pods.run(pod_spec(log_directory="/tmp"))
@@ -362,7 +367,7 @@ async def test_a_bad_container_is_refused_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-async def test_a_root_filesystem_that_cannot_be_made(daemon: Daemon, moment: str) -> None:
+async def test_create_with_failing_root_filesystem_leaves_nothing(daemon: Daemon, moment: str) -> None:
     id = await daemon.pods.run(pod_spec())
     held = set(daemon.ledger.held)
     daemon.ledger.faults["rootfs.up"] = moment
@@ -372,7 +377,9 @@ async def test_a_root_filesystem_that_cannot_be_made(daemon: Daemon, moment: str
     assert list((daemon.root / "containers").iterdir()) == []
 
 
-async def test_killed_in_the_middle_of_a_creation(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_daemon_killed_during_create_undoes_the_container_at_its_next_start(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     id = await daemon.pods.run(pod_spec())
     held = set(daemon.ledger.held)
     stuck = asyncio.Event()
@@ -393,7 +400,7 @@ async def test_killed_in_the_middle_of_a_creation(daemon: Daemon, monkeypatch: p
     assert daemon.ledger.held == held
 
 
-async def test_a_program_that_cannot_be_run(daemon: Daemon) -> None:
+async def test_start_of_program_that_cannot_be_run_exits_with_start_error(daemon: Daemon) -> None:
     daemon.hypervisor.make_agent = _refusing("start", "exec")
     id = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(id, container_spec())
@@ -406,7 +413,7 @@ async def test_a_program_that_cannot_be_run(daemon: Daemon) -> None:
         await daemon.containers.start(container)
 
 
-async def test_stopping_and_removing_what_is_unknown_is_fine(daemon: Daemon) -> None:
+async def test_stop_and_remove_of_unknown_ids_succeed(daemon: Daemon) -> None:
     await daemon.pods.stop("nope")
     await daemon.pods.remove("nope")
     await daemon.containers.stop("nope", 1)
@@ -414,14 +421,14 @@ async def test_stopping_and_removing_what_is_unknown_is_fine(daemon: Daemon) -> 
     assert daemon.pods.list() == []
 
 
-async def test_no_container_in_a_stopped_pod(daemon: Daemon) -> None:
+async def test_create_in_stopped_pod_is_refused(daemon: Daemon) -> None:
     id = await daemon.pods.run(pod_spec())
     await daemon.pods.stop(id)
     with pytest.raises(WrongState, match="not-ready"):
         await daemon.containers.create(id, container_spec())
 
 
-async def test_removing_a_pod_takes_its_containers_along(daemon: Daemon) -> None:
+async def test_removal_of_pod_removes_its_containers(daemon: Daemon) -> None:
     id = await daemon.pods.run(pod_spec())
     container = await daemon.containers.create(id, container_spec())
     await daemon.containers.start(container)
@@ -431,8 +438,8 @@ async def test_removing_a_pod_takes_its_containers_along(daemon: Daemon) -> None
     daemon.assert_empty()
 
 
-def _refusing(body: str, step: str) -> Any:
-    from tests.fakes.guest import FakeAgent
+def _refusing(body: str, step: str) -> Callable[[], FakeAgent]:
+    """Return a maker of agents that refuse every request of this kind, naming the step."""
 
     def make() -> FakeAgent:
         agent = FakeAgent()
@@ -443,13 +450,7 @@ def _refusing(body: str, step: str) -> Any:
     return make
 
 
-async def _until(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-async def test_a_log_path_that_no_file_can_have(daemon: Daemon, root: Path) -> None:
+async def test_start_with_log_path_too_long_is_refused(daemon: Daemon, root: Path) -> None:
     pod = await daemon.pods.run(pod_spec(log_directory=str(root)))
     with pytest.raises(InvalidSpec, match="log_path"):
         await daemon.containers.create(pod, container_spec(log_path="a\0b"))
@@ -480,7 +481,7 @@ def full_disk(root: Path) -> Iterator[Callable[[bool], None]]:
         yield fill
 
 
-async def test_a_pod_whose_record_cannot_be_written_keeps_no_name(
+async def test_run_on_full_disk_fails_and_frees_the_name(
     full_disk: Callable[[bool], None], daemon: Daemon
 ) -> None:
     full_disk(True)
@@ -498,7 +499,7 @@ async def test_a_pod_whose_record_cannot_be_written_keeps_no_name(
 
 
 @pytest.mark.parametrize("writes", range(1, 6))
-async def test_a_disk_that_becomes_full_on_the_way(
+async def test_run_with_disk_filling_up_meanwhile_leaves_nothing(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
     """At any of the records that a start writes; no real disk could be filled between two of them."""
@@ -526,7 +527,7 @@ async def test_a_disk_that_becomes_full_on_the_way(
 
 
 @pytest.mark.parametrize("writes", range(5))
-async def test_a_container_whose_record_cannot_be_written_keeps_no_name(
+async def test_create_with_disk_filling_up_meanwhile_leaves_nothing(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
     pod = await daemon.pods.run(pod_spec())

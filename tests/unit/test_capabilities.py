@@ -18,7 +18,7 @@ def bounding(**security: tuple[str, ...]) -> int:
     return capability_sets(SecuritySpec(**security)).bounding  # type: ignore[arg-type]
 
 
-def test_numbers_are_the_kernels() -> None:
+def test_bit_numbers_are_those_of_the_kernel() -> None:
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
     assert capabilities.NAMES[last] == "CHECKPOINT_RESTORE" or last > 40
     assert [mask_of([name]) for name in ("CHOWN", "SYS_ADMIN", "SYSLOG", "CHECKPOINT_RESTORE")] == [
@@ -29,12 +29,12 @@ def test_numbers_are_the_kernels() -> None:
     ]
 
 
-def test_the_default_is_the_usual_fourteen() -> None:
+def test_default_set_has_fourteen_capabilities() -> None:
     assert bounding() == DEFAULT == 0xA80425FB
 
 
 @pytest.mark.parametrize("spelling", ["NET_ADMIN", "net_admin", "CAP_NET_ADMIN", "cap_net_admin"])
-def test_case_and_prefix_do_not_matter(spelling: str) -> None:
+def test_name_in_any_case_and_with_prefix_is_accepted(spelling: str) -> None:
     assert bounding(add_capabilities=(spelling,)) == DEFAULT | mask_of(["NET_ADMIN"])
 
 
@@ -49,19 +49,19 @@ def test_case_and_prefix_do_not_matter(spelling: str) -> None:
         (("SYS_TIME",), ("SYS_TIME",), DEFAULT),
     ],
 )
-def test_all_comes_before_single_names_and_drops_after_adds(
+def test_all_applies_before_single_names_and_drops_after_adds(
     add: tuple[str, ...], drop: tuple[str, ...], wanted: int
 ) -> None:
     assert bounding(add_capabilities=add, drop_capabilities=drop) == wanted
 
 
-def test_privileged_has_all_whatever_is_dropped() -> None:
+def test_privileged_has_all_capabilities_whatever_is_dropped() -> None:
     sets = capability_sets(SecuritySpec(privileged=True, drop_capabilities=("ALL",)))
     assert (sets.bounding, sets.permitted, sets.effective) == (ALL, ALL, ALL)
     assert (sets.inheritable, sets.ambient) == (0, 0)
 
 
-def test_ambient_ones_are_in_every_set() -> None:
+def test_ambient_capabilities_are_in_every_set() -> None:
     sets = capability_sets(SecuritySpec(drop_capabilities=("ALL",), ambient_capabilities=("NET_RAW",)))
     assert {sets.bounding, sets.permitted, sets.effective, sets.inheritable, sets.ambient} == {
         mask_of(["NET_RAW"])
@@ -69,7 +69,7 @@ def test_ambient_ones_are_in_every_set() -> None:
 
 
 @pytest.mark.parametrize("field", ["add_capabilities", "drop_capabilities", "ambient_capabilities"])
-def test_an_unknown_name_is_refused_with_its_field(field: str) -> None:
+def test_unknown_name_is_refused_with_its_field(field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         capability_sets(SecuritySpec(**{field: ("CHOWN", "CAP_FLY")}))  # type: ignore[arg-type]
     assert field.removeprefix("ambient") in caught.value.field

@@ -89,7 +89,7 @@ def test_unexpected_error_is_internal_with_a_tag() -> None:
     assert first.message != second.message
 
 
-def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
+def test_long_message_keeps_its_beginning_and_its_end() -> None:
     console = "\n".join(f"line {number}" for number in range(9000))
     failure = failure_of(sandbox.PhaseFailed("vm", 1, "gone", console))
     assert len(failure.message) < MESSAGE_MAX + 20
@@ -98,7 +98,7 @@ def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
     assert failure.full.count("\n") > 8999
 
 
-def test_a_field_is_named_as_the_request_at_hand_names_it() -> None:
+def test_field_is_named_as_in_the_current_request() -> None:
     ours = sandbox.InvalidSpec("config.linux.resources.cpu_period", "is bad", "better")
     with pytest.raises(sandbox.InvalidSpec) as caught, renamed("config.linux.resources", "linux"):
         raise ours

@@ -42,7 +42,7 @@ async def next_of(subscription: Subscription, count: int) -> list[Event]:
     return found
 
 
-async def test_a_pod_that_is_ready_was_created_and_started(hub: Events) -> None:
+async def test_ready_pod_emits_created_and_started(hub: Events) -> None:
     with hub.subscribe() as one, hub.subscribe() as two:
         started(hub)
         for subscription in (one, two):
@@ -52,7 +52,9 @@ async def test_a_pod_that_is_ready_was_created_and_started(hub: Events) -> None:
             assert seen[0].at_ns < seen[1].at_ns
 
 
-async def test_time_rises_though_the_clock_goes_back(hub: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_event_times_rise_when_the_clock_steps_back(
+    hub: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with hub.subscribe() as subscription:
         started(hub)
         monkeypatch.setattr("time.time_ns", lambda: 5)
@@ -61,7 +63,7 @@ async def test_time_rises_though_the_clock_goes_back(hub: Events, monkeypatch: p
         assert times == sorted(set(times))
 
 
-async def test_who_waits_is_woken(hub: Events) -> None:
+async def test_event_wakes_a_waiting_reader(hub: Events) -> None:
     with hub.subscribe() as subscription:
         waiting = asyncio.create_task(next_of(subscription, 2))
         await asyncio.sleep(0)
@@ -69,7 +71,7 @@ async def test_who_waits_is_woken(hub: Events) -> None:
         assert len(await waiting) == 2
 
 
-async def test_nothing_is_told_of_what_nobody_was_shown(hub: Events) -> None:
+async def test_states_that_clients_do_not_see_emit_nothing(hub: Events) -> None:
     with hub.subscribe() as subscription:
         pod = FakePod(PodState.STARTING)
         hub.pod_changed(cast(Any, pod))
@@ -81,7 +83,7 @@ async def test_nothing_is_told_of_what_nobody_was_shown(hub: Events) -> None:
         assert [event async for event in subscription] == []
 
 
-async def test_a_slow_subscriber_is_ended_and_keeps_nothing(
+async def test_slow_reader_fails_with_fell_behind_and_its_queue_is_dropped(
     hub: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "QUEUE_MAX", 4)
@@ -97,7 +99,7 @@ async def test_a_slow_subscriber_is_ended_and_keeps_nothing(
         assert len(await next_of(again, 2)) == 2
 
 
-async def test_closing_ends_who_waits_and_who_comes(hub: Events) -> None:
+async def test_close_ends_current_and_later_subscriptions(hub: Events) -> None:
     with hub.subscribe() as subscription:
         started(hub)
         waiting = asyncio.create_task(next_of(subscription, 99))
@@ -108,7 +110,7 @@ async def test_closing_ends_who_waits_and_who_comes(hub: Events) -> None:
         assert [event async for event in late] == []
 
 
-async def test_who_has_gone_is_forgotten(hub: Events) -> None:
+async def test_subscription_ends_with_its_context(hub: Events) -> None:
     with pytest.raises(KeyError), hub.subscribe():
         raise KeyError
     assert not hub._subscriptions

@@ -27,12 +27,12 @@ def reopened(directory: Path) -> Store[PodRecord]:
     return store
 
 
-def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_load_returns_records_as_they_were_written(tmp_path: Path) -> None:
     Store(tmp_path, PodRecord).put(make_record())
     assert list(reopened(tmp_path)) == [make_record()]
 
 
-def test_a_dropped_record_is_gone_and_dropping_it_again_is_fine(tmp_path: Path) -> None:
+def test_drop_deletes_the_record_and_is_idempotent(tmp_path: Path) -> None:
     store = Store(tmp_path, PodRecord)
     store.put(make_record())
     store.drop("aa")
@@ -116,14 +116,14 @@ def test_put_writes_the_version(tmp_path: Path) -> None:
     assert '"version":2' in (tmp_path / "aa.json").read_text()
 
 
-def test_a_write_cut_short_leaves_the_old_record(tmp_path: Path) -> None:
+def test_load_after_interrupted_write_returns_the_old_record(tmp_path: Path) -> None:
     Store(tmp_path, PodRecord).put(make_record())
     (tmp_path / "aa.json.tmp").write_text("{half")
     assert list(reopened(tmp_path)) == [make_record()]
     assert not (tmp_path / "aa.json.tmp").exists()
 
 
-def test_steps_are_saved_before_and_removed_after(tmp_path: Path) -> None:
+def test_steps_are_saved_by_begin_and_removed_by_ended(tmp_path: Path) -> None:
     store = Store(tmp_path, PodRecord)
     thing = Recorded(make_record(), store)
     thing.begin(["network"])

@@ -99,7 +99,7 @@ def test_exit_code_is_kept_while_the_daemon_is_away(daemon: Daemon, cri: Cri, si
     cri.remove_pod(pod)
 
 
-def test_vm_that_died_meanwhile_is_not_ready(daemon: Daemon, cri: Cri) -> None:
+def test_vm_that_ended_while_daemon_was_down_is_not_ready(daemon: Daemon, cri: Cri) -> None:
     pod = cri.run_pod("died-meanwhile")
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
     daemon.kill()
@@ -110,7 +110,7 @@ def test_vm_that_died_meanwhile_is_not_ready(daemon: Daemon, cri: Cri) -> None:
     cri.remove_pod(pod)
 
 
-def test_stopped_pods_stay_stopped(daemon: Daemon, cri: Cri) -> None:
+def test_stopped_pod_is_still_stopped_after_restart(daemon: Daemon, cri: Cri) -> None:
     pod = cri.run_pod("stopped")
     container = cri.run(pod, BUSYBOX, ["sh", "-c", "exit 3"])
     cri.wait_exited(container)
@@ -124,7 +124,7 @@ def test_stopped_pods_stay_stopped(daemon: Daemon, cri: Cri) -> None:
     cri.remove_pod(pod)
 
 
-def test_start_killed_half_way_leaves_nothing(daemon: Daemon, cri: Cri) -> None:
+def test_daemon_killed_during_run_pod_sandbox_leaves_nothing_after_restart(daemon: Daemon, cri: Cri) -> None:
     before = daemon.census()
     config = cri.pod_config("half-way")
     request = cri.begin("RunPodSandbox", config=config)

@@ -54,7 +54,7 @@ def box(cri: Cri, pod: Pod) -> str:
 # ------------------------------------------------------------------------- states and codes
 
 
-def test_containers_that_are_killed_as_they_start(cri: Cri, pod: Pod, tmp_path: Path) -> None:
+def test_container_killed_while_it_starts_exits_and_is_removed(cri: Cri, pod: Pod, tmp_path: Path) -> None:
     """The guest's kernel is about to release their files when their file systems go."""
     for number in range(20):
         (tmp_path / f"f{number}").write_bytes(bytes(1 << 20))
@@ -68,7 +68,7 @@ def test_containers_that_are_killed_as_they_start(cri: Cri, pod: Pod, tmp_path: 
         cri.remove(container)
 
 
-def test_states_of_a_life(cri: Cri, pod: Pod) -> None:
+def test_container_states_from_create_to_remove(cri: Cri, pod: Pod) -> None:
     container = cri.create(pod, BUSYBOX, SLEEP, labels={"a": "b"}, annotations={"c": "d"})
     created = cri.status(container)
     assert (created.state, created.started_at, created.finished_at) == (api.CONTAINER_CREATED, 0, 0)
@@ -91,7 +91,7 @@ def test_states_of_a_life(cri: Cri, pod: Pod) -> None:
 
 
 @pytest.mark.parametrize(("script", "code", "reason"), [("exit 0", 0, "Completed"), ("exit 42", 42, "Error")])
-def test_exit_codes(cri: Cri, pod: Pod, script: str, code: int, reason: str) -> None:
+def test_exit_code_and_reason_are_reported(cri: Cri, pod: Pod, script: str, code: int, reason: str) -> None:
     container = cri.run(pod, BUSYBOX, ["sh", "-c", script])
     status = cri.wait_exited(container)
     assert (status.exit_code, status.reason) == (code, reason)
@@ -123,14 +123,14 @@ def test_create_before_start_can_be_removed(cri: Cri, pod: Pod) -> None:
     assert container not in [each.id for each in cri.call("ListContainers").containers]
 
 
-def test_reserved_name(cri: Cri, pod: Pod) -> None:
+def test_create_with_name_in_use_is_refused(cri: Cri, pod: Pod) -> None:
     cri.create(pod, BUSYBOX, SLEEP, name="taken")
     with pytest.raises(grpc.RpcError) as fault:
         cri.create(pod, BUSYBOX, SLEEP, name="taken")
     assert fault.value.code() == grpc.StatusCode.FAILED_PRECONDITION
 
 
-def test_unknown_ids(cri: Cri) -> None:
+def test_unknown_ids_are_not_found_and_stop_and_remove_succeed(cri: Cri) -> None:
     calls: dict[str, dict[str, Any]] = {
         "ContainerStatus": {},
         "StartContainer": {},
@@ -150,16 +150,16 @@ def test_unknown_ids(cri: Cri) -> None:
 # ------------------------------------------------------------------------------------- exec
 
 
-def test_exec_gives_code_and_both_streams(cri: Cri, box: str) -> None:
+def test_exec_returns_exit_code_and_both_outputs(cri: Cri, box: str) -> None:
     answer = cri.exec(box, "sh", "-c", "echo out; echo err >&2; exit 3")
     assert (answer.code, answer.stdout, answer.stderr) == (3, "out\n", "err\n")
 
 
-def test_exec_killed_by_a_signal(cri: Cri, box: str) -> None:
+def test_exec_killed_by_a_signal_returns_128_plus_its_number(cri: Cri, box: str) -> None:
     assert cri.exec(box, "sh", "-c", "kill -9 $$").code == 137
 
 
-def test_exec_of_an_absent_program_is_an_error(cri: Cri, box: str) -> None:
+def test_exec_of_missing_program_fails(cri: Cri, box: str) -> None:
     with pytest.raises(grpc.RpcError):
         cri.exec(box, "/no/such/program")
 
@@ -173,12 +173,12 @@ def test_exec_timeout_kills_the_whole_tree(cri: Cri, box: str) -> None:
     )
 
 
-def test_large_output_of_exec(cri: Cri, box: str) -> None:
+def test_exec_returns_large_output(cri: Cri, box: str) -> None:
     answer = cri.exec(box, "sh", "-c", "yes 0123456789abcde | head -c 4000000")
     assert (answer.code, len(answer.stdout)) == (0, 4_000_000)
 
 
-def test_exec_before_start_and_after_exit(cri: Cri, pod: Pod) -> None:
+def test_exec_before_start_and_after_exit_is_refused(cri: Cri, pod: Pod) -> None:
     container = cri.create(pod, BUSYBOX, ["true"])
     with pytest.raises(grpc.RpcError):
         cri.exec(container, "true")
@@ -191,7 +191,7 @@ def test_exec_before_start_and_after_exit(cri: Cri, pod: Pod) -> None:
 # ------------------------------------------------------------------------ what the pod shares
 
 
-def test_containers_of_a_pod_share_network_and_names(cri: Cri, pod: Pod) -> None:
+def test_containers_of_a_pod_share_network_and_hostname(cri: Cri, pod: Pod) -> None:
     first, second = (cri.run(pod, BUSYBOX, SLEEP) for _ in range(2))
     cri.exec(first, "sh", "-c", "mkdir /w; echo shared >/w/index.html; httpd -p 127.0.0.1:8099 -h /w")
     assert cri.exec(second, "wget", "-qO-", "http://127.0.0.1:8099/").stdout == "shared\n"
@@ -200,7 +200,7 @@ def test_containers_of_a_pod_share_network_and_names(cri: Cri, pod: Pod) -> None
         assert len(links) == 1, name
 
 
-def test_shm_is_the_pods(cri: Cri, pod: Pod) -> None:
+def test_containers_of_a_pod_share_dev_shm(cri: Cri, pod: Pod) -> None:
     first, second = (cri.run(pod, BUSYBOX, SLEEP) for _ in range(2))
     cri.exec(first, "sh", "-c", "echo shared >/dev/shm/note")
     assert cri.exec(second, "cat", "/dev/shm/note").stdout == "shared\n"
@@ -214,7 +214,7 @@ def test_shm_is_the_pods(cri: Cri, pod: Pod) -> None:
     assert cri.exec(first, "stat", "-c", "%a", "/dev/shm").stdout == "1777\n"
 
 
-def test_pid_namespace_per_container(cri: Cri, pod: Pod) -> None:
+def test_pid_mode_container_hides_other_containers(cri: Cri, pod: Pod) -> None:
     container = cri.run(
         pod,
         BUSYBOX,
@@ -224,7 +224,7 @@ def test_pid_namespace_per_container(cri: Cri, pod: Pod) -> None:
     assert cri.exec(container, "cat", "/proc/1/cmdline").stdout == "sleep\x003600\x00"
 
 
-def test_pid_namespace_of_the_pod(cri: Cri) -> None:
+def test_pid_mode_pod_shows_other_containers(cri: Cri) -> None:
     option = api.NamespaceOption(pid=api.POD)
     pod = cri.run_pod(
         "shared-pid",
@@ -240,7 +240,7 @@ def test_pid_namespace_of_the_pod(cri: Cri) -> None:
 # ------------------------------------------------------------------------------------ users
 
 
-def test_users(outcome: Outcome) -> None:
+def test_process_has_the_users_and_groups_of_the_request(outcome: Outcome) -> None:
     ids = "echo $(id -u) $(id -g) $(id -G)"
     pid = api.NamespaceOption(pid=api.CONTAINER)
     cases: list[tuple[dict[str, Any], str]] = [
@@ -259,7 +259,7 @@ def test_users(outcome: Outcome) -> None:
         assert (uid, gid, set(groups)) == (wanted_uid, wanted_gid, set(wanted_groups)), fields
 
 
-def test_strict_groups_leave_the_images_out(outcome: Outcome) -> None:
+def test_strict_groups_policy_ignores_the_groups_of_the_image(outcome: Outcome) -> None:
     strict = security(
         run_as_user=number(1000), supplemental_groups=[7], supplemental_groups_policy=api.Strict
     )
@@ -284,7 +284,7 @@ def test_group_without_user_and_unknown_user_are_refused(cri: Cri, pod: Pod) -> 
         assert word in str(fault.value.details())
 
 
-def test_no_new_privs_stops_set_user_id(cri: Cri, pod: Pod) -> None:
+def test_no_new_privs_disables_set_user_id(cri: Cri, pod: Pod) -> None:
     cri.pull(SETUID)
     texts = {
         wish: cri.run_to_end(pod, SETUID, ["effective"], linux=security(no_new_privs=wish))[1]
@@ -309,14 +309,16 @@ CHOWN, NET_ADMIN, SYS_ADMIN = 0, 12, 21
         ({"drop_capabilities": ["ALL"]}, set(), {CHOWN, NET_ADMIN, SYS_ADMIN}),
     ],
 )
-def test_capabilities(outcome: Outcome, change: dict[str, list[str]], has: set[int], lacks: set[int]) -> None:
+def test_process_has_the_capabilities_of_the_request(
+    outcome: Outcome, change: dict[str, list[str]], has: set[int], lacks: set[int]
+) -> None:
     _, text = outcome("grep CapEff /proc/self/status", linux=security(capabilities=api.Capability(**change)))
     effective = int(text.split()[1], 16)
     held = {bit for bit in range(64) if effective >> bit & 1}
     assert (has - held, lacks & held) == (set(), set())
 
 
-def test_privileged(cri: Cri) -> None:
+def test_privileged_container_has_sys_admin_and_a_writable_sysfs(cri: Cri) -> None:
     sandbox = api.LinuxSandboxSecurityContext(privileged=True)
     pod = cri.run_pod("privileged", linux=api.LinuxPodSandboxConfig(security_context=sandbox))
     script = "grep CapEff /proc/self/status; grep ' /sys sysfs' /proc/mounts"
@@ -325,14 +327,14 @@ def test_privileged(cri: Cri) -> None:
     assert " /sys sysfs rw" in text
 
 
-def test_readonly_rootfs(outcome: Outcome) -> None:
+def test_readonly_rootfs_refuses_writes(outcome: Outcome) -> None:
     code, text = outcome("touch /x", linux=security(readonly_rootfs=True))
     assert code != 0
     assert "Read-only file system" in text
     assert outcome("touch /x")[0] == 0
 
 
-def test_masked_and_readonly_paths(outcome: Outcome) -> None:
+def test_masked_and_readonly_paths_are_in_force(outcome: Outcome) -> None:
     _, text = outcome(
         "cat /proc/meminfo | wc -c; ls /etc | wc -l; echo x >/proc/sys/kernel/hostname",
         linux=security(masked_paths=["/proc/meminfo", "/etc"], readonly_paths=["/proc/sys"]),
@@ -341,7 +343,7 @@ def test_masked_and_readonly_paths(outcome: Outcome) -> None:
     assert "Read-only file system" in text
 
 
-def test_seccomp(outcome: Outcome, tmp_path: Path) -> None:
+def test_seccomp_profile_is_in_force(outcome: Outcome, tmp_path: Path) -> None:
     profile = tmp_path / "profile.json"
     rule = {"names": ["chmod", "fchmodat", "fchmod", "fchmodat2"], "action": "SCMP_ACT_ERRNO"}
     profile.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}))
@@ -361,7 +363,7 @@ def test_seccomp(outcome: Outcome, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ files
 
 
-def test_mounts_show_the_hosts_files_both_ways(cri: Cri, pod: Pod, tmp_path: Path) -> None:
+def test_mounts_share_files_with_the_host_both_ways(cri: Cri, pod: Pod, tmp_path: Path) -> None:
     folder, single = tmp_path / "folder", tmp_path / "single"
     folder.mkdir()
     (folder / "inside").write_text("one")
@@ -398,14 +400,14 @@ def test_missing_mount_source_is_refused(cri: Cri, pod: Pod, tmp_path: Path) -> 
     assert str(gone) in str(fault.value.details())
 
 
-def test_root_file_systems_do_not_mix(cri: Cri, pod: Pod) -> None:
+def test_root_filesystems_of_containers_are_separate(cri: Cri, pod: Pod) -> None:
     first, second = (cri.run(pod, BUSYBOX, SLEEP) for _ in range(2))
     cri.exec(first, "sh", "-c", "echo mine >/etc/own; rm /etc/image-mark")
     assert cri.exec(second, "cat", "/etc/own").code != 0
     assert cri.exec(second, "cat", "/etc/image-mark").stdout == "busybox\n"
 
 
-def test_environment_arguments_and_directory(cri: Cri, pod: Pod) -> None:
+def test_environment_arguments_and_directory_are_those_of_the_request(cri: Cri, pod: Pod) -> None:
     script = 'echo "$1" "$WISH" "$PWD"'
     code, text = cri.run_to_end(
         pod,
@@ -417,7 +419,7 @@ def test_environment_arguments_and_directory(cri: Cri, pod: Pod) -> None:
     assert (code, text) == (0, "an argument with  spaces a 'quoted' value /made/anew\n")
 
 
-def test_rest_of_the_image_applies_when_nothing_is_asked(cri: Cri, pod: Pod) -> None:
+def test_image_configuration_applies_without_a_request(cri: Cri, pod: Pod) -> None:
     cri.pull(SETUID)
     code, text = cri.run_to_end(pod, SETUID, [])
     assert (code, text.split()[0]) == (0, "uid=1000")
@@ -426,20 +428,20 @@ def test_rest_of_the_image_applies_when_nothing_is_asked(cri: Cri, pod: Pod) -> 
 # ----------------------------------------------------------------------------------- limits
 
 
-def test_out_of_memory(cri: Cri, pod: Pod) -> None:
+def test_out_of_memory_is_reported_as_oom_killed(cri: Cri, pod: Pod) -> None:
     eat = ["dd", "if=/dev/zero", "of=/dev/null", "bs=120M", "count=1"]
     container = cri.run(pod, BUSYBOX, eat, linux=resources(memory_limit_in_bytes=32 << 20))
     status = cri.wait_exited(container)
     assert (status.exit_code, status.reason) == (137, "OOMKilled")
 
 
-def test_out_of_memory_of_a_child(cri: Cri, pod: Pod) -> None:
+def test_out_of_memory_of_a_child_is_reported_as_oom_killed(cri: Cri, pod: Pod) -> None:
     script = "dd if=/dev/zero of=/dev/null bs=120M count=1; exit 137"
     container = cri.run(pod, BUSYBOX, ["sh", "-c", script], linux=resources(memory_limit_in_bytes=32 << 20))
     assert cri.wait_exited(container).reason == "OOMKilled"
 
 
-def test_update_of_resources_is_in_force_and_shown(cri: Cri, pod: Pod) -> None:
+def test_updated_limits_are_in_force_and_shown(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP, linux=resources(memory_limit_in_bytes=64 << 20))
     wish = api.LinuxContainerResources(memory_limit_in_bytes=48 << 20, cpu_quota=50_000, cpu_period=100_000)
     cri.call("UpdateContainerResources", container_id=container, linux=wish)
@@ -449,7 +451,7 @@ def test_update_of_resources_is_in_force_and_shown(cri: Cri, pod: Pod) -> None:
     assert cri.exec(container, *shlex.split(eat)).code == 137
 
 
-def test_stats(cri: Cri, pod: Pod) -> None:
+def test_stats_show_cpu_and_memory_in_status_and_list(cri: Cri, pod: Pod) -> None:
     container = cri.run(
         pod, BUSYBOX, ["sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; sleep 3600"]
     )
@@ -463,6 +465,6 @@ def test_stats(cri: Cri, pod: Pod) -> None:
     assert [each.attributes.id for each in listed] == [container]
 
 
-def test_oom_score(outcome: Outcome) -> None:
+def test_oom_score_adj_is_that_of_the_request(outcome: Outcome) -> None:
     _, text = outcome("cat /proc/self/oom_score_adj", linux=resources(oom_score_adj=321))
     assert text == "321\n"

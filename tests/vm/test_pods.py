@@ -70,14 +70,14 @@ def test_every_address_of_the_pod_answers(cri: Cri, site: Any, web_pod: Pod) -> 
     assert [fetched(cri, site, each) for each in addresses] == [PAGE, PAGE]
 
 
-def test_another_pod_reaches_it(cri: Cri, pod: Pod, web_pod: Pod) -> None:
+def test_another_pod_reaches_the_pod(cri: Cri, pod: Pod, web_pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
     answer = cri.exec(container, "wget", "-qO-", f"http://{cri.pod_ip(web_pod)}/")
     assert (answer.code, answer.stdout) == (0, PAGE)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.88.0.1"])
-def test_host_port(cri: Cri, site: Any, web_pod: Pod, host: str) -> None:
+def test_host_port_reaches_the_pod(cri: Cri, site: Any, web_pod: Pod, host: str) -> None:
     assert fetched(cri, site, host, 18080) == PAGE
 
 
@@ -88,7 +88,7 @@ def test_pod_reaches_itself_by_its_own_address(cri: Cri, web_pod: Pod) -> None:
     assert (own.stdout, loopback.stdout) == (PAGE, PAGE)
 
 
-def test_dns_hostname_and_sysctls(cri: Cri) -> None:
+def test_dns_hostname_and_sysctls_are_those_of_the_request(cri: Cri) -> None:
     dns = api.DNSConfig(
         servers=["10.96.0.10", "10.96.0.11"], searches=["svc.cluster.test"], options=["ndots:5"]
     )
@@ -113,7 +113,7 @@ def test_dns_hostname_and_sysctls(cri: Cri) -> None:
     assert ports.split() == ["1024", "65000"]
 
 
-def test_status_and_list_tell_what_was_asked(cri: Cri) -> None:
+def test_status_and_list_show_the_request(cri: Cri) -> None:
     labels, notes = {"io.kubernetes.pod.uid": "u-1"}, {"note": 'any "text"'}
     pod = cri.run_pod("described", labels=labels, annotations=notes)
     status = cri.pod_status(pod).status
@@ -150,7 +150,7 @@ def test_trace_draws_host_and_guest_until_the_first_exec(daemon: Daemon, cri: Cr
     assert f"default/traced ({told['handler']}" in _husk(daemon, "trace", pod.id[:10])
 
 
-def test_a_vm_of_the_pool_has_run_a_container_and_nothing_of_it_is_left(daemon: Daemon, cri: Cri) -> None:
+def test_pooled_vm_has_run_a_warm_up_container_and_nothing_of_it_is_left(daemon: Daemon, cri: Cri) -> None:
     pod = cri.run_pod("warm")
     assert "without having run a container" not in daemon.log_text()
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
@@ -177,7 +177,7 @@ def test_vm_is_sized_from_the_pods_resources(cri: Cri) -> None:
     assert total > 0.9 * gibibyte / 1024
 
 
-def test_stop_keeps_the_record_and_remove_forgets(cri: Cri) -> None:
+def test_stop_keeps_the_record_and_remove_deletes_it(cri: Cri) -> None:
     pod = cri.run_pod("ending")
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
     ip = cri.pod_ip(pod)
@@ -202,7 +202,7 @@ def test_stop_keeps_the_record_and_remove_forgets(cri: Cri) -> None:
         assert code_of(fault) == grpc.StatusCode.NOT_FOUND
 
 
-def test_reserved_name(cri: Cri, pod: Pod) -> None:
+def test_run_with_name_in_use_is_refused(cri: Cri, pod: Pod) -> None:
     with pytest.raises(grpc.RpcError) as fault:
         cri.call("RunPodSandbox", config=pod.config)
     assert code_of(fault) == grpc.StatusCode.FAILED_PRECONDITION
