@@ -29,6 +29,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, signal.SIG_DFL)
 
+# Servers of tests are on the loopback, which the proxy of a machine cannot reach.
+for name in ("no_proxy", "NO_PROXY"):
+    os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost,::1")))
+
 # `HUSK_TEST_RUNTIME=containerd` runs the same flows on containerd + runc, to see whether a test expects too
 # much.
 BASELINE = os.environ.get("HUSK_TEST_RUNTIME") == "containerd"
