@@ -65,7 +65,7 @@ def paused(daemon: Daemon) -> list[str]:
         # record and VMM of a VM that is being taken down may vanish meanwhile
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             record = json.loads(path.read_text())
-            waits = record.get("state") == "waiting" and record.get("guest_kernel")
+            waits = record.get("state") == "waiting" and record["runtime"].get("guest_kernel")
             if waits and is_idle(daemon, record["id"]):
                 found.append(record["id"])
     return found
