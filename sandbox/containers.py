@@ -65,7 +65,7 @@ class Containers:
 
     Methods take a full id or an unambiguous prefix, and return records: immutable snapshots. As with pods,
     a call that is cancelled in the middle of a creation is undone by the next daemon, so callers run each
-    call in a task of its own (see `host.flights`).
+    call in its own task (see `host.flights`).
     """
 
     def __init__(self, inventory: Inventory, engines: Engines, exits: Exits, deps: ContainerDeps) -> None:

@@ -56,7 +56,7 @@ class PodRuntime(Protocol):
         so that preparing the next one does not slow it down. Returns at once."""
 
     def watch(self, pod: Pod) -> None:
-        """Watch a READY pod, in the task `pod.watch`: when what it runs in ends though nobody asked, make it
+        """Watch a READY pod, in the task `pod.watch`: when what it runs in ends without a request, make it
         NOT_READY with the reason, and its containers EXITED. Cancelling the task ends the watch."""
 
     async def adopt(self, pod: Pod) -> None:

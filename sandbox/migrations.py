@@ -67,7 +67,7 @@ _RUNTIME_FIELDS_1 = (
     "init",
     "holder",
 )
-_SHARE_PORTS_1 = 2  # of `ports`; one NIC had a slot of its own, each further one took a port
+_SHARE_PORTS_1 = 2  # of `ports`; the first NIC had a fixed slot, each further one took a port
 
 
 def _handle_from_1(handle: Json) -> Json:

@@ -98,6 +98,7 @@ class Pod(Recorded[PodRecord]):
         self.record_phases(Phase(name=name, begin_s=begin_s - self.began, end_s=end_s - self.began))
 
     def record_phases(self, *phases: Phase) -> None:
+        """Record phases that are relative to `began`; saved by the next `update`."""
         self.record = msgspec.structs.replace(self.record, phases=(*self.record.phases, *phases))
 
     def update_runtime(self, **changes: object) -> None:

@@ -49,7 +49,7 @@ class Pods:
 
     Methods take a full id or an unambiguous prefix, and return records: immutable snapshots. A call that is
     cancelled in the middle of a start leaves the pod STARTING, for the next daemon to release; so callers
-    run each call in a task of its own (see `host.flights`).
+    run each call in its own task (see `host.flights`).
     """
 
     def __init__(self, inventory: Inventory, engines: Engines, containers: Containers, deps: PodDeps) -> None:

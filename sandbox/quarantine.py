@@ -67,7 +67,7 @@ class Quarantine:
             inventory.add_container(inventory.make_container(record, inventory.pods[record.pod_id]))
         for id, reason in inventory.container_store.quarantined.items():
             pod = inventory.pods.get(mounted.get(ContainerId(id)) or self._salvaged_pod(id))
-            if pod is None:  # one of its own, so that clients see the container and can remove it
+            if pod is None:  # its own stand-in, so that clients see the container and can remove it
                 pod = self._stand_in_pod(PodId(id), f"it stands for container {id}, whose pod is not known")
                 inventory.add_pod(pod)
             inventory.add_container(self._stand_in_container(ContainerId(id), pod, reason))

@@ -59,11 +59,16 @@ class Session(Protocol):
     """
 
     @property
-    def stdin(self) -> Sink | None: ...
+    def stdin(self) -> Sink | None:
+        """The process's standard input."""
+
     @property
-    def stdout(self) -> Source | None: ...
+    def stdout(self) -> Source | None:
+        """Its standard output; both outputs where it has a terminal."""
+
     @property
-    def stderr(self) -> Source | None: ...
+    def stderr(self) -> Source | None:
+        """Its standard error."""
 
     async def resize(self, rows: int, columns: int) -> None:
         """Set the size of the process's terminal. Without effect where it has none."""
@@ -79,8 +84,12 @@ class PortConnection(Protocol):
     """A TCP connection to a port in a pod. `close` ends both directions at once; idempotent."""
 
     @property
-    def writer(self) -> Sink: ...
-    @property
-    def reader(self) -> Source: ...
+    def writer(self) -> Sink:
+        """To the port; closing it shuts down that direction alone."""
 
-    def close(self) -> None: ...
+    @property
+    def reader(self) -> Source:
+        """From the port."""
+
+    def close(self) -> None:
+        """End both directions."""

@@ -31,10 +31,12 @@ class Identified(Protocol):
     """What every record has."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Names the record's file."""
 
     @property
-    def steps(self) -> tuple[str, ...]: ...
+    def steps(self) -> tuple[str, ...]:
+        """Names of steps that may hold something."""
 
 
 R = TypeVar("R", bound=Identified)

@@ -33,9 +33,11 @@ class RunDir:
     name = "run-dir"
 
     async def up(self, pod: Pod) -> None:
+        """Create the directory. Raises OSError."""
         pod.run_dir.mkdir(mode=0o711, parents=True)
 
     async def down(self, pod: Pod) -> None:
+        """Unmount what is mounted in it, and delete it. Idempotent."""
         await asyncio.to_thread(remove_tree, pod.run_dir)
 
 
@@ -54,12 +56,14 @@ class Cgroup:
     name = "cgroup"
 
     async def up(self, pod: Pod) -> None:
+        """Create the cgroup; a VM of the pool is moved to it."""
         if pod.record.state is PodState.WAITING:
             await asyncio.to_thread(self.cgroups.create_pooled, pod.id)
         else:
             await asyncio.to_thread(self.cgroups.claim, pod.id, pod.record.spec.cgroup_parent)
 
     async def down(self, pod: Pod) -> None:
+        """Kill what is left in it, and remove it. Idempotent."""
         if pod.quarantined:  # its parent is not known
             await asyncio.to_thread(self.cgroups.remove_anywhere, pod.id)
         else:
@@ -74,9 +78,11 @@ class Netns:
     name = "netns"
 
     async def up(self, pod: Pod) -> None:
+        """Create the namespace and open the tap. Raises NetworkError."""
         pod.tap = await self.networks.prepare(pod.id)
 
     async def down(self, pod: Pod) -> None:
+        """Release the network and the namespace. Idempotent."""
         pod.close_tap()
         await self.networks.down(pod.id)
 
@@ -90,10 +96,12 @@ class Network:
     name = "network"
 
     async def up(self, pod: Pod) -> None:
+        """Run CNI ADD and save its result. Raises NetworkError."""
         async with pod.queued(self.stage):
             pod.update(network=await self.networks.up(self._request(pod)))
 
     async def down(self, pod: Pod) -> None:
+        """Run CNI DEL, by the pod's id. Idempotent."""
         await self.networks.detach(pod.id)
 
     def _request(self, pod: Pod) -> NetworkRequest:
@@ -121,14 +129,15 @@ class Network:
 class Shares:
     """The directories that virtiofsd exports.
 
-    `back/TAG` is where the host makes mount points; `share/TAG` is the same directory bound
-    read-only and shared: binds made there reach virtiofsd's mount namespace, and the guest, which
-    is not trusted, cannot plant a link for the host to follow.
+    `back/TAG` is where the host makes mount points; `share/TAG` is the same directory, bound read-only and
+    shared: mounts made there reach virtiofsd's mount namespace, and the guest, which is not trusted, cannot
+    plant a symbolic link for the host to follow.
     """
 
     name = "shares"
 
     async def up(self, pod: Pod) -> None:
+        """Bind each share read-only over its writable twin, and make it shared. Raises OSError."""
         for share in (pod.rootfs_share, pod.volumes_share):
             back = pod.back_of(share)
             back.mkdir(mode=0o755, parents=True)
@@ -139,4 +148,5 @@ class Shares:
             mounts.set_propagation(share, mount_flags.MS_SHARED)
 
     async def down(self, pod: Pod) -> None:
+        """Unmount the shares. Idempotent."""
         await asyncio.to_thread(mounts.unmount_tree, pod.run_dir / "share")

@@ -53,6 +53,7 @@ class VmContainers:
     # ------------------------------------------------------------------------------- the seam
 
     async def start(self, container: Container) -> None:
+        """Open the log and send the plan in one Start request."""
         client = await container.pod.guest()
         request = pb.Request(start=encode_container(container.plan))
         relay = await self._open_log(container)
@@ -63,16 +64,19 @@ class VmContainers:
         container.pid = reply.started.pid
 
     def watch_exit(self, container: Container) -> None:
+        """Report an end that came before the start's reply; later ones arrive as events."""
         self._propagation.watch(container)
         early = self._early.pop(container, None)
         if early is not None:
             self._finish_soon(container, early)
 
     async def signal(self, container: Container, number: int, *, all: bool) -> None:
+        """Let the agent signal the first process, or all processes of the container's cgroup."""
         signal = pb.Signal(container_id=container.id, signal=number, all=all)
         await container.pod.call(pb.Request(signal=signal))
 
     async def remove(self, container: Container) -> None:
+        """Let the agent kill what is left and unmount; close the log, and end the propagation of mounts."""
         pod = container.pod
         if pod.record.ready and container.record.started_at_ns:
             await pod.call(pb.Request(remove=pb.Remove(container_id=container.id)))
@@ -80,6 +84,7 @@ class VmContainers:
         await self._propagation.release(container)
 
     def detach(self, container: Container) -> None:
+        """Close the log."""
         if container.relay is not None:
             container.relay.close()
             container.relay = None

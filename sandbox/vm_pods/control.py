@@ -41,6 +41,7 @@ class VmControl:
         await pod.call(pb.Request(write_cgroup=write))
 
     async def limit(self, container: Container, resources: Resources) -> None:
+        """Grow the VM if it must, then write the files of the container's cgroup in the guest."""
         pod, current = container.pod, container.record.resources
         compile_resources(resources, vcpus=pod.vcpus)  # an invalid one must be found before anything changes
         await self._resizer.ensure_capacity(
@@ -55,6 +56,7 @@ class VmControl:
             raise
 
     async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> UsageSample:
+        """Read all files in one request to the agent."""
         if pod.client is None:
             raise GuestUnreachable(f"pod {pod.id}: no connection to its agent")
         reply = await pod.client.call(usage_request(ids, files=files), GUEST_CALL_TIMEOUT_S)
@@ -68,6 +70,7 @@ class VmControl:
         return {"pid": handle.vmm.pid, "guestPid": container.pid}
 
     async def describe(self, pod: Pod) -> Mapping[str, object]:
+        """Return facts of the VM: size, source, processes, cost on the host, state of the VMM."""
         runtime, handle = runtime_of(pod), runtime_of(pod).handle
         facts: dict[str, object] = {
             "accelerator": runtime.accelerator,

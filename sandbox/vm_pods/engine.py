@@ -113,12 +113,15 @@ class VmPods:
         return pod, steps
 
     def replenish(self) -> None:
+        """Let the pool make VMs in place of those that were claimed."""
         self._deps.pool.replenish()
 
     def watch(self, pod: Pod) -> None:
+        """Keep the pod connected to its agent until its VM ends."""
         pod.watch = self._deps.tasks.spawn(self._supervise(pod), f"watch of pod {pod.id[:12]}")
 
     async def adopt(self, pod: Pod) -> None:
+        """Attach to the VM, connect to its agent, and settle the containers by what the agent says."""
         pod.on_event = self._containers.handle_event
         try:
             welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S)
@@ -138,6 +141,7 @@ class VmPods:
         log.info("pod %s recovered", pod.id)
 
     async def destroy(self, pod_id: str, run_dir: Path) -> None:
+        """End the VMM and its helpers by the pod's id."""
         await self._deps.hypervisor.destroy(pod_id, run_dir)
 
     # ------------------------------------------------------------------------------- the connection

@@ -23,6 +23,7 @@ class VmSessions:
     async def exec_sync(
         self, container: Container, process: ProcessPlan, timeout_s: float | None, limit: int
     ) -> ExecResult:
+        """Run the process by one request; then repeat on the host what it mounted."""
         client = await container.pod.guest()
         result = await run_exec(client, container.id, encode_process(process), timeout_s, limit)
         # a command that mounted something on a bidirectional volume expects to find it on the host now
@@ -32,6 +33,7 @@ class VmSessions:
     async def exec(
         self, container: Container, process: ProcessPlan, *, stdin: bool, stdout: bool, stderr: bool
     ) -> GuestExec:
+        """Start the process with a stream for each of its standard files."""
         client = await container.pod.guest()
         return await GuestExec.start(
             client, container.id, encode_process(process), stdin=stdin, stdout=stdout, stderr=stderr
@@ -40,6 +42,7 @@ class VmSessions:
     async def attach(
         self, container: Container, *, stdin: bool, stdout: bool, stderr: bool
     ) -> GuestAttachment:
+        """Connect streams to the first process; the agent replays nothing."""
         client = await container.pod.guest()
         return await GuestAttachment.start(
             client,
@@ -51,8 +54,10 @@ class VmSessions:
         )
 
     async def dial(self, pod: Pod, port: int) -> GuestPortConnection:
+        """Let the agent connect to the port in the guest."""
         return await GuestPortConnection.dial(await pod.guest(), port, DIAL_TIMEOUT_S)
 
     async def reopen_log(self, container: Container) -> None:
+        """Let the log's relay go on in a new file."""
         if container.relay is not None:
             await container.relay.reopen()

@@ -70,9 +70,10 @@ PREPARE = pb.Prepare(
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """A VM whose agent answers and has its shares: continued from a template, or booted.
+    """A VM whose agent answers and has mounted its shares: restored from a template, or booted.
 
-    A template that cannot be continued is given up, and the VM boots instead.
+    A template that cannot be restored is deleted, and the VM boots instead. `stage` limits how many VMs start
+    at the same time.
     """
 
     hypervisor: Hypervisor
@@ -84,17 +85,19 @@ class Vm:
     name = "vm"
 
     async def up(self, pod: Pod) -> None:
+        """Start the VM. Raises VmmError, GuestUnreachable, GuestError, DeadlineExceeded."""
         async with pod.queued(self.stage):
             template = await self.find_template(pod)
             if template is None or not await self._continue(pod, template):
                 await self.boot(pod)
 
     async def down(self, pod: Pod) -> None:
+        """End the VM and its helpers, which are found by the pod's id. Idempotent."""
         await pod.disconnect()
         await self.hypervisor.destroy(pod.id, pod.run_dir)
 
     async def find_template(self, pod: Pod) -> Path | None:
-        """That of the pod's handler, if it is there and the VM could be grown to the pod's size."""
+        """Return the template of the pod's handler, if there is one and its VM can grow to the pod's size."""
         handler, size = pod.require_handler(), runtime_of(pod).size
         if handler.source == "boot" or size is None:
             return None
@@ -102,13 +105,14 @@ class Vm:
         return self.templates.find(await self.hypervisor.fingerprint(base)) if can_grow(base, size) else None
 
     def plan(self, pod: Pod, size: VmSize) -> VmSpec:
+        """Return the specification of a VM of this size for the pod's handler, without the pod's names."""
         runtime, handler = runtime_of(pod), pod.require_handler()
         return plan_vm(
             handler, accelerator=runtime.accelerator, options=runtime.options, size=size, host=self.host
         )
 
     async def boot(self, pod: Pod) -> None:
-        """A VM of the pod's own size, from the kernel on."""
+        """Boot a VM of the pod's size. One whose clock is wrong is booted once more. Raises as `up`."""
         size = runtime_of(pod).size
         assert size is not None
         source = Source.POOL if pod.record.state is PodState.WAITING else Source.BOOT
@@ -118,7 +122,7 @@ class Vm:
         try:
             self._check_clock(pod)
         except VmmError as error:
-            log.error("pod %s boots once more: %s", pod.id, error)
+            log.error("pod %s: its VM is booted once more: %s", pod.id, error)
             await self.down(pod)
             await self._start(pod, spec, BOOT_TIMEOUT_S, "boot")
             self._check_clock(pod)
@@ -165,6 +169,7 @@ class Vm:
         pod.update_runtime(guest_kernel=welcome.kernel)
 
     def directories(self, pod: Pod) -> tuple[str, ...]:
+        """Return the cgroup directories that the VMM and its helpers join."""
         waiting = pod.record.state is PodState.WAITING
         parent = self.cgroups.pool_parent if waiting else pod.record.spec.cgroup_parent
         return self.cgroups.directories(pod.id, parent)
@@ -172,33 +177,35 @@ class Vm:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Wake a VM that waited, and give it what its pod needs beyond its size.
+    """Resume a pooled VM, and hot-plug the memory and CPUs that its pod needs.
 
-    A guest that cannot take that (a kernel without virtio-mem, say) is replaced by one that boots
-    with the right size; nothing is in it yet.
+    A guest that does not accept them (a kernel without virtio-mem, for example) is replaced by one that boots
+    with the right size: it holds nothing yet.
     """
 
     vm: Vm
     name = "size"
 
     async def up(self, pod: Pod) -> None:
+        """Bring the VM to the pod's size. Raises as `Vm.up`."""
         try:
-            await self._wake_and_grow(pod)
+            await self._resume_and_grow(pod)
         except (VmmError, GuestError, GuestUnreachable, DeadlineExceeded) as error:
-            log.error("pod %s: its VM cannot be used, and another one boots: %s", pod.id, error)
+            log.error("pod %s: its VM cannot be used, booting another one: %s", pod.id, error)
             await self.vm.down(pod)
             async with pod.queued(self.vm.stage):
                 await self.vm.boot(pod)
         pod.close_tap()
 
     async def down(self, pod: Pod) -> None:
+        """Close the tap; memory and CPUs end with the VM."""
         pod.close_tap()
 
-    async def _wake_and_grow(self, pod: Pod) -> None:
+    async def _resume_and_grow(self, pod: Pod) -> None:
         machine, runtime = pod.machine, runtime_of(pod)
         size, handle = runtime.size, runtime.handle
         if machine is None or handle is None:
-            raise VmmGone("the VM that waited is gone")
+            raise VmmGone("the pooled VM has ended")
         assert size is not None
         if runtime.source is Source.POOL:
             with pod.phase("resume"):
@@ -210,19 +217,24 @@ class Size:
 
 
 async def grow(pod: Pod, size: VmSize) -> None:
-    """Give a running VM this size, in the guest too. Raises VmmError when it cannot have or take it."""
+    """Grow a running VM to this size, and bring the new CPUs online in the guest.
+
+    Raises VmmError if the hypervisor cannot or the guest does not accept it, VmmGone, GuestError,
+    GuestUnreachable.
+    """
     if pod.machine is None:
-        raise VmmGone("its VM is gone")
+        raise VmmGone("the VM has ended")
     await pod.machine.grow(size.memory_mib, size.vcpus)
     await pod.call(pb.Request(online_cpus=pb.OnlineCpus(count=size.vcpus)))
     pod.update_runtime(size=size)
 
 
 async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welcome:
-    """Attach to the pod's VM and open a new epoch with its agent; for a boot and for an adoption.
+    """Attach to the pod's VM and connect to its agent with a new epoch: after a start, a lost connection and
+    a restart of the daemon. Returns what the agent says of its containers.
 
-    The epoch is saved before it is used, so no two daemons ever share one.
-    Raises VmmGone as soon as the VMM ends, GuestUnreachable at the deadline.
+    The epoch is saved before it is used, so no two daemons ever share one. Raises VmmGone as soon as the VMM
+    has ended, GuestUnreachable after `timeout_s`.
     """
     handle = handle_of(pod)
     if pod.machine is None:
@@ -242,7 +254,7 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welc
     try:
         await asyncio.wait({greeting, death}, return_when=asyncio.FIRST_COMPLETED)
         if not greeting.done():
-            raise VmmGone(f"the VM ended while its agent was awaited: {death.result()}")
+            raise VmmGone(f"the VM ended before its agent answered: {death.result()}")
         pod.client = greeting.result()
     finally:
         await end(greeting, death)
@@ -252,9 +264,13 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welc
 
 @dataclass(frozen=True, slots=True)
 class Identity:
+    """What distinguishes the guest from others of the same template: entropy, clock, hostname, machine id,
+    sysctls."""
+
     name = "identity"
 
     async def up(self, pod: Pod) -> None:
+        """Configure the guest. Raises GuestError for a sysctl that its kernel refuses, GuestUnreachable."""
         identity = compile_identity(
             pod.record.spec,
             entropy=secrets.token_bytes(64),
@@ -264,28 +280,33 @@ class Identity:
         await pod.call(pb.Request(configure=encode_configuration(identity)))
 
     async def down(self, pod: Pod) -> None:
-        """It ends with the VM."""
+        """Do nothing: it ends with the VM."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guest:
+    """The pod's network as the guest sees it: interfaces, addresses, routes."""
+
     networks: Networks
     name = "guest"
 
     async def up(self, pod: Pod) -> None:
+        """Plug further interfaces and configure all. Raises VmmError for too many, GuestError,
+        GuestUnreachable."""
         network = pod.record.network
         assert network is not None
         await self._plug_nics(pod, network)
         configuration = compile_network(pod.record.spec, network, first_mac=FIRST_MAC)
         await pod.call(pb.Request(configure=encode_configuration(configuration)))
-        if runtime_of(pod).source is Source.BOOT:  # another guest is as old as its template
+        if runtime_of(pod).source is Source.BOOT:  # a restored guest booted when its template was made
             record_guest_phases(pod)
 
     async def down(self, pod: Pod) -> None:
+        """Close the connections; the configuration ends with the VM."""
         await pod.disconnect()
 
     async def _plug_nics(self, pod: Pod, network: Attachment) -> None:
-        """Interfaces beyond the first, which only the CNI configuration tells of."""
+        """Plug the interfaces beyond the first, whose number only the CNI's result says."""
         others = network.interfaces[1:]
         if not others:
             return
@@ -325,6 +346,7 @@ class PodSteps:
 
 
 def pod_steps(vm: Vm, network_stage: Limiter) -> PodSteps:
+    """Return the steps of pods in VMs. `network_stage` limits how many CNI ADDs run at the same time."""
     networks, cgroup, size, identity = vm.networks, Cgroup(vm.cgroups), Size(vm), Identity()
     network, guest = Network(networks, network_stage), Guest(networks)
     ahead: Steps[Pod] = (RunDir(), cgroup, Netns(networks), Shares())
@@ -337,7 +359,8 @@ def pod_steps(vm: Vm, network_stage: Limiter) -> PodSteps:
 
 
 def plan_for_guest(store: RootfsStore, default_profile: Path) -> CompiledPlan:
-    """`default_profile` is AppArmor's, compiled (see `apparmor`); it need not be there."""
+    """Return the step that compiles plans for guests. `default_profile` is AppArmor's compiled RuntimeDefault
+    profile, which may not exist."""
     return CompiledPlan(
         store,
         guest_root,

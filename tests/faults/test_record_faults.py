@@ -51,7 +51,7 @@ class Site:
         return self.daemon.container_store.path(id)
 
     async def restart(self) -> None:
-        """Kill the daemon and start the next one: recovery, and then the release of what nobody owns."""
+        """Kill the daemon and start the next one: recovery, and then the release of what has no owner."""
         await self.daemon.restart()
         self.daemon.built.images.load()
         await self.daemon.built._release_orphans()
@@ -335,3 +335,31 @@ async def test_quarantined_pod_is_listed_over_the_wire_and_described(site: Site)
     assert item.metadata.uid and item.metadata.name and item.metadata.namespace
     facts = await site.daemon.pods.describe(record)
     assert "truncated" in str(facts["problem"])
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "records"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_pod_of_earlier_version_whose_vm_has_ended_can_be_inspected_and_removed(
+    site: Site, version: int
+) -> None:
+    pod, container = (
+        json.loads((GOLDEN / f"v{version}-{name}.json").read_text()) for name in ("pod-vm", "container")
+    )
+    site.daemon.pod_store.path(pod["id"]).write_text(json.dumps(pod))
+    site.daemon.container_store.path(container["id"]).write_text(json.dumps(container))
+    (site.daemon.root / "containers" / f"{container['id']}.plan").write_bytes(b"\x0a\x40 of another version")
+    await site.restart()
+    assert site.daemon.pod_store.quarantined == site.daemon.container_store.quarantined == {}
+    record = site.daemon.pods.find(pod["id"])
+    assert (record.version, record.state) == (2, PodState.NOT_READY)
+    assert "its VM" in record.problem or "the VM ended" in record.problem
+    assert (await site.daemon.pods.describe(record))["isolation"] == "vm"
+    ended = site.daemon.containers.find(container["id"])
+    assert (ended.state, ended.exit_code) == (ContainerState.EXITED, 137)
+    await site.daemon.containers.describe(ended)
+    saved = json.loads(site.daemon.pod_store.path(pod["id"]).read_text())
+    assert saved["version"] == 2 and saved["runtime"]["type"] == "vm", "it was migrated on disk too"
+    await site.daemon.pods.remove(pod["id"])
+    await site.remove()

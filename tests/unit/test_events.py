@@ -105,7 +105,7 @@ async def test_close_ends_current_and_later_subscriptions(hub: Events) -> None:
         waiting = asyncio.create_task(next_of(subscription, 99))
         await asyncio.sleep(0)
         hub.close()
-        assert len(await waiting) == 2, "what was told before is delivered"
+        assert len(await waiting) == 2, "events from before are delivered"
     with hub.subscribe() as late:
         assert [event async for event in late] == []
 

@@ -128,7 +128,7 @@ def test_daemon_killed_during_run_pod_sandbox_leaves_nothing_after_restart(daemo
     before = daemon.census()
     config = cri.pod_config("half-way")
     request = cri.begin("RunPodSandbox", config=config)
-    # the VM runs and its network is up, and nobody has been told of the pod yet
+    # the VM runs and its network is up, and no client has the pod's id yet
     cri.wait_for(lambda: daemon.census().processes, lambda seen: any("qemu" in each for each in seen), 30)
     daemon.kill()
     request.cancel()
