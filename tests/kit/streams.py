@@ -133,7 +133,8 @@ class SpdyClient:
         self._counts = counts
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.paused = False
+        self._reading = asyncio.Event()  # cleared: nothing more is read from the connection
+        self._reading.set()
 
     @classmethod
     async def dial(
@@ -155,6 +156,14 @@ class SpdyClient:
         client.protocol = answer.headers["x-stream-protocol-version"]
         client.begin()
         return client
+
+    def pause(self) -> None:
+        """Stop reading from the connection after the data that is being read."""
+        self._reading.clear()
+
+    def resume(self) -> None:
+        """Read again. Idempotent."""
+        self._reading.set()
 
     def begin(self) -> None:
         if self._counts:
@@ -179,8 +188,7 @@ class SpdyClient:
                         self.gone_away = True
             self._write()  # reading does not wait for writing
             self._news.set()
-            while self.paused:
-                await asyncio.sleep(0.01)
+            await self._reading.wait()
         for stream in self.streams.values():
             stream.ended.set()
         self._news.set()
@@ -232,7 +240,7 @@ class SpdyClient:
         await asyncio.wait_for(asyncio.shield(self._task), timeout_s)
 
     async def close(self, *, abort: bool = False) -> None:
-        self.paused = False
+        self.resume()
         if abort:
             self.writer.transport.abort()
         self.writer.close()

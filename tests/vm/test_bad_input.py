@@ -214,7 +214,7 @@ def test_metrics_port_in_use_touches_no_pod(daemon: Daemon, cri: Cri, pod: Pod, 
             daemon.command("serve"), capture_output=True, text=True, timeout=60, check=False
         )
     assert done.returncode == 2
-    assert "metrics.port" in done.stderr and "taken up" not in done.stderr
+    assert "metrics.port" in done.stderr and "recovered" not in done.stderr
     daemon.start()
     assert daemon.vmm_pids(pod.id) == vmm
     assert cri.exec(container, "true").code == 0

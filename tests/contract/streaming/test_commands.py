@@ -304,7 +304,7 @@ async def test_client_that_reads_nothing_is_noticed_when_it_disconnects(site: Si
 
     site.backend.program = program
     client = await SpdyClient.dial(site.server.url(EXEC), V4, counts=False)
-    client.paused = True
+    client.pause()
     await client.open_command("error", "stdin", "stdout", "stderr")
     stdout = (await site.session()).stdout
     assert stdout is not None
