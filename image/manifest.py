@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 MANIFEST_LIMIT = 4 << 20  # distribution-spec: registries should take at least this, few take more
 CONFIG_LIMIT = 8 << 20
+USER_LIMIT = 1024  # characters; it is part of each item of ListImages
 LAYER_COUNT_LIMIT = 500  # overlayfs stacks no more (OVL_MAX_STACK)
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -35,6 +36,7 @@ CONFIGS = (
     "application/vnd.docker.container.image.v1+json",
     "application/octet-stream",  # Docker configurations in old registries
 )
+_MAPS = frozenset(("Volumes", "ExposedPorts", "Labels", "annotations"))  # fields whose keys are content
 _LAYER = re.compile(
     r"application/vnd\.oci\.image\.layer\.v1\.tar(\+gzip|\+zstd)?"
     r"|application/vnd\.docker\.image\.rootfs\.diff\.tar(\.gzip|\.zstd)?"
@@ -66,7 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     media_type: str = ""
     artifact_type: str = ""
     config: Descriptor
-    layers: list[Descriptor]
+    layers: list[Descriptor] = []
 
 
 class ImageIndex(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -74,7 +76,7 @@ class ImageIndex(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     schema_version: int
     media_type: str = ""
-    manifests: list[Descriptor]
+    manifests: list[Descriptor] = []
 
 
 class _Probe(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -82,12 +84,11 @@ class _Probe(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     schema_version: int = 0
     media_type: str = ""
-    manifests: msgspec.Raw = msgspec.Raw(b"")
-    fs_layers: msgspec.Raw = msgspec.Raw(b"")
+    manifests: object = None
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """`config` of an image configuration (OCI image-spec, config.md); null means absent."""
+    """`config` of an image configuration (image-spec, config.md)."""
 
     entrypoint: list[str] | None = None
     cmd: list[str] | None = None
@@ -137,34 +138,38 @@ def decode(what: str, data: bytes, media_type: str = "") -> Manifest | ImageInde
 
     `what` names it in errors. Raises UnsupportedMedia, ManifestInvalid.
     """
-    probe = _decode(what, data, _Probe)
+    document = _document(what, data)
+    probe = _convert(what, document, _Probe)
     kind = probe.media_type or media_type.partition(";")[0].strip()
     if kind.startswith(SCHEMA_1) or probe.schema_version == 1:
         raise UnsupportedMedia(
             what, kind or "schema 1", "Docker schema 1 is obsolete; push the image with a newer client"
         )
-    if kind in INDEXES or (kind not in MANIFESTS and bytes(probe.manifests)):
-        return _checked_index(what, _decode(what, data, ImageIndex))
+    if kind in INDEXES or (kind not in MANIFESTS and probe.manifests is not None):
+        return _checked_index(what, _convert(what, document, ImageIndex))
     if kind in MANIFESTS or not probe.media_type:
-        return _checked_manifest(what, _decode(what, data, Manifest))
+        return _checked_manifest(what, _convert(what, document, Manifest))
     raise UnsupportedMedia(what, kind, "not an image")
 
 
 def decode_index(what: str, data: bytes) -> ImageIndex:
     """Decode an index. Raises ManifestInvalid."""
-    return _checked_index(what, _decode(what, data, ImageIndex))
+    return _checked_index(what, _convert(what, _document(what, data), ImageIndex))
 
 
 def decode_config(what: str, data: bytes, manifest: Manifest) -> ImageConfig:
     """Decode an image configuration. Raises ManifestInvalid, also when it does not match the manifest's
     layers."""
-    config = _decode(what, data, ImageConfig)
+    config = _convert(what, _document(what, data), ImageConfig)
     if config.rootfs.type != "layers":
         raise ManifestInvalid(what, f"rootfs type {config.rootfs.type!r} is not 'layers'")
     if len(config.rootfs.diff_ids) != len(manifest.layers):
         raise ManifestInvalid(
             what, f"{len(manifest.layers)} layers, but {len(config.rootfs.diff_ids)} diff ids"
         )
+    user = config.config.user if config.config else None
+    if user and len(user) > USER_LIMIT:
+        raise ManifestInvalid(what, f"User of {len(user)} characters, the limit is {USER_LIMIT}")
     for diff_id in config.rootfs.diff_ids:
         if not diff_id.startswith("sha256:") or not is_digest(diff_id):
             raise ManifestInvalid(what, f"diff id {diff_id!r} is not a sha256 digest")
@@ -179,58 +184,34 @@ def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
     return tuple(chain)
 
 
-# ---------------------------------------------------------------------------------- platform
-
-_MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
-
-
-def host_platform(machine: str) -> Platform:
-    """Return the platform of this host; `machine` is platform.machine() (uname(2))."""
-    architecture = _MACHINES.get(machine, machine)
-    variant = {"arm": "v7", "arm64": "v8"}.get(architecture, "")
-    return Platform(os="linux", architecture=architecture, variant=variant)
-
-
-def choose(index: ImageIndex, wanted: Platform) -> Descriptor | None:
-    """Return the best manifest of an index for this platform; None if there is none.
-
-    Of amd64 and arm variants the highest wins that does not exceed `wanted`; of equal entries the first
-    (image-spec, image-index.md). An entry without a platform matches only if no other does.
-    """
-    best: Descriptor | None = None
-    best_score = -1
-    for entry in index.manifests:
-        if (score := _score(entry, wanted)) > best_score:
-            best, best_score = entry, score
-    return best
-
-
-def _score(entry: Descriptor, wanted: Platform) -> int:
-    if entry.media_type and entry.media_type not in MANIFESTS + INDEXES:
-        return -1
-    platform = entry.platform
-    if platform is None:
-        return 0
-    if (platform.os, platform.architecture) != (wanted.os, wanted.architecture):
-        return -1
-    offered, limit = _level(platform.variant, wanted), _level(wanted.variant, wanted)
-    return 1 + offered if offered <= limit else -1
-
-
-def _level(variant: str, wanted: Platform) -> int:
-    """Return the number of a variant "v1", "v2"...; of the architecture's baseline if there is none."""
-    baseline = {"amd64": 1, "arm64": 8, "arm": 7}.get(wanted.architecture, 0)
-    number = variant.removeprefix("v")
-    return int(number) if number.isdecimal() and len(number) < 3 else baseline
-
-
 # ------------------------------------------------------------------------------------- checks
 
 
-def _decode(what: str, data: bytes, kind: type[T]) -> T:
+def _document(what: str, data: bytes) -> object:
+    """Parse JSON; a null field of an object counts as absent, as Go's encoding/json reads it."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        return _without_nulls(msgspec.json.decode(data))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestInvalid(what, str(error)) from error
+
+
+def _without_nulls(value: object, *, is_map: bool = False) -> object:
+    if isinstance(value, dict):
+        # the keys of a map are content, and Go reads their null values as empty
+        return {
+            key: "" if each is None else _without_nulls(each, is_map=key in _MAPS)
+            for key, each in value.items()
+            if is_map or each is not None
+        }
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    return value
+
+
+def _convert(what: str, document: object, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(document, kind)
+    except msgspec.ValidationError as error:
         raise ManifestInvalid(what, str(error)) from error
 
 

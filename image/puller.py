@@ -20,11 +20,11 @@ from pathlib import Path
 
 import msgspec
 
-from image import manifest
+from image import manifest, platforms
 from image.archive import Archived, open_archive
 from image.auth import Auth
 from image.blobs import BlobWriter, Fetched, Progress, Source
-from image.errors import ManifestNotFound, PullDeadline
+from image.errors import ManifestNotFound, PullDeadline, UnsupportedMedia
 from image.hosts import find_hosts
 from image.index import Image, Index, run_defaults
 from image.layers import LayerStore
@@ -37,6 +37,7 @@ from sandbox.host.limiter import Limiter
 
 Report = Callable[[Progress], None]
 NESTING_LIMIT = 3  # of indexes
+CANDIDATES_LIMIT = 16  # manifests of one index that are fetched because it does not say what they are for
 
 
 class _Names(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +47,22 @@ class _Names(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     tags: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
+
+
+class _Chosen(msgspec.Struct, frozen=True):
+    """The manifest for this host's platform, and its configuration."""
+
+    manifest: Manifest
+    config: ImageConfig
+    config_bytes: int
+
+
+class _OtherPlatform(Exception):
+    """A manifest or index is for other platforms only, "os/architecture" each."""
+
+    def __init__(self, *offered: str) -> None:
+        super().__init__(*offered)
+        self.offered = frozenset(offered)
 
 
 class Puller:
@@ -64,7 +81,7 @@ class Puller:
         self._index = index
         self._layers = layers
         self._options = options
-        self._platform = manifest.host_platform(platform.machine())
+        self._platform = platforms.host_platform(platform.machine())
         self._downloads = Limiter("download", options.max_downloads)
         self._unpacks = Limiter("unpack", options.max_unpacks)
         self.limiters = (self._downloads, self._unpacks)
@@ -163,49 +180,66 @@ class Puller:
 
     async def _store(self, source: Source, fetched: Fetched, names: _Names, report: Report) -> Image:
         chosen = await self._choose(source, fetched, names)
-        raw = await source.small_blob(chosen.config, manifest.CONFIG_LIMIT)
-        config = manifest.decode_config(f"configuration of {names.what}", raw, chosen)
-        self._check_platform(config, names)
+        config = chosen.config
         chain = manifest.chain_ids(config.rootfs.diff_ids)
         with self._layers.pinned(chain):
-            await self._store_layers(source, chosen.layers, config.rootfs.diff_ids, chain, report)
+            await self._store_layers(source, chosen.manifest.layers, config.rootfs.diff_ids, chain, report)
             layers = [self._layers.find(chain_id) for chain_id in chain]
             return self._index.add(
                 Image(
-                    id=chosen.config.digest,
+                    id=chosen.manifest.config.digest,
                     repo_tags=names.tags,
                     repo_digests=names.digests,
-                    size=len(raw) + sum(layer.bytes for layer in layers if layer),
+                    size=chosen.config_bytes + sum(layer.bytes for layer in layers if layer),
                     chain_ids=chain,
                     config=run_defaults(config.config),
                     created=config.created or "",
                 )
             )
 
-    async def _choose(self, source: Source, fetched: Fetched, names: _Names) -> Manifest:
-        found = manifest.decode(names.what, fetched.data, fetched.media_type)
-        for _ in range(NESTING_LIMIT):
-            if not isinstance(found, ImageIndex):
-                return found
-            entry = manifest.choose(found, self._platform)
-            if entry is None:
-                raise self._wrong_platform(names, [e.platform for e in found.manifests if e.platform])
-            fetched = await source.manifest(entry.digest, entry.size)
-            found = manifest.decode(names.what, fetched.data, entry.media_type)
-        raise ManifestNotFound(names.what, names.host, f"indexes are nested more than {NESTING_LIMIT} deep")
+    async def _choose(self, source: Source, fetched: Fetched, names: _Names) -> _Chosen:
+        """Return the image for this host: of the manifest itself, or of an index.
 
-    def _check_platform(self, config: ImageConfig, names: _Names) -> None:
-        own = self._platform
-        if (config.os or own.os, config.architecture or own.architecture) != (own.os, own.architecture):
+        Raises ManifestNotFound when there is none.
+        """
+        document = manifest.decode(names.what, fetched.data, fetched.media_type)
+        try:
+            return await self._choose_from(source, document, names, NESTING_LIMIT, vouched=False)
+        except _OtherPlatform as error:
+            have = ", ".join(sorted(error.offered)) or "none"
+            wanted = f"{self._platform.os}/{self._platform.architecture}"
+            problem = f"no image for {wanted}, only for {have}"
+            raise ManifestNotFound(names.what, names.host, problem) from error
+
+    async def _choose_from(
+        self, source: Source, document: Manifest | ImageIndex, names: _Names, depth: int, *, vouched: bool
+    ) -> _Chosen:
+        """`vouched`: the index says that it is for this platform, which counts more than a configuration that
+        names another one, as builders write there what they run on. Raises _OtherPlatform."""
+        if isinstance(document, Manifest):
+            raw = await source.small_blob(document.config, manifest.CONFIG_LIMIT)
+            config = manifest.decode_config(f"configuration of {names.what}", raw, document)
             offered = Platform(os=config.os, architecture=config.architecture)
-            raise self._wrong_platform(names, [offered])
-
-    def _wrong_platform(self, names: _Names, offered: Sequence[Platform]) -> ManifestNotFound:
-        have = sorted({f"{p.os}/{p.architecture}" for p in offered})
-        wanted = f"{self._platform.os}/{self._platform.architecture}"
-        return ManifestNotFound(
-            names.what, names.host, f"no image for {wanted}, only for {', '.join(have) or 'none'}"
-        )
+            if not vouched and not platforms.is_for(offered, self._platform):
+                raise _OtherPlatform(f"{offered.os}/{offered.architecture}")
+            return _Chosen(document, config, len(raw))
+        if depth == 0:
+            problem = f"indexes are nested more than {NESTING_LIMIT} deep"
+            raise ManifestNotFound(names.what, names.host, problem)
+        offers = {f"{e.platform.os}/{e.platform.architecture}" for e in document.manifests if e.platform}
+        for entry in platforms.candidates(document, self._platform)[:CANDIDATES_LIMIT]:
+            known = platforms.has_platform(entry)
+            fetched = await source.manifest(entry.digest, entry.size)
+            try:
+                found = manifest.decode(names.what, fetched.data, entry.media_type or fetched.media_type)
+                return await self._choose_from(source, found, names, depth - 1, vouched=vouched or known)
+            except _OtherPlatform as error:
+                offers |= error.offered
+            except UnsupportedMedia:
+                if known:
+                    raise
+                # without a platform it may be anything, such as a signature or an attestation
+        raise _OtherPlatform(*offers)
 
     # ------------------------------------------------------------------------------- layers
 

@@ -156,18 +156,17 @@ class FakeRegistry:
         self,
         repository: str,
         tag: str,
-        entries: Sequence[tuple[str, Mapping[str, str]]],
+        entries: Sequence[tuple[str, Mapping[str, str] | None]],
         *,
         docker: bool = False,
     ) -> str:
-        """Digests of manifests that are here already, each with its platform."""
+        """Digests of manifests that are here already, each with its platform or None."""
         kind = f"{DOCKER}.distribution.manifest.list.v2+json" if docker else f"{OCI}.index.v1+json"
         manifests = []
         for digest, platform in entries:
             data, media_type = self.manifests[repository, digest]
-            manifests.append(
-                {"mediaType": media_type, "digest": digest, "size": len(data), "platform": dict(platform)}
-            )
+            entry: dict[str, object] = {"mediaType": media_type, "digest": digest, "size": len(data)}
+            manifests.append(entry if platform is None else entry | {"platform": dict(platform)})
         value = {"schemaVersion": 2, "mediaType": kind, "manifests": manifests}
         return self.put_manifest(repository, tag, value, kind)
 

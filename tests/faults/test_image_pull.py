@@ -130,6 +130,56 @@ async def test_pull_of_index_selects_the_node_platform(
     await store.close()
 
 
+@pytest.mark.parametrize("first", ["arm64", "signature"])
+async def test_pull_of_index_without_platforms_reads_the_configurations(
+    registry: FakeRegistry, store: ImageStore, first: str
+) -> None:
+    if first == "arm64":
+        other = registry.put_image("a", "", [TOP], architecture="arm64")
+    else:
+        kind = "application/vnd.oci.image.manifest.v1+json"
+        config = {"mediaType": "application/vnd.example+json", "digest": "sha256:" + "0" * 64, "size": 2}
+        document = {"schemaVersion": 2, "mediaType": kind, "config": config, "layers": []}
+        other = registry.put_manifest("a", "", document, kind)
+    right = registry.put_image("a", "right", [BASE])
+    registry.put_index("a", "multi", [(other, None), (right, None)])
+    image = await store.pull(f"{registry.address}/a:multi")
+    assert image.id == registry.config_id("a", "right")
+    await store.close()
+
+
+@pytest.mark.parametrize("architecture", ["x86_64", "AMD64", "arm64"])
+async def test_pull_trusts_the_platform_of_the_index_entry(
+    registry: FakeRegistry, store: ImageStore, architecture: str
+) -> None:
+    digest = registry.put_image("a", "", [BASE], architecture=architecture)
+    registry.put_index("a", "multi", [(digest, {"os": "Linux", "architecture": "x86_64"})])
+    assert (await store.pull(f"{registry.address}/a:multi")).size > 0
+    await store.close()
+
+
+async def test_index_for_other_platforms_names_them(registry: FakeRegistry, store: ImageStore) -> None:
+    arm = registry.put_image("a", "", [BASE], architecture="arm64")
+    bare = registry.put_image("a", "", [TOP], architecture="s390x")
+    registry.put_index("a", "multi", [(arm, {"os": "linux", "architecture": "arm64"}), (bare, None)])
+    error = await pull_error(store, f"{registry.address}/a:multi")
+    assert isinstance(error, ManifestNotFound) and "linux/arm64, linux/s390x" in str(error)
+
+
+async def test_pull_with_null_fields_succeeds(registry: FakeRegistry, store: ImageStore) -> None:
+    registry.put_image("a", "1", [], config={"Labels": None, "Cmd": ["/bin/sh"], "Volumes": {"/data": None}})
+    data, kind = registry.manifests["a", "1"]
+    registry.put_manifest("a", "1", json.loads(data) | {"layers": None, "annotations": None}, kind)
+    image = await store.pull(f"{registry.address}/a:1")
+    assert (image.chain_ids, image.config.cmd, image.config.volumes) == ((), ("/bin/sh",), ("/data",))
+    await store.close()
+
+
+async def test_user_of_5000_digits_is_rejected(registry: FakeRegistry, store: ImageStore) -> None:
+    registry.put_image("a", "1", [BASE], config={"User": "1" * 5000})
+    assert isinstance(await pull_error(store, f"{registry.address}/a:1"), ManifestInvalid)
+
+
 async def test_pull_by_digest_adds_no_tag(registry: FakeRegistry, store: ImageStore) -> None:
     digest = registry.put_image("a", "1", [BASE])
     image = await store.pull(f"{registry.address}/a@{digest}")

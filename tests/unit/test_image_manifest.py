@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from image import manifest
+from image import manifest, platforms
 from image.errors import DigestMismatch, ManifestInvalid, UnsupportedMedia
 from image.manifest import Descriptor, ImageIndex, Manifest, Platform
 
@@ -20,7 +20,7 @@ def entry(name: str, architecture: str, variant: str = "", os: str = "linux") ->
 
 def choose(machine: str, *entries: Descriptor) -> Descriptor | None:
     index = ImageIndex(schema_version=2, manifests=list(entries))
-    return manifest.choose(index, manifest.host_platform(machine))
+    return next(iter(platforms.candidates(index, platforms.host_platform(machine))), None)
 
 
 def test_index_entry_of_the_platform_is_chosen() -> None:
@@ -88,7 +88,8 @@ def test_document_without_media_type_is_recognized() -> None:
         b"[",
         b"\xff\xfe",
         b"[" * 100_000,
-        document(layers=None),
+        document(config=None),
+        document(layers=[None]),
         document(layers=[{"digest": "sha256:../../x", "size": 1, "mediaType": "x"}]),
         document(layers=[{"digest": D, "size": -1}]),
         document(config={"mediaType": "application/vnd.oci.image.config.v1+json", "digest": "x", "size": 1}),
@@ -98,6 +99,56 @@ def test_document_without_media_type_is_recognized() -> None:
 def test_invalid_manifest_is_rejected(data: bytes) -> None:
     with pytest.raises(ManifestInvalid):
         manifest.decode("x", data)
+
+
+def test_null_lists_and_fields_of_a_manifest_mean_absent() -> None:
+    found = manifest.decode("x", document(layers=None, annotations=None, artifactType=None))
+    assert isinstance(found, Manifest) and found.layers == []
+    index = json.dumps({"schemaVersion": 2, "mediaType": manifest.OCI_INDEX, "manifests": None}).encode()
+    assert manifest.decode("x", index) == ImageIndex(
+        schema_version=2, media_type=manifest.OCI_INDEX, manifests=[]
+    )
+    entry = {"digest": D, "size": 1, "platform": {"os": "linux", "architecture": "amd64", "variant": None}}
+    index = json.dumps({"schemaVersion": 2, "mediaType": None, "manifests": [entry]}).encode()
+    decoded = manifest.decode("x", index)
+    assert isinstance(decoded, ImageIndex) and decoded.manifests[0].platform == AMD64
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("linux", "x86_64"), ("Linux", "AMD64"), ("linux", "X86-64"), ("linux", "amd64")],
+)
+def test_platform_aliases_are_normalized(names: tuple[str, str]) -> None:
+    platform = Platform(os=names[0], architecture=names[1])
+    assert platforms.normalize(platform) == AMD64
+    assert choose("x86_64", entry("a", names[1], os=names[0])) is not None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "variant", "expected"),
+    [
+        ("aarch64", "", ("arm64", "")), ("arm64", "8", ("arm64", "v8")), ("armhf", "", ("arm", "v7")),
+        ("armel", "", ("arm", "v6")), ("i386", "", ("386", "")), ("ARM", "V7", ("arm", "v7")),
+        ("riscv64", "", ("riscv64", "")),
+    ],
+)  # fmt: skip
+def test_architecture_aliases_are_normalized(
+    architecture: str, variant: str, expected: tuple[str, str]
+) -> None:
+    found = platforms.normalize(Platform(os="linux", architecture=architecture, variant=variant))
+    assert (found.architecture, found.variant) == expected
+
+
+def test_user_longer_than_the_limit_is_rejected() -> None:
+    found = manifest.decode("x", document())
+    assert isinstance(found, Manifest)
+    for user, accepted in (("1" * 1024, True), ("1" * 5000, False)):
+        config = json.dumps({"config": {"User": user}, "rootfs": {"diff_ids": [D]}}).encode()
+        if accepted:
+            assert manifest.decode_config("x", config, found).config is not None
+            continue
+        with pytest.raises(ManifestInvalid, match="User of 5000 characters"):
+            manifest.decode_config("x", config, found)
 
 
 def test_artifact_is_rejected_with_its_media_type() -> None:
@@ -119,12 +170,16 @@ def test_null_in_a_configuration_means_absent() -> None:
     found = manifest.decode("x", document())
     assert isinstance(found, Manifest)
     value = {
-        "config": {"Cmd": None, "Env": None, "Volumes": None},
+        "config": {"Cmd": None, "Env": None, "Volumes": {"/data": None}, "Labels": None, "User": None},
         "created": None,
-        "rootfs": {"diff_ids": [D]},
+        "history": None,
+        "os": None,
+        "variant": None,
+        "rootfs": {"type": None, "diff_ids": [D]},
     }
     config = manifest.decode_config("x", json.dumps(value).encode(), found)
-    assert config.config is not None and config.config.cmd is None
+    assert config.config is not None and config.config.cmd is None and config.config.labels is None
+    assert set(config.config.volumes or ()) == {"/data"}
 
 
 def test_check_rejects_wrong_size_and_digest() -> None:
