@@ -75,7 +75,7 @@ class Containers:
         self._deps = deps
         inventory.on_phase = deps.on_phase
 
-    # ------------------------------------------------------------------------------- look-up
+    # ------------------------------------------------------------------------------- finding
 
     def find(self, id: str) -> ContainerRecord:
         """Return the record of a container. Raises NotFound, and InvalidSpec for an ambiguous prefix."""
@@ -225,7 +225,7 @@ class Containers:
         for key in self._deps.rootfs.keys():  # noqa: SIM118 -- a store, not a mapping
             if ContainerId(key.partition(".")[0]) not in self._inventory.containers:
                 log.warning("container %s does not exist any more; deleting its writable layer", key)
-                await self._deps.rootfs.down(key, self._nowhere)
+                await self._deps.rootfs.down(key, self._unmounted)
         for plan in self._inventory.container_store.directory.glob("*.plan*"):
             if ContainerId(plan.name.partition(".")[0]) not in self._inventory.containers:
                 plan.unlink()
@@ -310,13 +310,13 @@ class Containers:
         if container.quarantined:  # nor is it known which images it mounts
             for key in self._deps.rootfs.keys():  # noqa: SIM118 -- a store, not a mapping
                 if key.partition(".")[0] == container.id:
-                    await self._deps.rootfs.down(key, self._nowhere)
+                    await self._deps.rootfs.down(key, self._unmounted)
         self._inventory.forget_container(container)
 
     @property
-    def _nowhere(self) -> Path:
+    def _unmounted(self) -> Path:
         """A mount point for what is not mounted any more: it does not exist."""
-        return self._inventory.container_store.directory / "nowhere"
+        return self._inventory.container_store.directory / "unmounted"
 
     # ------------------------------------------------------------------------------- the rest
 

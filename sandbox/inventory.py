@@ -57,7 +57,7 @@ class Inventory:
         """Report every later change of state to `observer`, also of objects that exist already."""
         self._observers.append(observer)
 
-    # ------------------------------------------------------------------------------- look-up
+    # ------------------------------------------------------------------------------- finding
 
     def pod(self, id: str) -> Pod:
         """Find a pod by its id or a prefix. Raises NotFound, and InvalidSpec for an ambiguous prefix."""

@@ -25,7 +25,7 @@ class TooNew(ValueError):
 def migrate(kind: str, record: object) -> Json:
     """Return a record ("pod" or "container") as this version writes it; the argument stays unchanged.
 
-    Raises ValueError (TooNew for a higher version) for what is no record of any version. That each
+    Raises ValueError (TooNew for a higher version) for what is not a record of any version. That each
     field has the right type is for the decoder to check.
     """
     fields = _object(record)

@@ -58,7 +58,7 @@ class Pods:
         self._containers = containers
         self._deps = deps
 
-    # ------------------------------------------------------------------------------- look-up
+    # ------------------------------------------------------------------------------- finding
 
     def find(self, id: str) -> PodRecord:
         """Return the record of a pod. Raises NotFound, and InvalidSpec for an ambiguous prefix."""

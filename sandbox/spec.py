@@ -108,6 +108,8 @@ class Dns(Value, frozen=True, kw_only=True):
 
 
 class PortMapping(Value, frozen=True, kw_only=True):
+    """A port of the pod that is published on the node, or only declared."""
+
     protocol: str = "tcp"  # tcp, udp or sctp
     container_port: int = 0
     host_port: int = 0  # 0: not published

@@ -347,8 +347,8 @@ async def test_lost_connection_to_the_agent_is_made_again(daemon: Daemon) -> Non
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"mounts": (MountSpec(container_path="/x", host_path="/nowhere/at/all"),)}, "does not exist"),
-        ({"security": SecuritySpec(run_as_username="nobody-here")}, "no user 'nobody-here'"),
+        ({"mounts": (MountSpec(container_path="/x", host_path="/absent/at/all"),)}, "does not exist"),
+        ({"security": SecuritySpec(run_as_username="absent-user")}, "no user 'absent-user'"),
         ({"security": SecuritySpec(add_capabilities=("CAP_FLY",))}, "CAP_FLY"),
         ({"log_path": "../../etc/passwd"}, "log_path"),
         ({"stop_signal": "SIGNONSENSE"}, "SIGNONSENSE"),
@@ -466,7 +466,7 @@ async def test_start_with_log_path_too_long_is_refused(daemon: Daemon, root: Pat
 
 @pytest.fixture
 def full_disk(root: Path) -> Iterator[Callable[[bool], None]]:
-    """The pods' records lie on a disk of their own; full_disk(True) fills it."""
+    """The pods' records lie on a separate disk; full_disk(True) fills it."""
     with small_disk(root / "pods", 64 << 10) as disk:
         filling = disk / "filling"
 

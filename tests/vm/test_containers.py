@@ -38,7 +38,7 @@ def number(value: int) -> api.Int64Value:
 
 @pytest.fixture
 def outcome(cri: Cri, pod: Pod) -> Outcome:
-    """Runs a shell script in a container of its own: exit code and output."""
+    """Runs a shell script in a new container; gives its exit code and output."""
 
     def run(script: str, *, image: str = BUSYBOX, **fields: Any) -> tuple[int, str]:
         return cri.run_to_end(pod, image, ["sh", "-c", script], **fields)
@@ -277,7 +277,7 @@ def test_status_and_exec_have_the_same_user(cri: Cri, pod: Pod) -> None:
 def test_group_without_user_and_unknown_user_are_refused(cri: Cri, pod: Pod) -> None:
     for fields, word in (
         ({"run_as_group": number(5)}, "run_as_group"),
-        ({"run_as_username": "nobody-here"}, "nobody-here"),
+        ({"run_as_username": "absent-user"}, "absent-user"),
     ):
         with pytest.raises(grpc.RpcError) as fault:
             cri.run(pod, BUSYBOX, SLEEP, linux=security(**fields))
@@ -287,8 +287,8 @@ def test_group_without_user_and_unknown_user_are_refused(cri: Cri, pod: Pod) -> 
 def test_no_new_privs_disables_set_user_id(cri: Cri, pod: Pod) -> None:
     cri.pull(SETUID)
     texts = {
-        wish: cri.run_to_end(pod, SETUID, ["effective"], linux=security(no_new_privs=wish))[1]
-        for wish in (False, True)
+        value: cri.run_to_end(pod, SETUID, ["effective"], linux=security(no_new_privs=value))[1]
+        for value in (False, True)
     }
     assert "uid=1000 euid=0" in texts[False]
     assert "uid=1000 euid=1000" in texts[True]
@@ -408,15 +408,15 @@ def test_root_filesystems_of_containers_are_separate(cri: Cri, pod: Pod) -> None
 
 
 def test_environment_arguments_and_directory_are_those_of_the_request(cri: Cri, pod: Pod) -> None:
-    script = 'echo "$1" "$WISH" "$PWD"'
+    script = 'echo "$1" "$WORDS" "$PWD"'
     code, text = cri.run_to_end(
         pod,
         BUSYBOX,
         ["sh", "-c", script, "sh", "an argument with  spaces"],
-        env={"WISH": "a 'quoted' value"},
-        working_dir="/made/anew",
+        env={"WORDS": "a 'quoted' value"},
+        working_dir="/made/again",
     )
-    assert (code, text) == (0, "an argument with  spaces a 'quoted' value /made/anew\n")
+    assert (code, text) == (0, "an argument with  spaces a 'quoted' value /made/again\n")
 
 
 def test_image_configuration_applies_without_a_request(cri: Cri, pod: Pod) -> None:
@@ -443,8 +443,8 @@ def test_out_of_memory_of_a_child_is_reported_as_oom_killed(cri: Cri, pod: Pod) 
 
 def test_updated_limits_are_in_force_and_shown(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP, linux=resources(memory_limit_in_bytes=64 << 20))
-    wish = api.LinuxContainerResources(memory_limit_in_bytes=48 << 20, cpu_quota=50_000, cpu_period=100_000)
-    cri.call("UpdateContainerResources", container_id=container, linux=wish)
+    limits = api.LinuxContainerResources(memory_limit_in_bytes=48 << 20, cpu_quota=50_000, cpu_period=100_000)
+    cri.call("UpdateContainerResources", container_id=container, linux=limits)
     shown = cri.status(container).resources.linux
     assert (shown.memory_limit_in_bytes, shown.cpu_quota) == (48 << 20, 50_000)
     eat = "dd if=/dev/zero of=/dev/null bs=56M count=1"

@@ -33,13 +33,13 @@ def code_of(fault: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.StatusCode:
 def fetched(cri: Cri, site: Any, host: str, port: int = 80) -> str:
     """The page, as soon as the server listens."""
 
-    def look() -> str:
+    def fetch() -> str:
         try:
             return str(site.namespace.fetch(host, port))
         except OSError:
             return ""
 
-    return str(cri.wait_for(look, bool, 20))
+    return str(cri.wait_for(fetch, bool, 20))
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +136,18 @@ def test_trace_draws_host_and_guest_until_the_first_exec(daemon: Daemon, cri: Cr
     pod = cri.run_pod("traced")
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
     cri.exec(container, "true")
-    told = json.loads(_husk(daemon, "trace", "traced", "--json"))
-    names = [phase["name"] for phase in told["phases"]]
-    assert told["podId"] == pod.id
+    trace = json.loads(_husk(daemon, "trace", "traced", "--json"))
+    names = [phase["name"] for phase in trace["phases"]]
+    assert trace["podId"] == pod.id
     assert {"queue", "network", "container-plan", "container-start", "first-exec"} <= set(names)
     order = ("container-rootfs", "container-plan", "container-start", "first-exec")
     assert [name for name in names if name in order] == list(order)
     # a VM that was made ahead has booted before
-    guest = [phase for phase in told["phases"] if phase["side"] == "guest"]
+    guest = [phase for phase in trace["phases"] if phase["side"] == "guest"]
     assert [phase["name"] for phase in guest] in ([], ["firmware", "kernel", "mounts", "modules", "channel"])
-    last = max(phase["endSeconds"] for phase in told["phases"] if phase["name"] in {"guest", "queue"})
+    last = max(phase["endSeconds"] for phase in trace["phases"] if phase["name"] in {"guest", "queue"})
     assert all(0 <= phase["beginSeconds"] <= phase["endSeconds"] <= last for phase in guest)
-    assert f"default/traced ({told['handler']}" in _husk(daemon, "trace", pod.id[:10])
+    assert f"default/traced ({trace['handler']}" in _husk(daemon, "trace", pod.id[:10])
 
 
 def test_pooled_vm_has_run_a_warm_up_container_and_nothing_of_it_is_left(daemon: Daemon, cri: Cri) -> None:
