@@ -142,8 +142,8 @@ WORDS = {
 }
 # Where a word is the field's own: `nobody` the account, tell() of a file, "look up", walk() of a tree.
 ALLOWED = re.compile(
-    r"""["'`/:]nobody["'`:/]|nobody:|user nobody|\.tell\(|look(?:s|ed|ing)? up\b|looks? like\b|"""
-    r"""\.walk\(|def walk\("""
+    r"""["'`/:]nobody["'`:/]|nobody:|user nobody|\.tell\(|\.walk\(|def walk\(|"""
+    r"""(?i:look(?:s|ed|ing)?(?:[ _-]up\b|(?: \w+){1,2} up\b|[ _]like))"""
 )
 
 
@@ -153,8 +153,8 @@ def dialect(path: str, text: str) -> Iterator[Offence]:
     found: set[Offence] = set()
     for pattern, instead in _PATTERNS:
         for match in pattern.finditer(flat):
-            around = flat[max(0, match.start() - 10) : match.end() + 10]
-            if not ALLOWED.search(around):
+            allowed = ALLOWED.search(flat, max(0, match.start() - 6), match.end() + 30)
+            if not (allowed and allowed.start() <= match.start() < allowed.end()):
                 found.add(Offence(path, lines[match.start()], f"{match.group()!r}: {instead}"))
     yield from sorted(found)
 

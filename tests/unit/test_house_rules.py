@@ -35,6 +35,8 @@ def test_dialect_is_found_in_prose_and_identifiers(text: str, found: list[str]) 
         "file.tell()",
         "os.walk(root)",
         "looks up the name",
+        "Look the method up",
+        "looks_like_host",
         'user("nobody")',
         "# untold, swish, roomy, walkable",
         "# a marshalled value",
