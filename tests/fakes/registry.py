@@ -1,4 +1,4 @@
-"""A registry in this process, on loopback, which misbehaves when told to.
+"""A registry in this process, on loopback, which misbehaves on request.
 
 Images are put in directly. `fail` plans a fault for the next requests whose path holds a text; it is
 used up `times` times. `seen` is every request, for what must not have been sent.

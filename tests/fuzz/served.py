@@ -175,7 +175,7 @@ class Served:
     # ---------------------------------------------------------------------------------- state
 
     async def prepare(self) -> Base:
-        """The base, made anew where the last request took something from it."""
+        """Return the base, created again where the last request changed it."""
         if self.base is None:
             pod = await self.good("RunPodSandbox", self.valid("RunPodSandbox", None))
             base = Base(pod.pod_sandbox_id, "", "")
@@ -247,7 +247,7 @@ class Served:
     # ------------------------------------------------------------------------------- requests
 
     def valid(self, name: str, base: Base | None) -> Any:
-        """A request that is granted, to start from; where nobody wrote one, the empty message."""
+        """Return a request that is granted, to start from; the empty message if none was written."""
         kind = message_class(METHODS[name][1].input_type)
         make = SEEDS.get(name)
         return make(self, base or Base("", "", "")) if make else kind()

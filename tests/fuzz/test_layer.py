@@ -1,4 +1,4 @@
-"""Archives that nobody would write: whatever they say, the unpacker ends, in its own errors, inside."""
+"""Archives with any content: the unpacker ends, raises only its own errors, and stays in its directory."""
 
 from __future__ import annotations
 

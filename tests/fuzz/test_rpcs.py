@@ -28,7 +28,7 @@ T = TypeVar("T")
 Code = grpc.StatusCode
 UNARY = [name for name, (_, method) in METHODS.items() if not method.server_streaming]
 
-# What a client may be told about its own request. INTERNAL and UNKNOWN mean that the daemon is at fault,
+# Codes that a client may get for its own request. INTERNAL and UNKNOWN mean that the daemon is at fault,
 # UNAVAILABLE that a guest or a registry is.
 FITTING = {
     Code.OK,
@@ -75,8 +75,8 @@ async def try_one(served: Served, name: str, request: Message | bytes) -> None:
         now = await served.settle(before)
         assert now == before, f"{name} was refused ({details}) and left {now - before}, took {before - now}"
     for follower, message in served.follow(name, answer) if code is Code.OK else ():
-        told, _, details = await served.call(follower, message)
-        assert told in FITTING, f"{follower} behind {name}: {told}: {details}\n{request!r}"
+        code, _, details = await served.call(follower, message)
+        assert code in FITTING, f"{follower} after {name}: {code}: {details}\n{request!r}"
     if code is Code.OK:
         undone = await served.undo(name, answer)
         now = await served.settle(before if undone else None)

@@ -119,7 +119,7 @@ WORDS = {
     "looks?|looked|looking": "read, poll, sample, check",
     "gives? up|gave up|given up|giving up": "stop after N, fail, time out",
     "sees? to it|saw to it": "name the mechanism",
-    "whoever|nobody|somebody|nowhere": "name who",
+    "whoever|nobody|somebody": "name who",
     "anew|afresh": "again",
     "shall": "must",
     "of (?:its|their|his|our) own": "its own, separate",

@@ -1,4 +1,4 @@
-"""Archives of layers, entry by entry, and a directory to unpack them in, whose surroundings must stay."""
+"""Archives of layers, entry by entry, and a directory to unpack them in, outside which nothing may change."""
 
 from __future__ import annotations
 

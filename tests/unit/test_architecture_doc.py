@@ -63,7 +63,7 @@ def test_places_to_change_for_a_store_of_disks_are_at_most_five() -> None:
     assert 0 < len(places) <= MOST_PLACES_FOR_DISKS
 
 
-def test_places_that_tell_disks_from_trees_are_listed_and_at_most_five() -> None:
+def test_places_that_distinguish_disks_from_trees_are_listed_and_at_most_five() -> None:
     listed = set(CODE_PATH.findall(section("kinds: rootfs")))
     kinds = re.compile(r"\b(?:HostTree|Disk)\b")
     sources = [*ROOT.glob("sandbox/**/*.py"), *ROOT.glob("cri/**/*.py"), *ROOT.glob("network/**/*.py")]

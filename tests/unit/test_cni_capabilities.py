@@ -56,8 +56,8 @@ def test_published_ports_have_the_names_of_portmap() -> None:
     [("10M", 10_000_000), ("1k", 1000), ("1.5Mi", 1_572_864), ("4000", 4000), ("1P", 10**15)],
 )
 def test_bandwidth_is_parsed_as_a_quantity(text: str, rate: int) -> None:
-    told = values(annotations={"kubernetes.io/ingress-bandwidth": text})["bandwidth"]
-    assert told == {"ingressRate": rate, "ingressBurst": 2**31 - 1}
+    passed = values(annotations={"kubernetes.io/ingress-bandwidth": text})["bandwidth"]
+    assert passed == {"ingressRate": rate, "ingressBurst": 2**31 - 1}
 
 
 @pytest.mark.parametrize("text", ["", "fast", "1", "2P", "-5M", "1e9"])
@@ -67,13 +67,13 @@ def test_invalid_bandwidth_is_rejected(text: str) -> None:
 
 
 def test_other_capabilities_are_passed() -> None:
-    told = values(
+    passed = values(
         cidrs=("10.1.0.0/16", "fd00::/64"),
         cgroup_path="/kubepods/x",
         annotations={"a": "b"},
         dns=Dns(servers=("10.0.0.10",), searches=("s",)),
     )
-    assert told == {
+    assert passed == {
         "cgroupPath": "/kubepods/x",
         "io.kubernetes.cri.pod-annotations": {"a": "b"},
         "dns": {"servers": ["10.0.0.10"], "searches": ["s"], "options": []},

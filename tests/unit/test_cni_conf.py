@@ -86,8 +86,8 @@ def test_plugin_gets_only_declared_capabilities() -> None:
     conf = parse(conflist(plugins=[plugin]))
     values = {"portMappings": msgspec.Raw(b"[1]"), "bandwidth": msgspec.Raw(b"2"), "dns": msgspec.Raw(b"3")}
     extra = {"prevResult": msgspec.Raw(b'{"a":1}')}
-    told = json.loads(execution_conf(conf, conf.plugins[0], capabilities=values, extra=extra))
-    assert told == {
+    passed = json.loads(execution_conf(conf, conf.plugins[0], capabilities=values, extra=extra))
+    assert passed == {
         **BRIDGE,
         "cniVersion": "1.0.0",
         "name": "net",

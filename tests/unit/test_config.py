@@ -140,7 +140,7 @@ def test_printed_configuration_loads_unchanged(tmp_path: Path) -> None:
 
 
 def test_documentation_lists_every_key() -> None:
-    """docs/configuration.md names each key in a table of its own section."""
+    """docs/configuration.md names each key in the table of its section."""
     text = (Path(__file__).resolve().parents[2] / "docs/configuration.md").read_text()
     top, *sections = text.split("\n### ")
     keys = {"": top} | {section.split("`", 2)[1].strip("[]"): section for section in sections}

@@ -1,4 +1,4 @@
-"""Directories as a container may leave them: deep, linked, and changing while we look."""
+"""Directories as a container may leave them: deep, linked, and changing meanwhile."""
 
 from __future__ import annotations
 

@@ -60,9 +60,9 @@ def test_kernel_config_is_well_formed() -> None:
     text = kernel_source.OPTIONS.read_text()
     for line in text.splitlines():
         assert re.fullmatch(r"(CONFIG_\w+=\S+|# CONFIG_\w+ is not set|#.*|)", line), line
-    options = [option for wish in kernel_source.find_options(text) for option in wish]
+    options = [option for line in kernel_source.find_options(text) for option in line]
     assert len(options) == len(set(options)), "one is named twice"
-    assert not [option for option in options if option.endswith("=m")], "there is nobody to load a module"
+    assert not [option for option in options if option.endswith("=m")], "nothing would load a module"
 
 
 def test_key_depends_on_every_input() -> None:
@@ -80,7 +80,7 @@ def test_key_depends_on_every_input() -> None:
         inputs[number] = value
 
 
-# --------------------------------------------------------------------------- a source of our own
+# --------------------------------------------------------------------------- a made-up source
 
 # allnoconfig takes what Kconfig.names knows; vmlinux is compiled of one file and marked with the environment
 MAKEFILE = """\
@@ -175,7 +175,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (directory / "usr/src" / archive.name).write_bytes(archive.read_bytes())
 
     async def check_tools(scratch: Path) -> None:
-        pass  # has a test of its own
+        pass  # has a separate test
 
     for function in (find_source, download, unpack, check_tools):
         monkeypatch.setattr(kernel_source, function.__name__, function)

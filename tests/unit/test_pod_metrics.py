@@ -124,8 +124,8 @@ def names(found: pb.PodSandboxMetrics) -> set[str]:
 
 
 def test_metric_names_are_cadvisors() -> None:
-    told = [metric.name for metric in pod_metrics.descriptors()]
-    assert sorted(told) == sorted(f"container_{name}" for name in ALWAYS + SOMETIMES)
+    names = [metric.name for metric in pod_metrics.descriptors()]
+    assert sorted(names) == sorted(f"container_{name}" for name in ALWAYS + SOMETIMES)
     for metric in pod_metrics.descriptors():
         assert metric.help
         assert list(metric.label_keys[:5]) == ["pod", "namespace", "container", "id", "image"]

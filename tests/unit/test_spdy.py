@@ -236,8 +236,8 @@ def test_streams_beyond_the_limit_are_refused(both: Both) -> None:
     assert both.events() == []
     assert both.client_saw == [RstStream(id)]
     both.client.reset(1)
-    both.client.open({"again": "room"})
-    assert both.events() == [RstStream(1), SynStream(id + 2, {"again": "room"})]
+    both.client.open({"again": "other"})
+    assert both.events() == [RstStream(1), SynStream(id + 2, {"again": "other"})]
 
 
 def test_go_away_refuses_later_streams_only(both: Both) -> None:
@@ -273,9 +273,9 @@ def test_peer_with_flow_control_is_limited_by_its_windows(both: Both, early: boo
     both.events()
     if not early:
         assert list(both.server.receive(frames.window_update(0, 1))) == [WindowUpdate()]
-    room = both.server.send_capacity(1)
-    assert room == WINDOW
-    both.server.send(1, bytes(room))
+    capacity = both.server.send_capacity(1)
+    assert capacity == WINDOW
+    both.server.send(1, bytes(capacity))
     assert both.server.send_capacity(1) == 0
     assert both.server.send_capacity(3) == (0 if early else 1), "the connection has a window too"
     both.exchange()

@@ -1,4 +1,4 @@
-"""Functions in threads of their own: results, namespaces, and what happens when the caller is cancelled."""
+"""Functions in separate threads: results, namespaces, and what happens when the caller is cancelled."""
 
 from __future__ import annotations
 

@@ -294,9 +294,9 @@ def test_invalid_user_namespace_is_refused(options: dict[str, Any], field: str) 
 
 def test_cdi_devices_come_from_field_and_annotations() -> None:
     annotations = {"cdi.k8s.io/plugin_a": "v/c=1,v/c=2", "other": "v/c=3"}
-    wishes = container(CDIDevices=[{"name": "v/c=0"}], annotations=annotations).cdi_devices
+    requests = container(CDIDevices=[{"name": "v/c=0"}], annotations=annotations).cdi_devices
     at = "config.annotations['cdi.k8s.io/plugin_a']"
-    assert [(wish.name, wish.field) for wish in wishes] == [
+    assert [(request.name, request.field) for request in requests] == [
         ("v/c=0", "config.CDI_devices[0].name"),
         ("v/c=1", at),
         ("v/c=2", at),

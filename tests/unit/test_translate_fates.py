@@ -147,7 +147,7 @@ REQUESTS = (
     Request(pb.UpdateContainerResourcesRequest, update_resources, UPDATE),
 )
 
-# -------------------------------------------------------------------------------- walking fields
+# -------------------------------------------------------------------------------- iterating fields
 
 Path = tuple[FieldDescriptor, ...]
 
@@ -215,8 +215,8 @@ def plain(field: str) -> str:
 
 def names(error: InvalidSpec, path: str) -> bool:
     """The refusal is about this field, or about the whole part that it is in."""
-    told = plain(error.field)
-    return path == told or path.startswith(f"{told}.")
+    reported = plain(error.field)
+    return path == reported or path.startswith(f"{reported}.")
 
 
 def fate(request: Request, path: Path) -> Fate:
@@ -255,7 +255,7 @@ def test_listed_fields_exist_and_are_unused(request_: Request) -> None:
     paths = {f"{request_.name}.{dotted(path)}": path for path in leaves(request_.kind.DESCRIPTOR)}
     for known in (known for known in UNUSED if known.startswith(f"{request_.name}.")):
         below = [path for full, path in paths.items() if full == known or full.startswith(f"{known}.")]
-        assert below, f"{known} is no field"
+        assert below, f"{known} is not a field"
         assert all(fate(request_, path) is Fate.UNHEARD for path in below), f"{known} is heard"
 
 

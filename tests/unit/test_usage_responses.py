@@ -79,13 +79,13 @@ def test_pod_stats_have_interfaces_processes_and_containers() -> None:
     assert (linux.process.process_count.value, linux.process.timestamp, linux.io.timestamp) == (3, 9, 9)
     default = linux.network.default_interface
     assert (default.name, default.rx_bytes.value, default.tx_errors.value) == ("eth0", 1, 2)
-    assert [nic.name for nic in linux.network.interfaces] == ["eth1"], "the default one is not told twice"
+    assert [nic.name for nic in linux.network.interfaces] == ["eth1"], "the default one is not listed twice"
     assert [one.attributes.id for one in linux.containers] == ["c"]
 
 
 def test_pod_stats_without_network_or_sample_leave_it_unset() -> None:
     alone = usage.pod_stats(POD, PodStats(pod_id=POD.id, at_ns=9), [])
-    assert not alone.linux.HasField("network"), "a kubelet would look for its default interface"
+    assert not alone.linux.HasField("network"), "a kubelet would expect its default interface"
     ended = usage.pod_stats(POD, None, [])
     assert ended.attributes.id == "p"
     assert not ended.HasField("linux")

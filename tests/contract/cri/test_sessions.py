@@ -29,7 +29,7 @@ async def test_exec_attach_and_port_forward_return_urls(runtime: Runtime) -> Non
 async def test_session_with_invalid_streams_or_ports_is_refused(runtime: Runtime) -> None:
     pod = await runtime.pod()
     id = await runtime.started(pod)
-    for request, told in (
+    for request, expected in (
         (pb.ExecRequest(container_id=id, cmd=["x"]), "stdin, stdout, stderr"),
         (pb.ExecRequest(container_id=id, cmd=["x"], tty=True, stdout=True, stderr=True), "stderr"),
         (pb.ExecRequest(container_id=id, stdout=True), "cmd"),
@@ -41,7 +41,7 @@ async def test_session_with_invalid_streams_or_ports_is_refused(runtime: Runtime
         name = type(request).__name__.removesuffix("Request")
         code, details = await runtime.refused(name, request)
         assert code is Code.INVALID_ARGUMENT
-        assert details.startswith(told)
+        assert details.startswith(expected)
 
 
 async def test_session_in_a_stopped_or_unknown_object_is_refused(runtime: Runtime) -> None:

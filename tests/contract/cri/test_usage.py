@@ -117,7 +117,7 @@ async def test_pod_metrics_match_their_descriptors(runtime: Runtime) -> None:
 # ------------------------------------------------------------------------------------- events
 
 
-async def told(runtime: Runtime, pod_id: str, id: str, kind: EventKind, at_ns: int) -> None:
+async def assert_event(runtime: Runtime, pod_id: str, id: str, kind: EventKind, at_ns: int) -> None:
     pod = runtime.pods.find(pod_id)
     containers = tuple(runtime.pods.containers_of(pod.id))
     await runtime.events.events.put(Event(kind=kind, id=id, at_ns=at_ns, pod=pod, containers=containers))
@@ -127,8 +127,8 @@ async def test_events_are_streamed_with_the_status_of_pod_and_containers(runtime
     pod_id = await runtime.pod()
     container = await runtime.started(pod_id)
     for at_ns, kind in enumerate(EventKind, 1):
-        await told(runtime, pod_id, container, kind, at_ns)
-    await told(runtime, pod_id, pod_id, EventKind.DELETED, 5)
+        await assert_event(runtime, pod_id, container, kind, at_ns)
+    await assert_event(runtime, pod_id, pod_id, EventKind.DELETED, 5)
     await runtime.events.events.put(None)
     seen = await messages(runtime, "GetContainerEvents")
     assert [(each.container_event_type, each.created_at) for each in seen] == [
@@ -241,8 +241,8 @@ async def test_usage_is_streamed_pod_by_pod(runtime: Runtime) -> None:
         [[pod] for pod in pods]
     )
     stats = await messages(runtime, "StreamContainerStats")
-    told = [one.attributes.id for message in stats for one in message.container_stats]
-    assert sorted(told) == sorted(containers)
+    listed = [one.attributes.id for message in stats for one in message.container_stats]
+    assert sorted(listed) == sorted(containers)
     metrics = await messages(runtime, "StreamPodSandboxMetrics")
     assert [one.pod_sandbox_id for message in metrics for one in message.pod_sandbox_metrics] == pods
 

@@ -90,8 +90,8 @@ async def test_protocols_before_v4_report_plain_text(site: Site, protocol: str, 
     client = await SpdyClient.dial(site.server.url(TTY), protocol)
     names = ["error", "stdin", "stdout"] + (["resize"] if protocol.startswith("v3") else [])
     streams = await client.open_command(*names)
-    told = await client.all(streams["error"])
-    assert told == (b"command terminated with exit code 7" if code else b"")
+    status = await client.all(streams["error"])
+    assert status == (b"command terminated with exit code 7" if code else b"")
     await client.close()
 
 
@@ -99,9 +99,9 @@ async def test_command_that_does_not_start_is_reported_as_internal_error(site: S
     site.backend.failure = GuestError("exec", 2, "no-such: No such file or directory")
     client = await SpdyClient.dial(site.server.url(EXEC), V4)
     streams = await client.open_command("error", "stdin", "stdout", "stderr")
-    told = json.loads(await client.all(streams["error"]))
-    assert (told["status"], told["reason"], told["code"]) == ("Failure", "InternalError", 500)
-    assert "no-such: No such file or directory" in told["message"]
+    status = json.loads(await client.all(streams["error"]))
+    assert (status["status"], status["reason"], status["code"]) == ("Failure", "InternalError", 500)
+    assert "no-such: No such file or directory" in status["message"]
     await client.wait_closed()
     await client.close()
 

@@ -75,13 +75,13 @@ async def test_exec_over_older_subprotocols(site: Site, subprotocols: list[str],
     base64 = "base64" in (client.subprotocol or "")
     await client.send("0d29yZA==" if base64 else b"\0word")
     await client.read_all()
-    told = b'{"metadata"' if status else b"command terminated with exit code 5"
+    expected = b'{"metadata"' if status else b"command terminated with exit code 5"
     if base64:
         assert "1PHdvcmQ+" in client.messages
         assert any(each[0] == "3" for each in client.messages if isinstance(each, str))
     else:
         assert client.channel(1) == b"<word>"
-        assert client.channel(3).startswith(told)
+        assert client.channel(3).startswith(expected)
     await client.close()
 
 
