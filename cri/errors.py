@@ -73,7 +73,7 @@ CLIENT_CODES = frozenset(
 )
 
 
-# A full disk is no bug of Husk, and a client can do something about it.
+# A full disk is not a bug of Husk, and a client can do something about it.
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 

@@ -1,6 +1,6 @@
 """What a scrape of /metrics reads from the daemon: states of records, and what each pod costs the host.
 
-A scrape calls these from a thread of its own, so they read copies of the records and files of the host,
+A scrape calls these from its own thread, so they read copies of the records and files of the host,
 and never wait for the event loop or a guest.
 """
 

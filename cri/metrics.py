@@ -1,6 +1,6 @@
 """The daemon's metrics: what is counted, and what each scrape reads from the daemon.
 
-They live in a registry of their own. A scrape runs in a thread, so `Sources` must be safe to call from
+They are in a separate registry. A scrape runs in a thread, so `Sources` must be safe to call from
 there and answer from memory or from files: never wait for the event loop. The number of series is bounded
 by the methods of the CRI, the states, and the pods of the node.
 """

@@ -53,7 +53,7 @@ def commit(package: Path = Path(__file__).parent) -> str:
 
 
 def describe(tree: Path) -> str:
-    """Return what `git describe` prints in this checkout; "unknown" where it fails or is no checkout."""
+    """Return what `git describe` prints in this checkout; "unknown" where it fails or is not a checkout."""
     if not (tree / ".git").exists():  # without it, git would describe a repository further up
         return UNKNOWN
     try:

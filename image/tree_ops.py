@@ -87,7 +87,7 @@ def _du(path: Path, *flags: str) -> int:
 def remove(path: Path | str | bytes, *, at: int | None = None) -> None:
     """Delete a directory with everything in it; `path` is relative to the directory descriptor `at`.
 
-    Follows no link. An absent path is no error, and after an error or a crash it may be called again.
+    Follows no link. An absent path is not an error, and after an error or a crash it may be called again.
     Raises OSError. Directories that lie LEVELS deep are first moved up into `path` itself under unused
     names, so nothing else may work in the tree at the same time.
     """

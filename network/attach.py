@@ -12,7 +12,7 @@ The phases of CNI are described in `cni`. Everything is found by the pod id: the
 `attachment_cache`), the namespace `<netns_dir>/<pod id>`, and in it the interfaces. So `down` works however
 far a daemon that was killed had come.
 
-Nothing here blocks the event loop: each operation is plain blocking code in a thread of its own. Operations
+Nothing here blocks the event loop: each operation is plain blocking code in a separate thread. Operations
 on one pod wait for each other; GC waits for all and blocks new ones (CNI SPEC, "Lifecycle & Ordering").
 """
 

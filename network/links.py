@@ -37,7 +37,7 @@ Links = Mapping[str, Any]  # of the kernel's messages, by interface name
 def open_netlink() -> Iterator[Any]:
     """Open rtnetlink in the thread's namespace.
 
-    It gets a SelectorEventLoop of its own, as pyroute2 does not run on uvloop, which may be the policy.
+    It gets a new SelectorEventLoop, as pyroute2 does not run on uvloop, which may be the policy.
     """
     loop = asyncio.SelectorEventLoop()
     try:

@@ -1,6 +1,6 @@
 """Runs one CNI plug-in: finds the program, passes its input, bounds its output and its time.
 
-A plug-in is a program in a session of its own, so that it is killed with its process group. Its output is
+A plug-in is a program in a new session, so that it is killed with its process group. Its output is
 read up to a limit. It is finished when it has exited, even if another process still has its pipes open.
 """
 

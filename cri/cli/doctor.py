@@ -1,7 +1,7 @@
 """`husk doctor`: checks what Husk needs of this host, and names what to do about what is missing.
 
 Each check examines one thing and returns one finding. A check that raises is a failed check and does not
-stop the others. Trials leave nothing behind: trial mounts are made in a mount namespace of their own.
+stop the others. Trials leave nothing: trial mounts are made in a separate mount namespace.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ async def guest(host: Host) -> Finding:
 
 
 async def accelerator(host: Host) -> Finding:
-    """Report the default handler's accelerator. Boots a VM if only a trial can tell and none was made yet."""
+    """Report the default handler's accelerator. Boots a VM if it takes a trial and none was made."""
     handler = host.config.runtime_handlers()[""]
     driver = find_host(handler.hypervisor, host.fs)
     first = driver.candidates()[0]

@@ -125,7 +125,7 @@ async def _resize_to(session: Session, size: object) -> None:
         return
     rows, columns = size.get("Height"), size.get("Width")
     if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
-        with suppress(SandboxError):  # the process has just ended or has no terminal, which is no failure
+        with suppress(SandboxError):  # the process has just ended or has no terminal, which is not a failure
             await session.resize(rows, columns)
 
 

@@ -65,7 +65,7 @@ class ClientSession:
         self._protocol = ""
 
     async def serve(self, upgrade: Upgrade, transport: TcpTransport) -> None:
-        """Accept the upgrade, serve the session to its end and log it. A lost client is no error."""
+        """Accept the upgrade, serve the session to its end and log it. A lost client is not an error."""
         began = time.monotonic()
         outcome = "the daemon stopped"
         try:

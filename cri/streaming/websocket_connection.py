@@ -141,7 +141,7 @@ class WebSocketChannel:
         self._closed = True
 
     def reset(self) -> None:
-        """See `Channel.reset`. The client is not told."""
+        """See `Channel.reset`. The client is not informed."""
         self._closed = True
         self.buffer.fail(ChannelClosed())
 

@@ -136,7 +136,7 @@ class Cgroups(msgspec.Struct, frozen=True, kw_only=True):
         self._remove(pod_id, self.pool_parent)
 
     def remove_anywhere(self, pod_id: str) -> None:
-        """Do as `remove` for a pod whose parent is not known: look for its cgroup in every hierarchy."""
+        """Do as `remove` for a pod whose parent is not known: search every hierarchy for its cgroup."""
         name = f"husk-{pod_id}"
         for root in self.layout.roots:
             for folder, names, _ in os.walk(root):

@@ -65,8 +65,8 @@ class Flights:
     ) -> T:
         """Return the result of the work under way under `key`, begun by this call if there is none.
 
-        `within_s`, in seconds since the work began, limits the wait; work that is older already gets one
-        look. Raises TimeoutError after it, ShuttingDown, and what the work raises.
+        `within_s`, in seconds since the work began, limits the wait; work that is older is polled
+        once. Raises TimeoutError after it, ShuttingDown, and what the work raises.
         """
         return await self.follow(key, lambda _: work(), None, within_s=within_s)
 

@@ -1,7 +1,7 @@
 """Processes that outlive the daemon: how they are started, recognized again, watched and killed.
 
 Nothing else in `sandbox` starts a process that outlives a call. Children are started with `subprocess`
-from threads of their own (never asyncio's child watchers: see below), detached into a session of their own,
+from separate threads (never asyncio's child watchers: see below), detached into new sessions,
 and are in their cgroups before the requested program executes its first instruction.
 
 Why not asyncio: its child watchers fork on the event loop's thread, which under uvloop beside live gRPC

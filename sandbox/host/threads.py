@@ -93,7 +93,7 @@ async def run(
     linger_s: float | None = None,
     pooled: bool = False,
 ) -> T:
-    """Run `function` in a thread of its own and await its result.
+    """Run `function` in a separate thread and await its result.
 
     When the caller is cancelled, `on_cancel` is called first, which may make the function end early. Then
     the caller waits until the function has ended, at most `linger_s` seconds (None: however long it takes,

@@ -234,7 +234,7 @@ def _descriptors(pid: int) -> Iterator[str]:
 
 
 class _Files:
-    """Files of v1, looked for in each hierarchy."""
+    """Files of cgroup v1, searched for in each hierarchy."""
 
     def __init__(self, directories: Sequence[str]) -> None:
         self._directories = directories

@@ -49,11 +49,14 @@ log = logging.getLogger(__name__)
 class InputClient(Protocol):
     """What a relay needs of a `GuestClient`."""
 
-    def open_input(self, sink: StreamSink, window: int) -> int: ...
+    def open_input(self, sink: StreamSink, window: int) -> int:
+        """Open a stream from the guest with `window` bytes of credit, and return its number."""
 
-    def grant(self, stream: int, count: int) -> None: ...
+    def grant(self, stream: int, count: int) -> None:
+        """Allow the guest to send `count` bytes more."""
 
-    def reset_input(self, stream: int) -> None: ...
+    def reset_input(self, stream: int) -> None:
+        """Stop the stream; data that is still on its way is dropped. Idempotent."""
 
 
 class LogRelay:

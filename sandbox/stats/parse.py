@@ -28,6 +28,8 @@ from sandbox.usage import UsageSample
 
 
 class CpuStats(Value, frozen=True, kw_only=True):
+    """CPU time since the start of a cgroup, in ns, and throttling by its quota."""
+
     usage_ns: int = 0
     user_ns: int = 0
     system_ns: int = 0
@@ -39,6 +41,8 @@ class CpuStats(Value, frozen=True, kw_only=True):
 
 
 class MemoryStats(Value, frozen=True, kw_only=True):
+    """Memory of a cgroup, in bytes, and counts of events."""
+
     usage: int = 0
     working_set: int = 0  # usage less inactive file pages, as the kubelet computes it
     available: int = 0  # up to the lowest limit that applies: its own, the pod's, the size of the VM
@@ -58,6 +62,8 @@ class MemoryStats(Value, frozen=True, kw_only=True):
 
 
 class CgroupStats(Value, frozen=True, kw_only=True):
+    """All usage of a cgroup."""
+
     cpu: CpuStats = CpuStats()
     memory: MemoryStats = MemoryStats()
     io: tuple[IoUsage, ...] = ()
@@ -76,6 +82,8 @@ class LayerStats(Value, frozen=True, kw_only=True):
 
 
 class ContainerStats(Value, frozen=True, kw_only=True):
+    """A container's usage, sampled at `at_ns` of the host's wall clock."""
+
     container_id: ContainerId
     at_ns: int
     usage: CgroupStats = CgroupStats()

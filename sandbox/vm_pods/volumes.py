@@ -42,8 +42,10 @@ from sandbox.vm_pods.runtime import runtime_of
 
 @dataclass(frozen=True, slots=True)
 class Volumes:
+    """A container's volumes: its mounts as seen by the guest, and memory for its huge pages."""
+
     store: RootfsStore
-    room: Resizer
+    resizer: Resizer
     name = "volumes"
 
     async def up(self, container: Container) -> None:
@@ -53,7 +55,7 @@ class Volumes:
             async with pod.lock:
                 pod.require_ready()
                 limits = {container.id: container.record.resources}
-                await self.room.ensure_capacity(
+                await self.resizer.ensure_capacity(
                     pod, pod.record.resources, pod.record.overhead, limits, directories
                 )
 

@@ -42,7 +42,7 @@ def unpacked(package: str) -> Path:
 
 
 def libraries_of(program: Path) -> dict[str, Path]:
-    """Each shared library that a program needs, its loader too: path where it is looked for, and file.
+    """Each shared library that a program needs, its loader too: path where it is searched for, and file.
 
     ldd(1) asks the machine's own loader: what it cannot find is a package that tests/packages.txt lacks.
     """

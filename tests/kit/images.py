@@ -318,7 +318,7 @@ def web(page: str = "hello from the pod\n") -> Image:
 
 
 def setuid() -> Image:
-    """/bin/effective is set-user-id root and tells who it runs as."""
+    """/bin/effective is set-user-id root and prints its effective user."""
     layer = Layer().add("bin/effective", helper("effective"), mode=0o4755)
     return Image((base_layer(), layer), cmd=("effective",), user="worker")
 

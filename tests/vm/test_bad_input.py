@@ -126,7 +126,7 @@ def test_registry_that_misbehaves(cri: Cri, spoiler: str, kind: str) -> None:
     assert {each.id for each in cri.call("ListImages").images} == before
 
 
-def test_registry_that_hangs_holds_up_nobody_else(cri: Cri, spoiler: str) -> None:
+def test_registry_that_hangs_delays_no_other_pull(cri: Cri, spoiler: str) -> None:
     hanging = cri.begin("PullImage", image=api.ImageSpec(image=f"{spoiler}/hangs/image:1"))
     cri.pull(BUSYBOX)
     cri.pull(f"{HOST}/husk/web:1")
@@ -146,9 +146,9 @@ def test_pull_by_a_digest_that_does_not_fit(cri: Cri) -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        'echo \'{"cniVersion": "1.0.0", "code": 11, "msg": "told to fail"}\'; exit 1',
-        "echo this is no JSON",
-        "echo told to fail >&2; kill -9 $$",
+        'echo \'{"cniVersion": "1.0.0", "code": 11, "msg": "made to fail"}\'; exit 1',
+        "echo this is not JSON",
+        "echo made to fail >&2; kill -9 $$",
     ],
     ids=["error", "rubbish", "killed"],
 )
@@ -172,14 +172,14 @@ def test_cni_plugin_that_fails(site: Any, tmp_path: Path, script: str) -> None:
         before = daemon.census()
         with pytest.raises(grpc.RpcError) as fault:
             daemon.cri.run_pod("no-network")
-        assert "failing" in str(fault.value.details()) or "told to fail" in str(fault.value.details())
+        assert "failing" in str(fault.value.details()) or "made to fail" in str(fault.value.details())
         assert not daemon.cri.call("ListPodSandbox").items
         assert daemon.leaks_since(before) == []
     finally:
         daemon.close()
 
 
-def test_no_cni_configuration_is_told_and_one_that_appears_is_taken(site: Any, tmp_path: Path) -> None:
+def test_missing_cni_configuration_is_reported_and_used_once_it_appears(site: Any, tmp_path: Path) -> None:
     conf = tmp_path / "net.d"
     conf.mkdir()
     settings: dict[str, dict[str, object]] = {"cni": {"conf_dir": str(conf)}, "metrics": {"port": 0}}

@@ -57,7 +57,7 @@ def held(machine: Namespace) -> set[str]:
 
 
 def start(machine: Namespace, *options: str) -> subprocess.Popen[str]:
-    """In a group of its own, as a shell starts it, for Ctrl-C to reach all of that group."""
+    """Start it in a new process group, as a shell does, so that Ctrl-C reaches all of that group."""
     return subprocess.Popen(
         machine.command([f"{TREE}/deploy/quickstart", *options]),
         stdout=subprocess.PIPE,
@@ -71,10 +71,10 @@ def start(machine: Namespace, *options: str) -> subprocess.Popen[str]:
 def test_once_shows_all_and_leaves_nothing(machine: Namespace) -> None:
     before = held(machine)
     program = start(machine, "--once")
-    told, _ = program.communicate(timeout=240)
-    assert program.returncode == 0, told
-    kernels = {name: re.search(rf"{name} kernel: +(\S+)", told) for name in ("host", "guest")}
-    assert kernels["host"] and kernels["guest"], told
+    output, _ = program.communicate(timeout=240)
+    assert program.returncode == 0, output
+    kernels = {name: re.search(rf"{name} kernel: +(\S+)", output) for name in ("host", "guest")}
+    assert kernels["host"] and kernels["guest"], output
     assert kernels["host"][1] == platform.release() != kernels["guest"][1]
     for shown in (
         r"accelerator: +(kvm|tcg) \(.+\)",
@@ -82,7 +82,7 @@ def test_once_shows_all_and_leaves_nothing(machine: Namespace) -> None:
         r"\d+Z stderr F .*url:/",
         r"pod +\d+ ms",
     ):
-        assert re.search(shown, told), (shown, told)
+        assert re.search(shown, output), (shown, output)
     assert held(machine) == before
 
 
@@ -90,15 +90,15 @@ def test_ctrl_c_stops_the_pod_and_the_daemon(machine: Namespace) -> None:
     before = held(machine)
     program = start(machine)
     assert program.stdout is not None
-    told = ""
+    output = ""
     end = time.monotonic() + 240
-    while "Ctrl-C ends it" not in told:
+    while "Ctrl-C ends it" not in output:
         line = program.stdout.readline()
-        assert line and time.monotonic() < end, told
-        told += line
+        assert line and time.monotonic() < end, output
+        output += line
     running = held(machine) - before
     assert any("qemu-system" in each for each in running)
     os.killpg(program.pid, signal.SIGINT)
     rest, _ = program.communicate(timeout=60)
-    assert program.returncode == 130, told + rest
+    assert program.returncode == 130, output + rest
     assert held(machine) == before, rest

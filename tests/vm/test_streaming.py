@@ -47,18 +47,18 @@ class Clients:
         return client
 
     def exec_url(self, container: str, *cmd: str, **more: Any) -> str:
-        wish = {"stdin": True, "stdout": True, "stderr": True} | more
-        return str(self.cri.call("Exec", container_id=container, cmd=cmd, **wish).url)
+        options = {"stdin": True, "stdout": True, "stderr": True} | more
+        return str(self.cri.call("Exec", container_id=container, cmd=cmd, **options).url)
 
     async def exec(self, container: str, *cmd: str, tty: bool = False) -> tuple[SpdyClient, dict[str, int]]:
         client = await self.spdy(self.exec_url(container, *cmd, tty=tty, stderr=not tty))
         return client, await client.open_command("error", "stdin", "stdout", "resize" if tty else "stderr")
 
     async def attach(self, container: str, **more: Any) -> tuple[SpdyClient, dict[str, int]]:
-        wish = {"stdin": True, "stdout": True, "stderr": True} | more
-        client = await self.spdy(str(self.cri.call("Attach", container_id=container, **wish).url))
-        names = [name for name in ("stdin", "stdout", "stderr") if wish[name]]
-        names += ["resize"] if wish.get("tty") else []
+        options = {"stdin": True, "stdout": True, "stderr": True} | more
+        client = await self.spdy(str(self.cri.call("Attach", container_id=container, **options).url))
+        names = [name for name in ("stdin", "stdout", "stderr") if options[name]]
+        names += ["resize"] if options.get("tty") else []
         return client, await client.open_command("error", *names)
 
     async def forward(self, pod: Pod) -> SpdyClient:
@@ -92,8 +92,8 @@ def box(cri: Cri, pod: Pod) -> str:
 
 
 def exit_code(status: bytes) -> int:
-    told = json.loads(status)
-    return 0 if told["status"] == "Success" else int(told["details"]["causes"][0]["message"])
+    report = json.loads(status)
+    return 0 if report["status"] == "Success" else int(report["details"]["causes"][0]["message"])
 
 
 async def pair(client: SpdyClient, port: int, request: str) -> tuple[int, int]:
@@ -105,7 +105,7 @@ async def pair(client: SpdyClient, port: int, request: str) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------- exec
 
 
-async def test_exec(clients: Clients, box: str) -> None:
+async def test_exec_output_and_exit_code_arrive(clients: Clients, box: str) -> None:
     client, streams = await clients.exec(box, "sh", "-c", "echo heard >&2; cat; exit 42")
     await client.send(streams["stdin"], b"there and back")
     await client.until(streams["stdout"], lambda seen: seen == b"there and back")
@@ -128,9 +128,9 @@ async def test_exec_over_websocket(clients: Clients, box: str) -> None:
 
 async def test_exec_of_what_is_not_there(clients: Clients, box: str) -> None:
     client, streams = await clients.exec(box, "no-such-program")
-    told = json.loads(await client.all(streams["error"]))
-    assert told["reason"] == "InternalError"
-    assert "no-such-program" in told["message"]
+    report = json.loads(await client.all(streams["error"]))
+    assert report["reason"] == "InternalError"
+    assert "no-such-program" in report["message"]
 
 
 async def test_exec_with_a_terminal(clients: Clients, box: str) -> None:
@@ -221,7 +221,7 @@ async def test_a_stopped_reader_stops_only_its_stream(clients: Clients, cri: Cri
 # ------------------------------------------------------------------------------------- attach
 
 
-async def test_attach(clients: Clients, cri: Cri, pod: Pod) -> None:
+async def test_attach_reaches_the_first_process(clients: Clients, cri: Cri, pod: Pod) -> None:
     """Only what is new, both ways, for several at once; the log has all of it too."""
     container = cri.run(pod, BUSYBOX, ["sh", "-c", f"echo before; {ECHO}"], stdin=True)
     Cri.wait_for(lambda: cri.log(container), bool)
@@ -287,8 +287,8 @@ async def test_port_forward(clients: Clients, cri: Cri, pod: Pod) -> None:
         lambda: cri.exec(container, "wget", "-q", "-O", "-", "127.0.0.1").code, lambda code: code == 0
     )
     client = await clients.forward(pod)
-    refused, told = await pair(client, 81, "refused")
-    assert b"81" in await client.all(told)
+    refused, error = await pair(client, 81, "refused")
+    assert b"81" in await client.all(error)
     for number in range(3):
         data, error = await pair(client, 80, str(number))
         await client.send(data, b"GET / HTTP/1.0\r\n\r\n")
