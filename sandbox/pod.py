@@ -1,6 +1,6 @@
-"""One pod in memory: its record, and the connections to its VM and agent where it has these.
+"""One pod in memory: its record, and its engine's connections to what it runs in.
 
-The record is what survives; `machine` and `client` are connections that the next daemon makes again.
+The record is what survives; connections are made again by the next daemon.
 Nothing here decides when a pod starts or stops: see `pods`, and the steps of its engine.
 """
 
@@ -12,27 +12,31 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
-from sandbox.errors import GuestUnreachable, WrongState
-from sandbox.guest import guest_pb2 as pb
-from sandbox.guest.client import GuestClient
+from sandbox.errors import WrongState
 from sandbox.host.limiter import Limiter
 from sandbox.records import Phase, PodRecord, PodState, VmRuntime
 from sandbox.spec import Handler, Isolation, PodId
 from sandbox.store import Recorded, Store
-from sandbox.vmm import Machine
 
-# More than a loaded, emulated guest needs to answer, and less than clients wait for a dead one.
-GUEST_CALL_TIMEOUT_S = 60.0
+
+class PodLink(Protocol):
+    """The daemon's connections to what a pod runs in, as far as every pod has them. Set by its engine."""
+
+    def console(self) -> str:
+        """Return the last lines of the guest's console."""
+
+    async def close(self) -> None:
+        """Close the connections; what the pod runs in runs on. Idempotent."""
 
 
 class Pod(Recorded[PodRecord]):
     """A pod sandbox: its record, run directory and connections.
 
-    `handler` and `tap` are set while it starts only. `machine` and `client` are the engine's: the VM, and the
-    connection to its agent, None while that is being made again; `connected` is set while there is one.
+    `handler` and `tap` are set while it starts only. `link` is the engine's, None until it connects.
     """
 
     def __init__(self, record: PodRecord, store: Store[PodRecord], run_dir: Path) -> None:
@@ -41,13 +45,10 @@ class Pod(Recorded[PodRecord]):
         self.handler: Handler | None = None
         self.tap: int | None = None  # descriptor, of its first interface
         self.began = time.monotonic()  # moment 0 of its phases, by the monotonic clock
-        self.machine: Machine | None = None
-        self.client: GuestClient | None = None
+        self.link: PodLink | None = None
         self.lock = asyncio.Lock()  # held by start, stop and remove
-        self.on_event: Callable[[Pod, pb.Event], None] | None = None
         self.on_state: Callable[[Pod], None] = lambda pod: None  # its state has changed
         self.watch: asyncio.Task[None] | None = None
-        self.connected = asyncio.Event()
 
     @property
     def id(self) -> PodId:
@@ -80,11 +81,6 @@ class Pod(Recorded[PodRecord]):
         super().update(**changes)
         if self.record.state is not before:
             self.on_state(self)
-
-    def take_event(self, event: pb.Event) -> None:
-        """Handle an event of the guest. The connection calls it in the order in which the guest sent them."""
-        if self.on_event is not None:
-            self.on_event(self, event)
 
     def finish(self, name: str, begin_s: float, end_s: float) -> None:
         """Record the phase of one of its steps."""
@@ -156,35 +152,9 @@ class Pod(Recorded[PodRecord]):
 
     def console(self) -> str:
         """Return the last lines of the guest's console; empty without a VM."""
-        return self.machine.console_tail() if self.machine else ""
-
-    async def call(self, request: pb.Request, timeout_s: float = GUEST_CALL_TIMEOUT_S) -> pb.Reply:
-        """Send a request to the agent and return its reply. Waits for a connection that is being made again.
-
-        Raises GuestError, GuestUnreachable, DeadlineExceeded.
-        """
-        return await (await self.guest(timeout_s)).call(request, timeout_s)
-
-    async def guest(self, timeout_s: float = GUEST_CALL_TIMEOUT_S) -> GuestClient:
-        """Return the connection to the agent, once there is one. Raises GuestUnreachable."""
-        if self.client is None and self.record.state is PodState.NOT_READY:
-            raise GuestUnreachable(f"pod {self.id}: {self.record.problem or 'its VM is gone'}")
-        if self.client is None:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self.connected.wait()
-            except TimeoutError:
-                raise GuestUnreachable(f"pod {self.id}: no connection to its agent") from None
-        if self.client is None:
-            raise GuestUnreachable(f"pod {self.id}: its VM is gone")
-        return self.client
+        return self.link.console() if self.link is not None else ""
 
     async def disconnect(self) -> None:
-        """Close the connections to agent and VM, which run on. Idempotent."""
-        client, self.client = self.client, None
-        machine, self.machine = self.machine, None
-        self.connected.clear()
-        if client is not None:
-            await client.close()
-        if machine is not None:
-            await machine.close()
+        """Close the connections to what the pod runs in, which runs on. Idempotent."""
+        if self.link is not None:
+            await self.link.close()

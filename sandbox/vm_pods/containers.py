@@ -24,6 +24,7 @@ from sandbox.plan.encode import encode_container
 from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.spec import ContainerId, ExitCode
+from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.propagation import PropagationSync
 
 log = logging.getLogger(__name__)
@@ -54,12 +55,12 @@ class VmContainers:
 
     async def start(self, container: Container) -> None:
         """Open the log and send the plan in one Start request."""
-        client = await container.pod.guest()
+        client = await link_of(container.pod).guest()
         request = pb.Request(start=encode_container(container.plan))
         relay = await self._open_log(container)
         request.start.log_stream = await relay.attach(client)
         request.start.log_window = WINDOW
-        reply = await container.pod.call(request)
+        reply = await link_of(container.pod).call(request)
         await relay.begin()
         container.pid = reply.started.pid
 
@@ -73,13 +74,13 @@ class VmContainers:
     async def signal(self, container: Container, number: int, *, all: bool) -> None:
         """Let the agent signal the first process, or all processes of the container's cgroup."""
         signal = pb.Signal(container_id=container.id, signal=number, all=all)
-        await container.pod.call(pb.Request(signal=signal))
+        await link_of(container.pod).call(pb.Request(signal=signal))
 
     async def remove(self, container: Container) -> None:
         """Let the agent kill what is left and unmount; close the log, and end the propagation of mounts."""
         pod = container.pod
         if pod.record.ready and container.record.started_at_ns:
-            await pod.call(pb.Request(remove=pb.Remove(container_id=container.id)))
+            await link_of(pod).call(pb.Request(remove=pb.Remove(container_id=container.id)))
         self.detach(container)
         await self._propagation.release(container)
 
@@ -153,12 +154,12 @@ class VmContainers:
         return container.relay
 
     async def _resume_log(self, container: Container) -> None:
-        client = await container.pod.guest()
+        client = await link_of(container.pod).guest()
         relay = await self._open_log(container)
         stream = await relay.attach(client)
         asked = relay.offset
         request = pb.OpenLog(container_id=container.id, offset=asked, stream=stream, window=WINDOW)
-        reply = await container.pod.call(pb.Request(open_log=request))
+        reply = await link_of(container.pod).call(pb.Request(open_log=request))
         opened = reply.log_opened.offset
         if opened != asked:
             log.error("container %s: log bytes %d to %d are lost", container.id, asked, opened)

@@ -12,10 +12,11 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.inventory import Inventory
 from sandbox.plan.encode import encode_cgroup_files
 from sandbox.plan.resources import compile_pod_resources, compile_resources
-from sandbox.pod import GUEST_CALL_TIMEOUT_S, Pod
+from sandbox.pod import Pod
 from sandbox.spec import ContainerId, Resources
 from sandbox.stats.host_usage import HostUsage
 from sandbox.usage import UsageSample
+from sandbox.vm_pods.link import GUEST_CALL_TIMEOUT_S, link_of
 from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.runtime import runtime_of
 from sandbox.vm_pods.usage import POD_CGROUP, decode_usage, usage_request
@@ -38,7 +39,7 @@ class VmControl:
         files = compile_pod_resources(resources, vcpus=pod.vcpus)
         await self._resizer.ensure_capacity(pod, resources, overhead)
         write = pb.WriteCgroup(container_id=POD_CGROUP, files=encode_cgroup_files(files))
-        await pod.call(pb.Request(write_cgroup=write))
+        await link_of(pod).call(pb.Request(write_cgroup=write))
 
     async def limit(self, container: Container, resources: Resources) -> None:
         """Grow the VM if it must, then write the files of the container's cgroup in the guest."""
@@ -48,18 +49,19 @@ class VmControl:
             pod, pod.record.resources, pod.record.overhead, {container.id: resources}
         )
         try:
-            await pod.call(_limits(container, resources))
+            await link_of(pod).call(_limits(container, resources))
         except GuestError:
             # one of several files was refused: restore those written before it
             with contextlib.suppress(SandboxError):
-                await pod.call(_limits(container, current))
+                await link_of(pod).call(_limits(container, current))
             raise
 
     async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> UsageSample:
         """Read all files in one request to the agent."""
-        if pod.client is None:
+        client = link_of(pod).client
+        if client is None:
             raise GuestUnreachable(f"pod {pod.id}: no connection to its agent")
-        reply = await pod.client.call(usage_request(ids, files=files), GUEST_CALL_TIMEOUT_S)
+        reply = await client.call(usage_request(ids, files=files), GUEST_CALL_TIMEOUT_S)
         return decode_usage(reply.values, len(ids))
 
     def pids(self, container: Container) -> Mapping[str, int]:
@@ -94,8 +96,9 @@ class VmControl:
             facts["pid"] = handle.vmm.pid
             facts["helpers"] = {name: identity.pid for name, identity in handle.helpers.items()}
             facts["hostUsage"] = _usage_facts(await asyncio.to_thread(self._host_usage, pod))
-        if pod.machine is not None:
-            facts["vmm"] = dict(await pod.machine.describe())
+        machine = link_of(pod).machine
+        if machine is not None:
+            facts["vmm"] = dict(await machine.describe())
         return facts
 
 

@@ -31,6 +31,7 @@ from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.clock_sync import sync_clock
 from sandbox.vm_pods.containers import VmContainers
 from sandbox.vm_pods.control import VmControl
+from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.pool import VmPool
 from sandbox.vm_pods.propagation import PropagationSync
 from sandbox.vm_pods.resize import Resizer
@@ -108,7 +109,7 @@ class VmPods:
                     ),
                 )
             )
-        pod.on_event = self._containers.handle_event
+        link_of(pod).on_event = self._containers.handle_event
         pod.record_runtime(size=size)
         return pod, steps
 
@@ -122,7 +123,7 @@ class VmPods:
 
     async def adopt(self, pod: Pod) -> None:
         """Attach to the VM, connect to its agent, and settle the containers by what the agent says."""
-        pod.on_event = self._containers.handle_event
+        link_of(pod).on_event = self._containers.handle_event
         try:
             welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S)
         except VmmGone as error:
@@ -148,13 +149,14 @@ class VmPods:
 
     async def _supervise(self, pod: Pod) -> None:
         """Keep the pod connected to its agent until the VM ends."""
-        assert pod.machine is not None
-        death = asyncio.create_task(pod.machine.wait())
-        clock = self._deps.tasks.spawn(sync_clock(lambda: pod.client), f"clock of pod {pod.id[:12]}")
+        link = link_of(pod)
+        assert link.machine is not None
+        death = asyncio.create_task(link.machine.wait())
+        clock = self._deps.tasks.spawn(sync_clock(lambda: link.client), f"clock of pod {pod.id[:12]}")
         try:
             while not death.done():
-                assert pod.client is not None
-                lost = asyncio.create_task(pod.client.wait_closed())
+                assert link.client is not None
+                lost = asyncio.create_task(link.client.wait_closed())
                 await asyncio.wait({death, lost}, return_when=asyncio.FIRST_COMPLETED)
                 lost.cancel()
                 if not death.done():
@@ -170,8 +172,7 @@ class VmPods:
     async def _reconnect(self, pod: Pod, death: asyncio.Task[str]) -> None:
         """Retry until the pod is connected or its VM has ended. Raises VersionMismatch without a retry."""
         log.warning("pod %s: lost the connection to its agent; reconnecting", pod.id)
-        pod.client = None
-        pod.connected.clear()
+        link_of(pod).lose_client()
         while not death.done():
             try:
                 welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S)
@@ -184,8 +185,9 @@ class VmPods:
                 await asyncio.wait({death}, timeout=RECONNECT_PAUSE_S)
 
     async def _adopt_later(self, pod: Pod) -> None:
-        assert pod.machine is not None
-        death = asyncio.create_task(pod.machine.wait())
+        link = link_of(pod)
+        assert link.machine is not None
+        death = asyncio.create_task(link.machine.wait())
         try:
             await self._reconnect(pod, death)
         except VersionMismatch as error:

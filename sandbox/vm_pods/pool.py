@@ -37,6 +37,7 @@ from sandbox.pod import Pod
 from sandbox.records import PodRecord, PodState, Source, VmRuntime
 from sandbox.spec import Handler, PodId, PodSpec, VmSize
 from sandbox.vm_pods.accelerator import AcceleratorChoice
+from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.steps import PodSteps, Vm
 from sandbox.vm_pods.templates import Templates
 from sandbox.vm_pods.warmup import warm_network, warm_up
@@ -220,8 +221,9 @@ class VmPool:
         try:
             await bring_up(self._deps.steps.ahead, pod)
             await self._warm(pod)
-            assert pod.machine is not None
-            await pod.machine.pause()
+            machine = link_of(pod).machine
+            assert machine is not None
+            await machine.pause()
         except BaseException:  # also when cancelled: the daemon is ending, and the VM would never be claimed
             await self._take_down(pod)
             raise
@@ -230,7 +232,7 @@ class VmPool:
     async def _warm(self, pod: Pod) -> None:
         """Run a container, so that the pod's first one starts as fast as its second. A VM in which that fails
         is still usable."""
-        client = await pod.guest()
+        client = await link_of(pod).guest()
         try:
             await warm_network(client)
             await warm_up(client, pod.back_of(pod.rootfs_share) / "warm", f"{GUEST_ROOTFS}/warm")
@@ -238,8 +240,9 @@ class VmPool:
             log.warning("pooled VM %s is kept though its warm-up container failed: %s", pod.id, error)
 
     async def _watch(self, pod: Pod, pool: list[PooledVm]) -> None:
-        assert pod.machine is not None
-        reason = await pod.machine.wait()
+        machine = link_of(pod).machine
+        assert machine is not None
+        reason = await machine.wait()
         log.error("pooled VM %s ended: %s", pod.id, reason)
         for dead in [each for each in pool if each.pod is pod]:
             pool.remove(dead)

@@ -36,6 +36,7 @@ from sandbox.host.openat import open_beneath
 from sandbox.host.tasks import Tasks
 from sandbox.records import Propagated
 from sandbox.spec import MountSpec, Propagation, Value
+from sandbox.vm_pods.link import link_of
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class PropagationSync:
         read = pb.ReadCgroup(paths=[f"/proc/{container.pid}/mountinfo"])
         async with container.propagation_lock:
             try:
-                reply = await container.pod.call(pb.Request(read_cgroup=read))
+                reply = await link_of(container.pod).call(pb.Request(read_cgroup=read))
                 if container.running and reply.values.values:
                     await apply_table(container, reply.values.values[0].decode(errors="replace"))
             except (SandboxError, OSError) as error:

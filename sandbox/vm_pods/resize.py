@@ -16,6 +16,7 @@ from sandbox.plan.values import HugeDirectory
 from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.spec import ContainerId, Resources, VmSize
+from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.runtime import runtime_of
 
 _ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)
@@ -59,4 +60,4 @@ class Resizer:
             pages = pb.HugePages(
                 count=size.huge_mib // HUGE_PAGE_MIB, directories=encode_huge_directories(directories)
             )
-            await pod.call(pb.Request(huge_pages=pages))
+            await link_of(pod).call(pb.Request(huge_pages=pages))

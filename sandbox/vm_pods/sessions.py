@@ -9,6 +9,7 @@ from sandbox.plan.encode import encode_process
 from sandbox.plan.values import ProcessPlan
 from sandbox.pod import Pod
 from sandbox.session import ExecResult
+from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.propagation import PropagationSync
 
 DIAL_TIMEOUT_S = 30.0
@@ -24,7 +25,7 @@ class VmSessions:
         self, container: Container, process: ProcessPlan, timeout_s: float | None, limit: int
     ) -> ExecResult:
         """Run the process by one request; then repeat on the host what it mounted."""
-        client = await container.pod.guest()
+        client = await link_of(container.pod).guest()
         result = await run_exec(client, container.id, encode_process(process), timeout_s, limit)
         # a command that mounted something on a bidirectional volume expects to find it on the host now
         await self._propagation.sync(container)
@@ -34,7 +35,7 @@ class VmSessions:
         self, container: Container, process: ProcessPlan, *, stdin: bool, stdout: bool, stderr: bool
     ) -> GuestExec:
         """Start the process with a stream for each of its standard files."""
-        client = await container.pod.guest()
+        client = await link_of(container.pod).guest()
         return await GuestExec.start(
             client, container.id, encode_process(process), stdin=stdin, stdout=stdout, stderr=stderr
         )
@@ -43,7 +44,7 @@ class VmSessions:
         self, container: Container, *, stdin: bool, stdout: bool, stderr: bool
     ) -> GuestAttachment:
         """Connect streams to the first process; the agent replays nothing."""
-        client = await container.pod.guest()
+        client = await link_of(container.pod).guest()
         return await GuestAttachment.start(
             client,
             container.id,
@@ -55,7 +56,7 @@ class VmSessions:
 
     async def dial(self, pod: Pod, port: int) -> GuestPortConnection:
         """Let the agent connect to the port in the guest."""
-        return await GuestPortConnection.dial(await pod.guest(), port, DIAL_TIMEOUT_S)
+        return await GuestPortConnection.dial(await link_of(pod).guest(), port, DIAL_TIMEOUT_S)
 
     async def reopen_log(self, container: Container) -> None:
         """Let the log's relay go on in a new file."""

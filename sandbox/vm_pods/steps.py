@@ -49,6 +49,7 @@ from sandbox.steps.container import CompiledPlan
 from sandbox.steps.pod import Cgroup, Netns, Network, RunDir, Shares
 from sandbox.vm_pods.boot_phases import guest_phases
 from sandbox.vm_pods.clock_sync import check_clock
+from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.rootfs import guest_root
 from sandbox.vm_pods.runtime import handle_of, runtime_of
 from sandbox.vm_pods.templates import Templates
@@ -128,8 +129,9 @@ class Vm:
             self._check_clock(pod)
 
     def _check_clock(self, pod: Pod) -> None:
-        assert pod.client is not None
-        check_clock(pod.client, handle_of(pod).vmm)
+        client = link_of(pod).client
+        assert client is not None
+        check_clock(client, handle_of(pod).vmm)
 
     async def _continue(self, pod: Pod, template: Path) -> bool:
         spec = self.plan(pod, base_size(pod.require_handler()))
@@ -160,12 +162,13 @@ class Vm:
             ),
         )
         with pod.phase(phase):
-            pod.machine = await self.hypervisor.start(own, (pod.require_tap(),))
-            pod.update_runtime(handle=pod.machine.handle)
+            machine = await self.hypervisor.start(own, (pod.require_tap(),))
+            link_of(pod).machine = machine
+            pod.update_runtime(handle=machine.handle)
         with pod.phase("agent"):
             welcome = await connect(self.hypervisor, pod, timeout_s)
         with pod.phase("mounts"):
-            await pod.call(pb.Request(prepare=PREPARE), timeout_s)
+            await link_of(pod).call(pb.Request(prepare=PREPARE), timeout_s)
         pod.update_runtime(guest_kernel=welcome.kernel)
 
     def directories(self, pod: Pod) -> tuple[str, ...]:
@@ -202,7 +205,7 @@ class Size:
         pod.close_tap()
 
     async def _resume_and_grow(self, pod: Pod) -> None:
-        machine, runtime = pod.machine, runtime_of(pod)
+        machine, runtime = link_of(pod).machine, runtime_of(pod)
         size, handle = runtime.size, runtime.handle
         if machine is None or handle is None:
             raise VmmGone("the pooled VM has ended")
@@ -222,10 +225,11 @@ async def grow(pod: Pod, size: VmSize) -> None:
     Raises VmmError if the hypervisor cannot or the guest does not accept it, VmmGone, GuestError,
     GuestUnreachable.
     """
-    if pod.machine is None:
+    link = link_of(pod)
+    if link.machine is None:
         raise VmmGone("the VM has ended")
-    await pod.machine.grow(size.memory_mib, size.vcpus)
-    await pod.call(pb.Request(online_cpus=pb.OnlineCpus(count=size.vcpus)))
+    await link.machine.grow(size.memory_mib, size.vcpus)
+    await link.call(pb.Request(online_cpus=pb.OnlineCpus(count=size.vcpus)))
     pod.update_runtime(size=size)
 
 
@@ -236,9 +240,9 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welc
     The epoch is saved before it is used, so no two daemons ever share one. Raises VmmGone as soon as the VMM
     has ended, GuestUnreachable after `timeout_s`.
     """
-    handle = handle_of(pod)
-    if pod.machine is None:
-        pod.machine = await hypervisor.attach(handle)
+    handle, link = handle_of(pod), link_of(pod)
+    if link.machine is None:
+        link.machine = await hypervisor.attach(handle)
     pod.update_runtime(epoch=runtime_of(pod).epoch + 1)
     runtime = runtime_of(pod)
     greeting = asyncio.create_task(
@@ -246,20 +250,20 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welc
             handle.channel,
             token=runtime.token,
             epoch=runtime.epoch,
-            on_event=pod.take_event,
+            on_event=link.handle_event,
             timeout_s=timeout_s,
         )
     )
-    death = asyncio.create_task(pod.machine.wait())
+    death = asyncio.create_task(link.machine.wait())
     try:
         await asyncio.wait({greeting, death}, return_when=asyncio.FIRST_COMPLETED)
         if not greeting.done():
             raise VmmGone(f"the VM ended before its agent answered: {death.result()}")
-        pod.client = greeting.result()
+        link.client = greeting.result()
     finally:
         await end(greeting, death)
-    pod.connected.set()
-    return pod.client.welcome
+    link.connected.set()
+    return link.client.welcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +281,7 @@ class Identity:
             machine_id=pod.id[:32],
             wall_ns=time.time_ns(),
         )
-        await pod.call(pb.Request(configure=encode_configuration(identity)))
+        await link_of(pod).call(pb.Request(configure=encode_configuration(identity)))
 
     async def down(self, pod: Pod) -> None:
         """Do nothing: it ends with the VM."""
@@ -297,7 +301,7 @@ class Guest:
         assert network is not None
         await self._plug_nics(pod, network)
         configuration = compile_network(pod.record.spec, network, first_mac=FIRST_MAC)
-        await pod.call(pb.Request(configure=encode_configuration(configuration)))
+        await link_of(pod).call(pb.Request(configure=encode_configuration(configuration)))
         if runtime_of(pod).source is Source.BOOT:  # a restored guest booted when its template was made
             record_guest_phases(pod)
 
@@ -312,11 +316,12 @@ class Guest:
             return
         if len(network.interfaces) > MAX_NICS:
             raise VmmError(f"the network has {len(network.interfaces)} interfaces, a VM at most {MAX_NICS}")
-        assert pod.machine is not None
+        machine = link_of(pod).machine
+        assert machine is not None
         taps = await self.networks.open_taps(pod.id, begin=1)
         try:
             for number, nic, tap in zip(range(1, MAX_NICS), others, taps, strict=False):
-                await pod.machine.plug_nic(number, NicSpec(mac=nic.mac, mtu=nic.mtu), tap)
+                await machine.plug_nic(number, NicSpec(mac=nic.mac, mtu=nic.mtu), tap)
         finally:
             for tap in taps:
                 os.close(tap)
@@ -324,12 +329,13 @@ class Guest:
 
 def record_guest_phases(pod: Pod) -> None:
     """Record the phases of its boot that the guest reported when the connection was made."""
-    if pod.client is None:
+    client = link_of(pod).client
+    if client is None:
         return
     pod.record_phases(
         *guest_phases(
-            pod.client.welcome,
-            received_s=pod.client.welcomed_s,
+            client.welcome,
+            received_s=client.welcomed_s,
             began_s=pod.began,
             vmm_started_s=process.started_s(handle_of(pod).vmm),
         )

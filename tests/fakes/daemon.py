@@ -23,6 +23,7 @@ from sandbox.pod import Pod
 from sandbox.spec import Handler, VmSize
 from sandbox.stats.host_usage import HostUsage, ProcessUsage
 from sandbox.vm_pods.accelerator import AcceleratorChoice
+from sandbox.vm_pods.link import VmLink
 from tests.fakes.host import FakeHypervisor, FakeNetworks, FakeRootfs, Ledger
 
 IMAGE = Image(
@@ -167,8 +168,8 @@ async def kill(daemon: Daemon) -> None:
     """End a built daemon as SIGKILL would: tasks and connections end, the host stays as it is."""
     await daemon.tasks.close()
     for pod in daemon.inventory.pods.values():
-        if pod.client is not None:
-            await pod.client.close()
+        if isinstance(pod.link, VmLink) and pod.link.client is not None:
+            await pod.link.client.close()
 
 
 def find_image(name: str) -> Image:

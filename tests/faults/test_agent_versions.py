@@ -16,6 +16,7 @@ from sandbox.errors import GuestUnreachable, SandboxError, WrongState
 from sandbox.guest.frames import MIN_VERSION, VERSION
 from sandbox.records import ContainerState, PodState
 from sandbox.spec import ContainerSpec, PodId, PodSpec
+from sandbox.vm_pods.link import link_of
 from tests.fakes.daemon import FakeHost, RestartableDaemon
 from tests.fakes.guest import FakeAgent
 from tests.kit.eventually import eventually
@@ -94,7 +95,7 @@ async def test_agent_without_a_common_version_makes_its_pod_not_ready(
     with pytest.raises(WrongState):
         await daemon.containers.exec_sync(daemon.container, ["true"], 1)
     with pytest.raises(GuestUnreachable, match="protocol version"):
-        await daemon.inventory.pod(daemon.pod).guest(5)
+        await link_of(daemon.inventory.pod(daemon.pod)).guest(5)
 
 
 @pytest.mark.parametrize("container_first", [True, False])
@@ -131,6 +132,6 @@ async def test_agent_that_changes_its_version_on_a_reconnect_makes_its_pod_not_r
     daemon.agent.drop()
     await eventually(lambda: daemon.pods.find(daemon.pod).state is PodState.NOT_READY)
     with pytest.raises(SandboxError):
-        await daemon.inventory.pod(daemon.pod).guest(5)
+        await link_of(daemon.inventory.pod(daemon.pod)).guest(5)
     await daemon.pods.remove(daemon.pod)
     daemon.assert_stopped_and_removed()

@@ -26,6 +26,7 @@ from sandbox.host.mounts import mounts_below
 from sandbox.lifecycle import UndoFailed
 from sandbox.records import ContainerState, PodState
 from sandbox.spec import ContainerId, PodId
+from sandbox.vm_pods.link import link_of
 from tests.faults.test_pod_faults import Daemon, container_spec, pod_spec, root
 
 __all__ = ["root"]  # a fixture
@@ -192,7 +193,7 @@ async def test_unreadable_pod_record_is_used_again_once_it_can_be_read(
     await site.restart()
     assert site.daemon.pods.find(site.pod).state is PodState.READY
     site.assert_untouched(before)
-    assert site.daemon.inventory.pods[site.pod].client is not None, "its agent is connected again"
+    assert link_of(site.daemon.inventory.pods[site.pod]).client is not None, "its agent is connected again"
 
 
 async def test_containers_of_quarantined_pod_are_shown_and_refuse_every_use(site: Site) -> None:

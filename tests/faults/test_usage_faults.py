@@ -24,6 +24,7 @@ from sandbox.stats.layer_usage import LayerUsage
 from sandbox.stats.parse import PodStats
 from sandbox.usage import CGROUP_FILES
 from sandbox.vm_pods import control
+from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.usage import PATHS
 from tests.fakes.guest import FakeAgent
 from tests.fakes.host import FakeRootfs
@@ -185,7 +186,7 @@ async def test_guest_that_answers_again_is_read_again(
 async def test_pod_without_connection_is_left_out_at_once(daemon: Daemon, stats: StatsCollector) -> None:
     id, _, _ = await running(daemon)
     pod = daemon.inventory.pods[id]
-    pod.client = None
+    link_of(pod).client = None
     async with asyncio.timeout(1):
         assert await read(stats, id) == []
 
