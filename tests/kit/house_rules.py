@@ -36,7 +36,7 @@ def long_files(path: str, text: str) -> Iterator[Offence]:
 def bad_test_names(path: str, text: str) -> Iterator[Offence]:
     """Yield tests whose name has an upper-case letter or fewer than two words after `test_`."""
     for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not node.name.startswith("test"):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not node.name.startswith("test_"):
             continue
         if not TEST_NAME.fullmatch(node.name):
             yield Offence(path, node.lineno, f"{node.name} does not match {TEST_NAME.pattern}")
