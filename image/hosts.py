@@ -10,6 +10,7 @@
       client = [["c.pem", "k.pem"]]
       skip_verify = false
       override_path = false    # true: the URL's path is the whole prefix, no /v2 is added
+      dial_timeout = "3s"      # for connecting, a duration as Go writes it
       [host."https://mirror.example.com".header]
         x-thing = "value"
 
@@ -23,6 +24,7 @@ Source: containerd, docs/hosts.md. A directory without hosts.toml may hold *.crt
 from __future__ import annotations
 
 import ipaddress
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +39,11 @@ HUB_SERVER = "registry-1.docker.io"
 CAPABILITIES = frozenset(("pull", "resolve"))
 _KEYS = frozenset(("capabilities", "ca", "client", "skip_verify", "override_path", "header", "dial_timeout"))
 
+_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|h)")
+_DURATION = re.compile(rf"0|(?:{_DURATION_PART.pattern})+")
+_DURATION_LIMIT_S = 3600.0
+
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """One host to ask, with the settings of its table in hosts.toml."""
@@ -49,6 +56,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     client: tuple[tuple[str, str], ...] = ()  # certificate, key (empty: in the same file)
     skip_verify: bool = False
     headers: tuple[tuple[str, str], ...] = ()
+    dial_timeout_s: float | None = None  # None: Timing.connect_s
     mirror: bool = False
     # the scheme is not configured, and a registry on loopback may not speak TLS: fall back to http
     plain_fallback: bool = False
@@ -166,6 +174,7 @@ class _Parser:
             client=self._client(table, where),
             skip_verify=self._flag(table, "skip_verify", where),
             headers=self._headers(table, where),
+            dial_timeout_s=self._duration(table, "dial_timeout", where),
         )
 
     def _strings(self, table: Mapping[str, object], key: str, where: str) -> tuple[str, ...]:
@@ -180,6 +189,14 @@ class _Parser:
         if not isinstance(value, bool):
             raise self._invalid(f"{where}.{key}", "must be true or false")
         return value
+
+    def _duration(self, table: Mapping[str, object], key: str, where: str) -> float | None:
+        """Parse a duration of Go's time.ParseDuration in seconds; None for one that is absent or zero."""
+        value = table.get(key, "0")
+        if not isinstance(value, str) or not _DURATION.fullmatch(value):
+            raise self._invalid(f"{where}.{key}", 'must be a duration such as "500ms" or "1m30s"')
+        seconds = sum(float(number) * _UNITS_S[unit] for number, unit in _DURATION_PART.findall(value))
+        return min(seconds, _DURATION_LIMIT_S) or None
 
     def _client(self, table: Mapping[str, object], where: str) -> tuple[tuple[str, str], ...]:
         """Parse `client`: a file with certificate and key, a list of those, or of [certificate, key]."""

@@ -6,6 +6,7 @@
     retry      retries with exponential backoff and Retry-After
     challenge  WWW-Authenticate headers
     token      the Authorization header of one host; the bearer token exchange
+    proxy      HTTPS_PROXY, NO_PROXY
     transport  connections, TLS, the fallback to plain HTTP on loopback; the only user of the HTTP library
     errors     error responses as ImageError or TemporaryFailure, with secrets removed
     timing     all timeouts and retry limits

@@ -10,7 +10,7 @@ from typing import TypeVar
 from image.errors import RegistryUnavailable
 from image.registry.errors import TemporaryFailure
 from image.registry.timing import Timing
-from image.registry.transport import TransportError, describe, is_certificate_error
+from image.registry.transport import TransportError, describe, is_permanent
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Retrier:
 
 
 def _may_be_temporary(error: Exception) -> bool:
-    return not (isinstance(error, TransportError) and is_certificate_error(error))
+    return not (isinstance(error, TransportError) and is_permanent(error))
 
 
 def _problem(error: Exception) -> str:

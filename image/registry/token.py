@@ -8,6 +8,7 @@ for one scope, with its credentials if it has any, and shows that token to the r
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import msgspec
@@ -19,7 +20,7 @@ from image.reference import Reference
 from image.registry.challenge import Challenge, parse_challenges
 from image.registry.errors import TemporaryFailure, error_detail, is_temporary, read_bounded, retry_after_s
 from image.registry.timing import Timing
-from image.registry.transport import Response, Transport, with_query
+from image.registry.transport import REDIRECT_LIMIT, Response, Transport, origin, redirect_target, with_query
 
 TOKEN_BODY_LIMIT = 1 << 20
 
@@ -105,10 +106,9 @@ class Authorizer:
         return token
 
     async def _fetch(self, challenge: Challenge) -> bytes:
-        self._check_safe(challenge.realm)
         response = await self._request(challenge)
         try:
-            if response.status_code != 200:
+            if not 200 <= response.status_code < 300:
                 await self._raise_refused(response)
             return await read_bounded(response, TOKEN_BODY_LIMIT)
         finally:
@@ -123,19 +123,50 @@ class Authorizer:
             raise self._unauthorized(own.address, 401, "its token service does not use https")
 
     async def _request(self, challenge: Challenge) -> Response:
+        """Ask the token service, and follow its redirects. A credential is sent to one origin only."""
+        url, form = self._question(challenge)
+        service = origin(url)
+        for _ in range(REDIRECT_LIMIT):
+            self._check_safe(url)
+            response = await self._send(url, form, trusted=origin(url) == service)
+            target = self._redirect_target(response)
+            if target is None:
+                return response
+            await response.aclose()
+            if form and response.status_code not in (307, 308):
+                form = {}  # becomes a GET (RFC 9110, 15.4)
+            url = target
+        raise self._unauthorized(urlsplit(url).netloc, response.status_code, "too many redirects")
+
+    async def _send(self, url: str, form: Mapping[str, str], *, trusted: bool) -> Response:
+        if form and not trusted:
+            problem = "the token service redirects to another host, which must not get the identity token"
+            raise self._unauthorized(urlsplit(url).netloc, 401, problem)
+        if form:
+            return await self._transport.post(url, form)
+        basic = self._credential.basic
+        return await self._transport.get(url, {"Authorization": basic} if basic and trusted else {})
+
+    def _redirect_target(self, response: Response) -> str | None:
+        try:
+            return redirect_target(response)
+        except ValueError as error:
+            host = self._transport.host.address
+            raise self._unauthorized(host, response.status_code, f"token service: {error}") from error
+
+    def _question(self, challenge: Challenge) -> tuple[str, Mapping[str, str]]:
+        """Return the URL to ask, and the form to post to it; empty for a GET."""
         own = self._credential
         scope = challenge.scope or f"repository:{self._reference.path}:pull"
         if own.identity_token:
-            form = {
+            return challenge.realm, {
                 "grant_type": "refresh_token",
                 "refresh_token": own.identity_token,
                 "service": challenge.service,
                 "scope": scope,
                 "client_id": "husk",
             }
-            return await self._transport.post(challenge.realm, form)
-        url = with_query(challenge.realm, {"service": challenge.service, "scope": scope})
-        return await self._transport.get(url, {"Authorization": own.basic} if own.basic else {})
+        return with_query(challenge.realm, {"service": challenge.service, "scope": scope}), {}
 
     async def _raise_refused(self, response: Response) -> None:
         status, service = response.status_code, response.request.url.netloc.decode("ascii", "replace")

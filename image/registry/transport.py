@@ -6,6 +6,7 @@ followed here: `endpoint` and `token` decide what may be sent to another host.
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Mapping
 from urllib.parse import urljoin, urlsplit
@@ -15,6 +16,7 @@ import msgspec
 
 from image.errors import MirrorConfigInvalid
 from image.hosts import Host
+from image.registry.proxy import ProxyRules
 from image.registry.timing import Timing
 
 Response = httpx2.Response
@@ -72,14 +74,53 @@ class Transport:
     def _open(self) -> httpx2.AsyncClient:
         if self._client is None:
             timing = self._timing
+            connect_s = self.host.dial_timeout_s or timing.connect_s
             self._client = httpx2.AsyncClient(
-                verify=_tls_context(self.host),
+                transport=_Router(self.host, ProxyRules(os.environ)),
                 follow_redirects=False,
-                timeout=httpx2.Timeout(timing.stall_s, connect=timing.connect_s, pool=None),
-                limits=httpx2.Limits(max_connections=CONNECTION_LIMIT),
+                timeout=httpx2.Timeout(timing.stall_s, connect=connect_s, pool=None),
                 headers={"User-Agent": "husk"},
+                trust_env=False,
             )
         return self._client
+
+
+class _Router(httpx2.AsyncBaseTransport):
+    """Sends each request directly or through the proxy that the environment names for its URL.
+
+    The TLS context is made at the first https URL: loading the system's authorities takes some 20 ms.
+    """
+
+    def __init__(self, host: Host, proxies: ProxyRules) -> None:
+        self._host = host
+        self._proxies = proxies
+        self._routes: dict[tuple[str, bool], httpx2.AsyncHTTPTransport] = {}
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send a request. Raises TransportError, MirrorConfigInvalid."""
+        proxy, tls = self._proxies.find(str(request.url)), request.url.scheme == "https"
+        route = self._routes.get((proxy, tls))
+        if route is None:
+            route = self._routes[proxy, tls] = self._make_route(proxy, tls)
+        return await route.handle_async_request(request)
+
+    def _make_route(self, proxy: str, tls: bool) -> httpx2.AsyncHTTPTransport:
+        try:
+            return httpx2.AsyncHTTPTransport(
+                verify=_tls_context(self._host) if tls else False,
+                trust_env=False,
+                limits=httpx2.Limits(max_connections=CONNECTION_LIMIT),
+                proxy=proxy or None,
+            )
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:
+            # the URL may hold a password
+            shown = urlsplit(proxy).netloc.rpartition("@")[2]
+            raise httpx2.UnsupportedProtocol(f"proxy {shown} cannot be used: {error}") from None
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        for route in self._routes.values():
+            await route.aclose()
 
 
 def redirect_target(response: Response) -> str | None:
@@ -117,15 +158,13 @@ def describe(error: TransportError) -> str:
     return str(error) or type(error).__name__
 
 
-def is_certificate_error(error: TransportError) -> bool:
-    """Return whether the server's certificate was not accepted, which no retry changes."""
-    return "CERTIFICATE_VERIFY_FAILED" in str(error)
+def is_permanent(error: TransportError) -> bool:
+    """Return whether no retry helps: a certificate that is not accepted, or an unusable proxy."""
+    return isinstance(error, httpx2.UnsupportedProtocol) or "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 
-def _tls_context(host: Host) -> ssl.SSLContext | bool:
+def _tls_context(host: Host) -> ssl.SSLContext:
     """Raises MirrorConfigInvalid where a certificate or key of hosts.toml cannot be loaded."""
-    if host.scheme == "http":
-        return False
     context = ssl.create_default_context()
     try:
         for authority in host.ca:

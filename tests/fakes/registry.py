@@ -85,6 +85,7 @@ class FakeRegistry:
     password: str = "hunter2-secret"
     identity_token: str = "identity-secret"
     token: str = "token-secret"
+    open_tokens: bool = False  # the token service serves anyone
     realm: str = ""  # empty: this server's own /token
     # other challenges: header lines before the registry's own one
     challenges_before: Sequence[str] = ()
@@ -357,7 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
         form = parse_qs(body.decode())
         by_refresh = form.get("refresh_token") == [self.registry.identity_token]
         by_basic = self.headers.get("authorization", "") == self._basic()
-        if by_refresh or (by_basic and query.get("service") == ["test.service"]):
+        if self.registry.open_tokens or by_refresh or (by_basic and query.get("service") == ["test.service"]):
             self._send(200, json.dumps({"access_token": self.registry.token}).encode(), {})
         else:
             self._error(401, "DENIED", "no such user")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import json
+import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from image.auth import Auth
@@ -134,6 +138,68 @@ async def test_pull_with_each_credential_form_succeeds(
     await store.close()
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_redirect_of_the_token_service_is_followed(
+    registry: FakeRegistry, store: ImageStore, status: int
+) -> None:
+    registry.sign_in = "bearer"
+    registry.put_image("a", "1", [BASE])
+    registry.fail("/token", Status(status, {"Location": "/token?service=test.service"}))
+    assert (await store.pull(f"{registry.address}/a:1", credentials(registry, "password"))).size > 0
+    assert registry.paths().count("/token") == 2
+    await store.close()
+
+
+async def test_redirect_of_the_token_service_keeps_the_posted_form(
+    registry: FakeRegistry, store: ImageStore
+) -> None:
+    registry.sign_in = "bearer"
+    registry.put_image("a", "1", [BASE])
+    registry.fail("/token", Status(307, {"Location": "/token"}))
+    assert (await store.pull(f"{registry.address}/a:1", credentials(registry, "identity"))).size > 0
+    await store.close()
+
+
+async def test_redirect_of_the_token_service_to_another_host_drops_credentials(
+    registry: FakeRegistry, store: ImageStore
+) -> None:
+    registry.sign_in = "bearer"
+    registry.put_image("a", "1", [BASE])
+    with FakeRegistry(open_tokens=True).serving() as other:
+        registry.fail("/token", Status(307, {"Location": f"http://{other.address}/token"}), times=2)
+        assert (await store.pull(f"{registry.address}/a:1", credentials(registry, "password"))).size > 0
+        assert [seen.method for seen in other.seen] == ["GET"]
+        assert "authorization" not in other.seen[0].headers
+        # an identity token is the question itself, so it cannot be asked without
+        error = await pull_error(
+            open_store(Path(store.fs_usage().mountpoint)), f"{registry.address}/a:1",
+            credentials(registry, "identity"),
+        )  # fmt: skip
+        assert isinstance(error, Unauthorized) and "another host" in str(error)
+        assert len(other.seen) == 1
+    await store.close()
+
+
+async def test_redirect_loop_of_the_token_service_fails(registry: FakeRegistry, store: ImageStore) -> None:
+    registry.sign_in = "bearer"
+    registry.fail("/token", Status(307, {"Location": "/token"}), times=99)
+    error = await pull_error(store, f"{registry.address}/a:1", credentials(registry, "password"))
+    assert isinstance(error, Unauthorized) and "too many redirects" in str(error)
+
+
+@pytest.mark.parametrize(
+    "body", [{"token": None, "access_token": "token-secret"}, {"token": "token-secret", "access_token": None}]
+)
+async def test_token_with_status_201_and_null_fields_is_used(
+    registry: FakeRegistry, store: ImageStore, body: dict[str, str | None]
+) -> None:
+    registry.sign_in = "bearer"
+    registry.put_image("a", "1", [BASE])
+    registry.fail("/token", Status(201, body=json.dumps(body).encode()))
+    assert (await store.pull(f"{registry.address}/a:1")).size > 0
+    await store.close()
+
+
 @pytest.mark.parametrize("in_one_line", [False, True])
 @pytest.mark.parametrize(
     "others", [("Negotiate",), ("Negotiate YII=", "NTLM", 'Digest realm="x", nonce="y"')]
@@ -208,6 +274,91 @@ async def test_redirect_loop_fails(registry: FakeRegistry, store: ImageStore) ->
 async def test_redirect_to_file_url_fails(registry: FakeRegistry, store: ImageStore) -> None:
     registry.fail("/manifests/", Status(302, {"Location": "file:///etc/passwd"}), times=99)
     assert isinstance(await pull_error(store, f"{registry.address}/a:1"), RegistryUnavailable)
+
+
+# ------------------------------------------------------------------------------------------------ connections
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port whose connections are never established: its listener's queue is full."""
+    with socket.socket() as listener, contextlib.ExitStack() as clients:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            client = clients.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+async def test_dial_timeout_of_hosts_toml_limits_the_connect(silent_port: int, tmp_path: Path) -> None:
+    text = f'server = "http://127.0.0.1:{silent_port}"\ndial_timeout = "100ms"\n'
+    patient = msgspec.structs.replace(QUICK, connect_s=60.0, attempts=1)
+    store = open_store(tmp_path, timing=patient, config_path=write_hosts(tmp_path, "some.example.com", text))
+    async with asyncio.timeout(30):
+        error = await pull_error(store, "some.example.com/a:1")
+    assert isinstance(error, RegistryUnavailable) and error.problem == "no connection in time"
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Without the machine's own proxies."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("no_proxy", ["", "other.example.com", "10.0.0.0/8"])
+async def test_registry_is_reached_through_the_proxy_of_the_environment(
+    registry: FakeRegistry, tmp_path: Path, environment: pytest.MonkeyPatch, no_proxy: str
+) -> None:
+    """The double is the proxy: it answers for any host."""
+    environment.setenv("HTTP_PROXY", f"http://{registry.address}")
+    environment.setenv("NO_PROXY", no_proxy)
+    registry.put_image("a", "1", [BASE])
+    certs = write_hosts(tmp_path, "some.example.com", 'server = "http://registry.invalid"\n')
+    store = open_store(tmp_path, config_path=certs)
+    assert (await store.pull("some.example.com/a:1")).size > 0
+    await store.close()
+
+
+@pytest.mark.parametrize("no_proxy", ["*", "0.0.0.0", "0.0.0.0:{port}", "x.test,0.0.0.0/8"])
+async def test_registry_in_no_proxy_is_reached_directly(
+    registry: FakeRegistry, tmp_path: Path, environment: pytest.MonkeyPatch, no_proxy: str
+) -> None:
+    """0.0.0.0 connects to this host, and is not a loopback address."""
+    port = registry.address.rpartition(":")[2]
+    environment.setenv("http_proxy", "127.0.0.1:9")
+    registry.put_image("a", "1", [BASE])
+    certs = write_hosts(tmp_path, "some.example.com", f'server = "http://0.0.0.0:{port}"\n')
+    error = await pull_error(open_store(tmp_path, config_path=certs), "some.example.com/a:1")
+    assert isinstance(error, RegistryUnavailable) and registry.seen == []
+    environment.setenv("no_proxy", no_proxy.format(port=port))
+    store = open_store(tmp_path, config_path=certs)
+    assert (await store.pull("some.example.com/a:1")).size > 0
+    await store.close()
+
+
+async def test_registry_on_loopback_is_reached_directly(
+    registry: FakeRegistry, store: ImageStore, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    environment.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    registry.put_image("a", "1", [BASE])
+    assert (await store.pull(f"{registry.address}/a:1")).size > 0
+    await store.close()
+
+
+async def test_unusable_proxy_fails_without_retry_and_without_its_password(
+    tmp_path: Path, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv("HTTP_PROXY", "ftp://user:proxy-secret@proxy.invalid:21")
+    certs = write_hosts(tmp_path, "some.example.com", 'server = "http://registry.invalid"\n')
+    error = await pull_error(open_store(tmp_path, config_path=certs), "some.example.com/a:1")
+    assert isinstance(error, RegistryUnavailable) and error.attempts == 1
+    assert "proxy.invalid" in str(error) and "proxy-secret" not in str(error)
 
 
 # --------------------------------------------------------------------------------------------------- mirrors

@@ -113,3 +113,19 @@ def test_invalid_hosts_toml_is_rejected_with_file_and_key(tmp_path: Path, text: 
     with pytest.raises(MirrorConfigInvalid, match=named) as caught:
         find_hosts(tmp_path, "a.example.com")
     assert "hosts.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3s", 3.0), ("500ms", 0.5), ("1m30s", 90.0), ("1.5s", 1.5), ("0", None), ("0s", None), ("99h", 3600.0)],
+)
+def test_dial_timeout_is_a_duration_of_go(tmp_path: Path, text: str, seconds: float | None) -> None:
+    write(tmp_path, "a.example.com", f'dial_timeout = "{text}"')
+    assert find_hosts(tmp_path, "a.example.com")[0].dial_timeout_s == seconds
+
+
+@pytest.mark.parametrize("value", ["5", '"5"', '"s"', '"-1s"', '"1 s"', '"1d"', '""', '"1s1"'])
+def test_invalid_dial_timeout_is_rejected(tmp_path: Path, value: str) -> None:
+    write(tmp_path, "a.example.com", f"[host.'https://x']\ndial_timeout = {value}")
+    with pytest.raises(MirrorConfigInvalid, match="dial_timeout: must be a duration"):
+        find_hosts(tmp_path, "a.example.com")
