@@ -127,6 +127,19 @@ def test_default_parent_is_removed_with_the_last_pod(groups: Cgroups) -> None:
     groups.remove("q", "")
 
 
+def test_cgroup_with_unknown_parent_is_found_and_removed(groups: Cgroups) -> None:
+    parent = f"{groups.root}/kubepods/burstable/pod1"
+    for pod in ("p", "pq"):
+        groups.create(pod, parent)
+    groups.create_pooled("p")
+    groups.remove_anywhere("p")
+    directories = [*groups.directories("p", parent), *groups.directories("p", groups.pool_parent)]
+    assert not any(Path(each).exists() for each in directories)
+    assert all(Path(each).is_dir() for each in groups.directories("pq", parent)), "another pod's stays"
+    groups.remove_anywhere("p")
+    cgroup.remove(groups.layout, groups.root)
+
+
 def test_given_parent_stays(groups: Cgroups) -> None:
     groups.create("p", groups.root)
     groups.remove("p", groups.root)
