@@ -184,6 +184,19 @@ def test_messages_of_the_agent_are_known_to_its_callers_alone() -> None:
     assert {each for each in importers if not each.startswith(SPEAKS_TO_AGENT)} == set()
 
 
+# system calls, bpf(2), libseccomp, liblz4
+FOREIGN_CALLS = {
+    "sandbox.host.syscalls",
+    "sandbox.host.bpf",
+    "sandbox.seccomp.libseccomp",
+    "sandbox.guest_image.vmlinux",
+}
+
+
+def test_foreign_functions_are_called_in_few_modules() -> None:
+    assert imports().find_modules_that_directly_import("ctypes") == FOREIGN_CALLS
+
+
 PURE = (
     "cri.translate",
     "sandbox.plan",

@@ -6,9 +6,7 @@ sockets are reached by path from outside; for TCP, `dial` opens the socket insid
 
 from __future__ import annotations
 
-import ctypes
 import http.client
-import os
 import socket
 import subprocess
 import threading
@@ -16,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-CLONE_NEWNET = 0x40000000
+from sandbox.host import syscalls, threads
 
 # /run has iptables' lock, named namespaces and run-time directories of other runtimes, /var/lib/cni the
 # leases of host-local, /etc/cni its configuration: each namespace gets empty ones.
@@ -121,12 +119,5 @@ class Namespace:
 
 
 def enter_network(pid: int) -> None:
-    """Move the calling thread into that process's network (setns(2); os.setns came with Python 3.12)."""
-    descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.setns(descriptor, CLONE_NEWNET) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), "setns")
-    finally:
-        os.close(descriptor)
+    """Move the calling thread into the network of a process, for the rest of its life."""
+    threads.enter_namespace(Path(f"/proc/{pid}/ns/net"), syscalls.CLONE_NEWNET)

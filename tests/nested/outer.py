@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import secrets
 import shlex
 import sys
@@ -25,13 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sandbox.guest_image.vmlinux import Kernel
-from sandbox.host import cgroup, mount_flags, mounts, process
+from sandbox.host import cgroup, mount_flags, mounts, process, syscalls
 from sandbox.vmm import Machine, ShareSpec, VmSpec
 from sandbox.vmm.drivers import find_hypervisor
 from tests.kit.guest import fetch_kernel, make_image
 from tests.kit.scratch import scratch_dir, scratch_root
 
-CLONE_NEWNS = 0x20000
 MEMORY_MIB = 3072
 VCPUS = 2
 MODULES = ("virtio_pci", "virtiofs", "overlay")
@@ -124,8 +122,7 @@ async def prepare(shared: Path, scratch: Path, command: Sequence[str]) -> Kernel
 
 def leave_mounts() -> None:
     """Enter a new mount namespace, so that no clean-up of the run reaches the host's files."""
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
-        raise OSError(ctypes.get_errno(), "unshare")
+    syscalls.unshare(syscalls.CLONE_NEWNS)
     mounts.set_propagation(Path("/"), mount_flags.MS_REC | mount_flags.MS_PRIVATE)
 
 

@@ -51,7 +51,8 @@ def test_busy_loop_uses_about_one_cpu(cri: Cri, pod: Pod) -> None:
 
 def test_sleeping_container_uses_almost_nothing(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP)
-    assert cpus(lambda: stats_of(cri, container).cpu, 1) < 0.1
+    # its start may be in the first second, and a slow machine stretches it
+    cri.wait_for(lambda: cpus(lambda: stats_of(cri, container).cpu, 1), lambda used: used < 0.1)
     memory = stats_of(cri, container).memory
     assert 0 < memory.working_set_bytes.value < 10 * MIB
     # it has no limit, so the VM's size applies
