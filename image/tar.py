@@ -20,6 +20,9 @@ from typing import Final
 
 BLOCK: Final = 512
 EXTENSION_LIMIT: Final = 4 << 20  # bytes of one pax or GNU extension entry
+EXTENSIONS_LIMIT: Final = 8 << 20  # bytes of all extension entries before one member, their headers included
+COMMON_LIMIT: Final = 16 << 20  # bytes of all global pax entries of an archive, their headers included
+RECORDS_LIMIT: Final = 10_000  # pax records in force at a time
 PATH_LIMIT: Final = 4096  # PATH_MAX
 SPARSE_LIMIT: Final = 1 << 20  # segments of one sparse file
 NUMBER_LIMIT: Final = 1 << 62
@@ -27,6 +30,9 @@ NUMBER_LIMIT: Final = 1 << 62
 REGULAR, HARD_LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
 _DATA_KINDS = frozenset((b"0", b"\0", b"7", b"S"))
 _ZERO = bytes(BLOCK)
+# pax records that mean something here; others are not kept
+_KEYS = frozenset(("path", "linkpath", "size", "uid", "gid", "mtime"))
+_KEY_PREFIXES = ("SCHILY.xattr.", "GNU.sparse.")
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12s")
 
 Xattrs = tuple[tuple[str, bytes], ...]
@@ -127,11 +133,20 @@ def entries(chunks: Chunks) -> Iterator[Entry]:
     TarError.
     """
     common: dict[str, bytes] = {}
+    common_bytes = 0
     while (header := _next_header(chunks)) is not None:
         local: dict[str, bytes] = {}
         sparse: list[tuple[int, int]] = []
         entry = _parse(header)
+        extension_bytes = 0
         while entry.kind in b"xgLKXV":
+            extension_bytes += BLOCK + entry.size
+            if extension_bytes > EXTENSIONS_LIMIT:
+                raise TarError(f"more than {EXTENSIONS_LIMIT} bytes of extension headers before one entry")
+            if entry.kind == b"g":
+                common_bytes += BLOCK + entry.size
+                if common_bytes > COMMON_LIMIT:
+                    raise TarError(f"more than {COMMON_LIMIT} bytes of global extension headers")
             _extension(chunks, entry, common, local, sparse)
             following = _next_header(chunks)
             if following is None:
@@ -227,8 +242,6 @@ def _extension(
             _records(data, local, sparse)
         case b"g":
             _records(data, common, sparse)
-            if len(common) > 10_000:
-                raise TarError("too many global pax records")
         case b"L":
             local["path"] = data.partition(b"\0")[0]
         case b"K":
@@ -259,10 +272,13 @@ def _records(data: bytes, into: dict[str, bytes], sparse: list[tuple[int, int]])
             sparse.append((offset, _decimal(value)))
             if len(sparse) > SPARSE_LIMIT:
                 raise TarError("too many segments in a sparse file")
-        elif value:
-            into[key] = value
-        else:
-            into.pop(key, None)
+        elif key in _KEYS or key.startswith(_KEY_PREFIXES):
+            if value:
+                into[key] = value
+            else:
+                into.pop(key, None)
+            if len(into) > RECORDS_LIMIT:
+                raise TarError(f"more than {RECORDS_LIMIT} pax records")
         at = end
 
 

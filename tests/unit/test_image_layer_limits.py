@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import tarfile
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from tests.kit.layers import (
     listing,
     make_jail,
     padded,
+    pax_records,
     raw_header,
     raw_header_gnu,
     with_pax,
@@ -223,6 +226,44 @@ def test_name_longer_than_255_bytes_is_rejected(jail: Jail) -> None:
 def test_huge_extension_header_is_rejected(jail: Jail) -> None:
     with pytest.raises(LayerRejected, match="extension header"):
         jail.unpack_bytes(raw_header(entry("x", tarfile.XHDTYPE, size=1 << 30)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_endless_extension_headers_are_rejected_in_bounded_memory(jail: Jail, kind: bytes, size: int) -> None:
+    """Hundreds of megabytes of distinct records come from a layer of half a megabyte."""
+
+    def headers() -> Iterator[bytes]:
+        for number in itertools.count():
+            body = b"".join(
+                b"32 SCHILY.xattr.user.%08d=x\n" % (number * 10_000 + n) for n in range(size // 32)
+            )
+            yield raw_header(entry("x", kind, size=len(body))) + padded(body)
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(LayerRejected, match=r"extension headers|pax records"):
+            layer.unpack(headers(), str(jail.root))
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_endless_global_headers_between_entries_are_rejected(jail: Jail) -> None:
+    def headers() -> Iterator[bytes]:
+        body = pax_records(comment="x" * 1_000_000)
+        for number in itertools.count():
+            yield raw_header(entry("x", tarfile.XGLTYPE, size=len(body))) + padded(body)
+            yield raw_header(entry(f"f{number}"))
+
+    with pytest.raises(LayerRejected, match="global extension headers"):
+        layer.unpack(headers(), str(jail.root))
+
+
+def test_unknown_pax_records_are_not_kept(jail: Jail) -> None:
+    records = {f"VENDOR__{n}": "x" for n in range(20_000)}
+    jail.unpack_bytes(with_pax(entry("placeholder"), b"", path="name", **records))
+    assert listing(jail.root) == ["name"]
 
 
 @pytest.mark.parametrize(
