@@ -223,7 +223,7 @@ def test_pure_files_know_no_clock_files_or_loop(module: str) -> None:
         assert not names & IMPURE, each
 
 
-def test_a_plan_depends_on_nothing_that_reads_clock_files_or_loop() -> None:
+def test_plan_depends_on_nothing_that_reads_clock_files_or_loop() -> None:
     """Nor does anything that it imports; `sandbox.vmm` is entered for the values of its seam alone."""
     graph, seen = imports(), {"sandbox.vmm"}
     waiting = {each for each in graph.modules if each.split(".")[:2] == ["sandbox", "plan"]}

@@ -40,7 +40,9 @@ def test_lock_of_a_killed_process_is_free_and_not_inherited(tmp_path: Path) -> N
             pass
         holder.kill()
         holder.wait(10)
-    with hold([tmp_path]), subprocess.Popen(["sleep", "60"]) as child:
+    waits = ["sh", "-c", "echo ready; read line"]  # opens nothing more once it is ready
+    with hold([tmp_path]), subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         descriptors = Path(f"/proc/{child.pid}/fd")
         assert str(tmp_path) not in {str(link.readlink()) for link in descriptors.iterdir()}
         child.kill()

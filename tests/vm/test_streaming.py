@@ -144,7 +144,7 @@ async def test_exec_with_a_terminal(clients: Clients, box: str) -> None:
     assert exit_code(await client.all(streams["error"])) == 5
 
 
-async def test_a_client_that_vanishes(clients: Clients, cri: Cri, box: str) -> None:
+async def test_client_that_disconnects_hangs_up_its_exec(clients: Clients, cri: Cri, box: str) -> None:
     """What it started is hung up: stdin ends, a terminal's programs get SIGHUP."""
     client, _ = await clients.exec(box, "cat", "-", "/dev/null")
     terminal, streams = await clients.exec(box, "sh", "-c", "echo ready; sleep 4321", tty=True)
@@ -205,7 +205,7 @@ async def test_volume_into_the_guest(clients: Clients, daemon: Any, box: str) ->
     assert resident_mib(daemon.pid) - before < GROWTH_MIB
 
 
-async def test_a_stopped_reader_stops_only_its_stream(clients: Clients, cri: Cri, box: str) -> None:
+async def test_stopped_reader_stops_only_its_stream(clients: Clients, cri: Cri, box: str) -> None:
     client = await clients.spdy(clients.exec_url(box, "yes", stdin=False, stderr=False))
     await client.open(streamtype="error")
     stopped = await client.open(streamtype="stdout", hold=True)
