@@ -10,7 +10,7 @@ import os
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -212,10 +212,10 @@ class Cri:
 
     def wait_exited(self, container: str, timeout_s: float = 60) -> api.ContainerStatus:
         """Return a container's status once it has exited; raises AssertionError with the last status."""
-        return self.wait_for(
+        return eventually_sync(
             lambda: self.status(container),
-            lambda status: status.state == api.CONTAINER_EXITED,
-            timeout_s,
+            until=lambda status: status.state == api.CONTAINER_EXITED,
+            timeout_s=timeout_s,
         )
 
     def exec(self, container: str, *command: str, timeout: int = 0) -> ExecResult:
@@ -228,13 +228,6 @@ class Cri:
     def log(self, container: str) -> list[LogLine]:
         """Return the lines of a container's log file."""
         return parse_log(Path(self.status(container).log_path))
-
-    # ------------------------------------------------------------------------------ waiting
-
-    @staticmethod
-    def wait_for(probe: Callable[[], T], until: Callable[[T], object], timeout_s: float = 30) -> T:
-        """Poll as `eventually_sync` does, with its positional arguments first and 30 s by default."""
-        return eventually_sync(probe, until=until, timeout_s=timeout_s)
 
 
 def _id(pod: Pod | str) -> str:

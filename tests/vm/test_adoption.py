@@ -12,6 +12,7 @@ import pytest
 from cri.proto import runtime_v1_pb2 as api
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -42,7 +43,7 @@ def test_pods_outlive_the_daemon(daemon: Daemon, cri: Cri, site: Any, end: Endin
     pod = cri.run_pod(f"survivor-{-status}")
     web = cri.run(pod, WEB, name="web")
     counter = cri.run(pod, BUSYBOX, ["sh", "-c", COUNTER], name="counter")
-    cri.wait_for(lambda: count_of(cri, counter), lambda count: count > 20)
+    eventually_sync(lambda: count_of(cri, counter), until=lambda count: count > 20, timeout_s=30)
     boot = cri.exec(counter, "cat", "/proc/sys/kernel/random/boot_id").stdout
     ip = cri.pod_ip(pod)
     began = cri.status(counter).started_at
@@ -60,7 +61,7 @@ def test_pods_outlive_the_daemon(daemon: Daemon, cri: Cri, site: Any, end: Endin
     assert cri.exec(counter, "cat", "/proc/sys/kernel/random/boot_id").stdout == boot
 
     seen = count_of(cri, counter)
-    cri.wait_for(lambda: count_of(cri, counter), lambda count: count > seen + 20)
+    eventually_sync(lambda: count_of(cri, counter), until=lambda count: count > seen + 20, timeout_s=30)
     third = cri.run(pod, BUSYBOX, ["sleep", "3600"], name="third")
     assert cri.exec(third, "true").code == 0
     cri.stop(counter, timeout=0)
@@ -83,7 +84,7 @@ def leave_and_end_meanwhile(daemon: Daemon, cri: Cri, site: Any, pod: Pod) -> st
             return False
         return True
 
-    cri.wait_for(listening, bool, 20)
+    eventually_sync(listening, timeout_s=20)
     daemon.kill()
     assert "ok" in site.namespace.fetch(ip, 80, "/cgi-bin/go")
     daemon.start()
@@ -105,7 +106,11 @@ def test_vm_that_ended_while_daemon_was_down_is_not_ready(daemon: Daemon, cri: C
     daemon.kill()
     daemon.kill_vmm(pod.id)
     daemon.start()
-    cri.wait_for(lambda: cri.pod_status(pod).status.state, lambda state: state == api.SANDBOX_NOTREADY)
+    eventually_sync(
+        lambda: cri.pod_status(pod).status.state,
+        until=lambda state: state == api.SANDBOX_NOTREADY,
+        timeout_s=30,
+    )
     assert cri.wait_exited(container).exit_code != 0
     cri.remove_pod(pod)
 
@@ -129,7 +134,11 @@ def test_daemon_killed_during_run_pod_sandbox_leaves_nothing_after_restart(daemo
     config = cri.pod_config("half-way")
     request = cri.begin("RunPodSandbox", config=config)
     # the VM runs and its network is up, and no client has the pod's id yet
-    cri.wait_for(lambda: daemon.census().processes, lambda seen: any("qemu" in each for each in seen), 30)
+    eventually_sync(
+        lambda: daemon.census().processes,
+        until=lambda seen: any("qemu" in each for each in seen),
+        timeout_s=30,
+    )
     daemon.kill()
     request.cancel()
     daemon.start()

@@ -21,6 +21,7 @@ from sandbox.apparmor.loaded import HOST_POLICY
 from tests.conftest import Site
 from tests.kit import apparmor
 from tests.kit.cri import Cri, Pod
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 from tests.kit.scratch import scratch_dir
 
@@ -204,7 +205,7 @@ def test_default_profile_allows_ordinary_programs(outcome: Outcome) -> None:
 def test_confined_container_receives_signals(cri: Cri, pod: Pod) -> None:
     script = "trap 'exit 5' TERM; echo ready; while :; do sleep 0.1; done"
     box = cri.run(pod, BUSYBOX, ["sh", "-c", script], linux=security(**DEFAULT))
-    cri.wait_for(lambda: cri.log(box), bool)
+    eventually_sync(lambda: cri.log(box), timeout_s=30)
     cri.stop(box, timeout=20)
     assert cri.status(box).exit_code == 5
 

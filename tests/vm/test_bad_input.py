@@ -16,6 +16,7 @@ from cri.proto import runtime_v1_pb2 as api
 from tests.kit import images
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -200,7 +201,7 @@ def test_missing_cni_configuration_is_reported_and_used_once_it_appears(site: An
         assert daemon.leaks_since(before) == []
         for file in site.cni.iterdir():
             (conf / file.name).write_bytes(file.read_bytes())
-        daemon.cri.wait_for(network, lambda condition: condition.status, 15)
+        eventually_sync(network, until=lambda condition: condition.status, timeout_s=15)
     finally:
         daemon.close()
 

@@ -8,6 +8,7 @@ import pytest
 
 from cri.proto import runtime_v1_pb2 as api
 from tests.kit.cri import Cri
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -42,14 +43,16 @@ def ahead_s(cri: Cri, container: str) -> float:
 
 
 def wait_until_right(cri: Cri, container: str) -> None:
-    cri.wait_for(lambda: abs(ahead_s(cri, container)), lambda off: off < 0.02, 150)
+    eventually_sync(lambda: abs(ahead_s(cri, container)), until=lambda off: off < 0.02, timeout_s=150)
     time.sleep(4)  # and stays so
-    cri.wait_for(lambda: abs(ahead_s(cri, container)), lambda off: off < 0.03, 10)
+    eventually_sync(lambda: abs(ahead_s(cri, container)), until=lambda off: off < 0.03, timeout_s=10)
 
 
 def test_clock_that_runs_too_fast_is_slowed_down(cri: Cri, clock_setter: str) -> None:
     cri.exec(clock_setter, "adjtimex", "-t", "10500")  # by 5 %
-    cri.wait_for(lambda: read_adjtimex(cri, clock_setter)["tick"], lambda tick: tick != 10500, 100)
+    eventually_sync(
+        lambda: read_adjtimex(cri, clock_setter)["tick"], until=lambda tick: tick != 10500, timeout_s=100
+    )
     wait_until_right(cri, clock_setter)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from cri.proto import runtime_v1_pb2 as api
 from tests.kit.cri import Cri, Pod
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -100,7 +101,7 @@ def test_exit_code_and_reason_are_reported(cri: Cri, pod: Pod, script: str, code
 def test_stop_sends_term_and_waits(cri: Cri, pod: Pod) -> None:
     script = "trap 'echo ending; exit 5' TERM; echo ready; while :; do sleep 0.1; done"
     container = cri.run(pod, BUSYBOX, ["sh", "-c", script])
-    cri.wait_for(lambda: cri.log(container), bool)
+    eventually_sync(lambda: cri.log(container), timeout_s=30)
     cri.stop(container, timeout=20)
     assert cri.status(container).exit_code == 5
     assert [line.text for line in cri.log(container)] == ["ready", "ending"]
@@ -168,8 +169,10 @@ def test_exec_timeout_kills_the_whole_tree(cri: Cri, box: str) -> None:
     with pytest.raises(grpc.RpcError) as fault:
         cri.exec(box, "sh", "-c", "sleep 4321 & sleep 4321", timeout=1)
     assert fault.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    cri.wait_for(
-        lambda: cri.exec(box, "ps").stdout, lambda processes: "sleep 4321" not in processes, timeout_s=10
+    eventually_sync(
+        lambda: cri.exec(box, "ps").stdout,
+        until=lambda processes: "sleep 4321" not in processes,
+        timeout_s=10,
     )
 
 
@@ -383,8 +386,10 @@ def test_mounts_share_files_with_the_host_both_ways(cri: Cri, pod: Pod, tmp_path
     assert (folder / "new").read_text() == "from the pod\n"
     assert single.read_text() == "first\nsecond\n"
     (folder / "later").write_text("from the host\n")
-    cri.wait_for(
-        lambda: cri.exec(container, "cat", "/data/later").stdout, lambda text: text == "from the host\n", 5
+    eventually_sync(
+        lambda: cri.exec(container, "cat", "/data/later").stdout,
+        until=lambda text: text == "from the host\n",
+        timeout_s=5,
     )
     refused = cri.exec(container, "touch", "/fixed/x")
     assert "Read-only file system" in refused.stderr
@@ -455,9 +460,12 @@ def test_stats_show_cpu_and_memory_in_status_and_list(cri: Cri, pod: Pod) -> Non
     container = cri.run(
         pod, BUSYBOX, ["sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; sleep 3600"]
     )
-    stats = cri.wait_for(
+    stats = eventually_sync(
         lambda: cri.call("ContainerStats", container_id=container).stats,
-        lambda each: each.cpu.usage_core_nano_seconds.value > 0 and each.memory.working_set_bytes.value > 0,
+        until=lambda each: (
+            each.cpu.usage_core_nano_seconds.value > 0 and each.memory.working_set_bytes.value > 0
+        ),
+        timeout_s=30,
     )
     assert stats.attributes.id == container
     assert stats.cpu.timestamp > 0

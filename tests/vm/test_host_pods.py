@@ -130,7 +130,7 @@ def test_log_rotation_loses_no_line(cri: Cri) -> None:
     log = Path(cri.status(container).log_path)
     rotated = []
     for number in range(2):
-        cri.wait_for(lambda: log.stat().st_size, lambda size: size > 50_000)
+        eventually_sync(lambda: log.stat().st_size, until=lambda size: size > 50_000, timeout_s=30)
         rotated.append(log.rename(log.with_suffix(f".{number}")))
         cri.call("ReopenContainerLog", container_id=container)
         assert log.exists()
@@ -170,7 +170,7 @@ def test_stop_sends_the_signal_then_kills(cri: Cri) -> None:
     pod = host_pod(cri, "stops", network=NODE, pid=NODE)
     script = "trap 'echo ending; exit 5' TERM; echo ready; while :; do sleep 0.1; done"
     asked = cri.run(pod, BUSYBOX, ["sh", "-c", script], linux=security(namespace_options=pod_options(pod)))
-    cri.wait_for(lambda: cri.log(asked), lambda lines: lines)
+    eventually_sync(lambda: cri.log(asked), until=lambda lines: lines, timeout_s=30)
     cri.stop(asked)
     assert cri.status(asked).exit_code == 5
     stubborn = cri.run(
@@ -181,7 +181,7 @@ def test_stop_sends_the_signal_then_kills(cri: Cri) -> None:
     )
     cri.stop(stubborn, timeout=0)
     assert cri.status(stubborn).exit_code == 137
-    cri.wait_for(lambda: processes_naming("sleep 555"), lambda found: not found)
+    eventually_sync(lambda: processes_naming("sleep 555"), until=lambda found: not found, timeout_s=30)
 
 
 def test_limits_are_in_force_and_usage_is_reported(cri: Cri) -> None:
@@ -193,7 +193,9 @@ def test_limits_are_in_force_and_usage_is_reported(cri: Cri) -> None:
     def usage() -> api.ContainerStats:
         return cast(api.ContainerStats, cri.call("ContainerStats", container_id=container).stats)
 
-    cri.wait_for(usage, lambda stats: stats.memory.working_set_bytes.value > 25_000_000)
+    eventually_sync(
+        usage, until=lambda stats: stats.memory.working_set_bytes.value > 25_000_000, timeout_s=30
+    )
     assert 0.3 < rate(usage, 1.0) < 1.2, "a busy loop has about one CPU"
     second = usage()
     assert 25_000_000 < second.memory.working_set_bytes.value < 120_000_000
@@ -245,7 +247,7 @@ def test_port_forward_reaches_a_port_of_the_node(cri: Cri, daemon: Daemon) -> No
         except OSError:
             return ""
 
-    assert cri.wait_for(fetch, lambda got: got) == "hello from the pod\n"
+    assert eventually_sync(fetch, until=lambda got: got, timeout_s=30) == "hello from the pod\n"
 
 
 def test_requested_mounts_are_made(cri: Cri, tmp_path: Path) -> None:
@@ -377,7 +379,7 @@ def test_pod_outlives_the_daemon(cri: Cri, daemon: Daemon, end: str) -> None:
     status = cri.wait_exited(ends)
     assert (status.exit_code, [line.text for line in cri.log(ends)]) == (9, ["last words"])
     assert status.finished_at <= ended_ns, "when it ended, not when that was found"
-    cri.wait_for(lambda: cri.log(writes), lambda lines: len(lines) > 40)
+    eventually_sync(lambda: cri.log(writes), until=lambda lines: len(lines) > 40, timeout_s=30)
     numbers = [int(line.text) for line in cri.log(writes)]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 40
     assert cri.exec(writes, "echo", "here").stdout == "here\n"
@@ -392,7 +394,7 @@ def test_container_whose_supervisor_is_killed_ends(cri: Cri) -> None:
         os.kill(int(each.split()[0]), signal.SIGKILL)
     status = cri.wait_exited(container)
     assert (status.exit_code, status.reason) == (137, "Error")
-    cri.wait_for(lambda: processes_naming("sleep 7777"), lambda found: not found)
+    eventually_sync(lambda: processes_naming("sleep 7777"), until=lambda found: not found, timeout_s=30)
 
 
 def test_pod_whose_first_process_is_killed_is_not_ready(cri: Cri) -> None:
@@ -400,7 +402,11 @@ def test_pod_whose_first_process_is_killed_is_not_ready(cri: Cri) -> None:
     container = cri.run(pod, BUSYBOX, ["sleep", "1000"])
     info = json.loads(cri.pod_status(pod, verbose=True).info["info"])
     os.kill(info["pid"], signal.SIGKILL)
-    cri.wait_for(lambda: cri.pod_status(pod).status.state, lambda state: state == api.SANDBOX_NOTREADY)
+    eventually_sync(
+        lambda: cri.pod_status(pod).status.state,
+        until=lambda state: state == api.SANDBOX_NOTREADY,
+        timeout_s=30,
+    )
     assert cri.wait_exited(container).exit_code == 137
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from cri.proto import runtime_v1_pb2 as api
 from tests.kit.cri import Cri, LogLine, Pod, parse_log
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -80,7 +81,7 @@ def test_rotation_loses_no_line(cri: Cri, pod: Pod) -> None:
     log = Path(cri.status(container).log_path)
     rotated = []
     for number in range(ROTATIONS):
-        cri.wait_for(lambda: log.stat().st_size, lambda size: size > ROTATED_AT, 60)
+        eventually_sync(lambda: log.stat().st_size, until=lambda size: size > ROTATED_AT, timeout_s=60)
         rotated.append(log.rename(log.with_suffix(f".{number}")))
         cri.call("ReopenContainerLog", container_id=container)
         assert log.exists()

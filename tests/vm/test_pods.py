@@ -15,6 +15,7 @@ import pytest
 from cri.proto import runtime_v1_pb2 as api
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import REPOSITORY, Daemon
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -39,7 +40,7 @@ def fetched(cri: Cri, site: Any, host: str, port: int = 80) -> str:
         except OSError:
             return ""
 
-    return str(cri.wait_for(fetch, bool, 20))
+    return str(eventually_sync(fetch, timeout_s=20))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,11 @@ def test_dead_vm_is_not_ready(cri: Cri, daemon: Any) -> None:
     pod = cri.run_pod("doomed")
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
     daemon.kill_vmm(pod.id)
-    cri.wait_for(lambda: cri.pod_status(pod).status.state, lambda state: state == api.SANDBOX_NOTREADY, 10)
+    eventually_sync(
+        lambda: cri.pod_status(pod).status.state,
+        until=lambda state: state == api.SANDBOX_NOTREADY,
+        timeout_s=10,
+    )
     ended = cri.wait_exited(container, 10)
     assert ended.exit_code != 0
     cri.remove_pod(pod)

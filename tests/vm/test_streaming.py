@@ -15,6 +15,7 @@ import pytest
 from cri.proto import runtime_v1_pb2 as api
 from sandbox.spec import Isolation
 from tests.kit.cri import Cri, Pod
+from tests.kit.eventually import eventually, eventually_sync
 from tests.kit.registry import HOST
 from tests.kit.streams import SpdyClient, WebSocketClient
 
@@ -156,7 +157,11 @@ async def test_client_that_disconnects_hangs_up_its_exec(clients: Clients, cri: 
     def left() -> str:
         return str(cri.exec(box, "ps").stdout)
 
-    await asyncio.to_thread(Cri.wait_for, left, lambda text: "4321" not in text and "cat -" not in text, 15)
+    await eventually(
+        lambda: asyncio.to_thread(left),
+        until=lambda text: "4321" not in text and "cat -" not in text,
+        timeout_s=15,
+    )
 
 
 async def test_exec_ends_with_its_container(clients: Clients, cri: Cri, box: str) -> None:
@@ -224,7 +229,7 @@ async def test_stopped_reader_stops_only_its_stream(clients: Clients, cri: Cri, 
 async def test_attach_reaches_the_first_process(clients: Clients, cri: Cri, pod: Pod) -> None:
     """Only what is new, both ways, for several at once; the log has all of it too."""
     container = cri.run(pod, BUSYBOX, ["sh", "-c", f"echo before; {ECHO}"], stdin=True)
-    Cri.wait_for(lambda: cri.log(container), bool)
+    eventually_sync(lambda: cri.log(container), timeout_s=30)
     first, streams = await clients.attach(container)
     await first.send(streams["stdin"], b"one\n")
     await first.until(streams["stderr"], lambda seen: seen == b"err one\n")
@@ -283,8 +288,10 @@ async def test_port_forward(clients: Clients, cri: Cri, pod: Pod) -> None:
     """A page from 127.0.0.1 of the pod, several at a time; a refused port fails alone."""
     cri.pull(WEB)
     container = cri.run(pod, WEB)
-    Cri.wait_for(
-        lambda: cri.exec(container, "wget", "-q", "-O", "-", "127.0.0.1").code, lambda code: code == 0
+    eventually_sync(
+        lambda: cri.exec(container, "wget", "-q", "-O", "-", "127.0.0.1").code,
+        until=lambda code: code == 0,
+        timeout_s=30,
     )
     client = await clients.forward(pod)
     refused, error = await pair(client, 81, "refused")
@@ -303,7 +310,9 @@ async def test_port_forward_with_half_close(clients: Clients, cri: Cri, pod: Pod
     """What the client sent last is answered after its end."""
     cri.run(pod, BUSYBOX, ["nc", "-l", "-p", "7000", "-e", "sh", "-c", "wc -c"])
     sockets = ("cat", "/proc/net/tcp", "/proc/net/tcp6")
-    Cri.wait_for(lambda: cri.exec(box, *sockets).stdout, lambda text: f":{7000:04X} " in text)
+    eventually_sync(
+        lambda: cri.exec(box, *sockets).stdout, until=lambda text: f":{7000:04X} " in text, timeout_s=30
+    )
     client = await clients.forward(pod)
     data, error = await pair(client, 7000, "0")
     await client.send(data, b"x" * 100_000)
@@ -333,4 +342,4 @@ async def test_sessions_end_with_the_daemon(clients: Clients, cri: Cri, daemon: 
     assert await asyncio.to_thread(daemon.terminate) == 0
     await client.wait_closed()
     await asyncio.to_thread(daemon.start)
-    Cri.wait_for(lambda: cri.exec(box, "ps").stdout, lambda text: "9753" not in text, 20)
+    eventually_sync(lambda: cri.exec(box, "ps").stdout, until=lambda text: "9753" not in text, timeout_s=20)

@@ -15,6 +15,7 @@ import pytest
 
 from cri.proto import runtime_v1_pb2 as api
 from tests.kit.cri import Cri, Pod
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -52,7 +53,9 @@ def test_busy_loop_uses_about_one_cpu(cri: Cri, pod: Pod) -> None:
 def test_sleeping_container_uses_almost_nothing(cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP)
     # its start may be in the first second, and a slow machine stretches it
-    cri.wait_for(lambda: cpus(lambda: stats_of(cri, container).cpu, 1), lambda used: used < 0.1)
+    eventually_sync(
+        lambda: cpus(lambda: stats_of(cri, container).cpu, 1), until=lambda used: used < 0.1, timeout_s=30
+    )
     memory = stats_of(cri, container).memory
     assert 0 < memory.working_set_bytes.value < 10 * MIB
     # it has no limit, so the VM's size applies
@@ -63,8 +66,10 @@ def test_allocation_of_50_megabytes_is_counted(cri: Cri, pod: Pod) -> None:
     before = pod_stats(cri, pod).memory.working_set_bytes.value
     # dd holds its block, and waits for a reader that never reads
     container = cri.run(pod, BUSYBOX, ["sh", "-c", "dd if=/dev/zero bs=50M count=1 | sleep 3600"])
-    memory = cri.wait_for(
-        lambda: stats_of(cri, container).memory, lambda seen: seen.working_set_bytes.value > 50 * MIB
+    memory = eventually_sync(
+        lambda: stats_of(cri, container).memory,
+        until=lambda seen: seen.working_set_bytes.value > 50 * MIB,
+        timeout_s=30,
     )
     assert memory.working_set_bytes.value < 60 * MIB
     assert 50 * MIB < memory.rss_bytes.value < 60 * MIB
@@ -86,7 +91,7 @@ def test_network_counters_grow(cri: Cri, site: Any) -> None:
         except OSError:
             return ""
 
-    cri.wait_for(page, bool)
+    eventually_sync(page, timeout_s=30)
     before = pod_stats(cri, pod).network.default_interface
     assert before.name == "eth0"
     for _ in range(20):
@@ -112,8 +117,10 @@ def test_written_file_counts_in_the_writable_layer(cri: Cri, pod: Pod) -> None:
     assert os.path.isdir(first.fs_id.mountpoint)  # noqa: PTH112
     assert first.used_bytes.value < MIB
     cri.exec(container, "dd", "if=/dev/zero", "of=/big", "bs=1M", "count=8")
-    layer = cri.wait_for(
-        lambda: stats_of(cri, container).writable_layer, lambda seen: seen.used_bytes.value >= 8 * MIB
+    layer = eventually_sync(
+        lambda: stats_of(cri, container).writable_layer,
+        until=lambda seen: seen.used_bytes.value >= 8 * MIB,
+        timeout_s=30,
     )
     assert layer.used_bytes.value < 9 * MIB
     assert layer.inodes_used.value >= first.inodes_used.value + 1
@@ -124,8 +131,10 @@ def test_tree_of_1500_levels_is_measured_and_removed(cri: Cri, pod: Pod) -> None
     """Deeper than what shutil.rmtree can remove."""
     script = "cd /; i=0; while [ $i -lt 1500 ]; do mkdir d; cd d || exit 9; i=$((i+1)); done; sleep 3600"
     container = cri.run(pod, BUSYBOX, ["sh", "-c", script])
-    cri.wait_for(
-        lambda: stats_of(cri, container).writable_layer.inodes_used.value, lambda seen: seen >= 1500, 60
+    eventually_sync(
+        lambda: stats_of(cri, container).writable_layer.inodes_used.value,
+        until=lambda seen: seen >= 1500,
+        timeout_s=60,
     )
     cri.stop(container, timeout=0)
     cri.remove(container)
@@ -134,7 +143,11 @@ def test_tree_of_1500_levels_is_measured_and_removed(cri: Cri, pod: Pod) -> None
 def test_processes_are_counted(cri: Cri, pod: Pod) -> None:
     before = pod_stats(cri, pod).process.process_count.value
     cri.run(pod, BUSYBOX, ["sh", "-c", "sleep 3600 & sleep 3600 & wait"])
-    cri.wait_for(lambda: pod_stats(cri, pod).process.process_count.value, lambda seen: seen == before + 3)
+    eventually_sync(
+        lambda: pod_stats(cri, pod).process.process_count.value,
+        until=lambda seen: seen == before + 3,
+        timeout_s=30,
+    )
 
 
 def test_lists_and_streams_agree(cri: Cri, pod: Pod) -> None:
@@ -183,9 +196,10 @@ def test_pressure_is_reported_where_the_guest_keeps_it(cri: Cri, pod: Pod) -> No
     first = stats_of(cri, one)
     assert first.cpu.HasField("psi") == first.memory.HasField("psi") == first.io.HasField("psi") == kept
     if kept:  # two busy loops on one CPU wait for each other
-        cri.wait_for(
+        eventually_sync(
             lambda: stats_of(cri, one).cpu.psi.Some.Total,
-            lambda total: total > first.cpu.psi.Some.Total + 10**8,
+            until=lambda total: total > first.cpu.psi.Some.Total + 10**8,
+            timeout_s=30,
         )
 
 
@@ -261,7 +275,7 @@ def test_life_of_a_pod_has_its_events_in_order(cri: Cri) -> None:
         (pod.id, api.CONTAINER_STOPPED_EVENT),
         (pod.id, api.CONTAINER_DELETED_EVENT),
     ]
-    cri.wait_for(lambda: len(listener.seen), lambda count: count >= len(expected))
+    eventually_sync(lambda: len(listener.seen), until=lambda count: count >= len(expected), timeout_s=30)
     listener.join(cancel=True)
     assert [(each.container_id, each.container_event_type) for each in listener.seen] == expected
     stopped = listener.seen[4]

@@ -13,6 +13,7 @@ import pytest
 from cri.proto import runtime_v1_pb2 as api
 from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 from tests.kit.scratch import scratch_dir
 
@@ -88,7 +89,9 @@ def test_later_mount_of_the_host_is_propagated_on_request(
     receives, alone = (cri.run(pod, BUSYBOX, SLEEP, mounts=[mount]) for mount in (slave, volume(folder)))
     mount("-t", "tmpfs", "later", str(folder / "sub"))
     site.namespace.run("touch", str(folder / "sub/came"))
-    cri.wait_for(lambda: cri.exec(receives, "ls", "/data/sub").stdout, lambda text: text == "came\n", 5)
+    eventually_sync(
+        lambda: cri.exec(receives, "ls", "/data/sub").stdout, until=lambda text: text == "came\n", timeout_s=5
+    )
     assert cri.exec(alone, "ls", "/data/sub").stdout == ""
 
 
@@ -108,7 +111,9 @@ def test_mount_of_the_container_is_propagated_to_the_host_on_request(
     assert site.namespace.run("ls", str(folder / "point")) == ""
     cri.exec(container, "mount", "--bind", "/etc", "/data/point")
     cri.stop(container, timeout=0)
-    cri.wait_for(lambda: site.namespace.run("ls", str(folder / "point")), lambda text: text == "", 5)
+    eventually_sync(
+        lambda: site.namespace.run("ls", str(folder / "point")), until=lambda text: text == "", timeout_s=5
+    )
 
 
 def test_bidirectional_propagation_without_privilege_is_rejected(cri: Cri, pod: Pod, folder: Path) -> None:
