@@ -243,24 +243,30 @@ def test_doctor_as_a_process_prints_json_and_matching_exit_status(tmp_path: Path
     assert {check["result"] for check in document["checks"]} <= {"ok", "warn", "fail"}
 
 
+def make_plan_without_container(root: Path) -> Path:
+    """Make a file that a daemon deletes when it starts."""
+    plan = root / "containers" / f"{'0' * 64}.plan"
+    plan.parent.mkdir(parents=True)
+    plan.touch()
+    return plan
+
+
 def test_serve_on_a_socket_in_use_exits_with_1_and_changes_nothing(
     daemon: ImageDaemon, tmp_path: Path
 ) -> None:
     file = tmp_path / "config.toml"
     file.write_text(f'[metrics]\nport = 0\n[cni]\nconf_dir = "{tmp_path}/net.d"\n')
-    stray = tmp_path / "r/run/pods" / ("0" * 64)
-    stray.mkdir(parents=True)
+    stray = make_plan_without_container(tmp_path / "r")
     words = ["serve", "--config", str(file), "--root", str(tmp_path / "r"), "--socket", str(daemon.socket)]
     argv = [sys.executable, "-m", "cri", *words]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "another daemon answers there" in done.stderr
-    assert stray.is_dir()
+    assert stray.exists()
 
 
 def test_serve_with_metrics_port_in_use_exits_with_2_and_changes_nothing(tmp_path: Path) -> None:
-    stray = tmp_path / "r/run/pods" / ("0" * 64)  # recovery would remove it, as it has no record
-    stray.mkdir(parents=True)
+    stray = make_plan_without_container(tmp_path / "r")
     file = tmp_path / "config.toml"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -269,7 +275,7 @@ def test_serve_with_metrics_port_in_use_exits_with_2_and_changes_nothing(tmp_pat
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert f"127.0.0.1:{port}" in done.stderr and "metrics.port" in done.stderr
-    assert stray.is_dir()
+    assert stray.exists()
 
 
 # ------------------------------------------------------------------------------------- progress
