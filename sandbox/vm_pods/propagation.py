@@ -198,29 +198,43 @@ def _detach(held: Propagated) -> None:
 
 
 async def _mount(container: Container, path: Path, request: PropagationRequest) -> None:
-    """Save the intent, mount, and save the id. Ignores what cannot be mounted: a source or target that no
-    longer exists or is a link, a file on a directory."""
-    others = container.record.propagated
-    intent = Propagated(path=str(path), below=mounts.top_mounts().get(str(path), 0))
-    container.update(propagated=(*others, intent))
-    made = await asyncio.to_thread(_attach, container, path, request)
+    """Save the intent, mount, and save the id. Ignores what cannot be mounted: a source or target that does
+    not exist or is a link, a file on a directory. That costs no write, as it is retried at every poll."""
+    with contextlib.ExitStack() as opened:
+        try:
+            source, target = await asyncio.to_thread(_open_both, container, request, opened)
+        except OSError:
+            return
+        others = container.record.propagated
+        intent = Propagated(path=str(path), below=mounts.top_mounts().get(str(path), 0))
+        container.update(propagated=(*others, intent))
+        made = await asyncio.to_thread(_attach, source, target, path)
     if made:
         container.update(propagated=(*others, msgspec.structs.replace(intent, mount_id=made)))
     else:
         container.update(propagated=others)
 
 
-def _attach(container: Container, path: Path, request: PropagationRequest) -> int:
+def _open_both(
+    container: Container, request: PropagationRequest, opened: contextlib.ExitStack
+) -> tuple[int, int]:
+    """Open source and target, which `opened` closes. Raises OSError for those that do not fit together."""
+    source = opened.enter_context(_opened(_root_of(container, request.volume), request.source))
+    target = opened.enter_context(_opened(_root_of(container, request.target_volume), request.target))
+    if stat.S_ISDIR(os.fstat(source).st_mode) != stat.S_ISDIR(os.fstat(target).st_mode):
+        raise OSError(errno.ENOTDIR, "one is a directory and the other is not", request.target)
+    return source, target
+
+
+def _attach(source: int, target: int, path: Path) -> int:
     """Return the id of the mount that was made; 0: it could not be made."""
-    with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
-        source = opened.enter_context(_opened(_root_of(container, request.volume), request.source))
-        target = opened.enter_context(_opened(_root_of(container, request.target_volume), request.target))
-        if stat.S_ISDIR(os.fstat(source).st_mode) != stat.S_ISDIR(os.fstat(target).st_mode):
-            return 0
+    with contextlib.suppress(OSError):
         tree = mounts.clone_tree(source, path)
-        opened.callback(os.close, tree)
-        mounts.set_tree_attributes(tree, path, propagation=mount_flags.MS_PRIVATE, inert=True)
-        mounts.attach_tree(tree, target, path)
+        try:
+            mounts.set_tree_attributes(tree, path, propagation=mount_flags.MS_PRIVATE, inert=True)
+            mounts.attach_tree(tree, target, path)
+        finally:
+            os.close(tree)
         return mounts.top_mounts().get(str(path), 0)
     return 0
 

@@ -125,7 +125,9 @@ async def test_mount_of_others_below_or_on_top_stays(site: Site) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["target is a link", "target is gone", "source is gone", "kinds differ"])
-async def test_mount_that_the_host_cannot_make_is_ignored(site: Site, spoil: str) -> None:
+async def test_mount_that_the_host_cannot_make_is_ignored_without_a_write(
+    site: Site, spoil: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     match spoil:
         case "target is a link":
             site.point.rmdir()
@@ -137,5 +139,8 @@ async def test_mount_that_the_host_cannot_make_is_ignored(site: Site, spoil: str
         case _:
             site.point.rmdir()
             site.point.touch()
+    written: list[ContainerRecord] = []
+    monkeypatch.setattr(site.store, "put", written.append)
     await apply_table(site.container, MOUNTED)
+    assert written == [], "it is retried at every poll"
     assert (mounts_below(site.root), site.container.record.propagated) == ([], ())
