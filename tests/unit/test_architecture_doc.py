@@ -81,3 +81,16 @@ def test_engine_protocol_has_at_most_five_methods(protocol: type) -> None:
 
 def test_record_version_on_the_page_is_that_of_the_code() -> None:
     assert f"of the format, now {VERSION}." in page()
+
+
+def test_index_lists_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text()
+    pages = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert {name for name in pages if f"]({name})" not in index} == set()
+
+
+def test_contributing_lists_every_kind_of_tests() -> None:
+    listed = re.findall(r"^\| `([a-z]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    accepted = re.search(r"^    (lint \| .*)\) ;;$", (ROOT / "tests/run").read_text(), re.MULTILINE)
+    assert accepted is not None
+    assert set(listed) | {"golden"} == set(accepted[1].split(" | "))
