@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
 from tests.kit.eventually import eventually_sync
@@ -38,7 +38,7 @@ def count_of(cri: Cri, container: str) -> int:
     [(Daemon.terminate, 0), (Daemon.kill, -signal.SIGKILL)],
     ids=["SIGTERM", "SIGKILL"],
 )
-def test_pods_outlive_the_daemon(daemon: Daemon, cri: Cri, site: Any, end: Ending, status: int) -> None:
+def test_pods_outlive_the_daemon(daemon: Daemon, cri: Cri, site: Site, end: Ending, status: int) -> None:
     cri.pull(WEB)
     pod = cri.run_pod(f"survivor-{-status}")
     web = cri.run(pod, WEB, name="web")
@@ -70,7 +70,7 @@ def test_pods_outlive_the_daemon(daemon: Daemon, cri: Cri, site: Any, end: Endin
     cri.remove_pod(pod)
 
 
-def leave_and_end_meanwhile(daemon: Daemon, cri: Cri, site: Any, pod: Pod) -> str:
+def leave_and_end_meanwhile(daemon: Daemon, cri: Cri, site: Site, pod: Pod) -> str:
     """Kill the daemon, then let the container end by its web server's word, then start again."""
     script = "mkdir -p /w/cgi-bin; printf '#!/bin/sh\\ntouch /go; echo; echo ok\\n' >/w/cgi-bin/go; "
     script += f"chmod +x /w/cgi-bin/go; httpd -p 80 -h /w; {AWAITED}"
@@ -91,7 +91,7 @@ def leave_and_end_meanwhile(daemon: Daemon, cri: Cri, site: Any, pod: Pod) -> st
     return container
 
 
-def test_exit_code_is_kept_while_the_daemon_is_away(daemon: Daemon, cri: Cri, site: Any) -> None:
+def test_exit_code_is_kept_while_the_daemon_is_away(daemon: Daemon, cri: Cri, site: Site) -> None:
     pod = cri.run_pod("absent")
     container = leave_and_end_meanwhile(daemon, cri, site, pod)
     status = cri.wait_exited(container)
@@ -147,7 +147,7 @@ def test_daemon_killed_during_run_pod_sandbox_leaves_nothing_after_restart(daemo
 
 
 def test_pod_whose_record_is_of_a_newer_version_runs_on_until_it_is_removed(
-    daemon: Daemon, cri: Cri, site: Any
+    daemon: Daemon, cri: Cri, site: Site
 ) -> None:
     before = daemon.census()
     cri.pull(WEB)

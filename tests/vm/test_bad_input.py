@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.conftest import Site
 from tests.kit import images
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
@@ -95,7 +96,7 @@ class Spoiler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def spoiler(site: Any) -> Iterator[str]:
+def spoiler(site: Site) -> Iterator[str]:
     """A host name whose mirror is a Spoiler on loopback inside the namespace."""
     Spoiler.released.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Spoiler, bind_and_activate=False)
@@ -153,7 +154,7 @@ def test_pull_by_a_digest_that_does_not_fit(cri: Cri) -> None:
     ],
     ids=["error", "rubbish", "killed"],
 )
-def test_cni_plugin_that_fails(site: Any, tmp_path: Path, script: str) -> None:
+def test_cni_plugin_that_fails(site: Site, tmp_path: Path, script: str) -> None:
     plugins, conf = tmp_path / "bin", tmp_path / "net.d"
     plugins.mkdir()
     conf.mkdir()
@@ -180,7 +181,7 @@ def test_cni_plugin_that_fails(site: Any, tmp_path: Path, script: str) -> None:
         daemon.close()
 
 
-def test_missing_cni_configuration_is_reported_and_used_once_it_appears(site: Any, tmp_path: Path) -> None:
+def test_missing_cni_configuration_is_reported_and_used_once_it_appears(site: Site, tmp_path: Path) -> None:
     conf = tmp_path / "net.d"
     conf.mkdir()
     settings: dict[str, dict[str, object]] = {"cni": {"conf_dir": str(conf)}, "metrics": {"port": 0}}
@@ -206,7 +207,7 @@ def test_missing_cni_configuration_is_reported_and_used_once_it_appears(site: An
         daemon.close()
 
 
-def test_metrics_port_in_use_touches_no_pod(daemon: Daemon, cri: Cri, pod: Pod, site: Any) -> None:
+def test_metrics_port_in_use_touches_no_pod(daemon: Daemon, cri: Cri, pod: Pod, site: Site) -> None:
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
     vmm = daemon.vmm_pids(pod.id)
     assert daemon.terminate() == 0

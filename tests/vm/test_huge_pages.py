@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.conftest import Site
 from tests.kit import images
 from tests.kit.cri import Cri, Pod
 from tests.kit.registry import HOST
@@ -31,7 +31,7 @@ def program() -> Path:
 
 
 @pytest.fixture
-def volume(site: Any) -> Iterator[Path]:
+def volume(site: Site) -> Iterator[Path]:
     """A hugetlbfs, mounted as the kubelet does it."""
     path = scratch_dir("huge")
     site.namespace.run("mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "huge", str(path))

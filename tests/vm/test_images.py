@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.conftest import Site
 from tests.kit import images
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
@@ -44,7 +45,7 @@ def test_image_of_each_format_runs(cri: Cri, repository: str) -> None:
 
 
 @pytest.mark.parametrize("packing", list(images.Packing))
-def test_image_of_each_compression_runs(cri: Cri, pod: Pod, site: Any, packing: images.Packing) -> None:
+def test_image_of_each_compression_runs(cri: Cri, pod: Pod, site: Site, packing: images.Packing) -> None:
     word = packing.name.lower()
     layer = images.Layer(packing=packing).add("etc/packing", word)
     image = images.Image((images.base_layer(), layer))
@@ -55,7 +56,7 @@ def test_image_of_each_compression_runs(cri: Cri, pod: Pod, site: Any, packing: 
     remove(cri, name)
 
 
-def test_pull_by_digest_has_no_tag(cri: Cri, site: Any) -> None:
+def test_pull_by_digest_has_no_tag(cri: Cri, site: Site) -> None:
     digest = site.registry.push("husk/by-digest", "1", images.busybox("by digest"))
     name = f"{HOST}/husk/by-digest@{digest}"
     cri.pull(name)
@@ -64,7 +65,7 @@ def test_pull_by_digest_has_no_tag(cri: Cri, site: Any) -> None:
     remove(cri, name)
 
 
-def test_image_under_several_tags_is_one_image(cri: Cri, site: Any) -> None:
+def test_image_under_several_tags_is_one_image(cri: Cri, site: Site) -> None:
     image = images.busybox("several tags")
     names = [f"{HOST}/husk/several:{tag}" for tag in ("a", "b")]
     for name in names:
@@ -75,7 +76,7 @@ def test_image_under_several_tags_is_one_image(cri: Cri, site: Any) -> None:
     assert not status_of(cri, names[1]).id
 
 
-def test_concurrent_pulls_give_one_image(cri: Cri, site: Any) -> None:
+def test_concurrent_pulls_give_one_image(cri: Cri, site: Site) -> None:
     image = images.busybox("at once")
     site.registry.push("husk/at-once", "1", image)
     name = f"{HOST}/husk/at-once:1"
@@ -85,7 +86,7 @@ def test_concurrent_pulls_give_one_image(cri: Cri, site: Any) -> None:
     assert not status_of(cri, name).id
 
 
-def test_image_status_reports_the_user(cri: Cri, site: Any) -> None:
+def test_image_status_reports_the_user(cri: Cri, site: Site) -> None:
     wanted = {"1002": (1002, ""), "www-data": (None, "www-data"), "1003:1003": (1003, "")}
     for number, (user, (uid, username)) in enumerate(wanted.items()):
         site.registry.push("husk/user", str(number), images.busybox(f"user {user}", user=user))
@@ -96,7 +97,7 @@ def test_image_status_reports_the_user(cri: Cri, site: Any) -> None:
         remove(cri, name)
 
 
-def test_pod_keeps_running_after_its_image_is_removed(cri: Cri, pod: Pod, site: Any) -> None:
+def test_pod_keeps_running_after_its_image_is_removed(cri: Cri, pod: Pod, site: Site) -> None:
     site.registry.push("husk/removed", "1", images.busybox("removed"))
     name = f"{HOST}/husk/removed:1"
     cri.pull(name)

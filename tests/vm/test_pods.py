@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import REPOSITORY, Daemon
 from tests.kit.eventually import eventually_sync
@@ -31,7 +32,7 @@ def code_of(fault: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.StatusCode:
     return code
 
 
-def fetched(cri: Cri, site: Any, host: str, port: int = 80) -> str:
+def fetched(cri: Cri, site: Site, host: str, port: int = 80) -> str:
     """The page, as soon as the server listens."""
 
     def fetch() -> str:
@@ -60,11 +61,11 @@ def test_guest_kernel_is_not_the_hosts(cri: Cri, pod: Pod) -> None:
     assert release != platform.release()
 
 
-def test_host_reaches_the_pod(cri: Cri, site: Any, web_pod: Pod) -> None:
+def test_host_reaches_the_pod(cri: Cri, site: Site, web_pod: Pod) -> None:
     assert fetched(cri, site, cri.pod_ip(web_pod)) == PAGE
 
 
-def test_every_address_of_the_pod_answers(cri: Cri, site: Any, web_pod: Pod) -> None:
+def test_every_address_of_the_pod_answers(cri: Cri, site: Site, web_pod: Pod) -> None:
     status = cri.pod_status(web_pod).status.network
     addresses = [status.ip, *(each.ip for each in status.additional_ips)]
     assert {ipaddress.ip_address(each).version for each in addresses} == {4, 6}
@@ -78,7 +79,7 @@ def test_another_pod_reaches_the_pod(cri: Cri, pod: Pod, web_pod: Pod) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.88.0.1"])
-def test_host_port_reaches_the_pod(cri: Cri, site: Any, web_pod: Pod, host: str) -> None:
+def test_host_port_reaches_the_pod(cri: Cri, site: Site, web_pod: Pod, host: str) -> None:
     assert fetched(cri, site, host, 18080) == PAGE
 
 
@@ -215,7 +216,7 @@ def test_unknown_handler_is_refused_by_name(cri: Cri) -> None:
     assert "nonesuch" in str(fault.value.details())
 
 
-def test_dead_vm_is_not_ready(cri: Cri, daemon: Any) -> None:
+def test_dead_vm_is_not_ready(cri: Cri, daemon: Daemon) -> None:
     pod = cri.run_pod("doomed")
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
     daemon.kill_vmm(pod.id)
@@ -229,7 +230,7 @@ def test_dead_vm_is_not_ready(cri: Cri, daemon: Any) -> None:
     cri.remove_pod(pod)
 
 
-def test_processes_of_the_pod_run_confined(cri: Cri, pod: Pod, daemon: Any) -> None:
+def test_processes_of_the_pod_run_confined(cri: Cri, pod: Pod, daemon: Daemon) -> None:
     for pid in daemon.vmm_pids(pod.id):
         status = dict(
             line.split(":\t", 1)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
 from tests.kit.eventually import eventually_sync
@@ -26,7 +27,7 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def pool(site: Any) -> Iterator[Daemon]:
+def pool(site: Site) -> Iterator[Daemon]:
     """A daemon with a pool of two, and handlers for the other sources. When it ends, nothing is left."""
     made = Daemon(
         site.namespace,

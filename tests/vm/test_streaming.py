@@ -14,8 +14,11 @@ import pytest
 
 from cri.proto import runtime_v1_pb2 as api
 from sandbox.spec import Isolation
+from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
+from tests.kit.daemon import Daemon
 from tests.kit.eventually import eventually, eventually_sync
+from tests.kit.namespace import Namespace
 from tests.kit.registry import HOST
 from tests.kit.streams import SpdyClient, WebSocketClient
 
@@ -32,7 +35,7 @@ GROWTH_MIB = 24  # of the daemon, whatever the volume
 class Clients:
     """Opens sessions on the daemon of the module, in its namespace; closes them in the end."""
 
-    def __init__(self, cri: Cri, namespace: Any) -> None:
+    def __init__(self, cri: Cri, namespace: Namespace) -> None:
         self.cri = cri
         self._dialer = namespace.dial
         self._made: list[SpdyClient | WebSocketClient] = []
@@ -72,7 +75,7 @@ class Clients:
 
 
 @pytest.fixture
-async def clients(cri: Cri, site: Any) -> AsyncIterator[Clients]:
+async def clients(cri: Cri, site: Site) -> AsyncIterator[Clients]:
     made = Clients(cri, site.namespace)
     yield made
     await made.close()
@@ -176,7 +179,7 @@ def resident_mib(pid: int) -> int:
     return int(status.partition("VmRSS:")[2].split()[0]) >> 10
 
 
-async def test_volume_with_flat_memory(clients: Clients, daemon: Any, box: str) -> None:
+async def test_volume_with_flat_memory(clients: Clients, daemon: Daemon, box: str) -> None:
     url = clients.exec_url(
         box, "dd", "if=/dev/zero", "bs=1M", f"count={VOLUME_MIB}", stdin=False, stderr=False
     )
@@ -199,7 +202,7 @@ async def test_volume_with_flat_memory(clients: Clients, daemon: Any, box: str) 
     assert most - before < GROWTH_MIB
 
 
-async def test_volume_into_the_guest(clients: Clients, daemon: Any, box: str) -> None:
+async def test_volume_into_the_guest(clients: Clients, daemon: Daemon, box: str) -> None:
     client = await clients.spdy(clients.exec_url(box, "wc", "-c", stderr=False))
     before = resident_mib(daemon.pid)
     streams = await client.open_command("error", "stdin", "stdout")
@@ -335,7 +338,7 @@ async def test_port_forward_ends_with_its_pod(clients: Clients, cri: Cri) -> Non
 # ------------------------------------------------------------------------------- the daemon ends
 
 
-async def test_sessions_end_with_the_daemon(clients: Clients, cri: Cri, daemon: Any, box: str) -> None:
+async def test_sessions_end_with_the_daemon(clients: Clients, cri: Cri, daemon: Daemon, box: str) -> None:
     """Its pods and containers do not; what was exec'ed does."""
     client, streams = await clients.exec(box, "sh", "-c", "echo begun; sleep 9753")
     await client.until(streams["stdout"], lambda seen: seen == b"begun\n")

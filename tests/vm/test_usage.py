@@ -14,7 +14,9 @@ import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
+from tests.kit.daemon import Daemon
 from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 
@@ -79,7 +81,7 @@ def test_allocation_of_50_megabytes_is_counted(cri: Cri, pod: Pod) -> None:
     assert 50 * MIB < grown < 65 * MIB
 
 
-def test_network_counters_grow(cri: Cri, site: Any) -> None:
+def test_network_counters_grow(cri: Cri, site: Site) -> None:
     cri.pull(WEB)
     pod = cri.run_pod("usage-network")
     container = cri.run(pod, WEB)
@@ -207,7 +209,7 @@ def test_pressure_is_reported_where_the_guest_keeps_it(cri: Cri, pod: Pod) -> No
 
 
 @pytest.fixture
-def frozen(cri: Cri, daemon: Any) -> Iterator[Pod]:
+def frozen(cri: Cri, daemon: Daemon) -> Iterator[Pod]:
     """A pod whose VM is stopped by SIGSTOP."""
     pod = cri.run_pod("usage-frozen")
     cri.run(pod, BUSYBOX, SLEEP)
@@ -285,7 +287,7 @@ def test_life_of_a_pod_has_its_events_in_order(cri: Cri) -> None:
     assert times == sorted(set(times))
 
 
-def test_streams_end_with_the_daemon_and_counters_continue(cri: Cri, daemon: Any, pod: Pod) -> None:
+def test_streams_end_with_the_daemon_and_counters_continue(cri: Cri, daemon: Daemon, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, SLEEP)
     used = pod_stats(cri, pod).cpu.usage_core_nano_seconds.value
     listener = Listener(cri)
