@@ -12,10 +12,10 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
-from image.stores import RootfsStore
-from sandbox.container import Container
+from image.stores import Usage
 from sandbox.stats.parse import LayerStats
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,21 @@ log = logging.getLogger(__name__)
 FRESH_S = 10.0  # the period of the kubelet's eviction manager
 REST_FACTOR = 20  # measuring a tree may take a twentieth of the time
 FIRST_WAIT_S = 0.1  # for a container that was never measured; its tree is usually small
+
+
+class Measurable(Protocol):
+    """The part of a RootfsStore that is needed here."""
+
+    def usage(self, key: str) -> Usage:
+        """Measure a writable layer. Blocking. Raises OSError."""
+        ...
+
+
+class Subject(Protocol):
+    """A container, as far as it is needed here: hashable by identity, and weakly referenceable."""
+
+    @property
+    def id(self) -> str: ...
 
 
 @dataclass(slots=True)
@@ -34,13 +49,13 @@ class _Known:
 class LayerUsage:
     """Keeps the usage of writable layers. Belongs to one event loop; `close` it at the end."""
 
-    def __init__(self, store: RootfsStore) -> None:
+    def __init__(self, store: Measurable) -> None:
         self._store = store
-        self._known: WeakKeyDictionary[Container, _Known] = WeakKeyDictionary()
-        self._tasks: dict[Container, asyncio.Task[None]] = {}
+        self._known: WeakKeyDictionary[Subject, _Known] = WeakKeyDictionary()
+        self._tasks: dict[Subject, asyncio.Task[None]] = {}
         self._one_at_a_time = asyncio.Semaphore(1)
 
-    async def sample(self, containers: Sequence[Container]) -> Sequence[LayerStats | None]:
+    async def sample(self, containers: Sequence[Subject]) -> Sequence[LayerStats | None]:
         """Return what is known of each, and start measuring where it is no longer fresh.
 
         Waits at most FIRST_WAIT_S for containers that were never measured; None: no value yet.
@@ -56,12 +71,12 @@ class LayerUsage:
         found = (self._known.get(container) for container in containers)
         return [known.stats if known else None for known in found]
 
-    def _begin(self, container: Container) -> None:
+    def _begin(self, container: Subject) -> None:
         task = asyncio.create_task(self._measure(container))
         self._tasks[container] = task
         task.add_done_callback(lambda _: self._tasks.pop(container, None))
 
-    async def _measure(self, container: Container) -> None:
+    async def _measure(self, container: Subject) -> None:
         async with self._one_at_a_time:
             began = time.monotonic()
             try:

@@ -1,4 +1,4 @@
-"""After any failure nothing of the pod's network is left, and the error says why.
+"""After any failure nothing of the pod's network is left, and the error names the cause.
 
 `Kills` stands in for `kill -9`: at one of the moments between two effects the work stops without any cleanup;
 then another daemon, which knows only the pod's id, takes the pod down. Some moments are also tested with a

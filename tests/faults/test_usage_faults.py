@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -52,7 +52,7 @@ async def daemon(root: Path) -> AsyncIterator[Daemon]:
 
 @pytest.fixture
 async def stats(daemon: Daemon) -> AsyncIterator[StatsCollector]:
-    stats = StatsCollector(daemon.inventory, daemon.engines, LayerUsage(cast(Any, FakeRootfs(daemon.ledger))))
+    stats = StatsCollector(daemon.inventory, daemon.engines, LayerUsage(FakeRootfs(daemon.ledger)))
     yield stats
     await stats.close()
 
@@ -227,7 +227,7 @@ async def test_cancelled_caller_leaves_the_read_to_the_others(daemon: Daemon, st
 
 
 async def test_close_cancels_running_reads(daemon: Daemon) -> None:
-    stats = StatsCollector(daemon.inventory, daemon.engines, LayerUsage(cast(Any, FakeRootfs(daemon.ledger))))
+    stats = StatsCollector(daemon.inventory, daemon.engines, LayerUsage(FakeRootfs(daemon.ledger)))
     id, _, guest = await running(daemon)
     guest.silent = True
     reading = asyncio.create_task(read(stats, id))

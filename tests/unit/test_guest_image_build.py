@@ -1,4 +1,4 @@
-"""Kernels come out of their packages, archives are the same bytes each time, builds replace atomically."""
+"""Kernels are extracted from packages, archives are reproducible, builds replace the image atomically."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from sandbox.guest_image import cpio, packages
 from sandbox.guest_image import vmlinux as vmlinux_module
 from sandbox.guest_image.vmlinux import BadKernel, Kernel
 from sandbox.vm_pods.boot_image import GuestImage, default_profile, find_image
+from tests.kit.eventually import eventually
 
 ELF = b"\x7fELF" + bytes(range(256)) * 500
 
 
 def lz4_stored(data: bytes) -> bytes:
-    """The legacy frame with one block of literals only, as a compressor would write rubbish."""
+    """Make a legacy frame with one block of literals, as a compressor does for incompressible data."""
     length = len(data) - 15
     block = b"\xf0" + b"\xff" * (length // 255) + bytes([length % 255]) + data
     return b"\x02\x21\x4c\x18" + struct.pack("<I", len(block)) + block
@@ -77,7 +78,7 @@ def test_image_that_is_not_a_kernel_is_rejected(image: bytes) -> None:
 
 
 def make_tree(root: Path, *, fail: str = "") -> Kernel:
-    """A kernel with modules in the three forms that distributions use."""
+    """Make a kernel tree with modules in the three formats that distributions use."""
     modules = root / "lib/modules/6.1-test"
     forms = [
         ("virtio-ring", "", ".ko"),
@@ -183,7 +184,7 @@ def agent(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def parser(tmp_path: Path) -> Path:
-    """One that makes policy of whatever it is given, which is the last argument."""
+    """A parser that copies its last argument, the profile, as the policy."""
     path = tmp_path / "parser"
     path.write_text("#!/bin/sh\nwhile [ $# -gt 1 ]; do [ $1 = --ofile ] && out=$2; shift; done\ncp $1 $out\n")
     path.chmod(0o755)
@@ -253,12 +254,11 @@ async def test_kernel_without_modules_is_rejected(tmp_path: Path, agent: Path, p
 
 async def test_concurrent_builds_wait_for_each_other(tmp_path: Path) -> None:
     """One would remove the scratch directory of the other."""
-    said: list[str] = []
-    async with packages.alone(tmp_path, said.append):
-        second = asyncio.create_task(_enter(tmp_path, said.append))
-        while not said:
-            await asyncio.sleep(0.01)
-        assert said == ["waiting for another build to end"] and not second.done()
+    lines: list[str] = []
+    async with packages.alone(tmp_path, lines.append):
+        second = asyncio.create_task(_enter(tmp_path, lines.append))
+        await eventually(lambda: lines)
+        assert lines == ["waiting for another build to end"] and not second.done()
     async with asyncio.timeout(5):
         await second
 

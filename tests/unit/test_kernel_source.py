@@ -1,4 +1,4 @@
-"""The kernel that is compiled here: its options, its cache, and a source tree that makes do with make."""
+"""The compiled kernel: its options, its cache, and its build from a source tree that needs only make."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ DATE_S = 1_700_000_000  # 2023-11-14
 
 
 def make_archive(directory: Path, *, known: str = "CONFIG_", flags: str = "") -> Path:
-    """linux-source.tar.xz of a tree whose Kconfig knows the options that hold `known`."""
+    """Make linux-source.tar.xz of a tree whose Kconfig knows the options that contain `known`."""
     tree = directory / "linux-source-9.9"
     tree.mkdir(parents=True)
     (tree / "Makefile").write_text(MAKEFILE.format(modules=" ".join(MODULES), flags=flags))
@@ -158,7 +158,7 @@ async def test_output_of_the_compiler_is_reported(tmp_path: Path) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package archive that has our source, and apt's part left out."""
+    """Replace apt by a package that contains a small source tree."""
     archive = make_archive(tmp_path / "usr/src")
     package = tmp_path / "package.deb"
     package.touch()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator
-from typing import Any, cast
 
 import pytest
 
@@ -48,14 +47,14 @@ def store() -> Store:
 
 @pytest.fixture
 async def layers(store: Store) -> AsyncIterator[LayerUsage]:
-    layers = LayerUsage(cast(Any, store))
+    layers = LayerUsage(store)
     yield layers
     store.gate.set()
     await layers.close()
 
 
 async def sample(layers: LayerUsage, *subjects: Subject) -> list[int | None]:
-    found = await layers.sample(cast(Any, subjects))
+    found = await layers.sample(subjects)
     return [one.bytes if one else None for one in found]
 
 

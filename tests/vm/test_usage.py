@@ -28,15 +28,17 @@ SLEEP = ("sleep", "3600")
 MIB = 1 << 20
 
 
-def stats_of(cri: Cri, container: str) -> Any:
-    return cri.call("ContainerStats", container_id=container).stats
+def stats_of(cri: Cri, container: str) -> api.ContainerStats:
+    stats: api.ContainerStats = cri.call("ContainerStats", container_id=container).stats
+    return stats
 
 
-def pod_stats(cri: Cri, pod: Pod) -> Any:
-    return cri.call("PodSandboxStats", pod_sandbox_id=pod.id).stats.linux
+def pod_stats(cri: Cri, pod: Pod) -> api.LinuxPodSandboxStats:
+    stats: api.LinuxPodSandboxStats = cri.call("PodSandboxStats", pod_sandbox_id=pod.id).stats.linux
+    return stats
 
 
-def cpus(sample: Callable[[], Any], seconds: float = 2) -> float:
+def cpus(sample: Callable[[], api.CpuUsage], seconds: float = 2) -> float:
     """Return the CPUs used on average between two samples of a CpuUsage."""
     first = sample()
     time.sleep(seconds)
@@ -237,8 +239,8 @@ class Listener:
     """Reads a stream of events in a thread."""
 
     def __init__(self, cri: Cri) -> None:
-        self.seen: list[Any] = []
-        self.code: Any = None
+        self.seen: list[api.ContainerEventResponse] = []
+        self.code: grpc.StatusCode | None = None
         self._stream = cri.stream("GetContainerEvents")
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
@@ -304,7 +306,7 @@ def test_streams_end_with_the_daemon_and_counters_continue(cri: Cri, daemon: Dae
 # ------------------------------------------------------------------------------------- limits
 
 
-def linux(**fields: Any) -> Any:
+def linux(**fields: Any) -> api.LinuxContainerResources:
     return api.LinuxContainerResources(**fields)
 
 
