@@ -24,6 +24,11 @@ class ProcessStat(msgspec.Struct, frozen=True, kw_only=True):
     system_ticks: int
     start_time: int  # after the boot
 
+    @property
+    def cpu_ticks(self) -> int:
+        """User and system time together."""
+        return self.user_ticks + self.system_ticks
+
 
 def read_stat(pid: int) -> ProcessStat | None:
     """Read /proc/PID/stat; None when there is no such process. Zombies have one."""

@@ -61,7 +61,7 @@ def process_usage(pids: Iterable[int]) -> ProcessUsage:
             if stat is None:
                 continue
             sizes = meminfo(Path(f"/proc/{pid}/status").read_bytes())
-            ticks += stat.user_ticks + stat.system_ticks
+            ticks += stat.cpu_ticks
             own += sizes.get(b"RssAnon", 0) + sizes.get(b"RssFile", 0)
             shared += sizes.get(b"RssShmem", 0)
     return ProcessUsage(cpu_seconds=ticks / os.sysconf("SC_CLK_TCK"), own_bytes=own, shared_bytes=shared)

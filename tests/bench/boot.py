@@ -21,6 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from sandbox.guest.client import GuestClient
+from sandbox.host.proc import read_stat
 from sandbox.vmm import ShareSpec, VmHandle, VmSpec
 from sandbox.vmm.drivers import find_hypervisor
 from tests.bench.memory import pss_mib
@@ -97,12 +98,13 @@ async def boot(image: Path, options: argparse.Namespace) -> dict[str, float]:
 
 def measure(handle: VmHandle) -> dict[str, float]:
     """Processor time and memory of QEMU."""
-    ticks = Path(f"/proc/{handle.vmm.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    stat = read_stat(handle.vmm.pid)
+    assert stat is not None
     ram, rest = pss_mib(handle.vmm.pid)
     for fd in Path(f"/proc/{handle.vmm.pid}/fd").iterdir():
         if "memfd:" in str(fd.readlink()):  # count pages that QEMU has not mapped too
             ram = fd.stat().st_blocks * 512 / (1 << 20)
-    cpu_ms = sum(map(int, ticks)) * 1000 / os.sysconf("SC_CLK_TCK")
+    cpu_ms = stat.cpu_ticks * 1000 / os.sysconf("SC_CLK_TCK")
     return {"cpu_ms": cpu_ms, "touched_mib": ram, "qemu_mib": rest}
 
 

@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
+from sandbox.host.proc import read_stat
 from tests.bench.containerd import Containerd
 from tests.bench.figures import BASELINE
 from tests.kit import cni
@@ -149,8 +149,6 @@ def cpu_seconds() -> float:
     """Return the CPU time of all processes of this run."""
     total = 0
     for each in processes_naming(scratch_root().name):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            line = Path(f"/proc/{each.split(' ', 1)[0]}/stat").read_text()
-            fields = line.rpartition(")")[2].split()
-            total += int(fields[11]) + int(fields[12])  # utime, stime (proc(5), after the name)
+        if stat := read_stat(int(each.split(" ", 1)[0])):
+            total += stat.cpu_ticks
     return total / _TICKS_PER_S

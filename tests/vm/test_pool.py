@@ -7,12 +7,12 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from sandbox.host.proc import read_stat
 from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
@@ -78,9 +78,9 @@ def is_idle(daemon: Daemon, pod_id: str) -> bool:
     if not pids:
         return False
 
-    def ticks() -> list[bytes]:
-        """utime and stime: proc(5), fields 14 and 15."""
-        return Path(f"/proc/{pids[0]}/stat").read_bytes().rpartition(b")")[2].split()[11:13]
+    def ticks() -> int:
+        stat = read_stat(pids[0])
+        return stat.cpu_ticks if stat else 0
 
     begin = ticks()
     time.sleep(0.3)
