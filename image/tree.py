@@ -77,7 +77,7 @@ class Tree:
     def directory(self, path: Path, *, make: bool = True) -> int:
         """Return a descriptor of this directory, valid until the next call; make what is missing.
 
-        Raises TreeError when a component is a file, lies too deep or behind too many links, and
+        Raises TreeError when a component is a file, or is too deep or reached through too many links, and
         FileNotFoundError when `make` is false and the directory is not in this layer.
         """
         if not path:

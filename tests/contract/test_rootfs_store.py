@@ -1,4 +1,4 @@
-"""What every root filesystem store owes its callers, run on each file of `image/stores`."""
+"""The contract of root filesystem stores (`RootfsStore`), checked for each module of `image/stores`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Site:
         self.store = self.restarted()
 
     def restarted(self) -> RootfsStore:
-        """A store that remembers nothing, as after a crash."""
+        """Return a new store object, as after a crash."""
         return MAKERS[self.name](self.root, self.layers)
 
     async def stack(self, *layers: Mapping[str, bytes | str | None]) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ class Site:
         return self.root / "target"
 
     def mounts(self) -> list[str]:
-        """Mount points beneath our directory."""
+        """Return the mount points below the site's directory."""
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         return [line.split()[4] for line in lines if line.split()[4].startswith(f"{self.root}/")]
 
@@ -168,7 +168,7 @@ async def test_usage_counts_what_was_written(site: Site) -> None:
     os.sync()
     usage = site.store.usage("c1")
     assert usage.bytes >= 1 << 20 and usage.inodes >= 2
-    assert site.store.usage("nobody").bytes == 0
+    assert site.store.usage("unknown").bytes == 0
 
 
 async def test_down_is_idempotent(site: Site) -> None:
@@ -256,7 +256,7 @@ async def test_mount_is_nosuid_and_nodev(site: Site) -> None:
     assert flags & os.ST_NOSUID and flags & os.ST_NODEV
 
 
-# ------------------------------------------------------------------------------- shifted owners
+# -------------------------------------------------------------------------------- mapped owners
 
 IDS = IdMap(
     uids=(IdRange(inside=0, outside=70000, length=1000),),

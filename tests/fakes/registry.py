@@ -29,6 +29,8 @@ DOCKER = "application/vnd.docker"
 
 @dataclass(frozen=True)
 class Status:
+    """Answers with this status."""
+
     code: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
@@ -36,26 +38,26 @@ class Status:
 
 @dataclass(frozen=True)
 class Hang:
-    """Never answers."""
+    """Sends no response."""
 
 
 @dataclass(frozen=True)
 class Truncate:
-    """Promises the whole body, sends this many bytes of what was asked for, and hangs up."""
+    """Announces the whole body, sends this many bytes of it, and closes the connection."""
 
     size: int
 
 
 @dataclass(frozen=True)
 class StallAfter:
-    """Sends this many bytes and then nothing more."""
+    """Announces the whole body and sends only this many bytes, with the connection open."""
 
     size: int
 
 
 @dataclass(frozen=True)
 class Corrupt:
-    """Sends as many bytes as promised, but others."""
+    """Sends as many bytes as announced, but other ones."""
 
 
 Fault = Status | Hang | Truncate | StallAfter | Corrupt
@@ -63,6 +65,8 @@ Fault = Status | Hang | Truncate | StallAfter | Corrupt
 
 @dataclass(frozen=True)
 class Seen:
+    """A request."""
+
     method: str
     path: str  # without the query
     query: Mapping[str, list[str]]
@@ -79,7 +83,9 @@ class _Plan:
 
 @dataclass
 class FakeRegistry:
-    ranges: bool = True
+    """The registry's behaviour and content; `serving` makes `address` answer."""
+
+    ranges: bool = True  # whether Range is honoured
     sign_in: str = ""  # "", "basic" or "bearer"
     username: str = "user"
     password: str = "hunter2-secret"
@@ -104,11 +110,13 @@ class FakeRegistry:
     # ----------------------------------------------------------------------------- contents
 
     def put_blob(self, data: bytes) -> str:
+        """Add a blob; returns its digest."""
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         self.blobs[digest] = data
         return digest
 
     def put_manifest(self, repository: str, tag: str, value: object, media_type: str) -> str:
+        """Add a document, by its digest and, unless empty, a tag; returns the digest."""
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         self.manifests[repository, digest] = data, media_type
@@ -128,7 +136,7 @@ class FakeRegistry:
         architecture: str = "amd64",
         diff_ids: Sequence[str] | None = None,
     ) -> str:
-        """Plain tars in; gives the manifest's digest."""
+        """Add an image of these plain tars; returns the manifest's digest."""
         digests = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
         description = {
             "architecture": architecture,
@@ -161,7 +169,7 @@ class FakeRegistry:
         *,
         docker: bool = False,
     ) -> str:
-        """Digests of manifests that are here already, each with its platform or None."""
+        """Add an index of manifests that were added before, each with its platform or None."""
         kind = f"{DOCKER}.distribution.manifest.list.v2+json" if docker else f"{OCI}.index.v1+json"
         manifests = []
         for digest, platform in entries:
@@ -172,10 +180,12 @@ class FakeRegistry:
         return self.put_manifest(repository, tag, value, kind)
 
     def config_id(self, repository: str, tag: str) -> str:
+        """Return the digest of an image's configuration."""
         digest: str = json.loads(self.manifests[repository, tag][0])["config"]["digest"]
         return digest
 
     def layer_digests(self, repository: str, tag: str) -> list[str]:
+        """Return the digests of an image's compressed layers."""
         return [layer["digest"] for layer in json.loads(self.manifests[repository, tag][0])["layers"]]
 
     def _descriptor(self, data: bytes, media_type: str) -> dict[str, object]:
@@ -184,12 +194,15 @@ class FakeRegistry:
     # ------------------------------------------------------------------------- misbehaviour
 
     def fail(self, path: str, fault: Fault, times: int = 1) -> None:
+        """Let the next `times` requests whose path contains `path` fail."""
         self._plans.append(_Plan(path, fault, times))
 
     def forget_faults(self) -> None:
+        """Answer all requests from now on."""
         self._plans.clear()
 
     def take_fault(self, path: str) -> Fault | None:
+        """Return the fault for a request and count it as used; None to answer it."""
         with self._lock:
             for plan in self._plans:
                 if plan.times and plan.path in path:
@@ -198,16 +211,18 @@ class FakeRegistry:
         return None
 
     def wait_released(self) -> None:
-        """What hangs, hangs until the end of the test."""
+        """Block until the end of the test."""
         self._released.wait(60)
 
     def paths(self) -> list[str]:
+        """Return the paths of all requests."""
         return [seen.path for seen in self.seen]
 
     # ------------------------------------------------------------------------------ serving
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[FakeRegistry]:
+        """Serve on a free port of loopback."""
         handler = type("Handler", (_Handler,), {"registry": self})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
@@ -346,7 +361,7 @@ class _Handler(BaseHTTPRequestHandler):
         value = 'Basic realm="test"'
         if self.registry.sign_in == "bearer":
             value = f'Bearer realm="{realm}",service="test.service",scope="repository:some/thing:pull"'
-        # a careless server that says what it was shown
+        # like a careless server, return what was sent
         shown = self.headers.get("authorization", "").partition(" ")[2]
         lines = [*self.registry.challenges_before, value]
         if self.registry.challenges_in_one_line:
@@ -368,6 +383,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def compress(layer: bytes, how: str) -> bytes:
+    """Compress by "gzip", "zstd" or "plain"."""
     pack: Callable[[bytes], bytes] = {
         "gzip": lambda data: gzip.compress(data, 1),
         "zstd": zstandard.ZstdCompressor().compress,
@@ -377,7 +393,7 @@ def compress(layer: bytes, how: str) -> bytes:
 
 
 def make_layer(files: Mapping[str, bytes | str | None]) -> bytes:
-    """A plain tar: bytes are a file, text is a symbolic link's target, None is a directory."""
+    """Return a plain tar: bytes are a file, text is a symbolic link's target, None is a directory."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in files.items():

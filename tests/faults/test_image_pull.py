@@ -285,7 +285,7 @@ async def test_pull_is_cancelled_with_its_last_caller(registry: FakeRegistry, tm
         await pull
     await store.close()
     assert leftovers(store) == [] and store.list() == ()
-    # and nothing stands in the way of the next
+    # the next pull works
     next_store = open_store(tmp_path)
     assert (await next_store.pull(f"{registry.address}/a:1")).size > 0
     await next_store.close()

@@ -8,7 +8,6 @@ import http.client
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +18,15 @@ from image.errors import ManifestNotFound, RegistryUnavailable
 from image.image_store import ImageStore
 from image.options import ImageOptions
 from image.registry import Timing
+from tests.kit.eventually import eventually_sync
 from tests.kit.images import Form, Image, busybox, digest_of, index_of
 
 STARTED_S = 20.0
 
 
 class DockerRegistry:
+    """Debian's docker-registry on a free port of loopback, outside of any namespace."""
+
     def __init__(self, folder: Path) -> None:
         program = shutil.which("docker-registry")
         assert program is not None, "docker-registry (Debian package docker-registry)"
@@ -47,12 +49,13 @@ class DockerRegistry:
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        end = time.monotonic() + STARTED_S
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-                return
-            assert self._process.poll() is None and time.monotonic() < end, self._log.read_text()
-            time.sleep(0.02)
+        eventually_sync(self._accepts, timeout_s=STARTED_S, retry_on=(OSError,), describe=self._log.read_text)
+
+    def _accepts(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"docker-registry ended:\n{self._log.read_text()}")
+        socket.create_connection(("127.0.0.1", self.port)).close()
+        return True
 
     def stop(self) -> None:
         self._process.terminate()

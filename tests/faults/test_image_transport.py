@@ -294,8 +294,10 @@ def silent_port() -> Iterator[int]:
 
 async def test_dial_timeout_of_hosts_toml_limits_the_connect(silent_port: int, tmp_path: Path) -> None:
     text = f'server = "http://127.0.0.1:{silent_port}"\ndial_timeout = "100ms"\n'
-    patient = msgspec.structs.replace(QUICK, connect_s=60.0, attempts=1)
-    store = open_store(tmp_path, timing=patient, config_path=write_hosts(tmp_path, "some.example.com", text))
+    slow_connect = msgspec.structs.replace(QUICK, connect_s=60.0, attempts=1)
+    store = open_store(
+        tmp_path, timing=slow_connect, config_path=write_hosts(tmp_path, "some.example.com", text)
+    )
     async with asyncio.timeout(30):
         error = await pull_error(store, "some.example.com/a:1")
     assert isinstance(error, RegistryUnavailable) and error.problem == "no connection in time"
@@ -382,13 +384,13 @@ async def test_mirror_is_asked_first_with_namespace_and_headers(
     await store.close()
 
 
-@pytest.mark.parametrize("trouble", [Status(404), Status(500), Status(401), Corrupt()])
+@pytest.mark.parametrize("fault", [Status(404), Status(500), Status(401), Corrupt()])
 async def test_failing_mirror_falls_back_to_the_registry(
-    registry: FakeRegistry, tmp_path: Path, trouble: Fault
+    registry: FakeRegistry, tmp_path: Path, fault: Fault
 ) -> None:
     digest = registry.put_image("a", "1", [BASE])
     with FakeRegistry(blobs=registry.blobs, manifests=registry.manifests).serving() as mirror:
-        mirror.fail("/", trouble, times=99)
+        mirror.fail("/", fault, times=99)
         certs = write_hosts(
             tmp_path, "some.example.com",
             f'server = "http://{registry.address}"\n[host."http://{mirror.address}"]\n',

@@ -6,7 +6,7 @@ import io
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def items(draw: st.DrawFn) -> tuple[tarfile.TarInfo, bytes]:
 
 
 class Ground:
-    """A layer's directory beside something that must not change."""
+    """A layer's directory, with files around it that must not change."""
 
     def __init__(self, base: Path) -> None:
         self.root = base / "jail" / "root"
@@ -64,7 +64,7 @@ class Ground:
         self._before = self._picture()
 
     def _picture(self) -> list[tuple[object, ...]]:
-        """Everything but the inside of the root."""
+        """Return the state of everything outside of the root."""
         seen: list[tuple[object, ...]] = [
             tuple(self.root.parent.iterdir()),
             tuple(self.root.parents[1].iterdir()),
@@ -109,7 +109,7 @@ def test_hostile_entries_stay_inside(entries: list[tuple[tarfile.TarInfo, bytes]
 
 
 def sample() -> bytes:
-    """One of each kind of entry, to be damaged."""
+    """Return an archive with one entry of each kind, to be damaged."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, kind in (("a", b"5"), ("a/f", b"0"), ("a/l", b"2"), ("a/h", b"1"), ("n" * 150, b"0")):
@@ -139,7 +139,7 @@ def test_damaged_archive_stays_inside(damage: list[tuple[int, bytes]], cut: int,
 
 
 def mend_checksums(data: bytearray) -> None:
-    """Make damaged headers pass the first check, so that the damage gets further."""
+    """Correct the checksums of damaged headers, so that the damage is read."""
     for at in range(0, len(data) - 511, 512):
         if data[at + 257 : at + 262] == b"ustar":
             data[at + 148 : at + 156] = b" " * 8
@@ -162,7 +162,7 @@ def test_arbitrary_bytes_in_any_compression_are_rejected(data: bytes, magic: byt
 
 @pytest.mark.parametrize("length", [0, 1, 511, 512, 513])
 async def test_blob_writer_accepts_exactly_the_announced_bytes(tmp_path: Path, length: int) -> None:
-    async def chunks() -> object:
+    async def chunks() -> AsyncIterator[bytes]:
         for _ in range(length):
             yield b"x"
 
@@ -170,7 +170,7 @@ async def test_blob_writer_accepts_exactly_the_announced_bytes(tmp_path: Path, l
     writer = BlobWriter(tmp_path / "blob", Descriptor(digest=digest, size=512))
     try:
         with pytest.raises(ImageError):
-            await writer.append(chunks())  # type: ignore[arg-type]
+            await writer.append(chunks())
             await writer.finish()
         assert writer.written <= 512
     finally:

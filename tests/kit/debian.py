@@ -1,6 +1,6 @@
-"""Files out of Debian packages that are not installed: some would start services, some exclude others.
+"""Files of Debian packages that are not installed: some would start services, some conflict with others.
 
-Fetched from the machine's own package archive, unpacked once and kept with all else that the tests cache.
+Downloaded from the machine's package archive, unpacked once, and kept in the tests' cache.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from tempfile import TemporaryDirectory
 
 
 def cache_directory() -> Path:
+    """Return the directory of what the tests keep between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "husk-tests"
 
 
 @cache
 def unpacked(package: str) -> Path:
-    """The tree of files of a package. Raises CalledProcessError where the archive does not have it."""
+    """Return the tree of files of a package. Raises CalledProcessError if the archive does not have it."""
     release = platform.freedesktop_os_release()["VERSION_ID"]
     place = cache_directory() / f"packages-{release}" / package
     if place.is_dir():
@@ -42,7 +43,7 @@ def unpacked(package: str) -> Path:
 
 
 def libraries_of(program: Path) -> dict[str, Path]:
-    """Each shared library that a program needs, its loader too: path where it is searched for, and file.
+    """Return the shared libraries and the loader of a program: the path where each is searched for, and file.
 
     ldd(1) asks the machine's own loader: what it cannot find is a package that tests/packages.txt lacks.
     """

@@ -1,7 +1,7 @@
-"""Test images made of what Debian packages: a busybox userland, a web server, users, helpers.
+"""Test images made from Debian packages: a busybox userland, a web server, users, helpers.
 
-Deterministic: the bytes depend only on the installed packages and this file, so digests are stable on one
-machine. An image can be written as an OCI layout, as a docker-archive, or pushed (see `kit.registry`).
+Their bytes depend only on the installed packages and this file, so digests are stable on one machine. An
+image can be written as an OCI layout or a docker-archive, or pushed (see `kit.registry`).
 """
 
 from __future__ import annotations
@@ -49,28 +49,35 @@ class Form(Enum):
 
     @property
     def manifest(self) -> str:
+        """Media type of manifests."""
         return self.value[0]
 
     @property
     def config(self) -> str:
+        """Media type of configurations."""
         return self.value[1]
 
     @property
     def index(self) -> str:
+        """Media type of indexes."""
         return self.value[3]
 
     def layer(self, packing: Packing) -> str:
+        """Return the media type of layers with this compression."""
         separator = "." if self is Form.DOCKER else "+"
         return self.value[2] + (separator + packing.value if packing.value else "")
 
 
 class Packing(Enum):
+    """Compression of a layer."""
+
     PLAIN = ""
     GZIP = "gzip"
     ZSTD = "zstd"
 
 
 def digest_of(data: bytes) -> str:
+    """Return the sha256 digest."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
@@ -79,7 +86,7 @@ def digest_of(data: bytes) -> str:
 
 @dataclass
 class Layer:
-    """A tar archive whose bytes depend on its contents only. `add` creates missing parents."""
+    """A tar archive whose bytes depend only on its contents."""
 
     packing: Packing = Packing.GZIP
     entries: dict[str, tuple[tarfile.TarInfo, bytes]] = field(default_factory=dict)
@@ -96,6 +103,8 @@ class Layer:
         uid: int = 0,
         gid: int = 0,
     ) -> Layer:
+        """Add an entry, and its missing parents; returns self. A later entry of one path replaces the
+        earlier."""
         path = path.strip("/")
         parent = path.rpartition("/")[0]
         if parent and parent not in self.entries:
@@ -109,20 +118,25 @@ class Layer:
         return self
 
     def directory(self, path: str, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Layer:
+        """Add a directory; returns self."""
         return self.add(path, mode=mode, kind=tarfile.DIRTYPE, uid=uid, gid=gid)
 
     def symlink(self, path: str, target: str) -> Layer:
+        """Add a symbolic link; returns self."""
         return self.add(path, kind=tarfile.SYMTYPE, link=target, mode=0o777)
 
     def hardlink(self, path: str, target: str) -> Layer:
+        """Add a hard link to an entry of this layer; returns self."""
         return self.add(path, kind=tarfile.LNKTYPE, link=target, mode=0o755)
 
     def tar(self) -> bytes:
+        """Return the plain tar."""
         if "tar" not in self._made:
             self._made["tar"] = self._tar()
         return self._made["tar"]
 
     def packed(self) -> bytes:
+        """Return the tar, compressed."""
         if "packed" not in self._made:
             self._made["packed"] = self._packed()
         return self._made["packed"]
@@ -130,7 +144,7 @@ class Layer:
     def _tar(self) -> bytes:
         raw = io.BytesIO()
         with tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as archive:
-            # a hard link must come behind what it names
+            # a hard link must follow its target
             for path in sorted(self.entries, key=lambda name: (self.entries[name][0].islnk(), name)):
                 info, data = self.entries[path]
                 archive.addfile(info, io.BytesIO(data) if info.size else None)
@@ -152,7 +166,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Image:
-    """A single-platform image, before it is given a name."""
+    """A single-platform image, without a name."""
 
     layers: tuple[Layer, ...]
     form: Form = Form.OCI
@@ -167,6 +181,7 @@ class Image:
     architecture: str = "amd64"
 
     def config(self) -> bytes:
+        """Return the image configuration."""
         run: dict[str, object] = {"Env": list(self.env)}
         run |= {"Entrypoint": list(self.entrypoint)} if self.entrypoint else {}
         run |= {"Cmd": list(self.cmd)} if self.cmd else {}
@@ -186,6 +201,7 @@ class Image:
         return to_json(document)
 
     def manifest(self) -> bytes:
+        """Return the manifest."""
         config = self.config()
         document = {
             "schemaVersion": 2,
@@ -196,26 +212,29 @@ class Image:
         return to_json(document)
 
     def blobs(self) -> Iterator[bytes]:
-        """Configuration and packed layers: everything that a manifest names."""
+        """Yield everything that the manifest names: configuration and compressed layers."""
         yield self.config()
         for layer in self.layers:
             yield layer.packed()
 
     @property
     def id(self) -> str:
+        """The configuration's digest, which is the image's id in the CRI."""
         return digest_of(self.config())
 
 
 def to_json(document: object) -> bytes:
+    """Return JSON with sorted keys."""
     return json.dumps(document, indent=1, sort_keys=True).encode()
 
 
 def descriptor(media_type: str, data: bytes) -> dict[str, object]:
+    """Return the descriptor of these bytes."""
     return {"mediaType": media_type, "digest": digest_of(data), "size": len(data)}
 
 
 def index_of(images: Sequence[Image], form: Form = Form.OCI) -> bytes:
-    """An image index (manifest list) over images of several platforms."""
+    """Return an image index (manifest list) of images for several platforms."""
     members = [
         descriptor(form.manifest, image.manifest())
         | {"platform": {"architecture": image.architecture, "os": "linux"}}
@@ -225,7 +244,7 @@ def index_of(images: Sequence[Image], form: Form = Form.OCI) -> bytes:
 
 
 def write_oci_layout(archive: Path, images: Mapping[str, Image]) -> None:
-    """A tar of an OCI image layout (image-spec, image-layout.md) with one entry per full name."""
+    """Write a tar of an OCI image layout (image-spec, image-layout.md) with one entry per full name."""
     files = {"oci-layout": to_json({"imageLayoutVersion": "1.0.0"})}
     members = []
     for name, image in images.items():
@@ -239,7 +258,7 @@ def write_oci_layout(archive: Path, images: Mapping[str, Image]) -> None:
 
 
 def write_docker_archive(archive: Path, images: Mapping[str, Image]) -> None:
-    """A tar as `docker save` makes it: manifest.json over plain layer tars."""
+    """Write a tar in the format of `docker save`: manifest.json and plain layer tars."""
     files: dict[str, bytes] = {}
     members = []
     for name, image in images.items():
@@ -252,6 +271,7 @@ def write_docker_archive(archive: Path, images: Mapping[str, Image]) -> None:
 
 
 def write_tar(archive: Path, files: Mapping[str, bytes]) -> None:
+    """Write a tar of these files."""
     content = Layer(packing=Packing.PLAIN)
     for path, data in files.items():
         content.add(path, data)
@@ -277,7 +297,10 @@ nogroup:x:65534:
 
 @cache
 def base_layer() -> Layer:
-    """Busybox from the package busybox-static, its commands, users and groups."""
+    """Return busybox from the package busybox-static with its commands, users and groups.
+
+    Raises FileNotFoundError without that package.
+    """
     program = shutil.which("busybox")
     if program is None:
         raise FileNotFoundError("busybox (Debian package busybox-static)")
@@ -294,7 +317,7 @@ def base_layer() -> Layer:
 
 @cache
 def helper(name: str) -> bytes:
-    """A static program compiled from kit/helpers/NAME.c."""
+    """Compile kit/helpers/NAME.c and return the static program. Raises CalledProcessError."""
     target = scratch_root() / f"helper-{name}"
     # no build id and no temporary names in it: the same bytes from every build
     flags = ["-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none"]
@@ -303,25 +326,27 @@ def helper(name: str) -> bytes:
 
 
 def mark(word: str) -> Layer:
-    """A small layer that makes an image differ from every other one."""
+    """Return a small layer that makes an image differ from every other one."""
     return Layer().add("etc/image-mark", word + "\n")
 
 
 def busybox(word: str = "busybox", **changes: object) -> Image:
+    """Return an image of busybox, marked by `word`, with these other fields of `Image`."""
     return Image((base_layer(), mark(word)), cmd=("sh",), **changes)  # type: ignore[arg-type]
 
 
 def web(page: str = "hello from the pod\n") -> Image:
-    """A web server on port 80 that logs each request."""
+    """Return an image whose web server listens on port 80 and logs each request."""
     layer = Layer().add("www/index.html", page)
     return Image((base_layer(), layer), cmd=("httpd", "-f", "-vv", "-p", "80", "-h", "/www"))
 
 
 def setuid() -> Image:
-    """/bin/effective is set-user-id root and prints its effective user."""
+    """Return an image whose /bin/effective is set-user-id root and prints its effective user."""
     layer = Layer().add("bin/effective", helper("effective"), mode=0o4755)
     return Image((base_layer(), layer), cmd=("effective",), user="worker")
 
 
 def pause() -> Image:
+    """Return an image whose only program waits for a signal."""
     return Image((Layer().add("pause", helper("pause"), mode=0o755),), entrypoint=("/pause",))

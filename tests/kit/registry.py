@@ -1,7 +1,7 @@
-"""Debian's docker-registry inside a test namespace, on loopback, and pushing images to it.
+"""Debian's docker-registry in a test namespace, on loopback, and a client that pushes images to it.
 
-Runtimes reach it through mirror settings (`write_mirrors`): the names in tests look like those of real
-registries, and no traffic leaves the namespace.
+Runtimes reach it as a mirror (`write_mirrors`): the names in tests look like those of real registries, and no
+traffic leaves the namespace.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import http.client
 import shutil
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.kit.eventually import eventually_sync
 from tests.kit.images import Form, Image, digest_of, index_of
 from tests.kit.namespace import Namespace
 from tests.kit.scratch import scratch_dir
@@ -21,6 +21,9 @@ HOST = "registry.test"  # what image names in tests begin with
 
 
 class Registry:
+    """A running docker-registry with its own directory. Close it. Raises FileNotFoundError if not
+    installed."""
+
     def __init__(self, namespace: Namespace, port: int = 5000) -> None:
         program = shutil.which("docker-registry")
         if program is None:
@@ -48,35 +51,37 @@ class Registry:
 
     @property
     def url(self) -> str:
+        """Its URL inside the namespace."""
         return f"http://127.0.0.1:{self.port}"
 
     def _await_ready(self, deadline_s: float = 20) -> None:
-        end = time.monotonic() + deadline_s
-        while True:
-            try:
-                self._namespace.dial("127.0.0.1", self.port).close()
-                return
-            except OSError:
-                if self._process.poll() is not None or time.monotonic() > end:
-                    log = (self.directory / "log").read_text()
-                    self.close()
-                    raise RuntimeError(f"docker-registry did not start:\n{log}") from None
-                time.sleep(0.02)
+        log = self.directory / "log"
+        try:
+            eventually_sync(self._accepts, timeout_s=deadline_s, retry_on=(OSError,), describe=log.read_text)
+        except BaseException:
+            self.close()
+            raise
+
+    def _accepts(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"docker-registry ended:\n{(self.directory / 'log').read_text()}")
+        self._namespace.dial("127.0.0.1", self.port).close()
+        return True
 
     def push(self, repository: str, tag: str, image: Image) -> str:
-        """Returns the manifest's digest."""
+        """Push an image; returns the manifest's digest. Raises RuntimeError."""
         with _Pusher(self, repository) as pusher:
             return pusher.image(tag, image)
 
     def push_index(self, repository: str, tag: str, images: Sequence[Image], form: Form = Form.OCI) -> str:
-        """Returns the index's digest."""
+        """Push an index and its images; returns the index's digest. Raises RuntimeError."""
         with _Pusher(self, repository) as pusher:
             for image in images:
                 pusher.image(digest_of(image.manifest()), image)
             return pusher.manifest(tag, form.index, index_of(images, form))
 
     def write_mirrors(self, directory: Path, hosts: Sequence[str] = (HOST,)) -> Path:
-        """certs.d/<host>/hosts.toml files that send these hosts here; returns `directory`."""
+        """Write <host>/hosts.toml files that send pulls from these hosts here; returns `directory`."""
         for host in hosts:
             (directory / host).mkdir(parents=True, exist_ok=True)
             (directory / host / "hosts.toml").write_text(
@@ -85,7 +90,7 @@ class Registry:
         return directory
 
     def close(self) -> None:
-        """Idempotent."""
+        """Kill the process and wait for its end. Idempotent."""
         self._process.kill()
         self._process.wait()
 

@@ -169,10 +169,10 @@ async def test_name_option_for_two_images_is_rejected(store: ImageStore, tmp_pat
     "content",
     [
         b"",
-        b"rubbish",
+        b"garbage",
         b"\x1f\x8brubbish",
         b"\x28\xb5\x2f\xfdrubbish",
-        gzip.compress(b"rubbish" * 500),
+        gzip.compress(b"garbage" * 500),
         bytes(10240),
     ],
 )

@@ -65,7 +65,7 @@ def test_dots_that_stay_inside_are_resolved(jail: Jail) -> None:
     "target", ["{outside}", "../../outside", "/../../{outside}", "../" * 20 + "{outside}"]
 )
 def test_path_through_symlink_stays_inside(jail: Jail, target: str) -> None:
-    """What lies behind the link is made inside, as the finished root would see it."""
+    """The link's target is made inside, where a container with this root would find it."""
     jail.unpack(link("door", target.format(outside=jail.outside)), file("door/victim", b"changed"))
     assert (jail.outside / "victim").read_text() == "untouched"
     inside = [p for p in jail.root.rglob("victim") if p.read_bytes() == b"changed"]

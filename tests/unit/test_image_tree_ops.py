@@ -109,8 +109,8 @@ def test_more_hard_links_than_are_remembered_count_each(home: Path, monkeypatch:
 
 
 def test_absent_path_measures_zero_and_is_removed(tmp_path: Path) -> None:
-    assert tree_ops.measure(tmp_path / "nobody").inodes == 0
-    tree_ops.remove(tmp_path / "nobody")
+    assert tree_ops.measure(tmp_path / "absent").inodes == 0
+    tree_ops.remove(tmp_path / "absent")
 
 
 def test_failed_measurement_names_the_path(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
