@@ -1,9 +1,9 @@
-"""List responses that encode only the items that have changed.
+"""Responses that encode only the items that have changed.
 
-A kubelet requests both lists every second, and most items have not changed since. Records are immutable, so
-the encoding of one is valid as long as the same object is listed. A message of the form `repeated Item items
-= 1` is the concatenation of its encoded items (protobuf encoding, "Last One Wins"), each after its tag and
-length.
+A kubelet requests both lists every second and statuses often, and most items have not changed since. Records
+are immutable, so the encoding of one is valid as long as the same object is listed. A message of the form
+`repeated Item items = 1` is the concatenation of its encoded items (protobuf encoding, "Last One Wins"), each
+after its tag and length.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class ListCache(Generic[R]):
             size += len(item)
         if batch:
             yield b"".join(batch)
+
+    def drop(self, key: Hashable) -> None:
+        """Drop the cached item with this key. Idempotent."""
+        self._known.pop(key, None)
 
     def keep_only(self, records: Sequence[R]) -> None:
         """Drop cached items that no longer exist. `records` is the whole list, not a filtered one."""

@@ -203,10 +203,14 @@ def _user(user: ContainerUser) -> pb.ContainerUser:
     )
 
 
+_SIGNALS = dict(pb.Signal.items())
+
+
 def stop_signal(name: str) -> pb.Signal.ValueType:
     """Return the CRI's value for a name such as "SIGRTMIN+3"; RUNTIME_DEFAULT if it has none."""
-    wire = f"SIGNAL_{name.replace('+', 'PLUS').replace('-', 'MINUS')}"
-    return pb.Signal.Value(wire) if wire in pb.Signal.keys() else pb.SIGNAL_RUNTIME_DEFAULT  # noqa: SIM118
+    return _SIGNALS.get(
+        f"SIGNAL_{name.replace('+', 'PLUS').replace('-', 'MINUS')}", pb.SIGNAL_RUNTIME_DEFAULT
+    )
 
 
 # -------------------------------------------------------------------------------------- images

@@ -27,6 +27,8 @@ class ContainerCalls:
         self._containers = containers
         self._flights = flights
         self._items = ListCache[ContainerRecord](lambda record: record.id, objects.container_item)
+        # a ContainerStatusResponse without `info` has the form of a list of one status
+        self._statuses = ListCache[ContainerRecord](lambda record: record.id, objects.container_status)
 
     # ------------------------------------------------------------------------------ life cycle
 
@@ -57,6 +59,7 @@ class ContainerCalls:
         """Stop and remove a container. Idempotent."""
         id = self._full_id(request.container_id)
         await self._flights.join(("remove-container", id), lambda: self._containers.remove(id))
+        self._statuses.drop(id)
         return pb.RemoveContainerResponse()
 
     # ---------------------------------------------------------------------------------- status
@@ -65,6 +68,7 @@ class ContainerCalls:
         """List containers that match the filter, as an encoded ListContainersResponse."""
         records = self._containers.list()
         self._items.keep_only(records)
+        self._statuses.keep_only(records)  # also those removed together with their pod
         return self._items.of(objects.matching_containers(records, request.filter))
 
     async def StreamContainers(self, request: pb.StreamContainersRequest) -> AsyncIterator[bytes]:
@@ -74,12 +78,13 @@ class ContainerCalls:
         for batch in self._items.batches(objects.matching_containers(records, request.filter)):
             yield batch
 
-    async def ContainerStatus(self, request: pb.ContainerStatusRequest) -> pb.ContainerStatusResponse:
+    async def ContainerStatus(self, request: pb.ContainerStatusRequest) -> pb.ContainerStatusResponse | bytes:
         """Return the status of a container; `verbose` adds the map `info`. Raises NotFound."""
         record = self._find(request.container_id)
+        if not request.verbose:
+            return self._statuses.of([record])
         response = pb.ContainerStatusResponse(status=objects.container_status(record))
-        if request.verbose:
-            response.info["info"] = info_json(await self._containers.describe(record))
+        response.info["info"] = info_json(await self._containers.describe(record))
         return response
 
     # ------------------------------------------------------------------- exec, logs, resources

@@ -62,3 +62,18 @@ async def test_status_shows_updated_limits(runtime: Runtime) -> None:
     assert status.resources.linux.memory_limit_in_bytes == 1 << 28
     await runtime.call("ReopenContainerLog", pb.ReopenContainerLogRequest(container_id=id))
     assert runtime.containers.reopened == [id]
+
+
+async def test_repeated_status_follows_changes_and_removal(runtime: Runtime) -> None:
+    """Encoded statuses are cached by record; a verbose one is not."""
+    id = await runtime.container(await runtime.pod())
+    request = pb.ContainerStatusRequest(container_id=id)
+    plain = [await runtime.call("ContainerStatus", request) for _ in range(2)]
+    verbose = await runtime.call("ContainerStatus", pb.ContainerStatusRequest(container_id=id, verbose=True))
+    assert plain[0].status == plain[1].status == verbose.status
+    assert not plain[0].info
+    await runtime.call("StartContainer", pb.StartContainerRequest(container_id=id))
+    status = (await runtime.call("ContainerStatus", request)).status
+    assert status.state == pb.CONTAINER_RUNNING
+    await runtime.call("RemoveContainer", pb.RemoveContainerRequest(container_id=id))
+    assert await runtime.code("ContainerStatus", request) is Code.NOT_FOUND
