@@ -37,7 +37,9 @@ class Subject(Protocol):
     """A container, as far as it is needed here: hashable by identity, and weakly referenceable."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Key of its root filesystem in the store."""
+        ...
 
 
 @dataclass(slots=True)

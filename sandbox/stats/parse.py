@@ -104,6 +104,7 @@ class PodStats(Value, frozen=True, kw_only=True):
 
     @property
     def processes(self) -> int:
+        """Sum over the containers."""
         return sum(container.processes for container in self.containers)
 
 
