@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.drivers  # noqa: F401 -- registers a driver without a VM
 from cri.cli import doctor
 from cri.cli.doctor import Check, Host
 from cri.config import Cni, Config, HandlerTable
@@ -46,6 +47,17 @@ async def test_every_check_has_one_finding_with_its_name(tmp_path: Path) -> None
         check.name for check in doctor.checks_of(host(tmp_path))
     ]
     assert all(finding.detail for finding in findings)
+
+
+def test_drivers_of_configured_handlers_bring_their_checks(tmp_path: Path) -> None:
+    def names(**changes: object) -> set[str]:
+        return {check.name for check in doctor.checks_of(host(tmp_path, **changes))}
+
+    process = HandlerTable(hypervisor="process")
+    assert "qemu" in names() and "process" not in names()
+    assert {"qemu", "process"} <= names(handlers={"other": process}), "the default handler has QEMU"
+    only = names(handlers={"other": process}, default_handler="other")
+    assert "process" in only and not {"qemu", "virtiofsd", "vhost-net"} & only
 
 
 async def test_every_failure_has_a_remedy(tmp_path: Path) -> None:
