@@ -205,8 +205,14 @@ PURE = (
     "sandbox.stats.parse",
     "sandbox.usage",
     "sandbox.vm_pods.usage",
+    "image.auth",
     "image.manifest",
+    "image.platforms",
     "image.reference",
+    "image.registry.challenge",
+    "image.registry.proxy",
+    "image.rootfs",
+    "image.tar",
     "sandbox.guest.frames",
 )
 IMPURE = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,8 +20,9 @@ pytestmark = pytest.mark.vm
 BUSYBOX = f"{HOST}/husk/busybox:1"
 
 
-def status_of(cri: Cri, image: str) -> Any:
-    return cri.call("ImageStatus", image=api.ImageSpec(image=image)).image
+def status_of(cri: Cri, image: str) -> api.Image:
+    status: api.Image = cri.call("ImageStatus", image=api.ImageSpec(image=image)).image
+    return status
 
 
 def remove(cri: Cri, image: str) -> None:
