@@ -67,9 +67,9 @@ class Prober:
                 continue
             key = (place, changed)
             if key not in self._known:
-                said = await process.run([place, "--version"], timeout_s=10)
-                lines = (said.stdout + said.stderr).decode(errors="replace").splitlines()
-                if said.status != 0 or not lines:
+                completed = await process.run([place, "--version"], timeout_s=10)
+                lines = (completed.stdout + completed.stderr).decode(errors="replace").splitlines()
+                if completed.status != 0 or not lines:
                     continue
                 self._known[key] = Virtiofsd(
                     path=place, implementation=detect_implementation(lines[0]), version=lines[0]

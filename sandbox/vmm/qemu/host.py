@@ -146,10 +146,10 @@ def find_firmware() -> str:
 
 async def find_version(program: str) -> str:
     """Return the first line of `--version`, without the copyright. Raises VmmError, DeadlineExceeded."""
-    said = await process.run([program, "--version"], timeout_s=10)
-    if said.status != 0 or not said.stdout:
-        raise VmmError(f"{program} --version: {printable(said.stderr[-500:])}")
-    return said.stdout.decode(errors="replace").splitlines()[0].removeprefix("QEMU emulator version ")
+    completed = await process.run([program, "--version"], timeout_s=10)
+    if completed.status != 0 or not completed.stdout:
+        raise VmmError(f"{program} --version: {printable(completed.stderr[-500:])}")
+    return completed.stdout.decode(errors="replace").splitlines()[0].removeprefix("QEMU emulator version ")
 
 
 # ----------------------------------------------------------------------------------------- user
