@@ -58,7 +58,9 @@ class Site:
 def site() -> Iterator[Site]:
     # short, for the sockets in it
     root = Path(tempfile.mkdtemp(prefix="husk-rpcs-"))
-    with FakeRegistry().serving() as registry:
+    with FakeRegistry().serving() as registry, pytest.MonkeyPatch.context() as patch:
+        # each test waits for what is written after a pull
+        patch.setattr("image.image_store.SYNC_DELAY_S", 0.0)
         site = Site(root, registry)
         yield site
         site.close()
