@@ -1,7 +1,7 @@
-"""The pod of deploy/quickstart: makes a sample image, runs it through the CRI socket, shows what came of it.
+"""The pod of deploy/quickstart: builds a sample image, runs a pod over the CRI socket, prints what it shows.
 
-quickstart_pod.py image FILE          write an image of a small web server, made of Debian's busybox
-quickstart_pod.py run SOCKET LOGS     run a pod of it, print what there is to see, and the pod's id last
+quickstart_pod.py image FILE          write an image with a small web server, made from Debian's busybox
+quickstart_pod.py run SOCKET LOGS     run a pod with it; print times, page and log, and the pod's id last
 quickstart_pod.py stop SOCKET POD     stop and remove that pod
 """
 
@@ -26,20 +26,23 @@ POD_NAME = "quickstart"
 
 
 def write_image(file: str) -> None:
+    """Write the sample image as a tar of an OCI layout."""
     images.write_oci_layout(Path(file), {IMAGE: images.web(PAGE)})
 
 
 class Quickstart:
+    """Calls of the RuntimeService that run and show one pod."""
+
     def __init__(self, client: Client) -> None:
         self._client = client
 
     def call(self, method: str, **fields: Any) -> Any:
-        """Raises CallFailed."""
+        """Call an rpc with these fields in its request. Raises CallFailed."""
         kind = getattr(pb, f"{method}Request")
         return self._client.call(RUNTIME, method, kind(**fields), timeout_s=240)
 
     def run(self, logs: Path) -> str:
-        """The id of a pod whose web server answers; everything worth seeing has been printed."""
+        """Run a pod, print what it shows and return its id. On failure the pod is removed again."""
         self._print_status()
         config = pb.PodSandboxConfig(
             metadata=pb.PodSandboxMetadata(name=POD_NAME, uid=f"{time.time_ns()}", namespace="default"),
@@ -96,13 +99,14 @@ class Quickstart:
         print(f"pod {pod}", flush=True)
 
     def stop(self, pod: str) -> None:
+        """Stop and remove a pod. Raises CallFailed."""
         self.call("StopPodSandbox", pod_sandbox_id=pod)
         self.call("RemovePodSandbox", pod_sandbox_id=pod)
 
 
 def fetch(url: str, deadline_s: float = 20) -> str:
-    """The page, once the server listens; raises OSError at the deadline."""
-    # a proxy of the environment is not for a pod's address
+    """Return the page as soon as the server listens. Raises OSError at the deadline."""
+    # no proxy of the environment: it cannot reach a pod's address
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end = time.monotonic() + deadline_s
     while True:
@@ -116,7 +120,7 @@ def fetch(url: str, deadline_s: float = 20) -> str:
 
 
 def log_lines(log: Path, deadline_s: float = 5) -> list[str]:
-    """The request just made takes a moment to appear."""
+    """Return the log's lines, once there is one: the last request is logged a moment after its response."""
     end = time.monotonic() + deadline_s
     while not (text := log.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
@@ -124,6 +128,7 @@ def log_lines(log: Path, deadline_s: float = 5) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
+    """Run one of the three commands; return the exit status."""
     match arguments:
         case ["image", file]:
             write_image(file)
