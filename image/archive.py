@@ -57,9 +57,11 @@ class _DockerImage(msgspec.Struct, frozen=True, rename="pascal"):
 class _Members(Protocol):
     """Files by name, relative to the archive's root. `open` raises KeyError for a missing one."""
 
-    def open(self, name: str) -> BinaryIO: ...
+    def open(self, name: str) -> BinaryIO:
+        """Return a reader of a file, which the caller closes."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the archive."""
 
 
 class _Folder:

@@ -127,6 +127,7 @@ class _Parser:
         self._domain = domain
 
     def hosts(self, config: Mapping[str, object]) -> tuple[Host, ...]:
+        """Return the hosts of a parsed file. Raises MirrorConfigInvalid."""
         for key in config:
             if key not in _KEYS and key not in ("server", "host"):
                 raise self._invalid(key, "unknown key")

@@ -30,22 +30,27 @@ Item = tuple[tarfile.TarInfo, bytes]
 
 
 def file(name: str, content: bytes = b"content", **fields: int) -> Item:
+    """Make a file."""
     return entry(name, size=len(content), **fields), content
 
 
 def folder(name: str, **fields: int) -> Item:
+    """Make a directory."""
     return entry(name, tarfile.DIRTYPE, **fields), b""
 
 
 def link(name: str, target: str) -> Item:
+    """Make a symbolic link."""
     return entry(name, tarfile.SYMTYPE, linkname=target), b""
 
 
 def hard(name: str, target: str) -> Item:
+    """Make a hard link."""
     return entry(name, tarfile.LNKTYPE, linkname=target), b""
 
 
 def archive(*items: Item, format: int = tarfile.PAX_FORMAT) -> bytes:
+    """Return a tar of these entries."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format) as tar:
         for info, content in items:
@@ -54,7 +59,7 @@ def archive(*items: Item, format: int = tarfile.PAX_FORMAT) -> bytes:
 
 
 def picture(root: Path) -> dict[str, tuple[object, ...]]:
-    """All that can be seen of a tree, times included."""
+    """Return everything that can be seen of a tree, times included."""
     found: dict[str, tuple[object, ...]] = {}
     for path in (root, *sorted(root.rglob("*"))):
         info = path.lstat()
@@ -64,12 +69,13 @@ def picture(root: Path) -> dict[str, tuple[object, ...]]:
 
 
 def listing(folder: Path) -> list[str]:
+    """Return the names in a directory."""
     return sorted(path.name for path in folder.iterdir())
 
 
 @dataclass
 class Jail:
-    """A place to unpack in, with things around it that must not change."""
+    """A directory to unpack in, with files around it that must not change."""
 
     base: Path
     root: Path
@@ -92,6 +98,7 @@ class Jail:
         return layer.unpack(chunks, str(self.root), lowers=lowers, limits=limits)
 
     def layer(self, name: str, *items: Item, lowers: Sequence[str] = ()) -> str:
+        """Make a lower layer of these entries; returns its directory."""
         path = self.base / name
         path.mkdir()
         layer.unpack(iter([archive(*items)]), str(path), lowers=lowers)
@@ -117,6 +124,7 @@ def make_jail(tmp_path: Path) -> Iterator[Jail]:
 
 
 def pax_records(**records: str) -> bytes:
+    """Return the body of a pax header."""
     out = b""
     for key, value in records.items():
         body = f" {key}={value}\n".encode()
@@ -128,18 +136,22 @@ def pax_records(**records: str) -> bytes:
 
 
 def raw_header(info: tarfile.TarInfo) -> bytes:
+    """Return a ustar header block."""
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def padded(data: bytes) -> bytes:
+    """Return data with zeros up to a whole block."""
     return data + bytes(-len(data) % 512)
 
 
 def with_pax(info: tarfile.TarInfo, data: bytes, **records: str) -> bytes:
+    """Return an entry after a pax header with these records; "__" in a key stands for "."."""
     body = pax_records(**{key.replace("__", "."): value for key, value in records.items()})
     extension = entry("pax", tarfile.XHDTYPE, size=len(body))
     return raw_header(extension) + padded(body) + raw_header(info) + padded(data)
 
 
 def raw_header_gnu(info: tarfile.TarInfo) -> bytes:
+    """Return a GNU header block, whose numbers may be larger."""
     return info.tobuf(tarfile.GNU_FORMAT)

@@ -110,11 +110,13 @@ class _Pusher:
         self._wire.close()
 
     def image(self, reference: str, image: Image) -> str:
+        """Push an image; returns the manifest's digest."""
         for blob in image.blobs():
             self._blob(blob)
         return self.manifest(reference, image.form.manifest, image.manifest())
 
     def manifest(self, reference: str, media_type: str, data: bytes) -> str:
+        """Push a manifest or index; returns its digest."""
         self._ask("PUT", f"/v2/{self._repository}/manifests/{reference}", data, media_type)
         return digest_of(data)
 

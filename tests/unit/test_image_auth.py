@@ -1,3 +1,5 @@
+"""Which part of an AuthConfig is sent to which registry."""
+
 from __future__ import annotations
 
 import base64

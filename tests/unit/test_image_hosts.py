@@ -1,3 +1,5 @@
+"""hosts.toml and certificate directories, valid and invalid."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Manifests, indexes and configurations, and which entry of an index runs on this host."""
+
 from __future__ import annotations
 
 import json

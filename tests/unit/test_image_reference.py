@@ -1,3 +1,5 @@
+"""Image references, valid and invalid."""
+
 from __future__ import annotations
 
 import pytest
