@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.metadata
+import logging
 import pkgutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Protocol, cast
 from sandbox import vmm
 from sandbox.errors import InvalidSpec
 from sandbox.vmm import Feature, Host, Hypervisor, Machine, VmHandle, VmSpec
+
+log = logging.getLogger(__name__)
 
 GROUP = "husk.hypervisors"
 
@@ -43,12 +46,13 @@ def find_hypervisors() -> list[str]:
 
 
 def find_hypervisor(name: str) -> Hypervisor:
-    """Return a driver by its name. Raises InvalidSpec for an unknown one, with those that are known."""
+    """Return a driver by its name. Raises InvalidSpec for one that cannot be loaded or is unknown, which names
+    those that are known."""
     return _driver(name).make()
 
 
 def find_host(name: str, fs: Path = Path("/")) -> Host:
-    """Return the host side of a driver. Raises InvalidSpec for an unknown one."""
+    """Return the host side of a driver. Raises InvalidSpec as `find_hypervisor` does."""
     return _driver(name).make_host(fs)
 
 
@@ -65,18 +69,36 @@ def _driver(name: str) -> Driver:
         return cast(Driver, importlib.import_module(f"{vmm.__name__}.{name}"))
     for point in _entry_points():
         if point.name == name:
-            return cast(Driver, point.load())
+            return _load(point)
     raise InvalidSpec("hypervisor", f"{name!r} is unknown", ", ".join(find_hypervisors()))
+
+
+def _load(point: importlib.metadata.EntryPoint) -> Driver:
+    try:
+        return cast(Driver, point.load())
+    except Exception as error:  # whatever an installed package raises while it is imported
+        raise InvalidSpec(
+            "hypervisor", f"{point.name!r} ({point.value}) cannot be loaded: {error}"
+        ) from error
 
 
 class Hypervisors:
     """A Hypervisor over several drivers: VmSpec.hypervisor or VmHandle.hypervisor says which is meant."""
 
     def __init__(self, names: Iterable[str] | None = None) -> None:
-        """Load the drivers `names`; all that are found without it, so that `destroy` reaches also VMs of a
-        driver that no handler is configured with any more. Raises InvalidSpec."""
-        chosen = find_hypervisors() if names is None else names
-        self._drivers = {name: find_hypervisor(name) for name in chosen}
+        """Load the drivers `names`, or all that are found, so that `destroy` reaches also VMs of a driver
+        that no handler is configured with any more.
+
+        Raises InvalidSpec for one of `names`. Without it, a driver that cannot be loaded is logged.
+        """
+        self._drivers: dict[str, Hypervisor] = {}
+        for name in find_hypervisors() if names is None else names:
+            try:
+                self._drivers[name] = find_hypervisor(name)
+            except InvalidSpec as error:
+                if names is not None:
+                    raise
+                log.error("%s", error)
 
     def features(self, spec: VmSpec) -> Collection[Feature]:
         """See Hypervisor."""

@@ -55,6 +55,20 @@ def test_unknown_driver_is_rejected_with_those_that_are_known(installed: Path) -
         find_host("bhyve")
 
 
+def test_installed_driver_that_cannot_be_imported_is_named_and_left_out(
+    installed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (installed / "other_driver.py").write_text("raise ImportError('no such library')\n")
+    with pytest.raises(InvalidSpec, match=r"'other' \(other_driver\) cannot be loaded: no such library"):
+        find_host("other")
+    with pytest.raises(InvalidSpec, match="other"):
+        Hypervisors(["other"])
+    Hypervisors()
+    assert [record.levelname for record in caplog.records if "cannot be loaded" in record.message] == [
+        "ERROR"
+    ]
+
+
 def test_protocols_of_the_seam_have_at_most_five_methods() -> None:
     for name, protocol in inspect.getmembers(vmm, inspect.isclass):
         if getattr(protocol, "_is_protocol", False) and protocol.__module__ == vmm.__name__:
