@@ -34,7 +34,9 @@ METRICS_PORT = 9477  # the default
         ("root = ", ["TOML"]),
     ],
 )
-def test_broken_configuration(daemon: Daemon, tmp_path: Path, text: str, names: list[str]) -> None:
+def test_broken_configuration_exits_with_2_and_names_the_key(
+    daemon: Daemon, tmp_path: Path, text: str, names: list[str]
+) -> None:
     config = tmp_path / "config.toml"
     config.write_text(text)
     command = [word if word != str(daemon.config) else str(config) for word in daemon.command("serve")]
@@ -44,25 +46,25 @@ def test_broken_configuration(daemon: Daemon, tmp_path: Path, text: str, names: 
         assert name in done.stderr
 
 
-def test_image_that_the_registry_lacks(cri: Cri) -> None:
+def test_pull_of_unknown_image_is_not_found(cri: Cri) -> None:
     with pytest.raises(grpc.RpcError) as fault:
         cri.pull(f"{HOST}/husk/nonesuch:1")
     assert fault.value.code() == grpc.StatusCode.NOT_FOUND
     assert "husk/nonesuch" in str(fault.value.details())
 
 
-def test_image_that_was_not_pulled(cri: Cri, pod: Pod) -> None:
+def test_container_of_an_image_not_pulled_is_not_found(cri: Cri, pod: Pod) -> None:
     with pytest.raises(grpc.RpcError) as fault:
         cri.create(pod, f"{HOST}/husk/never-pulled:1")
     assert fault.value.code() == grpc.StatusCode.NOT_FOUND
 
 
 class Spoiler(http.server.BaseHTTPRequestHandler):
-    """A registry that answers with what is wrong in the way the repository's name says."""
+    """A registry that fails in the way that the repository's name says."""
 
     layer = images.mark("spoiled").packed()
     image = images.Image((images.mark("spoiled"),))
-    released = threading.Event()  # what hangs goes on
+    released = threading.Event()  # ends requests that hang
 
     def do_GET(self) -> None:
         kind = self.path.split("/")[2]
@@ -118,7 +120,7 @@ def spoiler(site: Site) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["401", "429", "500", "truncated", "wrong-bytes"])
-def test_registry_that_misbehaves(cri: Cri, spoiler: str, kind: str) -> None:
+def test_pull_from_failing_registry_names_it_and_leaves_nothing(cri: Cri, spoiler: str, kind: str) -> None:
     before = {each.id for each in cri.call("ListImages").images}
     with pytest.raises(grpc.RpcError) as fault:
         cri.pull(f"{spoiler}/{kind}/image:1")
@@ -133,13 +135,13 @@ def test_registry_that_hangs_delays_no_other_pull(cri: Cri, spoiler: str) -> Non
     cri.pull(BUSYBOX)
     cri.pull(f"{HOST}/husk/web:1")
     assert not hanging.done()
-    Spoiler.released.set()  # the connection is closed without a word, now and each time it is tried again
+    Spoiler.released.set()  # closes the connection without a response, also of each retry
     fault = hanging.exception()
     assert fault.code() == grpc.StatusCode.UNAVAILABLE
     assert "127.0.0.1:5999" in fault.details()
 
 
-def test_pull_by_a_digest_that_does_not_fit(cri: Cri) -> None:
+def test_pull_by_unknown_digest_is_not_found(cri: Cri) -> None:
     with pytest.raises(grpc.RpcError) as fault:
         cri.pull(f"{HOST}/husk/busybox@sha256:{'0' * 64}")
     assert fault.value.code() == grpc.StatusCode.NOT_FOUND
@@ -154,7 +156,7 @@ def test_pull_by_a_digest_that_does_not_fit(cri: Cri) -> None:
     ],
     ids=["error", "rubbish", "killed"],
 )
-def test_cni_plugin_that_fails(site: Site, tmp_path: Path, script: str) -> None:
+def test_failing_cni_plugin_is_named_and_leaves_nothing(site: Site, tmp_path: Path, script: str) -> None:
     plugins, conf = tmp_path / "bin", tmp_path / "net.d"
     plugins.mkdir()
     conf.mkdir()
@@ -207,7 +209,9 @@ def test_missing_cni_configuration_is_reported_and_used_once_it_appears(site: Si
         daemon.close()
 
 
-def test_metrics_port_in_use_touches_no_pod(daemon: Daemon, cri: Cri, pod: Pod, site: Site) -> None:
+def test_serve_with_metrics_port_in_use_leaves_pods_alone(
+    daemon: Daemon, cri: Cri, pod: Pod, site: Site
+) -> None:
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
     vmm = daemon.vmm_pids(pod.id)
     assert daemon.terminate() == 0

@@ -1,6 +1,6 @@
-"""deploy/quickstart as a person runs it, in a namespace where all that it changes is in memory.
+"""deploy/quickstart from a shell, in a namespace where everything that it changes is in memory.
 
-What it installs is there already when tests run: the set-up on a fresh machine is not on trial here.
+Its packages are installed already: `tests/run fresh` covers a new machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.kit.scratch import scratch_root
 pytestmark = pytest.mark.vm
 
 TREE = Path(__file__).resolve().parents[2]
-# users, networks, logs and state; the guest image is the one of the tests
+# users, networks, logs and state in memory, with the guest image of the tests
 SET_UP = """set -e
 mkdir /run/etc
 mount -t tmpfs -o mode=755 husk-test-etc /run/etc
@@ -46,18 +46,18 @@ def machine() -> Iterator[Namespace]:
 
 
 def held(machine: Namespace) -> set[str]:
-    """What a quickstart could leave: processes, cgroups, network."""
+    """Return what a quickstart could leave behind: processes, cgroups, network links and files."""
     daemons = {each for each in processes_naming("-m cri serve") if each.rstrip().endswith(" serve")}
     groups = {str(root / "husk") for root in CGROUPS.iterdir() if (root / "husk").exists()}
     links = {line.split(": ")[1] for line in machine.run("ip", "-o", "link").splitlines()}
     files = set(machine.run("find", "/etc/cni", "/var/lib/cni", "-type", "f").split())
-    # what has ended and is not yet collected has no command line
+    # a process that has exited and was not waited for has no command line
     vms = {each for each in processes_naming("/husk/husk-") if each.partition(" ")[2]}
     return daemons | vms | groups | links | files
 
 
 def start(machine: Namespace, *options: str) -> subprocess.Popen[str]:
-    """Start it in a new process group, as a shell does, so that Ctrl-C reaches all of that group."""
+    """Start it in a new process group, as a shell does, so that SIGINT reaches the whole group."""
     return subprocess.Popen(
         machine.command([f"{TREE}/deploy/quickstart", *options]),
         stdout=subprocess.PIPE,
@@ -68,7 +68,7 @@ def start(machine: Namespace, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def test_once_shows_all_and_leaves_nothing(machine: Namespace) -> None:
+def test_quickstart_once_shows_a_pod_and_leaves_nothing(machine: Namespace) -> None:
     before = held(machine)
     program = start(machine, "--once")
     output, _ = program.communicate(timeout=240)
@@ -86,7 +86,7 @@ def test_once_shows_all_and_leaves_nothing(machine: Namespace) -> None:
     assert held(machine) == before
 
 
-def test_ctrl_c_stops_the_pod_and_the_daemon(machine: Namespace) -> None:
+def test_quickstart_after_sigint_stops_pod_and_daemon(machine: Namespace) -> None:
     before = held(machine)
     program = start(machine)
     assert program.stdout is not None

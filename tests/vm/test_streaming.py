@@ -1,4 +1,4 @@
-"""Exec, attach and port-forward, from a client's socket into the guest and back."""
+"""Exec, attach and port-forward, from a client's socket to a process in the guest and back."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ WEB = f"{HOST}/husk/web:1"
 V4, V5 = "v4.channel.k8s.io", "v5.channel.k8s.io"
 ECHO = "while read line; do echo out $line; echo err $line >&2; done; echo end of stdin; sleep 3600"
 VOLUME_MIB = int(os.environ.get("HUSK_TEST_STREAM_MIB", "48"))
-GROWTH_MIB = 24  # of the daemon, whatever the volume
+GROWTH_MIB = 24  # of the daemon, for any amount of data
 
 
 class Clients:
-    """Opens sessions on the daemon of the module, in its namespace; closes them in the end."""
+    """Opens sessions of the module's daemon from its namespace, and closes them at the end of a test."""
 
     def __init__(self, cri: Cri, namespace: Namespace) -> None:
         self.cri = cri
@@ -120,7 +120,7 @@ async def test_exec_output_and_exit_code_arrive(clients: Clients, box: str) -> N
     await client.wait_closed()
 
 
-async def test_exec_over_websocket(clients: Clients, box: str) -> None:
+async def test_exec_over_websocket_copies_streams_and_exit_code(clients: Clients, box: str) -> None:
     url = clients.exec_url(box, "sh", "-c", "cat; exit 3")
     client = await clients.websocket(url, V5)
     await client.send(b"\0there and back")
@@ -130,14 +130,14 @@ async def test_exec_over_websocket(clients: Clients, box: str) -> None:
     assert exit_code(client.channel(3)) == 3
 
 
-async def test_exec_of_what_is_not_there(clients: Clients, box: str) -> None:
+async def test_exec_of_missing_program_is_reported(clients: Clients, box: str) -> None:
     client, streams = await clients.exec(box, "no-such-program")
     report = json.loads(await client.all(streams["error"]))
     assert report["reason"] == "InternalError"
     assert "no-such-program" in report["message"]
 
 
-async def test_exec_with_a_terminal(clients: Clients, box: str) -> None:
+async def test_exec_with_terminal_has_its_size(clients: Clients, box: str) -> None:
     client, streams = await clients.exec(box, "sh", tty=True)
     await client.send(streams["resize"], b'{"Width":132,"Height":50}')
     await client.send(streams["stdin"], b"tty; sleep 0.3; stty size; echo $TERM\n")
@@ -167,9 +167,11 @@ async def test_client_that_disconnects_hangs_up_its_exec(clients: Clients, cri: 
     )
 
 
-async def test_exec_ends_with_its_container(clients: Clients, cri: Cri, box: str) -> None:
-    client, streams = await clients.exec(box, "sleep", "3600")
-    await asyncio.sleep(0.3)
+async def test_exec_ends_when_its_container_is_stopped(clients: Clients, cri: Cri, box: str) -> None:
+    client, streams = await clients.exec(box, "sleep", "3601")
+    await eventually(
+        lambda: asyncio.to_thread(cri.exec, box, "ps"), until=lambda done: "sleep 3601" in done.stdout
+    )
     await asyncio.to_thread(cri.stop, box, 0)
     assert exit_code(await client.all(streams["error"])) == 137
 
@@ -179,7 +181,7 @@ def resident_mib(pid: int) -> int:
     return int(status.partition("VmRSS:")[2].split()[0]) >> 10
 
 
-async def test_volume_with_flat_memory(clients: Clients, daemon: Daemon, box: str) -> None:
+async def test_large_output_does_not_grow_the_daemon(clients: Clients, daemon: Daemon, box: str) -> None:
     url = clients.exec_url(
         box, "dd", "if=/dev/zero", "bs=1M", f"count={VOLUME_MIB}", stdin=False, stderr=False
     )
@@ -202,7 +204,7 @@ async def test_volume_with_flat_memory(clients: Clients, daemon: Daemon, box: st
     assert most - before < GROWTH_MIB
 
 
-async def test_volume_into_the_guest(clients: Clients, daemon: Daemon, box: str) -> None:
+async def test_large_input_does_not_grow_the_daemon(clients: Clients, daemon: Daemon, box: str) -> None:
     client = await clients.spdy(clients.exec_url(box, "wc", "-c", stderr=False))
     before = resident_mib(daemon.pid)
     streams = await client.open_command("error", "stdin", "stdout")
@@ -230,7 +232,7 @@ async def test_stopped_reader_stops_only_its_stream(clients: Clients, cri: Cri, 
 
 
 async def test_attach_reaches_the_first_process(clients: Clients, cri: Cri, pod: Pod) -> None:
-    """Only what is new, both ways, for several at once; the log has all of it too."""
+    """Several clients get new output only and may write; the log has all of it too."""
     container = cri.run(pod, BUSYBOX, ["sh", "-c", f"echo before; {ECHO}"], stdin=True)
     eventually_sync(lambda: cri.log(container), timeout_s=30)
     first, streams = await clients.attach(container)
@@ -252,7 +254,9 @@ async def test_attach_reaches_the_first_process(clients: Clients, cri: Cri, pod:
     assert text == ["before", "out one", "out two", "out three"]
 
 
-async def test_attach_with_stdin_once(clients: Clients, cri: Cri, pod: Pod) -> None:
+async def test_attach_with_stdin_once_closes_stdin_with_the_client(
+    clients: Clients, cri: Cri, pod: Pod
+) -> None:
     container = cri.run(pod, BUSYBOX, ["sh", "-c", "cat; echo bye"], stdin=True, stdin_once=True)
     client, streams = await clients.attach(container)
     await client.send(streams["stdin"], b"all of it\n")
@@ -262,7 +266,7 @@ async def test_attach_with_stdin_once(clients: Clients, cri: Cri, pod: Pod) -> N
     assert cri.wait_exited(container).exit_code == 0
 
 
-async def test_attach_to_a_terminal(clients: Clients, cri: Cri, pod: Pod) -> None:
+async def test_attach_to_terminal_resizes_it(clients: Clients, cri: Cri, pod: Pod) -> None:
     container = cri.run(pod, BUSYBOX, ["sh"], stdin=True, tty=True)
     client, streams = await clients.attach(container, tty=True, stderr=False)
     await client.send(streams["resize"], b'{"Width":99,"Height":11}')
@@ -273,9 +277,12 @@ async def test_attach_to_a_terminal(clients: Clients, cri: Cri, pod: Pod) -> Non
     assert cri.wait_exited(container).exit_code == 0
 
 
-def test_what_does_not_run(cri: Cri, pod: Pod) -> None:
+def test_exec_and_attach_without_a_running_container_are_refused(cri: Cri, pod: Pod) -> None:
     container = cri.create(pod, BUSYBOX, ["sleep", "3600"])
-    for id, code in ((container, grpc.StatusCode.FAILED_PRECONDITION), ("nobody", grpc.StatusCode.NOT_FOUND)):
+    for id, code in (
+        (container, grpc.StatusCode.FAILED_PRECONDITION),
+        ("unknown", grpc.StatusCode.NOT_FOUND),
+    ):
         with pytest.raises(grpc.RpcError) as caught:
             cri.call("Exec", container_id=id, cmd=["true"], stdout=True)
         assert caught.value.code() is code
@@ -287,8 +294,10 @@ def test_what_does_not_run(cri: Cri, pod: Pod) -> None:
 # ------------------------------------------------------------------------------- port-forward
 
 
-async def test_port_forward(clients: Clients, cri: Cri, pod: Pod) -> None:
-    """A page from 127.0.0.1 of the pod, several at a time; a refused port fails alone."""
+async def test_port_forward_copies_several_connections_and_a_refused_one_fails_alone(
+    clients: Clients, cri: Cri, pod: Pod
+) -> None:
+    """The pod listens on its 127.0.0.1."""
     cri.pull(WEB)
     container = cri.run(pod, WEB)
     eventually_sync(
@@ -309,8 +318,9 @@ async def test_port_forward(clients: Clients, cri: Cri, pod: Pod) -> None:
     assert client.streams[refused].ended.is_set()
 
 
-async def test_port_forward_with_half_close(clients: Clients, cri: Cri, pod: Pod, box: str) -> None:
-    """What the client sent last is answered after its end."""
+async def test_port_forward_delivers_a_reply_after_the_clients_end(
+    clients: Clients, cri: Cri, pod: Pod, box: str
+) -> None:
     cri.run(pod, BUSYBOX, ["nc", "-l", "-p", "7000", "-e", "sh", "-c", "wc -c"])
     sockets = ("cat", "/proc/net/tcp", "/proc/net/tcp6")
     eventually_sync(
@@ -324,7 +334,7 @@ async def test_port_forward_with_half_close(clients: Clients, cri: Cri, pod: Pod
     assert await client.all(error) == b""
 
 
-async def test_port_forward_ends_with_its_pod(clients: Clients, cri: Cri) -> None:
+async def test_port_forward_to_a_stopped_pod_fails(clients: Clients, cri: Cri) -> None:
     pod = cri.run_pod("forward-ends")
     client = await clients.forward(pod)
     await asyncio.to_thread(cri.stop_pod, pod)
