@@ -244,6 +244,7 @@ class Containers:
         except NotFound:
             return
         if container.record.state is ContainerState.UNKNOWN:
+            _require_reachable(container)
             if container.quarantined and container.pod.record.ready:  # it may run, for all that is known
                 await self._signal(container, signal_number("SIGKILL"), all=True)
             container.record_exit(ExitCode.UNKNOWN, time.time_ns(), "Unknown")
@@ -297,6 +298,7 @@ class Containers:
                 _require_known(container.pod)
                 if container.pod.record.ready:
                     await self._kill(container)
+            _require_reachable(container)
             await self.release(container)
 
     async def release(self, container: Container) -> None:
@@ -418,6 +420,14 @@ def _runtime_spec(container: Container) -> Mapping[str, object] | None:
         return runtime_spec(container.plan)
     except PlanUnreadable:
         return None
+
+
+def _require_reachable(container: Container) -> None:
+    """Raise WrongState for a container that may still run in a quarantined pod: it can be ended only with the
+    pod, and its files must not be removed before that."""
+    unknown = container.record.state is ContainerState.UNKNOWN
+    if unknown and container.pod.quarantined and container.pod.run_dir.exists():
+        raise WrongState("sandbox", container.pod.id, "quarantined and may still run", "stopped")
 
 
 def _log_path(directory: str, name: str) -> str:

@@ -218,6 +218,23 @@ async def test_containers_of_quarantined_pod_are_shown_and_refuse_every_use(site
     await site.remove()
 
 
+async def test_container_of_two_damaged_records_keeps_its_files_until_the_pod_is_stopped(site: Site) -> None:
+    _truncate(site.pod_file)
+    _truncate(site.container_file(site.running))
+    before = site.held()
+    await site.restart()
+    for call in (site.daemon.containers.remove(site.running), site.daemon.containers.stop(site.running, 0)):
+        with pytest.raises(WrongState, match="may still run"):
+            await call
+    assert site.daemon.containers.find(site.running).state is ContainerState.UNKNOWN
+    site.assert_untouched(before)
+    await site.daemon.pods.stop(site.pod)
+    assert site.daemon.containers.find(site.running).state is ContainerState.EXITED
+    await site.daemon.containers.remove(site.running)
+    assert not site.container_file(site.running).exists()
+    await site.remove()
+
+
 async def test_removal_of_quarantined_pod_that_fails_is_retried(site: Site) -> None:
     _truncate(site.pod_file)
     await site.restart()
