@@ -46,8 +46,8 @@ def find_hypervisors() -> list[str]:
 
 
 def find_hypervisor(name: str) -> Hypervisor:
-    """Return a driver by its name. Raises InvalidSpec for one that cannot be loaded or is unknown, which names
-    those that are known."""
+    """Return a driver by its name. Raises InvalidSpec for one that cannot be loaded or is unknown, and
+    names those that are known."""
     return _driver(name).make()
 
 

@@ -51,7 +51,7 @@ CASES = {
         FDS,
     ),
     "saved": (msgspec.structs.replace(GROWING, savable=True), msgspec.structs.replace(FDS, ram=19)),
-    "continued": (
+    "restored": (
         msgspec.structs.replace(GROWING, template="/run/husk/templates/k", shares=SHARES),
         msgspec.structs.replace(POD_FDS, kernel=-1, initramfs=-1, ram=19, nics=()),
     ),
