@@ -76,11 +76,23 @@ def unpack(
     occupies. Blocking; ends soon after `stop` is set. Raises LayerRejected (the archive is at fault),
     DiskFull, StorageFailed, Stopped; then `target` is left partly filled, for the caller to delete.
     """
-    unpacker = _Unpacker(target, lowers, limits or Limits(), stop or threading.Event())
+    stop = stop or threading.Event()
+    unpacker = _Unpacker(target, lowers, limits or Limits(), stop)
     try:
-        return unpacker.run(tar.Chunks(chunks))
+        return unpacker.run(tar.Chunks(_stoppable(chunks, stop)))
     finally:
         unpacker.close()
+
+
+def _stoppable(chunks: Iterator[bytes], stop: threading.Event) -> Iterator[bytes]:
+    """Yield the chunks; raise Stopped at the first one after `stop` is set.
+
+    Every read passes here: an entry's data, extension headers, and what follows the archive's end.
+    """
+    for chunk in chunks:
+        if stop.is_set():
+            raise Stopped
+        yield chunk
 
 
 class _Attributes(msgspec.Struct, frozen=True):
@@ -225,8 +237,6 @@ class _Unpacker:
             elif entry.stored:
                 for piece in chunks.pieces(entry.stored):
                     _write_all(fd, piece)
-                    if self._stop.is_set():
-                        raise Stopped
             if entry.uid or entry.gid:
                 os.fchown(fd, entry.uid, entry.gid)
                 plain = False

@@ -325,6 +325,28 @@ def test_unpack_ends_when_stop_is_set(jail: Jail) -> None:
     assert len(listing(jail.root)) < 100
 
 
+@pytest.mark.parametrize("part", ["data of a file", "data of a contiguous file", "after the end"])
+def test_unpack_ends_when_stop_is_set_in_the_middle_of(jail: Jail, part: str) -> None:
+    """Gigabytes may follow one header, or the archive's end."""
+    stop = threading.Event()
+    first = {
+        "data of a file": raw_header_gnu(entry("f", size=1 << 40)),
+        "data of a contiguous file": raw_header_gnu(entry("l", b"7", size=1 << 40)),
+        "after the end": archive(file("f")),
+    }[part]
+
+    def chunks() -> Iterator[bytes]:
+        yield first
+        for number in itertools.count():
+            if number == 3:
+                stop.set()
+            assert number < 10, "read on"
+            yield bytes(1 << 16)
+
+    with pytest.raises(layer.Stopped):
+        layer.unpack(chunks(), str(jail.root), stop=stop, limits=Limits(max_bytes=1 << 50))
+
+
 def test_unpack_on_full_disk_raises_disk_full(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk, pytest.raises(DiskFull):
         (disk / "root").mkdir()
