@@ -112,7 +112,7 @@ class Endpoint:
         try:
             return redirect_target(response)
         except ValueError as error:
-            raise RegistryUnavailable(self.host.address, "redirect", str(error)) from error
+            raise RegistryUnavailable(self.host.address, "redirect", f"its target: {error}") from error
 
     async def _follow(self, response: Response, target: str, headers: Mapping[str, str]) -> Response:
         """Request a redirect's target. Credentials and configured headers are for the registry alone."""

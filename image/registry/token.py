@@ -20,7 +20,15 @@ from image.reference import Reference
 from image.registry.challenge import Challenge, parse_challenges
 from image.registry.errors import TemporaryFailure, error_detail, is_temporary, read_bounded, retry_after_s
 from image.registry.timing import Timing
-from image.registry.transport import REDIRECT_LIMIT, Response, Transport, origin, redirect_target, with_query
+from image.registry.transport import (
+    REDIRECT_LIMIT,
+    Response,
+    Transport,
+    check_url,
+    origin,
+    redirect_target,
+    with_query,
+)
 
 TOKEN_BODY_LIMIT = 1 << 20
 
@@ -89,6 +97,11 @@ class Authorizer:
     # ------------------------------------------------------------------------ token service
 
     async def _token(self, challenge: Challenge) -> str:
+        host = self._transport.host.address
+        try:
+            check_url(challenge.realm)
+        except ValueError as error:
+            raise self._unauthorized(host, 401, f"its token service: {error}") from error
         service = urlsplit(challenge.realm).netloc
         try:
             async with asyncio.timeout(self._timing.answer_s):
@@ -118,8 +131,7 @@ class Authorizer:
         """Raise Unauthorized for a token service that would get the credential over an open network."""
         parts = urlsplit(url)
         own = self._transport.host
-        safe = parts.scheme == "https" or own.scheme == "http" or is_loopback(parts.netloc)
-        if parts.scheme not in ("http", "https") or not parts.netloc or not safe:
+        if parts.scheme != "https" and own.scheme != "http" and not is_loopback(parts.netloc):
             raise self._unauthorized(own.address, 401, "its token service does not use https")
 
     async def _request(self, challenge: Challenge) -> Response:

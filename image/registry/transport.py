@@ -126,15 +126,23 @@ class _Router(httpx2.AsyncBaseTransport):
 def redirect_target(response: Response) -> str | None:
     """Return the absolute URL that a redirect points to; None if the response is not a redirect.
 
-    Raises ValueError for a target that is not http or https.
+    Raises ValueError for a target that is not a valid http or https URL.
     """
     if response.status_code not in _REDIRECT_STATUS:
         return None
     target = urljoin(str(response.request.url), response.headers.get("location", ""))
-    parts = urlsplit(target)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError("the target is not an http or https URL")
+    check_url(target)
     return target
+
+
+def check_url(url: str) -> None:
+    """Raise ValueError unless `url`, which a server sent, is a valid http or https URL."""
+    try:
+        parts, port = httpx2.URL(url), urlsplit(url).port
+    except (httpx2.InvalidURL, ValueError) as error:
+        raise ValueError(f"invalid URL: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.host or port == 0:
+        raise ValueError("not an http or https URL")
 
 
 def origin(url: str) -> tuple[str, str, int | None]:

@@ -271,6 +271,33 @@ async def test_redirect_loop_fails(registry: FakeRegistry, store: ImageStore) ->
     assert isinstance(await pull_error(store, f"{registry.address}/a:1"), RegistryUnavailable)
 
 
+BAD_URLS = [
+    "http://[::1",
+    "http://a:99999/",
+    "http://a:0/",
+    "http://a:x/",
+    "http://",
+    "http://a\x7f/",
+    "ftp://a/",
+]
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+async def test_redirect_to_invalid_url_fails(registry: FakeRegistry, store: ImageStore, url: str) -> None:
+    registry.fail("/manifests/", Status(307, {"Location": url}), times=99)
+    error = await pull_error(store, f"{registry.address}/a:1")
+    assert isinstance(error, RegistryUnavailable) and error.what == "redirect"
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+async def test_token_service_with_invalid_url_is_refused(
+    registry: FakeRegistry, store: ImageStore, url: str
+) -> None:
+    registry.sign_in, registry.realm = "bearer", url
+    error = await pull_error(store, f"{registry.address}/a:1")
+    assert isinstance(error, Unauthorized) and "token service" in str(error)
+
+
 async def test_redirect_to_file_url_fails(registry: FakeRegistry, store: ImageStore) -> None:
     registry.fail("/manifests/", Status(302, {"Location": "file:///etc/passwd"}), times=99)
     assert isinstance(await pull_error(store, f"{registry.address}/a:1"), RegistryUnavailable)
