@@ -276,7 +276,7 @@ BAD_URLS = [
     "http://a:99999/",
     "http://a:0/",
     "http://a:x/",
-    "http://",
+    "http://:80/",
     "http://a\x7f/",
     "ftp://a/",
 ]
