@@ -26,6 +26,15 @@ def host(tmp_path: Path) -> LogHost:
 # ------------------------------------------------------------------------------------- writing
 
 
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """The usual umask of a service, whatever the one of the tests is."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
 async def test_stream_is_written_and_only_then_acknowledged(host: LogHost) -> None:
     guest = LogGuest(lines(2000))
     relay = await host.open(guest)

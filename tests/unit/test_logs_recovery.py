@@ -43,6 +43,7 @@ class Killer:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, host: LogHost) -> None:
         self.left: float = 0
         self.dead = False
+        self._open: set[int] = set()
         for name in self.CALLS:
             monkeypatch.setattr(os, name, self._wrapped(getattr(os, name), name == "write"))
         save = host.save
@@ -55,10 +56,20 @@ class Killer:
                 os_write(args[0], args[1][: len(args[1]) // 2])
             self._step()
             result = function(*args, **kwargs)
+            if function is os_open:
+                self._open.add(result)
+            elif function is os_close:
+                self._open.discard(args[0])
             self._step()
             return result
 
         return wrapper
+
+    def close_descriptors(self) -> None:
+        """As the kernel does for a process that was killed."""
+        for descriptor in self._open:
+            os_close(descriptor)
+        self._open.clear()
 
     def _step(self) -> None:
         if self.dead:
@@ -73,7 +84,7 @@ class Killer:
         self.left, self.dead = left, False
 
 
-os_write = os.write
+os_open, os_write, os_close = os.open, os.write, os.close
 
 
 async def life(host: LogHost, guest: LogGuest, rotation: int) -> bool:
@@ -93,6 +104,9 @@ async def life(host: LogHost, guest: LogGuest, rotation: int) -> bool:
             relay._pump.cancel()
             with suppress(asyncio.CancelledError, Killed):
                 await relay._pump
+        if relay is not None and relay._file is not None:
+            with suppress(Killed):
+                relay._file.close()
     return True
 
 
@@ -120,6 +134,7 @@ async def test_kill_at_every_step_loses_no_line(
             survived = await life(host, guest, rotation=1)
             killer.dead = False
             killer.left = 0
+            killer.close_descriptors()
         rotated = host.path.with_name("0.log.001")
         if not survived and kubelet == "renames back" and rotated.exists():
             rotated.rename(host.path)
@@ -148,6 +163,7 @@ async def test_repeated_kills_lose_no_line(host: LogHost, monkeypatch: pytest.Mo
         for rotation in range(1, 120):
             killer.arm(chance.randrange(1, 80) / 2)
             await life(host, guest, rotation if chance.random() < 0.7 else 0)
+            killer.close_descriptors()
         killer.dead, killer.left = False, 0
         relay = await host.open(guest, inline=True)
         await settle(guest)
