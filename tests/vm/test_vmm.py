@@ -19,6 +19,7 @@ import pytest
 from sandbox.host import cgroup, mount_flags, mounts, process, syscalls, unix_sockets
 from sandbox.vmm import Machine, ShareSpec, VmHandle, VmSpec
 from sandbox.vmm.drivers import find_hypervisor
+from tests.kit.eventually import eventually
 from tests.kit.guest import fetch_kernel, make_image
 
 pytestmark = pytest.mark.vm
@@ -144,9 +145,7 @@ async def test_mounts_made_while_the_guest_runs_appear_in_it(guest: Guest, tmp_p
     assert await guest.sh("grep -c ' /[rv]/[c01]' /proc/mounts") == "1\n"
 
     single.write_text("two\n")
-    async with asyncio.timeout(10):
-        while await guest.sh("cat /v/1") != "two\n":
-            await asyncio.sleep(0.2)
+    await eventually(lambda: guest.sh("cat /v/1"), until=lambda text: text == "two\n")
 
 
 async def test_panic_ends_the_vm_with_its_output_in_the_reason(guest: Guest) -> None:
