@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -70,6 +70,17 @@ class Container(Recorded[ContainerRecord]):
     def running(self) -> bool:
         """Whether the record says RUNNING."""
         return self.record.state is ContainerState.RUNNING
+
+    def ended(self, steps: Collection[str]) -> None:
+        """Remove the names of steps, as `Recorded.ended` does, but without a write when none is left.
+
+        The record of a container that holds nothing is deleted next. After a crash before that, releasing it
+        again does no harm.
+        """
+        if set(self.record.steps) <= set(steps):
+            self.record = msgspec.structs.replace(self.record, steps=())
+        else:
+            super().ended(steps)
 
     def update(self, **changes: object) -> None:
         """Write changes to the record, and report a change of state. Raises OSError."""

@@ -65,9 +65,13 @@ class Volumes:
         return await asyncio.to_thread(_attach_all, container)
 
     async def down(self, container: Container) -> None:
-        await asyncio.to_thread(mounts.unmount_tree, container.volumes)
-        await asyncio.to_thread(remove_tree, _back(container))
+        await asyncio.to_thread(_detach_all, container)
         await unmount_images(self.store, container)
+
+
+def _detach_all(container: Container) -> None:
+    mounts.unmount_tree(container.volumes)
+    remove_tree(_back(container))
 
 
 def _back(container: Container) -> Path:
