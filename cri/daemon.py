@@ -80,8 +80,7 @@ SHUTDOWN_GRACE_S = 5.0
 class Overrides:
     """What `build` uses in place of the objects that it would make from the configuration.
 
-    None means the real one. An object that is passed in stays the caller's: `Daemon.stop` closes `images`
-    as it closes its own, which is idempotent.
+    None means the real one. `Daemon.stop` closes what was passed in as it closes what `build` made.
     """
 
     hypervisor: Hypervisor | None = None

@@ -1,6 +1,6 @@
-"""The whole server on its socket, over a host and guests that are stand-ins, with a count of all it holds.
+"""A whole daemon on its socket, over a host of fakes, with a census of everything that it holds.
 
-Real are the edge, the services, pods, containers, images (from a registry in this process), statistics,
+Real are the interceptor, services, pods, containers, images (from a registry in this process), statistics,
 events and streaming tokens.
 """
 
@@ -38,15 +38,15 @@ IMAGE = "example.test/web:1"
 AUTH = Auth(username="user", password="hunter2-secret")  # what the registry wants
 QUICK = Timing(connect_s=2, stall_s=0.3, answer_s=1, attempts=2, backoff_s=0.001, backoff_limit_s=0.01)
 SETTLED_S = 10.0
-# gRPC's, around the handler of one call
+# coroutines of gRPC around the handler of a call
 HANDLERS = ("_schedule_rpc_coro", "_handle_exceptions")
-# A stream of events has no end: what it says within this time is enough.
+# A stream of events has no end; it is read for this time.
 STREAM_S = 0.05
 
 
 @dataclass
 class Base:
-    """What every request finds: a pod with one container that runs and one that does not yet."""
+    """What every request finds: a pod with a running container and a created one."""
 
     pod: str
     running: str
@@ -71,7 +71,7 @@ class Served:
     root: Path
     registry: FakeRegistry
     agents: list[FakeAgent] = field(default_factory=list)
-    held_up: bool = False  # guests do not answer
+    held_up: bool = False  # guests do not answer while it is set
     base: Base | None = None
 
     async def start(self) -> None:
@@ -120,7 +120,7 @@ class Served:
     # --------------------------------------------------------------------------------- calls
 
     async def call(self, name: str, request: Message | bytes, timeout_s: float | None = None) -> Any:
-        """The code, and the answer of a call that has one. Streams are read to their end, or for a while."""
+        """Return code, response and details. Streams are read to their end, endless ones for STREAM_S."""
         service, method = METHODS[name]
         data = request if isinstance(request, bytes) else request.SerializeToString()
         kind = message_class(method.output_type)
@@ -139,7 +139,7 @@ class Served:
             return error.code(), None, error.details() or ""
 
     def follow(self, name: str, answer: Any) -> Iterator[tuple[str, Message]]:
-        """The life of what was made: what was taken in must not be refused, or break, later on."""
+        """Yield calls that use what was made: what was accepted must not be refused, or fail, later."""
         if name == "RunPodSandbox":
             pod = pb.PodSandboxStatusRequest(pod_sandbox_id=answer.pod_sandbox_id, verbose=True)
             yield "PodSandboxStatus", pod
@@ -159,7 +159,7 @@ class Served:
                 yield "ContainerStatus", pb.ContainerStatusRequest(container_id=record.id, verbose=True)
 
     async def undo(self, name: str, answer: Any) -> bool:
-        """Take away what was made and nothing else, where that is possible."""
+        """Remove what was made and nothing else; return whether that is possible."""
         if name == "RunPodSandbox":
             request = pb.RemovePodSandboxRequest(pod_sandbox_id=answer.pod_sandbox_id)
             await self.good("RemovePodSandbox", request)
@@ -253,7 +253,7 @@ class Served:
         return make(self, base or Base("", "", "")) if make else kind()
 
     def fenced(self, request: Message) -> Message:
-        """No directory of this machine is mounted, nor written to: a mistake could delete what is in it."""
+        """Replace paths of this machine, as a bug could delete what is in a mounted directory."""
         if isinstance(request, pb.RunPodSandboxRequest) and request.config.log_directory.startswith("/"):
             request.config.log_directory = f"{self.logs}{request.config.log_directory[:100]}"
         if isinstance(request, pb.CreateContainerRequest):
@@ -265,7 +265,7 @@ class Served:
 
 
 def _open_files() -> list[str]:
-    """Sockets are left out: the registry's and gRPC's come and go as they please."""
+    """List open files without sockets: those of the registry and of gRPC change at any time."""
     found = []
     for fd in Path("/proc/self/fd").iterdir():
         try:
