@@ -35,7 +35,8 @@ from tests.kit.eventually import eventually
 from tests.kit.scratch import scratch_dir
 
 TIMEOUT_S = 20
-FOREVER = ("sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done")
+LOOP = "while :; do sleep 0.05; done"
+FOREVER = ("sh", "-c", f"trap 'exit 3' TERM; {LOOP}")
 IMAGE = Image(
     id="sha256:" + "1" * 64,
     repo_tags=("example/busybox:1",),
@@ -214,7 +215,9 @@ async def test_log_and_exit_code_of_a_container_that_ends(node: Node) -> None:
 
 async def test_stop_sends_the_stop_signal_and_remove_forgets(node: Node) -> None:
     pod = await node.pod()
-    container = await node.container(pod)
+    # until the trap is set, a first process ignores SIGTERM
+    container = await node.container(pod, "sh", "-c", f"trap 'exit 3' TERM; echo ready; {LOOP}")
+    await node.until_logged(1)
     await node.daemon.containers.stop(container, TIMEOUT_S)
     assert node.daemon.containers.find(container).exit_code == 3
     await node.daemon.containers.remove(container)
