@@ -366,11 +366,10 @@ async def test_vm_is_not_grown_beyond_its_spec(site: Site) -> None:
     await machine.close()
 
 
-async def test_guest_that_accepts_no_memory_fails_the_growth(
+@pytest.mark.parametrize("site", ["qemu"], indirect=True)
+async def test_qemu_guest_that_accepts_no_memory_fails_the_growth(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not site.supports(Feature.GROW):
-        pytest.skip("the test above has seen the refusal")
     monkeypatch.setattr(hotplug, "MEMORY_TIMEOUT_S", 0.2)
     machine = await site.start(**GROWTH)
     with pytest.raises(VmmError, match="took 0 of 64 MiB"):
@@ -494,16 +493,14 @@ async def test_host_of_each_driver_reports_version_accelerators_and_checks(site:
         host.check("auto", site.kit.UNKNOWN_OPTIONS)
 
 
+@pytest.mark.parametrize("site", ["qemu"], indirect=True)
 async def test_qemu_names_a_machine_type_that_does_not_exist(site: Site) -> None:
-    if site.name != "qemu":
-        pytest.skip("an option of QEMU")
     with pytest.raises(VmmError, match="machine type"):
         await site.start(options={"machine": "no-such-machine"})
     assert site.processes() == []
 
 
+@pytest.mark.parametrize("site", ["qemu"], indirect=True)
 async def test_qemu_fingerprint_covers_the_accelerator(site: Site) -> None:
-    if site.name != "qemu":
-        pytest.skip("the others have one accelerator")
     kvm = msgspec.structs.replace(site.spec, accelerator="kvm")
     assert await site.hypervisor.fingerprint(kvm) != await site.hypervisor.fingerprint(site.spec)

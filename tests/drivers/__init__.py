@@ -26,6 +26,7 @@ class Kit(Protocol):
 
     ACCELERATOR: str  # one that works everywhere
     UNKNOWN_OPTIONS: dict[str, str]  # options that `start` refuses with InvalidSpec
+    PODS_BOOT_IMAGE: bool  # its pods boot the guest image, so tests/vm tests their life
 
     def make_guest(self, directory: Path, line: str, then: str) -> VmSpec:
         """Make a guest that prints `line` on its console: with `then` "repeat" several times a second as
@@ -34,9 +35,9 @@ class Kit(Protocol):
         Returns a VmSpec whose kernel, initramfs and options are set.
         """
 
-    def pod_handler(self) -> HandlerTable | None:
-        """Return the configuration of a handler whose pods run without a guest image; None: they need one,
-        and tests/vm tests them."""
+    def pod_handler(self) -> HandlerTable:
+        """Return the configuration of a handler whose pods run without a guest image. Not called where they
+        need one (PODS_BOOT_IMAGE)."""
 
     def helpers(self, spec: VmSpec) -> Collection[str]:
         """Return the names in VmHandle.helpers of a VM with this spec."""

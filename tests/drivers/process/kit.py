@@ -12,6 +12,7 @@ from tests.kit.agent import build
 
 ACCELERATOR = "none"
 UNKNOWN_OPTIONS = {"machine": "q35"}
+PODS_BOOT_IMAGE = False
 SCRIPTS = {
     "repeat": """#!/bin/sh
 echo "{line}"
@@ -41,7 +42,7 @@ def make_guest(directory: Path, line: str, then: str) -> VmSpec:
     )
 
 
-def pod_handler() -> HandlerTable | None:
+def pod_handler() -> HandlerTable:
     """See Kit: the agent itself is the kernel. The initramfs is not read."""
     agent = str(build("husk-agent"))
     return HandlerTable(hypervisor="process", kernel=agent, initramfs=agent)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from cri.config import HandlerTable
 from sandbox.host.process import ProcessIdentity
 from sandbox.vmm import VmHandle, VmSpec
 from tests.kit.tinykernel import make_kernel
 
 ACCELERATOR = "tcg"
 UNKNOWN_OPTIONS = {"bios": "seabios"}
+PODS_BOOT_IMAGE = True
 
 
 def make_guest(directory: Path, line: str, then: str) -> VmSpec:
@@ -28,11 +28,6 @@ def make_guest(directory: Path, line: str, then: str) -> VmSpec:
         memory_mib=64,
         vcpus=1,
     )
-
-
-def pod_handler() -> HandlerTable | None:
-    """See Kit: pods boot the guest image."""
-    return None
 
 
 def helpers(spec: VmSpec) -> Collection[str]:
