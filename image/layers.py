@@ -24,7 +24,7 @@ import secrets
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +38,6 @@ from image.inode_spreading import spread_directories
 from image.layer import Limits
 from image.tree_ops import Usage
 from sandbox.host import files, threads
-from sandbox.host.keyed_lock import KeyedLock
 from sandbox.host.proc import boot_id
 from sandbox.host.syscalls import syncfs
 
@@ -65,7 +64,6 @@ class LayerStore:
         self._limits = limits or Limits()
         self._layers: dict[str, Layer] = {}
         self._unsynced: dict[str, Layer] = {}
-        self._locks = KeyedLock()
         self._pins: Counter[str] = Counter()
         self._bytes = 0
         self._inodes = 0
@@ -167,15 +165,10 @@ class LayerStore:
             self._pins.subtract(chain_ids)
             self._pins = +self._pins
 
-    @contextlib.asynccontextmanager
-    async def making(self, chain_id: str) -> AsyncIterator[None]:
-        """Hold the lock of one layer, so that the next caller finds it made instead of making it again."""
-        async with self._locks.hold(chain_id):
-            yield
-
     async def unpack(self, chain_id: str, diff_id: str, below: Sequence[str], blob: Path) -> Layer:
         """Make a layer from an archive; `below` are the chain ids under it, bottom first.
 
+        Of several that make the same layer at once, the first to finish stores it; all return that one.
         Raises LayerRejected, DigestMismatch, DiskFull, StorageFailed; then nothing is kept. When cancelled it
         waits up to STOP_LIMIT_S until its thread has stopped, which would write into what is being deleted.
         """
@@ -188,6 +181,8 @@ class LayerStore:
                 on_cancel=stop.set,
                 linger_s=STOP_LIMIT_S,
             )
+            if (stored := self._layers.get(chain_id)) is not None:
+                return stored
             try:
                 stage.rename(self._home(chain_id))
             except OSError as error:

@@ -33,6 +33,7 @@ from image.options import ImageOptions
 from image.reference import Reference, parse
 from image.registry import Registry
 from sandbox.host.flights import Flights
+from sandbox.host.keyed_lock import KeyedLock
 from sandbox.host.limiter import Limiter
 
 Report = Callable[[Progress], None]
@@ -85,6 +86,7 @@ class Puller:
         self._downloads = Limiter("download", options.max_downloads)
         self._unpacks = Limiter("unpack", options.max_unpacks)
         self.limiters = (self._downloads, self._unpacks)
+        self._making = KeyedLock()
         self._on_end = on_end
         self._flights = Flights(cancel_abandoned=True)
 
@@ -183,7 +185,9 @@ class Puller:
         config = chosen.config
         chain = manifest.chain_ids(config.rootfs.diff_ids)
         with self._layers.pinned(chain):
-            await self._store_layers(source, chosen.manifest.layers, config.rootfs.diff_ids, chain, report)
+            await self._store_layers(
+                source, chosen.manifest.layers, config.rootfs.diff_ids, chain, names.host, report
+            )
             layers = [self._layers.find(chain_id) for chain_id in chain]
             return self._index.add(
                 Image(
@@ -249,12 +253,16 @@ class Puller:
         blobs: Sequence[Descriptor],
         diff_ids: Sequence[str],
         chain: Sequence[str],
+        host: str,
         report: Report,
     ) -> None:
         ready = [asyncio.Event() for _ in chain]
+        # Two pulls of the same blobs from one registry download them once. Another registry's blobs are not
+        # waited for, even if they claim to be the same layers: they may never come.
+        keys = manifest.chain_ids([blob.digest for blob in blobs])
 
         async def store(n: int, stage: Path) -> None:
-            async with self._layers.making(chain[n]):
+            async with self._making.hold(f"{host} {chain[n]} {keys[n]}"):
                 if self._layers.find(chain[n]):
                     report(Progress(item=blobs[n].digest, step="present", current=1, total=1))
                 else:
@@ -290,6 +298,7 @@ class Puller:
     ) -> None:
         async with self._unpacks.slot():
             report(Progress(item=blob.digest, step="unpack", current=0, total=blob.size))
-            await self._layers.unpack(chain[-1], diff_id, chain[:-1], path)
+            if self._layers.find(chain[-1]) is None:  # the pull of another image may have made it meanwhile
+                await self._layers.unpack(chain[-1], diff_id, chain[:-1], path)
             report(Progress(item=blob.digest, step="unpack", current=blob.size, total=blob.size))
         await asyncio.to_thread(path.unlink)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from urllib.parse import urlsplit
 
 from image import manifest
-from image.auth import Auth, find_credential
+from image.auth import ANONYMOUS, Auth, find_credential
 from image.blobs import BlobWriter
 from image.errors import RegistryUnavailable
 from image.hosts import HUB_SERVER, Host
 from image.reference import DEFAULT_DOMAIN, Reference
+from image.registry.challenge import parse_challenges
 from image.registry.errors import TemporaryFailure, check_status, read_bounded
 from image.registry.resume import download_rest
 from image.registry.retry import Retrier
@@ -37,6 +39,8 @@ class Endpoint:
         names = (host.address,) if host.mirror else (host.address, reference.domain)
         credential = find_credential(auth, hosts=names)
         self._authorizer = Authorizer(reference, credential, self._transport, timing)
+        # of registries that this host redirects to
+        self._anonymous: dict[tuple[str, str, int | None], Authorizer] = {}
         attempts = min(_MIRROR_ATTEMPTS, timing.attempts) if host.mirror else timing.attempts
         self._retrier = Retrier(host.address, timing, attempts)
 
@@ -80,11 +84,13 @@ class Endpoint:
                 await response.aclose()
                 await self._authorizer.answer(response)
                 response = await self._request(path, headers)  # a second 401 is final
+            trusted = True  # until the first redirect to another origin, whatever comes after it
             for _ in range(REDIRECT_LIMIT):
                 if (target := self._redirect_target(response)) is None:
                     break
                 await response.aclose()
-                response = await self._follow(response, target, headers)
+                trusted = trusted and origin(str(response.request.url)) == origin(target)
+                response = await self._follow(target, headers, trusted=trusted)
             await check_status(
                 response, host=self.host.address, name=self._reference.name, path=path,
                 timeout_s=self._timing.connect_s, redact=self._authorizer.redact,
@@ -114,8 +120,37 @@ class Endpoint:
         except ValueError as error:
             raise RegistryUnavailable(self.host.address, "redirect", f"its target: {error}") from error
 
-    async def _follow(self, response: Response, target: str, headers: Mapping[str, str]) -> Response:
-        """Request a redirect's target. Credentials and configured headers are for the registry alone."""
-        if origin(str(response.request.url)) == origin(target):
+    async def _follow(self, target: str, headers: Mapping[str, str], *, trusted: bool) -> Response:
+        """Request a redirect's target. Credentials and configured headers are for the registry alone.
+
+        Another registry that asks for a token is shown one that its token service gives to anybody. Raises
+        Unauthorized, TemporaryFailure, TransportError.
+        """
+        if trusted:
             return await self._transport.get(target, self._headers(headers))
-        return await self._transport.get(target, {"Accept-Encoding": "identity", **headers})
+        place = origin(target)
+        authorizer = self._anonymous.get(place)
+        response = await self._get_untrusted(target, headers, authorizer)
+        if response.status_code != 401 or not _asks_for_token(response):
+            return response
+        await response.aclose()
+        if authorizer is None:
+            other = Host(scheme=place[0], address=urlsplit(target).netloc.rpartition("@")[2])
+            authorizer = Authorizer(self._reference, ANONYMOUS, self._transport, self._timing, other)
+            authorizer = self._anonymous.setdefault(place, authorizer)
+        await authorizer.answer(response)
+        return await self._get_untrusted(target, headers, authorizer)
+
+    async def _get_untrusted(
+        self, target: str, headers: Mapping[str, str], authorizer: Authorizer | None
+    ) -> Response:
+        shown = {"Accept": ACCEPT, "Accept-Encoding": "identity", **headers}
+        if authorizer is not None and authorizer.header:
+            shown["Authorization"] = authorizer.header
+        return await self._transport.get(target, shown)
+
+
+def _asks_for_token(refused: Response) -> bool:
+    """Return whether a 401 names a token service; that of a file server with signed URLs does not."""
+    offered = parse_challenges(refused.headers.get_list("www-authenticate"))
+    return any(challenge.scheme == "bearer" for challenge in offered)

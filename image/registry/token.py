@@ -15,7 +15,7 @@ import msgspec
 
 from image.auth import Credential
 from image.errors import Unauthorized
-from image.hosts import is_loopback
+from image.hosts import Host, is_loopback
 from image.reference import Reference
 from image.registry.challenge import Challenge, parse_challenges
 from image.registry.errors import TemporaryFailure, error_detail, is_temporary, read_bounded, retry_after_s
@@ -45,14 +45,25 @@ class Authorizer:
     """
 
     def __init__(
-        self, reference: Reference, credential: Credential, transport: Transport, timing: Timing
+        self,
+        reference: Reference,
+        credential: Credential,
+        transport: Transport,
+        timing: Timing,
+        redirected_to: Host | None = None,
     ) -> None:
+        """`redirected_to` is the host, if it is not the one that `transport` was made for."""
         self._reference = reference
         self._credential = credential
         self._transport = transport
         self._timing = timing
+        self._redirected_to = redirected_to
         self._lock = asyncio.Lock()
         self.header = f"Bearer {credential.registry_token}" if credential.registry_token else ""
+
+    @property
+    def _host(self) -> Host:
+        return self._redirected_to or self._transport.host
 
     async def answer(self, refused: Response) -> None:
         """Set `header` to what the challenges of this 401 ask for.
@@ -81,7 +92,7 @@ class Authorizer:
                 return f"Bearer {await self._token(challenge)}"
         if self._credential.basic and any(challenge.scheme == "basic" for challenge in offered):
             return self._credential.basic
-        raise self._unauthorized(self._transport.host.address, 401, self._problem(offered))
+        raise self._unauthorized(self._host.address, 401, self._problem(offered))
 
     def _problem(self, offered: tuple[Challenge, ...]) -> str:
         if self._credential.registry_token:
@@ -97,7 +108,7 @@ class Authorizer:
     # ------------------------------------------------------------------------ token service
 
     async def _token(self, challenge: Challenge) -> str:
-        host = self._transport.host.address
+        host = self._host.address
         try:
             check_url(challenge.realm)
         except ValueError as error:
@@ -130,7 +141,7 @@ class Authorizer:
     def _check_safe(self, url: str) -> None:
         """Raise Unauthorized for a token service that would get the credential over an open network."""
         parts = urlsplit(url)
-        own = self._transport.host
+        own = self._host
         if parts.scheme != "https" and own.scheme != "http" and not is_loopback(parts.netloc):
             raise self._unauthorized(own.address, 401, "its token service does not use https")
 
@@ -163,7 +174,7 @@ class Authorizer:
         try:
             return redirect_target(response)
         except ValueError as error:
-            host = self._transport.host.address
+            host = self._host.address
             raise self._unauthorized(host, response.status_code, f"token service: {error}") from error
 
     def _question(self, challenge: Challenge) -> tuple[str, Mapping[str, str]]:

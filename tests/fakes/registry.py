@@ -60,7 +60,15 @@ class Corrupt:
     """Sends as many bytes as announced, but other ones."""
 
 
-Fault = Status | Hang | Truncate | StallAfter | Corrupt
+@dataclass(frozen=True)
+class Drip:
+    """Announces the whole body and sends `size` bytes of it each `period_s`."""
+
+    size: int
+    period_s: float
+
+
+Fault = Status | Hang | Truncate | StallAfter | Corrupt | Drip
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,10 @@ class FakeRegistry:
                     return plan.fault
         return None
 
+    def is_released(self, timeout_s: float) -> bool:
+        """Return whether the test has ended; waits this long for it."""
+        return self._released.wait(timeout_s)
+
     def wait_released(self) -> None:
         """Block until the end of the test."""
         self._released.wait(60)
@@ -330,6 +342,12 @@ class _Handler(BaseHTTPRequestHandler):
             case StallAfter(size):
                 self.wfile.write(body[:size])
                 self.registry.wait_released()
+                self.close_connection = True
+            case Drip(size, period_s):
+                for begin in range(0, len(body), size):
+                    self.wfile.write(body[begin : begin + size])
+                    if self.registry.is_released(period_s):
+                        break
                 self.close_connection = True
             case Corrupt():
                 self.wfile.write(bytes(b ^ 0xFF for b in body))
