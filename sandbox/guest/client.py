@@ -166,6 +166,10 @@ class GuestClient:
         """Return the reason once the connection is lost or closed."""
         return await asyncio.shield(self._connection.lost)
 
+    def fail(self, reason: GuestUnreachable) -> None:
+        """Drop the connection, and wake every waiter with this reason. Without effect once it is lost."""
+        self._connection.fail(reason)
+
     async def close(self) -> None:
         """Send what is queued, then close the connection. Containers run on. Idempotent."""
         await self._connection.close()

@@ -214,11 +214,23 @@ class VmPods:
             self._containers.detach(container)
 
     async def _vm_gone(self, pod: Pod, reason: str) -> None:
-        """Handle the end of a VM that was not asked for. Resources are held until StopPodSandbox."""
+        """Handle the end of a VM, or of a helper of it, that was not asked for.
+
+        What still runs of the VM is killed, as its containers are reported as ended. Other resources are held
+        until StopPodSandbox, which also kills what a daemon that ends in between leaves.
+        """
         tail = pod.console()
         log.error("pod %s: its VM ended: %s%s", pod.id, reason, f"\n{tail}" if tail else "")
         pod.update(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
+        client = link_of(pod).client
+        link_of(pod).fail()
+        try:
+            await self.destroy(pod.id, pod.run_dir)
+        except (SandboxError, OSError) as error:
+            log.error("pod %s: its VM could not be killed: %s", pod.id, error)
         self._exits.lost(pod, reason)
         for container in self._inventory.containers_of(pod):
             self._containers.detach(container)
         await pod.disconnect()
+        if client is not None:
+            await client.close()

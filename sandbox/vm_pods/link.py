@@ -54,7 +54,7 @@ class VmLink:
         """Return the connection to the agent, once there is one. Raises GuestUnreachable."""
         record = self._pod.record
         if self.client is None and record.state is PodState.NOT_READY:
-            raise GuestUnreachable(f"pod {record.id}: {record.problem or 'its VM has ended'}")
+            raise self._unreachable()
         if self.client is None:
             try:
                 async with asyncio.timeout(timeout_s):
@@ -62,8 +62,20 @@ class VmLink:
             except TimeoutError:
                 raise GuestUnreachable(f"pod {record.id}: no connection to its agent") from None
         if self.client is None:
-            raise GuestUnreachable(f"pod {record.id}: its VM has ended")
+            raise self._unreachable()
         return self.client
+
+    def _unreachable(self) -> GuestUnreachable:
+        record = self._pod.record
+        return GuestUnreachable(f"pod {record.id}: {record.problem or 'its VM has ended'}")
+
+    def fail(self) -> None:
+        """Fail all calls, those in flight included, once the VM has ended; the pod's record says why."""
+        if self.client is not None:
+            self.client.fail(self._unreachable())
+        self.client = None
+        self.connected.set()  # wakes those that wait for a new connection
+        self.connected.clear()
 
     def lose_client(self) -> None:
         """Forget a connection to the agent that was lost."""

@@ -121,7 +121,10 @@ class RunningVm(Protocol):
     handle: VmHandle
 
     async def wait(self) -> str:
-        """Return the reason, as far as it is known, once the VMM has exited."""
+        """Return the reason, as far as it is known, once the VMM or a helper of it has exited.
+
+        Without a helper the guest hangs, and is of no use; what is left runs on until `Hypervisor.destroy`.
+        """
 
     def console_tail(self) -> str:
         """Return the last lines that the guest printed (at most 64 KiB are kept), for error messages."""
@@ -208,7 +211,7 @@ class Hypervisor(Protocol):
         """
 
     async def attach(self, handle: VmHandle) -> Machine:
-        """Connect to a running VM. Raises VmmGone when it has ended."""
+        """Connect to a running VM. Raises VmmGone when it or a helper of it has ended."""
 
     async def destroy(self, pod_id: str, run_dir: Path) -> None:
         """End every process of this pod's VM, found by name alone. Idempotent. Raises DeadlineExceeded."""

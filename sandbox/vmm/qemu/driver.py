@@ -32,7 +32,7 @@ from sandbox.vmm.console import Console
 from sandbox.vmm.qemu.argv import NAME, Fds, NicFds, check, plan
 from sandbox.vmm.qemu.descriptors import LOG_FLAGS, has_vhost, identify, keep, open_files, open_ram
 from sandbox.vmm.qemu.host import find_firmware, find_program, find_user, private_kvm
-from sandbox.vmm.qemu.machine import QemuMachine, end_all, kill_all, log_tail
+from sandbox.vmm.qemu.machine import QemuMachine, describe_end, end_all, kill_all, log_tail
 from sandbox.vmm.qemu.qmp import Monitor
 
 START_TIMEOUT_S = 20.0
@@ -127,6 +127,9 @@ class Qemu:
         run_dir = Path(handle.spec.run_dir)
         if not process.alive(handle.vmm):
             raise VmmGone(f"QEMU (process {handle.vmm.pid}) has exited{log_tail(run_dir)}")
+        for tag, helper in handle.helpers.items():
+            if not process.alive(helper):
+                raise VmmGone(describe_end(tag, None) + log_tail(run_dir))
         try:
             monitor = await Monitor.connect(run_dir / "qmp.sock", MONITOR_TIMEOUT_S)
         except VmmGone as error:

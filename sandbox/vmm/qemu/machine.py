@@ -19,6 +19,7 @@ from sandbox.vmm.qemu.argv import NAME, nic_device, nic_port, process_name, shar
 from sandbox.vmm.qemu.qmp import Monitor
 
 LOG_LIMIT = 256 << 10
+EXIT_GRACE_S = 0.2  # between the exit of a helper and that of QEMU, where QEMU's exit is the cause
 
 
 class QemuMachine(Machine):
@@ -32,8 +33,26 @@ class QemuMachine(Machine):
         self._trim = asyncio.create_task(_limit_log(self._run_dir / "qemu.log"), name="qemu-log")
 
     async def wait(self) -> str:
-        """See RunningVm. The reason ends with the tail of QEMU's log."""
-        status = await process.wait_exit(self.handle.vmm)
+        """See RunningVm. The reason ends with the tail of QEMU's log.
+
+        QEMU and the guest outlive a virtiofsd, but each access to its files blocks from then on.
+        """
+        vmm = asyncio.create_task(process.wait_exit(self.handle.vmm))
+        helpers = {
+            tag: asyncio.create_task(process.wait_exit(each)) for tag, each in self.handle.helpers.items()
+        }
+        try:
+            await asyncio.wait({vmm, *helpers.values()}, return_when=asyncio.FIRST_COMPLETED)
+            # a helper exits with QEMU's connection, which closes shortly before QEMU has exited
+            await asyncio.wait({vmm}, timeout=EXIT_GRACE_S)
+            if not vmm.done():
+                ends = [describe_end(tag, task.result()) for tag, task in helpers.items() if task.done()]
+                return "; ".join(ends) + log_tail(self._run_dir)
+        finally:
+            await end(vmm, *helpers.values())
+        return await self._describe_exit(vmm.result())
+
+    async def _describe_exit(self, status: int | None) -> str:
         await self._console.drain()
         reason = self._monitor.ending or "QEMU exited"
         if status is not None and status < 0:
@@ -137,6 +156,12 @@ class QemuMachine(Machine):
         await end(self._trim)
         await self._monitor.close()
         await self._console.close()
+
+
+def describe_end(tag: str, status: int | None) -> str:
+    """Return what to say of a virtiofsd that ended while QEMU runs. `status` is as of `process.wait_exit`."""
+    how = "" if status is None else f" (signal {-status})" if status < 0 else f" (status {status})"
+    return f"virtiofsd for {tag} ended{how}, and the guest cannot reach its files"
 
 
 async def end_all(pod_id: str, run_dir: Path) -> None:
