@@ -87,6 +87,12 @@ class Cdi(Table, frozen=True, kw_only=True):
     spec_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
 
 
+class Volumes(Table, frozen=True, kw_only=True):
+    """[volumes]"""
+
+    live_paths: tuple[str, ...] = ()  # patterns of read-only mounts that a guest has a copy of
+
+
 class Registry(Table, frozen=True, kw_only=True):
     """[registry]: how images are pulled."""
 
@@ -127,6 +133,7 @@ class Config(Table, frozen=True, kw_only=True):
     streaming: Streaming = Streaming()
     cni: Cni = Cni()
     cdi: Cdi = Cdi()
+    volumes: Volumes = Volumes()
     registry: Registry = Registry()
     handlers: dict[str, HandlerTable] = {}
 
@@ -219,6 +226,7 @@ def _check_paths(config: Config, source: str) -> None:
     }
     paths |= {f"cni.bin_dirs[{n}]": path for n, path in enumerate(config.cni.bin_dirs)}
     paths |= {f"cdi.spec_dirs[{n}]": path for n, path in enumerate(config.cdi.spec_dirs)}
+    paths |= {f"volumes.live_paths[{n}]": path for n, path in enumerate(config.volumes.live_paths)}
     for name, handler in config.handlers.items():
         optional = {"kernel": handler.kernel, "initramfs": handler.initramfs}
         paths |= {f"handlers.{name}.{key}": path for key, path in optional.items() if path}

@@ -347,6 +347,7 @@ class _Builder:
                 resizer=Resizer(self.inventory, self.overrides.grow_vm or grow),
                 default_profile=default_profile(root),
                 host_usage=self._vm_usage,
+                live_paths=self.config.volumes.live_paths,
             ),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -12,6 +12,7 @@ from image.rootfs import HostTree, Rootfs
 from sandbox.errors import PlanUnreadable, WrongState
 from sandbox.host.files import temporary_of, write_json
 from sandbox.logs.relay import LogRelay
+from sandbox.plan import MountSource
 from sandbox.plan.values import ContainerPlan
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState
@@ -33,6 +34,7 @@ class Container(Recorded[ContainerRecord]):
         self.relay: LogRelay | None = None
         self.lock = asyncio.Lock()  # held by start, update and remove
         self.propagation_lock = asyncio.Lock()  # held while its mounts are repeated on the host
+        self.live: Mapping[int, MountSource] = {}  # mounts of live files by index, while it is created
         self.propagating = False  # its mount table is being polled
         self.pid = 0
         self.exited = asyncio.Event()

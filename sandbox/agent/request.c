@@ -14,6 +14,7 @@
 #include "exec.h"
 #include "hello.h"
 #include "huge.h"
+#include "live.h"
 #include "reply.h"
 
 // ----------------------------------------------------------------- requests answered at once
@@ -71,6 +72,14 @@ static int resize(struct agent *agent, const Request *request, struct error *err
 
 static int write_cgroup(struct agent *agent, const Request *request, struct error *error) {
     return cgroup_requests_write(agent, request->write_cgroup, error);
+}
+
+static int change_files(struct agent *agent, const Request *request, struct error *error) {
+    return live_change(agent, request->change_files, error);
+}
+
+static int keep_trees(struct agent *agent, const Request *request, struct error *error) {
+    return live_keep(agent, request->keep_trees, error);
 }
 
 // ----------------------------------------------------- requests that send their reply themselves
@@ -158,6 +167,8 @@ static const struct handler handlers[] = {
     [HUSK__GUEST__V1__REQUEST__BODY_WRITE_CGROUP] = {.run = write_cgroup},
     [HUSK__GUEST__V1__REQUEST__BODY_READ_CGROUP] = {.start = read_cgroup},
     [HUSK__GUEST__V1__REQUEST__BODY_REMOVE] = {.start = remove_container},
+    [HUSK__GUEST__V1__REQUEST__BODY_CHANGE_FILES] = {.run = change_files},
+    [HUSK__GUEST__V1__REQUEST__BODY_KEEP_TREES] = {.run = keep_trees},
 };
 
 // A body that a newer protocol has is an unknown field here, and its tag is the number of the body.

@@ -264,6 +264,8 @@ class Request(_message.Message):
     WRITE_CGROUP_FIELD_NUMBER: _builtins.int
     READ_CGROUP_FIELD_NUMBER: _builtins.int
     REMOVE_FIELD_NUMBER: _builtins.int
+    CHANGE_FILES_FIELD_NUMBER: _builtins.int
+    KEEP_TREES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ping(self) -> Global___Ping: ...
     @_builtins.property
@@ -298,6 +300,10 @@ class Request(_message.Message):
     def read_cgroup(self) -> Global___ReadCgroup: ...
     @_builtins.property
     def remove(self) -> Global___Remove: ...
+    @_builtins.property
+    def change_files(self) -> Global___ChangeFiles: ...
+    @_builtins.property
+    def keep_trees(self) -> Global___KeepTrees: ...
     def __init__(
         self,
         *,
@@ -318,12 +324,14 @@ class Request(_message.Message):
         write_cgroup: Global___WriteCgroup | None = ...,
         read_cgroup: Global___ReadCgroup | None = ...,
         remove: Global___Remove | None = ...,
+        change_files: Global___ChangeFiles | None = ...,
+        keep_trees: Global___KeepTrees | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_trees", b"keep_trees", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_trees", b"keep_trees", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1163,6 +1171,136 @@ class Device(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class ChangeFiles(_message.Message):
+    """Change a tree of files that the guest keeps as a copy of the host's: /run/husk/live/TREE, on a tmpfs, where
+    containers bind /run/husk/live/TREE/root. The changes are applied in their order, and what is as requested
+    already is left alone, so no inotify event comes of it. The first failure ends the request; what was applied
+    before it stays.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TREE_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    PRUNE_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    tree: _builtins.str
+    """made where missing"""
+    prune: _builtins.bool
+    """then remove what is in the tree and not in `keep`"""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileChange]: ...
+    @_builtins.property
+    def keep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        tree: _builtins.str = ...,
+        changes: _abc.Iterable[Global___FileChange] | None = ...,
+        prune: _builtins.bool = ...,
+        keep: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "keep", b"keep", "prune", b"prune", "tree", b"tree"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangeFiles: _TypeAlias = ChangeFiles  # noqa: Y015
+
+@_typing.final
+class FileChange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[FileChange._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DIRECTORY: FileChange._Kind.ValueType  # 0
+        FILE: FileChange._Kind.ValueType  # 1
+        LINK: FileChange._Kind.ValueType  # 2
+        """symbolic, replaced by a rename from PATH_tmp where it exists with another target"""
+        REMOVE: FileChange._Kind.ValueType  # 3
+        """with everything beneath it; a missing one is not a failure"""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    DIRECTORY: FileChange.Kind.ValueType  # 0
+    FILE: FileChange.Kind.ValueType  # 1
+    LINK: FileChange.Kind.ValueType  # 2
+    """symbolic, replaced by a rename from PATH_tmp where it exists with another target"""
+    REMOVE: FileChange.Kind.ValueType  # 3
+    """with everything beneath it; a missing one is not a failure"""
+
+    KIND_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    GID_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    MTIME_NS_FIELD_NUMBER: _builtins.int
+    kind: Global___FileChange.Kind.ValueType
+    path: _builtins.str
+    """relative to the tree: "root", "root/..data"; without links"""
+    mode: _builtins.int
+    """permissions, with the set-id and sticky bits; not of a link"""
+    uid: _builtins.int
+    gid: _builtins.int
+    content: _builtins.bytes
+    """of a file"""
+    target: _builtins.str
+    """of a link"""
+    replace: _builtins.bool
+    """a new file takes the place of an existing one by a rename; otherwise its content changes"""
+    mtime_ns: _builtins.int
+    """of a new file; 0: now"""
+    def __init__(
+        self,
+        *,
+        kind: Global___FileChange.Kind.ValueType = ...,
+        path: _builtins.str = ...,
+        mode: _builtins.int = ...,
+        uid: _builtins.int = ...,
+        gid: _builtins.int = ...,
+        content: _builtins.bytes = ...,
+        target: _builtins.str = ...,
+        replace: _builtins.bool = ...,
+        mtime_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "gid", b"gid", "kind", b"kind", "mode", b"mode", "mtime_ns", b"mtime_ns", "path", b"path", "replace", b"replace", "target", b"target", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileChange: _TypeAlias = FileChange  # noqa: Y015
+
+@_typing.final
+class KeepTrees(_message.Message):
+    """Remove all trees of /run/husk/live but these. A container keeps the files that it has bound."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TREES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def trees(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        trees: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trees", b"trees"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepTrees: _TypeAlias = KeepTrees  # noqa: Y015
 
 @_typing.final
 class Link(_message.Message):

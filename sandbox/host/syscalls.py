@@ -1,4 +1,4 @@
-"""System calls that Python's `os` lacks: mounts, namespaces, and a few of files.
+"""System calls that Python's `os` lacks: mounts, namespaces, inotify, and a few of files.
 
 The only module that calls libc through ctypes for these. Each function is one system call, takes and
 returns plain numbers and paths, and raises OSError: errno, a text that names the call, and as file name the
@@ -50,6 +50,9 @@ _libc.setns.argtypes = (c_int, c_int)
 _libc.unshare.argtypes = (c_int,)
 _libc.fstatfs.argtypes = (c_int, c_char_p)
 _libc.syncfs.argtypes = (c_int,)
+_libc.inotify_init1.argtypes = (c_int,)
+_libc.inotify_add_watch.argtypes = (c_int, c_char_p, c_uint)
+_libc.inotify_rm_watch.argtypes = (c_int, c_int)
 _libc.syscall.restype = c_long
 
 
@@ -163,6 +166,30 @@ def syncfs(descriptor: int, *, what: str | Path = "") -> None:
     """syncfs(2): write one filesystem to its disk (os.sync writes all of the machine's). Needs no
     capability."""
     _check("syncfs", _libc.syncfs(descriptor), what)
+
+
+def inotify_init1() -> int:
+    """inotify_init1(2), non-blocking. Needs no capability. Returns a descriptor that the caller owns."""
+    result = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if result < 0:
+        raise _error("inotify_init1", "")
+    return int(result)
+
+
+def inotify_add_watch(descriptor: int, path: str | Path, mask: int, *, what: str | Path = "") -> int:
+    """inotify_add_watch(2). Needs no capability. Returns the watch's number, the same one for the same inode.
+
+    Raises OSError: ENOSPC where the user has no watches left (fs.inotify.max_user_watches).
+    """
+    result = _libc.inotify_add_watch(descriptor, os.fsencode(path), mask)
+    if result < 0:
+        raise _error("inotify_add_watch", what or path)
+    return int(result)
+
+
+def inotify_rm_watch(descriptor: int, watch: int) -> None:
+    """inotify_rm_watch(2). Needs no capability. Raises OSError: EINVAL for a watch that has ended."""
+    _check("inotify_rm_watch", _libc.inotify_rm_watch(descriptor, watch), "")
 
 
 def _check(call: str, result: int, what: str | Path) -> None:

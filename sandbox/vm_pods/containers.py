@@ -25,6 +25,7 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.spec import ContainerId, ExitCode
 from sandbox.vm_pods.link import link_of
+from sandbox.vm_pods.live_files import LiveFiles
 from sandbox.vm_pods.propagation import PropagationSync
 
 log = logging.getLogger(__name__)
@@ -41,12 +42,14 @@ class VmContainers:
         exits: Exits,
         tasks: Tasks,
         propagation: PropagationSync,
+        live: LiveFiles,
         container_steps: Steps[Container],
     ) -> None:
         self._inventory = inventory
         self._exits = exits
         self._tasks = tasks
         self._propagation = propagation
+        self._live = live
         # ends that the guest reported before StartContainer had its answer
         self._early: WeakKeyDictionary[Container, Exit] = WeakKeyDictionary()
         self.container_steps = container_steps
@@ -132,6 +135,8 @@ class VmContainers:
                 container.record_exit(
                     ExitCode.UNKNOWN, time.time_ns(), "Unknown", "the guest does not know this container"
                 )
+
+        await self._live.recover(pod)
 
     async def _recover_one(self, container: Container, state: pb.ContainerState) -> None:
         if container.record.state is ContainerState.CREATED:

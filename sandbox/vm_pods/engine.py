@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from sandbox.vm_pods.clock_sync import sync_clock
 from sandbox.vm_pods.containers import VmContainers
 from sandbox.vm_pods.control import VmControl
 from sandbox.vm_pods.link import link_of
+from sandbox.vm_pods.live_files import LiveFiles, LiveMounts
 from sandbox.vm_pods.pool import VmPool
 from sandbox.vm_pods.propagation import PropagationSync
 from sandbox.vm_pods.resize import Resizer
@@ -59,17 +60,20 @@ class VmDeps:
     resizer: Resizer
     default_profile: Path  # AppArmor's, compiled; it may not exist
     host_usage: Callable[[Pod], HostUsage]  # reads files of the host; may block
+    live_paths: Sequence[str] = ()  # patterns of further mounts that the guest has a copy of
 
 
 def make_engine(inventory: Inventory, exits: Exits, deps: VmDeps) -> Engine:
     """Make the engine of pods in VMs."""
     propagation = PropagationSync(deps.tasks)
+    live = LiveFiles(deps.tasks, inventory, deps.live_paths)
     container_steps = (
         ContainerRootfs(deps.rootfs),
+        LiveMounts(live),
         Volumes(deps.rootfs, deps.resizer),
         plan_for_guest(deps.rootfs, deps.default_profile),
     )
-    containers = VmContainers(inventory, exits, deps.tasks, propagation, container_steps)
+    containers = VmContainers(inventory, exits, deps.tasks, propagation, live, container_steps)
     return Engine(
         pods=VmPods(inventory, exits, containers, deps),
         containers=containers,

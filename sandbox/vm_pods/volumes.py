@@ -9,6 +9,8 @@ owner's own namespace, and nothing of a pod fills the host's mount table.
 Volumes on huge pages are not among them: they are the guest's own (see `huge`). For them, and for what
 the container may have of huge pages, the VM is made larger here; that is never undone, as with all memory.
 
+Nor are those of live files, which the step before has copied to the guest (see `live_files`).
+
 Crash story: deleting a mount point detaches what is mounted on it in other namespaces (rmdir(2)
 does, since Linux 3.18), so no process is needed to undo; and they end with the virtiofsd.
 """
@@ -82,6 +84,9 @@ def find_sources(container: Container) -> list[MountSource]:
     """Where the guest finds them, and what they are, while they are up. Raises InvalidSpec."""
     found = []
     for number, mount in enumerate(container.record.spec.mounts):
+        if number in container.live:
+            found.append(container.live[number])
+            continue
         with _source(container, number, mount) as source:
             is_directory = stat.S_ISDIR(os.fstat(source).st_mode)
             huge = find_directory(source, number, mount)
@@ -116,6 +121,8 @@ def _attach_all(container: Container) -> Sequence[HugeDirectory]:
     with contextlib.ExitStack() as held:
         trees, directories = {}, []
         for number, mount in enumerate(container.record.spec.mounts):
+            if number in container.live:
+                continue
             source = held.enter_context(_source(container, number, mount))
             if huge := find_directory(source, number, mount):
                 directories.append(huge)
