@@ -32,6 +32,7 @@ from cri.services.runtime_service import runtime_service
 from cri.services.sessions import SandboxBackend
 from cri.streaming.server import StreamingOptions, StreamingServer
 from cri.version import version
+from image.errors import ImageError
 from image.image_store import ImageStore
 from image.index import Image
 from image.options import ImageOptions
@@ -74,6 +75,7 @@ from sandbox.vmm.drivers import Hypervisors
 log = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S = 5.0
+PROBE_PAUSE_S = 60.0  # after a probe of the filesystem that a full disk did not allow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +135,8 @@ class Daemon:
         await self.streaming.start()
         self.load()
         await asyncio.to_thread(self.images.load)
-        obstacle = await asyncio.to_thread(self.images.find_idmap_obstacle)
-        self.node.features = Features(user_namespaces=not obstacle, user_namespace_obstacle=obstacle)
+        if not await self._find_features():
+            self.tasks.spawn(self._find_features_later(), "probe of idmapped mounts")
         await self.recover()
         await self._release_orphans()
         self.metrics.watch(self.metric_sources.sources())
@@ -144,6 +146,25 @@ class Daemon:
         await self.server.start()
         self.tasks.spawn(self.node.warm_up(), "choice of the accelerator")
         await self.pool.start()
+
+    async def _find_features(self) -> bool:
+        """Learn what the filesystem of images can do; return whether that is known: it needs some space."""
+        try:
+            obstacle = await asyncio.to_thread(self.images.find_idmap_obstacle)
+        except (ImageError, OSError) as error:
+            obstacle = f"idmapped mounts could not be probed: {error}"
+            log.warning("%s; no pod can have a user namespace until that works", obstacle)
+            known = False
+        else:
+            known = True
+        self.node.features = Features(user_namespaces=not obstacle, user_namespace_obstacle=obstacle)
+        return known
+
+    async def _find_features_later(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_PAUSE_S)
+            if await self._find_features():
+                return
 
     def load(self) -> None:
         """Read the records of pods and containers. Blocking; once, before anything uses them."""

@@ -91,6 +91,13 @@ class Container(Recorded[ContainerRecord]):
         if self.record.state is not before:
             self.on_state(self)
 
+    def update_anyway(self, **changes: object) -> None:
+        """Write changes to the record, or keep them in memory; report a change of state."""
+        before = self.record.state
+        super().update_anyway(**changes)
+        if self.record.state is not before:
+            self.on_state(self)
+
     def finish(self, name: str, begin_s: float, end_s: float) -> None:
         """Record the phase of one of its steps."""
         self.record_phase(f"container-{name}", begin_s, end_s)
@@ -133,8 +140,9 @@ class Container(Recorded[ContainerRecord]):
             path.unlink(missing_ok=True)
 
     def record_exit(self, exit_code: int, at_ns: int, reason: str, message: str = "") -> None:
-        """Make the container EXITED, at `at_ns` of the host's wall clock. Raises OSError."""
-        self.update(
+        """Make the container EXITED, at `at_ns` of the host's wall clock, also where a full disk
+        takes no record of it."""
+        self.update_anyway(
             state=ContainerState.EXITED,
             exit_code=exit_code,
             finished_at_ns=at_ns,

@@ -82,6 +82,13 @@ class Pod(Recorded[PodRecord]):
         if self.record.state is not before:
             self.on_state(self)
 
+    def update_anyway(self, **changes: object) -> None:
+        """Write changes to the record, or keep them in memory; report a change of state."""
+        before = self.record.state
+        super().update_anyway(**changes)
+        if self.record.state is not before:
+            self.on_state(self)
+
     def finish(self, name: str, begin_s: float, end_s: float) -> None:
         """Record the phase of one of its steps."""
         self.record_phase(name, begin_s, end_s)

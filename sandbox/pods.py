@@ -200,7 +200,7 @@ class Pods:
             pod.watch.cancel()
             pod.watch = None
         if pod.record.state is not PodState.NOT_READY:
-            pod.update(state=PodState.NOT_READY)
+            pod.update_anyway(state=PodState.NOT_READY)
         self._containers.lost(pod, "the sandbox was stopped")
         await self._release(pod)
 

@@ -161,6 +161,17 @@ class Recorded(Generic[R]):
         self._store.put(record)
         self.record = record
 
+    def update_anyway(self, **changes: object) -> None:
+        """Write changes to the record, for what has happened already or must not depend on a full disk.
+
+        Where it cannot be written, the change counts until the daemon ends, and the file is stale.
+        """
+        try:
+            Recorded.update(self, **changes)
+        except OSError as error:
+            log.warning("record %s could not be rewritten and is stale: %s", self.record.id, error)
+            self.record = msgspec.structs.replace(self.record, **changes)  # type: ignore[type-var]
+
     def begin(self, steps: Iterable[str]) -> None:
         """Save the names of steps, before their effects. Raises OSError."""
         new = [step for step in steps if step not in self.record.steps]

@@ -134,7 +134,7 @@ class ProcessPods:
     async def _ended(self, pod: Pod, reason: str) -> None:
         """Handle an end that was not asked for. Resources are held until StopPodSandbox."""
         log.error("pod %s: %s", pod.id, reason)
-        pod.update(state=PodState.NOT_READY, problem=reason)
+        pod.update_anyway(state=PodState.NOT_READY, problem=reason)
         for container in self._inventory.containers_of(pod):
             path = self._layout.container_cgroup(container)
             with contextlib.suppress(SandboxError):

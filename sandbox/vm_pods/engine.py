@@ -211,10 +211,10 @@ class VmPods:
         are UNKNOWN, and the kubelet stops and replaces it. StopPodSandbox ends the VM as any other.
         """
         log.error("pod %s: %s", pod.id, error)
-        pod.update(state=PodState.NOT_READY, problem=str(error))
+        pod.update_anyway(state=PodState.NOT_READY, problem=str(error))
         for container in self._inventory.containers_of(pod):
             if container.running:
-                container.update(state=ContainerState.UNKNOWN)
+                container.update_anyway(state=ContainerState.UNKNOWN)
             self._containers.detach(container)
 
     async def _vm_gone(self, pod: Pod, reason: str) -> None:
@@ -225,7 +225,7 @@ class VmPods:
         """
         tail = pod.console()
         log.error("pod %s: its VM ended: %s%s", pod.id, reason, f"\n{tail}" if tail else "")
-        pod.update(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
+        pod.update_anyway(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
         client = link_of(pod).client
         link_of(pod).fail()
         try:

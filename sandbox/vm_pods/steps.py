@@ -58,6 +58,8 @@ from sandbox.vmm import Hypervisor, NicSpec, ShareSpec, VmSpec
 
 log = logging.getLogger(__name__)
 
+UNSAVED_EPOCHS = 1 << 40  # how far an epoch that cannot be saved is from the saved one at most
+
 BOOT_TIMEOUT_S = 120.0
 RESTORE_TIMEOUT_S = 20.0
 PREPARE = pb.Prepare(
@@ -237,14 +239,20 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welc
     """Attach to the pod's VM and connect to its agent with a new epoch: after a start, a lost connection and
     a restart of the daemon. Returns what the agent says of its containers.
 
-    The epoch is saved before it is used, so no two daemons ever share one. Raises VmmGone as soon as the VMM
+    The epoch is saved before it is used, so no two daemons ever share one; where a full disk does not take
+    it, a random one is used that the next daemon will not use either. Raises VmmGone as soon as the VMM
     has ended, GuestUnreachable after `timeout_s`.
     """
     handle, link = handle_of(pod), link_of(pod)
     if link.machine is None:
         link.machine = await hypervisor.attach(handle)
-    pod.update_runtime(epoch=runtime_of(pod).epoch + 1)
-    runtime = runtime_of(pod)
+    runtime = msgspec.structs.replace(runtime_of(pod), epoch=runtime_of(pod).epoch + 1)
+    try:
+        pod.update(runtime=runtime)
+    except OSError:
+        skipped = secrets.randbelow(UNSAVED_EPOCHS)
+        runtime = msgspec.structs.replace(runtime, epoch=runtime.epoch + skipped)
+        pod.update_anyway(runtime=runtime)
     greeting = asyncio.create_task(
         GuestClient.connect(
             handle.channel,
