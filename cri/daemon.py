@@ -36,6 +36,7 @@ from image.errors import ImageError
 from image.image_store import ImageStore
 from image.index import Image
 from image.options import ImageOptions
+from image.registry import Timing
 from image.stores import RootfsStore
 from network.attach import Networks
 from network.errors import NetworkError
@@ -337,6 +338,11 @@ class _Builder:
         options = ImageOptions(
             config_path=Path(self.config.registry.config_path),
             max_downloads=self.config.registry.max_concurrent_downloads,
+            timing=Timing(
+                slow_rate=self.config.registry.min_rate_10s,
+                low_rate=self.config.registry.min_rate_60s,
+                blob_s=self.config.registry.blob_timeout_s,
+            ),
         )
         return ImageStore(Path(self.config.root), options, self.inventory.layers_in_use)
 

@@ -14,7 +14,7 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How images are pulled and unpacked."""
 
     config_path: Path | None = None  # directory of <host>/hosts.toml, see `image.hosts`
-    max_downloads: int = 4  # layers at a time, over all pulls
+    max_downloads: int = 4  # layers at a time, over all pulls; a registry without any gets one more
     max_unpacks: int = 2  # layers at a time, over all pulls
     pull_timeout_s: float = 0.0  # of a whole pull; 0: unlimited, as long as bytes arrive
     limits: Limits = Limits()

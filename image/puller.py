@@ -34,9 +34,10 @@ from image.reference import Reference, parse
 from image.registry import Registry
 from sandbox.host.flights import Flights
 from sandbox.host.keyed_lock import KeyedLock
-from sandbox.host.limiter import Limiter
+from sandbox.host.limiter import FairLimiter, Limiter
 
 Report = Callable[[Progress], None]
+EXTRA_DOWNLOADS = 16  # beyond the limit, of registries that would else have none
 NESTING_LIMIT = 3  # of indexes
 CANDIDATES_LIMIT = 16  # manifests of one index that are fetched because it does not say what they are for
 
@@ -83,9 +84,9 @@ class Puller:
         self._layers = layers
         self._options = options
         self._platform = platforms.host_platform(platform.machine())
-        self._downloads = Limiter("download", options.max_downloads)
+        self._downloads = FairLimiter("download", options.max_downloads, EXTRA_DOWNLOADS)
         self._unpacks = Limiter("unpack", options.max_unpacks)
-        self.limiters = (self._downloads, self._unpacks)
+        self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks)
         self._making = KeyedLock()
         self._on_end = on_end
         self._flights = Flights(cancel_abandoned=True)
@@ -266,7 +267,7 @@ class Puller:
                 if self._layers.find(chain[n]):
                     report(Progress(item=blobs[n].digest, step="present", current=1, total=1))
                 else:
-                    await self._download(source, blobs[n], stage / str(n), report)
+                    await self._download(source, blobs[n], stage / str(n), host, report)
                     if n:
                         await ready[n - 1].wait()
                     await self._unpack(blobs[n], diff_ids[n], chain[: n + 1], stage / str(n), report)
@@ -281,11 +282,13 @@ class Puller:
                 # the first failure cancelled the other layers, and is the one that callers expect
                 raise errors.exceptions[0] from errors
 
-    async def _download(self, source: Source, blob: Descriptor, path: Path, report: Report) -> None:
+    async def _download(
+        self, source: Source, blob: Descriptor, path: Path, host: str, report: Report
+    ) -> None:
         def report_written(written: int) -> None:
             report(Progress(item=blob.digest, step="download", current=written, total=blob.size))
 
-        async with self._downloads.slot():
+        async with self._downloads.share(host, str(id(source))):
             report_written(0)
             writer = await asyncio.to_thread(BlobWriter, path, blob, report_written)
             try:

@@ -2,7 +2,8 @@
 
     client     Registry: the hosts configured for one repository, asked in order
     endpoint   one host: manifests and blobs, redirects
-    resume     a blob's byte stream: Range requests, stall detection
+    resume     a blob's byte stream: Range requests
+    rate       the least rate at which a blob must arrive
     retry      retries with exponential backoff and Retry-After
     challenge  WWW-Authenticate headers
     token      the Authorization header of one host; the bearer token exchange

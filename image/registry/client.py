@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -36,7 +37,8 @@ class Registry:
         self, reference: Reference, hosts: tuple[Host, ...], auth: Auth | None, timing: Timing | None = None
     ) -> None:
         self._reference = reference
-        self._endpoints = [Endpoint(host, reference, auth, timing or Timing()) for host in hosts]
+        self._timing = timing or Timing()
+        self._endpoints = [Endpoint(host, reference, auth, self._timing) for host in hosts]
 
     async def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -92,7 +94,16 @@ class Registry:
                 into.restart()
                 raise
 
-        await self._first("pull", fetch)
+        limit_s = self._timing.blob_s or None
+        deadline = asyncio.timeout(limit_s)
+        try:
+            async with deadline:
+                await self._first("pull", fetch)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            problem = f"{into.written} of {descriptor.size} bytes in {limit_s:g} s, the limit of a blob"
+            raise RegistryUnavailable(self._reference.domain, into.what, problem) from error
 
     async def _first(self, capability: str, fetch: Callable[[Endpoint], Awaitable[T]]) -> T:
         """Return the first host's success. `capability` is hosts.toml's: "pull" or "resolve"."""

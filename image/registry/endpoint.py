@@ -15,11 +15,19 @@ from image.hosts import HUB_SERVER, Host
 from image.reference import DEFAULT_DOMAIN, Reference
 from image.registry.challenge import parse_challenges
 from image.registry.errors import TemporaryFailure, check_status, read_bounded
+from image.registry.rate import RateFloor, TooSlow
 from image.registry.resume import download_rest
 from image.registry.retry import Retrier
 from image.registry.timing import Timing
 from image.registry.token import Authorizer
-from image.registry.transport import REDIRECT_LIMIT, Response, Transport, origin, redirect_target
+from image.registry.transport import (
+    REDIRECT_LIMIT,
+    Response,
+    Transport,
+    TransportError,
+    origin,
+    redirect_target,
+)
 
 ACCEPT = ", ".join((*manifest.INDEXES, *manifest.MANIFESTS, "application/json;q=0.5"))
 _MIRROR_ATTEMPTS = 2  # the registry itself can still be asked after a mirror
@@ -68,10 +76,22 @@ class Endpoint:
     async def download(self, path: str, into: BlobWriter) -> None:
         """Append to `into` what it still lacks of this blob. Its digest is not checked here."""
 
-        async def attempt() -> None:
-            await download_rest(lambda headers: self._get(path, headers), into, self._timing)
+        floor, useful = RateFloor(self._timing), 0
 
-        await self._retrier.run(path, attempt, lambda: into.written)
+        async def attempt() -> None:
+            nonlocal useful
+            floor.begin()
+            try:
+                await download_rest(lambda headers: self._get(path, headers), into, floor)
+            except (TemporaryFailure, TransportError):
+                if floor.end():
+                    useful = into.written
+                raise
+
+        try:
+            await self._retrier.run(path, attempt, lambda: useful)
+        except TooSlow as error:
+            raise RegistryUnavailable(self.host.address, path, f"too slow: {error}") from error
 
     # ----------------------------------------------------------------------------- requests
 

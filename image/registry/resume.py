@@ -6,22 +6,22 @@ distribution-spec, "Pulling blobs": a registry should support Range requests. On
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 
 from image.blobs import BlobWriter
 from image.registry.errors import TemporaryFailure
-from image.registry.timing import Timing
+from image.registry.rate import RateFloor
 from image.registry.transport import Response
 
 Get = Callable[[Mapping[str, str]], AbstractAsyncContextManager[Response]]
 
 
-async def download_rest(get: Get, into: BlobWriter, timing: Timing) -> None:
+async def download_rest(get: Get, into: BlobWriter, floor: RateFloor) -> None:
     """Append to `into` what it still lacks. `get` sends the request with these additional headers.
 
-    Raises TemporaryFailure when the stream ends early or stalls; the bytes that came stay in `into`.
+    Raises TemporaryFailure when the stream ends early or is slow, TooSlow when it stays slow; the bytes that
+    came stay in `into`.
     """
     if into.written and into.written == into.descriptor.size:
         return
@@ -29,7 +29,7 @@ async def download_rest(get: Get, into: BlobWriter, timing: Timing) -> None:
     async with get(headers) as response:
         if into.written and not _continues_at(response, into.written):
             into.restart()
-        await into.append(_watched(response, timing))
+        await into.append(_watched(response, floor))
     if into.written < into.descriptor.size:
         raise TemporaryFailure(f"the stream ended at byte {into.written} of {into.descriptor.size}")
 
@@ -40,17 +40,11 @@ def _continues_at(response: Response, offset: int) -> bool:
     return response.status_code == 206 and content_range.startswith(f"bytes {offset}-")
 
 
-async def _watched(response: Response, timing: Timing) -> AsyncIterator[bytes]:
-    """Yield the body; raise TemporaryFailure when too few bytes come in each period of `stall_s`.
+async def _watched(response: Response, floor: RateFloor) -> AsyncIterator[bytes]:
+    """Yield the body; raise TemporaryFailure or TooSlow when it comes below the least rate.
 
     The client's read timeout does not see a server that sends one byte every 20 s.
     """
-    begun, count = time.monotonic(), 0
     async for chunk in response.aiter_raw():
-        count += len(chunk)
-        now = time.monotonic()
-        if now - begun > timing.stall_s:
-            if count < timing.stall_bytes:
-                raise TemporaryFailure(f"only {count} bytes in {now - begun:.0f} s")
-            begun, count = now, 0
+        floor.count(len(chunk))
         yield chunk

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 
 
@@ -69,3 +69,57 @@ class Limiter:
         # the slot counts as held from here on, so that a caller who arrives now cannot overtake
         self.active += 1
         queue.popleft().set_result(None)
+
+
+class FairLimiter(Limiter):
+    """A limiter whose slots are shared among groups, and within a group among owners.
+
+    A free slot goes to the group that holds the fewest, then to its owner that holds the fewest, then to the
+    first in the queue. A group that holds none gets a slot beyond `limit`, up to `extra` of them, so that
+    one group's slow work does not hold up the others.
+    """
+
+    def __init__(self, name: str, limit: int, extra: int) -> None:
+        super().__init__(name, limit)
+        self._extra = extra
+        self._held: Counter[str] = Counter()  # by group
+        self._owned: Counter[tuple[str, str]] = Counter()
+        self._wanted: deque[tuple[str, str, asyncio.Future[None]]] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """How many callers wait for a slot."""
+        return sum(not granted.done() for _, _, granted in self._wanted)
+
+    @contextlib.asynccontextmanager
+    async def share(self, group: str, owner: str) -> AsyncIterator[None]:
+        """Wait for a slot and hold it, for one of a group's owners."""
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (group, owner, granted)
+        self._wanted.append(entry)
+        self._grant_shares()
+        try:
+            await granted
+            yield
+        finally:
+            if entry in self._wanted:
+                self._wanted.remove(entry)
+            else:  # granted, also when cancelled between the grant and its wake-up
+                self.active -= 1
+                self._held = self._held - Counter((group,))
+                self._owned = self._owned - Counter(((group, owner),))
+                self._grant_shares()
+
+    def _grant_shares(self) -> None:
+        while self._wanted:
+            best = min(self._wanted, key=lambda each: (self._held[each[0]], self._owned[each[:2]]))
+            group, owner, granted = best
+            limit = self.limit if self._held[group] else self.limit + self._extra
+            if self.active >= limit:
+                return
+            self._wanted.remove(best)
+            self.active += 1
+            self._held[group] += 1
+            self._owned[group, owner] += 1
+            if not granted.done():
+                granted.set_result(None)

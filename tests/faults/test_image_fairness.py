@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from image.errors import ImageError, RegistryUnavailable
 from image.image_store import ImageStore
-from tests.fakes.registry import Drip, FakeRegistry, make_layer
+from tests.fakes.registry import Drip, FakeRegistry, StallAfter, make_layer
 from tests.kit.eventually import eventually
-from tests.kit.pulls import BASE, TOP, leftovers, open_store
+from tests.kit.pulls import BASE, QUICK, TOP, leftovers, open_store, pull_error
 
 SLOW = Drip(1, 0.05)
+STEADY = Drip(100, 0.02)  # some 5,000 bytes per second
 
 
 @pytest.fixture
@@ -79,3 +83,64 @@ async def test_pulls_of_the_same_layers_from_two_registries_store_them_once(
     )
     await store.close()
     assert leftovers(store) == []
+
+
+async def test_four_dripping_layers_of_one_registry_do_not_hold_up_another_registry(
+    honest: FakeRegistry, hostile: FakeRegistry, store: ImageStore
+) -> None:
+    honest.put_image("a", "1", [BASE, TOP])
+    hostile.put_image("a", "1", [make_layer({"f": os.urandom(5000)}) for _ in range(6)])
+    for blob in hostile.layer_digests("a", "1"):
+        hostile.fail(blob, SLOW, times=9)
+    downloads = store.limiters()[0]
+    pull: asyncio.Task[object] = asyncio.create_task(store.pull(f"{hostile.address}/a:1"))
+    await eventually(lambda: downloads.active == downloads.limit and downloads.waiting == 2)
+    async with asyncio.timeout(10):
+        await store.pull(f"{honest.address}/a:1")
+    assert not pull.done()
+    await cancelled(pull)
+    await store.close()
+    assert downloads.active == downloads.waiting == 0
+
+
+async def test_layer_below_the_rate_after_10_s_is_retried_and_then_fails(
+    hostile: FakeRegistry, tmp_path: Path
+) -> None:
+    timing = msgspec.structs.replace(QUICK, slow_s=0.2, slow_rate=1024, low_s=60.0)
+    hostile.put_image("a", "1", [TOP])
+    hostile.fail("/blobs/" + hostile.layer_digests("a", "1")[0], SLOW, times=99)
+    async with asyncio.timeout(10):
+        error = await pull_error(open_store(tmp_path, timing=timing), f"{hostile.address}/a:1")
+    assert isinstance(error, RegistryUnavailable) and error.attempts == QUICK.attempts
+    assert "the limit is 1024 bytes/s" in str(error)
+
+
+async def test_layer_below_the_rate_after_a_minute_fails_without_retry(
+    hostile: FakeRegistry, tmp_path: Path
+) -> None:
+    timing = msgspec.structs.replace(QUICK, slow_s=0.2, slow_rate=1024, low_s=0.5, low_rate=64 << 10)
+    hostile.put_image("a", "1", [TOP])
+    blob = hostile.layer_digests("a", "1")[0]
+    hostile.fail(blob, STEADY, times=99)
+    error = await pull_error(open_store(tmp_path, timing=timing), f"{hostile.address}/a:1")
+    assert isinstance(error, RegistryUnavailable) and "the limit is 65536 bytes/s" in str(error)
+    assert sum(path.endswith(blob) for path in hostile.paths()) == 1
+
+
+async def test_layer_that_drips_below_the_rate_and_breaks_each_time_fails(
+    hostile: FakeRegistry, tmp_path: Path
+) -> None:
+    timing = msgspec.structs.replace(QUICK, low_s=0.5, low_rate=64 << 10)
+    hostile.put_image("a", "1", [TOP])
+    hostile.fail(hostile.layer_digests("a", "1")[0], StallAfter(2000), times=999)
+    async with asyncio.timeout(10):
+        error = await pull_error(open_store(tmp_path, timing=timing), f"{hostile.address}/a:1")
+    assert isinstance(error, RegistryUnavailable)
+
+
+async def test_layer_fails_at_the_deadline_of_a_blob(hostile: FakeRegistry, tmp_path: Path) -> None:
+    timing = msgspec.structs.replace(QUICK, blob_s=0.5)
+    hostile.put_image("a", "1", [TOP])
+    hostile.fail(hostile.layer_digests("a", "1")[0], STEADY, times=99)
+    error: ImageError = await pull_error(open_store(tmp_path, timing=timing), f"{hostile.address}/a:1")
+    assert isinstance(error, RegistryUnavailable) and "in 0.5 s, the limit of a blob" in str(error)

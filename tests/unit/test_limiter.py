@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sandbox.host.limiter import Limiter
+from sandbox.host.limiter import FairLimiter, Limiter
 
 
 class Holder:
@@ -116,3 +116,67 @@ async def test_failing_holder_releases_its_slot() -> None:
     assert limiter.active == 0
     async with asyncio.timeout(1), limiter.slot():
         assert limiter.active == 1
+
+
+class Shares:
+    """Callers of a fair limiter, which hold their slots until they are released by name."""
+
+    def __init__(self, limiter: FairLimiter) -> None:
+        self.limiter = limiter
+        self.held: list[str] = []
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def want(self, *names: str) -> None:
+        """Let callers "group owner number" want a slot, one after the other."""
+        for name in names:
+            self.tasks[name] = asyncio.create_task(self._hold(name))
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def _hold(self, name: str) -> None:
+        group, owner, _ = name.split()
+        async with self.limiter.share(group, owner):
+            self.held.append(name)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.held.remove(name)
+
+    async def release(self, *names: str) -> None:
+        """End callers, whether they hold a slot or wait."""
+        for name in names:
+            self.tasks[name].cancel()
+        await asyncio.gather(*(self.tasks[name] for name in names), return_exceptions=True)
+        await asyncio.sleep(0)
+
+
+async def test_fair_limiter_gives_a_group_without_slots_an_extra_one() -> None:
+    shares = Shares(FairLimiter("download", 2, extra=1))
+    await shares.want("a x 1", "a x 2", "a x 3", "b y 1", "c z 1")
+    assert shares.held == ["a x 1", "a x 2", "b y 1"]
+    assert (shares.limiter.active, shares.limiter.waiting) == (3, 2)
+    await shares.release("b y 1")
+    assert shares.held == ["a x 1", "a x 2", "c z 1"]
+    await shares.release(*shares.tasks)
+    assert (shares.limiter.active, shares.limiter.waiting) == (0, 0)
+
+
+async def test_fair_limiter_gives_a_free_slot_to_the_owner_with_the_fewest() -> None:
+    shares = Shares(FairLimiter("download", 2, extra=0))
+    await shares.want("a x 1", "a x 2", "a x 3", "a y 1")
+    await shares.release("a x 1")
+    assert shares.held == ["a x 2", "a y 1"]
+    await shares.release(*shares.tasks)
+    assert shares.limiter.active == 0
+
+
+async def test_fair_limiter_passes_on_a_slot_whose_grant_was_cancelled() -> None:
+    shares = Shares(FairLimiter("download", 1, extra=0))
+    await shares.want("a x 1", "a x 2", "a x 3")
+    shares.tasks["a x 1"].cancel()
+    shares.tasks["a x 2"].cancel()
+    await asyncio.gather(shares.tasks["a x 1"], shares.tasks["a x 2"], return_exceptions=True)
+    await asyncio.sleep(0)
+    assert shares.held == ["a x 3"]
+    await shares.release("a x 3")
+    assert shares.limiter.active == 0
