@@ -254,6 +254,26 @@ async def test_removed_source_keeps_its_copy_and_is_no_longer_watched(site: Site
     assert (tree / "root").read_text() in ("old", hosts.read_text())
 
 
+async def test_secret_on_a_tmpfs_can_be_unmounted_while_it_is_copied(site: Site) -> None:
+    """The kubelet mounts a tmpfs for each Secret; neither watch nor copy keeps it busy."""
+    volume = site.root / "pods/uid/volumes/kubernetes.io~secret/s"
+    volume.mkdir(parents=True)
+    syscalls.mount("tmpfs", volume, "tmpfs")
+    write_volume(volume, {"key": "old"})
+    await site.create("a", site.mount(volume))
+    write_volume(volume, {"key": "new"})
+    await site.reads("key", "new")
+    await eventually(
+        lambda: [task for task in site.tasks._tasks if "of pod" in task.get_name()],
+        until=lambda tasks: tasks == [],
+        timeout_s=10,
+    )
+    syscalls.umount2(volume, syscalls.UMOUNT_NOFOLLOW)
+    write_volume(volume, {"key": "of what lies beneath"})
+    await site.restart()
+    assert site.read("key") == "new"
+
+
 async def test_older_agent_gets_the_export(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(request: pb.Request, timeout_s: float) -> pb.Reply:
         raise GuestError("request", errno.EOPNOTSUPP, "body 20 is unknown to this agent")

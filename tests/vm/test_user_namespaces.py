@@ -8,7 +8,9 @@ import grpc
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
+from tests.kit.atomic_writer import write_volume
 from tests.kit.cri import Cri, Pod
+from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 from tests.kit.scratch import scratch_dir
 
@@ -70,6 +72,21 @@ def test_volumes_are_mapped(cri: Cri, pod: Pod) -> None:
     denied = cri.exec(container, "touch", "/p/file")
     assert "Permission denied" in denied.stderr
     assert not Path(plain / "file").exists()
+
+
+def test_live_configuration_is_mapped_too(cri: Cri, pod: Pod) -> None:
+    """The guest has a copy of it, whose owners are shifted as the volume's would be."""
+    path = scratch_dir("kubelet") / "pods/uid/volumes/kubernetes.io~secret/s"
+    write_volume(path, {"key": "old"}, mode=0o400)
+    mount = api.Mount(
+        container_path="/s", host_path=str(path), readonly=True, uidMappings=ids(), gidMappings=ids()
+    )
+    container = cri.run(pod, BUSYBOX, SLEEP, linux=linux(), mounts=[mount])
+    assert cri.exec(container, "stat", "-L", "-c", "%u:%g %a", "/s/key").stdout == "0:0 400\n"
+    write_volume(path, {"key": "new"}, mode=0o400)
+    eventually_sync(
+        lambda: cri.exec(container, "cat", "/s/key").stdout, until=lambda text: text == "new", timeout_s=2
+    )
 
 
 def test_container_with_another_user_namespace_is_rejected(cri: Cri, pod: Pod) -> None:
