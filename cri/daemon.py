@@ -176,7 +176,8 @@ class Daemon:
         """Reattach to the pods whose records were loaded, or undo those that were half made."""
         await self.pods.recover()
         self.node.quarantined = {
-            store.kind: store.quarantined for store in (self.pod_store, self.container_store)
+            "image": self.images.index.set_aside,
+            **{store.kind: store.quarantined for store in (self.pod_store, self.container_store)},
         }
 
     async def stop(self) -> None:

@@ -4,8 +4,8 @@
 
 An image's id is the digest of its configuration, so the same content under two names is one image with two
 names. A tag belongs to one image: a pull that gives it to another removes it from the first. A file that
-cannot be read is logged and dropped, and the others are loaded. Losing a file loses the image, which is
-pulled again, so nothing here waits for the disk.
+cannot be read is logged and dropped, an image above a limit is set aside, and the others are loaded. Losing
+a file loses the image, which is pulled again, so nothing here waits for the disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 
 from image.blobs import storage_error
 from image.errors import ImageNotFound, InvalidReference
-from image.manifest import RunConfig
+from image.manifest import USER_LIMIT, RunConfig
 from image.reference import is_digest, parse
 from sandbox.host.files import write_json
 
@@ -75,12 +75,14 @@ class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Index:
     """All images of one store. Belongs to one event loop; each change writes one or two small files.
 
-    Changes raise DiskFull and StorageFailed.
+    Changes raise DiskFull and StorageFailed. `set_aside` says by id why a stored image cannot be used: it is
+    not listed, and its file stays until it is pulled again or removed by its id.
     """
 
     def __init__(self, root: Path) -> None:
         self._folder = root / "images"
         self._images: dict[str, Image] = {}
+        self.set_aside: dict[str, str] = {}
         self._names: dict[str, str] = {}  # every tag and repo digest -> id
 
     def load(self, complete: Callable[[Image], bool] = lambda image: True) -> None:
@@ -93,13 +95,16 @@ class Index:
                     raise ValueError("its content does not match its name")
             except (OSError, msgspec.DecodeError, ValueError) as error:
                 log.warning("dropping image entry %s, the image must be pulled again: %s", file.name, error)
-                file.unlink(missing_ok=True)
+                _drop(file)
                 continue
-            if complete(image):
+            if problem := _find_problem(image):
+                log.error("setting image %s %s aside: %s", image.id, ", ".join(image.repo_tags), problem)
+                self.set_aside[image.id] = problem
+            elif complete(image):
                 self._insert(image)
             else:
                 log.warning("dropping image %s, which must be pulled again: a layer is missing", image.id)
-                file.unlink(missing_ok=True)
+                _drop(file)
 
     def list(self) -> tuple[Image, ...]:
         """Return all images."""
@@ -178,6 +183,8 @@ class Index:
         try:
             image = self.find(ref)
         except ImageNotFound:
+            if self.set_aside.pop(ref, None) is not None:
+                self._file(ref).unlink(missing_ok=True)
             return None
         self._file(image.id).unlink(missing_ok=True)
         del self._images[image.id]
@@ -186,6 +193,7 @@ class Index:
 
     def _insert(self, image: Image) -> None:
         self._images[image.id] = image
+        self.set_aside.pop(image.id, None)
         for name in (*image.repo_tags, *image.repo_digests):
             self._names[name] = image.id
 
@@ -198,6 +206,21 @@ class Index:
             write_json(file, image)
         except OSError as error:
             raise storage_error(error, file, "writing the image index") from error
+
+
+def _find_problem(image: Image) -> str:
+    """Return why a stored image cannot be used; empty if it can. An older version may have stored it."""
+    if len(image.config.user) > USER_LIMIT:
+        return f"its User has {len(image.config.user)} characters, the limit is {USER_LIMIT}"
+    return ""
+
+
+def _drop(file: Path) -> None:
+    """Delete an entry; one that cannot be deleted must not prevent a start."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("cannot delete %s, which is tried again at the next start: %s", file, error)
 
 
 def _union(old: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:

@@ -249,8 +249,6 @@ class LayerStore:
         except FileNotFoundError:
             return
         except OSError:
-            # without its description it is not a layer
-            (path / "layer.json").unlink(missing_ok=True)
             _delete(path)
 
     def empty_trash(self) -> None:
@@ -264,6 +262,7 @@ class LayerStore:
 
 def _delete(path: Path) -> None:
     try:
+        (path / "layer.json").unlink(missing_ok=True)  # without its description it is not a layer
         tree_ops.remove(path)
     except OSError as error:
         log.warning("cannot delete %s, which is tried again later: %s", path, error)

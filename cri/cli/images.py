@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb
 
 IMAGES = husk.DESCRIPTOR.services_by_name["Images"]
+RUNTIME_SERVICE = pb.DESCRIPTOR.services_by_name["RuntimeService"]
 IMAGE_SERVICE = pb.DESCRIPTOR.services_by_name["ImageService"]
 
 
@@ -70,6 +72,8 @@ def _follow(client: Client, method: str, request: Message) -> int:
 
 def _list(client: Client, args: argparse.Namespace) -> int:
     answer = client.call(IMAGE_SERVICE, "ListImages", pb.ListImagesRequest())
+    for id, reason in _set_aside(client).items():
+        print(f"{id}: set aside, pull it again or remove it: {reason}", file=sys.stderr)
     if args.quiet:
         for image in answer.images:
             print(image.id)
@@ -84,6 +88,13 @@ def _list(client: Client, args: argparse.Namespace) -> int:
     return 0
 
 
+def _set_aside(client: Client) -> dict[str, str]:
+    """Return why stored images cannot be used, by id."""
+    status = client.call(RUNTIME_SERVICE, "Status", pb.StatusRequest(verbose=True))
+    reasons: dict[str, str] = json.loads(status.info.get("quarantined", "{}")).get("image", {})
+    return reasons
+
+
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ((f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -96,10 +107,10 @@ def _remove(client: Client, args: argparse.Namespace) -> int:
     for name in args.images:
         spec = pb.ImageSpec(image=name)
         known = client.call(IMAGE_SERVICE, "ImageStatus", pb.ImageStatusRequest(image=spec))
-        if not known.HasField("image"):
+        if not known.HasField("image") and name not in _set_aside(client):
             print(f"{name}: no such image", file=sys.stderr)
             code = 1
             continue
         client.call(IMAGE_SERVICE, "RemoveImage", pb.RemoveImageRequest(image=spec))
-        print(known.image.id)
+        print(known.image.id or name)
     return code

@@ -21,7 +21,8 @@ from cri.cli.progress import Bars, Lines
 from cri.interceptor import Interceptor
 from cri.metrics import Metrics
 from cri.proto import husk_v1_pb2 as pb
-from cri.server import Server
+from cri.proto import runtime_v1_pb2 as runtime
+from cri.server import Server, Service
 from cri.services.image_service import image_service, transfer_service
 from image.errors import RegistryUnavailable
 from sandbox.guest import frames
@@ -40,15 +41,21 @@ class ImageDaemon:
     def __init__(self, socket: Path) -> None:
         self.socket = socket
         self.images = FakeImages()
+        self.set_aside: dict[str, str] = {}
         self._ready, self._end = threading.Event(), asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
+
+    async def Status(self, request: runtime.StatusRequest) -> runtime.StatusResponse:
+        """Return the images that are set aside, as the real Status does."""
+        return runtime.StatusResponse(info={"quarantined": json.dumps({"image": self.set_aside})})
 
     async def _serve(self) -> None:
         metrics, flights = Metrics("1"), Flights()
         services = (
             image_service(images=self.images, flights=flights, metrics=metrics, handlers=lambda: ("",)),
             transfer_service(images=self.images, metrics=metrics),
+            Service(runtime.DESCRIPTOR.services_by_name["RuntimeService"], (self,)),
         )
         server = Server(self.socket, services, Interceptor(metrics))
         await server.start()
@@ -214,6 +221,18 @@ def test_image_pull_import_ls_and_rm(
     assert (done.out, done.err) == (f"{IMAGE_ID}\n", "absent: no such image\n")
     assert cli.main(["image", "ls", "--quiet", *where]) == 0
     assert capsys.readouterr().out == f"{IMAGE_ID}\n"
+
+
+def test_image_ls_shows_what_was_set_aside_and_rm_removes_it(
+    daemon: ImageDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--socket", str(daemon.socket)]
+    daemon.set_aside = {"sha256:" + "5" * 64: "its User has 5000 characters"}
+    assert cli.main(["image", "ls", *where]) == 0
+    shown = capsys.readouterr()
+    assert "sha256:" + "5" * 64 in shown.err and "its User has 5000 characters" in shown.err
+    assert cli.main(["image", "rm", "sha256:" + "5" * 64, *where]) == 0
+    assert capsys.readouterr().out == "sha256:" + "5" * 64 + "\n"
 
 
 def test_pull_reads_the_password_from_standard_input(

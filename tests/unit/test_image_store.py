@@ -13,7 +13,7 @@ import pytest
 from image import image_store, layers, tree_ops
 from image.errors import DigestMismatch, ImageNotFound
 from image.image_store import ImageStore
-from image.index import Image, Index
+from image.index import Image, Index, RunDefaults
 from image.manifest import chain_ids
 from tests.fakes.registry import make_layer
 from tests.kit.eventually import eventually
@@ -120,6 +120,46 @@ def test_broken_entry_is_dropped_and_others_are_loaded(index: Index, tmp_path: P
     again.load()
     assert again.list() == (kept,)
     assert [path.name for path in (tmp_path / "images").iterdir()] == [A.removeprefix("sha256:") + ".json"]
+
+
+def stored_by_an_earlier_version(root: Path, id: str) -> None:
+    """Write the entry of an image whose User today's pulls reject."""
+    old = image(id, repo_tags=("host.test/old:1",), config=RunDefaults(user="1" * (8 << 20)))
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    (root / "images" / (id.removeprefix("sha256:") + ".json")).write_bytes(msgspec.json.encode(old))
+
+
+def test_stored_image_with_huge_user_is_set_aside_and_named(
+    index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = index.add(image(A))
+    stored_by_an_earlier_version(tmp_path, B)
+    again = Index(tmp_path)
+    again.load()
+    assert again.list() == (kept,)
+    assert again.set_aside == {B: "its User has 8388608 characters, the limit is 1024"}
+    assert B in caplog.text and "host.test/old:1" in caplog.text and len(caplog.text) < 1000
+    with pytest.raises(ImageNotFound):
+        again.find("host.test/old:1")
+
+
+def test_image_that_was_set_aside_is_removed_by_its_id(tmp_path: Path) -> None:
+    stored_by_an_earlier_version(tmp_path, B)
+    index = Index(tmp_path)
+    index.load()
+    assert index.remove(B) is None
+    assert index.set_aside == {} and list((tmp_path / "images").iterdir()) == []
+
+
+def test_image_that_was_set_aside_is_usable_after_it_was_stored_again(tmp_path: Path) -> None:
+    stored_by_an_earlier_version(tmp_path, B)
+    index = Index(tmp_path)
+    index.load()
+    index.add(image(B))
+    again = Index(tmp_path)
+    again.load()
+    assert index.set_aside == again.set_aside == {}
+    assert again.find(B).id == B
 
 
 # -------------------------------------------------------------------------- layers and images
