@@ -47,6 +47,7 @@ class Pod(Recorded[PodRecord]):
         self.began = time.monotonic()  # moment 0 of its phases, by the monotonic clock
         self.link: PodLink | None = None
         self.lock = asyncio.Lock()  # held by start, stop and remove
+        self.exports_lock = asyncio.Lock()  # held while volumes are exported or released
         self.on_state: Callable[[Pod], None] = lambda pod: None  # its state has changed
         self.watch: asyncio.Task[None] | None = None
 

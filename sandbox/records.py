@@ -177,6 +177,23 @@ class Propagated(Value, frozen=True, kw_only=True):
     below: int = 0  # id of the mount that was on top of the path before
 
 
+class VolumePart(Value, frozen=True, kw_only=True):
+    """A part of an exported tree that was exported before, and is mounted over its place in the guest."""
+
+    path: str  # in the whole
+    export: str
+
+
+class VolumeUse(Value, frozen=True, kw_only=True):
+    """Where one of a container's mounts is found: in an export of its pod (see `vm_pods.exports`)."""
+
+    mount: int  # index in the specification's mounts
+    export: str
+    path: str = ""  # in the export; empty: all of it
+    frozen: bool = False  # the host's own mount is read-only
+    parts: tuple[VolumePart, ...] = ()  # of the export
+
+
 class HostProcess(Value, frozen=True, kw_only=True):
     """The processes of a container that runs on the host itself."""
 
@@ -196,6 +213,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     image_ref: str
     chain_ids: tuple[str, ...] = ()  # of its root filesystem; these layers are not collected
     image_volumes: tuple[ImageVolume, ...] = ()
+    volumes: tuple[VolumeUse, ...] = ()  # of a pod in a VM
     rootfs: Rootfs | None = None  # None: not made yet
     defaults: ImageDefaults
     state: ContainerState = ContainerState.CREATING

@@ -54,6 +54,7 @@ def fill(registry: Registry) -> None:
     registry.push("husk/busybox", "1", images.busybox())
     registry.push("husk/web", "1", images.web())
     registry.push("husk/setuid", "1", images.setuid())
+    registry.push("husk/meet", "1", images.meet())
     registry.push("husk/docker", "1", images.busybox("docker form", form=images.Form.DOCKER))
     platforms = [images.busybox("index", architecture=name) for name in ("arm64", "amd64")]
     registry.push_index("husk/index", "1", platforms)

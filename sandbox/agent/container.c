@@ -9,16 +9,14 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/statfs.h>
 
 #include "cgroup.h"
+#include "exports.h"
 #include "guest.h"
 #include "pod_init.h"
 #include "pty.h"
 #include "reply.h"
 #include "scope.h"
-
-enum { FENCES = 4 };
 
 bool is_id(const char *id) {
     size_t length = strlen(id);
@@ -51,17 +49,10 @@ static void remove_files(const struct container *container) {
     rmdir(path);
 }
 
-// A mount that the host makes in a share is a separate file system in the guest (a FUSE submount), and lives
-// as long as the mount namespace of the container that uses it. Linux does not wait for files that were
-// closed a moment ago and are still being released when such a file system is unmounted: it finds their
-// inodes busy, and a kernel built to check for that (as Debian's is) stops the process at that point. So the
-// agent holds the namespace beyond the container's processes, and closes it after a reply of the share, which
-// comes after those to all earlier requests. A file that was being read ahead is released only after that,
-// hence several replies.
+// The agent holds the mount namespace beyond the container's processes (see exports_settle).
 static void detach_mounts(struct container *container) {
-    struct statfs unused;
-    for (int i = 0; container->mounts >= 0 && i < FENCES; i++)
-        statfs(container->agent->submounts, &unused);
+    if (container->mounts >= 0)
+        exports_settle(container->agent);
     close_fd(&container->mounts);
 }
 

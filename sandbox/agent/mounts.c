@@ -84,28 +84,64 @@ static int find_target(int root, const Mount *mount, int source, struct error *e
     return path_make(root, mount->target, kind, error);
 }
 
+// Triggers an automount at `path`, as open(2) with O_PATH alone would not.
+static int open_place(const char *path) {
+    return open_tree(AT_FDCWD, path, OPEN_TREE_CLOEXEC);
+}
+
+static int open_source(const Mount *mount) {
+    size_t length = strlen(mount->within);
+    if (length == 0 || !strcmp(mount->source, mount->within))
+        return open_place(mount->source);
+    if (strncmp(mount->source, mount->within, length) != 0 || mount->source[length] != '/') {
+        errno = EINVAL;
+        return -1;
+    }
+    autoclose int top = open_place(mount->within);
+    return top < 0 ? -1 : path_plain(top, mount->source + length + 1);
+}
+
 // Mounts what virtio-fs announces beneath the source. One that is gone by now is not a failure: the host
 // listed what existed at that time.
-static int mount_submounts(const Mount *mount, struct error *error) {
-    if (mount->n_submounts == 0)
-        return 0;
-    autoclose int source = open(mount->source, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (source < 0)
-        return fail_about(error, errno, "mount source", mount->source);
+static void mount_submounts(int source, const Mount *mount) {
     for (size_t i = 0; i < mount->n_submounts; i++) {
         // O_DIRECTORY: O_PATH alone does not trigger the automount
         autoclose int found = path_enter(source, mount->submounts[i]);
         (void)found;
     }
+}
+
+// Gives the parts of the mount that are other mounts in the guest the flags of the whole.
+static int finish_parts(int tree, const Mount *mount, struct error *error) {
+    for (size_t i = 0; i < mount->n_parts; i++) {
+        autoclose int part = path_plain(tree, mount->parts[i]);
+        if (part < 0 || set_attributes(part, false, attributes_of(mount->flags)) < 0)
+            return fail(error, errno, "mount %s/%s", mount->target, mount->parts[i]);
+    }
+    return 0;
+}
+
+// Binds a path of the root on itself: it then has separate flags, whatever those of the root become.
+static int bind_itself(int root, const Mount *mount, struct error *error) {
+    autoclose int target = find_target(root, mount, -1, error);
+    if (target < 0)
+        return -1;
+    autoclose int tree = open_tree(target, "", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH);
+    if (tree < 0 || set_attributes(tree, false, attributes_of(mount->flags)) < 0 || attach(tree, target) < 0)
+        return fail(error, errno, "mount %s", mount->target);
     return 0;
 }
 
 static int apply_bind(int root, const Mount *mount, struct error *error) {
-    if (mount_submounts(mount, error) < 0)
-        return -1;
-    bool recursive = mount->flags & MS_REC;
-    autoclose int tree = open_tree(AT_FDCWD, mount->source,
-                                   OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (recursive ? AT_RECURSIVE : 0));
+    if (!*mount->source)
+        return bind_itself(root, mount, error);
+    autoclose int source = open_source(mount);
+    if (source < 0)
+        return fail_about(error, errno, "mount source", mount->source);
+    mount_submounts(source, mount);
+    unsigned recursive = mount->flags & MS_REC ? AT_RECURSIVE : 0;
+    autoclose int tree =
+        open_tree(source, "", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH | recursive);
     if (tree < 0)
         return fail_about(error, errno, "mount source", mount->source);
     autoclose int target = find_target(root, mount, tree, error);
@@ -115,7 +151,7 @@ static int apply_bind(int root, const Mount *mount, struct error *error) {
     if (set_attributes(tree, false, attributes_of(mount->flags)) < 0 || finish(tree, mount) < 0 ||
         attach(tree, target) < 0)
         return fail(error, errno, "mount %s", mount->target);
-    return 0;
+    return finish_parts(tree, mount, error);
 }
 
 static int apply_file_system(int root, const Mount *plan, struct error *error) {

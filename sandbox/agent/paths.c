@@ -15,10 +15,10 @@
 
 enum { LINKS_MAX = 40, RACES_MAX = 100 };
 
-static int open_in_root(int root, const char *path, uint64_t flags) {
+static int resolve(int root, const char *path, uint64_t flags, uint64_t links) {
     struct open_how how = {
         .flags = flags | O_CLOEXEC,
-        .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS,
+        .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | links,
     };
     // EAGAIN: something on the path was renamed meanwhile (openat2(2)); retry, up to a limit
     for (int i = 0;; i++) {
@@ -26,6 +26,14 @@ static int open_in_root(int root, const char *path, uint64_t flags) {
         if (fd >= 0 || errno != EAGAIN || i == RACES_MAX)
             return fd;
     }
+}
+
+static int open_in_root(int root, const char *path, uint64_t flags) {
+    return resolve(root, path, flags, 0);
+}
+
+int path_plain(int root, const char *path) {
+    return resolve(root, path, O_PATH, RESOLVE_NO_SYMLINKS);
 }
 
 int path_find(int root, const char *path) {

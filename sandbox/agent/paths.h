@@ -10,7 +10,10 @@ enum path_kind { PATH_DIRECTORY, PATH_FILE };
 // Returns an O_PATH descriptor of `path` beneath `root`, links followed within it; -1 with errno set.
 int path_find(int root, const char *path);
 
-// Same, of a directory. Triggers an automount on it.
+// Same, but fails (ELOOP) where the path has a link.
+int path_plain(int root, const char *path);
+
+// Same as path_find, of a directory. Triggers an automount on it.
 int path_enter(int root, const char *path);
 
 // Same as path_find, and creates what is missing: directories (0755), and the last part as `kind` (a file

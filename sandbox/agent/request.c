@@ -12,6 +12,7 @@
 #include "container.h"
 #include "dial.h"
 #include "exec.h"
+#include "exports.h"
 #include "hello.h"
 #include "huge.h"
 #include "live.h"
@@ -80,6 +81,14 @@ static int change_files(struct agent *agent, const Request *request, struct erro
 
 static int keep_trees(struct agent *agent, const Request *request, struct error *error) {
     return live_keep(agent, request->keep_trees, error);
+}
+
+static int mount_exports(struct agent *agent, const Request *request, struct error *error) {
+    return exports_mount(agent, request->mount_exports, error);
+}
+
+static int keep_exports(struct agent *agent, const Request *request, struct error *error) {
+    return exports_keep(agent, request->keep_exports, error);
 }
 
 // ----------------------------------------------------- requests that send their reply themselves
@@ -169,6 +178,8 @@ static const struct handler handlers[] = {
     [HUSK__GUEST__V1__REQUEST__BODY_REMOVE] = {.start = remove_container},
     [HUSK__GUEST__V1__REQUEST__BODY_CHANGE_FILES] = {.run = change_files},
     [HUSK__GUEST__V1__REQUEST__BODY_KEEP_TREES] = {.run = keep_trees},
+    [HUSK__GUEST__V1__REQUEST__BODY_MOUNT_EXPORTS] = {.run = mount_exports},
+    [HUSK__GUEST__V1__REQUEST__BODY_KEEP_EXPORTS] = {.run = keep_exports},
 };
 
 // A body that a newer protocol has is an unknown field here, and its tag is the number of the body.

@@ -266,6 +266,8 @@ class Request(_message.Message):
     REMOVE_FIELD_NUMBER: _builtins.int
     CHANGE_FILES_FIELD_NUMBER: _builtins.int
     KEEP_TREES_FIELD_NUMBER: _builtins.int
+    MOUNT_EXPORTS_FIELD_NUMBER: _builtins.int
+    KEEP_EXPORTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ping(self) -> Global___Ping: ...
     @_builtins.property
@@ -304,6 +306,10 @@ class Request(_message.Message):
     def change_files(self) -> Global___ChangeFiles: ...
     @_builtins.property
     def keep_trees(self) -> Global___KeepTrees: ...
+    @_builtins.property
+    def mount_exports(self) -> Global___MountExports: ...
+    @_builtins.property
+    def keep_exports(self) -> Global___KeepExports: ...
     def __init__(
         self,
         *,
@@ -326,12 +332,14 @@ class Request(_message.Message):
         remove: Global___Remove | None = ...,
         change_files: Global___ChangeFiles | None = ...,
         keep_trees: Global___KeepTrees | None = ...,
+        mount_exports: Global___MountExports | None = ...,
+        keep_exports: Global___KeepExports | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_trees", b"keep_trees", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_trees", b"keep_trees", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_trees", b"keep_trees", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_trees", b"keep_trees", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees", "mount_exports", "keep_exports"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1093,6 +1101,8 @@ class Mount(_message.Message):
     PROPAGATION_FIELD_NUMBER: _builtins.int
     RECURSIVE_READONLY_FIELD_NUMBER: _builtins.int
     SUBMOUNTS_FIELD_NUMBER: _builtins.int
+    WITHIN_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     target: _builtins.str
     """absolute path in the container; links resolve beneath its root"""
@@ -1107,10 +1117,20 @@ class Mount(_message.Message):
     """MS_PRIVATE, MS_SLAVE, MS_SHARED, with or without MS_REC; 0: leave"""
     recursive_readonly: _builtins.bool
     """mount_setattr(AT_RECURSIVE, RDONLY)"""
+    within: _builtins.str
+    """A directory or file that the source is, or lies beneath: no link is followed beneath it, as containers can
+    write there. Empty: links of the source are followed.
+    """
     @_builtins.property
     def submounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Paths beneath the source where virtio-fs announces separate mounts. They are mounted when they are first
         opened and then inherit their parent's flags, so the agent opens them before it sets a flag on the parent.
+        """
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Paths beneath the source where other exports are mounted that are parts of the same tree (see Export): they
+        get the flags of the mount.
         """
 
     def __init__(
@@ -1125,10 +1145,12 @@ class Mount(_message.Message):
         propagation: _builtins.int = ...,
         recursive_readonly: _builtins.bool = ...,
         submounts: _abc.Iterable[_builtins.str] | None = ...,
+        within: _builtins.str = ...,
+        parts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "flags", b"flags", "make", b"make", "propagation", b"propagation", "recursive_readonly", b"recursive_readonly", "source", b"source", "submounts", b"submounts", "target", b"target", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "flags", b"flags", "make", b"make", "parts", b"parts", "propagation", b"propagation", "recursive_readonly", b"recursive_readonly", "source", b"source", "submounts", b"submounts", "target", b"target", "type", b"type", "within", b"within"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1301,6 +1323,117 @@ class KeepTrees(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeepTrees: _TypeAlias = KeepTrees  # noqa: Y015
+
+@_typing.final
+class MountExports(_message.Message):
+    """Mount what the host has mounted in a share in the agent's own mount namespace, from where all containers that
+    start later bind it. virtio-fs would otherwise mount it once in each container's namespace, as another file
+    system each time: locks, sockets, FIFOs and shared memory would not meet.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPORTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def exports(self) -> _containers.RepeatedCompositeFieldContainer[Global___Export]: ...
+    def __init__(
+        self,
+        *,
+        exports: _abc.Iterable[Global___Export] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exports", b"exports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MountExports: _TypeAlias = MountExports  # noqa: Y015
+
+@_typing.final
+class Export(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SUBMOUNTS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """a directory"""
+    @_builtins.property
+    def submounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """separate mounts beneath it, relative to it; one that is missing is skipped"""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExportPart]:
+        """in order"""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        submounts: _abc.Iterable[_builtins.str] | None = ...,
+        parts: _abc.Iterable[Global___ExportPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "path", b"path", "submounts", b"submounts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Export: _TypeAlias = Export  # noqa: Y015
+
+@_typing.final
+class ExportPart(_message.Message):
+    """A part of the tree that was exported before: mounted over its place, so that it stays one file system."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """relative to the export; not a link, nor beneath one"""
+    source: _builtins.str
+    """the older export"""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportPart: _TypeAlias = ExportPart  # noqa: Y015
+
+@_typing.final
+class KeepExports(_message.Message):
+    """Unmount the exports of a share, in the agent's namespace, but for these."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    share: _builtins.str
+    """directory of the share"""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of directories directly in it"""
+
+    def __init__(
+        self,
+        *,
+        share: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepExports: _TypeAlias = KeepExports  # noqa: Y015
 
 @_typing.final
 class Link(_message.Message):

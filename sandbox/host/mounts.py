@@ -33,6 +33,11 @@ def make_readonly(target: Path, *, recursive: bool = False) -> None:
     syscalls.mount_setattr(syscalls.AT_FDCWD, target, flags, set=syscalls.MOUNT_ATTR_RDONLY)
 
 
+def make_writable(target: Path) -> None:
+    """Make one mount writable, but not those below it (mount_setattr(2))."""
+    syscalls.mount_setattr(syscalls.AT_FDCWD, target, 0, clear=syscalls.MOUNT_ATTR_RDONLY)
+
+
 def set_propagation(target: Path, flags: int) -> None:
     """Set the propagation of a mount: MS_PRIVATE, MS_SLAVE or MS_SHARED, with MS_REC of all below it too
     (mount_namespaces(7))."""

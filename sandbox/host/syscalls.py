@@ -108,16 +108,17 @@ def mount_setattr(
     flags: int,
     *,
     set: int = 0,
+    clear: int = 0,
     propagation: int = 0,
     user_namespace: int = 0,
     what: str | Path = "",
 ) -> None:
-    """mount_setattr(2): add the attributes `set`, and change the propagation unless it is 0.
+    """mount_setattr(2): add the attributes `set`, remove `clear`, and change the propagation unless it is 0.
 
     With MOUNT_ATTR_IDMAP, `user_namespace` is a descriptor of the namespace that maps the ids (EINVAL: the
     filesystem cannot map ids).
     """
-    attributes = _MountAttr(set, 0, propagation, user_namespace)
+    attributes = _MountAttr(set, clear, propagation, user_namespace)
     result = _libc.syscall(
         c_long(_MOUNT_SETATTR),
         c_int(directory),

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from sandbox.container import Container
 from sandbox.errors import DeadlineExceeded, GuestError, PlanUnreadable, SandboxError
 from sandbox.exits import Exit, Exits
 from sandbox.host import cgroup, process
-from sandbox.host.openat import make_beneath
+from sandbox.host.openat import make_beneath, open_beneath
 from sandbox.host.tasks import Tasks
 from sandbox.host_pods import cgroups, conmon, execs
 from sandbox.host_pods.conmon import Bundle
@@ -31,6 +32,7 @@ from sandbox.lifecycle import Steps
 from sandbox.logs.file import make_log, usable_path
 from sandbox.plan.device_filter import device_rules
 from sandbox.plan.resources import compile_resources
+from sandbox.plan.values import ContainerPlan
 from sandbox.records import ContainerState, HostProcess
 from sandbox.spec import ExitCode, PidMode
 from sandbox.steps.container import CompiledPlan
@@ -123,6 +125,7 @@ class ProcessContainers:
             namespaces=self._namespaces(container),
             files=tuple(str(bundle.file(number)) for number in range(len(plan.files))),
             limits=node_limits(),
+            places=_places(plan),
             devices=tuple(all_devices()) if container.record.spec.security.privileged else (),
         )
         return compile_config(plan, env)
@@ -260,3 +263,23 @@ class ProcessContainers:
         with contextlib.suppress(ValueError):
             return bool(json.loads(done.stdout).get("status") != "created")
         return False
+
+
+def _places(plan: ContainerPlan) -> Mapping[str, str]:
+    """Find the targets that are bound on themselves, made where they are missing: links in the image lead
+    nowhere else. Raises GuestError."""
+    root = Path(plan.rootfs)
+    found = {}
+    for mount in plan.mounts:
+        if mount.source:
+            continue
+        make_beneath(root, mount.target, directory=True)
+        try:
+            place = open_beneath(root, mount.target, os.O_PATH | os.O_DIRECTORY)
+        except OSError as error:
+            raise GuestError(f"mount {mount.target}", error.errno or 0, error.strerror or "") from error
+        try:
+            found[mount.target] = str(Path(f"/proc/self/fd/{place}").readlink())
+        finally:
+            os.close(place)
+    return found

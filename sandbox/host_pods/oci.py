@@ -37,6 +37,7 @@ class RuntimeEnv(Value, frozen=True, kw_only=True):
     namespaces: Mapping[str, str]  # by type, the file of one to join; "": a new one
     files: Sequence[str]  # paths of the plan's files on the host, in their order
     limits: NodeLimits
+    places: Mapping[str, str] = {}  # of targets that are bound on themselves: where the host has them
     devices: Sequence[DevicePlan] = ()  # of a privileged container: all of the host
 
 
@@ -112,6 +113,8 @@ def _check_text(entry: bytes) -> None:
 def _fit_mount(mount: MountPlan, env: RuntimeEnv) -> MountPlan:
     if mount.source == mounts.POD_SHM:
         return replace(mount, source=env.shm)
+    if mount.flags & mount_flags.MS_BIND and not mount.source:
+        return replace(mount, source=env.places[mount.target])
     if mount.type == "devtmpfs":
         # it would be the node's, whose entries a container could remove and replace: a tmpfs, then
         flags = mount_flags.MS_NOSUID | mount_flags.MS_NOEXEC | mount_flags.MS_STRICTATIME

@@ -8,7 +8,7 @@ The kernel propagates mounts no further than the guest: with BIDIRECTIONAL a con
 mounts and shares its own with the namespaces that it makes. `vm_pods.propagation` repeats them on the host.
 
 An image's VOLUME needs no mount: the writable layer lives exactly as long. Only where the root is
-read-only it gets one, an empty tmpfs.
+read-only it gets one: its own directory in the root is bound over itself, and stays writable.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class MountSource(Value, frozen=True, kw_only=True):
     # Mount points of the host below it, relative to it, where they must not become read-only with it. The
     # guest looks them up before it sets the flag, as they would inherit the flag from their parent.
     submounts: tuple[str, ...] = ()
+    within: str = ""  # what `path` is or lies beneath, no link being followed there; empty: anywhere
+    parts: tuple[str, ...] = ()  # paths beneath it where the guest has other mounts that belong to it
 
 
 def mount_targets(container: ContainerSpec) -> list[str]:
@@ -116,6 +118,8 @@ def _bind(number: int, mount: MountSpec, target: str, source: MountSource) -> Mo
         make=Make.DIRECTORY if source.is_directory else Make.FILE,
         recursive_readonly=mount.recursive_readonly or bool(mount.image),
         submounts=source.submounts,
+        within=source.within,
+        parts=source.parts,
     )
 
 
@@ -169,8 +173,7 @@ def _volumes(container: ContainerSpec, defaults: ImageDefaults) -> list[MountPla
         return []
     targets = (container_path(path, "the image's Volumes") for path in defaults.volumes)
     return [
-        # writable for everyone, as the image's user may be anyone
-        _file_system("tmpfs", target, MS_NOSUID | MS_NODEV, "mode=1777")
+        MountPlan(source="", target=target, flags=MS_BIND | MS_NOSUID | MS_NODEV, make=Make.DIRECTORY)
         for target in dict.fromkeys(targets)
         if target != "/"
     ]

@@ -38,7 +38,7 @@ def runtime_spec(plan: ContainerPlan) -> Json:
         "ociVersion": VERSION,
         "process": process_spec(plan.process),
         "root": {"path": plan.rootfs, "readonly": plan.readonly_rootfs},
-        "mounts": [_mount(mount) for mount in plan.mounts],
+        "mounts": [_mount(mount, plan.rootfs) for mount in plan.mounts],
         "linux": linux_spec(plan),
     }
 
@@ -89,7 +89,7 @@ def _rlimit(limit: Rlimit) -> Json:
     return {"type": _RLIMITS[limit.resource], "soft": limit.soft, "hard": limit.hard}
 
 
-def _mount(mount: MountPlan) -> Json:
+def _mount(mount: MountPlan, rootfs: str) -> Json:
     """Options in the order: bind, flags, recursive flags, propagation, the file system's own."""
     options = [name for bit, name in _MOUNT_OPTIONS.items() if mount.flags & bit]
     if mount.recursive_readonly and mount.flags & mount_flags.MS_RDONLY:
@@ -102,7 +102,8 @@ def _mount(mount: MountPlan) -> Json:
         options.insert(0, "rbind" if mount.flags & mount_flags.MS_REC else "bind")
     else:
         options += [option for option in mount.data.split(",") if option]
-    return {"destination": mount.target, "type": kind, "source": mount.source, "options": options}
+    source = mount.source or f"{rootfs}{mount.target}"
+    return {"destination": mount.target, "type": kind, "source": source, "options": options}
 
 
 def _propagation(flags: int) -> str:

@@ -65,7 +65,7 @@ class Make(StrEnum):
 class MountPlan(Value, frozen=True, kw_only=True):
     """A mount(2), made before pivot_root(2)."""
 
-    source: str
+    source: str  # of a bind; empty: the target itself
     target: str  # absolute path in the container, as `paths.container_path` spells it
     type: str = ""  # file system; empty: bind
     flags: int = 0  # MS_* of mount(2)
@@ -73,7 +73,9 @@ class MountPlan(Value, frozen=True, kw_only=True):
     propagation: int = 0  # MS_PRIVATE, MS_SLAVE or MS_SHARED, perhaps with MS_REC; 0: leave
     make: Make = Make.NOTHING
     recursive_readonly: bool = False
-    submounts: tuple[str, ...] = ()  # see MountSource
+    submounts: tuple[str, ...] = ()  # this and the next two: see MountSource
+    within: str = ""
+    parts: tuple[str, ...] = ()
 
 
 class DevicePlan(Value, frozen=True):

@@ -27,6 +27,7 @@ from sandbox.spec import ContainerId, ExitCode
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.live_files import LiveFiles
 from sandbox.vm_pods.propagation import PropagationSync
+from sandbox.vm_pods.volumes import release_unused
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class VmContainers:
 
     async def recover(self, pod: Pod, welcome: pb.Welcome) -> None:
         """Settle the containers of a pod whose connection was lost, by what its guest says of them."""
+        await release_unused(self._inventory, pod)
         reported = {state.id: state for state in welcome.containers}
         for container in self._inventory.containers_of(pod):
             state = reported.get(container.id)

@@ -70,7 +70,7 @@ def make_engine(inventory: Inventory, exits: Exits, deps: VmDeps) -> Engine:
     container_steps = (
         ContainerRootfs(deps.rootfs),
         LiveMounts(live),
-        Volumes(deps.rootfs, deps.resizer),
+        Volumes(deps.rootfs, deps.resizer, inventory),
         plan_for_guest(deps.rootfs, deps.default_profile),
     )
     containers = VmContainers(inventory, exits, deps.tasks, propagation, live, container_steps)

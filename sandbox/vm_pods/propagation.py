@@ -131,22 +131,25 @@ def find_requests(table: str, specs: tuple[MountSpec, ...]) -> list[PropagationR
     """
     lines = list(_lines(table))
     places = {os.path.normpath(spec.container_path): number for number, spec in enumerate(specs)}
-    # filesystems that the host has too, by device, and the directory in them that the container has: a
-    # volume is a whole filesystem, and root filesystems are directories of a common one
-    sources: dict[str, tuple[int | None, str]] = {}
+    # filesystems that the host has too, by device, and the directories in them that the container has: root
+    # filesystems are directories of a common one, and a volume is all or a part of what the pod shares
+    sources: dict[str, list[tuple[int | None, str]]] = {}
     for line in lines:
         if line.point == "/":
-            sources[line.device] = None, line.root.rstrip("/")
-        elif line.point in places and line.root == "/" and not specs[places[line.point]].image:
-            sources.setdefault(line.device, (places[line.point], ""))
+            sources.setdefault(line.device, []).append((None, line.root.rstrip("/")))
+        elif line.point in places and not specs[places[line.point]].image:
+            sources.setdefault(line.device, []).append((places[line.point], line.root.rstrip("/")))
     found: dict[tuple[int, str], PropagationRequest] = {}
     for line in lines:
         number = _volume_above(line.point, places, specs)
-        if number is None or line.device not in sources:
+        above = [
+            (volume, begin)
+            for volume, begin in sources.get(line.device, ())
+            if f"{line.root}/".startswith(f"{begin}/")
+        ]
+        if number is None or not above:
             continue
-        volume, begin = sources[line.device]
-        if not f"{line.root}/".startswith(f"{begin}/"):
-            continue
+        volume, begin = max(above, key=lambda each: len(each[1]))
         target = os.path.relpath(line.point, specs[number].container_path)
         found[number, target] = PropagationRequest(
             target_volume=number, target=target, volume=volume, source=line.root[len(begin) :] or "/"
@@ -172,7 +175,9 @@ async def apply_table(container: Container, table: str) -> None:
     Raises OSError when a mount cannot be removed.
     """
     found = find_requests(table, container.record.spec.mounts)
-    requests = {_host_path(container, request): request for request in found}
+    requests = {
+        _host_path(container, request): request for request in found if not _is_part(container, request)
+    }
     for held in container.record.propagated:
         if Path(held.path) not in requests:
             await release(container, held)
@@ -246,6 +251,15 @@ def _root_of(container: Container, volume: int | None) -> Path:
             raise OSError(errno.EOPNOTSUPP, "not a tree of the host", container.rootfs.path)
         return Path(container.rootfs.path)
     return Path(os.path.realpath(container.record.spec.mounts[volume].host_path))
+
+
+def _is_part(container: Container, request: PropagationRequest) -> bool:
+    """Return whether it is not a mount of the container's, but a part of a volume that the guest has mounted
+    over its place (see `exports`)."""
+    if request.volume is None:
+        return False
+    source = _root_of(container, request.volume) / request.source.lstrip("/")
+    return source == _host_path(container, request)
 
 
 def _host_path(container: Container, request: PropagationRequest) -> Path:

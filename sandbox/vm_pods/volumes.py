@@ -1,45 +1,66 @@
 """A container's volumes: files of the host, and images, in the share that the guest sees.
 
-    back/volumes/ID/N    an empty directory or file for each mount of the specification
+They are mounted in the mount namespace of the virtiofsd that exports the share, and nowhere else: a volume
+that its owner unmounts must not be busy because a copy of it is mounted in the owner's own namespace, and
+nothing of a pod fills the host's mount table. The containers of a pod share what is mounted (see
+`exports`).
 
-Volumes are mounted on these points in the mount namespace of the virtiofsd that exports the share, and
-nowhere else: a volume that its owner unmounts must not be busy because a copy of it is mounted in the
-owner's own namespace, and nothing of a pod fills the host's mount table.
-
-Volumes on huge pages are not among them: they are the guest's own (see `huge`). For them, and for what
-the container may have of huge pages, the VM is made larger here; that is never undone, as with all memory.
+Volumes on huge pages are not among them: they are the guest's own (see `huge`). For them, and for what the
+container may have of huge pages, the VM is made larger here; that is never undone, as with all memory.
 
 Nor are those of live files, which the step before has copied to the guest (see `live_files`).
 
-Crash story: deleting a mount point detaches what is mounted on it in other namespaces (rmdir(2)
-does, since Linux 3.18), so no process is needed to undo; and they end with the virtiofsd.
+Crash story: see `exports`. What the guest still has mounted of a container whose creation the daemon's end
+cut short is unmounted once the pod is recovered (`release_unused`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from image import idmap
 from image.stores import RootfsStore
 from sandbox.container import Container
-from sandbox.errors import InvalidSpec, VmmGone
-from sandbox.host import mount_flags, mounts, process
+from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable, InvalidSpec
+from sandbox.guest import guest_pb2 as pb
+from sandbox.host import mount_flags, mountinfo, mounts
+from sandbox.inventory import Inventory
 from sandbox.plan import MountSource, huge_mib
-from sandbox.plan.shares import GUEST_VOLUMES, VOLUMES_TAG
+from sandbox.plan.shares import GUEST_VOLUMES
 from sandbox.plan.values import HugeDirectory
+from sandbox.pod import Pod
+from sandbox.records import VolumeUse
 from sandbox.spec import MountSpec, Propagation
 from sandbox.steps.pod import remove_tree
 from sandbox.steps.rootfs import id_map
-from sandbox.steps.volumes import FIND, mount_images, open_source, unmount_images
+from sandbox.steps.volumes import mount_images, open_source, unmount_images
+from sandbox.vm_pods.exports import (
+    Export,
+    Exporter,
+    Wanted,
+    attach,
+    known_exports,
+    make_point,
+    names_in_use,
+    remove_points,
+)
 from sandbox.vm_pods.hugepages import find_directory, guest_path
+from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.resize import Resizer
-from sandbox.vm_pods.runtime import runtime_of
+
+log = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +69,15 @@ class Volumes:
 
     store: RootfsStore
     resizer: Resizer
+    inventory: Inventory
     name = "volumes"
 
     async def up(self, container: Container) -> None:
+        """Export what the container mounts, and grow the VM by its huge pages.
+
+        Raises InvalidSpec with the field, VmmGone, GuestError, GuestUnreachable, ImageNotFound, DiskFull,
+        StorageFailed, RootfsUnusable, VmmError.
+        """
         directories = await self._attach(container) if container.record.spec.mounts else []
         if directories or huge_mib(container.record.resources):
             pod = container.pod
@@ -62,26 +89,47 @@ class Volumes:
                 )
 
     async def _attach(self, container: Container) -> Sequence[HugeDirectory]:
-        """What lies on huge pages is attached to nothing, and given back."""
+        """Return what lies on huge pages, which is attached to nothing."""
         await mount_images(self.store, container)
-        return await asyncio.to_thread(_attach_all, container)
+        async with container.pod.exports_lock:
+            others = self._others(container)
+            directories, made = await asyncio.to_thread(_attach_all, container, others)
+            await _mount_in_guest(container.pod, made)
+        return directories
 
     async def down(self, container: Container) -> None:
-        await asyncio.to_thread(_detach_all, container)
+        """Release the exports that no other container of the pod uses. Idempotent."""
+        async with container.pod.exports_lock:
+            others = self._others(container)
+            if container.record.volumes and not any(other.quarantined for other in others):
+                kept = names_in_use(others)
+                unused = names_in_use([container]) - kept
+                if unused:
+                    await _unmount_in_guest(container.pod, kept)
+                    await asyncio.to_thread(remove_points, container.pod, sorted(unused))
+            # the record is written, or deleted, with the end of the step
+            container.record = msgspec.structs.replace(container.record, volumes=())
+        if _old(container).exists():
+            await asyncio.to_thread(_remove_old, container)
         await unmount_images(self.store, container)
 
+    def _others(self, container: Container) -> list[Container]:
+        return [each for each in self.inventory.containers_of(container.pod) if each.id != container.id]
 
-def _detach_all(container: Container) -> None:
+
+def _remove_old(container: Container) -> None:
+    """Remove the mounts of a container that an older daemon made: each had a separate directory."""
     mounts.unmount_tree(container.volumes)
-    remove_tree(_back(container))
+    remove_tree(_old(container))
 
 
-def _back(container: Container) -> Path:
+def _old(container: Container) -> Path:
     return container.pod.back_of(container.pod.volumes_share) / container.id
 
 
 def find_sources(container: Container) -> list[MountSource]:
     """Where the guest finds them, and what they are, while they are up. Raises InvalidSpec."""
+    uses = {use.mount: use for use in container.record.volumes}
     found = []
     for number, mount in enumerate(container.record.spec.mounts):
         if number in container.live:
@@ -93,14 +141,23 @@ def find_sources(container: Container) -> list[MountSource]:
         if huge:
             found.append(MountSource(path=guest_path(huge), is_directory=True))
             continue
+        use = uses[number]
         found.append(
             MountSource(
-                path=f"{GUEST_VOLUMES}/{container.id}/{number}",
+                path=mountinfo.join(f"{GUEST_VOLUMES}/{use.export}", use.path),
+                within=f"{GUEST_VOLUMES}/{use.export}",
                 is_directory=is_directory,
                 submounts=_submounts(mount) if is_directory else (),
+                parts=tuple(_parts_below(use)),
             )
         )
     return found
+
+
+def _parts_below(use: VolumeUse) -> Iterator[str]:
+    for part in use.parts:
+        if path := mountinfo.relative(f"/{part.path}", f"/{use.path}"):
+            yield path
 
 
 def _submounts(mount: MountSpec) -> tuple[str, ...]:
@@ -112,14 +169,66 @@ def _submounts(mount: MountSpec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(point.relative_to(source)) for point in points))
 
 
+# ------------------------------------------------------------------------------------ the guest
+
+
+async def _mount_in_guest(pod: Pod, made: Iterable[Export]) -> None:
+    """Let the agent mount new exports for all containers. A file is not a mount in the guest."""
+    back = pod.back_of(pod.volumes_share)
+    exports = [
+        pb.Export(
+            path=f"{GUEST_VOLUMES}/{export.key}",
+            submounts=export.submounts,
+            parts=[
+                pb.ExportPart(path=part.path, source=f"{GUEST_VOLUMES}/{part.export}")
+                for part in export.parts
+            ],
+        )
+        for export in made
+        if (back / export.key).is_dir()
+    ]
+    if not exports:
+        return
+    try:
+        await link_of(pod).call(pb.Request(mount_exports=pb.MountExports(exports=exports)))
+    except GuestError as error:
+        # the agent of a pod that an older version of ours started: each container mounts them for itself
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+
+
+async def _unmount_in_guest(pod: Pod, kept: Iterable[str]) -> None:
+    """Let the agent unmount all exports but these, if it can be reached: with its VM they end anyway."""
+    link = link_of(pod)
+    if not pod.record.ready or link.client is None:
+        return
+    keep = pb.KeepExports(share=GUEST_VOLUMES, names=sorted(kept))
+    try:
+        await link.call(pb.Request(keep_exports=keep), RELEASE_TIMEOUT_S)
+    except (GuestError, GuestUnreachable, DeadlineExceeded) as error:
+        if not (isinstance(error, GuestError) and error.errno == errno.EOPNOTSUPP):
+            log.warning("pod %s: volumes are still mounted in its guest: %s", pod.id, error)
+
+
+async def release_unused(inventory: Inventory, pod: Pod) -> None:
+    """Unmount in the guest what no container of the pod uses, as after a lost connection. Never raises."""
+    async with pod.exports_lock:
+        containers = list(inventory.containers_of(pod))
+        if not any(container.quarantined for container in containers):
+            await _unmount_in_guest(pod, names_in_use(containers))
+
+
 # ------------------------------------------------------------------------------------ attaching
 
 
-def _attach_all(container: Container) -> Sequence[HugeDirectory]:
-    back = _back(container)
-    back.mkdir(mode=0o755, exist_ok=True)
+def _attach_all(
+    container: Container, others: Sequence[Container]
+) -> tuple[Sequence[HugeDirectory], Sequence[Export]]:
+    pod = container.pod
+    back = pod.back_of(pod.volumes_share)
     with contextlib.ExitStack() as held:
-        trees, directories = {}, []
+        directories, wanted = [], []
+        table = mountinfo.read()
         for number, mount in enumerate(container.record.spec.mounts):
             if number in container.live:
                 continue
@@ -127,22 +236,21 @@ def _attach_all(container: Container) -> Sequence[HugeDirectory]:
             if huge := find_directory(source, number, mount):
                 directories.append(huge)
                 continue
-            _make_point(back / str(number), source)
             what = Path(mount.host_path or mount.image)
-            tree = mounts.clone_tree(source, what)
-            held.callback(os.close, tree)
-            _shift(number, tree, what, mount)
-            _shape(tree, what, mount)
-            trees[number] = tree
-        _in_exporter(container, trees)
-    return directories
-
-
-def _make_point(point: Path, source: int) -> None:
-    if stat.S_ISDIR(os.fstat(source).st_mode):
-        point.mkdir(mode=0o755)
-    else:
-        point.touch(mode=0o644)
+            clone = mounts.clone_tree(source, what)
+            held.callback(os.close, clone)
+            _shift(number, clone, what, mount)
+            _shape(clone, what, mount)
+            tree = mountinfo.find_tree(source, table)
+            wanted.append(Wanted(number, mount, source, tree, clone, key=f"{container.id}-{number}"))
+        # what may be made, then what was: how many of them are new is known only once they are searched for
+        container.update(volumes=tuple(VolumeUse(mount=each.number, export=each.key) for each in wanted))
+        for each in wanted:
+            make_point(back, each.key, directory=stat.S_ISDIR(os.fstat(each.source).st_mode))
+        uses, made = attach(Exporter(pod), wanted, known_exports(others))
+        container.update(volumes=tuple(uses))
+        remove_points(pod, {each.key for each in wanted} - {export.key for export in made})
+    return directories, made
 
 
 def _shift(number: int, tree: int, what: Path, mount: MountSpec) -> None:
@@ -168,35 +276,6 @@ def _shape(tree: int, what: Path, mount: MountSpec) -> None:
         readonly=mount.readonly,
         recursive=mount.recursive_readonly or bool(mount.image),
     )
-
-
-def _in_exporter(container: Container, trees: dict[int, int]) -> None:
-    """Attach them where the share is exported. Raises VmmGone when that has ended."""
-    handle = runtime_of(container.pod).handle
-    exporter = handle.helpers.get(VOLUMES_TAG) if handle else None
-    if exporter is None:  # the VMM itself exports it, as the daemon sees it
-        _attach(trees, container.volumes)
-        return
-    try:
-        namespace = os.open(f"/proc/{exporter.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise VmmGone("virtiofsd for volumes has ended") from error
-    try:
-        if not process.alive(exporter):
-            raise VmmGone("virtiofsd for volumes has ended")
-        # its root is the share
-        mounts.in_namespace(namespace, lambda: _attach(trees, Path("/") / container.id))
-    finally:
-        os.close(namespace)
-
-
-def _attach(trees: dict[int, int], directory: Path) -> None:
-    for number, tree in trees.items():
-        point = os.open(directory / str(number), FIND)
-        try:
-            mounts.attach_tree(tree, point, directory / str(number))
-        finally:
-            os.close(point)
 
 
 @contextlib.contextmanager

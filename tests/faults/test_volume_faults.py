@@ -5,123 +5,26 @@ A process with a mount namespace takes the place of virtiofsd.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from sandbox.container import Container
 from sandbox.errors import InvalidSpec, VmmGone
-from sandbox.host import mounts, process, syscalls
+from sandbox.host import mounts, syscalls
 from sandbox.host.ids import IdRange
 from sandbox.host.mounts import mounts_below
-from sandbox.pod import Pod
-from sandbox.records import ContainerRecord, ImageVolume, PodRecord, VmRuntime
-from sandbox.spec import (
-    ContainerId,
-    ContainerSpec,
-    ImageDefaults,
-    MountSpec,
-    PodId,
-    PodSpec,
-    UserNamespace,
-    VmSize,
-)
-from sandbox.steps.pod import Shares
-from sandbox.vm_pods.resize import Resizer
-from sandbox.vm_pods.volumes import Volumes, find_sources
-from sandbox.vmm import VmHandle, VmSpec
-from tests.fakes.host import Broken, FakeRootfs, Ledger
-from tests.fakes.inventory import make_inventory
-
-ID = "c" * 64
-# as virtiofsd does for --sandbox=namespace: the share is the root of its mount namespace
-EXPORTER = "pivot_root . old && exec old/bin/busybox sleep 600"
-
-
-async def _never(pod: Pod, size: VmSize) -> None:
-    raise AssertionError("no volume here needs a larger VM")
-
-
-@dataclass
-class Site:
-    root: Path
-    pod: Pod
-    exporter: subprocess.Popen[bytes]
-    ledger: Ledger
-
-    @property
-    def step(self) -> Volumes:
-        return Volumes(FakeRootfs(self.ledger), Resizer(make_inventory(self.root / "state"), _never))
-
-    def container(self, *specs: MountSpec, images: tuple[ImageVolume, ...] = ()) -> Container:
-        record = ContainerRecord(
-            id=ContainerId(ID),
-            pod_id=self.pod.id,
-            spec=ContainerSpec(name="c", image="i", mounts=specs),
-            created_at_ns=1,
-            image_id="i",
-            image_ref="i",
-            defaults=ImageDefaults(),
-            image_volumes=images,
-        )
-        return Container(record, make_inventory(self.root / "state").container_store, self.pod)
-
-    def volume(self, name: str = "volume") -> MountSpec:
-        (self.root / name).mkdir(exist_ok=True)
-        return MountSpec(container_path="/x", host_path=str(self.root / name))
-
-    def mounted(self) -> list[str]:
-        """Volumes in the exporter's namespace."""
-        lines = Path(f"/proc/{self.exporter.pid}/mountinfo").read_text().splitlines()
-        return sorted(point for point in (line.split()[4] for line in lines) if point.startswith(f"/{ID}"))
+from sandbox.records import ImageVolume
+from sandbox.spec import MountSpec, UserNamespace
+from sandbox.vm_pods.volumes import find_sources
+from tests.fakes.exporter import ID, Site, exporting
+from tests.fakes.host import Broken
 
 
 @pytest.fixture
 async def site() -> AsyncIterator[Site]:
-    root = Path(tempfile.mkdtemp(prefix="husk-faults-"))
-    record = PodRecord(id=PodId("p"), spec=PodSpec(name="p", namespace="n", uid="u"), created_at_ns=1)
-    pod = Pod(record, make_inventory(root / "state").pod_store, root / "run")
-    pod.run_dir.mkdir()
-    await Shares().up(pod)
-    (pod.back_of(pod.volumes_share) / "old").mkdir()
-    exporter = _start_exporter(pod)
-    try:
-        pod.record = msgspec.structs.replace(record, runtime=VmRuntime(handle=_handle(exporter.pid)))
-        yield Site(root, pod, exporter, Ledger())
-    finally:
-        exporter.kill()
-        exporter.wait()
-        await Shares().down(pod)
-        assert mounts_below(root) == []
-        shutil.rmtree(root)
-
-
-def _start_exporter(pod: Pod) -> subprocess.Popen[bytes]:
-    exporter = subprocess.Popen(["unshare", "--mount", "sh", "-c", EXPORTER], cwd=pod.volumes_share)
-    while Path(f"/proc/{exporter.pid}/comm").read_text() != "busybox\n":
-        assert exporter.poll() is None
-    return exporter
-
-
-def _handle(pid: int) -> VmHandle:
-    identity = process.identify(pid)
-    assert identity is not None
-    spec = VmSpec(
-        pod_id="p",
-        run_dir="",
-        kernel="",
-        initramfs="",
-        accelerator="tcg",
-        memory_mib=1,
-        vcpus=1,
-    )
-    return VmHandle(hypervisor="", spec=spec, vmm=identity, helpers={"volumes": identity}, channel="")
+    async with exporting() as made:
+        yield made
 
 
 async def test_volumes_are_mounted_in_the_exporters_namespace_alone(site: Site) -> None:
@@ -130,7 +33,7 @@ async def test_volumes_are_mounted_in_the_exporters_namespace_alone(site: Site) 
     container = site.container(site.volume(), single)
     before = mounts_below(site.root)
     await site.step.up(container)
-    assert site.mounted() == [f"/{ID}/0", f"/{ID}/1"]
+    assert site.mounted() == ["c0", "c1"]
     assert mounts_below(site.root) == before
     assert [source.is_directory for source in find_sources(container)] == [True, False]
     await site.step.down(container)
@@ -158,7 +61,8 @@ async def test_down_is_idempotent_also_without_up(site: Site) -> None:
 
 async def test_down_after_restart_needs_the_record_alone(site: Site) -> None:
     await site.step.up(site.container(site.volume()))
-    await site.step.down(site.container(site.volume()))
+    (container,) = site.restart()
+    await site.step.down(container)
     assert site.mounted() == []
 
 
@@ -205,8 +109,8 @@ async def test_huge_page_volume_is_requested_of_the_guest_and_not_attached(site:
     assert (directory.mode, directory.uid, directory.gid) == (0o1750, 7, 8)
     sources = find_sources(container)
     assert sources[0].path == f"/run/husk/huge/{directory.name}"
-    assert sources[1].path.endswith(f"{ID}/1")
-    assert [path.name for path in site.pod.back_of(site.pod.volumes_share).glob("*/*")] == ["1"]
+    assert sources[1].path.endswith(f"{ID}-1")
+    assert [path.name for path in site.pod.back_of(site.pod.volumes_share).glob("c*")] == [f"{ID}-1"]
     assert site.container(spec).record.spec.mounts[0] == spec
     await site.step.down(container)
 

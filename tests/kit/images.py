@@ -347,6 +347,14 @@ def setuid() -> Image:
     return Image((base_layer(), layer), cmd=("effective",), user="worker")
 
 
+def meet(volume: str = "/kept") -> Image:
+    """Return busybox with /bin/meet, and a VOLUME that has a file and an owner."""
+    layer = Layer().add("bin/meet", helper("meet"), mode=0o755)
+    layer.directory(volume.lstrip("/"), mode=0o2750, uid=1000, gid=2000)
+    layer.add(f"{volume.lstrip('/')}/file", b"of the image\n", uid=1000, gid=2000)
+    return Image((base_layer(), layer), volumes=(volume,))
+
+
 def pause() -> Image:
     """Return an image whose only program waits for a signal."""
     return Image((Layer().add("pause", helper("pause"), mode=0o755),), entrypoint=("/pause",))

@@ -35,6 +35,7 @@ def config(plan: ContainerPlan, namespaces: dict[str, str] | None = None, *devic
         namespaces=namespaces or HOST_NETWORK,
         files=[f"/run/files/{number}" for number in range(len(plan.files))],
         limits=LIMITS,
+        places={mount.target: f"/run/rootfs/c1{mount.target}" for mount in plan.mounts},
         devices=devices,
     )
     return compile_config(replace(plan, rootfs="/run/rootfs/c1"), around)

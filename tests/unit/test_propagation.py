@@ -13,7 +13,8 @@ BOTH = MountSpec(container_path="/both/", host_path="/h", propagation=Propagatio
 PRIVATE = MountSpec(container_path="/data", host_path="/d")
 INNER = MountSpec(container_path="/both/private", host_path="/p")
 IMAGE = MountSpec(container_path="/image", host_path="", image="i", readonly=True)
-SPECS = (BOTH, PRIVATE, INNER, IMAGE)
+PART = MountSpec(container_path="/part", host_path="/v/part")
+SPECS = (BOTH, PRIVATE, INNER, IMAGE, PART)
 
 TABLE = r"""
 20 1 0:30 /c1 / rw - virtiofs none rw
@@ -22,6 +23,7 @@ TABLE = r"""
 23 20 0:41 / /data rw - virtiofs none rw
 24 22 0:42 / /both/private rw - virtiofs none rw
 25 20 0:43 / /image ro - virtiofs none rw
+26 20 0:44 /part /part rw - virtiofs none rw
 """
 
 
@@ -48,6 +50,11 @@ def line(device: str, root: str, point: str) -> str:
             ("0:30", "/c1", "/both/all"),
             [PropagationRequest(target_volume=0, target="all", volume=None, source="/")],
         ),
+        (
+            ("0:44", "/part/x/y", "/both/of-a-part"),
+            [PropagationRequest(target_volume=0, target="of-a-part", volume=4, source="/x/y")],
+        ),
+        (("0:44", "/beside", "/both/of-another"), []),
         (("0:30", "/c2/etc", "/both/of-another"), []),
         (("0:30", "/c10/etc", "/both/of-another"), []),
         (("0:55", "/", "/both/tmpfs"), []),
