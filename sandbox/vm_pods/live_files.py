@@ -90,6 +90,7 @@ class _PodCopies:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     copies: dict[str, _Copy] = field(default_factory=dict)  # by key
     used: dict[ContainerId, frozenset[str]] = field(default_factory=dict)  # keys, of frozen copies too
+    leftover: bool = False  # the guest may have copies that no container uses
 
 
 class LiveFiles:
@@ -155,12 +156,17 @@ class LiveFiles:
         """Remove the copies that no other container has, from the guest if it can be reached. Idempotent."""
         pod = self._of(container.pod)
         async with pod.lock:
-            if not pod.used.pop(container.id, None):
+            # one that is not known may have been copied before the daemon's end cut its creation short
+            may_have = any(self._matches(mount) for mount in container.record.spec.mounts)
+            if not pod.used.pop(container.id, None) and not may_have:
                 return
             kept = self._drop_unused(pod)
-            link = link_of(container.pod)
             broken = any(each.quarantined for each in self._inventory.containers_of(container.pod))
-            if container.pod.record.ready and link.client is not None and not broken:
+            if not container.pod.record.ready or broken:
+                return
+            if link_of(container.pod).client is None:
+                pod.leftover = True
+            else:
                 await self._keep(container.pod, kept)
 
     def _drop_unused(self, pod: _PodCopies) -> frozenset[str]:
@@ -204,7 +210,7 @@ class LiveFiles:
             # containers that are being created have no plan yet
             state.used = {id: keys | state.used.get(id, frozenset()) for id, keys in used.items()}
             kept = self._drop_unused(state)
-            if not kept and not state.copies:
+            if not kept and not state.copies and not state.leftover:
                 return
             for container in containers:
                 if not container.quarantined:
@@ -214,6 +220,7 @@ class LiveFiles:
                 self._schedule(copy)
             if not any(each.quarantined for each in containers):
                 await self._keep(pod, kept)
+                state.leftover = False
 
     async def _find_again(self, container: Container, state: _PodCopies) -> None:
         for mount in container.record.spec.mounts:

@@ -209,6 +209,28 @@ async def test_copy_of_a_creation_that_the_daemons_end_cut_short_is_removed(site
     assert len(site.trees) == 1
 
 
+async def test_only_copy_of_a_creation_that_was_cut_short_is_removed_with_it(site: Site) -> None:
+    """The next daemon undoes the creation before it is connected to the agent."""
+    cut = site.container("b")
+    await LiveMounts(site.live).up(cut)
+    assert len(site.trees) == 1
+    await site.tasks.close()
+    site.live = LiveFiles(site.tasks, site.inventory)
+    link_of(site.pod).lose_client()
+    await LiveMounts(site.live).down(cut)
+    site.inventory.forget_container(cut)
+    await site.reconnect()
+    assert site.trees == []
+
+
+async def test_removal_that_was_cut_short_is_repeated_by_the_next_daemon(site: Site) -> None:
+    container = await site.create("a")
+    container.drop_plan()
+    await site.restart()
+    await LiveMounts(site.live).down(container)
+    assert site.trees == []
+
+
 async def test_lost_connection_in_the_middle_of_an_update_is_made_up_for(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
