@@ -339,6 +339,7 @@ class _Builder:
         options = ImageOptions(
             config_path=Path(self.config.registry.config_path),
             max_downloads=self.config.registry.max_concurrent_downloads,
+            min_free_bytes=self.config.registry.min_free_mib << 20,
             timing=Timing(
                 slow_rate=self.config.registry.min_rate_10s,
                 low_rate=self.config.registry.min_rate_60s,

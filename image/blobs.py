@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 
 from image.errors import DigestMismatch, DiskFull, StorageFailed
+from image.free_space import describe_free
 from image.manifest import Descriptor
 from sandbox.host import threads
 
@@ -140,5 +141,5 @@ class BlobWriter:
 def storage_error(error: OSError, path: Path, what: str) -> DiskFull | StorageFailed:
     """Return the ImageError for a system call on the store that failed; `what` was being done."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(str(path.parent), what)
+        return DiskFull(str(path.parent), what, describe_free(path.parent))
     return StorageFailed(str(path), what, error.errno or 0, error.strerror or str(error))

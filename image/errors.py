@@ -125,10 +125,12 @@ class ArchiveInvalid(ImageError):
 class DiskFull(ImageError):
     """The store's filesystem or quota has no space or inodes left; what was begun is undone."""
 
-    def __init__(self, path: str, what: str) -> None:
-        super().__init__(f"no space left on the filesystem of {path} while {what}")
+    def __init__(self, path: str, what: str, detail: str = "") -> None:
+        text = f"no space left on the filesystem of {path} while {what}"
+        super().__init__(text + (f": {detail}" if detail else ""))
         self.path = path
         self.what = what
+        self.detail = detail
 
 
 class PullDeadline(ImageError):

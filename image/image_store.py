@@ -61,7 +61,7 @@ class ImageStore:
         options = options or ImageOptions()
         self._root = root / "images"
         self.index = Index(self._root)
-        self.layers = LayerStore(self._root, options.limits)
+        self.layers = LayerStore(self._root, options.limits, options.min_free_bytes)
         self.rootfs = OverlayStore(root, self.layers)
         self.puller = Puller(self.index, self.layers, options, self._pull_ended)
         self._collector = Collector(self.index, self.layers, in_use)

@@ -27,6 +27,7 @@ import msgspec
 
 from image import tar, tree
 from image.errors import DiskFull, LayerRejected, StorageFailed
+from image.free_space import describe_free
 from image.tar import Entry
 from image.tree_ops import Usage
 from sandbox.host.ids import ID_MAX
@@ -153,7 +154,7 @@ class _Unpacker:
 
     def _image_error(self, error: OSError) -> Exception:
         if error.errno in _FULL:
-            return DiskFull(self._target, "unpacking a layer")
+            return DiskFull(self._target, "unpacking a layer", describe_free(Path(self._target)))
         problem = error.strerror or str(error)
         if error.errno in _REJECTED and self._entry is not None:
             return LayerRejected(self._where(), problem)

@@ -24,7 +24,7 @@ import secrets
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from image import layer, tree_ops
 from image.blobs import storage_error
 from image.compression import Inflated
 from image.errors import DigestMismatch
+from image.free_space import SpaceFloor
 from image.inode_spreading import spread_directories
 from image.layer import Limits
 from image.tree_ops import Usage
@@ -59,8 +60,9 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
 class LayerStore:
     """The layers below one directory. Not thread-safe: belongs to one event loop. `load` it before use."""
 
-    def __init__(self, root: Path, limits: Limits | None = None) -> None:
+    def __init__(self, root: Path, limits: Limits | None = None, min_free_bytes: int = 0) -> None:
         self._root = root
+        self.space = SpaceFloor(root, min_free_bytes)
         self._limits = limits or Limits()
         self._layers: dict[str, Layer] = {}
         self._unsynced: dict[str, Layer] = {}
@@ -204,7 +206,9 @@ class LayerStore:
             target.mkdir()
             (stage / "unsynced").write_text(boot_id(), encoding="ascii")
             with blob.open("rb") as file, contextlib.closing(Inflated(file)) as plain:
-                usage = layer.unpack(iter(plain), str(target), lowers=lowers, limits=self._limits, stop=stop)
+                usage = layer.unpack(
+                    self._guarded(plain), str(target), lowers=lowers, limits=self._limits, stop=stop
+                )
                 actual = plain.digest
             if actual != diff_id:
                 raise DigestMismatch("unpacked layer (diff id)", diff_id, actual)
@@ -213,6 +217,12 @@ class LayerStore:
         except OSError as error:
             raise storage_error(error, target, "unpacking a layer") from error
         return found
+
+    def _guarded(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Yield the chunks of an archive while there is free space for them."""
+        for chunk in chunks:
+            self.space.check("unpacking a layer", len(chunk))
+            yield chunk
 
     def sync(self) -> None:
         """Write all layers to the disk, then remove their marks. Blocking. Raises OSError.

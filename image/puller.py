@@ -286,6 +286,7 @@ class Puller:
         self, source: Source, blob: Descriptor, path: Path, host: str, report: Report
     ) -> None:
         def report_written(written: int) -> None:
+            self._layers.space.check("downloading", blob.size - written)
             report(Progress(item=blob.digest, step="download", current=written, total=blob.size))
 
         async with self._downloads.share(host, str(id(source))):
