@@ -99,6 +99,10 @@ class Registry(Table, frozen=True, kw_only=True):
     config_path: str = "/etc/husk/certs.d"  # has <host>/hosts.toml
     max_concurrent_downloads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     min_free_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 128  # 0: no limit
+    max_layer_gib: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 128
+    max_layer_entries: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 2_000_000
+    max_layer_segments: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 1 << 20
+    max_layer_tail_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 64
     min_rate_10s: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 1 << 10  # bytes per second; 0: no limit
     min_rate_60s: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 64 << 10
     blob_timeout_s: Annotated[int, msgspec.Meta(ge=0, le=604800)] = 7200  # 0: no limit

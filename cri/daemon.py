@@ -35,6 +35,7 @@ from cri.version import version
 from image.errors import ImageError
 from image.image_store import ImageStore
 from image.index import Image
+from image.layer import Limits
 from image.options import ImageOptions
 from image.registry import Timing
 from image.stores import RootfsStore
@@ -340,6 +341,12 @@ class _Builder:
             config_path=Path(self.config.registry.config_path),
             max_downloads=self.config.registry.max_concurrent_downloads,
             min_free_bytes=self.config.registry.min_free_mib << 20,
+            limits=Limits(
+                max_bytes=self.config.registry.max_layer_gib << 30,
+                max_entries=self.config.registry.max_layer_entries,
+                max_segments=self.config.registry.max_layer_segments,
+                max_tail_bytes=self.config.registry.max_layer_tail_mib << 20,
+            ),
             timing=Timing(
                 slow_rate=self.config.registry.min_rate_10s,
                 low_rate=self.config.registry.min_rate_60s,

@@ -52,11 +52,14 @@ _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds of one layer. `max_bytes` counts what its files claim to hold, holes included."""
+    """Bounds of one layer. `max_bytes` counts what its files claim to hold, holes included; `max_segments`
+    those of all its sparse files; `max_tail_bytes` what follows the archive's end."""
 
     max_bytes: int = 128 << 30
     max_entries: int = 2_000_000
     max_depth: int = 256
+    max_segments: int = 1 << 20
+    max_tail_bytes: int = 64 << 20
 
 
 class Stopped(Exception):
@@ -119,6 +122,7 @@ class _Unpacker:
         self._directories: dict[tree.Path, _Attributes] = {}
         self._count = 0
         self._claimed = 0
+        self._segments = 0
         self._pages = 0
         self._inodes = 1
         # parent of the previous entry: archives list a directory's entries one after the other
@@ -138,7 +142,7 @@ class _Unpacker:
                 self._check(entry)
                 self._make(entry, chunks)
             self._entry = None
-            chunks.drain()
+            chunks.drain(self._limits.max_tail_bytes)
             self._finish_directories()
         except tar.TarError as error:
             raise LayerRejected(self._where(), error.reason) from error
@@ -169,6 +173,11 @@ class _Unpacker:
             raise tar.TarError(f"more than {self._limits.max_entries} entries")
         if self._claimed > self._limits.max_bytes:
             raise tar.TarError(f"more than {self._limits.max_bytes} bytes when unpacked")
+        if entry.segments is not None:
+            self._segments += len(entry.segments)
+            if self._segments > self._limits.max_segments:
+                raise tar.TarError(f"more than {self._limits.max_segments} segments of sparse files")
+            entry.segments = tuple(segment for segment in entry.segments if segment[1])
         if not 0 <= entry.uid <= ID_MAX or not 0 <= entry.gid <= ID_MAX:
             raise tar.TarError(f"impossible owner {entry.uid}:{entry.gid}")
         entry.mtime_ns = max(-_TIME_LIMIT_NS, min(entry.mtime_ns, _TIME_LIMIT_NS))

@@ -88,10 +88,17 @@ class Chunks:
         """Return whether no byte is left."""
         return self._at == len(self._chunk) and not self._next()
 
-    def drain(self) -> None:
-        """Read to the stream's end: its digest covers the bytes after the archive's end too."""
-        while self._next():
-            pass
+    def drain(self, limit: int) -> None:
+        """Read to the stream's end: its digest covers the bytes after the archive's end too.
+
+        Raises TarError above `limit` bytes.
+        """
+        count = len(self._chunk) - self._at
+        while count <= limit:
+            if not self._next():
+                return
+            count += len(self._chunk)
+        raise TarError(f"more than {limit} bytes after the archive's end")
 
     def _next(self) -> bool:
         for chunk in self._source:

@@ -204,6 +204,32 @@ def test_sparse_hole_counts_as_bytes(jail: Jail) -> None:
         jail.unpack_bytes(data)
 
 
+def test_segments_of_all_sparse_files_count_together(jail: Jail) -> None:
+    one = with_pax(entry("x"), b"", GNU__sparse__map=",".join(["0,0"] * 60), GNU__sparse__size="0")
+    jail.unpack_bytes(one, limits=Limits(max_segments=100))
+    with pytest.raises(LayerRejected, match=r"'x'.*more than 100 segments of sparse files"):
+        jail.unpack_bytes(one + one, limits=Limits(max_segments=100))
+
+
+def test_empty_segments_of_a_sparse_file_are_ignored(jail: Jail) -> None:
+    sparse_map = "0,0,4096,0,4096,4,8192,0,8192,4,8196,0"
+    jail.unpack_bytes(
+        with_pax(entry("holes", size=8), b"datatail", GNU__sparse__map=sparse_map, GNU__sparse__size="8196")
+    )
+    assert (jail.root / "holes").read_bytes() == SPARSE
+
+
+def test_endless_bytes_after_the_end_are_rejected(jail: Jail) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield archive(file("f"))
+        for number in itertools.count():
+            assert number < 100, "read on"
+            yield bytes(1 << 16)
+
+    with pytest.raises(LayerRejected, match="more than 1000000 bytes after the archive's end"):
+        layer.unpack(chunks(), str(jail.root), limits=Limits(max_tail_bytes=1_000_000))
+
+
 def test_path_deeper_than_the_limit_is_rejected(jail: Jail) -> None:
     with pytest.raises(LayerRejected, match="directories deep"):
         jail.unpack(file("d/" * 300 + "f"))
