@@ -266,19 +266,22 @@ async def start(
     umask: int = 0o077,
     binds: Mapping[str, str] | None = None,
     new_privs: bool = False,
+    keep_capabilities: bool = False,
 ) -> ProcessIdentity:
     """Start a program that outlives the daemon. Returns without waiting for its exec.
 
     `cgroups` are the directories to join, of several hierarchies on cgroup v1. Without `user` it runs as
     root. It runs with no_new_privs unless `new_privs`, which its children inherit. `binds` (source by target)
-    are mounted in the child's own mount namespace. `pass_fds` keep their numbers.
+    are mounted in the child's own mount namespace. With `keep_capabilities` a program that runs as root keeps
+    its capabilities when a thread of it changes its user (SECBIT_NO_SETUID_FIXUP, capabilities(7)).
+    `pass_fds` keep their numbers.
     `oom_score_adj` is set even when it is 0, as the daemon's own would be inherited; where lowering it is not
     permitted (no CAP_SYS_RESOURCE) it stays as it is. A preparation that fails before the exec ends the child
     with status 126 and the reason on its stderr.
     A caller that is cancelled leaves no process: the child is killed and reaped.
     Raises OSError when the child cannot be started at all (netns is gone, no memory).
     """
-    command = _wrapped(argv, cgroups, user, oom_score_adj, umask, binds or {}, new_privs)
+    command = _wrapped(argv, cgroups, user, oom_score_adj, umask, binds or {}, new_privs, keep_capabilities)
     variables = {**ENVIRONMENT, **(environment or {}), MARK: "1"}
 
     def spawn() -> ProcessIdentity:
@@ -311,15 +314,18 @@ def _wrapped(
     umask: int,
     binds: Mapping[str, str],
     new_privs: bool,
+    keep_capabilities: bool,
 ) -> list[str]:
     prelude = ["/bin/sh", "-c", _PRELUDE, "husk-start", f"{umask:04o}", str(oom_score_adj), *cgroups, "--"]
     if binds:
         pairs = [path for target, source in binds.items() for path in (source, target)]
         prelude += ["unshare", "--mount", "--propagation", "slave", "/bin/sh", "-c", _BIND, "husk-bind"]
         prelude += [*pairs, "--"]
-    if new_privs and user is None:
+    if new_privs and user is None and not keep_capabilities:
         return [*prelude, *argv]
     drop = ["setpriv", *([] if new_privs else ["--no-new-privs"])]
+    if keep_capabilities:
+        drop += ["--securebits=+no_setuid_fixup"]
     if user is not None:
         groups = ",".join(map(str, user.groups))
         drop += [f"--reuid={user.uid}", f"--regid={user.gid}"]

@@ -16,6 +16,7 @@ Crash story: it leaves no name behind, and exits when the VMM closes the connect
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Sequence
 from enum import StrEnum
@@ -29,6 +30,10 @@ from sandbox.host.process import ProcessIdentity
 
 PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
 PACKAGE = "apt-get install virtiofsd (Debian 13, Ubuntu 24.04) or qemu-system-common (Debian 12)"
+
+
+MOST_DESCRIPTORS = 1 << 20
+CAP_SYS_RESOURCE = 24  # capabilities(7), linux/capability.h
 
 
 class Implementation(StrEnum):
@@ -95,9 +100,18 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
     Capabilities: both keep only those needed to change files of any owner (chown, dac_override,
     fowner, fsetid, setuid, setgid, mknod, setfcap); dac_read_search is never added, as with it a file
     handle could be opened outside of the share. Extended attributes are passed through for file
-    capabilities; `trusted.*` would need sys_admin and is reserved to the host's overlay. Locks stay
-    inside the guest, where all processes of the pod run.
+    capabilities and POSIX ACLs; `trusted.*` would need sys_admin and is reserved to the host's overlay. Locks
+    stay inside the guest, where all processes of the pod run.
+
+    Who may do what is decided by the guest's kernel alone (virtiofs mounts with default_permissions), which
+    knows supplementary groups and ACLs. Both change to the caller's user and group to create a file, so that
+    it belongs to them, and know none of its other groups: they keep their capabilities meanwhile (see
+    `start_virtiofsd`), or creating by right of such a group would fail.
+
+    Descriptors: each holds one for each inode that the guest's kernel knows. File handles in their place
+    (--inode-file-handles) need dac_read_search, and are therefore not used.
     """
+    limit = f"--rlimit-nofile={descriptor_limit()}"
     if program.implementation is Implementation.C:
         options = [
             f"source={share.source}",
@@ -105,22 +119,46 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
             "sandbox=namespace",
             *(["announce_submounts"] if share.cache == "auto" else []),
             "xattr",
+            "posix_acl",
             "log_level=err",
         ]
         flags = [flag for option in options for flag in ("-o", option)]
-        return [program.path, "-f", f"--fd={listen_fd}", "--thread-pool-size=0", *flags]
+        return [program.path, "-f", f"--fd={listen_fd}", limit, "--thread-pool-size=0", *flags]
     return [
         program.path,
         f"--fd={listen_fd}",
+        limit,
         f"--shared-dir={share.source}",
         f"--cache={share.cache}",
         "--sandbox=namespace",
         "--seccomp=kill",
         *(["--announce-submounts"] if share.cache == "auto" else []),
         "--xattr",
+        "--posix-acl",
         "--inode-file-handles=never",
         "--thread-pool-size=0",
         "--log-level=error",
+    ]
+
+
+def descriptor_limit() -> int:
+    """Return the highest limit of open descriptors that this host allows a virtiofsd: our hard limit, or with
+    CAP_SYS_RESOURCE over the host up to 1,048,576 (proc(5), /proc/sys/fs/nr_open)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = int(Path("/proc/sys/fs/nr_open").read_text())
+    if hard == resource.RLIM_INFINITY:
+        return allowed
+    return max(hard, min(allowed, MOST_DESCRIPTORS)) if _may_raise_limits() else hard
+
+
+def _may_raise_limits() -> bool:
+    """Whether we have CAP_SYS_RESOURCE in the initial user namespace, as setrlimit(2) asks for."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    return bool(effective >> CAP_SYS_RESOURCE & 1) and Path("/proc/self/uid_map").read_text().split() == [
+        "0",
+        "0",
+        str(2**32 - 1),
     ]
 
 
@@ -145,6 +183,7 @@ async def start_virtiofsd(
                 stdout=log_fd,
                 stderr=log_fd,
                 umask=0,
+                keep_capabilities=True,
             )
         except OSError as error:
             connection.close()
