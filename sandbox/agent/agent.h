@@ -26,6 +26,7 @@ struct agent {
     const struct observer *observer; // sees every container's output, besides its log
     pid_t pod_init; // of the PID namespace that containers of the pod share; 0: not started yet
     int pod_init_pidfd;
+    pid_t inode_releaser; // the child that drops caches; 0: none
 
     int cgroup;            // directory that holds the containers' cgroups
     int own_pid_namespace; // to return to after a fork into another one

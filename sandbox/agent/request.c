@@ -15,6 +15,7 @@
 #include "exports.h"
 #include "hello.h"
 #include "huge.h"
+#include "inodes.h"
 #include "live.h"
 #include "reply.h"
 
@@ -41,6 +42,11 @@ static int bring_cpus_online(struct agent *agent, const Request *request, struct
 
 static int reserve_huge_pages(struct agent *agent, const Request *request, struct error *error) {
     return huge_pages(agent, request->huge_pages, error);
+}
+
+static int release_inodes(struct agent *agent, const Request *request, struct error *error) {
+    (void)request;
+    return inodes_release(agent, error);
 }
 
 static int configure(struct agent *agent, const Request *request, struct error *error) {
@@ -180,6 +186,7 @@ static const struct handler handlers[] = {
     [HUSK__GUEST__V1__REQUEST__BODY_KEEP_TREES] = {.run = keep_trees},
     [HUSK__GUEST__V1__REQUEST__BODY_MOUNT_EXPORTS] = {.run = mount_exports},
     [HUSK__GUEST__V1__REQUEST__BODY_KEEP_EXPORTS] = {.run = keep_exports},
+    [HUSK__GUEST__V1__REQUEST__BODY_RELEASE_INODES] = {.run = release_inodes},
 };
 
 // A body that a newer protocol has is an unknown field here, and its tag is the number of the body.

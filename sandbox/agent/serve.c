@@ -29,6 +29,10 @@ static void reap(struct agent *agent, pid_t pid, int status) {
         pod_init_set_ended(agent);
         return;
     }
+    if (pid == agent->inode_releaser) {
+        agent->inode_releaser = 0;
+        return;
+    }
     for (struct container *container = agent->containers; container; container = container->next)
         if (container->process.pid == pid && container->process.state != PROCESS_ENDED) {
             container_set_ended(container, status);

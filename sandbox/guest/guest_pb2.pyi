@@ -268,6 +268,7 @@ class Request(_message.Message):
     KEEP_TREES_FIELD_NUMBER: _builtins.int
     MOUNT_EXPORTS_FIELD_NUMBER: _builtins.int
     KEEP_EXPORTS_FIELD_NUMBER: _builtins.int
+    RELEASE_INODES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ping(self) -> Global___Ping: ...
     @_builtins.property
@@ -310,6 +311,8 @@ class Request(_message.Message):
     def mount_exports(self) -> Global___MountExports: ...
     @_builtins.property
     def keep_exports(self) -> Global___KeepExports: ...
+    @_builtins.property
+    def release_inodes(self) -> Global___ReleaseInodes: ...
     def __init__(
         self,
         *,
@@ -334,12 +337,13 @@ class Request(_message.Message):
         keep_trees: Global___KeepTrees | None = ...,
         mount_exports: Global___MountExports | None = ...,
         keep_exports: Global___KeepExports | None = ...,
+        release_inodes: Global___ReleaseInodes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_trees", b"keep_trees", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_trees", b"keep_trees", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_trees", b"keep_trees", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_trees", b"keep_trees", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees", "mount_exports", "keep_exports"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees", "mount_exports", "keep_exports", "release_inodes"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -600,6 +604,25 @@ class OnlineCpus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OnlineCpus: _TypeAlias = OnlineCpus  # noqa: Y015
+
+@_typing.final
+class ReleaseInodes(_message.Message):
+    """Begin to give back cached dentries and inodes that nothing uses: the host holds a descriptor for each. The
+    reply does not wait for it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseInodes: _TypeAlias = ReleaseInodes  # noqa: Y015
 
 @_typing.final
 class HugePages(_message.Message):

@@ -31,6 +31,7 @@ from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.clock_sync import sync_clock
 from sandbox.vm_pods.containers import VmContainers
 from sandbox.vm_pods.control import VmControl
+from sandbox.vm_pods.inode_watch import watch_inodes
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.live_files import LiveFiles, LiveMounts
 from sandbox.vm_pods.pool import VmPool
@@ -157,6 +158,10 @@ class VmPods:
         assert link.machine is not None
         death = asyncio.create_task(link.machine.wait())
         clock = self._deps.tasks.spawn(sync_clock(lambda: link.client), f"clock of pod {pod.id[:12]}")
+        helpers = [helper.pid for helper in link.machine.handle.helpers.values()]
+        inodes = self._deps.tasks.spawn(
+            watch_inodes(helpers, lambda: link.client), f"inodes of pod {pod.id[:12]}"
+        )
         try:
             while not death.done():
                 assert link.client is not None
@@ -171,6 +176,7 @@ class VmPods:
         finally:
             death.cancel()
             clock.cancel()
+            inodes.cancel()
         await self._vm_gone(pod, death.result())
 
     async def _reconnect(self, pod: Pod, death: asyncio.Task[str]) -> None:

@@ -202,3 +202,8 @@ async def test_template_adopts_a_new_token_after_the_snapshot_hello(agent: Agent
         await GuestClient.connect(address, token=TOKEN, epoch=60, on_event=lambda event: None, timeout_s=1)
     again = await connect(first, 2)
     await again.close()
+
+
+async def test_request_to_release_inodes_is_answered_at_once_and_repeatable(guest: Guest) -> None:
+    for _ in range(2):
+        await guest.call(release_inodes=pb.ReleaseInodes())
