@@ -87,6 +87,10 @@ class VmmGone(VmmError):
     """The VM has ended."""
 
 
+class HelperGone(VmmGone):
+    """A helper of the VM has ended, without which its guest can do nothing; the VMM may still run."""
+
+
 class RootfsUnusable(SandboxError):
     """A root filesystem is of a kind that cannot be used where the container is to run."""
 

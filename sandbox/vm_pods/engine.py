@@ -16,7 +16,7 @@ from pathlib import Path
 
 from image.stores import RootfsStore
 from sandbox.engine import Engine
-from sandbox.errors import GuestUnreachable, SandboxError, VersionMismatch, VmmGone
+from sandbox.errors import GuestUnreachable, HelperGone, SandboxError, VersionMismatch, VmmGone
 from sandbox.exits import Exits
 from sandbox.host.tasks import Tasks
 from sandbox.inventory import Inventory
@@ -131,8 +131,12 @@ class VmPods:
         link_of(pod).on_event = self._containers.handle_event
         try:
             welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S)
-        except VmmGone as error:
+        except HelperGone as error:
             await self._vm_gone(pod, str(error))
+            return
+        except VmmGone as error:
+            # nothing is killed for a record's word: if that is damaged, the VM may be in order
+            await self._vm_gone(pod, str(error), kill=False)
             return
         except VersionMismatch as error:
             self._set_incompatible(pod, error)
@@ -223,21 +227,22 @@ class VmPods:
                 container.update_anyway(state=ContainerState.UNKNOWN)
             self._containers.detach(container)
 
-    async def _vm_gone(self, pod: Pod, reason: str) -> None:
+    async def _vm_gone(self, pod: Pod, reason: str, *, kill: bool = True) -> None:
         """Handle the end of a VM, or of a helper of it, that was not asked for.
 
-        What still runs of the VM is killed, as its containers are reported as ended. Other resources are held
-        until StopPodSandbox, which also kills what a daemon that ends in between leaves.
+        With `kill`, what still runs of the VM is killed, as its containers are reported as ended. Other
+        resources are held until StopPodSandbox, which also kills what a daemon that ends in between leaves.
         """
         tail = pod.console()
         log.error("pod %s: its VM ended: %s%s", pod.id, reason, f"\n{tail}" if tail else "")
         pod.update_anyway(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
         client = link_of(pod).client
         link_of(pod).fail()
-        try:
-            await self.destroy(pod.id, pod.run_dir)
-        except (SandboxError, OSError) as error:
-            log.error("pod %s: its VM could not be killed: %s", pod.id, error)
+        if kill:
+            try:
+                await self.destroy(pod.id, pod.run_dir)
+            except (SandboxError, OSError) as error:
+                log.error("pod %s: its VM could not be killed: %s", pod.id, error)
         self._exits.lost(pod, reason)
         for container in self._inventory.containers_of(pod):
             self._containers.detach(container)

@@ -211,7 +211,8 @@ class Hypervisor(Protocol):
         """
 
     async def attach(self, handle: VmHandle) -> Machine:
-        """Connect to a running VM. Raises VmmGone when it or a helper of it has ended."""
+        """Connect to a running VM. Raises VmmGone when it has ended, HelperGone when a helper has, of which
+        nothing is left on the host: a record can be wrong about a helper of a VM that is in order."""
 
     async def destroy(self, pod_id: str, run_dir: Path) -> None:
         """End every process of this pod's VM, found by name alone. Idempotent. Raises DeadlineExceeded."""

@@ -112,9 +112,10 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
     (--inode-file-handles) need dac_read_search, and are therefore not used.
     """
     limit = f"--rlimit-nofile={descriptor_limit()}"
+    in_c, in_rust = source_arguments(share.source)
     if program.implementation is Implementation.C:
         options = [
-            f"source={share.source}",
+            in_c,
             f"cache={share.cache}",
             "sandbox=namespace",
             *(["announce_submounts"] if share.cache == "auto" else []),
@@ -128,7 +129,7 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
         program.path,
         f"--fd={listen_fd}",
         limit,
-        f"--shared-dir={share.source}",
+        in_rust,
         f"--cache={share.cache}",
         "--sandbox=namespace",
         "--seccomp=kill",
@@ -160,6 +161,12 @@ def _may_raise_limits() -> bool:
         "0",
         str(2**32 - 1),
     ]
+
+
+def source_arguments(source: str) -> tuple[str, str]:
+    """Return the arguments, of the one in C and the one in Rust, by which a virtiofsd of this directory is
+    known."""
+    return f"source={source}", f"--shared-dir={source}"
 
 
 async def start_virtiofsd(

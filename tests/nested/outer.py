@@ -48,7 +48,11 @@ exec switch_root /root /nested/start
 START = """\
 #!/bin/sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+mkdir /tree
+mount --bind {directory} /tree
 mount -t tmpfs -o mode=1777 tmpfs /tmp
+mkdir -p {directory}
+mount --bind /tree {directory}
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /dev/shm /usr/lib/modules
 mount -t tmpfs tmpfs /dev/shm

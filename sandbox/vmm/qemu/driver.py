@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from sandbox.errors import VmmError, VmmGone
+from sandbox.errors import HelperGone, VmmError, VmmGone
 from sandbox.host import process, unix_sockets
 from sandbox.host.process import Credentials, ProcessIdentity
 from sandbox.host.tasks import end, together
@@ -129,7 +129,10 @@ class Qemu:
             raise VmmGone(f"QEMU (process {handle.vmm.pid}) has exited{log_tail(run_dir)}")
         for tag, helper in handle.helpers.items():
             if not process.alive(helper):
-                raise VmmGone(describe_end(tag, None) + log_tail(run_dir))
+                reason = describe_end(tag, None) + log_tail(run_dir)
+                if await asyncio.to_thread(_find_helper, handle, tag):
+                    raise VmmGone(f"{reason}: the record names another process for it")
+                raise HelperGone(reason)
         try:
             monitor = await Monitor.connect(run_dir / "qmp.sock", MONITOR_TIMEOUT_S)
         except VmmGone as error:
@@ -145,6 +148,14 @@ class Qemu:
 
 
 # ----------------------------------------------------------------------------------- starting
+
+
+def _find_helper(handle: VmHandle, tag: str) -> list[ProcessIdentity]:
+    """Find the virtiofsd of a share by its command line. Blocking."""
+    sources = [share.source for share in handle.spec.shares if share.tag == tag]
+    return process.find_by_argument(
+        *(argument for each in sources for argument in virtiofsd.source_arguments(each))
+    )
 
 
 async def _launch(program: str, spec: VmSpec, fds: Fds, user: Credentials, log: int) -> ProcessIdentity:
