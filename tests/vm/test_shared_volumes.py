@@ -202,6 +202,22 @@ def test_read_only_whole_with_an_older_part_is_read_only_there_too(cri: Cri, run
     assert "Read-only file system" in cri.exec(reader, "touch", "/whole/x").stderr
 
 
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_rename_between_a_volume_and_a_part_fails_only_where_the_part_was_mounted_first(
+    cri: Cri, run: Run, folder: Path, whole_first: bool
+) -> None:
+    """The limit of docs/limits.md; mv(1) copies instead."""
+    (folder / "part").mkdir()
+    whole, part = at(folder, "/whole"), at(folder / "part", "/part")
+    first = run(whole if whole_first else part)
+    second = run(part if whole_first else whole)
+    container = first if whole_first else second
+    linked = cri.exec(container, "sh", "-c", "echo x >/whole/x; ln /whole/x /whole/part/x")
+    assert (linked.code == 0, "Invalid cross-device link" in linked.stderr) == (whole_first, not whole_first)
+    assert cri.exec(container, "mv", "/whole/x", "/whole/part/y").code == 0
+    assert (folder / "part/y").read_text() == "x\n"
+
+
 def test_file_of_a_volume_is_one_file_with_that_in_the_volume(cri: Cri, run: Run, folder: Path) -> None:
     (folder / "file").touch()
     run(at(folder / "file", "/one"), command=("meet", "hold", "/one"))
