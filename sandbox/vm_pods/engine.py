@@ -227,6 +227,12 @@ class VmPods:
                 container.update_anyway(state=ContainerState.UNKNOWN)
             self._containers.detach(container)
 
+    async def _kill(self, pod: Pod) -> None:
+        try:
+            await self.destroy(pod.id, pod.run_dir)
+        except (SandboxError, OSError) as error:
+            log.error("pod %s: its VM could not be killed: %s", pod.id, error)
+
     async def _vm_gone(self, pod: Pod, reason: str, *, kill: bool = True) -> None:
         """Handle the end of a VM, or of a helper of it, that was not asked for.
 
@@ -238,12 +244,10 @@ class VmPods:
         pod.update_anyway(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
         client = link_of(pod).client
         link_of(pod).fail()
-        if kill:
-            try:
-                await self.destroy(pod.id, pod.run_dir)
-            except (SandboxError, OSError) as error:
-                log.error("pod %s: its VM could not be killed: %s", pod.id, error)
         self._exits.lost(pod, reason)
+        # a separate task: StopPodSandbox cancels this one, and what was killed must be reaped
+        if kill:
+            await asyncio.shield(self._deps.tasks.spawn(self._kill(pod), f"end of pod {pod.id[:12]}"))
         for container in self._inventory.containers_of(pod):
             self._containers.detach(container)
         await pod.disconnect()

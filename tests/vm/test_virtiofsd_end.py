@@ -62,6 +62,11 @@ def assert_killed(cri: Cri, container: str, share: str) -> None:
     assert f"virtiofsd for {share} ended" in status.message
 
 
+def await_vmm_end(daemon: Daemon, pod: Pod) -> None:
+    """Wait for the end of the VMM: containers that are reported as ended must not run on unseen."""
+    eventually_sync(lambda: not daemon.vmm_pids(pod.id), timeout_s=NOTICED_S + LOAD_S)
+
+
 @pytest.fixture
 def ended(cri: Cri, daemon: Daemon, site: Site) -> Iterator[Pod]:
     """A pod whose virtiofsd the test ends; StopPodSandbox and RemovePodSandbox must work on it."""
@@ -81,7 +86,7 @@ def test_pod_whose_virtiofsd_ends_is_not_ready_with_the_reason(
     end(daemon, ended.id, share, number)
     await_not_ready(cri, ended, share)
     assert_killed(cri, running, share)
-    assert daemon.vmm_pids(ended.id) == [], "its containers do not run on unseen"
+    await_vmm_end(daemon, ended)
     for call in (
         lambda: cri.exec(running, "true"),
         lambda: cri.start(created),
@@ -93,6 +98,16 @@ def test_pod_whose_virtiofsd_ends_is_not_ready_with_the_reason(
     cri.call("ListPodSandboxStats")
     cri.remove(running)
     cri.remove(created)
+
+
+def test_first_process_of_virtiofsd_that_is_killed_is_seen_and_nothing_is_left(
+    daemon: Daemon, cri: Cri, ended: Pod
+) -> None:
+    """It forks: the child that serves must not outlive the parent, which the daemon knows."""
+    os.kill(helpers(daemon, ended.id, "volumes")[0], signal.SIGKILL)
+    await_not_ready(cri, ended, "volumes")
+    cri.stop_pod(ended)  # at once, while the rest of the VM is being killed
+    assert helpers(daemon, ended.id, "volumes") == []
 
 
 def test_calls_in_flight_fail_with_the_end_of_virtiofsd(daemon: Daemon, cri: Cri, ended: Pod) -> None:
@@ -136,7 +151,7 @@ def test_virtiofsd_that_ends_while_the_daemon_is_away_is_seen_at_its_start(
     daemon.start()
     await_not_ready(cri, ended, "volumes")
     assert_killed(cri, container, "volumes")
-    assert daemon.vmm_pids(ended.id) == []
+    await_vmm_end(daemon, ended)
 
 
 def test_virtiofsd_that_ends_after_a_restart_of_the_daemon_is_seen(
