@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -132,6 +132,14 @@ def unmount_tree(root: Path) -> None:
             # EINVAL: propagation already unmounted it together with its parent
             if error.errno not in (errno.EINVAL, errno.ENOENT):
                 raise
+
+
+def unmount_beneath(root: Path, names: Iterable[str]) -> None:
+    """Detach every mount at and below these names in `root`, as `unmount_tree` does. Idempotent."""
+    wanted = set(names)
+    for top in {point.relative_to(root).parts[:1] for point in mounts_below(root)}:
+        if top and top[0] in wanted:
+            unmount_tree(root / top[0])
 
 
 def unmount_all(point: Path) -> None:

@@ -176,8 +176,9 @@ def attach(
     places: dict[int, tuple[Export, str]] = {}
 
     def work() -> None:
+        table = exporter.table()
         for each in ordered:
-            places[each.number] = _place(exporter, each, known)
+            places[each.number] = _place(exporter, each, known, table)
 
     if ordered:
         with exporter.opened():
@@ -195,11 +196,13 @@ def attach(
     return sorted(uses, key=lambda use: use.mount), [each for each in known.values() if each.made]
 
 
-def _place(exporter: Exporter, wanted: Wanted, known: dict[str, Export]) -> tuple[Export, str]:
-    table = exporter.table()
+def _place(
+    exporter: Exporter, wanted: Wanted, known: dict[str, Export], table: list[Mounted]
+) -> tuple[Export, str]:
+    """`table` is the exporter's, and gets what is mounted here: reading it for each mount takes longer."""
     export, path = _find(exporter.root, wanted, known, table) or (None, "")
     if export is None:
-        export = _make(exporter, wanted, known)
+        export = _make(exporter.root, wanted, known, table)
     else:
         _relax(exporter.root, wanted, export.key, path, table)
     for part in export.parts:
@@ -252,22 +255,32 @@ def _identity_at(top: Path, path: str) -> tuple[int, int] | None:
         os.close(found)
 
 
-def _make(exporter: Exporter, wanted: Wanted, known: dict[str, Export]) -> Export:
-    point = exporter.root / wanted.key
+def _make(root: Path, wanted: Wanted, known: dict[str, Export], table: list[Mounted]) -> Export:
+    point = root / wanted.key
     target = os.open(point, os.O_PATH | os.O_CLOEXEC)
     try:
         mounts.attach_tree(wanted.clone, target, point)
     finally:
         os.close(target)
-    table = exporter.table()
-    parts = _parts(exporter.root, wanted, known, table)
-    export = Export(wanted.key, wanted.kind, parts, made=True)
     tree = wanted.tree
+    if tree and tree.path is not None:
+        table += _lines_of(wanted, tree, tree.path)
+    parts = _parts(root, wanted, known, table)
+    export = Export(wanted.key, wanted.kind, parts, made=True)
     if tree and not export.kind.receives:  # what the host unmounts later must not be busy
         near = [path for path, line in sorted(tree.submounts.items()) if not line.remote]
         export.submounts = near[:EAGER_SUBMOUNTS]
     known[export.key] = export
     return export
+
+
+def _lines_of(wanted: Wanted, tree: Tree, path: str) -> Iterator[Mounted]:
+    """The mounts of a new export, as the exporter's table has them."""
+    readonly = wanted.mount.readonly or tree.readonly
+    yield Mounted(0, tree.device, path, wanted.key, readonly, "")
+    for beneath, line in tree.submounts.items():
+        readonly = line.readonly or (wanted.mount.readonly and wanted.recursive)
+        yield Mounted(0, line.device, line.root, f"{wanted.key}/{beneath}", readonly, line.kind)
 
 
 def _parts(
@@ -323,8 +336,8 @@ def make_point(back: Path, key: str, *, directory: bool) -> None:
 def remove_points(pod: Pod, keys: Iterable[str]) -> None:
     """Remove the mount points of exports, and with them what is mounted there. Idempotent. Raises OSError."""
     back = pod.back_of(pod.volumes_share)
+    mounts.unmount_beneath(pod.volumes_share, keys)  # where the VMM itself exports them
     for key in keys:
-        mounts.unmount_tree(pod.volumes_share / key)
         with contextlib.suppress(FileNotFoundError):
             try:
                 (back / key).rmdir()
