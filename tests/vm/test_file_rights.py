@@ -147,6 +147,7 @@ class Files:
 def rust(site: Site, cri: Cri) -> None:
     if RUST:
         site.namespace.run("sh", "-c", f"mount --bind {RUST} /usr/lib/qemu/virtiofsd")
+        assert site.namespace.run("/usr/lib/qemu/virtiofsd", "--version").startswith("virtiofsd 1.")
 
 
 @pytest.fixture

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
 from tests.kit.daemon import Daemon
 from tests.kit.eventually import eventually_sync
+from tests.kit.leaks import processes_naming
 from tests.kit.registry import HOST
 
 pytestmark = pytest.mark.vm
@@ -207,17 +210,26 @@ def test_running_pod_is_grown_for_raised_limits(pool: Daemon) -> None:
     pool.cri.remove_pod(pod)
 
 
-def test_pooled_vm_that_dies_is_replaced(pool: Daemon) -> None:
+def kill_virtiofsd(daemon: Daemon, pod_id: str) -> None:
+    """Kill a virtiofsd of a pod, found by its share, which its arguments name."""
+    found = (each.split(" ", 2) for each in processes_naming(f"{daemon.run_directory}/pods/{pod_id}/"))
+    pids = [int(pid) for pid, program, *_ in found if "virtiofsd" in program]
+    assert pids, f"no virtiofsd runs for {pod_id}"
+    os.kill(max(pids), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kill", [Daemon.kill_vmm, kill_virtiofsd], ids=["VMM", "virtiofsd"])
+def test_pooled_vm_that_dies_is_replaced(pool: Daemon, kill: Callable[[Daemon, str], None]) -> None:
     fill(pool)
     victim = paused(pool)[0]
-    pool.kill_vmm(victim)
+    kill(pool, victim)
     eventually_sync(
         lambda: paused(pool),
         until=lambda ids: victim not in ids and len(ids) == 2,
         timeout_s=FILL_S,
         describe=pool.evidence,
     )
-    pod = pool.cri.run_pod("after", handler="pool")
+    pod = pool.cri.run_pod(f"after-{kill.__name__}", handler="pool")
     assert pod.id != victim and facts(pool.cri, pod)["source"] == "pool"
     pool.cri.stop_pod(pod)
     pool.cri.remove_pod(pod)
