@@ -88,6 +88,27 @@ def test_more_files_than_descriptors_are_made_listed_read_and_removed(limited: D
     cri.remove_pod(pod)
 
 
+def test_search_at_full_speed_through_more_files_than_descriptors_finds_all(limited: Daemon) -> None:
+    """Many in a directory, which the guest looks up in one go, many at a time."""
+    cri, count = limited.cri, 5 * FILES
+    folder = scratch_dir("search")
+    for number in range(count):
+        if number % 5000 == 0:
+            (folder / str(number)).mkdir()
+        (folder / str(number - number % 5000) / f"{number}").touch()
+    pod = cri.run_pod("search")
+    volume = api.Mount(container_path="/data", host_path=str(folder))
+    containers = [cri.run(pod, BUSYBOX, ["sleep", "36000"], mounts=[volume]) for _ in range(2)]
+    script = "find /data -type f | wc -l; find /data -type f -mtime -9 -size 0 | wc -l; "
+    script += "ls -lR /data | grep -c '^-'"
+    calls = [cri.begin("ExecSync", container_id=each, cmd=["sh", "-c", script]) for each in containers]
+    for call in calls:
+        answer = call.result(timeout=4 * EACH_S)
+        assert answer.stdout.decode().split() == [str(count)] * 3, answer.stderr[-500:]
+    cri.stop_pod(pod)
+    cri.remove_pod(pod)
+
+
 def limits(pid: int) -> Sequence[str]:
     with open(f"/proc/{pid}/limits") as file:  # noqa: PTH123
         return [line.split()[3] for line in file if line.startswith("Max open files")]
