@@ -133,7 +133,7 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
         f"--cache={share.cache}",
         "--sandbox=namespace",
         "--seccomp=kill",
-        *(["--announce-submounts"] if share.cache == "auto" else []),
+        "--announce-submounts" if share.cache == "auto" else "--no-announce-submounts",
         "--xattr",
         "--posix-acl",
         "--inode-file-handles=never",

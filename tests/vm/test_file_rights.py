@@ -143,8 +143,9 @@ class Files:
         }
 
 
-@pytest.fixture(autouse=True)
-def rust(site: Site, cri: Cri) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def rust(site: Site) -> None:
+    """Put the program of HUSK_TEST_RUST_VIRTIOFSD in place of the installed one, before any pod starts."""
     if RUST:
         site.namespace.run("sh", "-c", f"mount --bind {RUST} /usr/lib/qemu/virtiofsd")
         assert site.namespace.run("/usr/lib/qemu/virtiofsd", "--version").startswith("virtiofsd 1.")
