@@ -189,7 +189,10 @@ def test_request_with_an_empty_body_is_answered(host: RawHost) -> None:
     assert not host.call(4, pb.Request(remove=pb.Remove())).HasField("failure")
 
 
-@pytest.mark.parametrize("number", [18, 200, (1 << 29) - 1])
+FREE = max(field.number for field in pb.Request.DESCRIPTOR.fields) + 1
+
+
+@pytest.mark.parametrize("number", [FREE, 200, (1 << 29) - 1])
 def test_request_of_a_newer_protocol_is_refused_with_its_number(host: RawHost, number: int) -> None:
     request = pb.Request.FromString(encode_varint(number << 3 | 2) + b"\0")
     failure = host.call(1, request).failure
