@@ -13,6 +13,8 @@ from pathlib import Path
 
 import grimp
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.kit import house_rules
 
@@ -314,3 +316,33 @@ def test_packages_of_doctor_are_installed_by_quickstart() -> None:
         if path.suffix == ".py" and path.parts[len(ROOT.parts)] in PACKAGES:
             named |= set(re.findall(r"apt(?:-get)? install ([a-z0-9.+-]+)", path.read_text()))
     assert named <= set(listed)
+
+
+@pytest.mark.parametrize("name, extras", [("requirements.txt", False), ("requirements-test.txt", True)])
+def test_locked_packages_fit_the_project_and_have_hashes(name: str, extras: bool) -> None:
+    text = (ROOT / "deploy" / name).read_text().replace("\\\n", " ")
+    locked = {}
+    for line in text.splitlines():
+        package, *hashes = re.split(r"\s--hash=", line.strip())
+        requirement = Requirement(package)
+        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", each.strip()) for each in hashes), line
+        (exact,) = requirement.specifier
+        assert exact.operator == "==", line
+        locked[canonicalize_name(requirement.name)] = exact.version
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(one for all in project["optional-dependencies"].values() for one in all if extras),
+    ]
+    for each in map(Requirement, wanted):
+        version = locked.get(canonicalize_name(each.name))
+        assert version and each.specifier.contains(version), f"{each} is not locked; run deploy/lock"
+
+
+def test_both_lists_of_locked_packages_have_the_same_versions() -> None:
+    of_husk, of_tests = (
+        (ROOT / "deploy" / name).read_text() for name in ("requirements.txt", "requirements-test.txt")
+    )
+    pins = re.findall(r"^(\S+==\S+)", of_husk, re.MULTILINE)
+    assert pins
+    assert not [pin for pin in pins if pin not in of_tests], "run deploy/lock"
