@@ -296,8 +296,7 @@ class Containers:
                 return
             if container.running:
                 _require_known(container.pod)
-                if container.pod.record.ready:
-                    await self._kill(container)
+                await self._kill(container)
             _require_reachable(container)
             await self.release(container)
 
@@ -327,6 +326,7 @@ class Containers:
         container = self._inventory.container(id)
         container.require(ContainerState.RUNNING)
         _require_known(container.pod)
+        container.pod.require_ready()
         return container
 
     async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult:

@@ -60,7 +60,8 @@ class PodRuntime(Protocol):
         NOT_READY with the reason, and its containers EXITED. Cancelling the task ends the watch."""
 
     async def adopt(self, pod: Pod) -> None:
-        """Reattach to a READY pod that an earlier daemon started, and watch it.
+        """Reattach to a READY pod that an earlier daemon started, and watch it; or to one that is NOT_READY
+        and may still run, to end what is left of it or to finish its logs.
 
         Settles each of its containers by what has happened meanwhile: still running, ended with a code, or
         lost. A pod whose VM or processes are gone becomes NOT_READY. One that runs but does not answer stays

@@ -194,8 +194,7 @@ class Pods:
             await self._stop(pod)
 
     async def _stop(self, pod: Pod) -> None:
-        if pod.record.ready:
-            await self._kill_containers(pod)
+        await self._kill_containers(pod)
         if pod.watch is not None:
             pod.watch.cancel()
             pod.watch = None
@@ -293,6 +292,8 @@ class Pods:
                 self._inventory.forget_pod(pod)
                 log.info("pod %s was %s when the daemon ended, and was removed", pod.id, state)
             case PodState.READY:
+                await self._engines.of(pod).pods.adopt(pod)
+            case PodState.NOT_READY if pod.record.may_run:
                 await self._engines.of(pod).pods.adopt(pod)
             case PodState.NOT_READY:
                 self._containers.lost(pod, pod.record.problem or "the sandbox was stopped")

@@ -120,6 +120,12 @@ class PodRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.state is PodState.READY
 
     @property
+    def may_run(self) -> bool:
+        """Whether the VM of a pod may still run that became NOT_READY by itself: its agent is of another
+        release, or a helper ended and the daemon was killed before it could end the rest."""
+        return bool(self.problem and self.steps and self.vm_handle)
+
+    @property
     def isolation(self) -> Isolation:
         """What keeps the pod apart from the node, by what it runs in."""
         return Isolation.VM if isinstance(self.runtime, VmRuntime) else Isolation.PROCESS

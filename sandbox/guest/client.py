@@ -29,7 +29,7 @@ from sandbox.errors import (
     VersionMismatch,
 )
 from sandbox.guest import guest_pb2 as pb
-from sandbox.guest import transports
+from sandbox.guest import transports, versions
 from sandbox.guest.connection import GuestConnection
 from sandbox.guest.frames import MIN_VERSION, NONCE_BYTES, VERSION, Frame, Kind, preamble
 from sandbox.guest.streams import Inputs, OutputStream, StreamSink
@@ -51,10 +51,13 @@ class GuestClient:
     All methods must be called in the event loop's thread. The caller owns the client, and closes it.
     """
 
-    def __init__(self, on_event: Callable[[pb.Event], None], epoch: int, nonce: bytes) -> None:
+    def __init__(
+        self, on_event: Callable[[pb.Event], None], epoch: int, nonce: bytes, foreign: int = 0
+    ) -> None:
         loop = asyncio.get_running_loop()
         self._on_event = on_event
         self._epoch = epoch
+        self._foreign = foreign
         self._connection = GuestConnection(nonce, self._on_frame, self._on_writable)
         self._connection.lost.add_done_callback(self._on_lost)
         self._welcome: asyncio.Future[pb.Welcome] = loop.create_future()
@@ -80,19 +83,21 @@ class GuestClient:
         on_event: Callable[[pb.Event], None],
         timeout_s: float,
         snapshot: bool = False,
+        foreign: int = 0,
     ) -> GuestClient:
         """Connect and exchange Hello and Welcome. `on_event` may be called before this returns.
 
         `token` identifies the VM: the agent adopts the first one it receives and ignores connections with
         any other. `epoch` must grow with each connection. With `snapshot` the VM is about to be saved as a
         template: after the Welcome its agent waits for the first connection to a clone, and adopts that
-        one's token.
+        one's token. `foreign` is the protocol version of an agent that speaks none of ours: then only the
+        requests that all versions have can be made (see `versions`).
 
         Raises GuestUnreachable (ProtocolError; VersionMismatch if there is no common protocol version), or
         DeadlineExceeded when the agent does not answer within `timeout_s`.
         """
         nonce = os.urandom(NONCE_BYTES)
-        client = cls(on_event, epoch, nonce)
+        client = cls(on_event, epoch, nonce, foreign)
         try:
             async with asyncio.timeout(timeout_s):
                 await client._exchange_hello(address, preamble(token, nonce), timeout_s, snapshot)
@@ -115,13 +120,16 @@ class GuestClient:
         self._connection.write(opening)
         await self._connection.ready
         # Not earlier: a HELLO that waited in a queue while the guest booted would set its clock back.
-        hello = pb.Hello(
-            version=VERSION,
-            min_version=MIN_VERSION,
-            epoch=self._epoch,
-            wall_ns=time.time_ns(),
-            snapshot=snapshot,
-        )
+        if self._foreign:
+            hello = versions.hello(self._foreign, self._epoch)
+        else:
+            hello = pb.Hello(
+                version=VERSION,
+                min_version=MIN_VERSION,
+                epoch=self._epoch,
+                wall_ns=time.time_ns(),
+                snapshot=snapshot,
+            )
         self._connection.send(Kind.HELLO, 0, hello.SerializeToString())
         await self._welcome
 
@@ -136,6 +144,11 @@ class GuestClient:
     def version(self) -> int:
         """The protocol version of this connection: the highest that both sides speak."""
         return self.welcome.version
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the agent speaks no version of ours, so that only a few requests can be made."""
+        return self._foreign != 0
 
     @property
     def epoch(self) -> int:
@@ -209,10 +222,12 @@ class GuestClient:
 
         A cancelled future still counts towards MAX_CALLS until the guest replies. Raises GuestUnreachable.
         """
+        foreign = self._foreign
+        payload = versions.encode_request(request, foreign) if foreign else request.SerializeToString()
         if len(self._calls) >= MAX_CALLS:
             self._connection.fail(ProtocolError(f"the guest left {MAX_CALLS} requests unanswered"))
         id = self._next_call()
-        self._connection.send(Kind.REQUEST, id, request.SerializeToString())
+        self._connection.send(Kind.REQUEST, id, payload)
         reply: asyncio.Future[pb.Reply] = asyncio.get_running_loop().create_future()
         self._calls[id] = reply
         return reply
@@ -319,9 +334,10 @@ class GuestClient:
         if kind is not Kind.WELCOME:
             raise ProtocolError(f"the guest sent {kind.name} before its WELCOME")
         welcome = _decode(pb.Welcome, payload)
-        if not MIN_VERSION <= welcome.version <= VERSION:
+        ours = (self._foreign, self._foreign) if self._foreign else (MIN_VERSION, VERSION)
+        if not ours[0] <= welcome.version <= ours[1]:
             spoken = (welcome.min_version or welcome.version, welcome.max_version or welcome.version)
-            self._connection.fail(VersionMismatch(spoken, (MIN_VERSION, VERSION)))
+            self._connection.fail(VersionMismatch(spoken, ours))
         elif welcome.epoch != self._epoch:
             raise ProtocolError(f"the guest answered with epoch {welcome.epoch}, not {self._epoch}")
         else:

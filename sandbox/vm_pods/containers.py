@@ -83,7 +83,8 @@ class VmContainers:
     async def remove(self, container: Container) -> None:
         """Let the agent kill what is left and unmount; close the log, and end the propagation of mounts."""
         pod = container.pod
-        if pod.record.ready and container.record.started_at_ns:
+        reachable = pod.record.ready or link_of(pod).client is not None
+        if reachable and container.record.started_at_ns:
             await link_of(pod).call(pb.Request(remove=pb.Remove(container_id=container.id)))
         self.detach(container)
         await self._propagation.release(container)
@@ -124,8 +125,14 @@ class VmContainers:
     # ------------------------------------------------------------------------------- recovery
 
     async def recover(self, pod: Pod, welcome: pb.Welcome) -> None:
-        """Settle the containers of a pod whose connection was lost, by what its guest says of them."""
+        """Recover a pod whose connection was lost, by what its guest says."""
         await release_unused(self._inventory, pod)
+        await self.settle(pod, welcome)
+        await self._live.recover(pod)
+
+    async def settle(self, pod: Pod, welcome: pb.Welcome) -> None:
+        """Resume the logs of the pod's containers, and report those that ended meanwhile. Makes only requests
+        that agents of all versions know."""
         reported = {state.id: state for state in welcome.containers}
         for container in self._inventory.containers_of(pod):
             state = reported.get(container.id)
@@ -138,14 +145,15 @@ class VmContainers:
                     ExitCode.UNKNOWN, time.time_ns(), "Unknown", "the guest does not know this container"
                 )
 
-        await self._live.recover(pod)
-
     async def _recover_one(self, container: Container, state: pb.ContainerState) -> None:
         if container.record.state is ContainerState.CREATED:
             # the daemon was killed after the guest had started it, before that was written down
             container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
+        elif container.record.state is ContainerState.UNKNOWN:  # an earlier daemon could not reach it
+            container.update(state=ContainerState.RUNNING)
         container.pid = state.pid
-        self._propagation.watch(container)
+        if link_of(container.pod).compatible is not None:
+            self._propagation.watch(container)
         await self._resume_log(container)
         if state.state == pb.ContainerState.EXITED and container.running:
             self._finish_soon(container, _decode(state.exited))

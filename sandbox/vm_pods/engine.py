@@ -18,6 +18,7 @@ from image.stores import RootfsStore
 from sandbox.engine import Engine
 from sandbox.errors import GuestUnreachable, HelperGone, SandboxError, VersionMismatch, VmmGone
 from sandbox.exits import Exits
+from sandbox.guest import versions
 from sandbox.host.tasks import Tasks
 from sandbox.inventory import Inventory
 from sandbox.lifecycle import Steps
@@ -130,7 +131,7 @@ class VmPods:
         """Attach to the VM, connect to its agent, and settle the containers by what the agent says."""
         link_of(pod).on_event = self._containers.handle_event
         try:
-            welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S)
+            await self._connect(pod)
         except HelperGone as error:
             await self._vm_gone(pod, str(error))
             return
@@ -139,14 +140,13 @@ class VmPods:
             await self._vm_gone(pod, str(error), kill=False)
             return
         except VersionMismatch as error:
-            self._set_incompatible(pod, error)
+            self._set_unknown(pod, error)
             return
         except GuestUnreachable as error:
             # the VM runs and its agent does not answer: it may be slow, so retry while the VM runs
             log.error("pod %s: no connection to its agent yet, retrying: %s", pod.id, error)
             self._deps.tasks.spawn(self._adopt_later(pod), f"recovery of pod {pod.id[:12]}")
             return
-        await self._containers.recover(pod, welcome)
         self.watch(pod)
         log.info("pod %s recovered", pod.id)
 
@@ -156,15 +156,44 @@ class VmPods:
 
     # ------------------------------------------------------------------------------- the connection
 
+    async def _connect(self, pod: Pod) -> None:
+        """Connect to the agent, and settle the containers by what it says.
+
+        Raises as `steps.connect` does; VersionMismatch for an agent with which nothing can be done at all.
+        """
+        try:
+            welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S)
+        except VersionMismatch as error:
+            await self._connect_foreign(pod, error)
+        else:
+            await self._containers.recover(pod, welcome)
+
+    async def _connect_foreign(self, pod: Pod, error: VersionMismatch) -> None:
+        """Connect to an agent that speaks no protocol version of ours, as after an upgrade over many
+        releases.
+
+        The VM and its containers run on, but the pod is NOT_READY, and the kubelet stops and replaces it.
+        Until then the daemon does what agents of all versions can do: containers are signalled, and their
+        logs and exit codes arrive. Raises as `steps.connect` does.
+        """
+        if pod.record.ready:
+            log.error("pod %s: %s", pod.id, error)
+            pod.update_anyway(state=PodState.NOT_READY, problem=str(error))
+        version = versions.nearest(error.agent)
+        if version < 1:
+            raise error
+        welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S, foreign=version)
+        await self._containers.settle(pod, welcome)
+
     async def _supervise(self, pod: Pod) -> None:
         """Keep the pod connected to its agent until the VM ends."""
         link = link_of(pod)
         assert link.machine is not None
         death = asyncio.create_task(link.machine.wait())
-        clock = self._deps.tasks.spawn(sync_clock(lambda: link.client), f"clock of pod {pod.id[:12]}")
+        clock = self._deps.tasks.spawn(sync_clock(lambda: link.compatible), f"clock of pod {pod.id[:12]}")
         helpers = [helper.pid for helper in link.machine.handle.helpers.values()]
         inodes = self._deps.tasks.spawn(
-            watch_inodes(helpers, lambda: link.client), f"inodes of pod {pod.id[:12]}"
+            watch_inodes(helpers, lambda: link.compatible), f"inodes of pod {pod.id[:12]}"
         )
         try:
             while not death.done():
@@ -175,7 +204,7 @@ class VmPods:
                 if not death.done():
                     await self._reconnect(pod, death)
         except VersionMismatch as error:
-            self._set_incompatible(pod, error)
+            self._set_unknown(pod, error)
             return
         finally:
             death.cancel()
@@ -189,8 +218,7 @@ class VmPods:
         link_of(pod).lose_client()
         while not death.done():
             try:
-                welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S)
-                await self._containers.recover(pod, welcome)
+                await self._connect(pod)
                 return
             except VersionMismatch:
                 raise
@@ -206,7 +234,7 @@ class VmPods:
             await self._reconnect(pod, death)
         except VersionMismatch as error:
             death.cancel()
-            self._set_incompatible(pod, error)
+            self._set_unknown(pod, error)
             return
         if death.done():
             await self._vm_gone(pod, death.result())
@@ -214,14 +242,10 @@ class VmPods:
             death.cancel()
             self.watch(pod)
 
-    def _set_incompatible(self, pod: Pod, error: VersionMismatch) -> None:
-        """Handle an agent that speaks no protocol version of ours, as after an upgrade over many releases.
-
-        The VM and its containers run on, but cannot be reached: the pod is NOT_READY, its running containers
-        are UNKNOWN, and the kubelet stops and replaces it. StopPodSandbox ends the VM as any other.
-        """
-        log.error("pod %s: %s", pod.id, error)
-        pod.update_anyway(state=PodState.NOT_READY, problem=str(error))
+    def _set_unknown(self, pod: Pod, error: VersionMismatch) -> None:
+        """Handle an agent with which nothing can be done: what its containers do is not known. StopPodSandbox
+        ends the VM as any other."""
+        log.error("pod %s: its containers cannot be reached: %s", pod.id, error)
         for container in self._inventory.containers_of(pod):
             if container.running:
                 container.update_anyway(state=ContainerState.UNKNOWN)
@@ -241,7 +265,8 @@ class VmPods:
         """
         tail = pod.console()
         log.error("pod %s: its VM ended: %s%s", pod.id, reason, f"\n{tail}" if tail else "")
-        pod.update_anyway(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
+        if pod.record.ready:  # else the first reason stays
+            pod.update_anyway(state=PodState.NOT_READY, problem=f"the VM ended: {reason}")
         client = link_of(pod).client
         link_of(pod).fail()
         self._exits.lost(pod, reason)

@@ -34,6 +34,11 @@ class VmLink:
         self.connected = asyncio.Event()
         self.on_event: Callable[[Pod, pb.Event], None] | None = None
 
+    @property
+    def compatible(self) -> GuestClient | None:
+        """The connection to the agent, if every request can be made on it."""
+        return None if self.client is None or self.client.foreign else self.client
+
     def handle_event(self, event: pb.Event) -> None:
         """Pass an event of the guest on."""
         if self.on_event is not None:

@@ -235,9 +235,9 @@ async def grow(pod: Pod, size: VmSize) -> None:
     pod.update_runtime(size=size)
 
 
-async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welcome:
+async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float, *, foreign: int = 0) -> pb.Welcome:
     """Attach to the pod's VM and connect to its agent with a new epoch: after a start, a lost connection and
-    a restart of the daemon. Returns what the agent says of its containers.
+    a restart of the daemon. Returns what the agent says of its containers. `foreign` as in `GuestClient`.
 
     The epoch is saved before it is used, so no two daemons ever share one; where a full disk does not take
     it, a random one is used that the next daemon will not use either. Raises VmmGone as soon as the VMM
@@ -260,6 +260,7 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float) -> pb.Welc
             epoch=runtime.epoch,
             on_event=link.handle_event,
             timeout_s=timeout_s,
+            foreign=foreign,
         )
     )
     death = asyncio.create_task(link.machine.wait())

@@ -200,7 +200,7 @@ class FakeAgent:
         if kind is Kind.HELLO:
             self._hello(pb.Hello.FromString(bytes(payload)))
         elif kind is Kind.REQUEST:
-            self._request(stream, pb.Request.FromString(bytes(payload)))
+            self._request(stream, self._decode(bytes(payload)))
         elif kind is Kind.DATA:
             self.stdin += payload
             self._echo(stream, bytes(payload))
@@ -245,6 +245,21 @@ class FakeAgent:
         """The highest common version; 0: there is none."""
         version = min(hello.version, self.versions[1])
         return version if version >= max(hello.min_version, self.versions[0]) else 0
+
+    def _decode(self, payload: bytes) -> pb.Request:
+        """Decode a request as an agent of these versions does; what it does not know has no body."""
+        if self.versions[1] > 1:
+            return pb.Request.FromString(payload)
+        tag, length = payload[0], payload[1]
+        assert length < 0x80 and len(payload) == 2 + length, "one short message"
+        match tag:
+            case 0x22:  # number 4
+                return pb.Request(signal=pb.Signal.FromString(payload[2:]))
+            case 0x2A:
+                return pb.Request(remove=pb.Remove.FromString(payload[2:]))
+            case 0x42:
+                return pb.Request(open_log=pb.OpenLog.FromString(payload[2:]))
+        return pb.Request()
 
     def _window(self, stream: int, credit: int) -> None:
         output = self._outputs.get(stream)
