@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from image.trust.policies import Policy, check_policy, check_prefix
 from sandbox.errors import InvalidSpec
 from sandbox.host import size
 from sandbox.spec import Handler
@@ -30,6 +31,9 @@ DEFAULT_RUN = "/run/husk"
 SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them ends it
 
 T = TypeVar("T")
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")  # TOML, "Keys"
+_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"|[^.]+')
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
@@ -93,10 +97,27 @@ class Volumes(Table, frozen=True, kw_only=True):
     live_paths: tuple[str, ...] = ()  # patterns of read-only mounts that a guest has a copy of
 
 
+class Images(Table, frozen=True, kw_only=True):
+    """[images]: images that are on the node whatever the kubelet does."""
+
+    pinned: tuple[str, ...] = ()  # patterns of full names
+    preload_dir: str = ""  # default: ROOT/preload
+
+
+class TrustTable(Table, frozen=True, kw_only=True):
+    """[registry.trust."PREFIX"]: which images of a prefix may be pulled, see `image.trust`."""
+
+    policy: Literal["none", "refuse", "key", "verifier"] = "none"
+    keys: tuple[str, ...] = ()
+    match: Literal["digest", "repository"] = "digest"
+    verifier: str = ""
+
+
 class Registry(Table, frozen=True, kw_only=True):
     """[registry]: how images are pulled."""
 
     config_path: str = "/etc/husk/certs.d"  # has <host>/hosts.toml
+    auth_file: str = "/etc/husk/auth.json"  # docker's config.json
     max_concurrent_downloads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     min_free_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 128  # 0: no limit
     max_layer_gib: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 128
@@ -106,6 +127,11 @@ class Registry(Table, frozen=True, kw_only=True):
     min_rate_10s: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 1 << 10  # bytes per second; 0: no limit
     min_rate_60s: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 64 << 10
     blob_timeout_s: Annotated[int, msgspec.Meta(ge=0, le=604800)] = 7200  # 0: no limit
+    trust: dict[str, TrustTable] = {}
+
+    def trust_policies(self) -> Mapping[str, Policy]:
+        """Return the trust policy of each prefix of image names."""
+        return {prefix: Policy(**msgspec.structs.asdict(table)) for prefix, table in self.trust.items()}
 
 
 def _pool_size() -> int:
@@ -129,7 +155,7 @@ class HandlerTable(Table, frozen=True, kw_only=True):
 
 
 class Config(Table, frozen=True, kw_only=True):
-    """The whole file. `load` fills in `run` and `socket`."""
+    """The whole file. `load` fills in `run`, `socket` and `images.preload_dir`."""
 
     root: str = DEFAULT_ROOT
     run: str = ""  # default: DEFAULT_RUN, or ROOT/run with another root
@@ -142,6 +168,7 @@ class Config(Table, frozen=True, kw_only=True):
     cni: Cni = Cni()
     cdi: Cdi = Cdi()
     volumes: Volumes = Volumes()
+    images: Images = Images()
     registry: Registry = Registry()
     handlers: dict[str, HandlerTable] = {}
 
@@ -181,10 +208,15 @@ def parse(tree: Mapping[str, object], source: str) -> Config:
     """Convert a parsed TOML document. Raises ConfigError, which names the key by its path."""
     tree = _move_machine(tree)
     _refuse_unknown(tree, Config, "", source)
-    handlers = tree.get("handlers")
-    for name, table in handlers.items() if isinstance(handlers, Mapping) else ():
+    registry = tree.get("registry")
+    maps: tuple[tuple[str, object, type[Table]], ...] = (
+        ("handlers", tree.get("handlers"), HandlerTable),
+        ("registry.trust", registry.get("trust") if isinstance(registry, Mapping) else None, TrustTable),
+    )
+    for path, tables, shape in maps:
         # one by one, as msgspec's error within a map does not name the key
-        _convert(table, HandlerTable, f"handlers.{name}", source)
+        for name, table in tables.items() if isinstance(tables, Mapping) else ():
+            _convert(table, shape, f"{path}.{_key(name)}", source)
     return _convert(tree, Config, "", source)
 
 
@@ -216,9 +248,15 @@ def _convert(tree: object, shape: type[T], at: str, source: str) -> T:
 def _complete(config: Config, source: str) -> Config:
     """Fill in derived values, and check what the types do not express."""
     run = config.run or (DEFAULT_RUN if config.root == DEFAULT_ROOT else f"{config.root}/run")
-    config = msgspec.structs.replace(config, run=run, socket=config.socket or f"{run}/husk.sock")
+    images = msgspec.structs.replace(
+        config.images, preload_dir=config.images.preload_dir or f"{config.root}/preload"
+    )
+    config = msgspec.structs.replace(
+        config, run=run, socket=config.socket or f"{run}/husk.sock", images=images
+    )
     _check_paths(config, source)
     _check_handlers(config, source)
+    _check_images(config, source)
     _check_streaming(config.streaming, source)
     return config
 
@@ -231,6 +269,8 @@ def _check_paths(config: Config, source: str) -> None:
         "cgroup_root": config.cgroup_root,
         "cni.conf_dir": config.cni.conf_dir,
         "registry.config_path": config.registry.config_path,
+        "registry.auth_file": config.registry.auth_file,
+        "images.preload_dir": config.images.preload_dir,
     }
     paths |= {f"cni.bin_dirs[{n}]": path for n, path in enumerate(config.cni.bin_dirs)}
     paths |= {f"cdi.spec_dirs[{n}]": path for n, path in enumerate(config.cdi.spec_dirs)}
@@ -238,6 +278,10 @@ def _check_paths(config: Config, source: str) -> None:
     for name, handler in config.handlers.items():
         optional = {"kernel": handler.kernel, "initramfs": handler.initramfs}
         paths |= {f"handlers.{name}.{key}": path for key, path in optional.items() if path}
+    for prefix, trust in config.registry.trust.items():
+        at = f"registry.trust.{_key(prefix)}"
+        paths |= {f"{at}.keys[{n}]": path for n, path in enumerate(trust.keys)}
+        paths |= {f"{at}.verifier": trust.verifier} if trust.verifier else {}
     tls = {"tls_cert": config.streaming.tls_cert, "tls_key": config.streaming.tls_key}
     paths |= {f"streaming.{key}": path for key, path in tls.items() if path}
     for key, path in paths.items():
@@ -266,6 +310,21 @@ def _check_handlers(config: Config, source: str) -> None:
         raise ConfigError(
             source, "default_handler", f"handler {config.default_handler!r} is not configured", known
         )
+
+
+def _check_images(config: Config, source: str) -> None:
+    for n, pattern in enumerate(config.images.pinned):
+        if not pattern.strip("*?"):
+            problem = f"{pattern!r} matches every image"
+            raise ConfigError(source, f"images.pinned[{n}]", problem, "a pattern of full names of images")
+    for prefix, policy in config.registry.trust_policies().items():
+        at = f"registry.trust.{_key(prefix)}"
+        if problem := check_prefix(prefix):
+            accepted = 'a registry, or a registry and the beginning of a path; or "*"'
+            raise ConfigError(source, at, f"is not a prefix of image names: {problem}", accepted)
+        key, problem = check_policy(policy)
+        if problem:
+            raise ConfigError(source, f"{at}.{key}", problem)
 
 
 def _check_streaming(streaming: Streaming, source: str) -> None:
@@ -304,11 +363,19 @@ def _refuse_unknown(tree: object, shape: type[Table], at: str, source: str) -> N
             problem = "unknown key" + (f", did you mean {near[0]!r}?" if near else "")
             raise ConfigError(source, path, problem, ", ".join(fields))
         kind = fields[key]
-        if isinstance(kind, type) and issubclass(kind, Table):
-            _refuse_unknown(value, kind, f"{path}.", source)
-        elif key == "handlers" and isinstance(value, Mapping):
+        inner = typing.get_args(kind)[-1] if typing.get_origin(kind) is dict else kind
+        if not (isinstance(inner, type) and issubclass(inner, Table)):
+            continue
+        if inner is kind:
+            _refuse_unknown(value, inner, f"{path}.", source)
+        elif isinstance(value, Mapping):
             for name, table in value.items():
-                _refuse_unknown(table, HandlerTable, f"{path}.{name}.", source)
+                _refuse_unknown(table, inner, f"{path}.{_key(name)}.", source)
+
+
+def _key(name: str) -> str:
+    """Return a key as TOML writes it: bare, or in quotes."""
+    return name if _BARE.fullmatch(name) else json.dumps(name)
 
 
 def _located(message: str) -> tuple[str, str]:
@@ -321,7 +388,7 @@ def _located(message: str) -> tuple[str, str]:
 def _accepted(key: str) -> str:
     """Describe the values that a key accepts, from its type."""
     shape: Any = Config
-    for part in re.sub(r"\[\d+\]", "", key).split("."):
+    for part in _PARTS.findall(re.sub(r"\[\d+\]$", "", key)):
         if shape is HandlerTable or (isinstance(shape, type) and issubclass(shape, Table)):
             shape = {field.name: field.type for field in msgspec.structs.fields(shape)}.get(part)
         elif typing.get_origin(shape) is dict:
@@ -344,9 +411,15 @@ def to_toml(config: Config) -> str:
 
 
 def _table_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
-    lines = [f"[{'.'.join(path)}]"] if path and not all(isinstance(v, dict) for v in table.values()) else []
+    lines = (
+        [f"[{'.'.join(map(_key, path))}]"]
+        if path and not all(isinstance(v, dict) for v in table.values())
+        else []
+    )
     # strings, numbers, booleans and lists of JSON are valid TOML
-    lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    lines += [
+        f"{_key(key)} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)
+    ]
     for key, value in table.items():
         if isinstance(value, dict) and value:
             lines += ["", *_table_lines(value, (*path, key))]

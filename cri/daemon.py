@@ -37,6 +37,7 @@ from image.image_store import ImageStore
 from image.index import Image
 from image.layer import Limits
 from image.options import ImageOptions
+from image.preload import Preloader
 from image.registry import Timing
 from image.stores import RootfsStore
 from network.attach import Networks
@@ -116,6 +117,7 @@ class Daemon:
     hypervisor: Hypervisor
     networks: Networks
     images: ImageStore
+    preloader: Preloader
     node: HuskNode
     events: Events
     stats: StatsCollector
@@ -147,6 +149,7 @@ class Daemon:
         self.node.check()
         await self.server.start()
         self.tasks.spawn(self.node.warm_up(), "choice of the accelerator")
+        self.tasks.spawn(self.preloader.run(), "preload of images")
         await self.pool.start()
 
     async def _find_features(self) -> bool:
@@ -317,6 +320,12 @@ class _Builder:
             hypervisor=self.hypervisor,
             networks=self.networks,
             images=self.images,
+            preloader=Preloader(
+                Path(self.config.images.preload_dir),
+                Path(self.config.root) / "images/preloaded.json",
+                self.images.import_archive,
+                lambda id: self.images.index.get(id) is not None,
+            ),
             node=self.node,
             events=self.events,
             stats=stats,
@@ -339,6 +348,9 @@ class _Builder:
     def _images(self) -> ImageStore:
         options = ImageOptions(
             config_path=Path(self.config.registry.config_path),
+            auth_file=Path(self.config.registry.auth_file),
+            trust=self.config.registry.trust_policies(),
+            pinned=self.config.images.pinned,
             max_downloads=self.config.registry.max_concurrent_downloads,
             min_free_bytes=self.config.registry.min_free_mib << 20,
             limits=Limits(

@@ -43,6 +43,8 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     image.ManifestNotFound: Code.NOT_FOUND,
     image.Unauthorized: Code.UNAUTHENTICATED,
     image.RegistryUnavailable: Code.UNAVAILABLE,
+    image.ImageRefused: Code.FAILED_PRECONDITION,
+    image.ImagePinned: Code.FAILED_PRECONDITION,
     image.DigestMismatch: Code.DATA_LOSS,
     image.UnsupportedMedia: Code.FAILED_PRECONDITION,
     image.ManifestInvalid: Code.FAILED_PRECONDITION,

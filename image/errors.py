@@ -36,6 +36,18 @@ class ImageNotFound(ImageError):
         self.reference = reference
 
 
+class ImagePinned(ImageError):
+    """The image is pinned by the configuration, and is not removed."""
+
+    def __init__(self, reference: str, name: str, pattern: str) -> None:
+        problem = (
+            f"{name} is pinned by the pattern {pattern!r} of images.pinned, take it out to remove the image"
+        )
+        super().__init__(f"image {bounded(reference)!r}: {problem}")
+        self.reference = reference
+        self.pattern = pattern
+
+
 class ManifestNotFound(ImageError):
     """The registry has no such image, or none for this platform."""
 
@@ -72,6 +84,20 @@ class RegistryUnavailable(ImageError):
         self.what = what
         self.problem = bounded(problem)
         self.attempts = attempts
+
+
+class ImageRefused(ImageError):
+    """The trust policy of its registry does not allow the image.
+
+    The text begins with a word for which the kubelet has an event reason (its ErrSignatureValidationFailed).
+    """
+
+    def __init__(self, reference: str, digest: str, problem: str) -> None:
+        what = bounded(reference) if digest in reference else f"{bounded(reference)} ({digest})"
+        super().__init__(f"SignatureValidationFailed: {what}: {bounded(problem)}")
+        self.reference = reference
+        self.digest = digest
+        self.problem = bounded(problem)
 
 
 class DigestMismatch(ImageError):

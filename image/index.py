@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
 
 from image.blobs import storage_error
-from image.errors import ImageNotFound, InvalidReference
+from image.errors import ImageNotFound, ImagePinned, InvalidReference
 from image.manifest import USER_LIMIT, RunConfig
 from image.reference import is_digest, parse
 from sandbox.host.files import write_json
@@ -69,7 +70,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     chain_ids: tuple[str, ...] = ()  # bottom first
     config: RunDefaults = RunDefaults()
     created: str = ""  # RFC 3339, as the builder wrote it
-    pinned: bool = False
+    pinned: bool = False  # by the configuration in force, whatever the file says
 
 
 class Index:
@@ -79,8 +80,10 @@ class Index:
     not listed, and its file stays until it is pulled again or removed by its id.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, pinned: Sequence[str] = ()) -> None:
+        """`pinned` are patterns (fnmatch) of full names, whose images are not removed."""
         self._folder = root / "images"
+        self._pinned = pinned
         self._images: dict[str, Image] = {}
         self.set_aside: dict[str, str] = {}
         self._names: dict[str, str] = {}  # every tag and repo digest -> id
@@ -154,15 +157,13 @@ class Index:
                 image,
                 repo_tags=_union(known.repo_tags, image.repo_tags),
                 repo_digests=_union(known.repo_digests, image.repo_digests),
-                pinned=known.pinned or image.pinned,
             )
         self._write(image)
         for tag in image.repo_tags:
             owner = self._names.get(tag)
             if owner is not None and owner != image.id:
                 self.untag(tag)
-        self._insert(image)
-        return image
+        return self._insert(image)
 
     def untag(self, tag: str) -> None:
         """Remove a name from its image, which stays. An unknown name is ignored."""
@@ -176,26 +177,40 @@ class Index:
             repo_digests=tuple(d for d in image.repo_digests if d != tag),
         )
         self._write(left)
-        self._images[left.id] = left
+        self._insert(left)
 
     def remove(self, ref: str) -> Image | None:
-        """Remove and return the image of `ref`, with all its names; None for an unknown reference."""
+        """Remove and return the image of `ref`, with all its names; None for an unknown reference.
+
+        Raises ImagePinned.
+        """
         try:
             image = self.find(ref)
         except ImageNotFound:
             if self.set_aside.pop(ref, None) is not None:
                 self._file(ref).unlink(missing_ok=True)
             return None
+        if pin := self._pin_of(image):
+            raise ImagePinned(ref, *pin)
         self._file(image.id).unlink(missing_ok=True)
         del self._images[image.id]
         self._names = {name: id for name, id in self._names.items() if id != image.id}
         return image
 
-    def _insert(self, image: Image) -> None:
+    def _insert(self, image: Image) -> Image:
+        image = msgspec.structs.replace(image, pinned=self._pin_of(image) is not None)
         self._images[image.id] = image
         self.set_aside.pop(image.id, None)
         for name in (*image.repo_tags, *image.repo_digests):
             self._names[name] = image.id
+        return image
+
+    def _pin_of(self, image: Image) -> tuple[str, str] | None:
+        """Return the first name of an image that is pinned, and the pattern; None if it may be removed."""
+        pairs = (
+            (name, pattern) for name in (*image.repo_tags, *image.repo_digests) for pattern in self._pinned
+        )
+        return next(((name, pattern) for name, pattern in pairs if fnmatchcase(name, pattern)), None)
 
     def _file(self, id: str) -> Path:
         return self._folder / f"{id.removeprefix('sha256:')}.json"

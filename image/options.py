@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from image.layer import Limits
 from image.registry import Timing
+from image.trust import Policy
 
 
 class ImageOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,5 +20,8 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_unpacks: int = 2  # layers at a time, over all pulls
     pull_timeout_s: float = 0.0  # of a whole pull; 0: unlimited, as long as bytes arrive
     min_free_bytes: int = 0  # that a pull leaves on its filesystem; 0: none
+    auth_file: Path | None = None  # credentials of the node, see `image.node_credentials`
+    trust: Mapping[str, Policy] = {}  # by prefix of image names
+    pinned: tuple[str, ...] = ()  # patterns of full names of images that are not removed
     limits: Limits = Limits()
     timing: Timing = Timing()

@@ -1,6 +1,6 @@
 """Pull images from a registry, or import them from an archive, into layers and the index.
 
-    manifest -> platform -> configuration -> layers -> index
+    manifest -> trust -> platform -> configuration -> layers -> index
 
 Layers are downloaded in parallel, limited over all pulls, and unpacked in order, each as soon as it is
 downloaded and those below are unpacked: a layer may refer to files below it. A blob is used only after its
@@ -29,9 +29,11 @@ from image.hosts import find_hosts
 from image.index import Image, Index, run_defaults
 from image.layers import LayerStore
 from image.manifest import Descriptor, ImageConfig, ImageIndex, Manifest, Platform
+from image.node_credentials import NodeCredentials
 from image.options import ImageOptions
 from image.reference import Reference, parse
 from image.registry import Registry
+from image.trust import Trust
 from sandbox.host.flights import Flights
 from sandbox.host.keyed_lock import KeyedLock
 from sandbox.host.limiter import FairLimiter, Limiter
@@ -88,6 +90,8 @@ class Puller:
         self._unpacks = Limiter("unpack", options.max_unpacks)
         self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks)
         self._making = KeyedLock()
+        self._credentials = NodeCredentials(options.auth_file)
+        self._trust = Trust(options.trust)
         self._on_end = on_end
         self._flights = Flights(cancel_abandoned=True)
 
@@ -167,9 +171,11 @@ class Puller:
 
     async def _pull(self, reference: Reference, auth: Auth | None, report: Report) -> Image:
         hosts = await asyncio.to_thread(find_hosts, self._options.config_path, reference.domain)
-        registry = Registry(reference, hosts, auth, self._options.timing)
+        auths = [auth or await self._credentials.find(host, reference) for host in hosts]
+        registry = Registry(reference, hosts, auths, self._options.timing)
         try:
             fetched = await registry.manifest(reference.target)
+            await self._trust.check(registry, reference, fetched)
             names = _Names(
                 what=str(reference),
                 host=reference.domain,

@@ -104,13 +104,16 @@ class ImageCalls:
         return spec.image
 
 
-def pull_auth(auth: pb.AuthConfig) -> Auth:
-    """Convert credentials of a pull. Raises InvalidSpec, whose message repeats no secret."""
+def pull_auth(auth: pb.AuthConfig) -> Auth | None:
+    """Convert credentials of a pull; None for empty ones.
+
+    Raises InvalidSpec, whose message repeats no secret.
+    """
     token = auth.registry_token
     if not (token.isascii() and token.isprintable()):
         problem = "has characters that a header cannot carry"
         raise InvalidSpec("auth.registry_token", problem, "printable ASCII")
-    return Auth(
+    given = Auth(
         username=auth.username,
         password=auth.password,
         auth=auth.auth,
@@ -118,6 +121,7 @@ def pull_auth(auth: pb.AuthConfig) -> Auth:
         identity_token=auth.identity_token,
         registry_token=auth.registry_token,
     )
+    return None if given == Auth() else given
 
 
 class Downloads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from image import manifest
@@ -34,11 +34,18 @@ class Registry:
     """
 
     def __init__(
-        self, reference: Reference, hosts: tuple[Host, ...], auth: Auth | None, timing: Timing | None = None
+        self,
+        reference: Reference,
+        hosts: Sequence[Host],
+        auths: Sequence[Auth | None],
+        timing: Timing | None = None,
     ) -> None:
+        """`auths` are the credentials for each of `hosts`."""
         self._reference = reference
         self._timing = timing or Timing()
-        self._endpoints = [Endpoint(host, reference, auth, self._timing) for host in hosts]
+        self._endpoints = [
+            Endpoint(host, reference, auth, self._timing) for host, auth in zip(hosts, auths, strict=True)
+        ]
 
     async def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -65,6 +72,18 @@ class Registry:
             )
 
         return await self._first("pull" if is_digest(target) else "resolve", fetch)
+
+    async def referrers(self, digest: str) -> Fetched:
+        """Fetch the index of what refers to this manifest (distribution-spec, "Listing Referrers"). Raises
+        ManifestNotFound also where the registry does not list any."""
+
+        async def fetch(endpoint: Endpoint) -> Fetched:
+            data, headers = await endpoint.read(f"referrers/{digest}", manifest.MANIFEST_LIMIT)
+            return Fetched(
+                data=data, digest=manifest.digest_of(data), media_type=headers.get("content-type", "")
+            )
+
+        return await self._first("resolve", fetch)
 
     async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
         """Fetch a blob into memory and check it. Raises ManifestInvalid above `limit` bytes."""

@@ -26,12 +26,12 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from sandbox.errors import DeadlineExceeded
+from sandbox.errors import DeadlineExceeded as DeadlineExceeded  # for callers outside of sandbox
 from sandbox.host import syscalls, threads
 from sandbox.host.proc import boot_id, read_stat
 
@@ -346,11 +346,12 @@ async def run(
     cwd: str = "/",
     netns: str = "",
     user: Credentials | None = None,
+    stdin: bytes = b"",
 ) -> Completed:
     """Run a program to its exit; of each of its outputs the first `max_output` bytes are kept.
 
     It is killed, with its process group, after `timeout_s` or when the caller is cancelled (which does not
-    wait for the exit). `netns` is the path of a network namespace to run it in.
+    wait for the exit). `netns` is the path of a network namespace to run it in; `stdin` is what it reads.
     Raises DeadlineExceeded, and OSError when it cannot be started (FileNotFoundError: no such program).
     """
     cancelled = threading.Event()
@@ -358,21 +359,38 @@ async def run(
     def work() -> Completed:
         if netns:
             threads.enter_namespace(Path(netns), syscalls.CLONE_NEWNET)
-        child = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**ENVIRONMENT, **(environment or {})},
-            cwd=cwd,
-            start_new_session=True,
-            user=user.uid if user else None,
-            group=user.gid if user else None,
-            extra_groups=user.groups if user else None,
-        )
+        with _input(stdin) as file:
+            child = subprocess.Popen(
+                argv,
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**ENVIRONMENT, **(environment or {})},
+                cwd=cwd,
+                start_new_session=True,
+                user=user.uid if user else None,
+                group=user.gid if user else None,
+                extra_groups=user.groups if user else None,
+            )
         return _collect(child, argv[0], timeout_s, max_output, cancelled.is_set)
 
     return await threads.run(work, "husk-run", on_cancel=cancelled.set, linger_s=0)
+
+
+@contextlib.contextmanager
+def _input(data: bytes) -> Iterator[int]:
+    """Yield the descriptor of a standard input. It is in memory: a program that does not read a pipe would
+    block the writer."""
+    if not data:
+        yield subprocess.DEVNULL
+        return
+    fd = os.memfd_create("stdin")
+    try:
+        os.write(fd, data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _collect(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
 
-from cri.config import Config, Metrics
+from cri.config import Config, Images, Metrics
 from cri.daemon import Daemon, Overrides, build
 from image.image_store import ImageStore
 from image.index import Image, RunDefaults
@@ -105,6 +105,7 @@ class FakeHost:
             run=str(self.root / "run"),
             socket=str(self.root / "husk.sock"),
             metrics=Metrics(port=0),
+            images=Images(preload_dir=str(self.root / "preload")),
         )
 
     async def grow(self, pod: Pod, size: VmSize) -> None:

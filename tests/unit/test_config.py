@@ -11,6 +11,8 @@ import pytest
 from cri import config as module
 from cri.config import Config, ConfigError, load, to_toml
 
+TRUST = 'registry.trust."a.test/team"'
+
 
 def write(path: Path, text: str) -> Path:
     file = path / "config.toml"
@@ -102,6 +104,21 @@ def test_named_file_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
         ("[cni]\nbin_dirs = '/bin'", "cni.bin_dirs", "a list of strings"),
         ("socket = '/" + "s" * 120 + "'", "socket", "at most 107 bytes"),
         ("root = '/a/../b'", "root", "without .."),
+        ("[images]\npinned = ['*']", "images.pinned[0]", "matches every image"),
+        ("[images]\npreload_dir = 'x'", "images.preload_dir", "an absolute path"),
+        ("[registry]\nauth_file = 'x'", "registry.auth_file", "an absolute path"),
+        ("[registry]\ntrust = 4", "registry.trust", "a table"),
+        ("[registry.trust]\nx = 4", "registry.trust.x", "a table"),
+        (f"[{TRUST}]\nkey = 'x'", f"{TRUST}.key", "did you mean 'keys'?"),
+        (f"[{TRUST}]\npolicy = 'x'", f"{TRUST}.policy", "none, refuse, key, verifier"),
+        (f"[{TRUST}]\npolicy = 'key'", f"{TRUST}.keys", "is needed"),
+        (f"[{TRUST}]\nkeys = ['/k']", f"{TRUST}.keys", "has no use"),
+        (f"[{TRUST}]\npolicy = 'key'\nkeys = ['k']", f"{TRUST}.keys[0]", "an absolute path"),
+        (f"[{TRUST}]\npolicy = 'key'\nkeys = ['/absent/k']", f"{TRUST}.keys[0]", "No such file"),
+        (f"[{TRUST}]\npolicy = 'key'\nkeys = ['/dev/null']", f"{TRUST}.keys[0]", "not a public key"),
+        (f"[{TRUST}]\npolicy = 'verifier'\nverifier = '/dev/null'", f"{TRUST}.verifier", "not a program"),
+        ("[registry.trust.busybox]", "registry.trust.busybox", "does not begin with a registry"),
+        ("[registry.trust.'a.b/C']", 'registry.trust."a.b/C"', "must be lower case"),
     ],
 )
 def test_invalid_value_is_named_with_what_is_accepted(
@@ -144,13 +161,17 @@ def test_documentation_lists_every_key() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs/configuration.md").read_text()
     top, *sections = text.split("\n### ")
     keys = {"": top} | {section.split("`", 2)[1].strip("[]"): section for section in sections}
-    tables: dict[str, type[module.Table]] = {"": Config, "handlers.NAME": module.HandlerTable}
+    tables: dict[str, type[module.Table]] = {
+        "": Config,
+        "handlers.NAME": module.HandlerTable,
+        "registry.trust.PREFIX": module.TrustTable,
+    }
     for field in msgspec.structs.fields(Config):
         if isinstance(field.type, type) and issubclass(field.type, module.Table):
             tables[field.name] = field.type
     for name, table in tables.items():
         for field in msgspec.structs.fields(table):
-            if field.name not in tables and field.name != "handlers":
+            if field.name not in tables and field.name not in ("handlers", "trust"):
                 assert f"| `{field.name}` |" in keys[name], f"{name}.{field.name}"
 
 

@@ -86,9 +86,9 @@ def test_tag_moves_to_the_image_added_last(index: Index) -> None:
 
 
 def test_names_of_one_image_accumulate_and_are_removed_together(index: Index) -> None:
-    index.add(image(repo_tags=("host.test/a:1",), pinned=True))
+    index.add(image(repo_tags=("host.test/a:1",)))
     added = index.add(image(repo_tags=("host.test/b:1",)))
-    assert added.repo_tags == ("host.test/a:1", "host.test/b:1") and added.pinned
+    assert added.repo_tags == ("host.test/a:1", "host.test/b:1")
     assert index.remove("host.test/b:1") == added
     assert index.list() == ()
     assert index.remove("host.test/a:1") is None

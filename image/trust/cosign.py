@@ -1,0 +1,257 @@
+"""Check cosign's signatures of an image by public keys.
+
+A signature lies in the image's repository, in one of two forms:
+
+- the tag sha256-HEX.sig has a manifest whose layers are signed documents (containers/image, "simple
+  signing"), each with its signature as an annotation: cosign up to version 2
+- an artifact that refers to the image (distribution-spec, "Listing Referrers", or its tag sha256-HEX) is a
+  Sigstore bundle with a DSSE envelope around an in-toto statement: cosign from version 3
+
+Both name the digest that they are about. Certificates, transparency logs and time stamps are not checked: a
+key of the node's own needs none of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+import msgspec
+
+from image.blobs import Fetched
+from image.errors import DigestMismatch, ManifestInvalid, ManifestNotFound
+from image.manifest import Descriptor
+from image.reference import Reference
+from image.trust import keys
+from image.trust.keys import Verify
+
+SIMPLE = "application/vnd.dev.cosign.simplesigning.v1+json"
+SIGNATURE = "dev.cosignproject.cosign/signature"
+BUNDLE = "application/vnd.dev.sigstore.bundle"  # followed by its version
+STATEMENT = "application/vnd.in-toto+json"
+SIGNED = "https://sigstore.dev/cosign/sign/v1"  # the statement's predicate; other kinds attest something else
+DOCUMENT_LIMIT = 1 << 20  # bytes of one signed document or bundle
+COUNT_LIMIT = 64  # signatures of one image that are read
+
+T = TypeVar("T")
+
+
+class Refused(Exception):
+    """The image may not be pulled; the text says why."""
+
+
+class SignatureSource(Protocol):
+    """Where signatures are read from: the registry of the image."""
+
+    async def manifest(self, target: str, size: int | None = None) -> Fetched:
+        """Return a manifest of the image's repository. Raises ManifestNotFound."""
+
+    async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
+        """Return a blob of the image's repository, verified."""
+
+    async def referrers(self, digest: str) -> Fetched:
+        """Return the index of what refers to a manifest. Raises ManifestNotFound."""
+
+
+class _Artifact(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A manifest of signatures."""
+
+    layers: list[Descriptor] | None = None
+
+
+class _Entry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    digest: str
+    artifact_type: str | None = None
+
+
+class _Referrers(msgspec.Struct, frozen=True, kw_only=True):
+    manifests: list[_Entry] | None = None
+
+
+class _SignedImage(msgspec.Struct, frozen=True, rename="kebab"):
+    docker_manifest_digest: str
+
+
+class _Identity(msgspec.Struct, frozen=True, rename="kebab"):
+    docker_reference: str = ""
+
+
+class _Critical(msgspec.Struct, frozen=True):
+    image: _SignedImage
+    identity: _Identity = _Identity()
+
+
+class _SimpleSigning(msgspec.Struct, frozen=True):
+    critical: _Critical
+
+
+class _Signature(msgspec.Struct, frozen=True):
+    sig: str
+
+
+class _Envelope(msgspec.Struct, frozen=True, rename="camel"):
+    payload: str
+    payload_type: str
+    signatures: list[_Signature]
+
+
+class _Bundle(msgspec.Struct, frozen=True, rename="camel"):
+    dsse_envelope: _Envelope
+
+
+class _Subject(msgspec.Struct, frozen=True):
+    digest: dict[str, str]
+    name: str = ""
+
+
+class _Statement(msgspec.Struct, frozen=True, rename="camel"):
+    subject: list[_Subject]
+    predicate_type: str = ""
+
+
+class _Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """What one signature says, which may be forged: `signed` are the bytes that `signatures` are of."""
+
+    signed: bytes
+    signatures: tuple[bytes, ...]
+    digests: frozenset[str]
+    repository: str
+
+
+_Reader = Callable[[], Awaitable[_Claim]]
+
+
+async def check(
+    source: SignatureSource,
+    reference: Reference,
+    digest: str,
+    key_files: Sequence[str],
+    match: Literal["digest", "repository"],
+) -> None:
+    """Return if one of the keys signed this digest. Raises Refused, and what `source` raises."""
+    try:
+        trusted = [await asyncio.to_thread(keys.load, Path(path)) for path in key_files]
+    except keys.KeyUnusable as error:
+        raise Refused(str(error)) from error
+    problems: list[str] = []
+    async for claim in _claims(source, digest, problems):
+        problem = _find_problem(claim, reference, digest, trusted, match)
+        if not problem:
+            return
+        problems.append(problem)
+    raise Refused("; ".join(dict.fromkeys(problems)) or "it has no signature")
+
+
+def _find_problem(
+    claim: _Claim, reference: Reference, digest: str, trusted: Sequence[Verify], match: str
+) -> str:
+    if not any(verify(signature, claim.signed) for verify in trusted for signature in claim.signatures):
+        return "a signature is by none of the configured keys"
+    if digest not in claim.digests:
+        return f"a signature is of {', '.join(sorted(claim.digests)) or 'nothing'}"
+    if match == "repository" and claim.repository != reference.name:
+        return f"a signature names the repository {claim.repository or 'nothing'!r}"
+    return ""
+
+
+async def _claims(source: SignatureSource, digest: str, problems: list[str]) -> AsyncIterator[_Claim]:
+    """Yield every signature of both forms; add to `problems` why one cannot be read."""
+    for find in (_find_simple, _find_bundles):
+        try:
+            readers = await find(source, digest)
+        except ManifestInvalid as error:
+            problems.append(f"signatures cannot be read: {error.problem}")
+            continue
+        for read in readers:
+            try:
+                yield await read()
+            except (ManifestInvalid, ManifestNotFound, DigestMismatch) as error:
+                problems.append(f"a signature cannot be read: {error}")
+
+
+async def _find_simple(source: SignatureSource, digest: str) -> Sequence[_Reader]:
+    try:
+        fetched = await source.manifest(f"{digest.replace(':', '-')}.sig")
+    except ManifestNotFound:
+        return ()
+
+    async def read(layer: Descriptor) -> _Claim:
+        return _read_simple(layer, await source.small_blob(layer, DOCUMENT_LIMIT))
+
+    layers = _decode(fetched.data, _Artifact).layers or ()
+    return [partial(read, layer) for layer in layers[:COUNT_LIMIT] if layer.media_type == SIMPLE]
+
+
+async def _find_bundles(source: SignatureSource, digest: str) -> Sequence[_Reader]:
+    try:
+        fetched = await source.referrers(digest)
+    except ManifestNotFound:
+        try:
+            fetched = await source.manifest(digest.replace(":", "-"))
+        except ManifestNotFound:
+            return ()
+
+    async def read(entry: _Entry) -> _Claim:
+        return _read_bundle(await _bundle_blob(source, entry.digest))
+
+    entries = _decode(fetched.data, _Referrers).manifests or ()
+    return [
+        partial(read, entry)
+        for entry in entries[:COUNT_LIMIT]
+        if (entry.artifact_type or BUNDLE).startswith(BUNDLE)
+    ]
+
+
+async def _bundle_blob(source: SignatureSource, digest: str) -> bytes:
+    layers = _decode((await source.manifest(digest)).data, _Artifact).layers or []
+    if len(layers) != 1 or not layers[0].media_type.startswith(BUNDLE):
+        raise ManifestInvalid(digest, "has no bundle")
+    return await source.small_blob(layers[0], DOCUMENT_LIMIT)
+
+
+def _read_simple(layer: Descriptor, payload: bytes) -> _Claim:
+    critical = _decode(payload, _SimpleSigning).critical
+    return _Claim(
+        signed=payload,
+        signatures=(_decode64((layer.annotations or {}).get(SIGNATURE, "")),),
+        digests=frozenset((critical.image.docker_manifest_digest,)),
+        repository=critical.identity.docker_reference,
+    )
+
+
+def _read_bundle(data: bytes) -> _Claim:
+    envelope = _decode(data, _Bundle).dsse_envelope
+    payload = _decode64(envelope.payload)
+    statement = _decode(payload, _Statement)
+    if envelope.payload_type != STATEMENT or statement.predicate_type != SIGNED:
+        raise ManifestInvalid("bundle", f"it is about {statement.predicate_type or envelope.payload_type}")
+    return _Claim(
+        signed=_pre_authentication(envelope.payload_type.encode(), payload),
+        signatures=tuple(_decode64(each.sig) for each in envelope.signatures),
+        digests=frozenset(f"{kind}:{hex}" for one in statement.subject for kind, hex in one.digest.items()),
+        repository=statement.subject[0].name if statement.subject else "",
+    )
+
+
+def _pre_authentication(kind: bytes, payload: bytes) -> bytes:
+    """Return what a DSSE signature is of (secure-systems-lab/dsse, protocol.md, "PAE")."""
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def _decode(data: bytes, shape: type[T]) -> T:
+    try:
+        return msgspec.json.decode(data, type=shape)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestInvalid("signature", str(error)) from error
+
+
+def _decode64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ManifestInvalid("signature", "is not base64") from error
