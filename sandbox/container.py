@@ -10,7 +10,7 @@ import msgspec
 
 from image.rootfs import HostTree, Rootfs
 from sandbox.errors import PlanUnreadable, WrongState
-from sandbox.host.files import temporary_of, write_json
+from sandbox.host import files
 from sandbox.logs.relay import LogRelay
 from sandbox.plan import MountSource
 from sandbox.plan.values import ContainerPlan
@@ -124,19 +124,21 @@ class Container(Recorded[ContainerRecord]):
         """The container as it is to be made, compiled at CreateContainer. Raises PlanUnreadable."""
         if self._plan is None:
             try:
-                self._plan = msgspec.json.decode(self.plan_path.read_bytes(), type=ContainerPlan)
-            except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+                content = self.plan_path.read_bytes()
+                files.check(self.plan_path, content)
+                self._plan = msgspec.json.decode(content, type=ContainerPlan)
+            except (OSError, files.Damaged, msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise PlanUnreadable(str(self.plan_path), str(error)) from error
         return self._plan
 
     def save_plan(self, plan: ContainerPlan) -> None:
         """Write the plan to its file. Raises OSError; then the previous plan stays."""
-        write_json(self.plan_path, plan)
+        files.write_json(self.plan_path, plan, checksum=True)
         self._plan = plan
 
     def drop_plan(self) -> None:
         """Delete the plan's file. Idempotent."""
-        for path in (self.plan_path, temporary_of(self.plan_path)):
+        for path in (self.plan_path, files.temporary_of(self.plan_path)):
             path.unlink(missing_ok=True)
 
     def record_exit(self, exit_code: int, at_ns: int, reason: str, message: str = "") -> None:

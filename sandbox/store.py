@@ -6,8 +6,9 @@
 A write is a rename, so a reader sees the old record or the new one. Nothing is fsynced: the records must
 outlive the daemon, not the machine, and after a reboot no VM is left that they could describe.
 
-A file that cannot be read, decoded or understood is quarantined: it stays in its place, untouched, and
-what belongs to its id is left alone until a client removes the object under that id (see `quarantine`).
+A file that cannot be read, decoded or understood, or does not fit its checksum, is quarantined: it stays in
+its place, untouched, and what belongs to its id is left alone until a client removes the object under that id
+(see `quarantine`).
 A record that is lost or broken must never free what it described.
 """
 
@@ -86,9 +87,11 @@ class Store(Generic[R]):
                 record = self._decoder.decode(text)
             else:
                 record = msgspec.convert(migrate(self.kind, msgspec.json.decode(text)), self._type)
+            if record.id == id:
+                files.check(path, text)
         except OSError as error:
             raise Unreadable(f"it cannot be read: {error.strerror or error}") from error
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError, files.Damaged) as error:
             raise Unreadable(str(error)) from error
         if record.id != id:
             raise Unreadable(f"it holds the record of another id, {record.id[:64]!r}")
@@ -101,7 +104,7 @@ class Store(Generic[R]):
 
     def put(self, record: R) -> None:
         """Write `record`, then make it the one that readers see. Raises OSError; then the old one stays."""
-        files.write_json(self.path(record.id), record)
+        files.write_json(self.path(record.id), record, checksum=True)
         self._records[record.id] = record
 
     def drop(self, id: str) -> None:

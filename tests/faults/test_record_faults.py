@@ -21,7 +21,8 @@ import pytest
 
 from cri.proto import runtime_v1_pb2 as api
 from cri.responses.objects import pod_item
-from sandbox.errors import WrongState
+from sandbox.errors import PlanUnreadable, WrongState
+from sandbox.host import files
 from sandbox.host.mounts import mounts_below
 from sandbox.lifecycle import UndoFailed
 from sandbox.records import ContainerState, PodState
@@ -114,9 +115,17 @@ async def site(root: Path) -> AsyncIterator[Site]:
 
 
 def _edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    """Write a record as another release would: a new file, with a checksum that fits."""
     record = json.loads(path.read_text())
     change(record)
-    path.write_text(json.dumps(record))
+    files.write_json(path, record, checksum=True)
+
+
+def _flip_value(path: Path) -> None:
+    """Flip a bit of a digit in `created_at_ns`: the record is as valid as before."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b'"created_at_ns":') + 20] ^= 1
+    path.write_bytes(content)
 
 
 def _truncate(path: Path) -> None:
@@ -147,6 +156,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "steps that this Husk does not know: gpu",
     ),
     "another id": (_swap_id, "another id"),
+    "a flipped bit in a value": (_flip_value, "as its checksum shows"),
     "lost": (lambda path: path.unlink(), "it does not exist"),
     "a directory": (_make_directory, "it cannot be read: Is a directory"),
 }
@@ -247,7 +257,11 @@ async def test_removal_of_quarantined_pod_that_fails_is_retried(site: Site) -> N
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"), [DAMAGES[name] for name in ("truncated", "version 99", "unknown step", "lost")]
+    ("damage", "reason"),
+    [
+        DAMAGES[name]
+        for name in ("truncated", "a flipped bit in a value", "version 99", "unknown step", "lost")
+    ],
 )
 async def test_damaged_container_record_leaves_container_and_layers_alone(
     site: Site, damage: Callable[[Path], object], reason: str
@@ -325,7 +339,7 @@ async def test_pod_record_without_container_records_is_recovered(site: Site) -> 
 
 @pytest.mark.parametrize("kind", ["pod", "container"])
 async def test_any_flipped_bit_leaves_the_vm_running(site: Site, kind: str) -> None:
-    """In whatever field: the record is quarantined, or means the same VM."""
+    """In whatever field; the record is quarantined, by its checksum where it still has a meaning."""
     path = site.pod_file if kind == "pod" else site.container_file(site.running)
     good = path.read_bytes()
     layers = frozenset(each for each in site.daemon.ledger.held if each.startswith("rootfs "))
@@ -339,9 +353,33 @@ async def test_any_flipped_bit_leaves_the_vm_running(site: Site, kind: str) -> N
         assert vm is not None and not vm.ended.is_set(), where
         assert f"network {site.pod}" in site.daemon.ledger.held, where
         assert layers <= site.daemon.ledger.held, where
+        store = site.daemon.pod_store if kind == "pod" else site.daemon.container_store
+        assert list(store.quarantined) == [path.stem], where
         path.write_bytes(good)
     await site.restart()
     assert site.daemon.pods.find(site.pod).ready
+
+
+async def test_record_that_was_changed_on_purpose_counts_once_it_is_a_copy(site: Site) -> None:
+    _flip_value(site.pod_file)
+    await site.restart()
+    site.assert_quarantined("replace it by a copy, which has no checksum")
+    copy = site.pod_file.with_suffix(".copy")
+    copy.write_bytes(site.pod_file.read_bytes())
+    copy.rename(site.pod_file)
+    await site.restart()
+    assert site.daemon.pods.find(site.pod).ready
+
+
+async def test_plan_with_a_flipped_bit_is_refused_at_the_start(site: Site) -> None:
+    plan = site.daemon.inventory.container(site.created).plan_path
+    content = bytearray(plan.read_bytes())
+    content[content.index(b"/bin/true") + 1] ^= 1
+    plan.write_bytes(content)
+    await site.restart()
+    with pytest.raises(PlanUnreadable, match="checksum"):
+        await site.daemon.containers.start(site.created)
+    assert site.daemon.containers.find(site.created).state is ContainerState.CREATED
 
 
 async def test_quarantined_pod_is_listed_over_the_wire_and_described(site: Site) -> None:

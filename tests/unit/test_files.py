@@ -69,6 +69,57 @@ def test_durable_write_syncs_the_file_before_its_name_and_then_the_directory(
     assert order == [(files.temporary_of(path), False), (tmp_path, True)]
 
 
+def test_any_flipped_bit_of_a_file_with_a_checksum_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    files.write_atomically(path, b"content", checksum=True)
+    files.check(path, path.read_bytes())
+    for position in range(8 * len(b"content")):
+        damaged = bytearray(b"content")
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(files.Damaged, match="checksum"):
+            files.check(path, path.read_bytes())
+    files.write_atomically(path, b"new", checksum=True)
+    files.check(path, path.read_bytes())
+
+
+def test_file_without_a_checksum_is_believed(tmp_path: Path) -> None:
+    """Those of releases before there were any, and those that such a release has replaced."""
+    path = tmp_path / "record.json"
+    files.write_atomically(path, b"old", checksum=True)
+    files.write_atomically(path, b"replaced")
+    files.check(path, path.read_bytes())
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EPERM])
+def test_filesystem_without_attributes_keeps_files_without_checksums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "setxattr", fail)
+    monkeypatch.setattr(os, "getxattr", fail)
+    files.write_atomically(tmp_path / "a", b"content", checksum=True)
+    files.check(tmp_path / "a", b"content")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_checksum_that_cannot_be_written_fails_the_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path = tmp_path / "record.json"
+    files.write_atomically(path, b"old", checksum=True)
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "setxattr", fail)
+    with pytest.raises(OSError, match=f"{os.strerror(code)}.*record.json"):
+        files.write_atomically(path, b"new", checksum=True)
+    assert path.read_bytes() == b"old" and not files.temporary_of(path).exists()
+
+
 def test_missing_directory_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         files.write_atomically(tmp_path / "absent" / "file", b"")
