@@ -119,6 +119,7 @@ class Registry(Table, frozen=True, kw_only=True):
     config_path: str = "/etc/husk/certs.d"  # has <host>/hosts.toml
     auth_file: str = "/etc/husk/auth.json"  # docker's config.json
     max_concurrent_downloads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+    connections_per_layer: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
     min_free_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 128  # 0: no limit
     max_layer_gib: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 128
     max_layer_entries: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 2_000_000

@@ -360,6 +360,7 @@ class _Builder:
                 max_tail_bytes=self.config.registry.max_layer_tail_mib << 20,
             ),
             timing=Timing(
+                connections=self.config.registry.connections_per_layer,
                 slow_rate=self.config.registry.min_rate_10s,
                 low_rate=self.config.registry.min_rate_60s,
                 blob_s=self.config.registry.blob_timeout_s,

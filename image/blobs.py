@@ -6,10 +6,12 @@ its owner deletes. A blob that exceeds its announced size is rejected at once, n
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -76,6 +78,8 @@ class BlobWriter:
         self._buffer = bytearray()
         self._algorithm = descriptor.digest.partition(":")[0]
         self._hash = hashlib.new(self._algorithm)
+        self._parts: list[BlobPart] = []
+        self._hashing = asyncio.Lock()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
     def close(self) -> None:
@@ -100,6 +104,38 @@ class BlobWriter:
                     await self._flush()
         finally:
             await self._flush()
+
+    def part(self, begin: int, end: int) -> BlobPart:
+        """Return a writer of the bytes from `begin` to before `end`, beyond what is written in order.
+
+        Parts must not overlap, and may be written at once. `written` follows as soon as all before is there.
+        """
+        part = BlobPart(self, begin, end)
+        self._parts.append(part)
+        return part
+
+    async def hash_parts(self) -> None:
+        """Hash what parts have completed, and report progress."""
+        async with self._hashing:
+            while (end := self._complete_to()) > self.written:
+                size = min(BATCH, end - self.written)
+                await threads.run(partial(self._hash_next, size), "husk-download", pooled=True)
+                self.written += size
+        if self._on_progress is not None:
+            ahead = sum(
+                part.at - max(part.begin, self.written) for part in self._parts if part.at > self.written
+            )
+            self._on_progress(self.written + ahead)
+
+    def _complete_to(self) -> int:
+        return max((part.at for part in self._parts if part.begin <= self.written), default=0)
+
+    def forget_parts(self) -> None:
+        """Drop what is not written in order. No part may be in use. Idempotent."""
+        if self._parts:
+            self._parts.clear()
+            os.ftruncate(self._fd, self.written)
+            os.lseek(self._fd, 0, os.SEEK_END)
 
     def restart(self) -> None:
         """Truncate the file: the server sends the blob from its start, or what came was wrong."""
@@ -128,6 +164,24 @@ class BlobWriter:
         if self._on_progress is not None:
             self._on_progress(self.written)
 
+    def _hash_next(self, size: int) -> None:
+        """Hash what a part has written: it was received a moment ago, so it is in the page cache."""
+        try:
+            data = os.pread(self._fd, size, self.written)
+        except OSError as error:
+            raise storage_error(error, self.path, "reading") from error
+        self._hash.update(data)
+
+    def write_at(self, at: int, data: bytearray) -> None:
+        """Write bytes at an offset, for a part. Blocking."""
+        view = memoryview(data)
+        try:
+            while view:
+                done = os.pwrite(self._fd, view, at)
+                view, at = view[done:], at + done
+        except OSError as error:
+            raise storage_error(error, self.path, "downloading") from error
+
     def _write(self, data: bytearray) -> None:
         self._hash.update(data)
         view = memoryview(data)
@@ -136,6 +190,42 @@ class BlobWriter:
                 view = view[os.write(self._fd, view) :]
         except OSError as error:
             raise storage_error(error, self.path, "downloading") from error
+
+
+class BlobPart:
+    """A range of a blob that is written beside others; `at` is up to where. Made by `BlobWriter.part`."""
+
+    def __init__(self, blob: BlobWriter, begin: int, end: int) -> None:
+        self.begin = begin
+        self.at = begin
+        self.end = end
+        self._blob = blob
+
+    async def append(self, chunks: AsyncIterator[bytes]) -> None:
+        """Append a stream up to the part's end. After an error, what came before it stays.
+
+        Raises DiskFull and StorageFailed.
+        """
+        buffer = bytearray()
+        try:
+            async for chunk in chunks:
+                buffer += chunk[
+                    : self.end - self.at - len(buffer)
+                ]  # a server may send more than was asked for
+                if len(buffer) >= BATCH:
+                    data, buffer = buffer, bytearray()
+                    await self._write(data)
+                if self.at + len(buffer) == self.end:
+                    return
+        finally:
+            await self._write(buffer)
+
+    async def _write(self, data: bytearray) -> None:
+        if not data:
+            return
+        await threads.run(lambda: self._blob.write_at(self.at, data), "husk-download", pooled=True)
+        self.at += len(data)
+        await self._blob.hash_parts()
 
 
 def storage_error(error: OSError, path: Path, what: str) -> DiskFull | StorageFailed:

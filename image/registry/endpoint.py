@@ -15,6 +15,7 @@ from image.hosts import HUB_SERVER, Host
 from image.reference import DEFAULT_DOMAIN, Reference
 from image.registry.challenge import parse_challenges
 from image.registry.errors import TemporaryFailure, check_status, read_bounded
+from image.registry.parts import PARALLEL_BYTES, download_parts
 from image.registry.rate import RateFloor, TooSlow
 from image.registry.resume import download_rest
 from image.registry.retry import Retrier
@@ -76,6 +77,9 @@ class Endpoint:
     async def download(self, path: str, into: BlobWriter) -> None:
         """Append to `into` what it still lacks of this blob. Its digest is not checked here."""
 
+        large = into.descriptor.size - into.written > PARALLEL_BYTES and self._timing.connections > 1
+        if large and await self._download_parts(path, into):
+            return
         floor, useful = RateFloor(self._timing), 0
 
         async def attempt() -> None:
@@ -90,6 +94,20 @@ class Endpoint:
 
         try:
             await self._retrier.run(path, attempt, lambda: useful)
+        except TooSlow as error:
+            raise RegistryUnavailable(self.host.address, path, f"too slow: {error}") from error
+
+    async def _download_parts(self, path: str, into: BlobWriter) -> bool:
+        floor = RateFloor(self._timing)
+        try:
+            return await download_parts(
+                lambda headers: self._get(path, headers),
+                into,
+                floor,
+                self._retrier,
+                path,
+                self._timing.connections,
+            )
         except TooSlow as error:
             raise RegistryUnavailable(self.host.address, path, f"too slow: {error}") from error
 

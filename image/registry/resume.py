@@ -27,20 +27,20 @@ async def download_rest(get: Get, into: BlobWriter, floor: RateFloor) -> None:
         return
     headers = {"Range": f"bytes={into.written}-"} if into.written else {}
     async with get(headers) as response:
-        if into.written and not _continues_at(response, into.written):
+        if into.written and not continues_at(response, into.written):
             into.restart()
-        await into.append(_watched(response, floor))
+        await into.append(watched(response, floor))
     if into.written < into.descriptor.size:
         raise TemporaryFailure(f"the stream ended at byte {into.written} of {into.descriptor.size}")
 
 
-def _continues_at(response: Response, offset: int) -> bool:
+def continues_at(response: Response, offset: int) -> bool:
     """Return whether the server honoured the Range header at exactly this offset (RFC 9110, 14.4)."""
     content_range = response.headers.get("content-range", "")
     return response.status_code == 206 and content_range.startswith(f"bytes {offset}-")
 
 
-async def _watched(response: Response, floor: RateFloor) -> AsyncIterator[bytes]:
+async def watched(response: Response, floor: RateFloor) -> AsyncIterator[bytes]:
     """Yield the body; raise TemporaryFailure or TooSlow when it comes below the least rate.
 
     The client's read timeout does not see a server that sends one byte every 20 s.

@@ -23,7 +23,7 @@ Response = httpx2.Response
 TransportError = httpx2.TransportError
 
 REDIRECT_LIMIT = 10
-CONNECTION_LIMIT = 16  # per host and pull
+CONNECTION_LIMIT = 64  # per host and pull
 _REDIRECT_STATUS = frozenset((301, 302, 303, 307, 308))
 
 

@@ -87,6 +87,7 @@ class _Plan:
     path: str
     fault: Fault
     times: int
+    begin: int | None = None  # of the Range that is meant; None: any request
 
 
 @dataclass
@@ -94,6 +95,7 @@ class FakeRegistry:
     """The registry's behaviour and content; `serving` makes `address` answer."""
 
     ranges: bool = True  # whether Range is honoured
+    ranges_to_the_end: bool = False  # whatever end a Range has
     sign_in: str = ""  # "", "basic" or "bearer"
     username: str = "user"
     password: str = "hunter2-secret"
@@ -205,15 +207,20 @@ class FakeRegistry:
         """Let the next `times` requests whose path contains `path` fail."""
         self._plans.append(_Plan(path, fault, times))
 
+    def fail_part(self, path: str, begin: int, fault: Fault, times: int = 1) -> None:
+        """Let the next `times` requests for a range that begins here fail."""
+        self._plans.append(_Plan(path, fault, times, begin))
+
     def forget_faults(self) -> None:
         """Answer all requests from now on."""
         self._plans.clear()
 
-    def take_fault(self, path: str) -> Fault | None:
-        """Return the fault for a request and count it as used; None to answer it."""
+    def take_fault(self, path: str, wanted: str) -> Fault | None:
+        """Return the fault for a request with this Range, and count it as used; None to answer it."""
         with self._lock:
             for plan in self._plans:
-                if plan.times and plan.path in path:
+                meant = plan.begin is None or wanted.startswith(f"bytes={plan.begin}-")
+                if plan.times and plan.path in path and meant:
                     plan.times -= 1
                     return plan.fault
         return None
@@ -282,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
         registry.seen.append(
             Seen(self.command, url.path, query, {k.lower(): v for k, v in self.headers.items()}, body)
         )
-        fault = registry.take_fault(url.path)
+        fault = registry.take_fault(url.path, self.headers.get("range", ""))
         match fault:
             case Status(code, headers, content):
                 self._send(code, content, headers)
@@ -317,9 +324,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _blob(self, blob: bytes, fault: Fault | None) -> None:
         wanted = self.headers.get("range", "")
         if wanted and self.registry.ranges:
-            begin = int(wanted.removeprefix("bytes=").partition("-")[0])
-            headers = {"Content-Range": f"bytes {begin}-{len(blob) - 1}/{len(blob)}"}
-            self._send(206, blob[begin:], headers, fault)
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            begin, end = (
+                int(first),
+                int(last) + 1 if last and not self.registry.ranges_to_the_end else len(blob),
+            )
+            headers = {"Content-Range": f"bytes {begin}-{end - 1}/{len(blob)}"}
+            self._send(206, blob[begin:end], headers, fault)
         else:
             self._send(200, blob, {}, fault)
 
