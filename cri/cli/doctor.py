@@ -147,6 +147,17 @@ async def guest(host: Host) -> Finding:
     return ok("guest", f"kernel {image.kernel_version}, image {image.hash[:16]}")
 
 
+async def volume_acls(host: Host) -> Finding:
+    """Report whether the built image's kernel enforces ACLs on volumes."""
+    image = boot_image.find_image(Path(host.config.root))
+    if image is None:
+        return warn("acls", "not known, as there is no guest image yet", "husk guest build")
+    if boot_image.ACL_MODULE in image.modules:
+        return ok("acls", "the guest's kernel enforces POSIX ACLs on root filesystems and volumes")
+    fix = "husk guest build, with the distribution's kernel and its linux-headers available to apt"
+    return warn("acls", "the guest's kernel ignores POSIX ACLs on volumes", fix)
+
+
 async def accelerator(host: Host) -> Finding:
     """Report the default handler's accelerator. Boots a VM if it takes a trial and none was made."""
     handler = host.config.runtime_handlers()[""]
@@ -282,6 +293,7 @@ CHECKS: Sequence[Check] = (
     Check("libseccomp", seccomp),
     Check("guest", guest),
     Check("apparmor", apparmor),
+    Check("acls", volume_acls),
     Check("accelerator", accelerator),
     Check("tun", tun),
     Check("host-pods", host_pods),

@@ -3,6 +3,7 @@
     ROOT/guest/
       packages/NAME_VERSION.deb       kernel packages as downloaded, by version
       kernels/KEY/                    kernels compiled here: see kernel_source
+      acl/KEY.ko                      a module compiled here: see acl_module
       HASH/{vmlinux,initramfs,image.json}
       HASH/apparmor                   AppArmor's RuntimeDefault profile, where it could be compiled
       current -> HASH                 the image that new pods get
@@ -29,7 +30,7 @@ from pathlib import Path
 import msgspec
 
 from sandbox.errors import MissingProgram
-from sandbox.guest_image import cpio
+from sandbox.guest_image import acl_module, cpio
 from sandbox.guest_image.apparmor import compile_default
 from sandbox.guest_image.kernel_source import build_kernel
 from sandbox.guest_image.packages import (
@@ -54,7 +55,7 @@ from sandbox.guest_image.vmlinux import (
     read_builtin,
 )
 from sandbox.host import files
-from sandbox.vm_pods.boot_image import GuestImage, ImageFacts, find_image
+from sandbox.vm_pods.boot_image import ACL_MODULE, GuestImage, ImageFacts, find_image
 
 # Loaded at boot. Each one adds some milliseconds to a cold start.
 MODULES = (
@@ -104,6 +105,8 @@ async def build(
                 chosen = await build_kernel(guest, scratch, progress)
             else:
                 chosen = await fetch_kernel(guest / "packages", scratch, progress)
+                made = await acl_module.compile_module(chosen.version, guest, scratch, progress)
+                chosen = msgspec.structs.replace(chosen, acls=made)
             progress(f"kernel {chosen.version}")
             program = await compile_agent(agent, scratch, progress)
             profile = await compile_default(parser, guest / "packages", scratch, progress)
@@ -217,6 +220,8 @@ def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes, profil
     available, builtin = find_modules(kernel.modules), read_builtin(kernel.modules)
     keep = kernel.keep_signatures
     modules = load_modules(available, builtin, MODULES, keep_signatures=keep)
+    if kernel.acls is not None:
+        modules[ACL_MODULE] = kernel.acls.read_bytes()
     offered = [name for name in ON_DEMAND if name in available]
     later = load_modules(available, [*builtin, *modules], offered, keep_signatures=keep)
     initramfs = make_initramfs(program, modules, later)

@@ -38,12 +38,14 @@ class BadKernel(SandboxError):
 class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     """A kernel image (bzImage or ELF) and its /lib/modules/VERSION.
 
-    `keep_signatures` keeps those of modules, where it is unknown whether the kernel requires them.
+    `keep_signatures` keeps those of modules, where it is unknown whether the kernel requires them. `acls` is
+    our module for it, see `acl_module`.
     """
 
     image: Path
     modules: Path
     keep_signatures: bool = True
+    acls: Path | None = None
 
     @property
     def version(self) -> str:

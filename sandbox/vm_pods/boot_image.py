@@ -15,6 +15,8 @@ from pathlib import Path
 
 import msgspec
 
+ACL_MODULE = "husk_acl"  # makes the guest's kernel enforce ACLs on volumes (see `guest_image.acl_module`)
+
 
 class GuestImage(msgspec.Struct, frozen=True, kw_only=True):
     """A kernel and an initramfs that belong together; `hash` identifies their content."""
@@ -23,6 +25,7 @@ class GuestImage(msgspec.Struct, frozen=True, kw_only=True):
     initramfs: Path
     hash: str
     kernel_version: str
+    modules: tuple[str, ...] = ()  # that are loaded at boot
 
 
 class ImageFacts(msgspec.Struct, frozen=True):
@@ -53,6 +56,7 @@ def _read_image(guest: str, name: str) -> GuestImage:
         initramfs=directory / "initramfs",
         hash=directory.name,
         kernel_version=facts.kernel_version,
+        modules=facts.modules,
     )
 
 

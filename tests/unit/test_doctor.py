@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import tests.drivers  # noqa: F401 -- registers a driver without a VM
@@ -13,6 +14,7 @@ from cri.cli import doctor
 from cri.cli.doctor import Check, Host
 from cri.config import Cni, Config, HandlerTable
 from sandbox.host.findings import CheckResult, Finding, fail, ok
+from sandbox.vm_pods.boot_image import ImageFacts
 from sandbox.vmm import virtiofsd
 from sandbox.vmm.qemu import host as qemu_host
 from tests.kit.leaks import mounts_naming
@@ -78,6 +80,19 @@ async def test_apparmor_names_the_available_profiles(tmp_path: Path) -> None:
     (tmp_path / "sys/kernel/security/apparmor/policy").mkdir(parents=True)
     finding = await doctor.apparmor(there)
     assert (finding.result, "loaded on this host" in finding.detail) == (CheckResult.OK, True)
+
+
+async def test_acls_are_enforced_on_volumes_with_the_module_only(tmp_path: Path) -> None:
+    there = host(tmp_path)
+    assert "no guest image" in (await doctor.volume_acls(there)).detail
+    guest = tmp_path / "root/guest"
+    for name, modules, result in (("a", (), CheckResult.WARN), ("b", ("husk_acl",), CheckResult.OK)):
+        (guest / name).mkdir(parents=True)
+        facts = ImageFacts(kernel_version="6.1", modules=modules)
+        (guest / name / "image.json").write_bytes(msgspec.json.encode(facts))
+        (guest / "current").unlink(missing_ok=True)
+        (guest / "current").symlink_to(name)
+        assert (await doctor.volume_acls(there)).result is result
 
 
 async def test_check_that_raises_is_a_failure_and_the_others_run(
