@@ -120,7 +120,6 @@ class BlobWriter:
             while (end := self._complete_to()) > self.written:
                 size = min(BATCH, end - self.written)
                 await threads.run(partial(self._hash_next, size), "husk-download", pooled=True)
-                self.written += size
         if self._on_progress is not None:
             ahead = sum(
                 part.at - max(part.begin, self.written) for part in self._parts if part.at > self.written
@@ -165,12 +164,16 @@ class BlobWriter:
             self._on_progress(self.written)
 
     def _hash_next(self, size: int) -> None:
-        """Hash what a part has written: it was received a moment ago, so it is in the page cache."""
+        """Hash and count what a part has written: it was received a moment ago, so it is in the page cache.
+
+        A cancelled caller waits for this, and does nothing after it.
+        """
         try:
             data = os.pread(self._fd, size, self.written)
         except OSError as error:
             raise storage_error(error, self.path, "reading") from error
         self._hash.update(data)
+        self.written += len(data)
 
     def write_at(self, at: int, data: bytearray) -> None:
         """Write bytes at an offset, for a part. Blocking."""
@@ -223,9 +226,13 @@ class BlobPart:
     async def _write(self, data: bytearray) -> None:
         if not data:
             return
-        await threads.run(lambda: self._blob.write_at(self.at, data), "husk-download", pooled=True)
-        self.at += len(data)
+        await threads.run(lambda: self._write_next(data), "husk-download", pooled=True)
         await self._blob.hash_parts()
+
+    def _write_next(self, data: bytearray) -> None:
+        """Write and count. A cancelled caller waits for this, and does nothing after it."""
+        self._blob.write_at(self.at, data)
+        self.at += len(data)
 
 
 def storage_error(error: OSError, path: Path, what: str) -> DiskFull | StorageFailed:
