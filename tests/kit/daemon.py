@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -21,6 +22,20 @@ from tests.kit.scratch import scratch_dir, scratch_root
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUEST_VARIABLE = "HUSK_TEST_GUEST"  # a directory with vmlinux and initramfs, as `husk guest build` prints
+
+
+@dataclass(frozen=True)
+class Program:
+    """A build of Husk: its tree, the Python that it runs under, and its guest image."""
+
+    tree: Path = REPOSITORY
+    python: Path = Path(sys.executable)
+    guest: Path | None = field(default_factory=lambda: _guest_of_environment())
+
+
+def _guest_of_environment() -> Path | None:
+    guest = os.environ.get(GUEST_VARIABLE)
+    return Path(guest) if guest else None
 
 
 class Daemon:
@@ -47,7 +62,8 @@ class Daemon:
         self.cdi_dirs = (self.directory / "cdi", self.directory / "cdi-run")
         self.config = self.directory / "config.toml"
         self._write_config(cni, mirrors, settings or {})
-        self._link_guest_image()
+        self.root.mkdir(mode=0o711)
+        self.use(Program())
         self._process: subprocess.Popen[bytes] | None = None
         self.cri = Cri(self.socket, self.directory / "logs")
 
@@ -73,11 +89,13 @@ class Daemon:
             text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + "\n"
         self.config.write_text(text)
 
-    def _link_guest_image(self) -> None:
-        guest = os.environ.get(GUEST_VARIABLE)
-        self.root.mkdir(mode=0o711)
-        if guest:
-            (self.root / "guest").symlink_to(guest)
+    def use(self, program: Program) -> None:
+        """Let the next start be of this build. New pods boot its guest image at once."""
+        self.program = program
+        link = self.root / "guest"
+        link.unlink(missing_ok=True)
+        if program.guest is not None:
+            link.symlink_to(program.guest)
 
     # --------------------------------------------------------------------------- life cycle
 
@@ -97,14 +115,14 @@ class Daemon:
     def command(self, *arguments: str) -> list[str]:
         """Return the argv of `husk` with this daemon's options, run inside the namespace."""
         options = ["--root", str(self.root), "--socket", str(self.socket), "--config", str(self.config)]
-        return self.namespace.command([sys.executable, "-m", "cri", *arguments, *options])
+        return self.namespace.command([str(self.program.python), "-m", "cri", *arguments, *options])
 
     def launch(self) -> None:
         """Start the process without waiting for its socket."""
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command("serve"),
-                cwd=REPOSITORY,
+                cwd=self.program.tree,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
