@@ -106,7 +106,6 @@ class _Bundle(msgspec.Struct, frozen=True, rename="camel"):
 
 class _Subject(msgspec.Struct, frozen=True):
     digest: dict[str, str]
-    name: str = ""
 
 
 class _Statement(msgspec.Struct, frozen=True, rename="camel"):
@@ -234,7 +233,7 @@ def _read_bundle(data: bytes) -> _Claim:
         signed=_pre_authentication(envelope.payload_type.encode(), payload),
         signatures=tuple(_decode64(each.sig) for each in envelope.signatures),
         digests=frozenset(f"{kind}:{hex}" for one in statement.subject for kind, hex in one.digest.items()),
-        repository=statement.subject[0].name if statement.subject else "",
+        repository="",  # cosign names none there
     )
 
 

@@ -73,7 +73,7 @@ def put_simple(
 def put_bundle(registry: FakeRegistry, key: Private, image: str, *, predicate: str = SIGNED) -> None:
     """Sign `image`, a digest, as cosign 3 does, listed by the tag of a registry without referrers."""
     kind, _, digits = image.partition(":")
-    subject = {"name": f"{registry.address}/app", "digest": {kind: digits}}
+    subject = {"digest": {kind: digits}}
     statement = {"_type": "https://in-toto.io/Statement/v1", "subject": [subject], "predicateType": predicate}
     payload = json.dumps(statement).encode()
     signed = b"DSSEv1 %d %s %d %s" % (len(STATEMENT), STATEMENT.encode(), len(payload), payload)
@@ -212,6 +212,14 @@ async def test_signature_for_another_repository_is_refused_where_that_must_match
     else:
         error = await pull_error(store, f"{registry.address}/app:1")
         assert "names the repository 'other.test/app'" in str(error)
+
+
+async def test_bundle_which_names_no_repository_is_refused_where_that_must_match(
+    registry: FakeRegistry, tmp_path: Path, key: ec.EllipticCurvePrivateKey
+) -> None:
+    put_bundle(registry, key, registry.put_image("app", "1", [BASE]))
+    store = open_store(tmp_path, trust=of_key(write_key(tmp_path, key), match="repository"))
+    assert "names the repository 'nothing'" in str(await pull_error(store, f"{registry.address}/app:1"))
 
 
 async def test_registry_that_cannot_list_signatures_now_is_unavailable_not_unsigned(
