@@ -34,7 +34,7 @@ class Container(Recorded[ContainerRecord]):
         self.relay: LogRelay | None = None
         self.lock = asyncio.Lock()  # held by start, update and remove
         self.propagation_lock = asyncio.Lock()  # held while its mounts are repeated on the host
-        self.live: Mapping[int, MountSource] = {}  # mounts of live files by index, while it is created
+        self.live: Mapping[int, MountSource] = {}  # live files and sockets by index, while it is created
         self.propagating = False  # its mount table is being polled
         self.pid = 0
         self.exited = asyncio.Event()

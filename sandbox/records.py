@@ -200,6 +200,14 @@ class VolumeUse(Value, frozen=True, kw_only=True):
     parts: tuple[VolumePart, ...] = ()  # of the export
 
 
+class SocketUse(Value, frozen=True, kw_only=True):
+    """A mount whose source is a socket of the host (see `vm_pods.host_sockets`)."""
+
+    mount: int  # index in the specification's mounts
+    path: str  # on the host, without links
+    kind: str  # a `SocketKind`
+
+
 class HostProcess(Value, frozen=True, kw_only=True):
     """The processes of a container that runs on the host itself."""
 
@@ -236,6 +244,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     log: LogPosition = LogPosition()
     propagated: tuple[Propagated, ...] = ()
     process: HostProcess | None = None
+    sockets: tuple[SocketUse, ...] = ()  # of a pod in a VM
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -6,10 +6,13 @@
 #include "channel.h"
 #include "loop.h"
 
+struct accept;
 struct attachment;
+struct connection;
 struct container;
 struct dial;
 struct exec;
+struct listener;
 struct observer;
 
 enum { PHASES_MAX = 16 };
@@ -21,8 +24,11 @@ struct agent {
     struct container *containers;
     struct exec *execs;
     struct attachment *attachments;
-    struct dial *dials;
-    int attachment_count, dial_count;
+    struct dial *dials;             // that are connecting
+    struct connection *connections; // dialled and accepted
+    struct listener *listeners;     // of sockets that stand for the host's
+    struct accept *accepts;         // requests that wait for a connection to one of these
+    int attachment_count;
     const struct observer *observer; // sees every container's output, besides its log
     pid_t pod_init; // of the PID namespace that containers of the pod share; 0: not started yet
     int pod_init_pidfd;

@@ -101,7 +101,7 @@ static void open_stdin(struct attachment *attachment) {
         return;
     }
     loop_add(&attachment->agent->loop, &input->source, EPOLLOUT);
-    input_stream_begin(input, &attachment->agent->channel);
+    input_stream_begin(input, &attachment->agent->channel, INPUT_WINDOW);
 }
 
 static void pump_stdin(struct attachment *attachment) {

@@ -1,15 +1,15 @@
 #include "dial.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <netinet/in.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "connection.h"
 #include "reply.h"
-#include "scope.h"
 
 static void release(struct dial *dial) {
     struct agent *agent = dial->agent;
@@ -17,10 +17,7 @@ static void release(struct dial *dial) {
     while (*link != dial)
         link = &(*link)->next;
     *link = dial->next;
-    agent->dial_count--;
     loop_close(&agent->loop, &dial->connecting);
-    input_stream_close(&dial->input, agent);
-    output_stream_close(&dial->output, agent);
     free(dial);
 }
 
@@ -57,29 +54,24 @@ static int begin(struct dial *dial, struct error *error) {
     return 0;
 }
 
-// Each direction gets its own descriptor of the socket, and so its own source.
-static int split(struct dial *dial, struct error *error) {
-    struct loop *loop = &dial->agent->loop;
-    dial->input.source.fd = fcntl(dial->connecting.fd, F_DUPFD_CLOEXEC, 3);
-    dial->output.source.fd = fcntl(dial->connecting.fd, F_DUPFD_CLOEXEC, 3);
-    if (dial->input.source.fd < 0 || dial->output.source.fd < 0) {
-        fail(error, errno, "connect to port %u", dial->port);
-        close_fd(&dial->input.source.fd);
-        close_fd(&dial->output.source.fd);
-        return -1;
-    }
-    loop_close(loop, &dial->connecting);
-    loop_add(loop, &dial->input.source, EPOLLOUT);
-    loop_add(loop, &dial->output.source, EPOLLIN | EPOLLRDHUP);
-    reply_done(dial->agent, dial->request);
-    dial->request = 0;
-    input_stream_begin(&dial->input, &dial->agent->channel);
-    return 0;
+static void abandon(struct dial *dial, struct error *error) {
+    reply_failure(dial->agent, dial->request, error);
+    release(dial);
 }
 
-static void abandon(struct dial *dial, struct error *error) {
-    if (dial->request)
-        reply_failure(dial->agent, dial->request, error);
+static void connected(struct dial *dial, struct error *error) {
+    struct agent *agent = dial->agent;
+    int fd = dial->connecting.fd;
+    loop_forget(&agent->loop, &dial->connecting);
+    struct connection *connection =
+        connection_open(agent, fd, dial->to_port, dial->from_port, dial->window, error);
+    if (!connection) {
+        abandon(dial, error);
+        return;
+    }
+    reply_done(agent, dial->request);
+    connection->whole = true;
+    connection_begin(connection);
     release(dial);
 }
 
@@ -105,16 +97,25 @@ static void finish_connect(struct dial *dial) {
         fail(&error, reason, "connect to port %u", dial->port);
         loop_close(&dial->agent->loop, &dial->connecting);
         try_next(dial, &error);
-    } else if (split(dial, &error) < 0) {
-        abandon(dial, &error);
+    } else {
+        connected(dial, &error);
     }
+}
+
+static int count_dialled(const struct agent *agent) {
+    int count = 0;
+    for (const struct dial *dial = agent->dials; dial; dial = dial->next)
+        count++;
+    for (const struct connection *connection = agent->connections; connection; connection = connection->next)
+        count += connection->whole;
+    return count;
 }
 
 void dial_start(struct agent *agent, uint32_t request, const Dial *message) {
     struct error error = {0};
     bool valid =
         message->port && message->port <= UINT16_MAX && message->to_port_stream && message->from_port_stream;
-    if (!valid || agent->dial_count >= DIALS_MAX) {
+    if (!valid || count_dialled(agent) >= DIALS_MAX) {
         fail_about(&error, valid ? EMFILE : EINVAL, "dial",
                    valid ? "too many connections" : "port or streams");
         reply_failure(agent, request, &error);
@@ -127,12 +128,11 @@ void dial_start(struct agent *agent, uint32_t request, const Dial *message) {
         .request = request,
         .port = (uint16_t)message->port,
         .connecting = {.fd = -1, .ready = connecting_ready},
-        .input = input_stream_make(message->to_port_stream),
-        .output = output_stream_make(message->from_port_stream, message->window),
+        .to_port = message->to_port_stream,
+        .from_port = message->from_port_stream,
+        .window = message->window,
     };
-    dial->input.socket = true;
     agent->dials = dial;
-    agent->dial_count++;
     if (begin(dial, &error) < 0)
         try_next(dial, &error);
 }
@@ -141,13 +141,14 @@ void dial_start(struct agent *agent, uint32_t request, const Dial *message) {
 
 int dial_frame(struct agent *agent, const struct frame *frame) {
     for (struct dial *dial = agent->dials; dial; dial = dial->next) {
-        int handled = input_stream_frame(&dial->input, frame);
-        if (!handled)
-            handled = output_stream_frame(&dial->output, agent, frame);
-        if (handled) {
-            dial->hung_up |= frame->kind == FRAME_RESET;
-            return handled;
-        }
+        if (frame->stream == dial->to_port) // there is no credit yet
+            return frame->kind == FRAME_DATA ? FRAME_INVALID : FRAME_HANDLED;
+        if (frame->stream != dial->from_port)
+            continue;
+        if (frame->kind == FRAME_WINDOW)
+            dial->window += read_u32(frame->payload);
+        dial->hung_up |= frame->kind == FRAME_RESET;
+        return FRAME_HANDLED;
     }
     return 0;
 }
@@ -155,15 +156,9 @@ int dial_frame(struct agent *agent, const struct frame *frame) {
 static void hang_up(struct dial *dial) {
     struct error error = {0};
     fail_about(&error, ECANCELED, "dial", "connection");
-    input_stream_refuse(&dial->input, dial->agent);
+    channel_send(&dial->agent->channel, FRAME_RESET, dial->to_port, NULL, 0);
+    channel_send(&dial->agent->channel, FRAME_CLOSE, dial->from_port, NULL, 0);
     abandon(dial, &error);
-}
-
-static void move(struct dial *dial) {
-    input_stream_pump(&dial->input, dial->agent);
-    output_stream_pump(&dial->output, dial->agent, false, false);
-    if (dial->input.source.fd < 0 && dial->output.source.fd < 0)
-        release(dial);
 }
 
 void dial_pump(struct agent *agent) {
@@ -171,18 +166,9 @@ void dial_pump(struct agent *agent) {
         next = dial->next;
         if (dial->hung_up)
             hang_up(dial);
-        else if (dial->connecting.fd < 0)
-            move(dial);
         else if (dial->decided)
             finish_connect(dial);
     }
-}
-
-bool dial_has_work(const struct agent *agent) {
-    for (const struct dial *dial = agent->dials; dial; dial = dial->next)
-        if (output_stream_has_work(&dial->output, &agent->channel, false))
-            return true;
-    return false;
 }
 
 void dial_disconnect(struct agent *agent) {

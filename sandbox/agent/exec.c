@@ -129,7 +129,7 @@ static void announce(struct exec *exec) {
         return;
     reply_started(agent, exec->process.request, exec->process.pid);
     exec->process.request = 0;
-    input_stream_begin(&exec->input, &agent->channel);
+    input_stream_begin(&exec->input, &agent->channel, INPUT_WINDOW);
 }
 
 // The master of a terminal serves both directions, each with its own descriptor and source.

@@ -19,7 +19,7 @@ void loop_add(struct loop *loop, struct source *source, uint32_t events) {
         panic("epoll_ctl: %s", strerror(errno));
 }
 
-void loop_close(struct loop *loop, struct source *source) {
+void loop_forget(struct loop *loop, struct source *source) {
     if (source->fd < 0)
         return;
     // close(2) is not enough: a child that has not called exec yet holds the same open file (epoll(7))
@@ -27,8 +27,14 @@ void loop_close(struct loop *loop, struct source *source) {
     for (int i = loop->at; i < loop->count; i++)
         if (loop->batch[i].data.ptr == source)
             loop->batch[i].data.ptr = NULL;
-    close(source->fd);
     source->fd = -1;
+}
+
+void loop_close(struct loop *loop, struct source *source) {
+    int fd = source->fd;
+    loop_forget(loop, source);
+    if (fd >= 0)
+        close(fd);
 }
 
 void loop_turn(struct loop *loop, int timeout_ms) {

@@ -31,5 +31,8 @@ void loop_add(struct loop *loop, struct source *source, uint32_t events);
 // Removes the source, with its events that are still to be handled, and closes its descriptor. Idempotent.
 void loop_close(struct loop *loop, struct source *source);
 
+// Removes the source as loop_close does, and leaves its descriptor open.
+void loop_forget(struct loop *loop, struct source *source);
+
 // Waits at most `timeout_ms` (-1: without a limit) and calls `ready` for everything that happened.
 void loop_turn(struct loop *loop, int timeout_ms);

@@ -9,6 +9,7 @@
 #include "cgroup_requests.h"
 #include "clock.h"
 #include "configure.h"
+#include "connection.h"
 #include "container.h"
 #include "dial.h"
 #include "exec.h"
@@ -18,6 +19,7 @@
 #include "inodes.h"
 #include "live.h"
 #include "reply.h"
+#include "sockets.h"
 
 // ----------------------------------------------------------------- requests answered at once
 
@@ -97,6 +99,15 @@ static int keep_exports(struct agent *agent, const Request *request, struct erro
     return exports_keep(agent, request->keep_exports, error);
 }
 
+static int listen_sockets(struct agent *agent, const Request *request, struct error *error) {
+    return sockets_listen(agent, request->listen_sockets, error);
+}
+
+static int keep_sockets(struct agent *agent, const Request *request, struct error *error) {
+    (void)error;
+    return sockets_keep(agent, request->keep_sockets);
+}
+
 // ----------------------------------------------------- requests that send their reply themselves
 
 static void read_clocks(struct agent *agent, uint32_t id, const Request *request) {
@@ -129,6 +140,10 @@ static void attach(struct agent *agent, uint32_t id, const Request *request) {
 
 static void dial(struct agent *agent, uint32_t id, const Request *request) {
     dial_start(agent, id, request->dial);
+}
+
+static void accept_socket(struct agent *agent, uint32_t id, const Request *request) {
+    sockets_accept(agent, id, request->accept_socket);
 }
 
 static void open_log(struct agent *agent, uint32_t id, const Request *request) {
@@ -187,6 +202,9 @@ static const struct handler handlers[] = {
     [HUSK__GUEST__V1__REQUEST__BODY_MOUNT_EXPORTS] = {.run = mount_exports},
     [HUSK__GUEST__V1__REQUEST__BODY_KEEP_EXPORTS] = {.run = keep_exports},
     [HUSK__GUEST__V1__REQUEST__BODY_RELEASE_INODES] = {.run = release_inodes},
+    [HUSK__GUEST__V1__REQUEST__BODY_LISTEN_SOCKETS] = {.run = listen_sockets},
+    [HUSK__GUEST__V1__REQUEST__BODY_KEEP_SOCKETS] = {.run = keep_sockets},
+    [HUSK__GUEST__V1__REQUEST__BODY_ACCEPT_SOCKET] = {.start = accept_socket},
 };
 
 // A body that a newer protocol has is an unknown field here, and its tag is the number of the body.
@@ -226,6 +244,8 @@ void request_resync(void *context, const uint8_t nonce[TOKEN_SIZE]) {
     }
     attach_disconnect(agent);
     dial_disconnect(agent);
+    sockets_disconnect(agent);
+    connection_disconnect(agent);
     for (struct container *container = agent->containers; container; container = container->next)
         container_disconnect(container);
 }
@@ -243,7 +263,11 @@ static int handle_stream(struct agent *agent, const struct frame *frame) {
     int handled = exec_frame(agent, frame);
     if (!handled)
         handled = attach_frame(agent, frame);
-    return handled ? handled : dial_frame(agent, frame);
+    if (!handled)
+        handled = dial_frame(agent, frame);
+    if (!handled)
+        handled = sockets_frame(agent, frame);
+    return handled ? handled : connection_frame(agent, frame);
 }
 
 int request_frame(void *context, const struct frame *frame) {

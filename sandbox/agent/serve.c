@@ -14,12 +14,14 @@
 #include "agent.h"
 #include "attach.h"
 #include "cgroup.h"
+#include "connection.h"
 #include "container.h"
 #include "dial.h"
 #include "exec.h"
 #include "pod_init.h"
 #include "request.h"
 #include "scope.h"
+#include "sockets.h"
 
 enum { FLUSH_MS = 1000 };
 
@@ -105,6 +107,8 @@ static void pump(struct agent *agent) {
         container_pump(container);
     attach_pump(agent);
     dial_pump(agent);
+    connection_pump(agent);
+    sockets_pump(agent);
     channel_flush(&agent->channel);
 }
 
@@ -118,7 +122,7 @@ static bool has_work(const struct agent *agent) {
     for (const struct exec *exec = agent->execs; exec; exec = exec->next)
         if (exec_has_work(exec))
             return true;
-    return attach_has_work(agent) || dial_has_work(agent);
+    return attach_has_work(agent) || connection_has_work(agent);
 }
 
 // Sends what is queued, for as long as the host reads, then kills the containers.

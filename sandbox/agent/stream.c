@@ -9,7 +9,6 @@
 #include "agent.h"
 
 enum {
-    INPUT_WINDOW = 128 * 1024,
     INPUT_BATCH = 32 * 1024, // credit is returned in pieces of at least this, or once all is written
     MOVES_IN_A_ROW = 4,
 };
@@ -45,6 +44,16 @@ static bool is_drained(const struct output_stream *output) {
     return ioctl(output->source.fd, FIONREAD, &bytes) == 0 && bytes == 0;
 }
 
+static ssize_t receive(struct output_stream *output, uint8_t *bytes, size_t size) {
+    if (!output->no_descriptors)
+        return read(output->source.fd, bytes, size);
+    struct iovec vector = {.iov_base = bytes, .iov_len = size};
+    struct msghdr header = {.msg_iov = &vector, .msg_iovlen = 1};
+    ssize_t got = recvmsg(output->source.fd, &header, 0);
+    output->refused = got >= 0 && (header.msg_flags & MSG_CTRUNC);
+    return output->refused ? 0 : got;
+}
+
 // Moves one piece; returns whether more may follow. A background process that holds the pipe open does not
 // keep the exec alive.
 static bool output_stream_move(struct output_stream *output, struct agent *agent, bool last) {
@@ -61,7 +70,7 @@ static bool output_stream_move(struct output_stream *output, struct agent *agent
             return false;
         }
     }
-    ssize_t got = read(output->source.fd, dropped ? scratch : channel_begin(channel, size), size);
+    ssize_t got = receive(output, dropped ? scratch : channel_begin(channel, size), size);
     if (got < 0 && errno == EINTR)
         return true;
     if (got < 0 && errno == EAGAIN && !last) {
@@ -107,8 +116,9 @@ int output_stream_frame(struct output_stream *output, struct agent *agent, const
 // ------------------------------------------------------------------------------------- inputs
 
 static void input_stream_ready(struct source *source, uint32_t events) {
-    (void)events;
-    container_of(source, struct input_stream, source)->writable = true;
+    struct input_stream *input = container_of(source, struct input_stream, source);
+    input->writable = true;
+    input->hung_up |= events & EPOLLHUP;
 }
 
 struct input_stream input_stream_make(uint32_t stream) {
@@ -127,8 +137,8 @@ static void input_stream_grant(struct input_stream *input, struct channel *chann
     input->granted += bytes;
 }
 
-void input_stream_begin(struct input_stream *input, struct channel *channel) {
-    input_stream_grant(input, channel, INPUT_WINDOW);
+void input_stream_begin(struct input_stream *input, struct channel *channel, uint32_t bytes) {
+    input_stream_grant(input, channel, bytes);
 }
 
 void input_stream_close(struct input_stream *input, struct agent *agent) {
@@ -143,22 +153,44 @@ void input_stream_refuse(struct input_stream *input, struct agent *agent) {
     input_stream_close(input, agent);
 }
 
-static void input_stream_write(struct input_stream *input, struct agent *agent) {
+// Returns 0 if the rest of the message is still to come.
+static ssize_t write_message(const struct input_stream *input, const uint8_t *bytes, size_t length) {
+    size_t size = length < LENGTH_BYTES ? 0 : read_u32(bytes);
+    if (size > MESSAGE_MAX) {
+        errno = EPROTO;
+        return -1;
+    }
+    if (length < LENGTH_BYTES + size)
+        return 0;
+    ssize_t sent = send(input->source.fd, bytes + LENGTH_BYTES, size, MSG_NOSIGNAL);
+    return sent < 0 ? -1 : (ssize_t)(LENGTH_BYTES + size);
+}
+
+// Returns whether more may follow.
+static bool input_stream_write(struct input_stream *input, struct agent *agent) {
+    const uint8_t *bytes = input->pending.data + input->pending.start;
+    size_t length = buffer_length(&input->pending);
     ssize_t written =
-        write(input->source.fd, input->pending.data + input->pending.start, buffer_length(&input->pending));
+        input->messages ? write_message(input, bytes, length) : write(input->source.fd, bytes, length);
     if (written > 0) {
         buffer_consume(&input->pending, (size_t)written);
         input->consumed += (uint32_t)written;
+    } else if (written == 0) {
+        if (input->ended)
+            buffer_free(&input->pending);
+        return false;
     } else if (errno == EAGAIN) {
         input->writable = false;
     } else if (errno != EINTR) { // there is no reader any more
         input_stream_refuse(input, agent);
     }
+    return input->source.fd >= 0 && input->writable;
 }
 
 void input_stream_pump(struct input_stream *input, struct agent *agent) {
     while (input->source.fd >= 0 && input->writable && buffer_length(&input->pending) > 0)
-        input_stream_write(input, agent);
+        if (!input_stream_write(input, agent))
+            break;
     bool empty = buffer_length(&input->pending) == 0;
     if (input->consumed >= INPUT_BATCH || (empty && input->consumed > 0)) {
         if (!input->ended)

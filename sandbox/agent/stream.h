@@ -6,12 +6,16 @@
 
 struct agent;
 
+enum { INPUT_WINDOW = 128 * 1024, MESSAGE_MAX = 64 * 1024, LENGTH_BYTES = 4 };
+
 // From a descriptor to the host: read straight into the frame, as far as the host has granted credit.
 struct output_stream {
     struct source source; // -1: closed
     uint32_t stream;      // 0: the host does not want it, and what is read is dropped
     uint64_t credit;
     bool readable;
+    bool no_descriptors; // of a Unix socket: it ends where its peer passes some
+    bool refused;        // that is why it has ended
 };
 
 // From the host to a descriptor. What the descriptor does not accept yet is kept, within the host's credit.
@@ -23,7 +27,9 @@ struct input_stream {
     struct buffer pending;
     bool ended; // no more will come
     bool writable;
-    bool socket; // shut down for writing at its end, as the other direction goes on
+    bool hung_up;  // the other end was closed as a whole, and sends nothing either
+    bool messages; // each comes after its length (u32 LE), and is written at once
+    bool socket;   // shut down for writing at its end, as the other direction goes on
 };
 
 struct output_stream output_stream_make(uint32_t stream, uint32_t credit);
@@ -38,7 +44,7 @@ void input_stream_pump(struct input_stream *input, struct agent *agent);
 bool output_stream_has_work(const struct output_stream *output, const struct channel *channel, bool last);
 
 // Grants the host its first credit.
-void input_stream_begin(struct input_stream *input, struct channel *channel);
+void input_stream_begin(struct input_stream *input, struct channel *channel, uint32_t bytes);
 
 void output_stream_end(struct output_stream *output, struct agent *agent);   // closes it, and sends CLOSE
 void input_stream_refuse(struct input_stream *input, struct agent *agent);   // closes it, and sends RESET

@@ -269,6 +269,9 @@ class Request(_message.Message):
     MOUNT_EXPORTS_FIELD_NUMBER: _builtins.int
     KEEP_EXPORTS_FIELD_NUMBER: _builtins.int
     RELEASE_INODES_FIELD_NUMBER: _builtins.int
+    LISTEN_SOCKETS_FIELD_NUMBER: _builtins.int
+    KEEP_SOCKETS_FIELD_NUMBER: _builtins.int
+    ACCEPT_SOCKET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ping(self) -> Global___Ping: ...
     @_builtins.property
@@ -313,6 +316,12 @@ class Request(_message.Message):
     def keep_exports(self) -> Global___KeepExports: ...
     @_builtins.property
     def release_inodes(self) -> Global___ReleaseInodes: ...
+    @_builtins.property
+    def listen_sockets(self) -> Global___ListenSockets: ...
+    @_builtins.property
+    def keep_sockets(self) -> Global___KeepSockets: ...
+    @_builtins.property
+    def accept_socket(self) -> Global___AcceptSocket: ...
     def __init__(
         self,
         *,
@@ -338,12 +347,15 @@ class Request(_message.Message):
         mount_exports: Global___MountExports | None = ...,
         keep_exports: Global___KeepExports | None = ...,
         release_inodes: Global___ReleaseInodes | None = ...,
+        listen_sockets: Global___ListenSockets | None = ...,
+        keep_sockets: Global___KeepSockets | None = ...,
+        accept_socket: Global___AcceptSocket | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_trees", b"keep_trees", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_trees", b"keep_trees", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees", "mount_exports", "keep_exports", "release_inodes"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees", "mount_exports", "keep_exports", "release_inodes", "listen_sockets", "keep_sockets", "accept_socket"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -358,6 +370,7 @@ class Reply(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     LOG_OPENED_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def failure(self) -> Global___Failure:
         """absent on success"""
@@ -378,6 +391,10 @@ class Reply(_message.Message):
     def values(self) -> Global___CgroupValues:
         """to ReadCgroup"""
 
+    @_builtins.property
+    def accepted(self) -> Global___SocketAccepted:
+        """to AcceptSocket"""
+
     def __init__(
         self,
         *,
@@ -386,12 +403,13 @@ class Reply(_message.Message):
         started: Global___Started | None = ...,
         log_opened: Global___LogOpened | None = ...,
         values: Global___CgroupValues | None = ...,
+        accepted: Global___SocketAccepted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "clocks", b"clocks", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "body", b"body", "clocks", b"clocks", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "clocks", b"clocks", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "body", b"body", "clocks", b"clocks", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["clocks", "started", "log_opened", "values"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["clocks", "started", "log_opened", "values", "accepted"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1747,6 +1765,167 @@ class Dial(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Dial: _TypeAlias = Dial  # noqa: Y015
+
+@_typing.final
+class ListenSockets(_message.Message):
+    """Make Unix sockets that stand for sockets of the host: /run/husk/sockets/NAME, which containers bind. An existing
+    one of the same kind keeps its connections and gets the mode and owner; containers that have bound one of another
+    kind keep that. Connections wait in the kernel until they are accepted.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sockets(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostSocket]: ...
+    def __init__(
+        self,
+        *,
+        sockets: _abc.Iterable[Global___HostSocket] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sockets", b"sockets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListenSockets: _TypeAlias = ListenSockets  # noqa: Y015
+
+@_typing.final
+class HostSocket(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[HostSocket._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STREAM: HostSocket._Kind.ValueType  # 0
+        SEQPACKET: HostSocket._Kind.ValueType  # 1
+        DATAGRAM: HostSocket._Kind.ValueType  # 2
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    STREAM: HostSocket.Kind.ValueType  # 0
+    SEQPACKET: HostSocket.Kind.ValueType  # 1
+    DATAGRAM: HostSocket.Kind.ValueType  # 2
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    GID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    kind: Global___HostSocket.Kind.ValueType
+    mode: _builtins.int
+    """permission bits"""
+    uid: _builtins.int
+    gid: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: Global___HostSocket.Kind.ValueType = ...,
+        mode: _builtins.int = ...,
+        uid: _builtins.int = ...,
+        gid: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gid", b"gid", "kind", b"kind", "mode", b"mode", "name", b"name", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostSocket: _TypeAlias = HostSocket  # noqa: Y015
+
+@_typing.final
+class KeepSockets(_message.Message):
+    """Close and remove all of these sockets but those named. Connections that were accepted go on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepSockets: _TypeAlias = KeepSockets  # noqa: Y015
+
+@_typing.final
+class AcceptSocket(_message.Message):
+    """Wait for a connection to one of the sockets and accept it. The host sends as many of these requests as it will
+    take connections. Of a STREAM, the streams carry the bytes; of the other kinds messages, each after its length
+    (u32 LE). Each direction ends by itself: by CLOSE, or by RESET where the receiver stops reading. A RESET before
+    the reply cancels the request (ECANCELED). A connection that passes descriptors, or a message of more than
+    65,536 bytes, is ended.
+
+    DATAGRAM: a "connection" is what processes of one uid and gid send, in turn; the host sends nothing.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TO_GUEST_STREAM_FIELD_NUMBER: _builtins.int
+    FROM_GUEST_STREAM_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    to_guest_stream: _builtins.int
+    """host to guest"""
+    from_guest_stream: _builtins.int
+    """guest to host"""
+    window: _builtins.int
+    """initial credit of it"""
+    def __init__(
+        self,
+        *,
+        to_guest_stream: _builtins.int = ...,
+        from_guest_stream: _builtins.int = ...,
+        window: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_guest_stream", b"from_guest_stream", "to_guest_stream", b"to_guest_stream", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptSocket: _TypeAlias = AcceptSocket  # noqa: Y015
+
+@_typing.final
+class SocketAccepted(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    GID_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    uid: _builtins.int
+    """of the process that connected, in the guest's initial user namespace"""
+    gid: _builtins.int
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uid: _builtins.int = ...,
+        gid: _builtins.int = ...,
+        groups: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gid", b"gid", "groups", b"groups", "name", b"name", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SocketAccepted: _TypeAlias = SocketAccepted  # noqa: Y015
 
 @_typing.final
 class OpenLog(_message.Message):

@@ -33,14 +33,14 @@ _SIZE_MAX = 0xFFFF  # struct winsize
 class Reader:
     """A guest-to-host stream. Only one task may read at a time."""
 
-    def __init__(self, client: GuestClient) -> None:
+    def __init__(self, client: GuestClient, window: int = WINDOW) -> None:
         self._client = client
         self._chunks: deque[bytes] = deque()
         self._unacknowledged = 0  # bytes of the last read
         self._ended = False
         self._error: SandboxError | None = None
         self._changed = asyncio.Event()
-        self.stream = client.open_input(self, WINDOW)
+        self.stream = client.open_input(self, window)
         self._forget = client.on_lost(self._fail)
 
     async def read(self) -> bytes:

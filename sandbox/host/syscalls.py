@@ -13,7 +13,9 @@ The numbers of system calls above 424 are the same on every architecture (but al
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_long, c_size_t, c_uint, c_uint64, c_ulong
 from pathlib import Path
 
@@ -41,6 +43,10 @@ RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_IN_ROOT = 0x10
 
 _OPEN_TREE, _MOVE_MOUNT, _OPENAT2, _MOUNT_SETATTR = 428, 429, 437, 442
+# setgroups, setresgid, setresuid, capset: these numbers differ (asm/unistd.h)
+_CREDENTIAL_CALLS = {"x86_64": (116, 119, 117, 126), "aarch64": (159, 149, 147, 91)}
+_CAPABILITY_VERSION_3 = 0x20080522
+_UNCHANGED = c_uint(0xFFFFFFFF)
 _STATFS_BYTES = 256  # more than struct statfs of any kernel
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -191,6 +197,28 @@ def inotify_add_watch(descriptor: int, path: str | Path, mask: int, *, what: str
 def inotify_rm_watch(descriptor: int, watch: int) -> None:
     """inotify_rm_watch(2). Needs no capability. Raises OSError: EINVAL for a watch that has ended."""
     _check("inotify_rm_watch", _libc.inotify_rm_watch(descriptor, watch), "")
+
+
+def set_thread_credentials(uid: int, gid: int, groups: Sequence[int], capabilities: int) -> None:
+    """Change the effective ids, groups and permitted capabilities of the calling thread, and of no other.
+
+    For a thread that ends afterwards: it cannot go back. libc's functions would change every thread of the
+    process (nptl(7)), so these are the kernel's. The real user stays, so no other user may trace or signal
+    the thread. Needs CAP_SETUID and CAP_SETGID. Raises OSError: ENOSYS on an architecture that is not known
+    here.
+    """
+    calls = _CREDENTIAL_CALLS.get(os.uname().machine)
+    if calls is None:
+        raise OSError(errno.ENOSYS, f"the credentials of a thread on {os.uname().machine}")
+    set_groups, set_gid, set_uid, set_capabilities = map(c_long, calls)
+    array = (c_uint * len(groups))(*groups)
+    _check("setgroups", _libc.syscall(set_groups, c_size_t(len(groups)), array), "")
+    _check("setresgid", _libc.syscall(set_gid, _UNCHANGED, c_uint(gid), _UNCHANGED), "")
+    _check("setresuid", _libc.syscall(set_uid, _UNCHANGED, c_uint(uid), _UNCHANGED), "")
+    low, high = capabilities & 0xFFFFFFFF, capabilities >> 32
+    head = (c_uint * 2)(_CAPABILITY_VERSION_3, 0)
+    sets = (c_uint * 6)(low, low, 0, high, high, 0)  # effective, permitted, inheritable; twice 32 bits
+    _check("capset", _libc.syscall(set_capabilities, head, sets), "")
 
 
 def _check(call: str, result: int, what: str | Path) -> None:

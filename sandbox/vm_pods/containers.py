@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from sandbox.container import Container
@@ -25,13 +27,19 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.spec import ContainerId, ExitCode
 from sandbox.vm_pods.link import link_of
-from sandbox.vm_pods.live_files import LiveFiles
 from sandbox.vm_pods.propagation import PropagationSync
 from sandbox.vm_pods.volumes import release_unused
 
 log = logging.getLogger(__name__)
 
 LOG_END_TIMEOUT_S = 5.0  # longer than a busy disk takes; a full one must not hide the exit
+
+
+class Recoverable(Protocol):
+    """What the agent keeps for mounts, beside the exports: live files, sockets."""
+
+    async def recover(self, pod: Pod) -> None:
+        """Bring it up to date after a new connection to the agent was made. Failures are logged."""
 
 
 class VmContainers:
@@ -43,14 +51,14 @@ class VmContainers:
         exits: Exits,
         tasks: Tasks,
         propagation: PropagationSync,
-        live: LiveFiles,
+        guests_own: Sequence[Recoverable],
         container_steps: Steps[Container],
     ) -> None:
         self._inventory = inventory
         self._exits = exits
         self._tasks = tasks
         self._propagation = propagation
-        self._live = live
+        self._guests_own = guests_own
         # ends that the guest reported before StartContainer had its answer
         self._early: WeakKeyDictionary[Container, Exit] = WeakKeyDictionary()
         self.container_steps = container_steps
@@ -128,7 +136,8 @@ class VmContainers:
         """Recover a pod whose connection was lost, by what its guest says."""
         await release_unused(self._inventory, pod)
         await self.settle(pod, welcome)
-        await self._live.recover(pod)
+        for each in self._guests_own:
+            await each.recover(pod)
 
     async def settle(self, pod: Pod, welcome: pb.Welcome) -> None:
         """Resume the logs of the pod's containers, and report those that ended meanwhile. Makes only requests
