@@ -102,6 +102,7 @@ class Layer:
         link: str = "",
         uid: int = 0,
         gid: int = 0,
+        xattrs: Mapping[str, bytes] | None = None,
     ) -> Layer:
         """Add an entry, and its missing parents; returns self. A later entry of one path replaces the
         earlier."""
@@ -113,6 +114,9 @@ class Layer:
         info = tarfile.TarInfo(path)
         info.type, info.mode, info.linkname, info.uid, info.gid = kind, mode, link, uid, gid
         info.size = len(content) if kind == tarfile.REGTYPE else 0
+        # bytes of a pax header that are not UTF-8 are written as they are
+        values = {key: value.decode(errors="surrogateescape") for key, value in (xattrs or {}).items()}
+        info.pax_headers = {f"SCHILY.xattr.{key}": value for key, value in values.items()}
         self.entries[path] = (info, content)
         self._made.clear()
         return self
@@ -143,7 +147,9 @@ class Layer:
 
     def _tar(self) -> bytes:
         raw = io.BytesIO()
-        with tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        plain = not any(info.pax_headers for info, _ in self.entries.values())
+        form = tarfile.GNU_FORMAT if plain else tarfile.PAX_FORMAT
+        with tarfile.open(fileobj=raw, mode="w", format=form) as archive:
             # a hard link must follow its target
             for path in sorted(self.entries, key=lambda name: (self.entries[name][0].islnk(), name)):
                 info, data = self.entries[path]

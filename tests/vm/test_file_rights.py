@@ -237,12 +237,15 @@ def test_access_list_that_names_another_group_does_not_concern_a_stranger(strang
     assert stranger.sh("cat denied") == "content"
 
 
-def test_default_access_list_is_inherited(member: Files) -> None:
+def test_default_access_list_is_inherited(member: Files, where: str) -> None:
     assert member.sh("cd inheriting && touch f && mkdir d && echo done") == "done"
     found = member.status("inheriting/f", "inheriting/d")
     assert found["inheriting/f"][:2] == (USER, USER)
     assert found["inheriting/f"][3] == ["system.posix_acl_access"]
     assert found["inheriting/d"][3] == ["system.posix_acl_access", "system.posix_acl_default"]
+    if where == "rootfs" or acls_on_volumes():  # a default list takes the place of the umask, acl(5)
+        modes = [stat.S_IMODE(found[name][2]) for name in ("inheriting/f", "inheriting/d")]
+        assert modes == [0o660, 0o770]
 
 
 def test_write_by_another_user_takes_the_set_id_bits(member: Files) -> None:

@@ -17,6 +17,7 @@ from tests.kit.scratch import scratch_dir
 pytestmark = pytest.mark.vm
 
 BUSYBOX = f"{HOST}/husk/busybox:1"
+MEET = f"{HOST}/husk/meet:1"
 SLEEP = ("sleep", "3600")
 BASE, LENGTH = 70000, 65536
 
@@ -72,6 +73,26 @@ def test_volumes_are_mapped(cri: Cri, pod: Pod) -> None:
     denied = cri.exec(container, "touch", "/p/file")
     assert "Permission denied" in denied.stderr
     assert not Path(plain / "file").exists()
+
+
+def test_two_containers_share_a_mapped_volume(cri: Cri, pod: Pod) -> None:
+    """One file system for both, with the owners that the volume's mapping gives, also for another user."""
+    cri.pull(MEET)
+    folder = scratch_dir("shared")
+    mount = api.Mount(container_path="/data", host_path=str(folder), uidMappings=ids(), gidMappings=ids())
+    server = cri.run(pod, MEET, ("meet", "serve", "/data"), linux=linux(), mounts=[mount])
+    eventually_sync((folder / "ready").exists, until=bool, timeout_s=10)
+    other = cri.run(pod, MEET, SLEEP, linux=linux(), mounts=[mount])
+    met = cri.exec(other, "meet", "check", "/data").stdout.split()
+    assert sorted(met) == ["fcntl", "fifo", "flock", "inotify", "map", "rename", "socket"]
+    assert cri.status(server).state == api.CONTAINER_RUNNING
+    assert cri.exec(other, "sh", "-c", "mkdir -m 1777 /data/open; echo x >/data/private").code == 0
+    assert cri.exec(other, "chmod", "600", "/data/private").code == 0
+    user = cri.run(pod, MEET, SLEEP, linux=linux(run_as_user=api.Int64Value(value=1000)), mounts=[mount])
+    assert cri.exec(user, "touch", "/data/open/mine").code == 0
+    assert cri.exec(other, "stat", "-c", "%u:%g", "/data/open/mine").stdout == "1000:1000\n"
+    assert (folder / "open/mine").stat().st_uid == 1000
+    assert "Permission denied" in cri.exec(user, "cat", "/data/private").stderr
 
 
 def test_live_configuration_is_mapped_too(cri: Cri, pod: Pod) -> None:
