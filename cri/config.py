@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from image.budget import Limits
 from image.trust.policies import Policy, check_policy, check_prefix
 from sandbox.errors import InvalidSpec
 from sandbox.host import size
@@ -120,14 +121,16 @@ class Registry(Table, frozen=True, kw_only=True):
     auth_file: str = "/etc/husk/auth.json"  # docker's config.json
     max_concurrent_downloads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     connections_per_layer: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
+    max_concurrent_unpacks: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     min_free_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 128  # 0: no limit
-    max_layer_gib: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 128
-    max_layer_entries: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 2_000_000
-    max_layer_segments: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 1 << 20
-    max_layer_tail_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 64
     min_rate_10s: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 1 << 10  # bytes per second; 0: no limit
     min_rate_60s: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 64 << 10
+    connect_timeout_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 15
+    stall_timeout_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 30
+    answer_timeout_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60
     blob_timeout_s: Annotated[int, msgspec.Meta(ge=0, le=604800)] = 7200  # 0: no limit
+    pull_timeout_s: Annotated[int, msgspec.Meta(ge=0, le=604800)] = 0  # 0: no limit
+    limits: Limits = Limits()
     trust: dict[str, TrustTable] = {}
 
     def trust_policies(self) -> Mapping[str, Policy]:
@@ -352,7 +355,7 @@ def _check_streaming(streaming: Streaming, source: str) -> None:
 # ------------------------------------------------------------------------ errors with a path
 
 
-def _refuse_unknown(tree: object, shape: type[Table], at: str, source: str) -> None:
+def _refuse_unknown(tree: object, shape: type[msgspec.Struct], at: str, source: str) -> None:
     """Raise ConfigError for an unknown key, with the keys of its table (msgspec would not list them)."""
     if not isinstance(tree, Mapping):
         return  # the conversion reports that a table is expected
@@ -365,7 +368,7 @@ def _refuse_unknown(tree: object, shape: type[Table], at: str, source: str) -> N
             raise ConfigError(source, path, problem, ", ".join(fields))
         kind = fields[key]
         inner = typing.get_args(kind)[-1] if typing.get_origin(kind) is dict else kind
-        if not (isinstance(inner, type) and issubclass(inner, Table)):
+        if not (isinstance(inner, type) and issubclass(inner, msgspec.Struct)):
             continue
         if inner is kind:
             _refuse_unknown(value, inner, f"{path}.", source)
@@ -390,7 +393,7 @@ def _accepted(key: str) -> str:
     """Describe the values that a key accepts, from its type."""
     shape: Any = Config
     for part in _PARTS.findall(re.sub(r"\[\d+\]$", "", key)):
-        if shape is HandlerTable or (isinstance(shape, type) and issubclass(shape, Table)):
+        if shape is HandlerTable or (isinstance(shape, type) and issubclass(shape, msgspec.Struct)):
             shape = {field.name: field.type for field in msgspec.structs.fields(shape)}.get(part)
         elif typing.get_origin(shape) is dict:
             shape = typing.get_args(shape)[1]

@@ -35,7 +35,6 @@ from cri.version import version
 from image.errors import ImageError
 from image.image_store import ImageStore
 from image.index import Image
-from image.layer import Limits
 from image.options import ImageOptions
 from image.preload import Preloader
 from image.registry import Timing
@@ -337,6 +336,7 @@ class _Builder:
                 inventory=self.inventory,
                 pods=self.pod_store,
                 containers=self.container_store,
+                images_set_aside=lambda: len(self.images.index.set_aside),
                 vm_usage=self._vm_usage,
                 process_usage=self.processes.host_cost,
                 limiters=lambda: (self.vm_starts, self.network_setups, *self.images.limiters()),
@@ -346,24 +346,25 @@ class _Builder:
         )
 
     def _images(self) -> ImageStore:
+        registry = self.config.registry
         options = ImageOptions(
-            config_path=Path(self.config.registry.config_path),
-            auth_file=Path(self.config.registry.auth_file),
-            trust=self.config.registry.trust_policies(),
+            config_path=Path(registry.config_path),
+            auth_file=Path(registry.auth_file),
+            trust=registry.trust_policies(),
             pinned=self.config.images.pinned,
-            max_downloads=self.config.registry.max_concurrent_downloads,
-            min_free_bytes=self.config.registry.min_free_mib << 20,
-            limits=Limits(
-                max_bytes=self.config.registry.max_layer_gib << 30,
-                max_entries=self.config.registry.max_layer_entries,
-                max_segments=self.config.registry.max_layer_segments,
-                max_tail_bytes=self.config.registry.max_layer_tail_mib << 20,
-            ),
+            max_downloads=registry.max_concurrent_downloads,
+            max_unpacks=registry.max_concurrent_unpacks,
+            pull_timeout_s=registry.pull_timeout_s,
+            min_free_bytes=registry.min_free_mib << 20,
+            limits=registry.limits,
             timing=Timing(
-                connections=self.config.registry.connections_per_layer,
-                slow_rate=self.config.registry.min_rate_10s,
-                low_rate=self.config.registry.min_rate_60s,
-                blob_s=self.config.registry.blob_timeout_s,
+                connect_s=registry.connect_timeout_s,
+                stall_s=registry.stall_timeout_s,
+                connections=registry.connections_per_layer,
+                slow_rate=registry.min_rate_10s,
+                low_rate=registry.min_rate_60s,
+                blob_s=registry.blob_timeout_s,
+                answer_s=registry.answer_timeout_s,
             ),
         )
         return ImageStore(Path(self.config.root), options, self.inventory.layers_in_use)

@@ -30,6 +30,7 @@ class MetricSources:
     inventory: Inventory
     pods: Store[PodRecord]
     containers: Store[ContainerRecord]
+    images_set_aside: Callable[[], int]
     vm_usage: Callable[[Pod], HostUsage]
     process_usage: Callable[[Pod], tuple[float, int]]  # CPU seconds and bytes of memory
     limiters: Callable[[], Sequence[LimiterCount]]
@@ -56,7 +57,8 @@ class MetricSources:
         return Counter(str(record.state) for record in self.containers)
 
     def _quarantined(self) -> Mapping[str, int]:
-        return {store.kind: len(store.quarantined) for store in (self.pods, self.containers)}
+        kept = {store.kind: len(store.quarantined) for store in (self.pods, self.containers)}
+        return {**kept, "image": self.images_set_aside()}
 
     def _usage(self) -> Sequence[SandboxUsage]:
         ready = [pod for pod in list(self.inventory.pods.values()) if pod.record.ready]

@@ -47,7 +47,7 @@ class Sources(Value, frozen=True, kw_only=True):
     sandboxes: Callable[[], Mapping[str, int]] = dict  # by state
     isolation: Callable[[], Mapping[str, int]] = dict  # ready sandboxes by isolation
     containers: Callable[[], Mapping[str, int]] = dict  # by state
-    quarantined: Callable[[], Mapping[str, int]] = dict  # records, by kind: pod or container
+    quarantined: Callable[[], Mapping[str, int]] = dict  # records, by kind: pod, container or image
     usage: Callable[[], Sequence[SandboxUsage]] = tuple
     limiters: Callable[[], Sequence[LimiterCount]] = tuple
 
@@ -167,7 +167,7 @@ class _FromSources(Collector):
         yield _counts("husk_containers", "Containers by state.", "state", self._sources.containers)
         yield _counts(
             "husk_quarantined_records",
-            "Records of pods and containers that cannot be used, by kind; what they describe is left alone.",
+            "Records of pods, containers and images that cannot be used, by kind; they are left alone.",
             "kind",
             self._sources.quarantined,
         )

@@ -13,27 +13,30 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import os
-import shutil
-import tarfile
-import threading
-from collections.abc import AsyncIterator, Mapping
+import posixpath
+import stat
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar, cast
+from typing import BinaryIO, Protocol, TypeVar
 
 import msgspec
 
-from image import manifest
+from image import manifest, tar
 from image.blobs import BATCH, BlobWriter, Fetched, storage_error
-from image.compression import GZIP_MAGIC, ZSTD_MAGIC, broken_stream, open_plain
+from image.budget import Budget, Limits, OverLimit, Watch
+from image.compression import LargeWindows, broken_stream, inflate, is_compressed
 from image.errors import ArchiveInvalid, InvalidReference, ManifestInvalid
-from image.manifest import CONFIG_LIMIT, MANIFEST_LIMIT, Descriptor
+from image.manifest import Descriptor
 from image.reference import parse
 
 T = TypeVar("T")
 
 _NAME = "io.containerd.image.name"
 _REF_NAME = "org.opencontainers.image.ref.name"
+_LINKS_MAX = 8  # from one member to the next
+_PIECE = 64 << 10
 _LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 _CONFIG = "application/vnd.docker.container.image.v1+json"
 
@@ -57,7 +60,7 @@ class _DockerImage(msgspec.Struct, frozen=True, rename="pascal"):
 class _Members(Protocol):
     """Files by name, relative to the archive's root. `open` raises KeyError for a missing one."""
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> io.RawIOBase:
         """Return a reader of a file, which the caller closes."""
 
     def close(self) -> None:
@@ -65,35 +68,113 @@ class _Members(Protocol):
 
 
 class _Folder:
+    """The files of a directory."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> io.RawIOBase:
         if ".." in name.split("/") or name.startswith("/"):
             raise KeyError(name)
         try:
-            return (self._path / name).open("rb")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            # without O_NONBLOCK, a FIFO would block until a process writes to it
+            fd = os.open(self._path / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise KeyError(name) from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise KeyError(name)
+        return io.FileIO(fd)
 
     def close(self) -> None:
         return
 
 
-class _Tar:
-    def __init__(self, path: Path) -> None:
-        self._tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed by close)
-        self._members = {os.path.normpath(m.name): m for m in self._tar.getmembers()}
+class _Seeking(tar.Chunks):
+    """The chunks of a file, in which data that is skipped is not read."""
 
-    def open(self, name: str) -> BinaryIO:
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(iter(lambda: file.read(_PIECE), b""))
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+
+    @property
+    def position(self) -> int:
+        """The offset in the file of what is read next."""
+        return self._file.tell() - (len(self._chunk) - self._at)
+
+    def skip(self, size: int) -> None:
+        """Move on by `size` bytes. Raises TarError beyond the file's end."""
+        if size <= len(self._chunk) - self._at:
+            self._at += size
+            return
+        target = self.position + size
+        if target > self._size:
+            raise tar.TarError("the archive ends in the middle of an entry")
+        self._file.seek(target)
+        self._chunk, self._at = b"", 0
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file. Several may be read at once, as it uses no file position."""
+
+    def __init__(self, file: BinaryIO, begin: int, size: int) -> None:
+        self._fd = file.fileno()
+        self._begin = begin
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        size = min(len(buffer), self._size - self._at)
+        read = os.preadv(self._fd, [memoryview(buffer)[:size]], self._begin + self._at) if size else 0
+        self._at += read
+        return read
+
+
+class _Tar:
+    """The members of a tar, found in one pass over its headers."""
+
+    def __init__(self, path: Path, limits: Limits, watch: Watch) -> None:
+        self._members: dict[str, tuple[int, int]] = {}  # offset and size
+        self._links: dict[str, str] = {}
+        self._file = path.open("rb")
+        try:
+            self._find_members(limits, watch)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _find_members(self, limits: Limits, watch: Watch) -> None:
+        entries = Budget(limits, "archive_entries")
+        chunks = _Seeking(self._file)
+        for entry in tar.entries(chunks, limits):
+            watch.check()
+            entries.spend()
+            name = posixpath.normpath(os.fsdecode(entry.name))
+            target = os.fsdecode(entry.link)
+            if entry.kind == tar.REGULAR and entry.segments is None:
+                self._members[name] = chunks.position, entry.stored
+            elif entry.kind == tar.HARD_LINK:
+                self._links[name] = posixpath.normpath(target)
+            elif entry.kind == tar.SYMLINK:
+                self._links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+            chunks.skip(entry.stored)
+            tar.skip_padding(chunks, entry.stored)
+
+    def open(self, name: str) -> io.RawIOBase:
+        name = posixpath.normpath(name)
         # links between members are followed inside the archive (old versions of `docker save` write them)
-        file = self._tar.extractfile(self._members[os.path.normpath(name)])
-        if file is None:
-            raise KeyError(name)
-        return cast(BinaryIO, file)
+        for _ in range(_LINKS_MAX):
+            if (member := self._members.get(name)) is not None:
+                return _Slice(self._file, *member)
+            name = self._links[name]
+        raise KeyError(name)
 
     def close(self) -> None:
-        self._tar.close()
+        self._file.close()
 
 
 class Archive:
@@ -102,30 +183,34 @@ class Archive:
     Its methods raise ArchiveInvalid, DigestMismatch, DiskFull and StorageFailed.
     """
 
-    def __init__(self, path: Path, members: _Members) -> None:
+    def __init__(self, path: Path, members: _Members, limits: Limits, watch: Watch) -> None:
         self._path = path
         self._members = members
-        # the members of a tar share one file position, and layers are read concurrently
-        self._reading = threading.Lock()
+        self._limits = limits
+        self._watch = watch
         self._made: dict[str, bytes] = {}  # manifests generated here, by digest
         self._names: dict[str, str] = {}  # digest -> member of a docker-archive
         self.images: tuple[Archived, ...] = ()
 
     async def close(self) -> None:
         """Close the file."""
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file, from any thread."""
         self._members.close()
 
     async def manifest(self, target: str, size: int | None = None) -> Fetched:
         """Return a manifest or index by its digest."""
         data = self._made.get(target)
         if data is None:
-            data = await asyncio.to_thread(self._read, self._member(target), MANIFEST_LIMIT)
+            data = await asyncio.to_thread(self._read, self._member(target), "manifest_bytes")
             manifest.check(f"manifest {target}", data, target, size)
         return Fetched(data=data, digest=target)
 
-    async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
-        """Return a blob of at most `limit` bytes, verified."""
-        data = await asyncio.to_thread(self._read, self._member(descriptor.digest), limit)
+    async def small_blob(self, descriptor: Descriptor, key: str) -> bytes:
+        """Return a whole blob, verified. `key` names the limit of its size."""
+        data = await asyncio.to_thread(self._read, self._member(descriptor.digest), key)
         manifest.check(f"blob {descriptor.digest}", data, descriptor.digest, descriptor.size)
         return data
 
@@ -137,18 +222,14 @@ class Archive:
     async def _chunks(self, name: str) -> AsyncIterator[bytes]:
         file = await asyncio.to_thread(self._open, name)
         try:
-            while chunk := await asyncio.to_thread(self._read_part, file, BATCH):
+            while chunk := await asyncio.to_thread(file.read, BATCH):
                 yield chunk
-        except (OSError, tarfile.TarError) as error:
+        except OSError as error:
             raise self._invalid(f"{name} cannot be read: {error}") from error
         finally:
             file.close()
 
     # ------------------------------------------------------------------------------ reading
-
-    def _read_part(self, file: BinaryIO, size: int) -> bytes:
-        with self._reading:
-            return file.read(size)
 
     def find_images(self) -> None:
         """Read the archive's index into `images`. Blocking. Raises ArchiveInvalid, ManifestInvalid."""
@@ -158,7 +239,7 @@ class Archive:
             )
         elif (index := self._optional("index.json")) is not None:
             extra = self._docker_names(docker) if docker is not None else {}
-            entries = manifest.decode_index("index.json", index).manifests
+            entries = manifest.decode_index("index.json", index, self._limits).manifests
             self.images = tuple(
                 Archived(target=entry.digest, names=_oci_names(entry) or extra.get(entry.digest, ()))
                 for entry in entries
@@ -167,9 +248,13 @@ class Archive:
             raise self._invalid("has neither index.json (OCI layout) nor manifest.json (docker-archive)")
         if not self.images:
             raise self._invalid("holds no image")
+        self._check("archive_images", len(self.images))
+        for image in self.images:
+            self._check("image_names", len(image.names))
 
     def _docker_image(self, image: _DockerImage) -> Archived:
-        config = self._read(image.config, CONFIG_LIMIT)
+        self._check("layers", len(image.layers))
+        config = self._read(image.config, "config_bytes")
         built = manifest.Manifest(
             schema_version=2,
             media_type=manifest.DOCKER_MANIFEST,
@@ -186,10 +271,11 @@ class Archive:
         digest, size = hashlib.sha256(), 0
         try:
             with self._open(name) as file:
-                while chunk := self._read_part(file, BATCH):
+                while chunk := file.read(BATCH):
+                    self._watch.check()
                     digest.update(chunk)
                     size += len(chunk)
-        except (OSError, tarfile.TarError) as error:
+        except OSError as error:
             raise self._invalid(f"{name} cannot be read: {error}") from error
         found = Descriptor(media_type=_LAYER, digest=f"sha256:{digest.hexdigest()}", size=size)
         self._names[found.digest] = name
@@ -199,14 +285,15 @@ class Archive:
         """Return full names by manifest digest: `docker save` since version 25 writes both formats, and full
         names only in manifest.json."""
         images = self._decode(docker, list[_DockerImage])
-        entries = manifest.decode_index("index.json", self._read("index.json", MANIFEST_LIMIT)).manifests
+        index = self._read("index.json", "manifest_bytes")
+        entries = manifest.decode_index("index.json", index, self._limits).manifests
         names: dict[str, tuple[str, ...]] = {}
         for entry in entries:
             data = self._optional(self._member(entry.digest))
             if data is None:
                 continue
             try:
-                found = manifest.decode(entry.digest, data)
+                found = manifest.decode(entry.digest, data, limits=self._limits)
             except ManifestInvalid:
                 continue
             if isinstance(found, manifest.Manifest):
@@ -227,27 +314,42 @@ class Archive:
         return True
 
     def _optional(self, name: str) -> bytes | None:
-        return self._read(name, MANIFEST_LIMIT) if self._has(name) else None
+        return self._read(name, "manifest_bytes") if self._has(name) else None
 
-    def _open(self, name: str) -> BinaryIO:
+    def _open(self, name: str) -> io.RawIOBase:
         try:
             return self._members.open(name)
-        except (KeyError, OSError, tarfile.TarError) as error:
+        except (KeyError, OSError) as error:
             raise self._invalid(f"{name} is missing") from error
 
-    def _read(self, name: str, limit: int) -> bytes:
+    def _read(self, name: str, key: str) -> bytes:
+        """Read a whole file; `key` names the limit of its size."""
+        self._watch.check()
+        budget = Budget(self._limits, key)
+        data = bytearray()
         try:
             with self._open(name) as file:
-                data = self._read_part(file, limit + 1)
-        except (OSError, tarfile.TarError) as error:
+                while piece := file.read(_PIECE):
+                    budget.spend(len(piece))
+                    data += piece
+        except OSError as error:
             raise self._invalid(f"{name} cannot be read: {error}") from error
-        if len(data) > limit:
-            raise self._invalid(f"{name} is larger than {limit} bytes")
-        return data
+        except OverLimit as error:
+            raise self._invalid(f"{name}: {error.reason}") from error
+        return bytes(data)
+
+    def _check(self, key: str, value: int) -> None:
+        try:
+            Budget(self._limits, key).check(value)
+        except OverLimit as error:
+            raise self._invalid(error.reason) from error
 
     def _decode(self, data: bytes, kind: type[T]) -> T:
         try:
+            manifest.check_shape(data, self._limits)
             return msgspec.json.decode(data, type=kind)
+        except OverLimit as error:
+            raise self._invalid(f"manifest.json: {error.reason}") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._invalid(f"manifest.json: {error}") from error
 
@@ -255,40 +357,62 @@ class Archive:
         return ArchiveInvalid(str(self._path), problem)
 
 
-def open_archive(path: Path, scratch: Path) -> Archive:
-    """Open an archive; `scratch` is an empty directory that outlives the result. Blocking.
+class Opening(msgspec.Struct, frozen=True, kw_only=True):
+    """How an archive is opened. `scratch` is an empty directory that outlives the archive; `check_space` is
+    called with the number of bytes before they are written there, and raises DiskFull."""
 
-    Raises ArchiveInvalid, ManifestInvalid, DiskFull, StorageFailed.
+    scratch: Path
+    limits: Limits
+    watch: Watch
+    large: LargeWindows
+    check_space: Callable[[int], None] = lambda size: None
+
+
+def open_archive(path: Path, opening: Opening) -> Archive:
+    """Open an archive. Blocking.
+
+    Raises ArchiveInvalid, ManifestInvalid, DiskFull, StorageFailed, Stopped.
     """
+    limits, watch = opening.limits, opening.watch
+    members: _Members
     try:
-        members = _Folder(path) if path.is_dir() else _Tar(_decompressed(path, scratch))
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise ArchiveInvalid(str(path), f"is not a tar archive: {error}") from error
+        members = _Folder(path) if path.is_dir() else _Tar(_decompressed(path, opening), limits, watch)
+    except tar.TarError as error:
+        raise ArchiveInvalid(str(path), f"is not a tar archive: {error.reason}") from error
+    except OverLimit as error:
+        raise ArchiveInvalid(str(path), error.reason) from error
     except OSError as error:
         if error.filename == str(path):
             raise ArchiveInvalid(str(path), error.strerror or str(error)) from error
-        raise storage_error(error, scratch, "decompressing an archive") from error
-    archive = Archive(path, members)
+        raise storage_error(error, opening.scratch, "decompressing an archive") from error
+    archive = Archive(path, members, limits, watch)
     try:
         archive.find_images()
+    except OverLimit as error:
+        members.close()
+        raise ArchiveInvalid(str(path), error.reason) from error
     except BaseException:
         members.close()
         raise
     return archive
 
 
-def _decompressed(path: Path, scratch: Path) -> Path:
+def _decompressed(path: Path, opening: Opening) -> Path:
     """Return `path`, or a decompressed copy: in a compressed tar no member can be read without all before
     it."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ArchiveInvalid(str(path), "is neither a file nor a directory")
     with path.open("rb") as file:
-        magic = file.read(4)
-        file.seek(0)
-        if not magic.startswith(GZIP_MAGIC) and magic != ZSTD_MAGIC:
+        if not is_compressed(file.read(4)):
             return path
-        plain = scratch / "archive.tar"
+        plain = opening.scratch / "archive.tar"
+        size = Budget(opening.limits, "archive_bytes")
         try:
             with plain.open("wb") as out:
-                shutil.copyfileobj(open_plain(file), out, BATCH)
+                for chunk in inflate(file, opening.limits, opening.watch.check, opening.large):
+                    size.spend(len(chunk))
+                    opening.check_space(len(chunk))
+                    out.write(chunk)
         except broken_stream() as error:
             raise ArchiveInvalid(str(path), f"the compressed stream is broken: {error}") from error
     return plain

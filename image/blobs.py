@@ -51,8 +51,8 @@ class Source(Protocol):
     async def manifest(self, target: str, size: int | None = None) -> Fetched:
         """Return the manifest or index of this tag or digest, verified by its digest and size if known."""
 
-    async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
-        """Return a blob of at most `limit` bytes, verified."""
+    async def small_blob(self, descriptor: Descriptor, key: str) -> bytes:
+        """Return a whole blob, verified. `key` names the limit of its size."""
 
     async def blob(self, descriptor: Descriptor, into: BlobWriter) -> None:
         """Write the blob, from where `into` ends, and call its `finish`."""

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from image.budget import Budget, Limits, OverLimit
 from image.errors import MirrorConfigInvalid
 from image.reference import DEFAULT_DOMAIN
 
@@ -78,7 +79,7 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def find_hosts(config_path: Path | None, domain: str) -> tuple[Host, ...]:
+def find_hosts(config_path: Path | None, domain: str, limits: Limits | None = None) -> tuple[Host, ...]:
     """Return the hosts to ask for images of registry `domain`, in order; at least one.
 
     `config_path` is a directory as described above; None or a missing one gives the registry itself.
@@ -91,11 +92,29 @@ def find_hosts(config_path: Path | None, domain: str) -> tuple[Host, ...]:
     if not file.exists():
         # Docker's layout: certificates only
         return (msgspec.structs.replace(_origin(domain), **_certificates(folder)),)
+    limits = limits or Limits()
     try:
-        config = tomllib.loads(file.read_text(encoding="utf-8"))
+        config = tomllib.loads(_read(file, limits))
+        found = _Parser(file, domain).hosts(config)
+        Budget(limits, "hosts").check(len(found))
+    except OverLimit as error:
+        raise MirrorConfigInvalid(str(file), error.reason) from error
+    except RecursionError as error:
+        raise MirrorConfigInvalid(str(file), "tables or lists are nested too deep") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise MirrorConfigInvalid(str(file), str(error)) from error
-    return _Parser(file, domain).hosts(config)
+    return found
+
+
+def _read(file: Path, limits: Limits) -> str:
+    """Raises OSError, UnicodeDecodeError, OverLimit."""
+    budget = Budget(limits, "hosts_bytes")
+    if file.is_file():
+        budget.check(file.stat().st_size)
+    with file.open("rb") as opened:
+        data = opened.read(budget.limit + 1)
+    budget.spend(len(data))
+    return data.decode("utf-8")
 
 
 def _folder(config_path: Path, domain: str) -> Path | None:

@@ -60,7 +60,7 @@ class ImageStore:
     ) -> None:
         options = options or ImageOptions()
         self._root = root / "images"
-        self.index = Index(self._root, options.pinned)
+        self.index = Index(self._root, options.limits, options.pinned)
         self.layers = LayerStore(self._root, options.limits, options.min_free_bytes)
         self.rootfs = OverlayStore(root, self.layers)
         self.puller = Puller(self.index, self.layers, options, self._pull_ended)

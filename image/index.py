@@ -3,61 +3,34 @@
     ROOT/images/ID.json    one file per image, replaced atomically
 
 An image's id is the digest of its configuration, so the same content under two names is one image with two
-names. A tag belongs to one image: a pull that gives it to another removes it from the first. A file that
-cannot be read is logged and dropped, an image above a limit is set aside, and the others are loaded. Losing
-a file loses the image, which is pulled again, so nothing here waits for the disk.
+names. A tag belongs to one image: a pull that gives it to another removes it from the first. An image whose
+file cannot be read, or that is above a limit, is set aside, and the others are loaded. Losing a file loses
+the image, which is pulled again, so nothing here waits for the disk.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
 
+from image import tree_ops
 from image.blobs import storage_error
-from image.errors import ImageNotFound, ImagePinned, InvalidReference
-from image.manifest import USER_LIMIT, RunConfig
+from image.budget import Limits
+from image.errors import ImageNotFound, ImagePinned, InvalidReference, bounded
+from image.manifest import RunDefaults, find_excess
 from image.reference import is_digest, parse
 from sandbox.host.files import write_json
 
 log = logging.getLogger(__name__)
 
 _HEX = re.compile(r"[a-f0-9]{3,64}")  # an id or its beginning
-
-
-class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a container of the image runs unless the client says otherwise: `config` of the image's
-    configuration (OCI image-spec, config.md)."""
-
-    entrypoint: tuple[str, ...] = ()
-    cmd: tuple[str, ...] = ()
-    env: tuple[str, ...] = ()
-    working_dir: str = ""
-    user: str = ""
-    stop_signal: str = ""
-    volumes: tuple[str, ...] = ()
-    exposed_ports: tuple[str, ...] = ()
-    labels: dict[str, str] = {}
-
-
-def run_defaults(config: RunConfig | None) -> RunDefaults:
-    """Return the index's form of an image configuration's `config`; absent and null fields are empty."""
-    given = config or RunConfig()
-    return RunDefaults(
-        entrypoint=tuple(given.entrypoint or ()),
-        cmd=tuple(given.cmd or ()),
-        env=tuple(given.env or ()),
-        working_dir=given.working_dir or "",
-        user=given.user or "",
-        stop_signal=given.stop_signal or "",
-        volumes=tuple(sorted(given.volumes or ())),
-        exposed_ports=tuple(sorted(given.exposed_ports or ())),
-        labels=given.labels or {},
-    )
+_FILE = re.compile(r"([a-f0-9]{64})\.json")
+_FILE_LIMIT = 16 << 20  # bytes
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -73,41 +46,107 @@ class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pinned: bool = False  # by the configuration in force, whatever the file says
 
 
+class _References:
+    """Finds the id that a reference means: an id, its beginning, a tag, digest or name (with :latest)."""
+
+    def __init__(self) -> None:
+        self.ids: set[str] = set()
+        self.names: dict[str, str] = {}  # every tag and repo digest -> id
+
+    def add(self, image: Image) -> None:
+        """Add an image with its names."""
+        self.ids.add(image.id)
+        for name in (*image.repo_tags, *image.repo_digests):
+            self.names[name] = image.id
+
+    def discard(self, id: str) -> None:
+        """Remove an image with its names. Idempotent."""
+        self.ids.discard(id)
+        self.names = {name: owner for name, owner in self.names.items() if owner != id}
+
+    def by_name(self, ref: str) -> str | None:
+        """Return the image of a whole id or a name."""
+        if is_digest(ref) and ref in self.ids:
+            return ref
+        try:
+            reference = parse(ref)
+        except InvalidReference:
+            return None
+        # name:tag@digest means the digest, as it does in a pull
+        return self.names.get(reference.digested or reference.tagged)
+
+    def by_prefix(self, ref: str) -> list[str]:
+        """Return the images whose ids begin so."""
+        prefix = ref.removeprefix("sha256:")
+        if not _HEX.fullmatch(prefix):
+            return []
+        return [id for id in self.ids if id.startswith(f"sha256:{prefix}")]
+
+
+def _only(ref: str, found: Collection[str]) -> str | None:
+    if len(found) > 1:
+        raise ImageNotFound(ref, f"the id is ambiguous: those of {len(found)} images begin with it")
+    return next(iter(found), None)
+
+
 class Index:
     """All images of one store. Belongs to one event loop; each change writes one or two small files.
 
-    Changes raise DiskFull and StorageFailed. `set_aside` says by id why a stored image cannot be used: it is
-    not listed, and its file stays until it is pulled again or removed by its id.
+    Changes raise DiskFull and StorageFailed. `set_aside` says by id why a stored image cannot be used, with
+    its names: it is not listed, and its file stays until it is pulled again or removed.
     """
 
-    def __init__(self, root: Path, pinned: Sequence[str] = ()) -> None:
+    def __init__(self, root: Path, limits: Limits | None = None, pinned: Sequence[str] = ()) -> None:
         """`pinned` are patterns (fnmatch) of full names, whose images are not removed."""
         self._folder = root / "images"
+        self._limits = limits or Limits()
         self._pinned = pinned
         self._images: dict[str, Image] = {}
+        self._known = _References()
+        self._aside = _References()
         self.set_aside: dict[str, str] = {}
-        self._names: dict[str, str] = {}  # every tag and repo digest -> id
 
     def load(self, complete: Callable[[Image], bool] = lambda image: True) -> None:
-        """Read all images; drop those that are not `complete` any more, or whose file is broken. Blocking."""
+        """Read all images; drop those that are not `complete` any more, set those aside that cannot be used.
+
+        Blocking. Raises OSError for the directory; never because of an image.
+        """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in sorted(self._folder.iterdir()):
-            try:
-                image = msgspec.json.decode(file.read_bytes(), type=Image)
-                if self._file(image.id) != file or image.size <= 0:
-                    raise ValueError("its content does not match its name")
-            except (OSError, msgspec.DecodeError, ValueError) as error:
-                log.warning("dropping image entry %s, the image must be pulled again: %s", file.name, error)
+            name = _FILE.fullmatch(file.name)
+            if name is None:
+                log.warning("dropping %s, which is not an image's entry", file)
                 _drop(file)
                 continue
-            if problem := _find_problem(image):
-                log.error("setting image %s %s aside: %s", image.id, ", ".join(image.repo_tags), problem)
-                self.set_aside[image.id] = problem
+            image = Image(id=f"sha256:{name[1]}", size=1)
+            try:
+                image = self._read(file, image.id)
+                problem = find_excess(image.config, self._limits)
+            except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
+                problem = f"its entry {file} cannot be read: {error}"
+            if problem:
+                self._set_aside(image, problem)
             elif complete(image):
                 self._insert(image)
             else:
                 log.warning("dropping image %s, which must be pulled again: a layer is missing", image.id)
                 _drop(file)
+
+    def _read(self, file: Path, id: str) -> Image:
+        """Raises OSError, msgspec.DecodeError, ValueError, RecursionError."""
+        if not file.is_file() or file.stat().st_size > _FILE_LIMIT:
+            raise ValueError(f"not a file of at most {_FILE_LIMIT} bytes")
+        image = msgspec.json.decode(file.read_bytes(), type=Image)
+        if image.id != id or image.size <= 0:
+            raise ValueError("its content does not match its name")
+        return image
+
+    def _set_aside(self, image: Image, problem: str) -> None:
+        self._aside.add(image)
+        names = bounded(", ".join((*image.repo_tags, *image.repo_digests)))
+        reason = f"{names}: {problem}" if names else problem
+        self.set_aside[image.id] = reason
+        log.error("setting image %s aside, pull it again or remove it: %s", image.id, reason)
 
     def list(self) -> tuple[Image, ...]:
         """Return all images."""
@@ -123,29 +162,10 @@ class Index:
         A name wins over the beginning of an id: "cafe" may be either. Raises ImageNotFound, also for an
         ambiguous beginning.
         """
-        if is_digest(ref) and (image := self._images.get(ref)):
-            return image
-        if image := self._by_name(ref) or self._by_prefix(ref):
-            return image
-        raise ImageNotFound(ref)
-
-    def _by_name(self, ref: str) -> Image | None:
-        try:
-            reference = parse(ref)
-        except InvalidReference:
-            return None
-        # name:tag@digest means the digest, as it does in a pull
-        id = self._names.get(reference.digested or reference.tagged)
-        return self._images[id] if id else None
-
-    def _by_prefix(self, ref: str) -> Image | None:
-        prefix = ref.removeprefix("sha256:")
-        if not _HEX.fullmatch(prefix):
-            return None
-        found = [image for id, image in self._images.items() if id.startswith(f"sha256:{prefix}")]
-        if len(found) > 1:
-            raise ImageNotFound(ref, f"the id is ambiguous: those of {len(found)} images begin with it")
-        return found[0] if found else None
+        id = self._known.by_name(ref) or _only(ref, self._known.by_prefix(ref))
+        if id is None:
+            raise ImageNotFound(ref)
+        return self._images[id]
 
     # ------------------------------------------------------------------------------ changes
 
@@ -160,17 +180,17 @@ class Index:
             )
         self._write(image)
         for tag in image.repo_tags:
-            owner = self._names.get(tag)
+            owner = self._known.names.get(tag)
             if owner is not None and owner != image.id:
                 self.untag(tag)
         return self._insert(image)
 
     def untag(self, tag: str) -> None:
         """Remove a name from its image, which stays. An unknown name is ignored."""
-        image = self._images.get(self._names.get(tag, ""))
+        image = self._images.get(self._known.names.get(tag, ""))
         if image is None:
             return
-        del self._names[tag]
+        del self._known.names[tag]
         left = msgspec.structs.replace(
             image,
             repo_tags=tuple(t for t in image.repo_tags if t != tag),
@@ -180,29 +200,32 @@ class Index:
         self._insert(left)
 
     def remove(self, ref: str) -> Image | None:
-        """Remove and return the image of `ref`, with all its names; None for an unknown reference.
+        """Remove and return the image of `ref`, with all its names; None for an unknown reference, and for an
+        image that was set aside, which is removed too.
 
-        Raises ImagePinned.
+        Raises ImagePinned, and ImageNotFound for an ambiguous beginning of an id.
         """
-        try:
-            image = self.find(ref)
-        except ImageNotFound:
-            if self.set_aside.pop(ref, None) is not None:
-                self._file(ref).unlink(missing_ok=True)
+        known, aside = self._known, self._aside
+        id = known.by_name(ref) or aside.by_name(ref)
+        id = id or _only(ref, {*known.by_prefix(ref), *aside.by_prefix(ref)})
+        if id is None:
             return None
-        if pin := self._pin_of(image):
+        image = self._images.get(id)
+        if image is not None and (pin := self._pin_of(image)):
             raise ImagePinned(ref, *pin)
-        self._file(image.id).unlink(missing_ok=True)
-        del self._images[image.id]
-        self._names = {name: id for name, id in self._names.items() if id != image.id}
+        _unlink(self._file(id))
+        self._images.pop(id, None)
+        self._known.discard(id)
+        self._aside.discard(id)
+        self.set_aside.pop(id, None)
         return image
 
     def _insert(self, image: Image) -> Image:
         image = msgspec.structs.replace(image, pinned=self._pin_of(image) is not None)
         self._images[image.id] = image
+        self._known.add(image)
+        self._aside.discard(image.id)
         self.set_aside.pop(image.id, None)
-        for name in (*image.repo_tags, *image.repo_digests):
-            self._names[name] = image.id
         return image
 
     def _pin_of(self, image: Image) -> tuple[str, str] | None:
@@ -223,19 +246,20 @@ class Index:
             raise storage_error(error, file, "writing the image index") from error
 
 
-def _find_problem(image: Image) -> str:
-    """Return why a stored image cannot be used; empty if it can. An older version may have stored it."""
-    if len(image.config.user) > USER_LIMIT:
-        return f"its User has {len(image.config.user)} characters, the limit is {USER_LIMIT}"
-    return ""
+def _unlink(path: Path) -> None:
+    """Delete an entry, whatever lies in its place. Raises OSError."""
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        tree_ops.remove(path)
 
 
-def _drop(file: Path) -> None:
+def _drop(path: Path) -> None:
     """Delete an entry; one that cannot be deleted must not prevent a start."""
     try:
-        file.unlink(missing_ok=True)
+        _unlink(path)
     except OSError as error:
-        log.warning("cannot delete %s, which is tried again at the next start: %s", file, error)
+        log.warning("cannot delete %s, which is tried again at the next start: %s", path, error)
 
 
 def _union(old: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:

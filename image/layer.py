@@ -19,13 +19,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import msgspec
-
 from image import tar, tree
+from image.attributes import Attributes, DeferredAttributes
+from image.budget import Budget, Limits, OverLimit, Watch, check
 from image.errors import DiskFull, LayerRejected, StorageFailed
 from image.free_space import describe_free
 from image.tar import Entry
@@ -39,6 +38,7 @@ AUFS_PREFIX = b".wh..wh."  # other metadata of aufs, which layer.md reserves: ig
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TIME_LIMIT_NS = (1 << 33) * 1_000_000_000  # until the year 2242; filesystems clamp it further
 _PAGE = 4096
+_COPY = 64 << 20  # bytes copied between two checks for cancellation
 
 # Errors that the entry itself causes; any other is a failure of the host.
 _REJECTED = frozenset(
@@ -51,102 +51,74 @@ _REJECTED = frozenset(
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds of one layer. `max_bytes` counts what its files claim to hold, holes included; `max_segments`
-    those of all its sparse files; `max_tail_bytes` what follows the archive's end."""
-
-    max_bytes: int = 128 << 30
-    max_entries: int = 2_000_000
-    max_depth: int = 256
-    max_segments: int = 1 << 20
-    max_tail_bytes: int = 64 << 20
-
-
-class Stopped(Exception):
-    """The unpacking ended early because the caller set `stop`."""
-
-
 def unpack(
     chunks: Iterator[bytes],
     target: str,
     *,
     lowers: Sequence[str] = (),
     limits: Limits | None = None,
-    stop: threading.Event | None = None,
+    watch: Watch | None = None,
 ) -> Usage:
     """Unpack into `target`, an empty directory; `lowers` are the layers below, nearest first.
 
     Reads `chunks` to their end, as their digest covers what follows the archive too. Returns what the layer
-    occupies. Blocking; ends soon after `stop` is set. Raises LayerRejected (the archive is at fault),
-    DiskFull, StorageFailed, Stopped; then `target` is left partly filled, for the caller to delete.
+    occupies. Blocking; checks `watch` at every read and entry. Raises LayerRejected (the archive is at
+    fault), DiskFull, StorageFailed, Stopped; then `target` is left partly filled, for the caller to delete.
+    Memory does not grow with the archive.
     """
-    stop = stop or threading.Event()
-    unpacker = _Unpacker(target, lowers, limits or Limits(), stop)
+    limits = limits or Limits()
+    watch = watch or Watch(limits, "unpack_s")
+    unpacker = _Unpacker(target, lowers, limits, watch)
     try:
-        return unpacker.run(tar.Chunks(_stoppable(chunks, stop)))
+        return unpacker.run(tar.Chunks(_watched(chunks, watch)))
     finally:
         unpacker.close()
 
 
-def _stoppable(chunks: Iterator[bytes], stop: threading.Event) -> Iterator[bytes]:
-    """Yield the chunks; raise Stopped at the first one after `stop` is set.
-
-    Every read passes here: an entry's data, extension headers, and what follows the archive's end.
-    """
+def _watched(chunks: Iterator[bytes], watch: Watch) -> Iterator[bytes]:
+    """Yield the chunks. Every read passes here: an entry's data, extension headers, what follows the end."""
     for chunk in chunks:
-        if stop.is_set():
-            raise Stopped
+        watch.check()
         yield chunk
 
 
-class _Attributes(msgspec.Struct, frozen=True):
-    """What is set on a directory at the end."""
-
-    mode: int
-    uid: int
-    gid: int
-    mtime_ns: int
-    xattrs: tar.Xattrs
-
-
 class _Unpacker:
-    def __init__(self, target: str, lowers: Sequence[str], limits: Limits, stop: threading.Event) -> None:
+    def __init__(self, target: str, lowers: Sequence[str], limits: Limits, watch: Watch) -> None:
         self._target = target
         self._limits = limits
-        self._stop = stop
+        self._watch = watch
         Path(target).chmod(0o755)
         os.chown(target, 0, 0)
         _drop_default_acl(target)
-        self._tree = tree.Tree(target, lowers, max_depth=limits.max_depth)
+        self._tree = tree.Tree(target, lowers, limits)
         self._umask = _umask()
-        self._directories: dict[tree.Path, _Attributes] = {}
-        self._count = 0
-        self._claimed = 0
-        self._segments = 0
+        self._directories = DeferredAttributes(str(Path(target).parent))
+        self._entries = Budget(limits, "layer_entries")
+        self._claimed = Budget(limits, "layer_bytes")
         self._pages = 0
         self._inodes = 1
         # parent of the previous entry: archives list a directory's entries one after the other
         self._last_parent: bytes | None = None
         self._last_path: tree.Path = ()
         self._entry: Entry | None = None
+        self._before = b""  # name of the last entry that was made
 
     def close(self) -> None:
         self._tree.close()
+        self._directories.close()
 
     # ------------------------------------------------------------------------------ entries
 
     def run(self, chunks: tar.Chunks) -> Usage:
         try:
-            for entry in tar.entries(chunks):
+            for entry in tar.entries(chunks, self._limits):
                 self._entry = entry
                 self._check(entry)
                 self._make(entry, chunks)
-            self._entry = None
-            chunks.drain(self._limits.max_tail_bytes)
+                self._entry, self._before = None, entry.name
+            chunks.drain(Budget(self._limits, "layer_tail_bytes"))
             self._finish_directories()
-        except tar.TarError as error:
-            raise LayerRejected(self._where(), error.reason) from error
-        except tree.TreeError as error:
+        except (tar.TarError, tree.TreeError, OverLimit) as error:
             raise LayerRejected(self._where(), error.reason) from error
         except OSError as error:
             raise self._image_error(error) from error
@@ -154,7 +126,10 @@ class _Unpacker:
         return Usage(bytes=_PAGE * (self._pages + directories), inodes=self._inodes + directories)
 
     def _where(self) -> str:
-        return self._entry.name.decode("utf-8", "backslashreplace") if self._entry else ""
+        if self._entry is not None:
+            return self._entry.name.decode("utf-8", "backslashreplace")
+        before = self._before.decode("utf-8", "backslashreplace")
+        return f"what follows {before}" if before else ""
 
     def _image_error(self, error: OSError) -> Exception:
         if error.errno in _FULL:
@@ -165,19 +140,9 @@ class _Unpacker:
         return StorageFailed(self._target, f"unpacking {self._where()!r}", error.errno or 0, problem)
 
     def _check(self, entry: Entry) -> None:
-        if self._stop.is_set():
-            raise Stopped
-        self._count += 1
-        self._claimed += entry.size
-        if self._count > self._limits.max_entries:
-            raise tar.TarError(f"more than {self._limits.max_entries} entries")
-        if self._claimed > self._limits.max_bytes:
-            raise tar.TarError(f"more than {self._limits.max_bytes} bytes when unpacked")
-        if entry.segments is not None:
-            self._segments += len(entry.segments)
-            if self._segments > self._limits.max_segments:
-                raise tar.TarError(f"more than {self._limits.max_segments} segments of sparse files")
-            entry.segments = tuple(segment for segment in entry.segments if segment[1])
+        self._watch.check()
+        self._entries.spend()
+        self._claimed.spend(entry.size)
         if not 0 <= entry.uid <= ID_MAX or not 0 <= entry.gid <= ID_MAX:
             raise tar.TarError(f"impossible owner {entry.uid}:{entry.gid}")
         entry.mtime_ns = max(-_TIME_LIMIT_NS, min(entry.mtime_ns, _TIME_LIMIT_NS))
@@ -217,8 +182,7 @@ class _Unpacker:
                 parts.append(part)
         if b"\0" in name:
             raise tar.TarError("a zero byte in a name")
-        if len(parts) > self._limits.max_depth:
-            raise tar.TarError(f"more than {self._limits.max_depth} directories deep")
+        check(self._limits, "layer_depth", len(parts))
         if not parts:
             return (), b""
         path = tuple(parts[:-1])
@@ -265,12 +229,13 @@ class _Unpacker:
         if path:
             at = self._tree.directory(path[:-1])
             self._ensure_directory(path, at)
-        # last wins; set at the end, as entries that follow change the times
-        self._directories[path] = _Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.xattrs)
+        # set at the end, as entries that follow change the times
+        attributes = Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.xattrs)
+        self._directories.append(path, attributes)
 
     def _ensure_directory(self, path: tree.Path, at: int) -> None:
         name = path[-1]
-        replaced = self._tree.is_hidden(path)
+        replaced = False
         try:
             os.mkdir(name, 0o700, dir_fd=at)
         except FileExistsError:
@@ -278,7 +243,7 @@ class _Unpacker:
                 return
             self._tree.clear(path, at)
             os.mkdir(name, 0o700, dir_fd=at)
-            # the file or link that was here hid a directory below: the new one must not merge with it
+            # the file, link or whiteout that was here hid a directory below: the new one must not merge
             replaced = True
         self._inodes += 1
         self._pages += 1
@@ -360,23 +325,42 @@ class _Unpacker:
 
         Returns a descriptor of its new parent, which the caller closes.
         """
+        target = self._tree.real_path(target)
         found = self._tree.below(target)
         if found is None:
             raise tar.TarError("a hard link to a file that is not there")
         parent, info = found
         try:
-            if not stat.S_ISREG(info.st_mode):
+            if stat.S_ISDIR(info.st_mode):
                 raise tar.TarError("a hard link to something that cannot be linked")
-            self._claimed += info.st_size
-            if self._claimed > self._limits.max_bytes:
-                raise tar.TarError(f"more than {self._limits.max_bytes} bytes when unpacked")
+            self._claimed.spend(info.st_size)
             at = os.dup(self._tree.directory(target[:-1]))
-            _copy_file(parent, at, target[-1], info)
+            try:
+                if stat.S_ISREG(info.st_mode):
+                    self._copy_file(parent, at, target[-1], info)
+                else:
+                    tree.copy_special(parent, at, target[-1], info)
+            except BaseException:
+                os.close(at)
+                raise
         finally:
             os.close(parent)
         self._inodes += 1
         self._pages += (info.st_size + _PAGE - 1) // _PAGE
         return at
+
+    def _copy_file(self, parent: int, at: int, name: bytes, info: os.stat_result) -> None:
+        source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            fd = os.open(name, _CREATE, 0o600, dir_fd=at)
+            try:
+                while os.copy_file_range(source, fd, _COPY):
+                    self._watch.check()
+                tree.copy_attributes(source, fd, info)
+            finally:
+                os.close(fd)
+        finally:
+            os.close(source)
 
     # ----------------------------------------------------------------------------- whiteouts
 
@@ -404,7 +388,6 @@ class _Unpacker:
             info = os.stat(path[-1], dir_fd=at, follow_symlinks=False)
         except FileNotFoundError:
             os.mknod(path[-1], stat.S_IFCHR | 0o000, os.makedev(0, 0), dir_fd=at)
-            self._tree.hide(path)
             self._inodes += 1
             return
         if stat.S_ISDIR(info.st_mode):
@@ -413,23 +396,26 @@ class _Unpacker:
     def _make_opaque(self, path: tree.Path) -> None:
         if self._tree.has_lowers:
             os.setxattr(self._tree.directory(path), tree.OPAQUE, b"y")
-        self._tree.hide(path)
 
     # --------------------------------------------------------------------------- directories
 
     def _finish_directories(self) -> None:
-        """Set the attributes of directories, deepest first: one whose mode is set is not entered again."""
-        for path in sorted(self._directories, key=len, reverse=True):
-            attributes = self._directories[path]
+        """Set the attributes of directories, in the archive's order: the last entry of a name wins."""
+        for path, attributes in self._directories:
+            self._watch.check()
             try:
-                fd = self._tree.directory(path, make=False)
-            except (FileNotFoundError, tree.TreeError):
+                fd = self._open_directory(path)
+            except (OSError, tree.TreeError):
                 continue  # a later entry replaced it
-            os.fchown(fd, attributes.uid, attributes.gid)
-            os.fchmod(fd, attributes.mode)
-            for key, value in attributes.xattrs:
-                os.setxattr(fd, key, value)
-            os.utime(fd, ns=(attributes.mtime_ns, attributes.mtime_ns))
+            try:
+                attributes.apply(fd)
+            finally:
+                os.close(fd)
+
+    def _open_directory(self, path: tree.Path) -> int:
+        """Open a directory of this layer, but no link that took its place. Raises OSError, TreeError."""
+        parent = self._tree.directory(path[:-1], make=False)
+        return os.open(path[-1] if path else b".", tree.OPEN_DIRECTORY, dir_fd=parent)
 
 
 # ---------------------------------------------------------------------------------- helpers
@@ -468,20 +454,6 @@ def _write_sparse(fd: int, entry: Entry, chunks: tar.Chunks) -> None:
         for piece in chunks.pieces(length):
             _write_all(fd, piece)
     os.ftruncate(fd, entry.size)
-
-
-def _copy_file(parent: int, at: int, name: bytes, info: os.stat_result) -> None:
-    source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        fd = os.open(name, _CREATE, 0o600, dir_fd=at)
-        try:
-            while os.copy_file_range(source, fd, 1 << 30):
-                pass
-            tree.copy_attributes(source, fd, info)
-        finally:
-            os.close(fd)
-    finally:
-        os.close(source)
 
 
 def _is_same_file(at: int, name: bytes, info: os.stat_result) -> bool:

@@ -30,13 +30,13 @@ from pathlib import Path
 
 import msgspec
 
-from image import layer, tree_ops
+from image import layer, tree, tree_ops
 from image.blobs import storage_error
-from image.compression import Inflated
+from image.budget import Limits, Watch
+from image.compression import Inflated, LargeWindows
 from image.errors import DigestMismatch
 from image.free_space import SpaceFloor
 from image.inode_spreading import spread_directories
-from image.layer import Limits
 from image.tree_ops import Usage
 from sandbox.host import files, threads
 from sandbox.host.proc import boot_id
@@ -64,6 +64,7 @@ class LayerStore:
         self._root = root
         self.space = SpaceFloor(root, min_free_bytes)
         self._limits = limits or Limits()
+        self.large_windows = LargeWindows()
         self._layers: dict[str, Layer] = {}
         self._unsynced: dict[str, Layer] = {}
         self._pins: Counter[str] = Counter()
@@ -89,6 +90,18 @@ class LayerStore:
     def path(self, chain_id: str) -> Path:
         """Return the directory that overlayfs mounts for this layer."""
         return self._home(chain_id) / "fs"
+
+    def stack(self, chain_ids: Sequence[str]) -> list[Path]:
+        """Return the directories of these layers, topmost first; `chain_ids` are bottom first.
+
+        Without those below a layer that hides everything: overlayfs ignores an opaque root. Blocking.
+        """
+        paths: list[Path] = []
+        for chain_id in reversed(chain_ids):
+            paths.append(self.path(chain_id))
+            if tree.is_opaque(str(paths[-1])):
+                break
+        return paths
 
     def chain_ids(self) -> Collection[str]:
         """Return the chain ids of all layers."""
@@ -117,7 +130,7 @@ class LayerStore:
         for home in (self._root / "layers").iterdir():
             try:
                 found = self._read(home)
-            except (OSError, msgspec.DecodeError, ValueError) as error:
+            except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
                 log.warning("dropping layer %s, which is pulled again when needed: %s", home.name, error)
                 self._discard(home)
             else:
@@ -174,11 +187,10 @@ class LayerStore:
         Raises LayerRejected, DigestMismatch, DiskFull, StorageFailed; then nothing is kept. When cancelled it
         waits up to STOP_LIMIT_S until its thread has stopped, which would write into what is being deleted.
         """
-        lowers = [str(self.path(under)) for under in reversed(below)]
         with self.staging() as stage:
             stop = threading.Event()
             found = await threads.run(
-                lambda: self._unpack(stage, chain_id, diff_id, lowers, blob, stop),
+                lambda: self._unpack(stage, chain_id, diff_id, below, blob, stop),
                 "husk-unpack",
                 on_cancel=stop.set,
                 linger_s=STOP_LIMIT_S,
@@ -197,17 +209,22 @@ class LayerStore:
         stage: Path,
         chain_id: str,
         diff_id: str,
-        lowers: Sequence[str],
+        below: Sequence[str],
         blob: Path,
         stop: threading.Event,
     ) -> Layer:
         target = stage / "fs"
+        watch = Watch(self._limits, "unpack_s", stop)
         try:
             target.mkdir()
             (stage / "unsynced").write_text(boot_id(), encoding="ascii")
-            with blob.open("rb") as file, contextlib.closing(Inflated(file)) as plain:
+            lowers = [str(path) for path in self.stack(below)]
+            with (
+                blob.open("rb") as file,
+                contextlib.closing(Inflated(file, self._limits, watch.check, self.large_windows)) as plain,
+            ):
                 usage = layer.unpack(
-                    self._guarded(plain), str(target), lowers=lowers, limits=self._limits, stop=stop
+                    self._guarded(plain), str(target), lowers=lowers, limits=self._limits, watch=watch
                 )
                 actual = plain.digest
             if actual != diff_id:

@@ -14,15 +14,11 @@ from typing import TypeVar
 
 import msgspec
 
+from image.budget import Budget, Limits, OverLimit
 from image.errors import DigestMismatch, ManifestInvalid, UnsupportedMedia
 from image.reference import is_digest
 
 T = TypeVar("T")
-
-MANIFEST_LIMIT = 4 << 20  # distribution-spec: registries should take at least this, few take more
-CONFIG_LIMIT = 8 << 20
-USER_LIMIT = 1024  # characters; it is part of each item of ListImages
-LAYER_COUNT_LIMIT = 500  # overlayfs stacks no more (OVL_MAX_STACK)
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -37,6 +33,7 @@ CONFIGS = (
     "application/octet-stream",  # Docker configurations in old registries
 )
 _MAPS = frozenset(("Volumes", "ExposedPorts", "Labels", "annotations"))  # fields whose keys are content
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _LAYER = re.compile(
     r"application/vnd\.oci\.image\.layer\.v1\.tar(\+gzip|\+zstd)?"
     r"|application/vnd\.docker\.image\.rootfs\.diff\.tar(\.gzip|\.zstd)?"
@@ -98,7 +95,35 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     stop_signal: str | None = None
     volumes: dict[str, object] | None = None
     exposed_ports: dict[str, object] | None = None
-    labels: dict[str, str] | None = None
+
+
+class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a container of the image runs unless the client says otherwise: `config` of the image's
+    configuration (OCI image-spec, config.md). Labels are not kept: nothing needs them."""
+
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+    user: str = ""
+    stop_signal: str = ""
+    volumes: tuple[str, ...] = ()
+    exposed_ports: tuple[str, ...] = ()
+
+
+def run_defaults(config: RunConfig | None) -> RunDefaults:
+    """Return the index's form of an image configuration's `config`; absent and null fields are empty."""
+    given = config or RunConfig()
+    return RunDefaults(
+        entrypoint=tuple(given.entrypoint or ()),
+        cmd=tuple(given.cmd or ()),
+        env=tuple(given.env or ()),
+        working_dir=given.working_dir or "",
+        user=given.user or "",
+        stop_signal=given.stop_signal or "",
+        volumes=tuple(sorted(given.volumes or ())),
+        exposed_ports=tuple(sorted(given.exposed_ports or ())),
+    )
 
 
 class RootFs(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,12 +158,15 @@ def check(what: str, data: bytes, digest: str, size: int | None = None) -> None:
         raise DigestMismatch(what, digest, actual)
 
 
-def decode(what: str, data: bytes, media_type: str = "") -> Manifest | ImageIndex:
+def decode(
+    what: str, data: bytes, media_type: str = "", limits: Limits | None = None
+) -> Manifest | ImageIndex:
     """Decode what a registry sent as `media_type`; the document's own `mediaType` takes precedence.
 
     `what` names it in errors. Raises UnsupportedMedia, ManifestInvalid.
     """
-    document = _document(what, data)
+    limits = limits or Limits()
+    document = _document(what, data, limits, "manifest_bytes")
     probe = _convert(what, document, _Probe)
     kind = probe.media_type or media_type.partition(";")[0].strip()
     if kind.startswith(SCHEMA_1) or probe.schema_version == 1:
@@ -148,32 +176,60 @@ def decode(what: str, data: bytes, media_type: str = "") -> Manifest | ImageInde
     if kind in INDEXES or (kind not in MANIFESTS and probe.manifests is not None):
         return _checked_index(what, _convert(what, document, ImageIndex))
     if kind in MANIFESTS or not probe.media_type:
-        return _checked_manifest(what, _convert(what, document, Manifest))
+        return _checked_manifest(what, _convert(what, document, Manifest), limits)
     raise UnsupportedMedia(what, kind, "not an image")
 
 
-def decode_index(what: str, data: bytes) -> ImageIndex:
+def decode_index(what: str, data: bytes, limits: Limits | None = None) -> ImageIndex:
     """Decode an index. Raises ManifestInvalid."""
-    return _checked_index(what, _convert(what, _document(what, data), ImageIndex))
+    document = _document(what, data, limits or Limits(), "manifest_bytes")
+    return _checked_index(what, _convert(what, document, ImageIndex))
 
 
-def decode_config(what: str, data: bytes, manifest: Manifest) -> ImageConfig:
+def decode_config(what: str, data: bytes, manifest: Manifest, limits: Limits | None = None) -> ImageConfig:
     """Decode an image configuration. Raises ManifestInvalid, also when it does not match the manifest's
     layers."""
-    config = _convert(what, _document(what, data), ImageConfig)
+    limits = limits or Limits()
+    config = _convert(what, _document(what, data, limits, "config_bytes"), ImageConfig)
     if config.rootfs.type != "layers":
         raise ManifestInvalid(what, f"rootfs type {config.rootfs.type!r} is not 'layers'")
     if len(config.rootfs.diff_ids) != len(manifest.layers):
         raise ManifestInvalid(
             what, f"{len(manifest.layers)} layers, but {len(config.rootfs.diff_ids)} diff ids"
         )
-    user = config.config.user if config.config else None
-    if user and len(user) > USER_LIMIT:
-        raise ManifestInvalid(what, f"User of {len(user)} characters, the limit is {USER_LIMIT}")
+    if over := find_excess(run_defaults(config.config), limits):
+        raise ManifestInvalid(what, over)
     for diff_id in config.rootfs.diff_ids:
         if not diff_id.startswith("sha256:") or not is_digest(diff_id):
             raise ManifestInvalid(what, f"diff id {diff_id!r} is not a sha256 digest")
     return config
+
+
+def find_excess(config: RunDefaults, limits: Limits) -> str:
+    """Return which limit the texts of a configuration exceed, with the field; empty: none.
+
+    Each image's are in memory, the user is part of ListImages, and all go into a guest in one message.
+    """
+    total = Budget(limits, "run_bytes")
+    field = "User"
+    try:
+        Budget(limits, "user_characters").check(len(config.user))
+        fields: dict[str, Sequence[str]] = {
+            "User": (config.user,),
+            "WorkingDir": (config.working_dir,),
+            "StopSignal": (config.stop_signal,),
+            "Entrypoint": config.entrypoint,
+            "Cmd": config.cmd,
+            "Env": config.env,
+            "Volumes": config.volumes,
+            "ExposedPorts": config.exposed_ports,
+        }
+        for field, texts in fields.items():  # noqa: B007 (names the field in the error)
+            for text in texts:
+                total.spend(len(text) + 1)
+    except OverLimit as error:
+        return f"{field}: {error.reason}"
+    return ""
 
 
 def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
@@ -187,12 +243,33 @@ def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------- checks
 
 
-def _document(what: str, data: bytes) -> object:
+def _document(what: str, data: bytes, limits: Limits, size_key: str) -> object:
     """Parse JSON; a null field of an object counts as absent, as Go's encoding/json reads it."""
     try:
+        Budget(limits, size_key).check(len(data))
+        check_shape(data, limits)
         return _without_nulls(msgspec.json.decode(data))
+    except OverLimit as error:
+        raise ManifestInvalid(what, error.reason) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestInvalid(what, str(error)) from error
+
+
+def check_shape(data: bytes, limits: Limits) -> None:
+    """Raise OverLimit for JSON with too many values or levels, before any of it is made an object.
+
+    A megabyte of "[],[],..." takes some thirty in memory.
+    """
+    values = Budget(limits, "json_values")
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    values.check(bare.count(b'"') // 2)
+    outside = b"".join(bare.split(b'"')[::2])  # what is not in a string
+    values.check(outside.count(b",") + outside.count(b"[") + outside.count(b"{"))
+    depth = Budget(limits, "json_depth")
+    level = 0
+    for character in outside.translate(None, _NOT_BRACKETS):
+        level += 1 if character in b"[{" else -1
+        depth.check(level)
 
 
 def _without_nulls(value: object, *, is_map: bool = False) -> object:
@@ -228,12 +305,14 @@ def _checked_index(what: str, index: ImageIndex) -> ImageIndex:
     return index
 
 
-def _checked_manifest(what: str, manifest: Manifest) -> Manifest:
+def _checked_manifest(what: str, manifest: Manifest, limits: Limits) -> Manifest:
     _checked_descriptor(what, manifest.config)
     if manifest.config.media_type not in CONFIGS:
         raise UnsupportedMedia(what, manifest.config.media_type, "an artifact, not a container image")
-    if len(manifest.layers) > LAYER_COUNT_LIMIT:
-        raise ManifestInvalid(what, f"{len(manifest.layers)} layers, the limit is {LAYER_COUNT_LIMIT}")
+    try:
+        Budget(limits, "layers").check(len(manifest.layers))
+    except OverLimit as error:
+        raise ManifestInvalid(what, error.reason) from error
     for layer in manifest.layers:
         _checked_descriptor(what, layer)
         _checked_layer(what, layer.media_type)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from image.layer import Limits
+from image.budget import Limits
 from image.registry import Timing
 from image.trust import Policy
 
@@ -17,7 +17,7 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     config_path: Path | None = None  # directory of <host>/hosts.toml, see `image.hosts`
     max_downloads: int = 4  # layers at a time, over all pulls; a registry without any gets one more
-    max_unpacks: int = 2  # layers at a time, over all pulls
+    max_unpacks: int = 2  # layers at a time, over all pulls; a registry without any gets one more
     pull_timeout_s: float = 0.0  # of a whole pull; 0: unlimited, as long as bytes arrive
     min_free_bytes: int = 0  # that a pull leaves on its filesystem; 0: none
     auth_file: Path | None = None  # credentials of the node, see `image.node_credentials`

@@ -14,34 +14,36 @@ layers that are complete by then stay, and the next attempt finds them or the ne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from image import manifest, platforms
-from image.archive import Archived, open_archive
+from image.archive import Archive, Archived, Opening, open_archive
 from image.auth import Auth
 from image.blobs import BlobWriter, Fetched, Progress, Source
-from image.errors import ManifestNotFound, PullDeadline, UnsupportedMedia
+from image.budget import Budget, Limits, OverLimit, Watch
+from image.errors import ManifestInvalid, ManifestNotFound, PullDeadline, UnsupportedMedia
 from image.hosts import find_hosts
-from image.index import Image, Index, run_defaults
-from image.layers import LayerStore
-from image.manifest import Descriptor, ImageConfig, ImageIndex, Manifest, Platform
+from image.index import Image, Index
+from image.layers import STOP_LIMIT_S, LayerStore
+from image.manifest import Descriptor, ImageConfig, ImageIndex, Manifest, Platform, run_defaults
 from image.node_credentials import NodeCredentials
 from image.options import ImageOptions
 from image.reference import Reference, parse
 from image.registry import Registry
 from image.trust import Trust
+from sandbox.host import threads
 from sandbox.host.flights import Flights
 from sandbox.host.keyed_lock import KeyedLock
 from sandbox.host.limiter import FairLimiter, Limiter
 
 Report = Callable[[Progress], None]
 EXTRA_DOWNLOADS = 16  # beyond the limit, of registries that would else have none
-NESTING_LIMIT = 3  # of indexes
-CANDIDATES_LIMIT = 16  # manifests of one index that are fetched because it does not say what they are for
+EXTRA_UNPACKS = 2
 
 
 class _Names(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +71,55 @@ class _OtherPlatform(Exception):
         self.offered = frozenset(offered)
 
 
+class _Choice:
+    """Finds the image for one platform, through indexes; `what` is its name in errors."""
+
+    def __init__(self, source: Source, what: str, wanted: Platform, limits: Limits) -> None:
+        self._source = source
+        self._what = what
+        self._wanted = wanted
+        self._limits = limits
+        self._manifests = Budget(limits, "manifests")
+        self._depth = Budget(limits, "index_depth")
+
+    async def make(self, fetched: Fetched) -> _Chosen:
+        """Return the image of a manifest or index. Raises ImageError, OverLimit, _OtherPlatform."""
+        return await self._among(self._decode(fetched, fetched.media_type), 1, vouched=False)
+
+    def _decode(self, fetched: Fetched, media_type: str) -> Manifest | ImageIndex:
+        self._manifests.spend()
+        return manifest.decode(self._what, fetched.data, media_type, self._limits)
+
+    async def _among(self, document: Manifest | ImageIndex, depth: int, *, vouched: bool) -> _Chosen:
+        """`vouched`: the index says that it is for this platform, which counts more than a configuration that
+        names another one, as builders write there what they run on."""
+        if isinstance(document, Manifest):
+            return await self._configured(document, vouched=vouched)
+        self._depth.check(depth)
+        offers = {f"{e.platform.os}/{e.platform.architecture}" for e in document.manifests if e.platform}
+        for entry in platforms.candidates(document, self._wanted):
+            known = platforms.has_platform(entry)
+            fetched = await self._source.manifest(entry.digest, entry.size)
+            try:
+                found = self._decode(fetched, entry.media_type or fetched.media_type)
+                return await self._among(found, depth + 1, vouched=vouched or known)
+            except _OtherPlatform as error:
+                offers |= error.offered
+            except UnsupportedMedia:
+                if known:
+                    raise
+                # without a platform it may be anything, such as a signature or an attestation
+        raise _OtherPlatform(*offers)
+
+    async def _configured(self, found: Manifest, *, vouched: bool) -> _Chosen:
+        raw = await self._source.small_blob(found.config, "config_bytes")
+        config = manifest.decode_config(f"configuration of {self._what}", raw, found, self._limits)
+        offered = Platform(os=config.os, architecture=config.architecture)
+        if not vouched and not platforms.is_for(offered, self._wanted):
+            raise _OtherPlatform(f"{offered.os}/{offered.architecture}")
+        return _Chosen(found, config, len(raw))
+
+
 class Puller:
     """Pulls and imports for one store. Belongs to one event loop; close it.
 
@@ -87,7 +138,7 @@ class Puller:
         self._options = options
         self._platform = platforms.host_platform(platform.machine())
         self._downloads = FairLimiter("download", options.max_downloads, EXTRA_DOWNLOADS)
-        self._unpacks = Limiter("unpack", options.max_unpacks)
+        self._unpacks = FairLimiter("unpack", options.max_unpacks, EXTRA_UNPACKS)
         self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks)
         self._making = KeyedLock()
         self._credentials = NodeCredentials(options.auth_file)
@@ -131,7 +182,7 @@ class Puller:
     async def _import(self, path: Path, name: str, report: Report) -> tuple[Image, ...]:
         tag = parse(name).tagged if name else ""
         with self._layers.staging() as scratch:
-            archive = await asyncio.to_thread(open_archive, path, scratch)
+            archive = await self._open_archive(path, scratch)
             try:
                 if tag and len(archive.images) > 1:
                     raise ManifestNotFound(
@@ -142,6 +193,24 @@ class Puller:
                 )
             finally:
                 await archive.close()
+
+    async def _open_archive(self, path: Path, scratch: Path) -> Archive:
+        limits = self._options.limits
+        watch = Watch(limits, "import_s")
+        opening = Opening(
+            scratch=scratch,
+            limits=limits,
+            watch=watch,
+            large=self._layers.large_windows,
+            check_space=lambda size: self._layers.space.check("decompressing an archive", size),
+        )
+        return await threads.run(
+            lambda: open_archive(path, opening),
+            "husk-import",
+            on_cancel=watch.stop.set,
+            linger_s=STOP_LIMIT_S,
+            discard=Archive.abandon,
+        )
 
     async def _import_one(
         self, archive: Source, found: Archived, tag: str, path: Path, report: Report
@@ -170,9 +239,10 @@ class Puller:
             raise PullDeadline(str(reference), limit_s or 0.0) from error
 
     async def _pull(self, reference: Reference, auth: Auth | None, report: Report) -> Image:
-        hosts = await asyncio.to_thread(find_hosts, self._options.config_path, reference.domain)
+        limits = self._options.limits
+        hosts = await asyncio.to_thread(find_hosts, self._options.config_path, reference.domain, limits)
         auths = [auth or await self._credentials.find(host, reference) for host in hosts]
-        registry = Registry(reference, hosts, auths, self._options.timing)
+        registry = Registry(reference, hosts, auths, self._options.timing, limits)
         try:
             fetched = await registry.manifest(reference.target)
             await self._trust.check(registry, reference, fetched)
@@ -213,44 +283,16 @@ class Puller:
 
         Raises ManifestNotFound when there is none.
         """
-        document = manifest.decode(names.what, fetched.data, fetched.media_type)
+        choice = _Choice(source, names.what, self._platform, self._options.limits)
         try:
-            return await self._choose_from(source, document, names, NESTING_LIMIT, vouched=False)
+            return await choice.make(fetched)
+        except OverLimit as error:
+            raise ManifestInvalid(names.what, error.reason) from error
         except _OtherPlatform as error:
             have = ", ".join(sorted(error.offered)) or "none"
             wanted = f"{self._platform.os}/{self._platform.architecture}"
             problem = f"no image for {wanted}, only for {have}"
             raise ManifestNotFound(names.what, names.host, problem) from error
-
-    async def _choose_from(
-        self, source: Source, document: Manifest | ImageIndex, names: _Names, depth: int, *, vouched: bool
-    ) -> _Chosen:
-        """`vouched`: the index says that it is for this platform, which counts more than a configuration that
-        names another one, as builders write there what they run on. Raises _OtherPlatform."""
-        if isinstance(document, Manifest):
-            raw = await source.small_blob(document.config, manifest.CONFIG_LIMIT)
-            config = manifest.decode_config(f"configuration of {names.what}", raw, document)
-            offered = Platform(os=config.os, architecture=config.architecture)
-            if not vouched and not platforms.is_for(offered, self._platform):
-                raise _OtherPlatform(f"{offered.os}/{offered.architecture}")
-            return _Chosen(document, config, len(raw))
-        if depth == 0:
-            problem = f"indexes are nested more than {NESTING_LIMIT} deep"
-            raise ManifestNotFound(names.what, names.host, problem)
-        offers = {f"{e.platform.os}/{e.platform.architecture}" for e in document.manifests if e.platform}
-        for entry in platforms.candidates(document, self._platform)[:CANDIDATES_LIMIT]:
-            known = platforms.has_platform(entry)
-            fetched = await source.manifest(entry.digest, entry.size)
-            try:
-                found = manifest.decode(names.what, fetched.data, entry.media_type or fetched.media_type)
-                return await self._choose_from(source, found, names, depth - 1, vouched=vouched or known)
-            except _OtherPlatform as error:
-                offers |= error.offered
-            except UnsupportedMedia:
-                if known:
-                    raise
-                # without a platform it may be anything, such as a signature or an attestation
-        raise _OtherPlatform(*offers)
 
     # ------------------------------------------------------------------------------- layers
 
@@ -265,18 +307,21 @@ class Puller:
     ) -> None:
         ready = [asyncio.Event() for _ in chain]
         # Two pulls of the same blobs from one registry download them once. Another registry's blobs are not
-        # waited for, even if they claim to be the same layers: they may never come.
+        # waited for, even if they claim to be the same layers, and the same registry's not for ever: they may
+        # never come. Nothing is locked while unpacking: the first of several to make a layer stores it.
         keys = manifest.chain_ids([blob.digest for blob in blobs])
 
         async def store(n: int, stage: Path) -> None:
-            async with self._making.hold(f"{host} {chain[n]} {keys[n]}"):
+            async with self._alone(f"{host} {chain[n]} {keys[n]}"):
                 if self._layers.find(chain[n]):
                     report(Progress(item=blobs[n].digest, step="present", current=1, total=1))
                 else:
                     await self._download(source, blobs[n], stage / str(n), host, report)
                     if n:
                         await ready[n - 1].wait()
-                    await self._unpack(blobs[n], diff_ids[n], chain[: n + 1], stage / str(n), report)
+                    await self._unpack(
+                        source, blobs[n], diff_ids[n], chain[: n + 1], stage / str(n), host, report
+                    )
             ready[n].set()
 
         with self._layers.staging() as stage:
@@ -287,6 +332,15 @@ class Puller:
             except BaseExceptionGroup as errors:
                 # the first failure cancelled the other layers, and is the one that callers expect
                 raise errors.exceptions[0] from errors
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, key: str) -> AsyncIterator[None]:
+        """Wait until no other pull downloads a layer, at most for `share_s`; then go on beside it."""
+        async with contextlib.AsyncExitStack() as stack:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._options.timing.share_s):
+                    await stack.enter_async_context(self._making.hold(key))
+            yield
 
     async def _download(
         self, source: Source, blob: Descriptor, path: Path, host: str, report: Report
@@ -304,9 +358,16 @@ class Puller:
                 writer.close()
 
     async def _unpack(
-        self, blob: Descriptor, diff_id: str, chain: Sequence[str], path: Path, report: Report
+        self,
+        source: Source,
+        blob: Descriptor,
+        diff_id: str,
+        chain: Sequence[str],
+        path: Path,
+        host: str,
+        report: Report,
     ) -> None:
-        async with self._unpacks.slot():
+        async with self._unpacks.share(host, str(id(source))):
             report(Progress(item=blob.digest, step="unpack", current=0, total=blob.size))
             if self._layers.find(chain[-1]) is None:  # the pull of another image may have made it meanwhile
                 await self._layers.unpack(chain[-1], diff_id, chain[:-1], path)

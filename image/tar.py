@@ -15,16 +15,14 @@ Format" and "Storing Sparse Files".
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator
 from typing import Final
 
+from image.budget import Budget, Limits
+
 BLOCK: Final = 512
-EXTENSION_LIMIT: Final = 4 << 20  # bytes of one pax or GNU extension entry
-EXTENSIONS_LIMIT: Final = 8 << 20  # bytes of all extension entries before one member, their headers included
-COMMON_LIMIT: Final = 16 << 20  # bytes of all global pax entries of an archive, their headers included
-RECORDS_LIMIT: Final = 10_000  # pax records in force at a time
 PATH_LIMIT: Final = 4096  # PATH_MAX
-SPARSE_LIMIT: Final = 1 << 20  # segments of one sparse file
 NUMBER_LIMIT: Final = 1 << 62
 
 REGULAR, HARD_LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
@@ -36,7 +34,6 @@ _KEY_PREFIXES = ("SCHILY.xattr.", "GNU.sparse.")
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12s")
 
 Xattrs = tuple[tuple[str, bytes], ...]
-Segments = tuple[tuple[int, int], ...]
 
 
 class TarError(Exception):
@@ -45,6 +42,38 @@ class TarError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Segments:
+    """The segments of a sparse file that hold data, in order and apart: offset and length each.
+
+    Empty ones are checked and counted, and not kept. Sixteen bytes each, as there may be very many.
+    """
+
+    __slots__ = ("_budget", "_lengths", "_offsets", "end", "total")
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._offsets = array("q")
+        self._lengths = array("q")
+        self.end = 0
+        self.total = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self._offsets, self._lengths, strict=True)
+
+    def append(self, offset: int, length: int) -> None:
+        """Add one behind the others. Raises TarError, OverLimit."""
+        self._budget.spend()
+        if offset < self.end or length < 0:
+            raise TarError("overlapping segments in a sparse file")
+        self.end = offset + length
+        self.total += length
+        if self.end > NUMBER_LIMIT:
+            raise TarError("a segment of a sparse file that ends beyond any file")
+        if length:
+            self._offsets.append(offset)
+            self._lengths.append(length)
 
 
 class Chunks:
@@ -88,17 +117,14 @@ class Chunks:
         """Return whether no byte is left."""
         return self._at == len(self._chunk) and not self._next()
 
-    def drain(self, limit: int) -> None:
-        """Read to the stream's end: its digest covers the bytes after the archive's end too.
+    def drain(self, budget: Budget) -> None:
+        """Read to the stream's end, as its digest covers the bytes after the archive's end too.
 
-        Raises TarError above `limit` bytes.
+        Raises OverLimit.
         """
-        count = len(self._chunk) - self._at
-        while count <= limit:
-            if not self._next():
-                return
-            count += len(self._chunk)
-        raise TarError(f"more than {limit} bytes after the archive's end")
+        budget.spend(len(self._chunk) - self._at)
+        while self._next():
+            budget.spend(len(self._chunk))
 
     def _next(self) -> bool:
         for chunk in self._source:
@@ -133,36 +159,100 @@ class Entry:
     segments: Segments | None  # (offset, length) of the data of a sparse file
 
 
-def entries(chunks: Chunks) -> Iterator[Entry]:
+class _Headers:
+    """What precedes a member: pax and GNU extension entries, with their budgets."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._one = Budget(limits, "extension_bytes")
+        self._global = Budget(limits, "global_bytes")
+        self._records = Budget(limits, "pax_records")
+        self._segments = Budget(limits, "layer_segments")
+        self.common: dict[str, bytes] = {}  # of all members that follow
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin the next member."""
+        self.local: dict[str, bytes] = {}
+        self.sparse = Segments(self._segments)  # of pax format 0.0
+        self._all = Budget(self._limits, "extensions_bytes")
+        self._offset = 0
+
+    def new_segments(self) -> Segments:
+        """Return empty segments, which count for the archive's limit."""
+        return Segments(self._segments)
+
+    def read(self, chunks: Chunks, entry: Entry) -> None:
+        """Read an extension entry. Raises TarError, OverLimit."""
+        self._one.check(entry.size)
+        self._all.spend(BLOCK + entry.size)
+        if entry.kind == b"g":
+            self._global.spend(BLOCK + entry.size)
+        data = chunks.read(entry.size)
+        skip_padding(chunks, entry.size)
+        match entry.kind:
+            case b"x" | b"X":
+                self._parse(data, self.local)
+            case b"g":
+                self._parse(data, self.common)
+            case b"L":
+                self.local["path"] = data.partition(b"\0")[0]
+            case b"K":
+                self.local["linkpath"] = data.partition(b"\0")[0]
+            case _:
+                pass  # 'V': GNU's volume label
+
+    def _parse(self, data: bytes, into: dict[str, bytes]) -> None:
+        """Parse records `LEN KEY=VALUE\\n`, where LEN counts itself; an empty value deletes the key (pax)."""
+        at = 0
+        while at < len(data):
+            space = data.find(b" ", at, at + 20)
+            digits = data[at:space]
+            if space < 0 or not digits.isdigit():
+                raise TarError("broken pax header")
+            end = at + int(digits)
+            equals = data.find(b"=", space, end)
+            if equals < 0 or end > len(data) or data[end - 1 : end] != b"\n":
+                raise TarError("broken pax header")
+            self._record(data[space + 1 : equals], data[equals + 1 : end - 1], into)
+            at = end
+
+    def _record(self, name: bytes, value: bytes, into: dict[str, bytes]) -> None:
+        key = name.decode("utf-8", "surrogateescape")
+        # format 0.0 of sparse files repeats these two keys, once per segment
+        if key == "GNU.sparse.offset":
+            self._offset = _decimal(value)
+        elif key == "GNU.sparse.numbytes":
+            self.sparse.append(self._offset, _decimal(value))
+        elif key in _KEYS or key.startswith(_KEY_PREFIXES):
+            if value:
+                into[key] = value
+            else:
+                into.pop(key, None)
+            self._records.check(len(into))
+
+
+def entries(chunks: Chunks, limits: Limits) -> Iterator[Entry]:
     """Yield the members in order, until two zero blocks or the end of the stream.
 
     Before the next one, the consumer must read exactly `stored` bytes and call `skip_padding`. Raises
-    TarError.
+    TarError, OverLimit.
     """
-    common: dict[str, bytes] = {}
-    common_bytes = 0
+    headers = _Headers(limits)
     while (header := _next_header(chunks)) is not None:
-        local: dict[str, bytes] = {}
-        sparse: list[tuple[int, int]] = []
         entry = _parse(header)
-        extension_bytes = 0
+        headers.begin()
         while entry.kind in b"xgLKXV":
-            extension_bytes += BLOCK + entry.size
-            if extension_bytes > EXTENSIONS_LIMIT:
-                raise TarError(f"more than {EXTENSIONS_LIMIT} bytes of extension headers before one entry")
-            if entry.kind == b"g":
-                common_bytes += BLOCK + entry.size
-                if common_bytes > COMMON_LIMIT:
-                    raise TarError(f"more than {COMMON_LIMIT} bytes of global extension headers")
-            _extension(chunks, entry, common, local, sparse)
+            headers.read(chunks, entry)
             following = _next_header(chunks)
             if following is None:
                 return
             entry = _parse(following)
             header = following
+        common, local = headers.common, headers.local
         if common or local:
             _apply(entry, {**common, **local} if common else local)
-        _finish(chunks, header, entry, local, sparse)
+        _finish(chunks, header, entry, headers)
         yield entry
 
 
@@ -231,64 +321,6 @@ def _check_signed(header: bytes, checksum: bytes) -> None:
 # -------------------------------------------------------------------------------- extensions
 
 
-def _extension(
-    chunks: Chunks,
-    entry: Entry,
-    common: dict[str, bytes],
-    local: dict[str, bytes],
-    sparse: list[tuple[int, int]],
-) -> None:
-    """Read an extension entry, which describes later entries, into `common` (all later ones), `local` (the
-    next one) and `sparse` (segments of the next one)."""
-    if entry.size > EXTENSION_LIMIT:
-        raise TarError(f"an extension header of {entry.size} bytes, the limit is {EXTENSION_LIMIT}")
-    data = chunks.read(entry.size)
-    skip_padding(chunks, entry.size)
-    match entry.kind:
-        case b"x" | b"X":
-            _records(data, local, sparse)
-        case b"g":
-            _records(data, common, sparse)
-        case b"L":
-            local["path"] = data.partition(b"\0")[0]
-        case b"K":
-            local["linkpath"] = data.partition(b"\0")[0]
-        case _:
-            pass  # 'V': GNU's volume label
-
-
-def _records(data: bytes, into: dict[str, bytes], sparse: list[tuple[int, int]]) -> None:
-    """Parse records `LEN KEY=VALUE\\n`, where LEN counts itself; an empty value deletes the key (pax)."""
-    at = 0
-    offset = 0
-    while at < len(data):
-        space = data.find(b" ", at, at + 20)
-        digits = data[at:space]
-        if space < 0 or not digits.isdigit():
-            raise TarError("broken pax header")
-        end = at + int(digits)
-        equals = data.find(b"=", space, end)
-        if equals < 0 or end > len(data) or data[end - 1 : end] != b"\n":
-            raise TarError("broken pax header")
-        key = data[space + 1 : equals].decode("utf-8", "surrogateescape")
-        value = data[equals + 1 : end - 1]
-        # format 0.0 of sparse files repeats these two keys, once per segment
-        if key == "GNU.sparse.offset":
-            offset = _decimal(value)
-        elif key == "GNU.sparse.numbytes":
-            sparse.append((offset, _decimal(value)))
-            if len(sparse) > SPARSE_LIMIT:
-                raise TarError("too many segments in a sparse file")
-        elif key in _KEYS or key.startswith(_KEY_PREFIXES):
-            if value:
-                into[key] = value
-            else:
-                into.pop(key, None)
-            if len(into) > RECORDS_LIMIT:
-                raise TarError(f"more than {RECORDS_LIMIT} pax records")
-        at = end
-
-
 def _apply(entry: Entry, records: dict[str, bytes]) -> None:
     """Override the header's fields with those of pax records and GNU long names."""
     xattrs: list[tuple[str, bytes]] = []
@@ -329,33 +361,31 @@ def _time(value: bytes) -> int:
     return -time_ns if value.startswith(b"-") else time_ns
 
 
-def _finish(
-    chunks: Chunks, header: bytes, entry: Entry, local: dict[str, bytes], sparse: list[tuple[int, int]]
-) -> None:
+def _finish(chunks: Chunks, header: bytes, entry: Entry, headers: _Headers) -> None:
     """Set what depends on headers and extensions together: kind, length of the data, sparse segments."""
     if entry.kind not in _DATA_KINDS:
         # links, devices and directories have no data, whatever their size field says (pax, "size")
         entry.size = entry.stored = 0
     elif entry.kind == b"S":
-        _old_gnu_sparse(chunks, header, entry)
-    elif sparse or "GNU.sparse.map" in local or "GNU.sparse.major" in local:
-        _pax_sparse(chunks, entry, local, sparse)
+        _old_gnu_sparse(chunks, header, entry, headers.new_segments())
+    elif any(key.startswith("GNU.sparse.") for key in headers.local):
+        _pax_sparse(chunks, entry, headers)
     if entry.kind in (b"\0", b"7", b"S"):
         # before ustar, a directory was a file whose name ends in a slash
         entry.kind = DIRECTORY if entry.name.endswith(b"/") and not entry.stored else REGULAR
     if len(entry.name) > PATH_LIMIT or len(entry.link) > PATH_LIMIT:
         raise TarError(f"a name of more than {PATH_LIMIT} bytes")
-    if entry.segments is not None:
-        _check_segments(entry)
+    segments = entry.segments
+    if segments is not None and (segments.end > entry.size or segments.total != entry.stored):
+        raise TarError("segments of a sparse file do not fit its size")
 
 
 # ------------------------------------------------------------------------------------ sparse
 
 
-def _old_gnu_sparse(chunks: Chunks, header: bytes, entry: Entry) -> None:
+def _old_gnu_sparse(chunks: Chunks, header: bytes, entry: Entry, segments: Segments) -> None:
     """Read four segments at 386, more in extension blocks of 21, and the real size at 483 (GNU tar
     manual)."""
-    segments: list[tuple[int, int]] = []
     _gnu_segments(header, 386, 4, segments)
     extended = header[482]
     while extended:
@@ -363,64 +393,64 @@ def _old_gnu_sparse(chunks: Chunks, header: bytes, entry: Entry) -> None:
         _gnu_segments(block, 0, 21, segments)
         extended = block[504]
     entry.size = _number(header[483:495])
-    entry.segments = tuple(segments)
+    entry.segments = segments
 
 
-def _gnu_segments(block: bytes, at: int, count: int, into: list[tuple[int, int]]) -> None:
+def _gnu_segments(block: bytes, at: int, count: int, into: Segments) -> None:
     for begin in range(at, at + 24 * count, 24):
         if not block[begin]:
             return
-        into.append((_number(block[begin : begin + 12]), _number(block[begin + 12 : begin + 24])))
-        if len(into) > SPARSE_LIMIT:
-            raise TarError("too many segments in a sparse file")
+        into.append(_number(block[begin : begin + 12]), _number(block[begin + 12 : begin + 24]))
 
 
-def _pax_sparse(chunks: Chunks, entry: Entry, local: dict[str, bytes], sparse: list[tuple[int, int]]) -> None:
+def _pax_sparse(chunks: Chunks, entry: Entry, headers: _Headers) -> None:
     """Read the segments of GNU tar's formats 0.0 (repeated keys), 0.1 (one key) and 1.0 (a map before the
     data; GNU tar manual, "Storing Sparse Files")."""
+    local = headers.local
     real = local.get("GNU.sparse.realsize") or local.get("GNU.sparse.size")
     if real is None:
         raise TarError("a sparse file without a size")
+    segments = headers.sparse
     if local.get("GNU.sparse.major") == b"1":
-        sparse = _map_before_data(chunks, entry)
+        segments = headers.new_segments()
+        _map_before_data(chunks, entry, segments)
     elif "GNU.sparse.map" in local:
-        numbers = [_decimal(n) for n in local["GNU.sparse.map"].split(b",")]
-        sparse = list(zip(numbers[::2], numbers[1::2], strict=False))
+        segments = headers.new_segments()
+        _map_in_header(local["GNU.sparse.map"], segments)
     entry.size = _decimal(real)
-    entry.segments = tuple(sparse)
+    entry.segments = segments
 
 
-def _map_before_data(chunks: Chunks, entry: Entry) -> list[tuple[int, int]]:
+def _map_in_header(text: bytes, into: Segments) -> None:
+    """Read `OFFSET,LENGTH,...` piece by piece: split at once, a map of a megabyte would take a hundred."""
+    at = 0
+    offset: int | None = None
+    while at <= len(text):
+        end = text.find(b",", at)
+        end = len(text) if end < 0 else end
+        number = _decimal(text[at:end])
+        if offset is None:
+            offset = number
+        else:
+            into.append(offset, number)
+            offset = None
+        at = end + 1
+
+
+def _map_before_data(chunks: Chunks, entry: Entry, into: Segments) -> None:
     """Read decimal lines: the count, then offset and length of each segment; padded to a block."""
-    text = b""
+    text, at = b"", 0
 
-    def line(rest: bytes) -> tuple[int, bytes]:
-        while b"\n" not in rest:
-            if entry.stored < BLOCK or len(rest) > BLOCK:
+    def line() -> int:
+        nonlocal text, at
+        while (end := text.find(b"\n", at)) < 0:
+            if entry.stored < BLOCK or len(text) - at > BLOCK:
                 raise TarError("broken map of a sparse file")
-            rest += chunks.read(BLOCK)
+            text, at = text[at:] + chunks.read(BLOCK), 0
             entry.stored -= BLOCK
-        number, _, rest = rest.partition(b"\n")
-        return _decimal(number), rest
+        number, at = _decimal(text[at:end]), end + 1
+        return number
 
-    count, text = line(text)
-    if count > SPARSE_LIMIT:
-        raise TarError("too many segments in a sparse file")
-    segments = []
-    for _ in range(count):
-        offset, text = line(text)
-        length, text = line(text)
-        segments.append((offset, length))
-    return segments
-
-
-def _check_segments(entry: Entry) -> None:
-    """Raise TarError unless the segments are in order, apart, inside the file, and as long as the data."""
-    end = total = 0
-    for offset, length in entry.segments or ():
-        if offset < end or length < 0:
-            raise TarError("overlapping segments in a sparse file")
-        end = offset + length
-        total += length
-    if end > entry.size or total != entry.stored:
-        raise TarError("segments of a sparse file do not fit its size")
+    for _ in range(line()):
+        offset = line()
+        into.append(offset, line())

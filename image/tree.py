@@ -12,18 +12,20 @@ mode 0755 and owner root.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from image import tree_ops
+from image.budget import Limits, check
 
 Path = tuple[bytes, ...]
 
 OPAQUE = "trusted.overlay.opaque"
 LINK_LIMIT = 40  # the kernel's MAXSYMLINKS
 _CACHED = 64  # open directories
-_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class TreeError(Exception):
@@ -42,19 +44,20 @@ def is_whiteout(info: os.stat_result) -> bool:
 class Tree:
     """The directory `root`, being filled, above the layers `lowers`, nearest first. Close it.
 
-    Paths are tuples of names relative to the root. A directory may lie at most `max_depth` levels below it.
+    Paths are tuples of names relative to the root. Which of the layers below are hidden, and where, is read
+    from the directory itself, so that memory does not grow with the number of whiteouts. Methods raise
+    OverLimit for a directory that would lie deeper than `limits` allow.
     """
 
-    def __init__(self, root: str, lowers: Sequence[str] = (), *, max_depth: int) -> None:
-        self._max_depth = max_depth
-        self._root = os.open(root, _OPEN)
+    def __init__(self, root: str, lowers: Sequence[str], limits: Limits) -> None:
+        self._limits = limits
+        self._root = os.open(root, OPEN_DIRECTORY)
         self._lowers: list[int] = []
         self._cache: dict[Path, int] = {}
-        self._hidden: set[Path] = set()
         self.directories_made = 0
         try:
             for lower in lowers:
-                self._lowers.append(os.open(lower, _OPEN))
+                self._lowers.append(os.open(lower, OPEN_DIRECTORY))
         except BaseException:
             self.close()
             raise
@@ -89,6 +92,31 @@ class Tree:
         return fd
 
     def _resolve(self, wanted: Path, make: bool) -> int:
+        real = self._follow(wanted, lambda parent, name: self._step(parent, name, make))
+        return self.directory(real) if real else self._root
+
+    def real_path(self, path: Path) -> Path:
+        """Return where a path leads in this layer and those below, without its last name, which is not
+        followed. Makes nothing. Raises TreeError."""
+        return (*self._follow(path[:-1], self._peek), path[-1])
+
+    def _peek(self, parent: Path, name: bytes) -> bytes | None:
+        """Return a link's target, or None for anything else, in this layer or below."""
+        with contextlib.suppress(FileNotFoundError):
+            at = self.directory(parent, make=False)
+            info = os.stat(name, dir_fd=at, follow_symlinks=False)
+            return os.readlink(name, dir_fd=at) if stat.S_ISLNK(info.st_mode) else None
+        found = self.below((*parent, name))
+        if found is None:
+            return None
+        holder, info = found
+        try:
+            return os.readlink(name, dir_fd=holder) if stat.S_ISLNK(info.st_mode) else None
+        finally:
+            os.close(holder)
+
+    def _follow(self, wanted: Path, step: Callable[[Path, bytes], bytes | None]) -> Path:
+        """Resolve a path name by name; `step` returns the target of a link, or None for a directory."""
         real: list[bytes] = []
         todo = list(reversed(wanted))
         links = 0
@@ -99,10 +127,9 @@ class Tree:
             if name == b"..":
                 del real[-1:]
                 continue
-            if len(real) == self._max_depth:
-                # `layer` limits names of entries; a link's target may lie deeper
-                raise TreeError(f"more than {self._max_depth} directories deep")
-            target = self._step(tuple(real), name, make)
+            # `layer` limits names of entries; a link's target may lie deeper
+            check(self._limits, "layer_depth", len(real) + 1)
+            target = step(tuple(real), name)
             if target is None:
                 real.append(name)
                 continue
@@ -112,7 +139,7 @@ class Tree:
             if target.startswith(b"/"):
                 real.clear()
             todo.extend(reversed(target.split(b"/")))
-        return self.directory(tuple(real)) if real else self._root
+        return tuple(real)
 
     def _step(self, parent: Path, name: bytes, make: bool) -> bytes | None:
         """Open `parent`/`name` of this layer into the cache and return None, or return a link's target."""
@@ -121,21 +148,32 @@ class Tree:
             return None
         at = self._cache[parent] if parent else self._root
         try:
-            fd = os.open(name, _OPEN, dir_fd=at)
+            fd = os.open(name, OPEN_DIRECTORY, dir_fd=at)
         except FileNotFoundError:
             target = self._from_below(at, path, make)
             if target is not None:
                 return target
-            fd = os.open(name, _OPEN, dir_fd=at)
+            fd = os.open(name, OPEN_DIRECTORY, dir_fd=at)
         except OSError:
-            return self._link_target(at, name)
+            info = os.stat(name, dir_fd=at, follow_symlinks=False)
+            if stat.S_ISLNK(info.st_mode):
+                return os.readlink(name, dir_fd=at)
+            if not is_whiteout(info):
+                raise TreeError("a parent is not a directory") from None
+            fd = self._replace_whiteout(at, name, make)
         self._remember(path, fd)
         return None
 
-    def _link_target(self, at: int, name: bytes) -> bytes:
-        if not stat.S_ISLNK(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
-            raise TreeError("a parent is not a directory")
-        return os.readlink(name, dir_fd=at)
+    def _replace_whiteout(self, at: int, name: bytes, make: bool) -> int:
+        """Make a directory that hides what the whiteout in its place hid; return its descriptor."""
+        if not make:
+            raise FileNotFoundError
+        os.unlink(name, dir_fd=at)
+        os.mkdir(name, 0o755, dir_fd=at)
+        self.directories_made += 1
+        fd = os.open(name, OPEN_DIRECTORY, dir_fd=at)
+        os.setxattr(fd, OPAQUE, b"y")
+        return fd
 
     def _remember(self, path: Path, fd: int) -> None:
         self._cache[path] = fd
@@ -148,13 +186,25 @@ class Tree:
 
     # -------------------------------------------------------------------------------- below
 
-    def hide(self, path: Path) -> None:
-        """Record that the layers below are hidden at this path: a whiteout or an opaque directory is here."""
-        self._hidden.add(path)
-
-    def is_hidden(self, path: Path) -> bool:
-        """Return whether `hide` was called for exactly this path."""
-        return path in self._hidden
+    def _hides(self, path: Path) -> bool:
+        """Return whether this layer hides a path of the layers below: by a whiteout, an opaque directory, or
+        anything else in place of a directory on the way."""
+        at = os.dup(self._root)
+        try:
+            for name in path:
+                if is_opaque(at):
+                    return True
+                try:
+                    child = os.open(name, OPEN_DIRECTORY, dir_fd=at)
+                except FileNotFoundError:
+                    return False
+                except OSError:
+                    return True
+                os.close(at)
+                at = child
+            return is_opaque(at)
+        finally:
+            os.close(at)
 
     def below(self, path: Path) -> tuple[int, os.stat_result] | None:
         """Find a path in the merged layers below, without following links.
@@ -162,7 +212,7 @@ class Tree:
         Returns a descriptor of its parent in the layer that has it, which the caller closes, and its status;
         None when it is absent or hidden.
         """
-        if any(path[:n] in self._hidden for n in range(1, len(path) + 1)):
+        if self._hides(path):
             return None
         holders = [os.dup(fd) for fd in self._lowers]
         try:
@@ -205,8 +255,8 @@ class Tree:
     def _copy_directory(self, at: int, parent: int, name: bytes, info: os.stat_result) -> None:
         os.mkdir(name, 0o700, dir_fd=at)
         self.directories_made += 1
-        source = os.open(name, _OPEN, dir_fd=parent)
-        fd = os.open(name, _OPEN, dir_fd=at)
+        source = os.open(name, OPEN_DIRECTORY, dir_fd=parent)
+        fd = os.open(name, OPEN_DIRECTORY, dir_fd=at)
         try:
             copy_attributes(source, fd, info)
         finally:
@@ -239,9 +289,9 @@ def _merged(holders: list[int], name: bytes) -> list[int]:
     for fd in holders:
         try:
             if not ended:
-                child = os.open(name, _OPEN, dir_fd=fd)
+                child = os.open(name, OPEN_DIRECTORY, dir_fd=fd)
                 found.append(child)
-                ended = _is_opaque(child)
+                ended = is_opaque(child)
         except FileNotFoundError:
             pass
         except OSError:
@@ -251,7 +301,8 @@ def _merged(holders: list[int], name: bytes) -> list[int]:
     return found
 
 
-def _is_opaque(fd: int) -> bool:
+def is_opaque(fd: int | str) -> bool:
+    """Return whether a directory hides what the layers below have in it."""
     try:
         return os.getxattr(fd, OPAQUE) == b"y"
     except OSError:
@@ -266,3 +317,16 @@ def copy_attributes(source: int, fd: int, info: os.stat_result) -> None:
         if not name.startswith("trusted."):
             os.setxattr(fd, name, os.getxattr(source, name))
     os.utime(fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
+
+
+def copy_special(parent: int, at: int, name: bytes, info: os.stat_result) -> None:
+    """Copy a symbolic link, FIFO, device or socket from directory `parent` to `at`, with owner, mode and
+    time. Raises OSError."""
+    if stat.S_ISLNK(info.st_mode):
+        os.symlink(os.readlink(name, dir_fd=parent), name, dir_fd=at)
+    else:
+        os.mknod(name, stat.S_IFMT(info.st_mode) | 0o600, info.st_rdev, dir_fd=at)
+    os.chown(name, info.st_uid, info.st_gid, dir_fd=at, follow_symlinks=False)
+    if not stat.S_ISLNK(info.st_mode):
+        os.chmod(name, stat.S_IMODE(info.st_mode), dir_fd=at)
+    os.utime(name, ns=(info.st_mtime_ns, info.st_mtime_ns), dir_fd=at, follow_symlinks=False)

@@ -107,10 +107,14 @@ def _remove(client: Client, args: argparse.Namespace) -> int:
     for name in args.images:
         spec = pb.ImageSpec(image=name)
         known = client.call(IMAGE_SERVICE, "ImageStatus", pb.ImageStatusRequest(image=spec))
-        if not known.HasField("image") and name not in _set_aside(client):
+        aside = {} if known.HasField("image") else _set_aside(client)
+        if aside or known.HasField("image"):
+            client.call(IMAGE_SERVICE, "RemoveImage", pb.RemoveImageRequest(image=spec))
+        # only the daemon knows the names of what was set aside
+        gone = aside.keys() - _set_aside(client).keys() if aside else set()
+        for id in (known.image.id,) if known.HasField("image") else gone:
+            print(id)
+        if not known.HasField("image") and not gone:
             print(f"{name}: no such image", file=sys.stderr)
             code = 1
-            continue
-        client.call(IMAGE_SERVICE, "RemoveImage", pb.RemoveImageRequest(image=spec))
-        print(known.image.id or name)
     return code

@@ -6,17 +6,17 @@ There is no ping of /v2/: the first request of a pull gets the 401 with the chal
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
+
+from image.budget import Budget, Limits
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _SEPARATOR = re.compile(r"[\s,]*")
 _SCHEME = re.compile(rf"({_TOKEN})(?=\s|,|$)[ \t]*")
 _TOKEN68 = re.compile(r"[A-Za-z0-9._~+/-]+=*\s*(?=,|$)")
 _PARAMETER = re.compile(rf'[\s,]*({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))')
-_LINE_LIMIT = 4096
-_LINES_LIMIT = 16
 
 
 class Challenge(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,23 +28,24 @@ class Challenge(msgspec.Struct, frozen=True, kw_only=True):
     scope: str = ""
 
 
-def parse_challenges(headers: Iterable[str]) -> tuple[Challenge, ...]:
+def parse_challenges(headers: Iterable[str], limits: Limits) -> tuple[Challenge, ...]:
     """Return all challenges of the WWW-Authenticate headers, in order.
 
     A header may hold several challenges, and challenges may lie in several headers. Parameters other than
-    realm, service and scope are ignored, and so is what follows the first syntax error of a header. At most
-    16 headers of 4096 characters are read.
+    realm, service and scope are ignored, and so is what follows the first syntax error of a header. Raises
+    OverLimit.
     """
     found: list[Challenge] = []
-    for number, header in enumerate(headers):
-        if number == _LINES_LIMIT:
-            break
-        found.extend(_parse(header[:_LINE_LIMIT]))
+    size, count = Budget(limits, "challenge_bytes"), Budget(limits, "challenges")
+    for header in headers:
+        size.spend(len(header))
+        for challenge in _parse(header):
+            count.spend()
+            found.append(challenge)
     return tuple(found)
 
 
-def _parse(header: str) -> list[Challenge]:
-    found: list[Challenge] = []
+def _parse(header: str) -> Iterator[Challenge]:
     at = _skip(_SEPARATOR, header, 0)
     while scheme := _SCHEME.match(header, at):
         at = scheme.end()
@@ -54,16 +55,13 @@ def _parse(header: str) -> list[Challenge]:
             at = parameter.end()
             name, quoted, bare = parameter.groups()
             parameters[name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted else bare or ""
-        found.append(
-            Challenge(
-                scheme=scheme.group(1).lower(),
-                realm=parameters.get("realm", ""),
-                service=parameters.get("service", ""),
-                scope=parameters.get("scope", ""),
-            )
+        yield Challenge(
+            scheme=scheme.group(1).lower(),
+            realm=parameters.get("realm", ""),
+            service=parameters.get("service", ""),
+            scope=parameters.get("scope", ""),
         )
         at = _skip(_SEPARATOR, header, at)
-    return found
 
 
 def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from image import manifest
 from image.auth import Auth
 from image.blobs import BlobWriter, Fetched
+from image.budget import Budget, Limits, OverLimit
 from image.errors import (
     DigestMismatch,
     ImageError,
@@ -25,12 +26,15 @@ from image.registry.timing import Timing
 
 T = TypeVar("T")
 
+_HOSTS_FAULT = (ManifestNotFound, ManifestInvalid, Unauthorized, RegistryUnavailable, DigestMismatch)
+
 
 class Registry:
     """The `Source` of one pull from a registry. Close it.
 
     Asks `hosts` in order: mirrors first, the registry itself last. Each method raises ManifestNotFound,
-    Unauthorized, RegistryUnavailable or DigestMismatch: the last host's error, with the mirrors' as notes.
+    ManifestInvalid (above a limit), Unauthorized, RegistryUnavailable or DigestMismatch: the last host's
+    error, with the mirrors' as notes.
     """
 
     def __init__(
@@ -39,12 +43,15 @@ class Registry:
         hosts: Sequence[Host],
         auths: Sequence[Auth | None],
         timing: Timing | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """`auths` are the credentials for each of `hosts`."""
         self._reference = reference
         self._timing = timing or Timing()
+        self._limits = limits or Limits()
         self._endpoints = [
-            Endpoint(host, reference, auth, self._timing) for host, auth in zip(hosts, auths, strict=True)
+            Endpoint(host, reference, auth, self._timing, self._limits)
+            for host, auth in zip(hosts, auths, strict=True)
         ]
 
     async def close(self) -> None:
@@ -60,7 +67,7 @@ class Registry:
         """
 
         async def fetch(endpoint: Endpoint) -> Fetched:
-            data, headers = await endpoint.read(f"manifests/{target}", manifest.MANIFEST_LIMIT)
+            data, headers = await endpoint.read(f"manifests/{target}", "manifest_bytes")
             announced = headers.get("docker-content-digest", "")
             expected = target if is_digest(target) else announced if is_digest(announced) else ""
             if expected:
@@ -78,22 +85,23 @@ class Registry:
         ManifestNotFound also where the registry does not list any."""
 
         async def fetch(endpoint: Endpoint) -> Fetched:
-            data, headers = await endpoint.read(f"referrers/{digest}", manifest.MANIFEST_LIMIT)
+            data, headers = await endpoint.read(f"referrers/{digest}", "manifest_bytes")
             return Fetched(
                 data=data, digest=manifest.digest_of(data), media_type=headers.get("content-type", "")
             )
 
         return await self._first("resolve", fetch)
 
-    async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
-        """Fetch a blob into memory and check it. Raises ManifestInvalid above `limit` bytes."""
-        if descriptor.size > limit:
-            raise ManifestInvalid(
-                f"blob {descriptor.digest}", f"{descriptor.size} bytes, the limit is {limit}"
-            )
+    async def small_blob(self, descriptor: Descriptor, key: str) -> bytes:
+        """Fetch a blob into memory and check it. `key` names the limit of its size. Raises ManifestInvalid
+        above it."""
+        try:
+            Budget(self._limits, key).check(descriptor.size)
+        except OverLimit as error:
+            raise ManifestInvalid(f"blob {descriptor.digest}", error.reason) from error
 
         async def fetch(endpoint: Endpoint) -> bytes:
-            data, _ = await endpoint.read(f"blobs/{descriptor.digest}", descriptor.size)
+            data, _ = await endpoint.read(f"blobs/{descriptor.digest}", key)
             manifest.check(f"blob {descriptor.digest}", data, descriptor.digest, descriptor.size)
             return data
 
@@ -134,7 +142,7 @@ class Registry:
         for endpoint in able:
             try:
                 return await fetch(endpoint)
-            except (ManifestNotFound, Unauthorized, RegistryUnavailable, DigestMismatch) as error:
+            except _HOSTS_FAULT as error:
                 failures.append(error)
         last = failures[-1]
         for mirror in failures[:-1]:

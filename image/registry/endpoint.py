@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 from image import manifest
 from image.auth import ANONYMOUS, Auth, find_credential
 from image.blobs import BlobWriter
-from image.errors import RegistryUnavailable
+from image.budget import Budget, Limits, OverLimit
+from image.errors import ManifestInvalid, RegistryUnavailable
 from image.hosts import HUB_SERVER, Host
 from image.reference import DEFAULT_DOMAIN, Reference
 from image.registry.challenge import parse_challenges
@@ -40,14 +41,17 @@ class Endpoint:
     Its methods raise ManifestNotFound, Unauthorized, RegistryUnavailable, DigestMismatch.
     """
 
-    def __init__(self, host: Host, reference: Reference, auth: Auth | None, timing: Timing) -> None:
+    def __init__(
+        self, host: Host, reference: Reference, auth: Auth | None, timing: Timing, limits: Limits
+    ) -> None:
         self._reference = reference
         self._timing = timing
-        self._transport = Transport(host, timing)
+        self._limits = limits
+        self._transport = Transport(host, timing, limits)
         # credentials for the registry itself must not reach its mirrors
         names = (host.address,) if host.mirror else (host.address, reference.domain)
         credential = find_credential(auth, hosts=names)
-        self._authorizer = Authorizer(reference, credential, self._transport, timing)
+        self._authorizer = Authorizer(reference, credential, self._transport, timing, limits)
         # of registries that this host redirects to
         self._anonymous: dict[tuple[str, str, int | None], Authorizer] = {}
         attempts = min(_MIRROR_ATTEMPTS, timing.attempts) if host.mirror else timing.attempts
@@ -62,17 +66,23 @@ class Endpoint:
         """Close its connections. Idempotent."""
         await self._transport.close()
 
-    async def read(self, path: str, limit: int) -> tuple[bytes, Mapping[str, str]]:
-        """Return a whole body of at most `limit` bytes, and the response's headers."""
+    async def read(self, path: str, key: str) -> tuple[bytes, Mapping[str, str]]:
+        """Return a whole body, and the response's headers. `key` names the limit of its size.
+
+        Raises ManifestInvalid above it.
+        """
 
         async def attempt() -> tuple[bytes, Mapping[str, str]]:
             try:
                 async with asyncio.timeout(self._timing.answer_s), self._get(path, {}) as response:
-                    return await read_bounded(response, limit), response.headers
+                    return await read_bounded(response, Budget(self._limits, key)), response.headers
             except TimeoutError as error:
                 raise TemporaryFailure(f"no whole answer within {self._timing.answer_s:g} s") from error
 
-        return await self._retrier.run(path, attempt)
+        try:
+            return await self._retrier.run(path, attempt)
+        except OverLimit as error:
+            raise ManifestInvalid(f"{self.host.address}: {path}", error.reason) from error
 
     async def download(self, path: str, into: BlobWriter) -> None:
         """Append to `into` what it still lacks of this blob. Its digest is not checked here."""
@@ -169,12 +179,14 @@ class Endpoint:
         place = origin(target)
         authorizer = self._anonymous.get(place)
         response = await self._get_untrusted(target, headers, authorizer)
-        if response.status_code != 401 or not _asks_for_token(response):
+        if response.status_code != 401 or not self._asks_for_token(response):
             return response
         await response.aclose()
         if authorizer is None:
             other = Host(scheme=place[0], address=urlsplit(target).netloc.rpartition("@")[2])
-            authorizer = Authorizer(self._reference, ANONYMOUS, self._transport, self._timing, other)
+            authorizer = Authorizer(
+                self._reference, ANONYMOUS, self._transport, self._timing, self._limits, other
+            )
             authorizer = self._anonymous.setdefault(place, authorizer)
         await authorizer.answer(response)
         return await self._get_untrusted(target, headers, authorizer)
@@ -187,8 +199,10 @@ class Endpoint:
             shown["Authorization"] = authorizer.header
         return await self._transport.get(target, shown)
 
-
-def _asks_for_token(refused: Response) -> bool:
-    """Return whether a 401 names a token service; that of a file server with signed URLs does not."""
-    offered = parse_challenges(refused.headers.get_list("www-authenticate"))
-    return any(challenge.scheme == "bearer" for challenge in offered)
+    def _asks_for_token(self, refused: Response) -> bool:
+        """Return whether a 401 names a token service; that of a file server with signed URLs does not."""
+        try:
+            offered = parse_challenges(refused.headers.get_list("www-authenticate"), self._limits)
+        except OverLimit:
+            return False
+        return any(challenge.scheme == "bearer" for challenge in offered)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from image.errors import DigestMismatch, ImageError, ManifestNotFound, RegistryUnavailable, Unauthorized
+from image.budget import Budget
+from image.errors import ManifestNotFound, RegistryUnavailable, Unauthorized
 from image.registry.transport import Response, TransportError
 
 ERROR_BODY_LIMIT = 16 << 10
@@ -42,13 +43,15 @@ class _ErrorBody(msgspec.Struct, frozen=True):
     errors: list[_ErrorItem] = []
 
 
-async def read_bounded(response: Response, limit: int) -> bytes:
-    """Read a whole body. Raises DigestMismatch as soon as it exceeds `limit` bytes."""
+async def read_bounded(response: Response, budget: Budget) -> bytes:
+    """Read a whole body. Raises OverLimit, before anything is read if the server says how long it is."""
+    announced = response.headers.get("content-length", "")
+    if announced.isdecimal() and len(announced) < 20:
+        budget.check(int(announced))
     body = bytearray()
     async for chunk in response.aiter_raw():
+        budget.spend(len(chunk))
         body += chunk
-        if len(body) > limit:
-            raise DigestMismatch("size of a response", f"at most {limit}", "more")
     return bytes(body)
 
 
@@ -87,9 +90,13 @@ async def error_detail(response: Response, timeout_s: float) -> str:
     """Return the codes and messages of an error response; empty if it has none or does not come in time."""
     try:
         async with asyncio.timeout(timeout_s):
-            body = await read_bounded(response, ERROR_BODY_LIMIT)
+            body = bytearray()
+            async for chunk in response.aiter_raw():
+                body += chunk[:ERROR_BODY_LIMIT]
+                if len(body) > ERROR_BODY_LIMIT:
+                    return ""
         found = msgspec.json.decode(body, type=_ErrorBody)
-    except (ImageError, TransportError, TimeoutError, msgspec.DecodeError, UnicodeDecodeError):
+    except (TransportError, TimeoutError, RecursionError, msgspec.DecodeError, UnicodeDecodeError):
         return ""
     return "; ".join(f"{e.code}: {e.message or ''}".strip(": ") for e in found.errors[:_ERRORS_SHOWN])
 

@@ -21,6 +21,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     blob_s: float = 7200.0  # a whole blob, from all hosts together; 0: unlimited
     answer_s: float = 60.0  # a whole manifest, token or configuration
     connections: int = 4  # for one large blob, see `parts`
+    share_s: float = 30.0  # wait for another pull that downloads the same layer from the same registry
     attempts: int = 5  # per request; a mirror gets at most 2
     backoff_s: float = 0.5  # before the second attempt, doubled for each further one
     backoff_limit_s: float = 30.0  # also the longest Retry-After that is honoured

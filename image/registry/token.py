@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from image.auth import Credential
+from image.budget import Budget, Limits, OverLimit
 from image.errors import Unauthorized
 from image.hosts import Host, is_loopback
 from image.reference import Reference
@@ -29,8 +30,6 @@ from image.registry.transport import (
     redirect_target,
     with_query,
 )
-
-TOKEN_BODY_LIMIT = 1 << 20
 
 
 class _TokenBody(msgspec.Struct, frozen=True):
@@ -50,6 +49,7 @@ class Authorizer:
         credential: Credential,
         transport: Transport,
         timing: Timing,
+        limits: Limits,
         redirected_to: Host | None = None,
     ) -> None:
         """`redirected_to` is the host, if it is not the one that `transport` was made for."""
@@ -57,6 +57,7 @@ class Authorizer:
         self._credential = credential
         self._transport = transport
         self._timing = timing
+        self._limits = limits
         self._redirected_to = redirected_to
         self._lock = asyncio.Lock()
         self.header = f"Bearer {credential.registry_token}" if credential.registry_token else ""
@@ -74,8 +75,13 @@ class Authorizer:
         shown = refused.request.headers.get("authorization", "")
         async with self._lock:
             if self.header == shown:
-                offered = parse_challenges(refused.headers.get_list("www-authenticate"))
-                self.header = await self._authorize(offered)
+                self.header = await self._authorize(self._offered(refused))
+
+    def _offered(self, refused: Response) -> tuple[Challenge, ...]:
+        try:
+            return parse_challenges(refused.headers.get_list("www-authenticate"), self._limits)
+        except OverLimit as error:
+            raise self._unauthorized(self._host.address, 401, error.reason) from error
 
     def redact(self, text: str) -> str:
         """Return `text` without the credential and the token: a server may echo what it was shown."""
@@ -117,13 +123,19 @@ class Authorizer:
         try:
             async with asyncio.timeout(self._timing.answer_s):
                 body = await self._fetch(challenge)
+        except OverLimit as error:
+            raise self._unauthorized(service, 200, f"token service: {error.reason}") from error
         except TimeoutError as error:
             raise TemporaryFailure(f"no token from {service} within {self._timing.answer_s:g} s") from error
         try:
             answer = msgspec.json.decode(body, type=_TokenBody)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise TemporaryFailure(f"the response of token service {service} is not a token") from error
         token = answer.token or answer.access_token or ""
+        try:
+            Budget(self._limits, "token_bytes").check(len(token))
+        except OverLimit as error:
+            raise self._unauthorized(service, 200, error.reason) from error
         # it becomes a header value
         if not token or not token.isascii() or not token.isprintable():
             raise self._unauthorized(service, 200, "the token service's response holds no valid token")
@@ -134,7 +146,7 @@ class Authorizer:
         try:
             if not 200 <= response.status_code < 300:
                 await self._raise_refused(response)
-            return await read_bounded(response, TOKEN_BODY_LIMIT)
+            return await read_bounded(response, Budget(self._limits, "token_answer_bytes"))
         finally:
             await response.aclose()
 

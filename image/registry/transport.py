@@ -6,6 +6,7 @@ followed here: `endpoint` and `token` decide what may be sent to another host.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from urllib.parse import urljoin, urlsplit
 import httpx2
 import msgspec
 
-from image.errors import MirrorConfigInvalid
+from image.budget import Budget, Limits, OverLimit
+from image.errors import MirrorConfigInvalid, RegistryUnavailable
 from image.hosts import Host
 from image.registry.proxy import ProxyRules
 from image.registry.timing import Timing
@@ -33,9 +35,10 @@ class Transport:
     `host` changes once at most: to http, when a registry on loopback does not speak TLS.
     """
 
-    def __init__(self, host: Host, timing: Timing) -> None:
+    def __init__(self, host: Host, timing: Timing, limits: Limits) -> None:
         self.host = host
         self._timing = timing
+        self._limits = limits
         self._client: httpx2.AsyncClient | None = None
 
     async def close(self) -> None:
@@ -45,19 +48,40 @@ class Transport:
             self._client = None
 
     async def get(self, url: str, headers: Mapping[str, str]) -> Response:
-        """Send a GET request. The caller reads and closes the response. Raises TransportError."""
-        client = self._open()
+        """Send a GET request. The caller reads and closes the response.
+
+        Raises TransportError, RegistryUnavailable (headers above a limit).
+        """
         try:
-            return await client.send(client.build_request("GET", url, headers=dict(headers)), stream=True)
+            return await self._send(self._open().build_request("GET", url, headers=dict(headers)))
         except httpx2.ConnectError:
             if not self._fall_back_to_http(url):
                 raise
             return await self.get(url.replace("https://", "http://", 1), headers)
 
     async def post(self, url: str, form: Mapping[str, str]) -> Response:
-        """Send a form. The caller reads and closes the response. Raises TransportError."""
-        client = self._open()
-        return await client.send(client.build_request("POST", url, data=dict(form)), stream=True)
+        """Send a form. The caller reads and closes the response. Raises as `get`."""
+        return await self._send(self._open().build_request("POST", url, data=dict(form)))
+
+    async def _send(self, request: httpx2.Request) -> Response:
+        try:
+            # the read timeout does not see headers that drip, or one interim response after the other
+            async with asyncio.timeout(self._timing.answer_s):
+                response = await self._open().send(request, stream=True)
+        except TimeoutError as error:
+            raise httpx2.ReadTimeout(f"no response within {self._timing.answer_s:g} s") from error
+        try:
+            self._check_headers(response)
+        except OverLimit as error:
+            await response.aclose()
+            raise RegistryUnavailable(request.url.netloc.decode(), "its headers", error.reason) from error
+        return response
+
+    def _check_headers(self, response: Response) -> None:
+        count, size = Budget(self._limits, "headers"), Budget(self._limits, "header_bytes")
+        for name, value in response.headers.raw:
+            count.spend()
+            size.spend(len(name) + len(value))
 
     def _fall_back_to_http(self, url: str) -> bool:
         """Use http from now on, if the host is on loopback and no scheme is configured for it.

@@ -96,7 +96,7 @@ class OverlayStore:
                 (home / name).mkdir(parents=True)
                 (home / name).chmod(0o755)
             target.mkdir(parents=True, exist_ok=True)
-            lowers = [self._layers.path(chain_id) for chain_id in reversed(chain_ids)]
+            lowers = self._layers.stack(chain_ids)
             _copy_root_attributes(lowers, home / "upper", ids)
             _mount(lowers or [home / "empty"], home, target, ids)
         except OSError as error:

@@ -35,7 +35,6 @@ SIGNATURE = "dev.cosignproject.cosign/signature"
 BUNDLE = "application/vnd.dev.sigstore.bundle"  # followed by its version
 STATEMENT = "application/vnd.in-toto+json"
 SIGNED = "https://sigstore.dev/cosign/sign/v1"  # the statement's predicate; other kinds attest something else
-DOCUMENT_LIMIT = 1 << 20  # bytes of one signed document or bundle
 COUNT_LIMIT = 64  # signatures of one image that are read
 
 T = TypeVar("T")
@@ -51,7 +50,7 @@ class SignatureSource(Protocol):
     async def manifest(self, target: str, size: int | None = None) -> Fetched:
         """Return a manifest of the image's repository. Raises ManifestNotFound."""
 
-    async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
+    async def small_blob(self, descriptor: Descriptor, key: str) -> bytes:
         """Return a blob of the image's repository, verified."""
 
     async def referrers(self, digest: str) -> Fetched:
@@ -180,7 +179,7 @@ async def _find_simple(source: SignatureSource, digest: str) -> Sequence[_Reader
         return ()
 
     async def read(layer: Descriptor) -> _Claim:
-        return _read_simple(layer, await source.small_blob(layer, DOCUMENT_LIMIT))
+        return _read_simple(layer, await source.small_blob(layer, "signature_bytes"))
 
     layers = _decode(fetched.data, _Artifact).layers or ()
     return [partial(read, layer) for layer in layers[:COUNT_LIMIT] if layer.media_type == SIMPLE]
@@ -210,7 +209,7 @@ async def _bundle_blob(source: SignatureSource, digest: str) -> bytes:
     layers = _decode((await source.manifest(digest)).data, _Artifact).layers or []
     if len(layers) != 1 or not layers[0].media_type.startswith(BUNDLE):
         raise ManifestInvalid(digest, "has no bundle")
-    return await source.small_blob(layers[0], DOCUMENT_LIMIT)
+    return await source.small_blob(layers[0], "signature_bytes")
 
 
 def _read_simple(layer: Descriptor, payload: bytes) -> _Claim:

@@ -18,7 +18,8 @@ import pytest
 from cri.config import Config, HandlerTable, Metrics
 from cri.daemon import Daemon, Overrides, build
 from image.idmap import IdMap
-from image.index import Image, RunDefaults
+from image.index import Image
+from image.manifest import RunDefaults
 from image.rootfs import Rootfs
 from network.attach import Attachment, Interface, NetworkRequest, Networks
 from sandbox.errors import InvalidSpec, VmmError

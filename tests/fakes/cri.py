@@ -16,7 +16,8 @@ from cri.ports import Condition, Features
 from image.auth import Auth
 from image.blobs import Progress
 from image.errors import ImageNotFound
-from image.index import Image, RunDefaults
+from image.index import Image
+from image.manifest import RunDefaults
 from network.attach import Attachment, NetworkStatus
 from sandbox.errors import FellBehind, NotFound, Reserved, WrongState
 from sandbox.events import Event

@@ -14,7 +14,8 @@ from typing import Protocol, cast
 from cri.config import Config, Images, Metrics
 from cri.daemon import Daemon, Overrides, build
 from image.image_store import ImageStore
-from image.index import Image, RunDefaults
+from image.index import Image
+from image.manifest import RunDefaults
 from network.attach import Networks
 from sandbox.host import cgroup
 from sandbox.host.mounts import mounts_below

@@ -414,7 +414,7 @@ class _Handler(BaseHTTPRequestHandler):
 def compress(layer: bytes, how: str) -> bytes:
     """Compress by "gzip", "zstd" or "plain"."""
     pack: Callable[[bytes], bytes] = {
-        "gzip": lambda data: gzip.compress(data, 1),
+        "gzip": lambda data: gzip.compress(data, 1, mtime=0),
         "zstd": zstandard.ZstdCompressor().compress,
         "plain": lambda data: data,
     }[how]

@@ -68,7 +68,9 @@ async def test_image_of_many_layers_is_pulled(registry: FakeRegistry, store: Ima
 async def test_image_of_501_layers_is_rejected(registry: FakeRegistry, store: ImageStore) -> None:
     registry.put_image("a", "1", [BASE] * 501)
     error = await pull_error(store, f"{registry.address}/a:1")
-    assert isinstance(error, ManifestInvalid) and "501 layers, the limit is 500" in str(error)
+    assert isinstance(
+        error, ManifestInvalid
+    ) and "layers: 501 is above the limit of 500 (registry.limits.layers)" in str(error)
 
 
 async def test_layer_with_names_that_are_not_utf8_is_unpacked(

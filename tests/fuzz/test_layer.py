@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from image import layer
 from image.blobs import BlobWriter
+from image.budget import Limits
 from image.compression import Inflated
 from image.errors import ImageError
-from image.layer import Limits
 from image.manifest import Descriptor
 
-LIMITS = Limits(max_bytes=1 << 20, max_entries=200)
+LIMITS = Limits(layer_bytes=1 << 20, layer_entries=200)
 # few names, so that entries meet each other
 NAMES = st.lists(
     st.sampled_from(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image import layer
-from image.layer import Limits
+from image.budget import Limits
 from image.tree_ops import Usage
 
 MTIME = 1_600_000_000

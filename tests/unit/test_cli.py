@@ -25,6 +25,7 @@ from cri.proto import runtime_v1_pb2 as runtime
 from cri.server import Server, Service
 from cri.services.image_service import image_service, transfer_service
 from image.errors import RegistryUnavailable
+from image.index import Image
 from sandbox.guest import frames
 from sandbox.host.flights import Flights
 from tests.fakes.cri import IMAGE_ID, FakeImages
@@ -35,13 +36,27 @@ def _no_configuration_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(config, "DEFAULT_FILE", tmp_path / "absent.toml")
 
 
+class _ImagesAside(FakeImages):
+    """Images, of which some are set aside, each known by the name "old:1" too."""
+
+    def __init__(self, set_aside: dict[str, str]) -> None:
+        super().__init__()
+        self._set_aside = set_aside
+
+    async def remove(self, ref: str) -> Image | None:
+        if ref == "old:1":
+            self._set_aside.clear()
+        self._set_aside.pop(ref, None)
+        return await super().remove(ref)
+
+
 class ImageDaemon:
     """A daemon that serves images only, on an event loop in a thread: the client is synchronous."""
 
     def __init__(self, socket: Path) -> None:
         self.socket = socket
-        self.images = FakeImages()
         self.set_aside: dict[str, str] = {}
+        self.images = _ImagesAside(self.set_aside)
         self._ready, self._end = threading.Event(), asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
@@ -223,16 +238,18 @@ def test_image_pull_import_ls_and_rm(
     assert capsys.readouterr().out == f"{IMAGE_ID}\n"
 
 
+@pytest.mark.parametrize("name", ["sha256:" + "5" * 64, "old:1"])
 def test_image_ls_shows_what_was_set_aside_and_rm_removes_it(
-    daemon: ImageDaemon, capsys: pytest.CaptureFixture[str]
+    daemon: ImageDaemon, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     where = ["--socket", str(daemon.socket)]
-    daemon.set_aside = {"sha256:" + "5" * 64: "its User has 5000 characters"}
+    daemon.set_aside["sha256:" + "5" * 64] = "its User has 5000 characters"
     assert cli.main(["image", "ls", *where]) == 0
     shown = capsys.readouterr()
     assert "sha256:" + "5" * 64 in shown.err and "its User has 5000 characters" in shown.err
-    assert cli.main(["image", "rm", "sha256:" + "5" * 64, *where]) == 0
+    assert cli.main(["image", "rm", name, *where]) == 0
     assert capsys.readouterr().out == "sha256:" + "5" * 64 + "\n"
+    assert cli.main(["image", "rm", name, *where]) == 1
 
 
 def test_pull_reads_the_password_from_standard_input(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from cri import config as module
 from cri.config import Config, ConfigError, load, to_toml
+from image.budget import Limits
 
 TRUST = 'registry.trust."a.test/team"'
 
@@ -171,8 +173,26 @@ def test_documentation_lists_every_key() -> None:
             tables[field.name] = field.type
     for name, table in tables.items():
         for field in msgspec.structs.fields(table):
-            if field.name not in tables and field.name not in ("handlers", "trust"):
+            if field.name not in tables and field.name not in ("handlers", "limits", "trust"):
                 assert f"| `{field.name}` |" in keys[name], f"{name}.{field.name}"
+
+
+def test_documentation_lists_every_limit_with_its_default() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/configuration.md").read_text()
+    table = text.partition("### `[registry.limits]`")[2].partition("\n### ")[0]
+    documented = dict(re.findall(r"^\| `(\w+)` \| `(\d+)`", table, re.MULTILINE))
+    assert documented == {key: str(value) for key, value in msgspec.structs.asdict(Limits()).items()}
+
+
+def test_limit_of_a_registry_is_read_and_a_wrong_one_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("[registry.limits]\nlayer_entries = 7\n")
+    assert load(file).registry.limits == Limits(layer_entries=7)
+    for line, key in (("layer_entries = 0", "layer_entries"), ("layer_entrys = 1", "layer_entrys")):
+        file.write_text(f"[registry.limits]\n{line}\n")
+        with pytest.raises(ConfigError) as caught:
+            load(file)
+        assert caught.value.key == f"registry.limits.{key}" and caught.value.accepted
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from image.budget import Limits, OverLimit
 from image.registry.challenge import Challenge, parse_challenges
 
 
@@ -39,17 +40,18 @@ from image.registry.challenge import Challenge, parse_challenges
     ],
 )  # fmt: skip
 def test_challenges_of_one_header_are_parsed(header: str, expected: tuple[Challenge, ...]) -> None:
-    assert parse_challenges([header])[: len(expected)] == expected
-
-
-def test_long_header_is_cut() -> None:
-    assert len(parse_challenges(["Basic a=b, " * 100_000])) < 1000
+    assert parse_challenges([header], Limits())[: len(expected)] == expected
 
 
 def test_challenges_of_several_headers_are_parsed_in_order() -> None:
-    found = parse_challenges(["Negotiate", 'Basic realm="x", Digest realm="y"', "Bearer realm=z"])
+    found = parse_challenges(["Negotiate", 'Basic realm="x", Digest realm="y"', "Bearer realm=z"], Limits())
     assert [challenge.scheme for challenge in found] == ["negotiate", "basic", "digest", "bearer"]
 
 
-def test_more_headers_than_the_limit_are_ignored() -> None:
-    assert len(parse_challenges(["Basic realm=x"] * 1000)) == 16
+def test_challenges_above_a_limit_are_rejected_with_limit_and_value() -> None:
+    with pytest.raises(
+        OverLimit, match=r"challenges: 33 is above the limit of 32 \(registry.limits.challenges"
+    ):
+        parse_challenges(["Basic realm=x"] * 1000, Limits())
+    with pytest.raises(OverLimit, match="challenge bytes: 1100000 is above the limit of 16384"):
+        parse_challenges(["Basic a=b, " * 100_000], Limits())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from image import tree
+from image import layer, tree
 from image.errors import LayerRejected
 from tests.kit.layers import (
     MTIME,
@@ -223,6 +223,57 @@ def test_whiteout_through_symlink_stays_inside(jail: Jail) -> None:
     assert (jail.outside / "victim").exists()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_opaque_marker_keeps_entries_of_the_same_layer(jail: Jail, first: bool) -> None:
+    """layer.md: the marker hides the layers below only, wherever it stands."""
+    lower = jail.layer("lower", file("d/old"), file("d/sub/old"))
+    marker = file("d/.wh..wh..opq", b"")
+    entries = [file("d/new"), file("d/sub/new")]
+    jail.unpack(*([marker, *entries] if first else [*entries, marker]), lowers=[lower])
+    assert listing(jail.root / "d") == ["new", "sub"]
+    assert os.getxattr(jail.root / "d", tree.OPAQUE) == b"y"
+
+
+def test_opaque_root_hides_all_layers_below(jail: Jail) -> None:
+    bottom = jail.layer("bottom", file("f"), folder("d", mode=0o700))
+    jail.unpack(file(".wh..wh..opq", b""), file("d/g"), lowers=[bottom])
+    assert os.getxattr(jail.root, tree.OPAQUE) == b"y"
+    assert stat.S_IMODE((jail.root / "d").lstat().st_mode) == 0o755, "not that of the hidden one"
+    with pytest.raises(LayerRejected, match="not there"):
+        layer.unpack(iter([archive(hard("twin", "f"))]), str(jail.root), lowers=[bottom])
+
+
+def test_directory_recreated_after_its_whiteout_hides_only_what_is_below(jail: Jail) -> None:
+    lower = jail.layer("lower", file("d/old"), file("d/e/old"))
+    jail.unpack(file(".wh.d", b""), file("d/e/new"), lowers=[lower])
+    assert os.getxattr(jail.root / "d", tree.OPAQUE) == b"y"
+    assert listing(jail.root / "d/e") == ["new"]
+
+
+def test_whiteout_of_what_does_not_exist_is_kept(jail: Jail) -> None:
+    lower = jail.layer("lower", folder("d"))
+    jail.unpack(file("d/.wh.never", b""), file("e/f/.wh.never", b""), lowers=[lower])
+    assert tree.is_whiteout((jail.root / "d/never").lstat())
+    assert tree.is_whiteout((jail.root / "e/f/never").lstat())
+
+
+def test_whiteout_in_the_lowest_layer_makes_nothing(jail: Jail) -> None:
+    jail.unpack(file(".wh.x", b""), file("d/.wh..wh..opq", b""))
+    assert listing(jail.root) == ["d"] and os.listxattr(jail.root / "d") == []
+
+
+def test_whiteout_through_symlink_hides_in_the_linked_directory(jail: Jail) -> None:
+    lower = jail.layer("lower", file("usr/bin/tool"), link("bin", "usr/bin"))
+    jail.unpack(file("bin/.wh.tool", b""), lowers=[lower])
+    assert tree.is_whiteout((jail.root / "usr/bin/tool").lstat())
+
+
+def test_file_replaces_its_whiteout(jail: Jail) -> None:
+    lower = jail.layer("lower", file("f", b"old"))
+    jail.unpack(file(".wh.f", b""), file("f", b"new"), lowers=[lower])
+    assert (jail.root / "f").read_bytes() == b"new"
+
+
 # ---------------------------------------------------------------------------------------------- layers below
 
 
@@ -263,6 +314,44 @@ def test_hard_link_to_a_lower_file_copies_it_up(jail: Jail) -> None:
     assert (jail.root / "twin").read_bytes() == b"below"
     assert (twin.st_uid, stat.S_IMODE(twin.st_mode), twin.st_nlink, twin.st_mtime) == (4, 0o4755, 2, MTIME)
     assert stat.S_IMODE((jail.root / "d").lstat().st_mode) == 0o711
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (tarfile.SYMTYPE, {"linkname": "/nowhere"}),
+        (tarfile.FIFOTYPE, {}),
+        (tarfile.CHRTYPE, {"devmajor": 1, "devminor": 3}),
+        (tarfile.BLKTYPE, {"devmajor": 8, "devminor": 1}),
+    ],
+)
+def test_hard_link_to_a_special_file_below_copies_it_up(
+    jail: Jail, kind: bytes, fields: dict[str, int | str]
+) -> None:
+    bottom = jail.layer("bottom", (entry("d/s", kind, uid=7, gid=8, mode=0o640, **fields), b""))
+    jail.unpack(hard("twin", "d/s"), lowers=[bottom])
+    below, twin = (Path(bottom) / "d/s").lstat(), (jail.root / "twin").lstat()
+    assert (twin.st_mode, twin.st_uid, twin.st_gid, twin.st_rdev, twin.st_mtime_ns, twin.st_nlink) == (
+        below.st_mode, below.st_uid, below.st_gid, below.st_rdev, below.st_mtime_ns, 2,
+    )  # fmt: skip
+    assert (jail.root / "d/s").lstat().st_ino == twin.st_ino
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_hard_link_through_a_linked_directory_finds_the_file_below(jail: Jail, here: bool) -> None:
+    """The link lies in this layer or below, its target's directory below."""
+    door = link("door", "real/./deeper/..")
+    bottom = jail.layer("bottom", folder("real/deeper"), file("real/f", b"below"), *([] if here else [door]))
+    jail.unpack(*([door] if here else []), hard("twin", "door/f"), lowers=[bottom])
+    assert (jail.root / "twin").read_bytes() == b"below"
+    assert (jail.root / "real/f").lstat().st_nlink == 2
+
+
+def test_hard_link_to_a_socket_below_is_made(jail: Jail) -> None:
+    bottom = jail.layer("bottom", folder("d"))
+    os.mknod(f"{bottom}/d/s", stat.S_IFSOCK | 0o600)
+    jail.unpack(hard("twin", "d/s"), lowers=[bottom])
+    assert stat.S_ISSOCK((jail.root / "twin").lstat().st_mode)
 
 
 def test_hard_link_to_a_whited_out_file_is_rejected(jail: Jail) -> None:

@@ -13,8 +13,8 @@ import pytest
 from image import image_store, layers, tree_ops
 from image.errors import DigestMismatch, ImageNotFound
 from image.image_store import ImageStore
-from image.index import Image, Index, RunDefaults
-from image.manifest import chain_ids
+from image.index import Image, Index
+from image.manifest import RunDefaults, chain_ids
 from tests.fakes.registry import make_layer
 from tests.kit.eventually import eventually
 
@@ -109,24 +109,62 @@ def test_index_is_the_same_after_a_restart(index: Index, tmp_path: Path) -> None
     assert again.find("host.test/a:1") == added
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"id": "sha256:../x", "size": 1}', b"\x00" * 100])
-def test_broken_entry_is_dropped_and_others_are_loaded(index: Index, tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{}", b'{"id": "sha256:../x", "size": 1}', b"\x00" * 100, b'{"x":' + b"[" * 100_000],
+)
+def test_broken_entry_is_set_aside_and_others_are_loaded(
+    index: Index, tmp_path: Path, content: bytes
+) -> None:
     kept = index.add(image(A))
     index.add(image(B))
-    file = tmp_path / "images" / (B.removeprefix("sha256:") + ".json")
-    file.write_bytes(content)
+    entry(tmp_path, B).write_bytes(content)
     (tmp_path / "images" / "half.new").write_bytes(b"{")
     again = Index(tmp_path)
     again.load()
     assert again.list() == (kept,)
-    assert [path.name for path in (tmp_path / "images").iterdir()] == [A.removeprefix("sha256:") + ".json"]
+    assert "cannot be read" in again.set_aside[B]
+    assert not (tmp_path / "images" / "half.new").exists()
+    assert again.remove(B[:20]) is None and again.set_aside == {}
+    assert list((tmp_path / "images").iterdir()) == [entry(tmp_path, A)]
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "link to nothing", "gigabytes"])
+def test_entry_that_is_no_file_is_set_aside_and_can_be_removed(
+    index: Index, tmp_path: Path, kind: str
+) -> None:
+    kept = index.add(image(A))
+    path = entry(tmp_path, B)
+    match kind:
+        case "directory":
+            (path / "deep").mkdir(parents=True)
+        case "fifo":
+            os.mkfifo(path)
+        case "link to nothing":
+            path.symlink_to("nowhere")
+        case _:
+            with path.open("wb") as file:
+                file.truncate(8 << 30)
+    again = Index(tmp_path)
+    again.load()
+    assert again.list() == (kept,) and B in again.set_aside
+    again.remove(B)
+    assert again.set_aside == {} and not os.path.lexists(path)
+
+
+def entry(root: Path, id: str) -> Path:
+    """Return the file of an image."""
+    return root / "images" / (id.removeprefix("sha256:") + ".json")
 
 
 def stored_by_an_earlier_version(root: Path, id: str) -> None:
     """Write the entry of an image whose User today's pulls reject."""
-    old = image(id, repo_tags=("host.test/old:1",), config=RunDefaults(user="1" * (8 << 20)))
+    digests = (f"host.test/old@sha256:{'d' * 64}",)
+    old = image(
+        id, repo_tags=("host.test/old:1",), repo_digests=digests, config=RunDefaults(user="1" * (8 << 20))
+    )
     (root / "images").mkdir(parents=True, exist_ok=True)
-    (root / "images" / (id.removeprefix("sha256:") + ".json")).write_bytes(msgspec.json.encode(old))
+    entry(root, id).write_bytes(msgspec.json.encode(old))
 
 
 def test_stored_image_with_huge_user_is_set_aside_and_named(
@@ -137,18 +175,31 @@ def test_stored_image_with_huge_user_is_set_aside_and_named(
     again = Index(tmp_path)
     again.load()
     assert again.list() == (kept,)
-    assert again.set_aside == {B: "its User has 8388608 characters, the limit is 1024"}
+    reason = "User: user characters: 8388608 is above the limit of 1024 (registry.limits.user_characters)"
+    assert again.set_aside == {B: f"host.test/old:1, host.test/old@sha256:{'d' * 64}: {reason}"}
     assert B in caplog.text and "host.test/old:1" in caplog.text and len(caplog.text) < 1000
     with pytest.raises(ImageNotFound):
         again.find("host.test/old:1")
 
 
-def test_image_that_was_set_aside_is_removed_by_its_id(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ref", [B, B.removeprefix("sha256:"), B[:15], "host.test/old:1", "host.test/old:1@"])
+def test_image_that_was_set_aside_is_removed_by_any_reference(tmp_path: Path, ref: str) -> None:
     stored_by_an_earlier_version(tmp_path, B)
     index = Index(tmp_path)
     index.load()
-    assert index.remove(B) is None
+    assert index.remove(ref.replace("@", f"@sha256:{'d' * 64}")) is None
     assert index.set_aside == {} and list((tmp_path / "images").iterdir()) == []
+
+
+def test_removal_by_a_beginning_of_a_good_and_an_aside_id_is_refused(index: Index, tmp_path: Path) -> None:
+    near = B[:-1] + ("0" if B[-1] != "0" else "1")
+    index.add(image(near))
+    stored_by_an_earlier_version(tmp_path, B)
+    again = Index(tmp_path)
+    again.load()
+    with pytest.raises(ImageNotFound, match="ambiguous"):
+        again.remove(B[:20])
+    assert again.find(near) and B in again.set_aside
 
 
 def test_image_that_was_set_aside_is_usable_after_it_was_stored_again(tmp_path: Path) -> None:
