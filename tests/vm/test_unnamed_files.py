@@ -1,4 +1,4 @@
-"""Files without a name (O_TMPFILE): where a container can have them, and where it is told that it cannot."""
+"""Files without a name (O_TMPFILE): where a container can have them, and the error where it cannot."""
 
 from __future__ import annotations
 
