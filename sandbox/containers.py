@@ -9,6 +9,7 @@ set any of these, by what has happened to it meanwhile.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import resource
 import secrets
@@ -123,6 +124,8 @@ class Containers:
         pod = self._inventory.pod(pod_id)
         pod.require_ready()
         image = self._deps.find_image(spec.image)
+        if (made := self._created_unanswered(pod, spec)) is not None:
+            return made.id
         self._inventory.check_container_name(pod, spec)
         defaults = ImageDefaults(
             entrypoint=tuple(image.config.entrypoint),
@@ -158,6 +161,15 @@ class Containers:
             raise
         return container.id
 
+    def _created_unanswered(self, pod: Pod, spec: ContainerSpec) -> Container | None:
+        """Find the container that this call is a retry for: it was cut short by the daemon's end, with the
+        container made and no answer given."""
+        for each in self._inventory.containers_of(pod):
+            same = each.record.spec == spec and each.record.state is ContainerState.CREATED
+            if same and each.may_be_unanswered(each.record.created_at_ns):
+                return each
+        return None
+
     async def _abandon(self, container: Container, failure: Exception) -> None:
         """Release what the container still holds, and its name."""
         held = held_steps(self._engines.of(container.pod).containers.container_steps, container.record.steps)
@@ -180,12 +192,16 @@ class Containers:
     async def start(self, id: str) -> None:
         """Run the first process; returns once its program was executed, with the container RUNNING.
 
+        A retry of a call that the daemon's end cut short succeeds if that one had started the container.
+
         Raises NotFound, WrongState if the container is not CREATED or its pod not READY, and GuestError if
         the program cannot be run: then the container is EXITED with code 128 and reason StartError. Other
         errors (InvalidSpec for the log's path, GuestUnreachable, DeadlineExceeded) leave it CREATED.
         """
         container = self._inventory.container(id)
         async with container.lock:
+            if _started_unanswered(container):
+                return
             container.require(ContainerState.CREATED)
             container.pod.require_ready()
             began = time.monotonic()
@@ -196,6 +212,7 @@ class Containers:
                 self._start_failed(container, error)
                 raise
             container.update(state=ContainerState.RUNNING, started_at_ns=time.time_ns())
+            container.recovered_ns = 0  # a second start is not a retry of one that an earlier daemon made
             container.record_phase("container-start", began, time.monotonic())
             engine.containers.watch_exit(container)
 
@@ -215,6 +232,7 @@ class Containers:
 
     async def settle(self, container: Container) -> None:
         """Undo a creation that the daemon's end interrupted. Raises UndoFailed."""
+        container.recovered_ns = time.time_ns()
         if container.record.state is ContainerState.CREATING:
             await take_down(self._engines.of(container.pod).containers.container_steps, container)
             self._inventory.forget_container(container)
@@ -267,8 +285,9 @@ class Containers:
     async def _signal(self, container: Container, number: int, *, all: bool) -> None:
         try:
             await self._engines.of(container.pod).containers.signal(container, number, all=all)
-        except GuestError:
-            if container.running:  # else it ended by itself meanwhile
+        except GuestError as error:
+            # without such a process it has ended: that is reported once its last line is in the log
+            if container.running and error.errno != errno.ESRCH:
                 raise
         except GuestUnreachable:
             if container.pod.record.ready:  # else the VM is gone, and the container with it
@@ -407,6 +426,12 @@ class Containers:
         except PlanUnreadable:
             return 0
         return next((limit.soft for limit in limits if limit.resource == resource.RLIMIT_NOFILE), 0)
+
+
+def _started_unanswered(container: Container) -> bool:
+    record = container.record
+    ran = record.state in (ContainerState.RUNNING, ContainerState.EXITED) and record.reason != "StartError"
+    return ran and container.may_be_unanswered(record.started_at_ns)
 
 
 def _require_known(pod: Pod) -> None:

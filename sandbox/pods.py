@@ -33,7 +33,7 @@ from sandbox.spec import Handler, Isolation, PodId, PodSpec, Resources
 
 log = logging.getLogger(__name__)
 
-STOP_GRACE_S = 5.0
+STOP_GRACE_S = 7.0  # a container's end is reported up to 5 s later, after its log
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +105,15 @@ class Pods:
     # ------------------------------------------------------------------------------- run
 
     async def run(self, spec: PodSpec) -> PodId:
-        """Start a pod, and return its id once it is READY.
+        """Start a pod, and return its id once it is READY. A retry of a call that the daemon's end cut short
+        returns the pod of that one, if it had become READY.
 
         Raises Reserved if the name is in use, InvalidSpec, MissingProgram, PhaseFailed naming the step that
         failed, OSError if a record cannot be written. Then everything is released; what could not be is
         named in a note to the error, and stays in the record for StopPodSandbox or the next daemon.
         """
+        if (made := self._made_unanswered(spec)) is not None:
+            return made.id
         self._inventory.check_pod_name(spec)
         handler = self._deps.handler(spec.handler)
         name = pod_name(spec)
@@ -132,6 +135,14 @@ class Pods:
         self._engines.of(pod).pods.watch(pod)
         self._deps.on_started(pod.record)
         return pod.id
+
+    def _made_unanswered(self, spec: PodSpec) -> Pod | None:
+        """Find the pod that this call is a retry for: READY, and without a container, which needs its id."""
+        for pod in self._inventory.pods.values():
+            same = pod.record.spec == spec and pod.record.ready
+            if same and pod.may_be_unanswered(pod.record.created_at_ns):
+                return None if any(self._inventory.containers_of(pod)) else pod
+        return None
 
     async def _begin(self, spec: PodSpec, handler: Handler) -> tuple[Pod, Steps[Pod]]:
         """Acquire a pod and save it as STARTING; return it with the steps that are left."""
@@ -231,9 +242,9 @@ class Pods:
         Waits up to STOP_GRACE_S; the rest ends with the VM."""
         running = [container for container in self._inventory.containers_of(pod) if container.running]
         stops = (self._containers.stop(container.id, 0) for container in running)
-        with contextlib.suppress(TimeoutError, SandboxError):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_GRACE_S):
-                await asyncio.gather(*stops)
+                await asyncio.gather(*stops, return_exceptions=True)
 
     async def remove(self, id: str) -> None:
         """Stop the pod, release its containers, and delete the records. Idempotent; an unknown id is fine.
@@ -284,6 +295,7 @@ class Pods:
             log.debug("could not recover pod %s", pod.id, exc_info=True)
 
     async def _adopt(self, pod: Pod) -> None:
+        pod.recovered_ns = time.time_ns()
         for container in list(self._inventory.containers_of(pod)):
             await self._containers.settle(container)
         match pod.record.state:

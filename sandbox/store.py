@@ -41,6 +41,7 @@ class Identified(Protocol):
 
 
 R = TypeVar("R", bound=Identified)
+RETRY_NS = 300 * 10**9  # longer than clients wait for a call: a kubelet does for up to 4 minutes
 _KINDS: dict[type, str] = {PodRecord: "pod", ContainerRecord: "container"}
 
 
@@ -52,6 +53,25 @@ class _Version(msgspec.Struct):
     version: object = 1
 
 
+def read_record(path: Path, id: str, type: type[R]) -> R:
+    """Read the record of `id` from its file. Raises Unreadable."""
+    try:
+        text = path.read_bytes()
+        if msgspec.json.decode(text, type=_Version).version == VERSION:
+            record = msgspec.json.decode(text, type=type)
+        else:
+            record = msgspec.convert(migrate(_KINDS[type], msgspec.json.decode(text)), type)
+        if record.id == id:
+            files.check(path, text)
+    except OSError as error:
+        raise Unreadable(f"it cannot be read: {error.strerror or error}") from error
+    except (msgspec.MsgspecError, ValueError, RecursionError, files.Damaged) as error:
+        raise Unreadable(str(error)) from error
+    if record.id != id:
+        raise Unreadable(f"it holds the record of another id, {record.id[:64]!r}")
+    return record
+
+
 class Store(Generic[R]):
     """All records of one kind, in memory as in `directory`. Belongs to one event loop; its methods block
     for as long as small files take. `quarantined` says by id why a record could not be loaded."""
@@ -61,7 +81,6 @@ class Store(Generic[R]):
         self.kind = _KINDS[kind]
         self.quarantined: dict[str, str] = {}
         self._type = kind
-        self._decoder = msgspec.json.Decoder(kind)
         self._records: dict[str, R] = {}
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -76,26 +95,9 @@ class Store(Generic[R]):
 
     def _load_one(self, path: Path, id: str) -> None:
         try:
-            self._records[id] = self._read(path, id)
+            self._records[id] = read_record(path, id, self._type)
         except Unreadable as error:
             self.quarantined[id] = str(error)
-
-    def _read(self, path: Path, id: str) -> R:
-        try:
-            text = path.read_bytes()
-            if msgspec.json.decode(text, type=_Version).version == VERSION:
-                record = self._decoder.decode(text)
-            else:
-                record = msgspec.convert(migrate(self.kind, msgspec.json.decode(text)), self._type)
-            if record.id == id:
-                files.check(path, text)
-        except OSError as error:
-            raise Unreadable(f"it cannot be read: {error.strerror or error}") from error
-        except (msgspec.MsgspecError, ValueError, RecursionError, files.Damaged) as error:
-            raise Unreadable(str(error)) from error
-        if record.id != id:
-            raise Unreadable(f"it holds the record of another id, {record.id[:64]!r}")
-        return record
 
     def set_aside(self, id: str, reason: str) -> None:
         """Quarantine an id whose record was loaded, or does not exist, for a reason found elsewhere."""
@@ -152,6 +154,12 @@ class Recorded(Generic[R]):
     def __init__(self, record: R, store: Store[R]) -> None:
         self.record = record
         self._store = store
+        self.recovered_ns = 0  # when this daemon found it, by the wall clock; 0: this daemon made it
+
+    def may_be_unanswered(self, done_ns: int) -> bool:
+        """Whether a client may still wait for the answer to what was done at `done_ns`: the daemon ended soon
+        after that, and the client retries."""
+        return done_ns > 0 and 0 < self.recovered_ns <= done_ns + RETRY_NS
 
     @property
     def quarantined(self) -> bool:

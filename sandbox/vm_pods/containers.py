@@ -59,7 +59,7 @@ class VmContainers:
         self._tasks = tasks
         self._propagation = propagation
         self._guests_own = guests_own
-        # ends that the guest reported before StartContainer had its answer
+        # ends that the guest reported before StartContainer had its answer, or the log was resumed
         self._early: WeakKeyDictionary[Container, Exit] = WeakKeyDictionary()
         self.container_steps = container_steps
 
@@ -113,7 +113,7 @@ class VmContainers:
         container = self._inventory.containers.get(ContainerId(exited.container_id))
         if container is None or container.pod is not pod or exited.exec_id:
             return
-        if container.record.state is ContainerState.CREATED:
+        if container.record.state is ContainerState.CREATED or not link_of(pod).settled:
             self._early[container] = _decode(exited)
         elif container.running:
             self._finish_soon(container, _decode(exited))
@@ -153,6 +153,10 @@ class VmContainers:
                 container.record_exit(
                     ExitCode.UNKNOWN, time.time_ns(), "Unknown", "the guest does not know this container"
                 )
+        link_of(pod).settled = True
+        for container in self._inventory.containers_of(pod):
+            if container.running and (early := self._early.pop(container, None)):
+                self._finish_soon(container, early)
 
     async def _recover_one(self, container: Container, state: pb.ContainerState) -> None:
         if container.record.state is ContainerState.CREATED:

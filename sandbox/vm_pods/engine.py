@@ -164,6 +164,7 @@ class VmPods:
 
         Raises as `steps.connect` does; VersionMismatch for an agent with which nothing can be done at all.
         """
+        link_of(pod).settled = False
         try:
             welcome = await connect(self._deps.hypervisor, pod, ADOPT_TIMEOUT_S)
         except VersionMismatch as error:

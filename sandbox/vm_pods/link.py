@@ -33,6 +33,7 @@ class VmLink:
         self.client: GuestClient | None = None
         self.connected = asyncio.Event()
         self.on_event: Callable[[Pod, pb.Event], None] | None = None
+        self.settled = True  # False while containers are settled by a Welcome: their ends wait for their logs
 
     @property
     def compatible(self) -> GuestClient | None:
