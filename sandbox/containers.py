@@ -40,15 +40,13 @@ from sandbox.plan.resources import merge_resources
 from sandbox.plan.signals import resolve_stop_signal, signal_number
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ContainerState, ImageVolume
-from sandbox.session import ExecResult, Session
+from sandbox.session import OUTPUT_MAX, ExecResult, Session, within_limit
 from sandbox.spec import ContainerId, ContainerSpec, ExitCode, ImageDefaults, Isolation, Resources
 from sandbox.steps.cdi_files import with_devices
 
 log = logging.getLogger(__name__)
 
 KILL_TIMEOUT_S = 30.0
-# Two of these and the frame around them must fit the 16 MiB that a CRI client receives.
-EXEC_OUTPUT_LIMIT = 7 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +347,7 @@ class Containers:
         return container
 
     async def exec_sync(self, id: str, cmd: Sequence[str], timeout_s: float | None) -> ExecResult:
-        """Run `cmd` to its end and return its output, at most EXEC_OUTPUT_LIMIT bytes of each stream.
+        """Run `cmd` to its end and return its output, as `session.within_limit` cuts it.
 
         Raises NotFound, WrongState if the container is not RUNNING, InvalidSpec for an empty `cmd`,
         GuestError if it cannot be run, GuestUnreachable, and DeadlineExceeded after `timeout_s` (None: no
@@ -361,10 +359,13 @@ class Containers:
         process = compile_exec(container.plan, cmd, tty=False)
         began = time.monotonic()
         result = await self._engines.of(container.pod).sessions.exec_sync(
-            container, process, timeout_s, EXEC_OUTPUT_LIMIT
+            container, process, timeout_s, OUTPUT_MAX + 1
         )
         container.pod.record_first("first-exec", began, time.monotonic())
-        return result
+        kept = within_limit(result)
+        if kept is not result:
+            log.warning("container %s: the output of an exec was cut to 16 MiB", id)
+        return kept
 
     async def exec(
         self, id: str, cmd: Sequence[str], *, tty: bool, stdin: bool, stdout: bool, stderr: bool

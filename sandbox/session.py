@@ -25,6 +25,27 @@ class ExecResult:
     stderr: bytes
 
 
+# Of both outputs of an exec that is run to its end (CRI, ExecSyncResponse: 16 MB), so that the message with
+# them, and `_CUT`, is not larger than what clients of the CRI receive: 16 MiB.
+OUTPUT_MAX = (16 << 20) - 1024
+_CUT = "husk: {what} cut, as a response has at most 16 MiB of output\n"
+
+
+def within_limit(result: ExecResult) -> ExecResult:
+    """Cut the outputs to OUTPUT_MAX bytes together, and add a line to stderr that says so. Pure.
+
+    Each gets at least half of them.
+    """
+    stdout, stderr = result.stdout, result.stderr
+    if len(stdout) + len(stderr) <= OUTPUT_MAX:
+        return result
+    kept_out = stdout[: max(OUTPUT_MAX // 2, OUTPUT_MAX - len(stderr))]
+    kept_err = stderr[: OUTPUT_MAX - len(kept_out)]
+    both = len(kept_out) < len(stdout) and len(kept_err) < len(stderr)
+    what = "both outputs are" if both else f"{'stdout' if len(kept_out) < len(stdout) else 'stderr'} is"
+    return ExecResult(result.exit_code, kept_out, kept_err + _CUT.format(what=what).encode())
+
+
 class AttachmentStalled(SandboxError):
     """An attachment was ended: its client read nothing for STALL_TIMEOUT_S while output was waiting."""
 

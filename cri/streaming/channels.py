@@ -30,6 +30,10 @@ class Channel(Protocol):
     def headers(self) -> Mapping[str, str]:
         """Headers that the client opened it with, names in lower case."""
 
+    @property
+    def half_closes(self) -> bool:
+        """Whether `close` shows the client the end, so that it can end its direction too."""
+
     async def read(self) -> bytes:
         """Return received bytes; b"" at the end. Raises ChannelClosed, ConnectionLost."""
 

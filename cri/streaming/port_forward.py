@@ -15,6 +15,8 @@ from sandbox.session import PortConnection
 log = logging.getLogger(__name__)
 
 PAIR_TIMEOUT_S = 30.0
+# For the other direction once one has ended and the peer cannot show that it knows; containerd's is the same.
+LINGER_S = 1.0
 
 Dial = Callable[[int], Awaitable[PortConnection]]
 
@@ -112,7 +114,12 @@ async def _dial_and_copy(dial: Dial, port: int, data: Channel) -> None:
     to_pod = asyncio.create_task(_copy_to_pod(data, connection))
     to_client = asyncio.create_task(_copy_to_client(connection, data))
     try:
-        done, _ = await asyncio.wait({to_pod, to_client}, return_when=asyncio.FIRST_EXCEPTION)
+        if not data.half_closes:
+            await asyncio.wait({to_pod, to_client}, return_when=asyncio.FIRST_COMPLETED)
+        limit_s = LINGER_S if to_client.done() else None
+        done, _ = await asyncio.wait(
+            {to_pod, to_client}, return_when=asyncio.FIRST_EXCEPTION, timeout=limit_s
+        )
         for task in done:
             task.result()
     except ChannelClosed:

@@ -22,6 +22,8 @@ from cri.streaming.transport import IdleTimer, Transport, wait_for_space
 class SpdyChannel:
     """One stream, opened by the client. See `Channel`."""
 
+    half_closes = True
+
     def __init__(self, connection: SpdyConnection, id: int, headers: Headers) -> None:
         self.id = id
         self.headers = headers
@@ -71,11 +73,16 @@ class SpdyConnection:
         self._lost: ConnectionLost | None = None
 
     async def run(self) -> None:
-        """Receive until the client disconnects. Always raises ConnectionLost."""
+        """Receive until the client disconnects. Always raises ConnectionLost.
+
+        A client that ends its side of the connection has ended all its streams, and may still receive.
+        """
         try:
             while data := await self._transport.receive():
                 await self._handle(data)
-            raise ConnectionLost("the client disconnected")
+            for channel in self._channels.values():
+                channel.buffer.end()
+            self._opened.put_nowait(None)
         except SpdyError as cause:
             lost = ConnectionLost(f"the client violated SPDY: {cause}")
             self._fail(lost)
@@ -83,6 +90,7 @@ class SpdyConnection:
         except ConnectionLost as lost:
             self._fail(lost)
             raise
+        raise ConnectionLost("the client disconnected")
 
     async def _handle(self, data: bytes) -> None:
         received: list[SpdyChannel] = []

@@ -16,7 +16,7 @@ from wsproto.utilities import ProtocolError as WebSocketError
 
 from cri.streaming.channels import Channel, ConnectionLost
 from cri.streaming.http import HttpConnection, Rejected, Request
-from cri.streaming.port_forward import PortForwarder, forward
+from cri.streaming.port_forward import LINGER_S, PortForwarder, forward
 from cri.streaming.remote_command import CommandChannels, run
 from cri.streaming.session import Backend, ExecOptions, PortForwardOptions, SessionOptions
 from cri.streaming.spdy_connection import SpdyConnection
@@ -95,14 +95,22 @@ class ClientSession:
         raise Rejected(400, f"the connection must be upgraded to {SPDY} or to a WebSocket")
 
     async def _run(
-        self, connection: SpdyConnection | WebSocketConnection, work: Coroutine[Any, Any, str]
+        self,
+        connection: SpdyConnection | WebSocketConnection,
+        work: Coroutine[Any, Any, str],
+        linger_s: float = 0,
     ) -> str:
-        """Run `work` while the client is connected and not idle. Raises ConnectionLost."""
+        """Run `work` while the client is connected and not idle. Raises ConnectionLost.
+
+        Once the client has ended its side, what it has sent may be answered for `linger_s` more.
+        """
         receiving = asyncio.create_task(connection.run())
         working = asyncio.create_task(work)
         idling = asyncio.create_task(self._idle.wait_expired())
         try:
             await asyncio.wait({receiving, working, idling}, return_when=asyncio.FIRST_COMPLETED)
+            if linger_s and receiving.done():
+                await asyncio.wait({working}, timeout=linger_s)
             if not working.done():
                 if idling.done():
                     raise ConnectionLost(f"no data for {self._idle_timeout_s:g} s")
@@ -150,7 +158,7 @@ class ClientSession:
             await PortForwarder(self._dial).run(connection)
             return "closed"
 
-        return await self._run(connection, work())
+        return await self._run(connection, work(), LINGER_S)
 
     async def _command_spdy(self, transport: Transport, version: str) -> str:
         connection = SpdyConnection(transport, self._idle)
@@ -246,7 +254,7 @@ class ClientSession:
             await asyncio.gather(*connections)
             return "closed"
 
-        return await self._run(connection, work())
+        return await self._run(connection, work(), LINGER_S)
 
     # ------------------------------------------------------------------------------- backend
 

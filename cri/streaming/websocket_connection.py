@@ -119,6 +119,8 @@ class TunnelTransport:
 class WebSocketChannel:
     """One of the numbered channels. See `Channel`."""
 
+    half_closes = False
+
     def __init__(self, connection: WebSocketConnection, number: int) -> None:
         self.headers: Mapping[str, str] = {}
         self.buffer = ReceiveBuffer(lambda count: None)
@@ -160,11 +162,15 @@ class WebSocketConnection:
         self._idle = idle
 
     async def run(self) -> None:
-        """Receive until the client disconnects. Always raises ConnectionLost."""
+        """Receive until the client disconnects. Always raises ConnectionLost.
+
+        A client that ends its side of the connection has ended all channels, and may still receive.
+        """
         try:
             while messages := await self._websocket.receive():
                 await self._handle(messages)
-            raise ConnectionLost("the client disconnected")
+            for channel in self.channels:
+                channel.buffer.end()
         except SubprotocolError as cause:
             lost = ConnectionLost(f"the client violated its subprotocol: {cause}")
             self._fail(lost)
@@ -172,6 +178,7 @@ class WebSocketConnection:
         except ConnectionLost as lost:
             self._fail(lost)
             raise
+        raise ConnectionLost("the client disconnected")
 
     async def _handle(self, messages: Sequence[AnyMessage]) -> None:
         for message in messages:

@@ -11,7 +11,7 @@
 #include "container.h"
 #include "stream.h"
 
-enum { ATTACHMENTS_MAX = 256, ATTACH_BOUND = 256 * 1024 };
+enum { ATTACHMENTS_MAX = 512, ATTACH_BOUND = 256 * 1024 };
 
 // Output on its way to the host. Open while it has a stream.
 struct output_queue {

@@ -9,7 +9,7 @@
 #include "credentials.h"
 #include "scope.h"
 
-enum { MESSAGES_IN_A_ROW = 4, ACCEPTED_WINDOW = 64 * 1024 };
+enum { MESSAGES_IN_A_ROW = 4, STREAM_WINDOW = 64 * 1024 };
 
 static void release(struct connection *connection) {
     struct agent *agent = connection->agent;
@@ -54,7 +54,7 @@ void connection_begin(struct connection *connection) {
         input_stream_refuse(&connection->input, connection->agent);
     else
         input_stream_begin(&connection->input, &connection->agent->channel,
-                           connection->messages || connection->whole ? INPUT_WINDOW : ACCEPTED_WINDOW);
+                           connection->messages ? INPUT_WINDOW : STREAM_WINDOW);
 }
 
 // ----------------------------------------------------------------------------------- messages

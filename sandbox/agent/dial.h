@@ -5,7 +5,7 @@
 #include "agent.h"
 #include "protocol.h"
 
-enum { DIALS_MAX = 256 };
+enum { DIALS_MAX = 1024 };
 
 struct dial {
     struct dial *next;

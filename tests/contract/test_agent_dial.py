@@ -187,13 +187,13 @@ async def test_dial_that_gets_no_answer_times_out(
         first.close()
 
 
-async def test_dial_beyond_256_connections_fails(guest: Guest, listener: socket.socket) -> None:
+async def test_dial_beyond_1024_connections_fails(guest: Guest, listener: socket.socket) -> None:
     made = []
     with pytest.raises(GuestError) as caught:
-        for _ in range(300):
+        for _ in range(1100):
             made.append(await pair(guest, listener))  # noqa: PERF401
     assert caught.value.errno == 24
-    assert len(made) == 256
+    assert len(made) == 1024
     for connection, peer in made:
         peer.close()
         connection.close()

@@ -271,6 +271,7 @@ class WebSocketClient:
         self.messages: list[bytes | str] = []
         self.closed: CloseConnection | None = None
         self.pongs = 0
+        self._ended = False
         self._partial: bytes | str | None = None
 
     @classmethod
@@ -326,7 +327,7 @@ class WebSocketClient:
                 self.pongs += 1
             elif isinstance(event, CloseConnection):
                 self.closed = event
-                if self.connection.state is ConnectionState.REMOTE_CLOSING:
+                if self.connection.state is ConnectionState.REMOTE_CLOSING and not self._ended:
                     self.writer.write(self.connection.send(event.response()))
 
     def channel(self, number: int) -> bytes:
@@ -340,6 +341,11 @@ class WebSocketClient:
     async def read_all(self) -> None:
         while await self.receive():
             pass
+
+    def end(self) -> None:
+        """Send no more, and still receive."""
+        self._ended = True
+        self.writer.write_eof()
 
     async def close(self) -> None:
         self.writer.close()

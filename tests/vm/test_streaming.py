@@ -29,6 +29,8 @@ WEB = f"{HOST}/husk/web:1"
 V4, V5 = "v4.channel.k8s.io", "v5.channel.k8s.io"
 ECHO = "while read line; do echo out $line; echo err $line >&2; done; echo end of stdin; sleep 3600"
 VOLUME_MIB = int(os.environ.get("HUSK_TEST_STREAM_MIB", "48"))
+SESSIONS = int(os.environ.get("HUSK_TEST_SESSIONS", "40"))
+SESSIONS_S = 240.0
 GROWTH_MIB = 24  # of the daemon, for any amount of data
 
 
@@ -228,6 +230,42 @@ async def test_stopped_reader_stops_only_its_stream(clients: Clients, cri: Cri, 
     assert len(client.streams[stopped].seen) == 64 << 10
 
 
+async def test_many_sessions_at_once_are_served(clients: Clients, box: str) -> None:
+    """HUSK_TEST_SESSIONS=500 opens as many, half of them over WebSocket."""
+
+    async def by_spdy(number: int) -> bytes:
+        client, streams = await clients.exec(box, "cat")
+        await client.send(streams["stdin"], b"%d" % number)
+        await client.until(streams["stdout"], lambda seen: bool(seen), SESSIONS_S)
+        await everyone.wait()
+        await client.end(streams["stdin"])
+        assert exit_code(await client.all(streams["error"], SESSIONS_S)) == 0
+        return await client.all(streams["stdout"])
+
+    async def by_websocket(number: int) -> bytes:
+        client = await clients.websocket(clients.exec_url(box, "cat"), V5)
+        await client.send(b"\0%d" % number)
+        await client.until(lambda: bool(client.channel(1)))
+        await everyone.wait()
+        await client.send(b"\xff\0")
+        await client.read_all()
+        assert exit_code(client.channel(3)) == 0
+        return client.channel(1)
+
+    everyone = asyncio.Barrier(SESSIONS)
+    kinds = (by_spdy, by_websocket)
+    async with asyncio.timeout(SESSIONS_S):
+        seen = await asyncio.gather(*(kinds[number % 2](number) for number in range(SESSIONS)))
+    assert seen == [b"%d" % number for number in range(SESSIONS)]
+
+
+def test_exec_sync_output_is_cut_at_16_mib_and_says_so(cri: Cri, box: str) -> None:
+    command = ["sh", "-c", "yes | head -c 20000000; echo done >&2"]
+    result = cri.call("ExecSync", container_id=box, cmd=command)
+    assert len(result.stdout) == (16 << 20) - 1024 - len("done\n")
+    assert result.stderr == b"done\nhusk: stdout is cut, as a response has at most 16 MiB of output\n"
+
+
 # ------------------------------------------------------------------------------------- attach
 
 
@@ -332,6 +370,20 @@ async def test_port_forward_delivers_a_reply_after_the_clients_end(
     await client.end(data)
     assert (await client.all(data)).strip() == b"100000"
     assert await client.all(error) == b""
+
+
+async def test_port_forward_over_websocket_ends_with_the_pods_program(
+    clients: Clients, cri: Cri, pod: Pod, box: str
+) -> None:
+    cri.run(pod, BUSYBOX, ["nc", "-l", "-p", "7001", "-e", "echo", "bye"])
+    sockets = ("cat", "/proc/net/tcp", "/proc/net/tcp6")
+    eventually_sync(
+        lambda: cri.exec(box, *sockets).stdout, until=lambda text: f":{7001:04X} " in text, timeout_s=30
+    )
+    url = str(cri.call("PortForward", pod_sandbox_id=pod.id, port=[7001]).url)
+    client = await clients.websocket(url, V4)
+    await asyncio.wait_for(client.read_all(), 20)
+    assert client.channel(0) == (7001).to_bytes(2, "little") + b"bye\n"
 
 
 async def test_port_forward_to_a_stopped_pod_fails(clients: Clients, cri: Cri) -> None:

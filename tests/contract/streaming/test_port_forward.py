@@ -9,7 +9,7 @@ import pytest
 from cri.streaming.session import PortForwardOptions
 from tests.contract.streaming.site import TUNNEL, Site, echo_service
 from tests.fakes.streaming import FakeConnection
-from tests.kit.streams import SpdyClient, Tunnelled, WebSocketClient
+from tests.kit.streams import SpdyClient, Stream, Tunnelled, WebSocketClient
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy.")
 
@@ -101,6 +101,63 @@ async def test_half_close_by_the_pod_keeps_the_other_direction(site: Site) -> No
     assert await client.all(error) == b""
     assert got == [b"heard all the same"]
     await client.close()
+
+
+async def answer_at_the_end(connection: FakeConnection) -> None:
+    """A service that answers once it has seen the end of what was asked."""
+    asked = await connection.writer.read_all()
+    await connection.reader.write(asked.upper())
+    connection.reader.close()
+
+
+@pytest.mark.parametrize("way", ["stream", "connection", "at once"])
+async def test_half_close_by_the_client_is_answered(site: Site, way: str) -> None:
+    """The client ends its stream, or its side of the whole connection, or all before the pod is dialled."""
+    site.backend.service = answer_at_the_end
+    client = await forward(site)
+    if way == "at once":
+        error = client.spdy.open({"streamtype": "error", "port": "80", "requestid": "0"})
+        data = client.spdy.open({"streamtype": "data", "port": "80", "requestid": "0"})
+        client.streams |= {error: Stream(), data: Stream()}
+        client.spdy.send(data, b"question")
+        client.spdy.end(data)
+    else:
+        data, error = await open_pair(client, 80, "0")
+        await client.send(data, b"question")
+    if way == "stream":
+        await client.end(data)
+    else:
+        await client.flush()
+    if way == "connection":
+        client.writer.write_eof()
+    assert await client.all(data) == b"QUESTION"
+    assert await client.all(error) == b""
+    await client.close()
+    await site.idle()
+
+
+async def test_half_close_of_the_connection_without_an_answer_ends_it(site: Site) -> None:
+    client = await forward(site)
+    data, _ = await open_pair(client, 80, "0")
+    await client.send(data, b"question")
+    client.writer.write_eof()
+    await client.wait_closed(10)
+    await asyncio.wait_for(site.backend.connections[0].closed.wait(), 10)
+
+
+@pytest.mark.parametrize("count", [500])
+async def test_many_connections_at_once_are_forwarded(site: Site, count: int) -> None:
+    site.backend.service = answer_at_the_end
+    client = await forward(site)
+    pairs = [await open_pair(client, 80, str(number)) for number in range(count)]
+    for number, (data, _) in enumerate(pairs):
+        await client.send(data, b"q%d" % number)
+        await client.end(data)
+    for number, (data, error) in enumerate(pairs):
+        assert await client.all(data) == b"Q%d" % number
+        assert await client.all(error) == b""
+    await client.close()
+    await site.idle()
 
 
 async def test_reset_by_the_client_closes_the_connection_in_the_pod(site: Site) -> None:

@@ -21,7 +21,7 @@ from tests.contract.streaming.site import (
     exit_code,
     stdin_of,
 )
-from tests.fakes.streaming import FakeSession
+from tests.fakes.streaming import FakeConnection, FakeSession
 from tests.kit.streams import NotUpgraded, SpdyClient, WebSocketClient
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy.")
@@ -178,6 +178,41 @@ async def test_port_forward_over_channels(site: Site) -> None:
     await client.until(lambda: client.channel(0) == b"\x50\0question")
     await client.close()
     await asyncio.wait_for(site.backend.connections[0].closed.wait(), 10)
+    await site.idle()
+
+
+@pytest.mark.parametrize("service_ends", ["wholly", "its output alone"])
+async def test_port_forward_closes_when_the_pods_program_closes_first(site: Site, service_ends: str) -> None:
+    """A channel cannot be ended towards the client, which would wait for ever."""
+
+    async def service(connection: FakeConnection) -> None:
+        await connection.reader.write(b"bye")
+        connection.reader.close()
+        if service_ends == "wholly":
+            connection.writer.stop()
+
+    site.backend.service = service
+    client = await WebSocketClient.dial(site.server.url(PortForwardOptions("p1", (80,))), V4)
+    await asyncio.wait_for(client.read_all(), 10)
+    assert client.channel(0) == b"\x50\0bye"
+    assert client.closed is not None
+    assert client.closed.code == 1000
+    await asyncio.wait_for(site.backend.connections[0].closed.wait(), 10)
+    await site.idle()
+
+
+async def test_port_forward_answers_a_client_that_ends_its_side(site: Site) -> None:
+    async def service(connection: FakeConnection) -> None:
+        asked = await connection.writer.read_all()
+        await connection.reader.write(asked.upper())
+        connection.reader.close()
+
+    site.backend.service = service
+    client = await WebSocketClient.dial(site.server.url(PortForwardOptions("p1", (80,))), V4)
+    await client.send(b"\0question")
+    client.end()
+    await asyncio.wait_for(client.read_all(), 10)
+    assert client.channel(0) == b"\x50\0QUESTION"
     await site.idle()
 
 
