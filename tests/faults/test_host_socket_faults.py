@@ -33,6 +33,7 @@ from tests.fakes.inventory import make_inventory
 from tests.kit.agent import Agent, Guest, build
 from tests.kit.eventually import eventually
 from tests.kit.scratch import scratch_dir
+from tests.kit.unix_server import UnixServer
 
 T = TypeVar("T")
 ROOT = ProcessPlan(cap_bounding=(1 << 41) - 1)
@@ -44,41 +45,6 @@ def agent() -> Iterator[Agent]:
     agent = Agent(build("husk-agent"), scratch_dir("agent"))
     yield agent
     assert agent.close() == 0, agent.stderr()
-
-
-class Server:
-    """A server of the host. `seen` has the peer of each connection, (uid, gid, groups), when it came."""
-
-    def __init__(self, path: Path, kind: int = socket.SOCK_STREAM, mode: int = 0o666) -> None:
-        self.path, self.kind, self.mode = path, kind, mode
-        self.seen: list[tuple[int, int, set[int]]] = []
-        self.open: list[socket.socket] = []
-        self.start()
-
-    def start(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.listener = socket.socket(socket.AF_UNIX, self.kind)
-        self.listener.bind(str(self.path))
-        self.path.chmod(self.mode)
-        if self.kind != socket.SOCK_DGRAM:
-            self.listener.listen(1024)
-
-    def accept(self) -> socket.socket:
-        self.listener.settimeout(10)
-        peer, _ = self.listener.accept()
-        peer.settimeout(10)
-        ids = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        groups = peer.getsockopt(socket.SOL_SOCKET, 59, 4 * 64)  # SO_PEERGROUPS
-        _, uid, gid = (int.from_bytes(ids[at : at + 4], "little") for at in (0, 4, 8))
-        members = {int.from_bytes(groups[at : at + 4], "little") for at in range(0, len(groups), 4)}
-        self.seen.append((uid, gid, members))
-        self.open.append(peer)
-        return peer
-
-    def stop(self) -> None:
-        self.listener.close()
-        for each in self.open:
-            each.close()
 
 
 @dataclass
@@ -185,8 +151,8 @@ async def site(agent: Agent, tmp_path: Path) -> AsyncIterator[Site]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path / "server.sock")
+def server(tmp_path: Path) -> Iterator[UnixServer]:
+    server = UnixServer(tmp_path / "server.sock")
     yield server
     server.stop()
 
@@ -195,7 +161,7 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await asyncio.wait_for(asyncio.to_thread(work), 30)
 
 
-async def pair(site: Site, server: Server, name: str = "c-0") -> tuple[socket.socket, socket.socket]:
+async def pair(site: Site, server: UnixServer, name: str = "c-0") -> tuple[socket.socket, socket.socket]:
     """Return a client in the guest and what its server has."""
     client = site.connect(name, server.kind)
     return client, await in_thread(server.accept)
@@ -209,7 +175,7 @@ async def ends(client: socket.socket) -> None:
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
 async def test_connection_is_carried_with_half_close_in_both_directions(site: Site, kind: int) -> None:
-    server = Server(site.root / "s.sock", kind)
+    server = UnixServer(site.root / "s.sock", kind)
     container = await site.create("c", server.path)
     assert container.live[0].path == "/run/husk/sockets/c-0"
     if kind == socket.SOCK_SEQPACKET:
@@ -233,7 +199,7 @@ async def test_connection_is_carried_with_half_close_in_both_directions(site: Si
     server.stop()
 
 
-async def test_server_that_closes_wholly_ends_the_clients_writes(site: Site, server: Server) -> None:
+async def test_server_that_closes_wholly_ends_the_clients_writes(site: Site, server: UnixServer) -> None:
     await site.create("c", server.path)
     client, peer = await pair(site, server)
     peer.sendall(b"last words")
@@ -250,7 +216,7 @@ async def test_server_that_closes_wholly_ends_the_clients_writes(site: Site, ser
 
 
 async def test_client_that_closes_wholly_is_seen_by_a_server_that_only_writes(
-    site: Site, server: Server
+    site: Site, server: UnixServer
 ) -> None:
     await site.create("c", server.path)
     client, peer = await pair(site, server)
@@ -264,7 +230,7 @@ async def test_client_that_closes_wholly_is_seen_by_a_server_that_only_writes(
         await in_thread(write_on)
 
 
-async def test_megabytes_are_carried_in_both_directions_at_once(site: Site, server: Server) -> None:
+async def test_megabytes_are_carried_in_both_directions_at_once(site: Site, server: UnixServer) -> None:
     await site.create("c", server.path)
     client, peer = await pair(site, server)
     data = os.urandom(8 << 20)
@@ -285,7 +251,7 @@ async def test_megabytes_are_carried_in_both_directions_at_once(site: Site, serv
     assert [each == data for each in seen] == [True, True]
 
 
-async def test_reader_that_stopped_blocks_only_its_connection(site: Site, server: Server) -> None:
+async def test_reader_that_stopped_blocks_only_its_connection(site: Site, server: UnixServer) -> None:
     await site.create("c", server.path)
     stuck, stuck_peer = await pair(site, server)
     other, peer = await pair(site, server)
@@ -306,7 +272,7 @@ async def test_reader_that_stopped_blocks_only_its_connection(site: Site, server
     assert await in_thread(lambda: other.recv(6)) == b"answer"
 
 
-async def test_five_hundred_connections_are_carried_at_once(site: Site, server: Server) -> None:
+async def test_five_hundred_connections_are_carried_at_once(site: Site, server: UnixServer) -> None:
     await site.create("c", server.path)
 
     def serve() -> None:
@@ -325,7 +291,7 @@ async def test_five_hundred_connections_are_carried_at_once(site: Site, server: 
 
 
 async def test_connections_beyond_the_bound_wait(
-    site: Site, server: Server, monkeypatch: pytest.MonkeyPatch
+    site: Site, server: UnixServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_sockets, "POD_CONNECTIONS", 3)
     await site.create("c", server.path)
@@ -344,7 +310,7 @@ async def test_connections_beyond_the_bound_wait(
             break
 
 
-async def test_server_sees_the_user_that_connected(site: Site, server: Server) -> None:
+async def test_server_sees_the_user_that_connected(site: Site, server: UnixServer) -> None:
     server.path.chmod(0o660)
     os.chown(server.path, 0, 77)
     await site.create("c", server.path)
@@ -356,7 +322,7 @@ async def test_server_sees_the_user_that_connected(site: Site, server: Server) -
     assert server.seen[1][:2] == (0, 0)
 
 
-async def test_messages_carry_the_user_that_connected(site: Site, server: Server) -> None:
+async def test_messages_carry_the_user_that_connected(site: Site, server: UnixServer) -> None:
     """A server may ask for the sender of each message; the kernel would name the daemon's user."""
     await site.create("c", server.path)
     client = await site.connect_as("c-0", 44, 55)
@@ -369,7 +335,7 @@ async def test_messages_carry_the_user_that_connected(site: Site, server: Server
 
 
 async def test_host_refuses_what_the_files_mode_forbids_though_the_guest_allowed_it(
-    site: Site, server: Server
+    site: Site, server: UnixServer
 ) -> None:
     """The guest's check is for its own processes; one that broke out into it must gain nothing by that."""
     server.path.chmod(0o600)
@@ -380,7 +346,7 @@ async def test_host_refuses_what_the_files_mode_forbids_though_the_guest_allowed
 
 @pytest.mark.parametrize("user", [(0, 0, ()), (1000, 0, ()), (1000, 1000, (0,)), (1001, 1000, ())])
 async def test_guest_cannot_be_another_user_than_its_container(
-    site: Site, server: Server, user: tuple[int, int, tuple[int, ...]]
+    site: Site, server: UnixServer, user: tuple[int, int, tuple[int, ...]]
 ) -> None:
     await site.create("c", server.path, process=USER)
     await ends(await site.connect_as("c-0", *user))
@@ -390,7 +356,7 @@ async def test_guest_cannot_be_another_user_than_its_container(
 
 
 async def test_root_without_dac_override_is_refused_by_another_users_socket(
-    site: Site, server: Server
+    site: Site, server: UnixServer
 ) -> None:
     server.path.chmod(0o600)
     os.chown(server.path, 1000, 1000)
@@ -402,7 +368,9 @@ async def test_root_without_dac_override_is_refused_by_another_users_socket(
     assert [each[0] for each in server.seen] == [0]
 
 
-async def test_mount_that_shifts_owners_is_checked_by_the_shifted_owner(site: Site, server: Server) -> None:
+async def test_mount_that_shifts_owners_is_checked_by_the_shifted_owner(
+    site: Site, server: UnixServer
+) -> None:
     ranges = (IdRange(inside=0, outside=100_000, length=65_536),)
     process = ProcessPlan(uid_ranges=ranges, gid_ranges=ranges, cap_bounding=(1 << 41) - 1)
     server.path.chmod(0o600)
@@ -417,7 +385,7 @@ async def test_mount_that_shifts_owners_is_checked_by_the_shifted_owner(site: Si
 
 
 async def test_connection_to_a_server_that_started_again_reaches_the_new_one(
-    site: Site, server: Server
+    site: Site, server: UnixServer
 ) -> None:
     await site.create("c", server.path)
     client, _ = await pair(site, server)
@@ -433,7 +401,7 @@ async def test_connection_to_a_server_that_started_again_reaches_the_new_one(
 
 
 async def test_mode_and_owner_follow_the_file_also_in_a_new_directory(site: Site) -> None:
-    server = Server(site.root / "s.sock")
+    server = UnixServer(site.root / "s.sock")
     directory = site.root / "d"
     directory.mkdir()
     server.path = directory / "s.sock"
@@ -459,10 +427,43 @@ async def test_mode_and_owner_follow_the_file_also_in_a_new_directory(site: Site
     server.stop()
 
 
-async def test_path_that_became_a_link_or_a_file_is_not_followed(
-    site: Site, server: Server, tmp_path: Path
+async def test_server_that_starts_after_the_container_is_reached(site: Site) -> None:
+    server = UnixServer(site.root / "late.sock")
+    server.stop()
+    await site.create("c", server.path)
+    await ends(site.connect("c-0"))
+    server.start()
+    await pair(site, server)
+    server.stop()
+
+
+async def test_server_of_another_kind_than_at_creation_is_not_connected(
+    site: Site, server: UnixServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    secret = Server(tmp_path / "secret.sock")
+    await site.create("c", server.path)
+    server.stop()
+    server.kind = socket.SOCK_SEQPACKET
+    server.start()
+    await ends(site.connect("c-0"))
+    assert "wrong type" in caplog.text
+
+
+async def test_guest_that_connects_in_a_loop_is_slowed_down(
+    site: Site, server: UnixServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_sockets, "WAITING", 2)
+    monkeypatch.setattr(host_sockets, "PAUSE_S", 0.1)
+    await site.create("c", server.path)
+    begin = asyncio.get_running_loop().time()
+    for _ in range(8):
+        await pair(site, server)
+    assert asyncio.get_running_loop().time() - begin > 0.25
+
+
+async def test_path_that_became_a_link_or_a_file_is_not_followed(
+    site: Site, server: UnixServer, tmp_path: Path
+) -> None:
+    secret = UnixServer(tmp_path / "secret.sock")
     await site.create("c", server.path)
     server.path.unlink()
     server.path.symlink_to(secret.path)
@@ -476,7 +477,7 @@ async def test_path_that_became_a_link_or_a_file_is_not_followed(
 
 
 async def test_name_that_was_not_given_leads_nowhere(
-    site: Site, server: Server, caplog: pytest.LogCaptureFixture
+    site: Site, server: UnixServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A hostile guest may name anything."""
     await site.create("c", server.path)
@@ -488,7 +489,7 @@ async def test_name_that_was_not_given_leads_nowhere(
     assert "which no container mounts" in caplog.text
 
 
-async def test_server_that_passes_descriptors_loses_the_connection(site: Site, server: Server) -> None:
+async def test_server_that_passes_descriptors_loses_the_connection(site: Site, server: UnixServer) -> None:
     await site.create("c", server.path)
     client, peer = await pair(site, server)
     socket.send_fds(peer, [b"x"], [0])
@@ -497,7 +498,7 @@ async def test_server_that_passes_descriptors_loses_the_connection(site: Site, s
 
 
 async def test_datagrams_reach_a_server_that_starts_again_in_between(site: Site) -> None:
-    server = Server(site.root / "log.sock", socket.SOCK_DGRAM)
+    server = UnixServer(site.root / "log.sock", socket.SOCK_DGRAM)
     await site.create("c", server.path)
     client = site.connect("c-0", socket.SOCK_DGRAM)
     server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -515,7 +516,7 @@ async def test_datagrams_reach_a_server_that_starts_again_in_between(site: Site)
     server.stop()
 
 
-async def test_sockets_end_with_their_container_and_connections_go_on(site: Site, server: Server) -> None:
+async def test_sockets_end_with_their_container_and_connections_go_on(site: Site, server: UnixServer) -> None:
     first = await site.create("c", server.path)
     second = await site.create("d", server.path, site.root)
     client, peer = await pair(site, server)
@@ -533,7 +534,7 @@ async def test_sockets_end_with_their_container_and_connections_go_on(site: Site
 
 
 async def test_restart_of_the_daemon_ends_connections_and_keeps_the_sockets(
-    site: Site, server: Server
+    site: Site, server: UnixServer
 ) -> None:
     await site.create("c", server.path)
     client, peer = await pair(site, server)
@@ -549,7 +550,7 @@ async def test_restart_of_the_daemon_ends_connections_and_keeps_the_sockets(
     assert await in_thread(lambda: peer.recv(10)) == b"waiting"
 
 
-async def test_creation_cut_short_leaves_no_socket_after_the_restart(site: Site, server: Server) -> None:
+async def test_creation_cut_short_leaves_no_socket_after_the_restart(site: Site, server: UnixServer) -> None:
     await site.create("c", server.path)
     cut = await site.create("d", server.path)
     await site.tasks.close()
@@ -559,7 +560,7 @@ async def test_creation_cut_short_leaves_no_socket_after_the_restart(site: Site,
 
 
 async def test_agent_without_sockets_gets_the_mount_exported(
-    site: Site, server: Server, monkeypatch: pytest.MonkeyPatch
+    site: Site, server: UnixServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(request: pb.Request, timeout_s: float = 0) -> pb.Reply:
         raise GuestError("request", 95, "body 23 is unknown to this agent")

@@ -257,3 +257,22 @@ def test_connections_end_with_their_container_and_with_the_daemon(
     cri.remove_pod(pod)
     eventually_sync(lambda: server.closed, until=(3).__eq__, timeout_s=20)
     assert third
+
+
+def test_sockets_in_a_mounted_directory_and_of_a_container_connect_nothing_outside(
+    cri: Cri, pod: Pod, tools: api.Mount, servers: list[Server], folder: Path
+) -> None:
+    """A limit, as docs/limits.md says: the socket itself must be mounted."""
+    servers.append(Server(folder / "s.sock", echo))
+    directory = api.Mount(container_path="/run/host", host_path=str(folder))
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[tools, directory])
+    assert cri.exec(container, "stat", "-c", "%F", "/run/host/s.sock").stdout == "socket\n"
+    result = cri.exec(container, "sh", "-c", "echo x | /tools/sock stream /run/host/s.sock")
+    assert (result.code, result.stderr) == (1, "sock: connect: Connection refused\n")
+    cri.run(pod, BUSYBOX, ["/tools/sock", "serve", "/run/host/own.sock"], mounts=[tools, directory])
+    own = folder / "own.sock"
+    eventually_sync(own.is_socket, timeout_s=20)
+    inside = cri.exec(container, "sh", "-c", "echo x | /tools/sock stream /run/host/own.sock")
+    assert inside.stdout == "x\n"
+    with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
+        client.connect(str(own))

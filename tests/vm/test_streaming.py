@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 from collections.abc import AsyncIterator
@@ -29,6 +30,7 @@ WEB = f"{HOST}/husk/web:1"
 V4, V5 = "v4.channel.k8s.io", "v5.channel.k8s.io"
 ECHO = "while read line; do echo out $line; echo err $line >&2; done; echo end of stdin; sleep 3600"
 VOLUME_MIB = int(os.environ.get("HUSK_TEST_STREAM_MIB", "48"))
+COPY_MIB = VOLUME_MIB if VOLUME_MIB > 48 else 16
 SESSIONS = int(os.environ.get("HUSK_TEST_SESSIONS", "40"))
 SESSIONS_S = 240.0
 GROWTH_MIB = 24  # of the daemon, for any amount of data
@@ -215,6 +217,46 @@ async def test_large_input_does_not_grow_the_daemon(clients: Clients, daemon: Da
     await client.end(streams["stdin"])
     assert int(await client.all(streams["stdout"], 120)) == size
     assert resident_mib(daemon.pid) - before < GROWTH_MIB
+
+
+@pytest.mark.parametrize("kind", ["spdy", "websocket"])
+async def test_file_copied_in_and_out_has_the_same_checksum(clients: Clients, box: str, kind: str) -> None:
+    """As `kubectl cp` copies, through cat in place of tar. HUSK_TEST_STREAM_MIB=1024 copies a GiB."""
+    block, size, sent, received = os.urandom(1 << 20), COPY_MIB, hashlib.sha256(), hashlib.sha256()
+    commands = [("sh", "-c", "cat >/tmp/file; sha256sum /tmp/file"), ("cat", "/tmp/file")]
+    if kind == "spdy":
+        client = await clients.spdy(clients.exec_url(box, *commands[0], stderr=False))
+        streams = await client.open_command("error", "stdin", "stdout")
+        for number in range(size):
+            piece = number.to_bytes(4, "big") + block[4:]
+            sent.update(piece)
+            await client.send(streams["stdin"], piece)
+        await client.end(streams["stdin"])
+        answer = await client.all(streams["stdout"], SESSIONS_S)
+        client = await clients.spdy(clients.exec_url(box, *commands[1], stdin=False, stderr=False))
+        stream = client.streams[(await client.open_command("error", "stdout"))["stdout"]]
+        while not stream.ended.is_set():
+            await asyncio.sleep(0.01)
+            received.update(bytes(stream.seen))
+            stream.seen.clear()
+        received.update(bytes(stream.seen))
+    else:
+        socket = await clients.websocket(clients.exec_url(box, *commands[0], stderr=False), V5)
+        for number in range(size):
+            piece = number.to_bytes(4, "big") + block[4:]
+            sent.update(piece)
+            await asyncio.wait_for(socket.send(b"\0" + piece), SESSIONS_S)
+        await socket.send(b"\xff\0")
+        await socket.read_all()
+        answer = socket.channel(1)
+        socket = await clients.websocket(clients.exec_url(box, *commands[1], stdin=False, stderr=False), V5)
+        more = True
+        while more:
+            more = await socket.receive()
+            received.update(socket.channel(1))
+            socket.messages = [each for each in socket.messages if each[0] == 3]
+    assert answer.split()[0].decode() == sent.hexdigest()
+    assert received.hexdigest() == sent.hexdigest()
 
 
 async def test_stopped_reader_stops_only_its_stream(clients: Clients, cri: Cri, box: str) -> None:

@@ -6,6 +6,7 @@
      sock hold PATH            connect, print "connected", and wait until the other end closes
      sock fill PATH MEBIBYTES  send so many, and print "sent"
      sock sum PATH             read to the end, and print how many bytes came and their sum
+     sock serve PATH           send back what each connection sends, one after the other
 */
 #define _GNU_SOURCE
 #include <err.h>
@@ -96,6 +97,20 @@ static void sum(const char *path) {
     printf("%llu %llu\n", (unsigned long long)count, (unsigned long long)total);
 }
 
+static void serve(const char *path) {
+    static char bytes[1 << 16];
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) < 0 ||
+        listen(listener, 8) < 0)
+        err(1, "listen");
+    for (int fd; (fd = accept(listener, NULL, NULL)) >= 0; close(fd))
+        for (ssize_t got; (got = read(fd, bytes, sizeof bytes)) > 0;)
+            if (send(fd, bytes, (size_t)got, MSG_NOSIGNAL) < 0)
+                break;
+}
+
 int main(int argc, char **argv) {
     if (argc < 3)
         errx(2, "see the source");
@@ -107,6 +122,8 @@ int main(int argc, char **argv) {
         fill(argv[2], atol(argv[3]));
     else if (!strcmp(argv[1], "sum"))
         sum(argv[2]);
+    else if (!strcmp(argv[1], "serve"))
+        serve(argv[2]);
     else
         copy(argv[2], type_of(argv[1]));
     return 0;
