@@ -11,7 +11,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from sandbox.container import Container
@@ -26,6 +25,7 @@ from sandbox.plan.encode import encode_container
 from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.spec import ContainerId, ExitCode
+from sandbox.vm_pods.guest_mounts import GuestSources
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.propagation import PropagationSync
 from sandbox.vm_pods.volumes import release_unused
@@ -33,13 +33,6 @@ from sandbox.vm_pods.volumes import release_unused
 log = logging.getLogger(__name__)
 
 LOG_END_TIMEOUT_S = 5.0  # longer than a busy disk takes; a full one must not hide the exit
-
-
-class Recoverable(Protocol):
-    """What the agent keeps for mounts, beside the exports: live files, sockets."""
-
-    async def recover(self, pod: Pod) -> None:
-        """Bring it up to date after a new connection to the agent was made. Failures are logged."""
 
 
 class VmContainers:
@@ -51,14 +44,14 @@ class VmContainers:
         exits: Exits,
         tasks: Tasks,
         propagation: PropagationSync,
-        guests_own: Sequence[Recoverable],
+        guest_sources: Sequence[GuestSources],
         container_steps: Steps[Container],
     ) -> None:
         self._inventory = inventory
         self._exits = exits
         self._tasks = tasks
         self._propagation = propagation
-        self._guests_own = guests_own
+        self._guest_sources = guest_sources
         # ends that the guest reported before StartContainer had its answer, or the log was resumed
         self._early: WeakKeyDictionary[Container, Exit] = WeakKeyDictionary()
         self.container_steps = container_steps
@@ -136,7 +129,7 @@ class VmContainers:
         """Recover a pod whose connection was lost, by what its guest says."""
         await release_unused(self._inventory, pod)
         await self.settle(pod, welcome)
-        for each in self._guests_own:
+        for each in self._guest_sources:
             await each.recover(pod)
 
     async def settle(self, pod: Pod, welcome: pb.Welcome) -> None:

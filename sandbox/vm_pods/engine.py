@@ -32,10 +32,11 @@ from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.clock_sync import sync_clock
 from sandbox.vm_pods.containers import VmContainers
 from sandbox.vm_pods.control import VmControl
-from sandbox.vm_pods.host_sockets import HostSockets, SocketMounts
+from sandbox.vm_pods.guest_mounts import GuestMounts
+from sandbox.vm_pods.host_sockets import HostSockets
 from sandbox.vm_pods.inode_watch import watch_inodes
 from sandbox.vm_pods.link import link_of
-from sandbox.vm_pods.live_files import LiveFiles, LiveMounts
+from sandbox.vm_pods.live_files import LiveFiles
 from sandbox.vm_pods.pool import VmPool
 from sandbox.vm_pods.propagation import PropagationSync
 from sandbox.vm_pods.resize import Resizer
@@ -69,16 +70,15 @@ class VmDeps:
 def make_engine(inventory: Inventory, exits: Exits, deps: VmDeps) -> Engine:
     """Make the engine of pods in VMs."""
     propagation = PropagationSync(deps.tasks)
-    live = LiveFiles(deps.tasks, inventory, deps.live_paths)
-    sockets = HostSockets(deps.tasks, inventory)
+    live, sockets = LiveFiles(deps.tasks, inventory, deps.live_paths), HostSockets(deps.tasks, inventory)
+    guest_mounts = GuestMounts((live, sockets))
     container_steps = (
         ContainerRootfs(deps.rootfs),
-        LiveMounts(live),
-        SocketMounts(sockets),
+        guest_mounts,
         Volumes(deps.rootfs, deps.resizer, inventory),
         plan_for_guest(deps.rootfs, deps.default_profile),
     )
-    containers = VmContainers(inventory, exits, deps.tasks, propagation, (live, sockets), container_steps)
+    containers = VmContainers(inventory, exits, deps.tasks, propagation, guest_mounts.kinds, container_steps)
     return Engine(
         pods=VmPods(inventory, exits, containers, deps),
         containers=containers,

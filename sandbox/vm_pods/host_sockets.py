@@ -394,20 +394,3 @@ async def _connect(each: _Socket, identity: Identity) -> socket.socket:
             if time.monotonic() > deadline:
                 raise
             await asyncio.sleep(BUSY_S)
-
-
-@dataclass(frozen=True, slots=True)
-class SocketMounts:
-    """The step of a container's sockets of the host."""
-
-    sockets: HostSockets
-    name = "sockets"
-
-    async def up(self, container: Container) -> None:
-        """Make them in the guest. Raises GuestError, GuestUnreachable, DeadlineExceeded, OSError."""
-        if container.record.spec.mounts:
-            container.live = {**container.live, **await self.sockets.attach(container)}
-
-    async def down(self, container: Container) -> None:
-        """Remove them from the guest. Idempotent."""
-        await self.sockets.release(container)

@@ -395,20 +395,3 @@ def _encode(change: Change) -> pb.FileChange:
         replace=change.replace,
         mtime_ns=max(0, entry.mtime_ns),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class LiveMounts:
-    """The step of a container's live files."""
-
-    live: LiveFiles
-    name = "live"
-
-    async def up(self, container: Container) -> None:
-        """Copy them to the guest. Raises GuestUnreachable, DeadlineExceeded."""
-        if container.record.spec.mounts:
-            container.live = await self.live.attach(container)
-
-    async def down(self, container: Container) -> None:
-        """Remove what no other container uses. Idempotent."""
-        await self.live.release(container)

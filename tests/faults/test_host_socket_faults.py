@@ -27,7 +27,8 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState, VmRuntime
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, MountSpec, PodId, PodSpec, UserNamespace
 from sandbox.vm_pods import host_sockets
-from sandbox.vm_pods.host_sockets import HostSockets, SocketMounts
+from sandbox.vm_pods.guest_mounts import GuestMounts
+from sandbox.vm_pods.host_sockets import HostSockets
 from sandbox.vm_pods.link import link_of
 from tests.fakes.inventory import make_inventory
 from tests.kit.agent import Agent, Guest, build
@@ -84,7 +85,7 @@ class Site:
         )
         container = self.inventory.make_container(record, self.pod)
         self.inventory.add_container(container)
-        await SocketMounts(self.sockets).up(container)
+        await GuestMounts((self.sockets,)).up(container)
         container.save_plan(ContainerPlan(id=name, rootfs="/", process=process))
         return container
 
@@ -522,12 +523,12 @@ async def test_sockets_end_with_their_container_and_connections_go_on(site: Site
     client, peer = await pair(site, server)
     assert site.names == ["c-0", "d-0"]
     for _ in range(2):
-        await SocketMounts(site.sockets).down(first)
+        await GuestMounts((site.sockets,)).down(first)
     assert site.names == ["d-0"]
     client.sendall(b"still")
     assert await in_thread(lambda: peer.recv(5)) == b"still"
     await pair(site, server, "d-0")
-    await SocketMounts(site.sockets).down(second)
+    await GuestMounts((site.sockets,)).down(second)
     assert site.names == []
     await site.create("e", server.path)
     await pair(site, server, "e-0")

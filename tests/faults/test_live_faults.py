@@ -21,8 +21,9 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, PodRecord, PodState, VmRuntime
 from sandbox.spec import ContainerId, ContainerSpec, ImageDefaults, MountSpec, PodId, PodSpec, Propagation
 from sandbox.vm_pods import live_files
+from sandbox.vm_pods.guest_mounts import GuestMounts
 from sandbox.vm_pods.link import link_of
-from sandbox.vm_pods.live_files import LiveFiles, LiveMounts
+from sandbox.vm_pods.live_files import LiveFiles
 from tests.fakes.inventory import make_inventory
 from tests.kit.agent import Agent, Guest, build
 from tests.kit.atomic_writer import write_volume
@@ -92,7 +93,7 @@ class Site:
     async def create(self, name: str, *mounts: MountSpec) -> Container:
         """Run the step, and save a plan that has its result."""
         container = self.container(name, *mounts)
-        await LiveMounts(self.live).up(container)
+        await GuestMounts((self.live,)).up(container)
         plans = tuple(MountPlan(source=each.path, target="/x") for each in container.live.values())
         container.save_plan(ContainerPlan(id=name, rootfs="/", process=ProcessPlan(), mounts=plans))
         return container
@@ -146,15 +147,15 @@ async def test_copy_follows_its_source_and_ends_with_its_last_container(site: Si
     await site.reads("key", "new")
     await eventually(lambda: site.read("gone"), until=lambda text: text == "", timeout_s=5)
     for _ in range(2):
-        await LiveMounts(site.live).down(first)
+        await GuestMounts((site.live,)).down(first)
     write_volume(site.volume, {"key": "newer"})
     await site.reads("key", "newer")
-    await LiveMounts(site.live).down(second)
+    await GuestMounts((site.live,)).down(second)
     assert site.trees == []
 
 
 async def test_down_without_up_is_harmless(site: Site) -> None:
-    await LiveMounts(site.live).down(site.container("a"))
+    await GuestMounts((site.live,)).down(site.container("a"))
 
 
 async def test_quiet_source_has_no_task(site: Site) -> None:
@@ -202,7 +203,7 @@ async def test_copy_of_a_creation_that_the_daemons_end_cut_short_is_removed(site
     other = site.volume.with_name("other")
     write_volume(other, {"k": "v"})
     cut = site.container("b", site.mount(other))
-    await LiveMounts(site.live).up(cut)  # no plan was saved
+    await GuestMounts((site.live,)).up(cut)  # no plan was saved
     assert len(site.trees) == 2
     await site.restart()
     assert len(site.trees) == 1
@@ -211,12 +212,12 @@ async def test_copy_of_a_creation_that_the_daemons_end_cut_short_is_removed(site
 async def test_only_copy_of_a_creation_that_was_cut_short_is_removed_with_it(site: Site) -> None:
     """The next daemon undoes the creation before it is connected to the agent."""
     cut = site.container("b")
-    await LiveMounts(site.live).up(cut)
+    await GuestMounts((site.live,)).up(cut)
     assert len(site.trees) == 1
     await site.tasks.close()
     site.live = LiveFiles(site.tasks, site.inventory)
     link_of(site.pod).lose_client()
-    await LiveMounts(site.live).down(cut)
+    await GuestMounts((site.live,)).down(cut)
     site.inventory.forget_container(cut)
     await site.reconnect()
     assert site.trees == []
@@ -226,7 +227,7 @@ async def test_removal_that_was_cut_short_is_repeated_by_the_next_daemon(site: S
     container = await site.create("a")
     container.drop_plan()
     await site.restart()
-    await LiveMounts(site.live).down(container)
+    await GuestMounts((site.live,)).down(container)
     assert site.trees == []
 
 
@@ -261,7 +262,7 @@ async def test_source_that_was_replaced_while_the_daemon_was_down_keeps_its_copy
     assert len(site.trees) == 2
     contents = sorted((tree / "root/key").read_text() for tree in site.trees)
     assert contents == ["another", "old"]
-    await LiveMounts(site.live).down(fresh)
+    await GuestMounts((site.live,)).down(fresh)
     assert site.read("key") == "old"
 
 
@@ -305,7 +306,7 @@ async def test_older_agent_gets_the_export(site: Site, monkeypatch: pytest.Monke
     monkeypatch.setattr(site.guest.client, "call", refuse)
     container = await site.create("a")
     assert container.live == {}
-    await LiveMounts(site.live).down(container)
+    await GuestMounts((site.live,)).down(container)
 
 
 async def test_tree_beyond_the_limit_gets_the_export_and_says_so(
