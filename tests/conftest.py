@@ -37,6 +37,9 @@ for name in ("no_proxy", "NO_PROXY"):
 # much.
 BASELINE = os.environ.get("HUSK_TEST_RUNTIME") == "containerd"
 
+# `HUSK_TEST_RUST_VIRTIOFSD=PROGRAM` runs them with this virtiofsd in place of the installed one.
+RUST = os.environ.get("HUSK_TEST_RUST_VIRTIOFSD", "")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -66,6 +69,9 @@ def fill(registry: Registry) -> None:
 def site() -> Iterator[Site]:
     """Make the session's namespace, registry, CNI configuration and mirrors."""
     with Namespace(scratch_root()) as namespace:
+        if RUST:
+            namespace.run("mount", "--bind", RUST, "/usr/lib/qemu/virtiofsd")
+            assert namespace.run("/usr/lib/qemu/virtiofsd", "--version").startswith("virtiofsd 1.")
         registry = Registry(namespace)
         try:
             fill(registry)

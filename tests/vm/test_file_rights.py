@@ -25,7 +25,6 @@ pytestmark = pytest.mark.vm
 BUSYBOX = f"{HOST}/husk/busybox:1"
 SLEEP = ("sleep", "3600")
 USER, GROUP, OTHER = 1000, 2000, 1001
-RUST = os.environ.get("HUSK_TEST_RUST_VIRTIOFSD", "")  # a program to use in place of the installed one
 
 ACL_USER_OBJ, ACL_USER, ACL_GROUP_OBJ, ACL_GROUP, ACL_MASK, ACL_OTHER = 1, 2, 4, 8, 16, 32
 
@@ -150,14 +149,6 @@ class Files:
             name: (int(uid), int(gid), int(mode, 8), [each for each in attributes if "acl" in each])
             for name, uid, gid, mode, *attributes in lines
         }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def rust(site: Site) -> None:
-    """Put the program of HUSK_TEST_RUST_VIRTIOFSD in place of the installed one, before any pod starts."""
-    if RUST:
-        site.namespace.run("sh", "-c", f"mount --bind {RUST} /usr/lib/qemu/virtiofsd")
-        assert site.namespace.run("/usr/lib/qemu/virtiofsd", "--version").startswith("virtiofsd 1.")
 
 
 @pytest.fixture
