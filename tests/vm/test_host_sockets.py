@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from tests.kit.daemon import Daemon
 from tests.kit.eventually import eventually_sync
 from tests.kit.registry import HOST
 from tests.kit.scratch import scratch_dir
+from tests.kit.unix_server import UnixServer
 
 pytestmark = pytest.mark.vm
 
@@ -25,53 +25,6 @@ BUSYBOX = f"{HOST}/husk/busybox:1"
 SLEEP = ("sleep", "3600")
 MEBIBYTES = int(os.environ.get("HUSK_TEST_SOCKET_MEBIBYTES", "48"))
 GROWTH_BYTES = 24 << 20  # of the daemon, while these are carried
-
-
-class Server:
-    """Serves each connection in a thread; `peers` has the user and group of each."""
-
-    def __init__(
-        self,
-        path: Path,
-        serve: Callable[[socket.socket], None],
-        kind: int = socket.SOCK_STREAM,
-        mode: int = 0o666,
-    ) -> None:
-        self.path, self.serve, self.kind, self.mode = path, serve, kind, mode
-        self.peers: list[tuple[int, int]] = []
-        self.closed = 0
-        self.start()
-
-    def start(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.listener = socket.socket(socket.AF_UNIX, self.kind)
-        self.listener.bind(str(self.path))
-        self.path.chmod(self.mode)
-        if self.kind != socket.SOCK_DGRAM:
-            self.listener.listen(1024)
-        threading.Thread(target=self._run, args=(self.listener,), daemon=True).start()
-
-    def _run(self, listener: socket.socket) -> None:
-        while self.kind != socket.SOCK_DGRAM:
-            try:
-                peer, _ = listener.accept()
-            except OSError:
-                return
-            ids = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            self.peers.append((int.from_bytes(ids[4:8], "little"), int.from_bytes(ids[8:], "little")))
-            threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
-
-    def _serve(self, peer: socket.socket) -> None:
-        with peer:
-            try:
-                self.serve(peer)
-            finally:
-                self.closed += 1
-
-    def stop(self) -> None:
-        if self.kind != socket.SOCK_DGRAM:
-            self.listener.shutdown(socket.SHUT_RDWR)  # ends accept(2)
-        self.listener.close()
 
 
 def answer_at_the_end(peer: socket.socket) -> None:
@@ -101,8 +54,8 @@ def tools() -> api.Mount:
 
 
 @pytest.fixture
-def servers() -> Iterator[list[Server]]:
-    found: list[Server] = []
+def servers() -> Iterator[list[UnixServer]]:
+    found: list[UnixServer] = []
     yield found
     for server in found:
         server.stop()
@@ -124,10 +77,10 @@ def mounted(path: Path, at: str = "/run/s.sock", readonly: bool = True) -> api.M
 
 @pytest.mark.parametrize("kind", ["stream", "seqpacket"])
 def test_connection_is_answered_after_its_half_close(
-    cri: Cri, pod: Pod, tools: api.Mount, servers: list[Server], folder: Path, kind: str
+    cri: Cri, pod: Pod, tools: api.Mount, servers: list[UnixServer], folder: Path, kind: str
 ) -> None:
     types = {"stream": socket.SOCK_STREAM, "seqpacket": socket.SOCK_SEQPACKET}
-    servers.append(Server(folder / "s.sock", answer_at_the_end, types[kind]))
+    servers.append(UnixServer(folder / "s.sock", types[kind], serve=answer_at_the_end))
     for readonly in (True, False):
         mounts = [tools, mounted(folder / "s.sock", readonly=readonly)]
         script = f"stat -c %F:%a /run/s.sock; printf 'one\\ntwo\\n' | /tools/sock {kind} /run/s.sock"
@@ -136,9 +89,9 @@ def test_connection_is_answered_after_its_half_close(
 
 
 def test_datagrams_reach_the_log_socket_of_the_host(
-    cri: Cri, pod: Pod, tools: api.Mount, servers: list[Server], folder: Path
+    cri: Cri, pod: Pod, tools: api.Mount, servers: list[UnixServer], folder: Path
 ) -> None:
-    server = Server(folder / "dev-log", wait_for_end, socket.SOCK_DGRAM)
+    server = UnixServer(folder / "dev-log", socket.SOCK_DGRAM)
     servers.append(server)
     (folder / "log").symlink_to(folder / "dev-log")
     mounts = [tools, mounted(folder / "log", "/dev/log")]
@@ -149,11 +102,11 @@ def test_datagrams_reach_the_log_socket_of_the_host(
 
 
 def test_mode_and_user_count_as_on_the_host(
-    cri: Cri, pod: Pod, tools: api.Mount, servers: list[Server], folder: Path
+    cri: Cri, pod: Pod, tools: api.Mount, servers: list[UnixServer], folder: Path
 ) -> None:
     private, grouped = (
-        Server(folder / "private", echo, mode=0o600),
-        Server(folder / "grouped", echo, mode=0o660),
+        UnixServer(folder / "private", mode=0o600, serve=echo),
+        UnixServer(folder / "grouped", mode=0o660, serve=echo),
     )
     servers += [private, grouped]
     os.chown(grouped.path, 0, 2000)
@@ -168,23 +121,23 @@ def test_mode_and_user_count_as_on_the_host(
     linux = api.LinuxContainerConfig(security_context=security)
     code, text = cri.run_to_end(pod, BUSYBOX, ["sh", "-c", script], mounts=mounts, linux=linux)
     assert (code, text) == (0, "sock: connect: Permission denied\ngrouped\n")
-    assert (private.peers, grouped.peers) == ([], [(1000, 1000)])
+    assert (private.seen, [each[:2] for each in grouped.seen]) == ([], [(1000, 1000)])
     code, text = cri.run_to_end(pod, BUSYBOX, ["sh", "-c", script], mounts=mounts)
     assert (code, text) == (0, "private\ngrouped\n")
-    assert private.peers == [(0, 0)]
+    assert [each[:2] for each in private.seen] == [(0, 0)]
 
 
 def test_five_hundred_connections_at_once_are_answered(
-    cri: Cri, pod: Pod, tools: api.Mount, servers: list[Server], folder: Path
+    cri: Cri, pod: Pod, tools: api.Mount, servers: list[UnixServer], folder: Path
 ) -> None:
-    servers.append(Server(folder / "s.sock", echo))
+    servers.append(UnixServer(folder / "s.sock", serve=echo))
     mounts = [tools, mounted(folder / "s.sock")]
     container = cri.run(pod, BUSYBOX, SLEEP, mounts=mounts)
     assert cri.exec(container, "/tools/sock", "many", "/run/s.sock", "500").stdout == "500\n"
 
 
 def test_large_transfers_leave_the_daemons_memory_flat(
-    daemon: Daemon, cri: Cri, pod: Pod, tools: api.Mount, servers: list[Server], folder: Path
+    daemon: Daemon, cri: Cri, pod: Pod, tools: api.Mount, servers: list[UnixServer], folder: Path
 ) -> None:
     """HUSK_TEST_SOCKET_MEBIBYTES=1024 carries a GiB in each direction."""
     block, seen = bytes(range(256)) * 4096, [0]
@@ -197,7 +150,7 @@ def test_large_transfers_leave_the_daemons_memory_flat(
         for _ in range(MEBIBYTES):
             peer.sendall(block)
 
-    servers += [Server(folder / "drain", drain), Server(folder / "fill", fill)]
+    servers += [UnixServer(folder / "drain", serve=drain), UnixServer(folder / "fill", serve=fill)]
     mounts = [tools, mounted(folder / "drain", "/drain"), mounted(folder / "fill", "/fill")]
     container = cri.run(pod, BUSYBOX, SLEEP, mounts=mounts)
 
@@ -218,9 +171,9 @@ def test_large_transfers_leave_the_daemons_memory_flat(
 
 
 def test_server_that_starts_again_is_reached_by_running_containers(
-    cri: Cri, pod: Pod, tools: api.Mount, servers: list[Server], folder: Path
+    cri: Cri, pod: Pod, tools: api.Mount, servers: list[UnixServer], folder: Path
 ) -> None:
-    server = Server(folder / "s.sock", echo)
+    server = UnixServer(folder / "s.sock", serve=echo)
     servers.append(server)
     mounts = [tools, mounted(folder / "s.sock")]
     first, second = (cri.run(pod, BUSYBOX, SLEEP, mounts=mounts) for _ in range(2))
@@ -236,15 +189,15 @@ def test_server_that_starts_again_is_reached_by_running_containers(
 
 
 def test_connections_end_with_their_container_and_with_the_daemon(
-    daemon: Daemon, cri: Cri, tools: api.Mount, servers: list[Server], folder: Path
+    daemon: Daemon, cri: Cri, tools: api.Mount, servers: list[UnixServer], folder: Path
 ) -> None:
-    server = Server(folder / "s.sock", wait_for_end)
+    server = UnixServer(folder / "s.sock", serve=wait_for_end)
     servers.append(server)
     pod = cri.run_pod("sockets")
     mounts = [tools, mounted(folder / "s.sock")]
     hold = ["/tools/sock", "hold", "/run/s.sock"]
     first, second = (cri.run(pod, BUSYBOX, hold, mounts=mounts) for _ in range(2))
-    eventually_sync(lambda: len(server.peers), until=(2).__eq__, timeout_s=20)
+    eventually_sync(lambda: len(server.seen), until=(2).__eq__, timeout_s=20)
     cri.stop(first, timeout=0)
     eventually_sync(lambda: server.closed, until=(1).__eq__, timeout_s=20)
     daemon.kill()
@@ -253,17 +206,17 @@ def test_connections_end_with_their_container_and_with_the_daemon(
     cri.wait_exited(second)
     assert [line.text for line in cri.log(second)] == ["connected", "closed"]
     third = cri.run(pod, BUSYBOX, hold, mounts=mounts)
-    eventually_sync(lambda: len(server.peers), until=(3).__eq__, timeout_s=20)
+    eventually_sync(lambda: len(server.seen), until=(3).__eq__, timeout_s=20)
     cri.remove_pod(pod)
     eventually_sync(lambda: server.closed, until=(3).__eq__, timeout_s=20)
     assert third
 
 
 def test_sockets_in_a_mounted_directory_and_of_a_container_connect_nothing_outside(
-    cri: Cri, pod: Pod, tools: api.Mount, servers: list[Server], folder: Path
+    cri: Cri, pod: Pod, tools: api.Mount, servers: list[UnixServer], folder: Path
 ) -> None:
     """A limit, as docs/limits.md says: the socket itself must be mounted."""
-    servers.append(Server(folder / "s.sock", echo))
+    servers.append(UnixServer(folder / "s.sock", serve=echo))
     directory = api.Mount(container_path="/run/host", host_path=str(folder))
     container = cri.run(pod, BUSYBOX, SLEEP, mounts=[tools, directory])
     assert cri.exec(container, "stat", "-c", "%F", "/run/host/s.sock").stdout == "socket\n"
