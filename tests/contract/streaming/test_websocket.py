@@ -226,6 +226,40 @@ async def test_port_forward_with_unsupported_number_of_ports_is_rejected(
 
 
 @pytest.mark.parametrize("kind", ["spdy", "websocket"])
+async def test_process_that_closes_its_outputs_early_still_gets_stdin(site: Site, kind: str) -> None:
+    """Neither side's end ends the other: the exit code comes when the process has ended."""
+
+    async def program(session: FakeSession) -> None:
+        assert session.stdin is not None
+        assert session.stdout is not None
+        assert session.stderr is not None
+        await session.stdout.write(b"closing")
+        session.stdout.close()
+        session.stderr.close()
+        session.exit.set_result(len(await session.stdin.read_all()))
+
+    site.backend.program = program
+    if kind == "spdy":
+        spdy = await SpdyClient.dial(site.server.url(EXEC), V4)
+        streams = await spdy.open_command("error", "stdin", "stdout", "stderr")
+        assert await spdy.all(streams["stdout"]) == b"closing"
+        assert not spdy.streams[streams["error"]].ended.is_set()
+        await spdy.send(streams["stdin"], b"12345")
+        await spdy.end(streams["stdin"])
+        assert exit_code(await spdy.all(streams["error"])) == 5
+        await spdy.wait_closed()
+    else:
+        client = await WebSocketClient.dial(site.server.url(EXEC), V5)
+        await client.until(lambda: client.channel(1) == b"closing")
+        await client.send(b"\0" + b"12345")
+        await client.send(b"\xff\0")
+        await client.read_all()
+        assert exit_code(client.channel(3)) == 5
+        assert client.closed is not None
+    await site.idle()
+
+
+@pytest.mark.parametrize("kind", ["spdy", "websocket"])
 async def test_large_output_arrives_with_bounded_buffers(site: Site, kind: str) -> None:
     size = 48 << 20
 
