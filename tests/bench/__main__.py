@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
-from tests.bench import memory, pods, restart, things
+from tests.bench import memory, pods, restart, slow_line, things
 from tests.bench.figures import BASELINE, Figures, Summary, TargetResult, table
 from tests.bench.subjects import HANDLERS, IMAGE, Site, site
 from tests.kit import images
@@ -33,6 +33,8 @@ class Scale:
     containers: int = 500
     payload_mib: int = 200
     payload_files: int = 20_000
+    line_rounds: int = 3
+    line_mib: int = 1024
     log_mib: int = 200
     idle_pods: int = 5
     records: int = 100
@@ -40,8 +42,8 @@ class Scale:
 
 
 QUICK = Scale(
-    rounds=2, slow_rounds=1, crowd=3, containers=20, payload_mib=8, payload_files=800, log_mib=10,
-    idle_pods=2, records=20, kept_pods=1,
+    rounds=2, slow_rounds=1, crowd=3, containers=20, payload_mib=8, payload_files=800, line_rounds=1,
+    line_mib=48, log_mib=10, idle_pods=2, records=20, kept_pods=1,
 )  # fmt: skip
 
 PARTS: dict[str, Callable[[Site, Figures, Scale], None]] = {
@@ -50,6 +52,7 @@ PARTS: dict[str, Callable[[Site, Figures, Scale], None]] = {
     "pull": lambda site, figures, scale: things.pulls(
         site, figures, scale.slow_rounds, scale.payload_mib, scale.payload_files
     ),
+    "line": lambda site, figures, scale: slow_line.pulls(site, figures, scale.line_rounds, scale.line_mib),
     "lists": lambda site, figures, scale: things.lists(site, figures, scale.rounds, scale.containers),
     "logs": lambda site, figures, scale: things.logs(site, figures, scale.slow_rounds, scale.log_mib),
     "memory": lambda site, figures, scale: memory.idle_pods(site, figures, scale.idle_pods),

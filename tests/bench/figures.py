@@ -40,6 +40,7 @@ TARGETS = (
     Target("RemovePodSandbox", 0.9),
     Target("pods at once", 2.0),
     Target("pull and unpack", 1.0),
+    Target("pull of a large layer", 0.4),
     Target("RemoveImage", 1.5),
     Target("ListContainers, many", 1.5),
     Target("ListPodSandbox, many", 1.5),

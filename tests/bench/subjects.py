@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from sandbox.host.proc import read_stat
@@ -83,6 +84,7 @@ class Site:
     namespace: Namespace
     registry: Registry
     subjects: Sequence[Subject]
+    mirrors: Path  # directories with a hosts.toml, for all runtimes
 
     @property
     def mains(self) -> Sequence[Subject]:
@@ -121,7 +123,7 @@ def site(runtimes: Sequence[str], handlers: Sequence[Handler]) -> Iterator[Site]
             held.callback(daemon.close)
             daemon.start()
             subjects += [Subject(f"husk {handler.name}", daemon, handler.name) for handler in handlers]
-        yield Site(namespace, registry, subjects)
+        yield Site(namespace, registry, subjects, mirrors)
 
 
 # --------------------------------------------------------------------------------- fairness
