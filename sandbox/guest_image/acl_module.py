@@ -85,7 +85,9 @@ async def _compile(headers: Path, scratch: Path) -> Path:
     source.mkdir()
     shutil.copy(SOURCE, source)
     (source / "Kbuild").write_text(f"obj-m := {ACL_MODULE}.o\n")
-    await checked(["make", "--silent", "-C", str(headers), f"M={source}", "modules"], timeout_s=300)
+    # without type information, for which newer kernels need another program (pahole)
+    options = [f"M={source}", "CONFIG_DEBUG_INFO_BTF_MODULES="]
+    await checked(["make", "--silent", "-C", str(headers), *options, "modules"], timeout_s=300)
     module = source / f"{ACL_MODULE}.ko"
     await checked([*_STRIP, str(module)], timeout_s=60)
     return module

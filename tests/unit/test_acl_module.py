@@ -10,7 +10,11 @@ import pytest
 from sandbox.guest_image import acl_module, packages
 
 RELEASE = "9.9-cloud"
-MODULES = """modules:
+MODULES = """CONFIG_DEBUG_INFO_BTF_MODULES := y
+ifdef CONFIG_DEBUG_INFO_BTF_MODULES
+$(error pahole is needed)
+endif
+modules:
 \techo 'int husk;' | cc -g -x c -c -o $(M)/husk_acl.ko -
 \ttest -f $(M)/husk_acl.c && grep -q husk_acl.o $(M)/Kbuild
 """
