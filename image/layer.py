@@ -55,15 +55,17 @@ def unpack(
     chunks: Iterator[bytes],
     target: str,
     *,
-    lowers: Sequence[str] = (),
+    lowers: Sequence[str] | None = (),
     limits: Limits | None = None,
     watch: Watch | None = None,
 ) -> Usage:
-    """Unpack into `target`, an empty directory; `lowers` are the layers below, nearest first.
+    """Unpack into `target`, an empty directory; `lowers` are the layers below, nearest first, or None where
+    these are not there yet.
 
     Reads `chunks` to their end, as their digest covers what follows the archive too. Returns what the layer
     occupies. Blocking; checks `watch` at every read and entry. Raises LayerRejected (the archive is at
-    fault), DiskFull, StorageFailed, Stopped; then `target` is left partly filled, for the caller to delete.
+    fault), DiskFull, StorageFailed, Stopped, and NeedsBelow where the result depends on what
+    lies below and that is not there yet; then `target` is left partly filled, for the caller to delete.
     Memory does not grow with the archive.
     """
     limits = limits or Limits()
@@ -83,7 +85,7 @@ def _watched(chunks: Iterator[bytes], watch: Watch) -> Iterator[bytes]:
 
 
 class _Unpacker:
-    def __init__(self, target: str, lowers: Sequence[str], limits: Limits, watch: Watch) -> None:
+    def __init__(self, target: str, lowers: Sequence[str] | None, limits: Limits, watch: Watch) -> None:
         self._target = target
         self._limits = limits
         self._watch = watch

@@ -180,8 +180,13 @@ class LayerStore:
             self._pins.subtract(chain_ids)
             self._pins = +self._pins
 
-    async def unpack(self, chain_id: str, diff_id: str, below: Sequence[str], blob: Path) -> Layer:
+    async def unpack(
+        self, chain_id: str, diff_id: str, below: Sequence[str] | None, blob: Path
+    ) -> Layer | None:
         """Make a layer from an archive; `below` are the chain ids under it, bottom first.
+
+        With None for `below`, these are not stored yet: returns None where the layer depends on them, as one
+        does that hard-links to a file below, or lacks the directory of a file.
 
         Of several that make the same layer at once, the first to finish stores it; all return that one.
         Raises LayerRejected, DigestMismatch, DiskFull, StorageFailed; then nothing is kept. When cancelled it
@@ -189,12 +194,15 @@ class LayerStore:
         """
         with self.staging() as stage:
             stop = threading.Event()
-            found = await threads.run(
-                lambda: self._unpack(stage, chain_id, diff_id, below, blob, stop),
-                "husk-unpack",
-                on_cancel=stop.set,
-                linger_s=STOP_LIMIT_S,
-            )
+            try:
+                found = await threads.run(
+                    lambda: self._unpack(stage, chain_id, diff_id, below, blob, stop),
+                    "husk-unpack",
+                    on_cancel=stop.set,
+                    linger_s=STOP_LIMIT_S,
+                )
+            except tree.NeedsBelow:
+                return None
             if (stored := self._layers.get(chain_id)) is not None:
                 return stored
             try:
@@ -209,7 +217,7 @@ class LayerStore:
         stage: Path,
         chain_id: str,
         diff_id: str,
-        below: Sequence[str],
+        below: Sequence[str] | None,
         blob: Path,
         stop: threading.Event,
     ) -> Layer:
@@ -218,7 +226,7 @@ class LayerStore:
         try:
             target.mkdir()
             (stage / "unsynced").write_text(boot_id(), encoding="ascii")
-            lowers = [str(path) for path in self.stack(below)]
+            lowers = None if below is None else [str(path) for path in self.stack(below)]
             with (
                 blob.open("rb") as file,
                 contextlib.closing(Inflated(file, self._limits, watch.check, self.large_windows)) as plain,

@@ -2,8 +2,8 @@
 
     manifest -> trust -> platform -> configuration -> layers -> index
 
-Layers are downloaded in parallel, limited over all pulls, and unpacked in order, each as soon as it is
-downloaded and those below are unpacked: a layer may refer to files below it. A blob is used only after its
+Layers are downloaded and unpacked side by side, limited over all pulls. A layer that refers to those below it
+is unpacked again once they are there. A blob is used only after its
 digest and size were verified, and its unpacked form only after its diff id was. The image is added to the
 index last, so an incomplete image is never visible.
 
@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import platform
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -305,7 +306,7 @@ class Puller:
         host: str,
         report: Report,
     ) -> None:
-        ready = [asyncio.Event() for _ in chain]
+        ready = [asyncio.Event() for _ in chain]  # a layer and all below are stored
         # Two pulls of the same blobs from one registry download them once. Another registry's blobs are not
         # waited for, even if they claim to be the same layers, and the same registry's not for ever: they may
         # never come. Nothing is locked while unpacking: the first of several to make a layer stores it.
@@ -317,11 +318,24 @@ class Puller:
                     report(Progress(item=blobs[n].digest, step="present", current=1, total=1))
                 else:
                     await self._download(source, blobs[n], stage / str(n), host, report)
-                    if n:
-                        await ready[n - 1].wait()
-                    await self._unpack(
-                        source, blobs[n], diff_ids[n], chain[: n + 1], stage / str(n), host, report
+                    unpack = partial(
+                        self._unpack,
+                        source,
+                        blobs[n],
+                        diff_ids[n],
+                        chain[: n + 1],
+                        stage / str(n),
+                        host,
+                        report,
                     )
+                    alone = n > 0 and not ready[n - 1].is_set()
+                    if not (alone and await unpack(alone=True)):
+                        if n:
+                            await ready[n - 1].wait()
+                        await unpack()
+                    await asyncio.to_thread((stage / str(n)).unlink)
+            if n:
+                await ready[n - 1].wait()
             ready[n].set()
 
         with self._layers.staging() as stage:
@@ -366,10 +380,15 @@ class Puller:
         path: Path,
         host: str,
         report: Report,
-    ) -> None:
+        *,
+        alone: bool = False,
+    ) -> bool:
+        """Make the last layer of a chain, `alone` without those below; return whether it is stored."""
         async with self._unpacks.share(host, str(id(source))):
             report(Progress(item=blob.digest, step="unpack", current=0, total=blob.size))
             if self._layers.find(chain[-1]) is None:  # the pull of another image may have made it meanwhile
-                await self._layers.unpack(chain[-1], diff_id, chain[:-1], path)
+                below = None if alone else chain[:-1]
+                if await self._layers.unpack(chain[-1], diff_id, below, path) is None:
+                    return False
             report(Progress(item=blob.digest, step="unpack", current=blob.size, total=blob.size))
-        await asyncio.to_thread(path.unlink)
+        return True

@@ -41,22 +41,29 @@ def is_whiteout(info: os.stat_result) -> bool:
     return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
 
 
+class NeedsBelow(Exception):
+    """Something of the layers below is needed, which are not there yet."""
+
+
 class Tree:
     """The directory `root`, being filled, above the layers `lowers`, nearest first. Close it.
+
+    With None for `lowers` there are some, not there yet: what needs them raises NeedsBelow.
 
     Paths are tuples of names relative to the root. Which of the layers below are hidden, and where, is read
     from the directory itself, so that memory does not grow with the number of whiteouts. Methods raise
     OverLimit for a directory that would lie deeper than `limits` allow.
     """
 
-    def __init__(self, root: str, lowers: Sequence[str], limits: Limits) -> None:
+    def __init__(self, root: str, lowers: Sequence[str] | None, limits: Limits) -> None:
         self._limits = limits
         self._root = os.open(root, OPEN_DIRECTORY)
         self._lowers: list[int] = []
+        self._awaits_lowers = lowers is None
         self._cache: dict[Path, int] = {}
         self.directories_made = 0
         try:
-            for lower in lowers:
+            for lower in lowers or ():
                 self._lowers.append(os.open(lower, OPEN_DIRECTORY))
         except BaseException:
             self.close()
@@ -73,7 +80,7 @@ class Tree:
     @property
     def has_lowers(self) -> bool:
         """Whether there are layers below."""
-        return bool(self._lowers)
+        return self._awaits_lowers or bool(self._lowers)
 
     # ---------------------------------------------------------------------------- resolving
 
@@ -210,10 +217,12 @@ class Tree:
         """Find a path in the merged layers below, without following links.
 
         Returns a descriptor of its parent in the layer that has it, which the caller closes, and its status;
-        None when it is absent or hidden.
+        None when it is absent or hidden. Raises NeedsBelow.
         """
         if self._hides(path):
             return None
+        if self._awaits_lowers:
+            raise NeedsBelow
         holders = [os.dup(fd) for fd in self._lowers]
         try:
             for name in path[:-1]:
@@ -232,7 +241,7 @@ class Tree:
     def _from_below(self, at: int, path: Path, make: bool) -> bytes | None:
         """Make a directory like the one below, or a plain one where there is none, and return None; return
         the target where the layers below have a symbolic link."""
-        found = self.below(path) if self._lowers else None
+        found = self.below(path) if self.has_lowers else None
         if found is None:
             if not make:
                 raise FileNotFoundError

@@ -1,6 +1,6 @@
 """A pull over a line that one connection cannot fill: one large layer, RATE a connection, DELAY_S a request.
 
-The registry is a process of its own with files of one image. The kernel paces each of its connections
+The registry is a separate process with the files of one image. The kernel paces each of its connections
 (SO_MAX_PACING_RATE of socket(7)), which needs no qdisc, and it waits DELAY_S before each response, as a
 registry does that is so far away. Run as a program it is given the descriptor of a listening socket and the
 directory: blobs by digest, and `manifest`.

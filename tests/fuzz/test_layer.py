@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import stat
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -20,6 +22,7 @@ from image.budget import Limits
 from image.compression import Inflated
 from image.errors import ImageError
 from image.manifest import Descriptor
+from image.tree import NeedsBelow
 
 LIMITS = Limits(layer_bytes=1 << 20, layer_entries=200)
 # few names, so that entries meet each other
@@ -106,6 +109,41 @@ def test_hostile_entries_stay_inside(entries: list[tuple[tarfile.TarInfo, bytes]
                 tar.addfile(info, io.BytesIO(content))
         try_unpack(place, out.getvalue(), chunk)
         assert place.unchanged()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(items(), max_size=8))
+def test_layer_without_those_below_is_as_with_them_or_refused(
+    entries: list[tuple[tarfile.TarInfo, bytes]],
+) -> None:
+    with ground() as one, ground() as other:
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            for info, content in entries:
+                info.linkname = info.linkname.replace("{outside}", "/outside")
+                tar.addfile(info, io.BytesIO(content))
+        ends = []
+        for place, lowers in ((one, None), (other, [str(other.lower)])):
+            try:
+                layer.unpack(iter([out.getvalue()]), str(place.root), lowers=lowers, limits=LIMITS)
+                ends.append(seen_in(place.root))
+            except NeedsBelow:
+                return
+            except ImageError as error:
+                ends.append([str(error).replace(str(place.root), "")])
+        assert ends[0] == ends[1]
+
+
+def seen_in(root: Path) -> list[object]:
+    """Return names, kinds, modes, owners, links and contents of a tree."""
+    found: list[object] = []
+    for path in (root, *sorted(root.rglob("*"))):
+        info = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(info.st_mode) else b""
+        names = sorted(os.listxattr(path, follow_symlinks=False))
+        shown = (info.st_mode, info.st_uid, info.st_rdev, info.st_nlink, content, names)
+        found.append((str(path.relative_to(root)), *shown))
+    return found
 
 
 def sample() -> bytes:
