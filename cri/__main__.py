@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         "--html", action="store_const", dest="form", const="html", help="print a self-contained HTML page"
     )
     trace.set_defaults(run=_trace)
+    ps = commands.add_parser(
+        "ps", parents=[common], help="list what is held on this host, by owner, without the daemon"
+    )
+    ps.add_argument("--json", action="store_true", help="print JSON")
+    ps.set_defaults(run=_ps)
     _add_guest(commands.add_parser("guest", parents=[common], help="build what VMs boot"), common)
     _add_image(commands.add_parser("image", parents=[common], help="manage the daemon's images"), common)
     return parser
@@ -174,6 +179,25 @@ def _version(args: argparse.Namespace) -> int:
 
     facts = version.facts()
     print(version.as_json(facts) if args.json else "\n".join(version.as_text(facts)))
+    return 0
+
+
+def _ps(args: argparse.Namespace) -> int:
+    from cri.cli import ps
+    from sandbox.holdings import Places, find_holdings
+
+    config = _load(args)
+    places = Places(
+        root=Path(config.root),
+        run=Path(config.run),
+        cgroup_root=config.cgroup_root,
+        cni_conf=Path(config.cni.conf_dir),
+    )
+    try:
+        found = find_holdings(places)
+    except OSError as error:
+        return _failed(error)
+    print(ps.as_json(found) if args.json else "\n".join(ps.as_text(found)))
     return 0
 
 
