@@ -34,6 +34,9 @@ PACKAGE = "apt-get install virtiofsd (Debian 13, Ubuntu 24.04) or qemu-system-co
 
 MOST_DESCRIPTORS = 1 << 20
 CAP_SYS_RESOURCE = 24  # capabilities(7), linux/capability.h
+# "trusted.x" of the guest is "user.virtiofs.trusted.x" on the host, whose own "trusted.x" the guest does not
+# see, nor "user.virtiofs.x" under that name (virtiofsd(1), "xattrmap", type "map").
+XATTR_MAP = ":map:trusted.:user.virtiofs.:"
 
 
 class Implementation(StrEnum):
@@ -100,8 +103,8 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
     Capabilities: both keep only those needed to change files of any owner (chown, dac_override,
     fowner, fsetid, setuid, setgid, mknod, setfcap); dac_read_search is never added, as with it a file
     handle could be opened outside of the share. Extended attributes are passed through for file
-    capabilities and POSIX ACLs; `trusted.*` would need sys_admin and is reserved to the host's overlay. Locks
-    stay inside the guest, where all processes of the pod run.
+    capabilities and POSIX ACLs; `trusted.*`, which would need sys_admin, is kept under another name, so that
+    a guest can mount overlays on a share. Locks stay inside the guest, where all processes of the pod run.
 
     Who may do what is decided by the guest's kernel alone (virtiofs mounts with default_permissions), which
     knows supplementary groups and ACLs. Both change to the caller's user and group to create a file, so that
@@ -120,6 +123,7 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
             "sandbox=namespace",
             *(["announce_submounts"] if share.cache == "auto" else []),
             "xattr",
+            f"xattrmap={XATTR_MAP}",
             "posix_acl",
             "log_level=err",
         ]
@@ -135,6 +139,7 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
         "--seccomp=kill",
         "--announce-submounts" if share.cache == "auto" else "--no-announce-submounts",
         "--xattr",
+        f"--xattrmap={XATTR_MAP}",
         "--posix-acl",
         "--inode-file-handles=never",
         "--thread-pool-size=0",

@@ -57,6 +57,7 @@ def test_both_implementations_get_the_same_options(implementation: Implementatio
     ) in argv
     assert announced == (cache == "auto"), "only where the host mounts things while the guest runs"
     assert "/pod/share" in text
+    assert "xattrmap=:map:trusted.:user.virtiofs.:" in text
     assert "modcaps" not in text, "no capability beyond its default ones"
 
 
