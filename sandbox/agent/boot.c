@@ -18,7 +18,6 @@
 #include "agent.h"
 #include "cgroup.h"
 #include "guest.h"
-#include "modules.h"
 #include "scope.h"
 
 enum { FILES_MAX = 1024 * 1024, PORT_WAIT_MS = 10000, PORT_STEP_MS = 2 };
@@ -58,10 +57,6 @@ void boot_mounts(void) {
     open_console();
     mount_at("cgroup2", GUEST_CGROUP, MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     mount_at("tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=755");
-}
-
-void boot_modules(void) {
-    modules_load("/modules/order");
 }
 
 // Enables every controller of the kernel for the cgroups beneath.

@@ -5,7 +5,6 @@
 struct agent;
 
 void boot_mounts(void);
-void boot_modules(void);
 void boot_cgroups(struct agent *agent);
 
 // Opens the channel that the kernel's command line names: husk.channel=serial:NAME or vsock:PORT.

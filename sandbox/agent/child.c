@@ -13,6 +13,7 @@
 
 #include "apparmor.h"
 #include "exec_setup.h"
+#include "modules.h"
 #include "pty.h"
 #include "rootfs.h"
 #include "scope.h"
@@ -90,6 +91,8 @@ static int start(const Start *start, struct child *child, struct error *error) {
     if (prepare(child, error) < 0 || set_oom_score(start->process, child, error) < 0 ||
         apparmor_load(start, error) < 0 || apparmor_enter(start->process, error) < 0)
         return -1;
+    if (!userspace_wanted(start->process)) // in a user namespace it has no effect on the pod's network
+        modules_of_capabilities(start->process->cap_effective);
     // not by clone(2): then the namespace would be rooted at the agent's cgroup
     if (unshare(CLONE_NEWCGROUP) < 0)
         return fail(error, errno, "cgroup namespace");

@@ -15,6 +15,7 @@
 #include "agent.h"
 #include "clock.h"
 #include "guest.h"
+#include "modules.h"
 #include "net.h"
 #include "scope.h"
 
@@ -102,7 +103,10 @@ static int set_sysctl(const struct agent *agent, const char *path, const char *v
         return fail(error, EINVAL, "sysctl %s", path);
     if (agent->test && !is_namespaced(path))
         return fail(error, EPERM, "sysctl %s", path);
-    autoclose int file = open(full, O_WRONLY | O_CLOEXEC);
+    int opened = open(full, O_WRONLY | O_CLOEXEC);
+    if (opened < 0 && errno == ENOENT && !agent->test && modules_of_sysctl(path))
+        opened = open(full, O_WRONLY | O_CLOEXEC);
+    autoclose int file = opened;
     if (file < 0 || write(file, value, strlen(value)) < 0)
         return fail(error, errno, "sysctl %s", path);
     return 0;

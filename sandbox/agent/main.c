@@ -32,7 +32,7 @@ static _Noreturn void run_guest(struct agent *agent) {
     boot_mounts();
     make_directories();
     agent_record_phase(agent, "mounts");
-    boot_modules();
+    modules_boot();
     agent_record_phase(agent, "modules");
     boot_cgroups(agent);
     serve_open(agent);

@@ -5,13 +5,15 @@
       kernels/KEY/                    kernels compiled here: see kernel_source
       acl/KEY.ko                      a module compiled here: see acl_module
       HASH/{vmlinux,initramfs,image.json}
+      HASH/modules/                   modules that guests load on demand: see modules
       HASH/apparmor                   AppArmor's RuntimeDefault profile, where it could be compiled
       current -> HASH                 the image that new pods get
 
 HASH is computed from the content, so the same inputs give the same directory, and nothing in it changes. A
 build runs in a scratch directory that is renamed when it is complete; `current` is replaced by a rename.
 After a kill at any moment the old image stays in use, and the next build starts from the beginning and
-removes the leftovers. The image before the current one is kept, as a pod may be about to boot it.
+removes the leftovers. The image before the current one is kept, as a pod may be about to boot it, and so are
+those whose modules are mounted, for a VM that runs.
 """
 
 # ruff: noqa: ASYNC240 -- runs as a command, with nothing else on its event loop
@@ -24,7 +26,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,6 +35,7 @@ from sandbox.errors import MissingProgram
 from sandbox.guest_image import acl_module, cpio
 from sandbox.guest_image.apparmor import compile_default
 from sandbox.guest_image.kernel_source import build_kernel
+from sandbox.guest_image.modules import Device, make_store
 from sandbox.guest_image.packages import (
     BuildFailed,
     Progress,
@@ -51,11 +54,16 @@ from sandbox.guest_image.vmlinux import (
     extract_vmlinux,
     find_modules,
     load_modules,
-    load_orders,
     read_builtin,
 )
-from sandbox.host import files
-from sandbox.vm_pods.boot_image import ACL_MODULE, GuestImage, ImageFacts, find_image
+from sandbox.host import files, mounts
+from sandbox.vm_pods.boot_image import (
+    ACL_MODULE,
+    MODULES_DIRECTORY,
+    GuestImage,
+    ImageFacts,
+    find_image,
+)
 
 # Loaded at boot. Each one adds some milliseconds to a cold start.
 MODULES = (
@@ -67,12 +75,10 @@ MODULES = (
     "virtio_balloon",
     "virtio_mem",
 )
-# For containers with NET_ADMIN that create links: the kernel loads them by modprobe when one is created.
-ON_DEMAND = ("bridge", "veth", "dummy", "tun")
 # Meta-packages in the order in which they are tried, the smallest kernels for VMs first: Debian, then Ubuntu.
 KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", "linux-image-generic")
 AGENT = Path(__file__).parents[1] / "agent"
-DIRECTORIES = ("dev", "modules", "modules/load", "proc", "run", "sbin", "sys", "tmp")
+DIRECTORIES = ("dev", "modules", "proc", "run", "sbin", "sys", "tmp")
 MODPROBE = "sbin/modprobe"  # CONFIG_MODPROBE_PATH
 
 
@@ -194,23 +200,18 @@ async def compile_agent(source: Path, scratch: Path, progress: Progress) -> byte
 # ------------------------------------------------------------------------------------ assembly
 
 
-def make_initramfs(program: bytes, modules: Mapping[str, bytes], later: Mapping[str, bytes]) -> bytes:
-    """Compose the initramfs: /init, the modules, and the order in which to load them.
+def make_initramfs(program: bytes, modules: Mapping[str, bytes], devices: Sequence[Device] = ()) -> bytes:
+    """Compose the initramfs: /init, the modules, their order of loading, and devices to make nodes of.
 
-    `later` are modules that the kernel loads by modprobe on demand: for each name by which it may request
-    one, there is the order to load. Not compressed: an emulated processor reads two megabytes faster than it
-    decompresses one.
+    Not compressed: an emulated processor reads two megabytes faster than it decompresses one.
     """
     members = [cpio.directory(name) for name in DIRECTORIES]
     members.append(cpio.character_device("dev/console", 5, 1))
     members.append(cpio.file("init", program, 0o755))
     members.append(cpio.file("modules/order", "".join(f"{name}.ko\n" for name in modules).encode()))
-    both = {**modules, **later}
-    members += [cpio.file(f"modules/{name}.ko", content) for name, content in both.items()]
-    members += [
-        cpio.file(f"modules/load/{alias}", "".join(f"{each}.ko\n" for each in order).encode())
-        for alias, order in load_orders(later).items()
-    ]
+    nodes = "".join(f"{each.name} {each.major} {each.minor}\n" for each in devices)
+    members.append(cpio.file("modules/devices", nodes.encode()))
+    members += [cpio.file(f"modules/{name}.ko", content) for name, content in modules.items()]
     members.append(cpio.symbolic_link(MODPROBE, "/init"))
     return cpio.write_archive(members)
 
@@ -222,17 +223,18 @@ def _assemble(guest: Path, scratch: Path, kernel: Kernel, program: bytes, profil
     modules = load_modules(available, builtin, MODULES, keep_signatures=keep)
     if kernel.acls is not None:
         modules[ACL_MODULE] = kernel.acls.read_bytes()
-    offered = [name for name in ON_DEMAND if name in available]
-    later = load_modules(available, [*builtin, *modules], offered, keep_signatures=keep)
-    initramfs = make_initramfs(program, modules, later)
+    store = make_store(kernel.modules, available, [*builtin, *modules], keep_signatures=keep)
+    initramfs = make_initramfs(program, modules, store.devices)
     facts = msgspec.json.encode(ImageFacts(kernel.version, tuple(modules)))
     contents = {"vmlinux": vmlinux, "initramfs": initramfs, "image.json": facts}
     if profile:
         contents["apparmor"] = profile
-    digest = hash_of(*contents.values())
+    contents |= {f"{MODULES_DIRECTORY}/{name}": content for name, content in store.files.items()}
+    digest = hash_of(*(part for name, content in contents.items() for part in (name.encode(), content)))
     staging = scratch / digest
     staging.mkdir(mode=0o755)
     for name, content in contents.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
         _write(staging / name, content)
     final = guest / digest
     try:
@@ -263,10 +265,15 @@ def _make_current(guest: Path, scratch: Path, digest: str) -> None:
 
 
 def _sweep(guest: Path, scratch: Path) -> None:
-    """Remove all images but the current one and the one before it, and leftovers of killed builds."""
+    """Remove all images but the current one, the one before it, and those whose modules a guest may load;
+    also leftovers of killed builds.
+    """
+    used = {
+        Path(root).parent.name for root in mounts.mounted_roots() if root.endswith(f"/{MODULES_DIRECTORY}")
+    }
     current = (guest / "current").resolve()
     images = [d for d in guest.iterdir() if (d / "image.json").exists() and not d.is_symlink()]
     others = sorted((d for d in images if d != current), key=lambda d: d.stat().st_mtime)
     left = [d for d in guest.glob(".build-*") if d != scratch]
-    for directory in (*others[:-1], *left):
+    for directory in (*(each for each in others[:-1] if each.name not in used), *left):
         shutil.rmtree(directory)

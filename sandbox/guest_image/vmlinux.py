@@ -177,19 +177,6 @@ def find_aliases(module: bytes) -> list[str]:
     return [name for name in names if not set(name) & set("*?[/")]
 
 
-def load_orders(modules: Mapping[str, bytes]) -> dict[str, list[str]]:
-    """Return what to load for each name and alias, dependencies first. A dependency that is not among
-    `modules` is loaded already."""
-
-    def order(name: str) -> list[str]:
-        before = [
-            each for need in find_dependencies(modules[name]) if need in modules for each in order(need)
-        ]
-        return [*dict.fromkeys(before), name]
-
-    return {alias: order(name) for name in modules for alias in (name, *find_aliases(modules[name]))}
-
-
 def cut_signature(module: bytes) -> bytes:
     """Remove a module's signature: the host provides the initramfs, and verification would slow each start.
 

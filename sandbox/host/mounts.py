@@ -7,6 +7,7 @@ block and need CAP_SYS_ADMIN; failures are OSError with the target as file name.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -115,12 +116,34 @@ def top_mounts() -> dict[str, int]:
     return {os.fsdecode(point): id for id, point in _table()}
 
 
+def mounted_roots() -> set[str]:
+    """Return what is mounted in any mount namespace that has a process: each mount's root, as a path in its
+    file system (proc(5), mountinfo).
+
+    A process that ends meanwhile is left out.
+    """
+    roots: set[str] = set()
+    seen: set[Path] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            namespace = (process / "ns/mnt").readlink()
+            if namespace not in seen:
+                lines = (process / "mountinfo").read_bytes().splitlines()
+                seen.add(namespace)
+                roots |= {os.fsdecode(_unescaped(line.split(b" ", 4)[3])) for line in lines}
+    return roots
+
+
+def _unescaped(field: bytes) -> bytes:
+    return _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), field)
+
+
 def _table() -> Iterator[tuple[int, bytes]]:
     """Id and point of each mount. Space, tab, newline and backslash are octal escapes (proc(5))."""
     with Path("/proc/self/mountinfo").open("rb") as table:
         for line in table:
             fields = line.split(b" ", 5)
-            yield int(fields[0]), _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), fields[4])
+            yield int(fields[0]), _unescaped(fields[4])
 
 
 def unmount_tree(root: Path) -> None:

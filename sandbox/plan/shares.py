@@ -5,5 +5,6 @@ from __future__ import annotations
 ROOTFS_TAG = "rootfs"
 VOLUMES_TAG = "volumes"
 GUEST_ROOTFS = "/run/husk/rootfs"
+MODULES_NAME = "modules"  # in the share of root filesystems; the agent knows it as GUEST_MODULES
 GUEST_VOLUMES = "/run/husk/volumes"
 SHM_BYTES = 64 << 20  # of a pod's /dev/shm: 64 MiB, as with every container runtime

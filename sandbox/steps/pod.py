@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from network.attach import NetworkRequest, Networks, PublishedPort
 from sandbox.host import mount_flags, mounts
 from sandbox.host.cgroup import Cgroups
 from sandbox.host.limiter import Limiter
+from sandbox.plan.shares import MODULES_NAME
 from sandbox.pod import Pod
 from sandbox.records import PodState
 
@@ -132,8 +134,12 @@ class Shares:
     `back/TAG` is where the host makes mount points; `share/TAG` is the same directory, bound read-only and
     shared: mounts made there reach virtiofsd's mount namespace, and the guest, which is not trusted, cannot
     plant a symbolic link for the host to follow.
+
+    `modules` names the directory of the kernel modules that a pod's guest loads on demand; the guest finds
+    them in its share of root filesystems. None: there are none.
     """
 
+    modules: Callable[[Pod], Path | None] = lambda pod: None
     name = "shares"
 
     async def up(self, pod: Pod) -> None:
@@ -146,6 +152,10 @@ class Shares:
             mounts.make_readonly(share)
             mounts.set_propagation(share, mount_flags.MS_PRIVATE)
             mounts.set_propagation(share, mount_flags.MS_SHARED)
+        if modules := self.modules(pod):
+            (pod.back_of(pod.rootfs_share) / MODULES_NAME).mkdir(mode=0o755)
+            mounts.bind(modules, pod.rootfs_share / MODULES_NAME, recursive=False)
+            mounts.make_readonly(pod.rootfs_share / MODULES_NAME)
 
     async def down(self, pod: Pod) -> None:
         """Unmount the shares. Idempotent."""

@@ -1,6 +1,6 @@
 """The guest image as the daemon finds it: what a VM boots, built by `husk guest build`.
 
-    ROOT/guest/HASH/{vmlinux,initramfs,image.json[,apparmor]}
+    ROOT/guest/HASH/{vmlinux,initramfs,image.json,modules/[,apparmor]}
     ROOT/guest/current -> HASH     the image that new pods get
 
 An image never changes: HASH is taken of its content. `current` is replaced atomically by a build,
@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 ACL_MODULE = "husk_acl"  # makes the guest's kernel enforce ACLs on volumes (see `guest_image.acl_module`)
+MODULES_DIRECTORY = "modules"
 
 
 class GuestImage(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +59,12 @@ def _read_image(guest: str, name: str) -> GuestImage:
         kernel_version=facts.kernel_version,
         modules=facts.modules,
     )
+
+
+def modules_of(kernel: str) -> Path | None:
+    """Return the directory of the modules that a guest with this kernel loads on demand, if it has one."""
+    modules = Path(kernel).with_name(MODULES_DIRECTORY)
+    return modules if (modules / "aliases").exists() else None
 
 
 def default_profile(root: Path) -> Path:

@@ -47,6 +47,7 @@ from sandbox.records import PodState, Source
 from sandbox.spec import VmSize
 from sandbox.steps.container import CompiledPlan
 from sandbox.steps.pod import Cgroup, Netns, Network, RunDir, Shares
+from sandbox.vm_pods.boot_image import modules_of
 from sandbox.vm_pods.boot_phases import guest_phases
 from sandbox.vm_pods.clock_sync import check_clock
 from sandbox.vm_pods.link import link_of
@@ -360,11 +361,15 @@ class PodSteps:
     claim: Steps[Pod]  # from a pooled VM to a pod
 
 
+def _modules_of(pod: Pod) -> Path | None:
+    return modules_of(pod.require_handler().kernel)
+
+
 def pod_steps(vm: Vm, network_stage: Limiter) -> PodSteps:
     """Return the steps of pods in VMs. `network_stage` limits how many CNI ADDs run at the same time."""
     networks, cgroup, size, identity = vm.networks, Cgroup(vm.cgroups), Size(vm), Identity()
     network, guest = Network(networks, network_stage), Guest(networks)
-    ahead: Steps[Pod] = (RunDir(), cgroup, Netns(networks), Shares())
+    ahead: Steps[Pod] = (RunDir(), cgroup, Netns(networks), Shares(_modules_of))
     return PodSteps(
         whole=(*ahead, Parallel(((vm, size, identity), (network,))), guest),
         ahead=(*ahead, vm),

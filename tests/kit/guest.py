@@ -37,7 +37,7 @@ def make_image(
     loaded = vmlinux_module.load_modules(
         vmlinux_module.find_modules(kernel.modules), vmlinux_module.read_builtin(kernel.modules), modules
     )
-    archive = build.make_initramfs((PRELUDE + init).encode(), loaded, {})
+    archive = build.make_initramfs((PRELUDE + init).encode(), loaded)
     tools = cpio.write_archive(
         [
             cpio.directory("bin"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import lzma
 import os
 import struct
 import subprocess
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -109,24 +110,6 @@ def test_modules_follow_their_dependencies(tmp_path: Path) -> None:
     assert loaded == ["virtio_ring", "virtio", "virtio_pci", "fuse", "virtiofs"]
     with pytest.raises(BadKernel, match="nonsense"):
         vmlinux_module.load_modules(found, [], ["nonsense"])
-
-
-def test_module_loaded_on_demand_is_found_by_each_of_its_names(tmp_path: Path) -> None:
-    kernel = make_tree(tmp_path)
-    found = vmlinux_module.find_modules(kernel.modules)
-    later = vmlinux_module.load_modules(found, ["virtio"], ["bridge"])
-    later["bridge"] += b"\0alias=rtnl-link-bridge\0alias=pci:v*d*\0"
-    orders = vmlinux_module.load_orders(later)
-    # what was loaded at the start is not loaded again
-    assert orders == {
-        "stp": ["stp"],
-        "bridge": ["stp", "bridge"],
-        "rtnl-link-bridge": ["stp", "bridge"],
-    }
-    archive = image_build.make_initramfs(b"agent", {}, later)
-    listed = subprocess.run(["cpio", "-it", "--quiet"], input=archive, capture_output=True, check=True)
-    names = listed.stdout.decode().splitlines()
-    assert {"modules/bridge.ko", "modules/load/rtnl-link-bridge", "sbin/modprobe"} <= set(names)
 
 
 SIGNED = b"~Module signature appended~\n"
@@ -229,6 +212,40 @@ async def test_repeated_build_changes_nothing_unless_the_agent_differs(
     kept = {d.name for d in (root / "guest").iterdir()}
     assert {"current", hashes[-1]} < kept and len(kept) == 3, "the newest, the one before, and the link"
     assert lines
+
+
+@contextlib.contextmanager
+def mounted_elsewhere(source: Path, point: Path) -> Iterator[None]:
+    """Mount a directory in the mount namespace of another process, as that of virtiofsd is."""
+    mount = f"mount --bind {source} {point} && echo mounted && read line"
+    command = ["unshare", "--mount", "sh", "-c", mount]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"mounted\n"
+        yield
+        process.stdin.close()
+
+
+async def test_image_whose_modules_a_vm_may_load_is_kept(tmp_path: Path, agent: Path, parser: Path) -> None:
+    kernel = make_tree(tmp_path)
+    root, point = tmp_path / "root", tmp_path / "share"
+    point.mkdir()
+
+    async def build(number: int) -> Path:
+        agent.write_bytes(b"agent %d" % number)
+        image = await image_build.build(root, kernel=kernel.image, agent=agent, parser=parser)
+        directory = image.kernel.parent
+        os.utime(directory, (number, number))
+        return directory
+
+    oldest = await build(1)
+    with mounted_elsewhere(oldest / "modules", point):
+        older = await build(2)
+        await build(3)
+        await build(4)
+        assert oldest.exists() and not older.exists()
+    await build(5)
+    assert not oldest.exists()
 
 
 async def test_failed_build_leaves_the_old_image(tmp_path: Path, agent: Path, parser: Path) -> None:
