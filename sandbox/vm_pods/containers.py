@@ -136,20 +136,22 @@ class VmContainers:
         """Resume the logs of the pod's containers, and report those that ended meanwhile. Makes only requests
         that agents of all versions know."""
         reported = {state.id: state for state in welcome.containers}
-        for container in self._inventory.containers_of(pod):
-            state = reported.get(container.id)
-            if container.quarantined:
-                continue  # where its log ends is not known, so the guest keeps the rest
-            if state is not None:
-                await self._recover_one(container, state)
-            elif container.running:
-                container.record_exit(
-                    ExitCode.UNKNOWN, time.time_ns(), "Unknown", "the guest does not know this container"
-                )
-        link_of(pod).settled = True
-        for container in self._inventory.containers_of(pod):
-            if container.running and (early := self._early.pop(container, None)):
-                self._finish_soon(container, early)
+        try:
+            for container in self._inventory.containers_of(pod):
+                state = reported.get(container.id)
+                if container.quarantined:
+                    continue  # where its log ends is not known, so the guest keeps the rest
+                if state is not None:
+                    await self._recover_one(container, state)
+                elif container.running:
+                    container.record_exit(
+                        ExitCode.UNKNOWN, time.time_ns(), "Unknown", "the guest does not know this container"
+                    )
+        finally:
+            link_of(pod).settled = True
+            for container in self._inventory.containers_of(pod):
+                if container.running and (early := self._early.pop(container, None)):
+                    self._finish_soon(container, early)
 
     async def _recover_one(self, container: Container, state: pb.ContainerState) -> None:
         if container.record.state is ContainerState.CREATED:
