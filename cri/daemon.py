@@ -62,6 +62,7 @@ from sandbox.spec import Handler, Isolation, VmSize
 from sandbox.stats.collector import StatsCollector
 from sandbox.stats.host_usage import HostUsage, host_usage
 from sandbox.stats.layer_usage import LayerUsage
+from sandbox.steps.pod import make_private
 from sandbox.store import Store
 from sandbox.vm_pods import engine as vm_pods
 from sandbox.vm_pods.accelerator import AcceleratorChoice
@@ -69,7 +70,7 @@ from sandbox.vm_pods.boot_image import default_profile
 from sandbox.vm_pods.engine import VmDeps
 from sandbox.vm_pods.pool import PoolDeps, VmPool
 from sandbox.vm_pods.resize import Resizer
-from sandbox.vm_pods.steps import Vm, grow, pod_steps
+from sandbox.vm_pods.steps import Vm, pod_steps
 from sandbox.vm_pods.templates import Templates
 from sandbox.vmm import Hypervisor
 from sandbox.vmm.drivers import Hypervisors
@@ -171,7 +172,9 @@ class Daemon:
                 return
 
     def load(self) -> None:
-        """Read the records of pods and containers. Blocking; once, before anything uses them."""
+        """Read the records of pods and containers; close the pods' directories to other users, which an
+        earlier release left open. Blocking; once, before anything uses them."""
+        make_private(self.inventory.run_dir / "pods")
         self.pod_store.load()
         self.container_store.load()
 
@@ -394,7 +397,7 @@ class _Builder:
                 accelerator=self.node.accelerator,
                 rootfs=self.rootfs,
                 tasks=self.tasks,
-                resizer=Resizer(self.inventory, self.overrides.grow_vm or grow),
+                resizer=Resizer(self.inventory, self.overrides.grow_vm or self.vm_step.grow),
                 default_profile=default_profile(root),
                 host_usage=self._vm_usage,
                 live_paths=self.config.volumes.live_paths,

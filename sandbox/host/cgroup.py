@@ -127,6 +127,22 @@ class Cgroups(msgspec.Struct, frozen=True, kw_only=True):
         _move(self.directories(pod_id, self.pool_parent), self.directories(pod_id, parent))
         self._remove(pod_id, self.pool_parent)
 
+    def limit(self, pod_id: str, memory_bytes: int, processes: int) -> None:
+        """Limit what the host gives to the pod's cgroup in the daemon's own root, where no client limits the
+        parent. Again with other limits, as its VM grows. Without a controller there is no limit. Blocking."""
+        for root, directory in zip(self.layout.roots, self.directories(pod_id, ""), strict=True):
+            if root == self.layout.unified:
+                _enable(Path(root), Path(directory), ("memory", "pids"))
+            for name, value in (
+                ("memory.limit_in_bytes", memory_bytes),
+                ("memory.max", memory_bytes),
+                ("pids.max", processes),
+            ):
+                # EBUSY: it holds more already, which cannot be reclaimed
+                with contextlib.suppress(OSError):
+                    if Path(directory, name).exists():
+                        Path(directory, name).write_text(str(value))
+
     def remove(self, pod_id: str, parent: str) -> None:
         """Kill what is inside and remove it, also from the pool. Blocks up to 5 s. Idempotent.
 
@@ -220,6 +236,16 @@ def _make_below(root: Path, directory: Path) -> None:
         with contextlib.suppress(FileExistsError):
             current.mkdir(0o755)
         _fill_cpuset(current)
+
+
+def _enable(root: Path, directory: Path, controllers: Sequence[str]) -> None:
+    """Enable controllers of v2 on the way down to a cgroup, as far as each cgroup has them."""
+    current = root
+    for part in directory.relative_to(root).parts:
+        for name in controllers:
+            with contextlib.suppress(OSError):
+                (current / "cgroup.subtree_control").write_text(f"+{name}")
+        current /= part
 
 
 def _set_lowest_share(directories: Sequence[str]) -> None:

@@ -35,12 +35,19 @@ class RunDir:
     name = "run-dir"
 
     async def up(self, pod: Pod) -> None:
-        """Create the directory. Raises OSError."""
-        pod.run_dir.mkdir(mode=0o711, parents=True)
+        """Create the directory, for root alone: containers' files lie in it. Raises OSError."""
+        make_private(pod.run_dir.parent)
+        pod.run_dir.mkdir(mode=0o700)
 
     async def down(self, pod: Pod) -> None:
         """Unmount what is mounted in it, and delete it. Idempotent."""
         await asyncio.to_thread(remove_tree, pod.run_dir)
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory for root alone, also of one that an earlier release left open. Raises OSError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.chmod(0o700)
 
 
 def remove_tree(path: Path) -> None:

@@ -58,7 +58,7 @@ class RunDir:
 
     async def up(self, vm: ScratchVm) -> None:
         """See Step."""
-        await asyncio.to_thread(vm.run_dir.mkdir, mode=0o711, parents=True)
+        await asyncio.to_thread(vm.run_dir.mkdir, mode=0o700, parents=True)
 
     async def down(self, vm: ScratchVm) -> None:
         """See Step."""

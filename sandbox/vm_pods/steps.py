@@ -61,6 +61,10 @@ log = logging.getLogger(__name__)
 
 UNSAVED_EPOCHS = 1 << 40  # how far an epoch that cannot be saved is from the saved one at most
 
+# What the host limits a VM to beyond its memory, where no client does: VMM (its cache of translated code has
+# 128 MiB under emulation), virtiofsd, and the kernel's share of both.
+MARGIN_MIB = 512
+MAX_PROCESSES = 1024  # and threads
 BOOT_TIMEOUT_S = 120.0
 RESTORE_TIMEOUT_S = 20.0
 PREPARE = pb.Prepare(
@@ -164,6 +168,7 @@ class Vm:
                 ShareSpec(tag=VOLUMES_TAG, source=str(pod.volumes_share), cache="auto"),
             ),
         )
+        await self.limit(pod, own.memory_mib)
         with pod.phase(phase):
             machine = await self.hypervisor.start(own, (pod.require_tap(),))
             link_of(pod).machine = machine
@@ -173,6 +178,17 @@ class Vm:
         with pod.phase("mounts"):
             await link_of(pod).call(pb.Request(prepare=PREPARE), timeout_s)
         pod.update_runtime(guest_kernel=welcome.kernel)
+
+    async def grow(self, pod: Pod, size: VmSize) -> None:
+        """Grow a running VM to this size, after the host's limit. Raises as the function `grow` does."""
+        await self.limit(pod, size.memory_mib)
+        await grow(pod, size)
+
+    async def limit(self, pod: Pod, memory_mib: int) -> None:
+        """Limit what the host gives to a VM of this size, where no client has limited the cgroup above."""
+        if not pod.record.spec.cgroup_parent and pod.record.state is not PodState.WAITING:
+            memory = (memory_mib + MARGIN_MIB) << 20
+            await asyncio.to_thread(self.cgroups.limit, pod.id, memory, MAX_PROCESSES)
 
     def directories(self, pod: Pod) -> tuple[str, ...]:
         """Return the cgroup directories that the VMM and its helpers join."""
@@ -213,13 +229,14 @@ class Size:
         if machine is None or handle is None:
             raise VmmGone("the pooled VM has ended")
         assert size is not None
+        await self.vm.limit(pod, handle.spec.memory_mib)
         if runtime.source is Source.POOL:
             with pod.phase("resume"):
                 await machine.resume()
         spec = handle.spec
         if size.memory_mib > spec.memory_mib or size.vcpus > spec.vcpus:
             with pod.phase("grow"):
-                await grow(pod, size)
+                await self.vm.grow(pod, size)
 
 
 async def grow(pod: Pod, size: VmSize) -> None:

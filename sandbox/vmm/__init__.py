@@ -73,7 +73,7 @@ class VmSpec(Value, frozen=True, kw_only=True):
 
     hypervisor: str = ""  # name of the driver
     pod_id: str
-    run_dir: str  # the pod's own directory for sockets; exists, 0711, owned by root
+    run_dir: str  # the pod's own directory for sockets; exists, 0700, owned by root
     kernel: str
     initramfs: str
     kernel_args: tuple[str, ...] = ()

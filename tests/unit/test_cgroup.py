@@ -140,6 +140,37 @@ def test_cgroup_with_unknown_parent_is_found_and_removed(groups: Cgroups) -> Non
     cgroup.remove(groups.layout, groups.root)
 
 
+def limits_of(groups: Cgroups) -> set[tuple[str, str]]:
+    """The limits of the pod p that the host has the controllers for."""
+    names = ("memory.limit_in_bytes", "memory.max", "pids.max")
+    places = [Path(each, name) for each in groups.directories("p", "") for name in names]
+    return {(place.name.partition(".")[0], place.read_text().strip()) for place in places if place.exists()}
+
+
+def test_limit_of_a_pod_in_the_own_root_is_in_force_and_can_be_raised(groups: Cgroups) -> None:
+    groups.create("p", "")
+    for mebibytes in (100, 200):
+        groups.limit("p", mebibytes << 20, 64)
+        assert limits_of(groups) == {("memory", str(mebibytes << 20)), ("pids", "64")}
+    groups.remove("p", "")
+    groups.limit("p", 1 << 30, 64)  # one that has gone: not an error
+
+
+def test_limit_on_v2_enables_the_controllers_on_the_way(tmp_path: Path) -> None:
+    groups = Cgroups(layout=cgroup.Layout(mode=Mode.V2, hierarchies=(), unified=str(tmp_path)), root="/husk")
+    pod = Path(groups.directories("p", "")[0])
+    pod.mkdir(parents=True)
+    for directory in (tmp_path, tmp_path / "husk"):
+        (directory / "cgroup.subtree_control").touch()
+    for name in ("memory.max", "pids.max"):
+        (pod / name).touch()
+    groups.limit("p", 5 << 20, 9)
+    assert ((pod / "memory.max").read_text(), (pod / "pids.max").read_text()) == ("5242880", "9")
+    for directory in (tmp_path, tmp_path / "husk"):
+        assert (directory / "cgroup.subtree_control").read_text() == "+pids", "each is written by itself"
+    assert not (pod / "cgroup.subtree_control").exists()
+
+
 def test_given_parent_stays(groups: Cgroups) -> None:
     groups.create("p", groups.root)
     groups.remove("p", groups.root)

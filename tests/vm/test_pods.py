@@ -179,6 +179,40 @@ def test_vm_is_sized_from_the_pods_resources(cri: Cri) -> None:
     assert total > 0.9 * gibibyte / 1024
 
 
+def test_vm_without_overhead_is_limited_by_the_host_and_the_limit_grows_with_it(
+    daemon: Daemon, cri: Cri
+) -> None:
+    """A kubelet's cgroup, limited to the containers' memory alone, would be too small for it."""
+    mebibyte = 1 << 20
+
+    def limited_to(memory: int) -> api.LinuxContainerResources:
+        return api.LinuxContainerResources(memory_limit_in_bytes=memory)
+
+    linux = api.LinuxPodSandboxConfig(resources=limited_to(300 * mebibyte), cgroup_parent="/husk-unused")
+    pod = cri.run_pod("host-limit", linux=linux)
+    first, processes = host_limits(daemon, pod.id)
+    assert 300 * mebibyte < first <= (300 + 1024) * mebibyte
+    assert processes == 1024
+    cri.call("UpdatePodSandboxResources", pod_sandbox_id=pod.id, resources=limited_to(700 * mebibyte))
+    assert host_limits(daemon, pod.id)[0] - first == 400 * mebibyte
+    cri.remove_pod(pod)
+
+
+def host_limits(daemon: Daemon, pod_id: str) -> tuple[int, int]:
+    """Return the limits of memory and processes of a pod's cgroup in the daemon's own root, of v1 or v2."""
+    places = [
+        directory
+        for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/pids")
+        if (directory := Path(f"{root}{daemon.cgroup}/husk-{pod_id}")).is_dir()
+    ]
+    found = {
+        path.name: int(path.read_text())
+        for each in places
+        for path in (*each.glob("memory.limit_in_bytes"), *each.glob("memory.max"), *each.glob("pids.max"))
+    }
+    return found.get("memory.max") or found["memory.limit_in_bytes"], found["pids.max"]
+
+
 def test_stop_keeps_the_record_and_remove_deletes_it(cri: Cri) -> None:
     pod = cri.run_pod("ending")
     container = cri.run(pod, BUSYBOX, ["sleep", "3600"])
