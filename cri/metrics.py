@@ -105,6 +105,9 @@ class Metrics:
             registry=self.registry,
             buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800),
         )
+        self._pulling = Gauge(
+            "husk_image_pulls_running", "Pulls of images under way.", registry=self.registry
+        )
         self._pulled = Counter(
             "husk_image_pull_bytes", "Bytes received from image registries.", registry=self.registry
         )
@@ -140,10 +143,12 @@ class Metrics:
     def pulling(self) -> Iterator[Pull]:
         """Measure a pull: its duration, its outcome, and the bytes given to `Pull.count`."""
         began, outcome = time.monotonic(), "failed"
+        self._pulling.inc()
         try:
             yield Pull(self._pulled.inc)
             outcome = "ok"
         finally:
+            self._pulling.dec()
             self._pulls.labels(outcome).observe(time.monotonic() - began)
 
 

@@ -11,6 +11,7 @@ from cri.streaming.session import SessionOptions
 from image.auth import Auth
 from image.blobs import Progress
 from image.index import Image
+from image.running import Transfer
 from network.attach import NetworkStatus
 from sandbox.events import Event
 from sandbox.host.cgroup import Driver
@@ -164,6 +165,9 @@ class Images(Protocol):
         self, path: Path, *, name: str = "", on_progress: Callable[[Progress], None] | None = None
     ) -> tuple[Image, ...]:
         """Import the images of an archive; `name` replaces the name of its only one. Raises ImageError."""
+
+    def transfers(self) -> Sequence[Transfer]:
+        """Return the pulls and imports that are under way, the oldest first."""
 
     def find(self, ref: str) -> Image:
         """Raises ImageNotFound."""

@@ -26,6 +26,7 @@ from image.index import Image, Index
 from image.layers import LayerStore
 from image.options import ImageOptions
 from image.puller import Puller
+from image.running import Transfer
 from image.stores.overlay import OverlayStore
 from sandbox.host.limiter import Limiter
 
@@ -100,6 +101,10 @@ class ImageStore:
     ) -> tuple[Image, ...]:
         """Import the images of an archive. See `Puller.import_archive`."""
         return await self.puller.import_archive(path, name=name, on_progress=on_progress)
+
+    def transfers(self) -> Sequence[Transfer]:
+        """Return the pulls and imports that are under way, the oldest first."""
+        return self.puller.transfers.list()
 
     def find(self, ref: str) -> Image:
         """Return the image of a name, digest or id. Raises ImageNotFound."""

@@ -36,13 +36,13 @@ from image.node_credentials import NodeCredentials
 from image.options import ImageOptions
 from image.reference import Reference, parse
 from image.registry import Registry
+from image.running import Report, Transfers
 from image.trust import Trust
 from sandbox.host import threads
 from sandbox.host.flights import Flights
 from sandbox.host.keyed_lock import KeyedLock
 from sandbox.host.limiter import FairLimiter, Limiter
 
-Report = Callable[[Progress], None]
 EXTRA_DOWNLOADS = 16  # beyond the limit, of registries that would else have none
 EXTRA_UNPACKS = 2
 
@@ -141,6 +141,7 @@ class Puller:
         self._downloads = FairLimiter("download", options.max_downloads, EXTRA_DOWNLOADS)
         self._unpacks = FairLimiter("unpack", options.max_unpacks, EXTRA_UNPACKS)
         self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks)
+        self.transfers = Transfers()
         self._making = KeyedLock()
         self._credentials = NodeCredentials(options.auth_file)
         self._trust = Trust(options.trust)
@@ -159,7 +160,8 @@ class Puller:
 
     async def _run(self, reference: Reference, auth: Auth | None, report: Report) -> Image:
         try:
-            return await self._bounded(reference, auth, report)
+            with self.transfers.follow(str(reference), report) as follow:
+                return await self._bounded(reference, auth, follow)
         finally:
             self._on_end()
 
@@ -176,7 +178,8 @@ class Puller:
         images before the one that failed stay.
         """
         try:
-            return await self._import(path, name, on_progress or (lambda progress: None))
+            with self.transfers.follow(str(path), on_progress or (lambda progress: None)) as follow:
+                return await self._import(path, name, follow)
         finally:
             self._on_end()
 
@@ -338,6 +341,8 @@ class Puller:
                 await ready[n - 1].wait()
             ready[n].set()
 
+        for blob in (blob for n, blob in enumerate(blobs) if not self._layers.find(chain[n])):
+            report(Progress(item=blob.digest, step="download", current=0, total=blob.size))
         with self._layers.staging() as stage:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -364,7 +369,7 @@ class Puller:
             report(Progress(item=blob.digest, step="download", current=written, total=blob.size))
 
         async with self._downloads.share(host, str(id(source))):
-            report_written(0)
+            self._layers.space.check("downloading", blob.size)
             writer = await asyncio.to_thread(BlobWriter, path, blob, report_written)
             try:
                 await source.blob(blob, writer)

@@ -39,6 +39,9 @@ def add_commands(image: argparse.ArgumentParser, common: argparse.ArgumentParser
     load.set_defaults(run_with=_import)
     ls = commands.add_parser("ls", parents=[common], help="list images")
     ls.add_argument("--quiet", action="store_true", help="print ids only")
+    ls.add_argument(
+        "--pulling", action="store_true", help="list the pulls and imports under way, the kubelet's too"
+    )
     ls.set_defaults(run_with=_list)
     rm = commands.add_parser("rm", parents=[common], help="remove images and all their names")
     rm.add_argument("images", nargs="+", metavar="image", help="name, digest or id")
@@ -70,7 +73,20 @@ def _follow(client: Client, method: str, request: Message) -> int:
     return 0
 
 
+def _list_transfers(client: Client) -> int:
+    answer = client.call(IMAGES, "ListTransfers", husk.ListTransfersRequest())
+    rows = [("NAME", "LAYERS", "RECEIVED", "OF", "SECONDS")]
+    for each in answer.transfers:
+        layers = f"{each.layers_stored}/{each.layers}" if each.layers else "-"
+        received, total = (f"{count / 1e6:.1f} MB" for count in (each.bytes_received, each.bytes_total))
+        rows.append((each.name, layers, received, total, f"{each.running_ms / 1000:.0f}"))
+    print(*_columns(rows), sep="\n")
+    return 0
+
+
 def _list(client: Client, args: argparse.Namespace) -> int:
+    if args.pulling:
+        return _list_transfers(client)
     answer = client.call(IMAGE_SERVICE, "ListImages", pb.ListImagesRequest())
     for id, reason in _set_aside(client).items():
         print(f"{id}: set aside, pull it again or remove it: {reason}", file=sys.stderr)

@@ -24,21 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63ri/proto/husk_v1.proto\x12\x07husk.v1\"@\n\x0bPullRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x10\n\x08password\x18\x03 \x01(\t\"+\n\rImportRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"c\n\x08Progress\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\x04\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x1b\n\x04\x64one\x18\x05 \x01(\x0b\x32\r.husk.v1.Done\"\'\n\x04\x44one\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t2r\n\x06Images\x12\x31\n\x04Pull\x12\x14.husk.v1.PullRequest\x1a\x11.husk.v1.Progress0\x01\x12\x35\n\x06Import\x12\x16.husk.v1.ImportRequest\x1a\x11.husk.v1.Progress0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63ri/proto/husk_v1.proto\x12\x07husk.v1\"\x16\n\x14ListTransfersRequest\"=\n\x15ListTransfersResponse\x12$\n\ttransfers\x18\x01 \x03(\x0b\x32\x11.husk.v1.Transfer\"\x80\x01\n\x08Transfer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrunning_ms\x18\x02 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\x12\x15\n\rlayers_stored\x18\x05 \x01(\r\x12\x0e\n\x06layers\x18\x06 \x01(\r\"@\n\x0bPullRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x10\n\x08password\x18\x03 \x01(\t\"+\n\rImportRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"c\n\x08Progress\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\x04\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x1b\n\x04\x64one\x18\x05 \x01(\x0b\x32\r.husk.v1.Done\"\'\n\x04\x44one\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t2\xc2\x01\n\x06Images\x12\x31\n\x04Pull\x12\x14.husk.v1.PullRequest\x1a\x11.husk.v1.Progress0\x01\x12\x35\n\x06Import\x12\x16.husk.v1.ImportRequest\x1a\x11.husk.v1.Progress0\x01\x12N\n\rListTransfers\x12\x1d.husk.v1.ListTransfersRequest\x1a\x1e.husk.v1.ListTransfersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cri.proto.husk_v1_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PULLREQUEST']._serialized_start=36
-  _globals['_PULLREQUEST']._serialized_end=100
-  _globals['_IMPORTREQUEST']._serialized_start=102
-  _globals['_IMPORTREQUEST']._serialized_end=145
-  _globals['_PROGRESS']._serialized_start=147
-  _globals['_PROGRESS']._serialized_end=246
-  _globals['_DONE']._serialized_start=248
-  _globals['_DONE']._serialized_end=287
-  _globals['_IMAGES']._serialized_start=289
-  _globals['_IMAGES']._serialized_end=403
+  _globals['_LISTTRANSFERSREQUEST']._serialized_start=36
+  _globals['_LISTTRANSFERSREQUEST']._serialized_end=58
+  _globals['_LISTTRANSFERSRESPONSE']._serialized_start=60
+  _globals['_LISTTRANSFERSRESPONSE']._serialized_end=121
+  _globals['_TRANSFER']._serialized_start=124
+  _globals['_TRANSFER']._serialized_end=252
+  _globals['_PULLREQUEST']._serialized_start=254
+  _globals['_PULLREQUEST']._serialized_end=318
+  _globals['_IMPORTREQUEST']._serialized_start=320
+  _globals['_IMPORTREQUEST']._serialized_end=363
+  _globals['_PROGRESS']._serialized_start=365
+  _globals['_PROGRESS']._serialized_end=464
+  _globals['_DONE']._serialized_start=466
+  _globals['_DONE']._serialized_end=505
+  _globals['_IMAGES']._serialized_start=508
+  _globals['_IMAGES']._serialized_end=702
 # @@protoc_insertion_point(module_scope)

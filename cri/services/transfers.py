@@ -6,6 +6,7 @@ They serve `husk image` at a terminal, so unlike a kubelet's pull the work is ca
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ Report = Callable[[Progress], None]
 
 
 class TransferCalls:
-    """Pull and Import."""
+    """Pull, Import, and the list of those under way."""
 
     def __init__(self, images: Images, metrics: Metrics) -> None:
         self._images = images
@@ -62,6 +63,22 @@ class TransferCalls:
 
         async for progress in _stream(load):
             yield progress
+
+    async def ListTransfers(self, request: pb.ListTransfersRequest) -> pb.ListTransfersResponse:
+        """List the pulls and imports that are under way, those of the kubelet too."""
+        now_s = time.monotonic()
+        found = (
+            pb.Transfer(
+                name=each.name,
+                running_ms=int(1000 * (now_s - each.began_s)),
+                bytes_received=each.bytes_received,
+                bytes_total=each.bytes_total,
+                layers_stored=each.stored,
+                layers=each.layers,
+            )
+            for each in self._images.transfers()
+        )
+        return pb.ListTransfersResponse(transfers=found)
 
 
 async def _stream(work: Callable[[Report], Awaitable[Sequence[Image]]]) -> AsyncIterator[pb.Progress]:

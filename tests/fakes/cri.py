@@ -18,6 +18,7 @@ from image.blobs import Progress
 from image.errors import ImageNotFound
 from image.index import Image
 from image.manifest import RunDefaults
+from image.running import Transfer
 from network.attach import Attachment, NetworkStatus
 from sandbox.errors import FellBehind, NotFound, Reserved, WrongState
 from sandbox.events import Event
@@ -298,6 +299,10 @@ class FakeImages:
     failure: Exception | None = None
     pulls: list[tuple[str, Auth | None]] = field(default_factory=list)
     cancelled: int = 0
+    running: tuple[Transfer, ...] = ()
+
+    def transfers(self) -> Sequence[Transfer]:
+        return self.running
 
     async def pull(
         self, ref: str, auth: Auth | None = None, *, on_progress: Callable[[Progress], None] | None = None

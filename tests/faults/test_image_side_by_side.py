@@ -80,6 +80,22 @@ async def test_layer_that_needs_those_below_waits_for_them(
     assert leftovers(store) == []
 
 
+async def test_pull_under_way_is_listed_with_its_layers(
+    registry: FakeRegistry, store: ImageStore, tmp_path: Path
+) -> None:
+    _, above = hold_first_layer(registry, make_layer({"usr": None}))
+    name = f"{registry.address}/a:1"
+    seen: list[Progress] = []
+    pull = asyncio.create_task(store.pull(name, on_progress=seen.append))
+    await eventually(lambda: is_unpacked(seen, above))
+    (transfer,) = store.transfers()
+    assert (transfer.name, transfer.stored, transfer.layers) == (name, 1, 2)
+    assert 0 < transfer.bytes_received < transfer.bytes_total
+    await pull
+    assert store.transfers() == ()
+    await store.close()
+
+
 async def test_layer_above_one_that_never_comes_is_collected(
     registry: FakeRegistry, store: ImageStore
 ) -> None:

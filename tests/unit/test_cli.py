@@ -24,8 +24,10 @@ from cri.proto import husk_v1_pb2 as pb
 from cri.proto import runtime_v1_pb2 as runtime
 from cri.server import Server, Service
 from cri.services.image_service import image_service, transfer_service
+from image.blobs import Progress
 from image.errors import RegistryUnavailable
 from image.index import Image
+from image.running import Transfer
 from sandbox.guest import frames
 from sandbox.host.flights import Flights
 from tests.fakes.cri import IMAGE_ID, FakeImages
@@ -250,6 +252,25 @@ def test_image_ls_shows_what_was_set_aside_and_rm_removes_it(
     assert cli.main(["image", "rm", name, *where]) == 0
     assert capsys.readouterr().out == "sha256:" + "5" * 64 + "\n"
     assert cli.main(["image", "rm", name, *where]) == 1
+
+
+def test_image_ls_pulling_shows_how_far_each_pull_is(
+    daemon: ImageDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transfer = Transfer("example.test/a:1")
+    for digest, step, current in (
+        ("a", "download", 1_000_000),
+        ("b", "unpack", 2_000_000),
+        ("c", "present", 1),
+    ):
+        transfer.count(Progress(item=digest, step=step, current=current, total=max(current, 2_000_000)))
+    transfer.count(Progress(item="c", step="present", current=1, total=1))
+    daemon.images.running = (transfer, Transfer("example.test/new:1"))
+    assert cli.main(["image", "ls", "--pulling", "--socket", str(daemon.socket)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["NAME", "LAYERS", "RECEIVED", "OF", "SECONDS"]
+    assert rows[1][:-1] == ["example.test/a:1", "2/3", "3.0", "MB", "4.0", "MB"]
+    assert rows[2][:2] == ["example.test/new:1", "-"]
 
 
 def test_pull_reads_the_password_from_standard_input(
