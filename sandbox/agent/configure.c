@@ -15,6 +15,7 @@
 #include "agent.h"
 #include "clock.h"
 #include "guest.h"
+#include "inodes.h"
 #include "modules.h"
 #include "net.h"
 #include "scope.h"
@@ -124,7 +125,7 @@ int prepare_vm(struct agent *agent, const Prepare *prepare, struct error *error)
         if (share->submounts && !agent->submounts)
             agent->submounts = strdup(share->path);
     }
-    return 0;
+    return inodes_keep_below(agent, prepare->cached_inodes, error);
 }
 
 // Brings CPU `number` online; returns whether it is. CPU 0 often cannot be switched, and then has no file.

@@ -556,8 +556,11 @@ class Prepare(_message.Message):
 
     SHARES_FIELD_NUMBER: _builtins.int
     SHM_BYTES_FIELD_NUMBER: _builtins.int
+    CACHED_INODES_FIELD_NUMBER: _builtins.int
     shm_bytes: _builtins.int
     """size of the pod's /dev/shm, a tmpfs made at /run/husk/shm"""
+    cached_inodes: _builtins.int
+    """of shares: the guest drops what it does not use when it has about so many, as the"""
     @_builtins.property
     def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Share]: ...
     def __init__(
@@ -565,10 +568,11 @@ class Prepare(_message.Message):
         *,
         shares: _abc.Iterable[Global___Share] | None = ...,
         shm_bytes: _builtins.int = ...,
+        cached_inodes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["shares", b"shares", "shm_bytes", b"shm_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_inodes", b"cached_inodes", "shares", b"shares", "shm_bytes", b"shm_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,8 +1,15 @@
 """The descriptors that a pod's virtiofsds hold: kept below their limit, whatever the pod does.
 
 A virtiofsd holds one for each inode that the guest's kernel has in its cache, and the guest's kernel gives
-none back while it has memory. At the limit every lookup of the pod would fail, for ever. So the daemon counts
-them, and has the agent drop the guest's unused inodes once half of the limit is in use.
+none back while it has memory. At the limit every lookup of the pod would fail, for ever. Two watch over it:
+
+The agent counts the inodes of all shares, and drops the unused ones at `guest_bound` (see agent/inodes.c). It
+counts before that many could have been added, is not delayed by what containers do, and needs no daemon.
+
+The daemon counts what the agent cannot: the descriptors themselves, with those of open files and of inodes
+whose release virtiofsd has not processed yet. It has the agent drop inodes at `host_bound`, which is
+reached where the agent does not count (one of an older release, a kernel without SLUB_DEBUG), and seldom
+elsewhere.
 
 Counting costs a stat(2) per process where the kernel reports the number as the size of /proc/PID/fd (Linux
 6.2), and a listing elsewhere. It is rare while the limit is far away: the next count is due when the guest
@@ -30,6 +37,7 @@ RATE_PER_S = 20_000  # inodes that a fast guest looks up
 SHORTEST_S, LONGEST_S = 0.02, 2.0  # between counts
 BACKOFF_S = 5.0  # the longest between requests to a guest that gives nothing back
 TIMEOUT_S = 20.0
+SMALL = 1 << 16  # a limit below which what is added during a drop is a large part of it
 LISTED = Path("/proc/self/fd").stat().st_size == 0  # before Linux 6.2: counting takes a listing, in a thread
 
 
@@ -38,6 +46,25 @@ class Server(msgspec.Struct, frozen=True):
 
     pid: int
     limit: int
+
+
+def guest_bound(limit: int) -> int:
+    """Return how many inodes the guest may have in memory, for a limit of descriptors of each virtiofsd.
+
+    A quarter of a small limit: as many again are on their way to be forgotten, as many are looked up
+    meanwhile, and the rest is for those in use. The half of a large one is enough for all that.
+    """
+    return limit // 4 if limit < SMALL else limit // 2
+
+
+def host_bound(limit: int) -> int:
+    """Return how many descriptors a virtiofsd may have before the daemon has the guest drop inodes."""
+    return guest_bound(limit) + limit // 4
+
+
+def lowest_limit(pids: Sequence[int]) -> int:
+    """Return the lowest limit of descriptors among these virtiofsds; 0 if there are none. Blocks."""
+    return min((server.limit for server in find_servers(pids)), default=0)
 
 
 def find_servers(pids: Sequence[int]) -> list[Server]:
@@ -102,9 +129,9 @@ async def watch_inodes(pids: Sequence[int], find_client: Callable[[], GuestClien
 
 
 def _margin(servers: Sequence[Server]) -> int | None:
-    """Return how many descriptors are left until one has half of its limit; None: one has exited."""
+    """Return how many descriptors are left until one has too many; None: one has exited."""
     counts = [count_descriptors(server.pid) for server in servers]
-    margins = (server.limit // 2 - count for server, count in zip(servers, counts, strict=True))
+    margins = (host_bound(server.limit) - count for server, count in zip(servers, counts, strict=True))
     return None if -1 in counts else min(margins)
 
 

@@ -50,6 +50,7 @@ from sandbox.steps.pod import Cgroup, Netns, Network, RunDir, Shares
 from sandbox.vm_pods.boot_image import modules_of
 from sandbox.vm_pods.boot_phases import guest_phases
 from sandbox.vm_pods.clock_sync import check_clock
+from sandbox.vm_pods.inode_watch import guest_bound, lowest_limit
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.rootfs import guest_root
 from sandbox.vm_pods.runtime import handle_of, runtime_of
@@ -67,12 +68,9 @@ MARGIN_MIB = 512
 MAX_PROCESSES = 1024  # and threads
 BOOT_TIMEOUT_S = 120.0
 RESTORE_TIMEOUT_S = 20.0
-PREPARE = pb.Prepare(
-    shares=[
-        pb.Share(tag=ROOTFS_TAG, path=GUEST_ROOTFS),
-        pb.Share(tag=VOLUMES_TAG, path=GUEST_VOLUMES, submounts=True),
-    ],
-    shm_bytes=SHM_BYTES,
+SHARES = (
+    pb.Share(tag=ROOTFS_TAG, path=GUEST_ROOTFS),
+    pb.Share(tag=VOLUMES_TAG, path=GUEST_VOLUMES, submounts=True),
 )
 
 
@@ -176,7 +174,10 @@ class Vm:
         with pod.phase("agent"):
             welcome = await connect(self.hypervisor, pod, timeout_s)
         with pod.phase("mounts"):
-            await link_of(pod).call(pb.Request(prepare=PREPARE), timeout_s)
+            helpers = [helper.pid for helper in machine.handle.helpers.values()]
+            inodes = guest_bound(await asyncio.to_thread(lowest_limit, helpers))
+            prepare = pb.Prepare(shares=SHARES, shm_bytes=SHM_BYTES, cached_inodes=inodes)
+            await link_of(pod).call(pb.Request(prepare=prepare), timeout_s)
         pod.update_runtime(guest_kernel=welcome.kernel)
 
     async def grow(self, pod: Pod, size: VmSize) -> None:
