@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <mntent.h>
 #include <stdio.h>
 #include <string.h>
@@ -10,11 +9,12 @@
 #include <sys/statfs.h>
 #include <unistd.h>
 
+#include "buffer.h"
 #include "mounts.h"
 #include "paths.h"
 #include "scope.h"
 
-enum { FENCES = 4, UNMOUNTS_MAX = 4096 };
+enum { FENCES = 4 };
 
 void exports_settle(const struct agent *agent) {
     struct statfs unused;
@@ -66,30 +66,31 @@ static bool is_kept(const KeepExports *request, const char *point) {
     return false;
 }
 
-// Copies the point of an export that is not kept; false: there is none.
-static bool find_unused(const KeepExports *request, char point[PATH_MAX]) {
+// Appends the points of exports that are not kept, each with its terminating zero byte. An unmount changes
+// the table, but no other export's point.
+static void find_unused(const KeepExports *request, struct buffer *points) {
     FILE *table = setmntent("/proc/self/mounts", "re");
-    bool found = false;
-    for (struct mntent *entry; table && !found && (entry = getmntent(table));) {
-        found = !is_kept(request, entry->mnt_dir);
-        if (found)
-            snprintf(point, PATH_MAX, "%s", entry->mnt_dir);
-    }
+    for (struct mntent *entry; table && (entry = getmntent(table));)
+        if (!is_kept(request, entry->mnt_dir))
+            buffer_append(points, entry->mnt_dir, strlen(entry->mnt_dir) + 1);
     if (table)
         endmntent(table);
-    return found;
 }
 
 int exports_keep(const struct agent *agent, const KeepExports *request, struct error *error) {
-    char point[PATH_MAX];
+    struct buffer points = {0};
+    int result = 0;
     if (refuse_in_test(agent, error) < 0)
         return -1;
-    // each unmount changes the table, so it is read again
-    for (int i = 0; i < UNMOUNTS_MAX && find_unused(request, point); i++) {
-        if (i == 0)
-            exports_settle(agent);
+    find_unused(request, &points);
+    if (buffer_length(&points))
+        exports_settle(agent);
+    while (result == 0 && buffer_length(&points)) {
+        const char *point = (const char *)points.data + points.start;
         if (umount2(point, MNT_DETACH | UMOUNT_NOFOLLOW) < 0)
-            return fail_about(error, errno, "unmount", point);
+            result = fail_about(error, errno, "unmount", point);
+        buffer_consume(&points, strlen(point) + 1);
     }
-    return 0;
+    buffer_free(&points);
+    return result;
 }

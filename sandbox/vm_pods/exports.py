@@ -293,11 +293,12 @@ def _parts(
     for key, top in tops.items():
         if known[key].kind != wanted.kind or key == wanted.key:
             continue
-        identity = _identity_at(root / key, "")
         for line in own:
             beneath = mountinfo.relative(top.root, line.root) if line.device == top.device else None
             path = "/".join(filter(None, (line.point.partition("/")[2], beneath)))
-            if beneath is not None and path and _identity_at(root / wanted.key, path) == identity:
+            if not path or beneath is None:  # most are: identities take longer
+                continue
+            if _identity_at(root / wanted.key, path) == _identity_at(root / key, ""):
                 found.append(VolumePart(path=path, export=key))
                 break
     return tuple(sorted(found, key=lambda part: part.path.count("/")))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
-from tests.bench import memory, pods, restart, slow_line, things
+from tests.bench import files, memory, pods, restart, slow_line, things
 from tests.bench.figures import BASELINE, Figures, Summary, TargetResult, table
 from tests.bench.subjects import HANDLERS, IMAGE, Site, site
 from tests.kit import images
@@ -39,11 +39,15 @@ class Scale:
     idle_pods: int = 5
     records: int = 100
     kept_pods: int = 3
+    tree_files: int = 20_000
+    synced_writes: int = 1000
+    stream_mib: int = 256
 
 
 QUICK = Scale(
     rounds=2, slow_rounds=1, crowd=3, containers=20, payload_mib=8, payload_files=800, line_rounds=1,
-    line_mib=48, log_mib=10, idle_pods=2, records=20, kept_pods=1,
+    line_mib=48, log_mib=10, idle_pods=2, records=20, kept_pods=1, tree_files=300, synced_writes=50,
+    stream_mib=8,
 )  # fmt: skip
 
 PARTS: dict[str, Callable[[Site, Figures, Scale], None]] = {
@@ -55,6 +59,10 @@ PARTS: dict[str, Callable[[Site, Figures, Scale], None]] = {
     "line": lambda site, figures, scale: slow_line.pulls(site, figures, scale.line_rounds, scale.line_mib),
     "lists": lambda site, figures, scale: things.lists(site, figures, scale.rounds, scale.containers),
     "logs": lambda site, figures, scale: things.logs(site, figures, scale.slow_rounds, scale.log_mib),
+    "files": lambda site, figures, scale: files.files(
+        site, figures, scale.slow_rounds, scale.tree_files, scale.synced_writes, scale.stream_mib
+    ),
+    "mounts": lambda site, figures, scale: files.mounts(site, figures, scale.rounds),
     "memory": lambda site, figures, scale: memory.idle_pods(site, figures, scale.idle_pods),
     "restart": lambda site, figures, scale: restart.restarts(
         site, figures, scale.slow_rounds, scale.records, scale.kept_pods

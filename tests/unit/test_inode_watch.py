@@ -14,7 +14,16 @@ import pytest
 from sandbox.errors import GuestError, GuestUnreachable
 from sandbox.guest import guest_pb2 as pb
 from sandbox.vm_pods import inode_watch
-from sandbox.vm_pods.inode_watch import LONGEST_S, SHORTEST_S, Server, next_count_s, watch_inodes
+from sandbox.vm_pods.inode_watch import (
+    LONGEST_S,
+    SHORTEST_S,
+    Server,
+    guest_bound,
+    host_bound,
+    lowest_limit,
+    next_count_s,
+    watch_inodes,
+)
 from tests.kit.eventually import eventually
 
 
@@ -56,6 +65,19 @@ def test_descriptors_of_a_process_are_counted(tmp_path: Path) -> None:
 def test_children_are_watched_with_their_limits(child: int) -> None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert Server(child, soft) in inode_watch.find_servers([os.getpid()])
+
+
+def test_bounds_are_below_every_limit() -> None:
+    for limit in (1024, 4096, 20_000, 65_536, 1 << 20):
+        assert 0 < guest_bound(limit) < host_bound(limit) <= limit * 3 // 4
+    assert (guest_bound(4096), guest_bound(1 << 20)) == (1024, 1 << 19)
+    assert guest_bound(0) == 0  # no virtiofsd, as with a driver that exports the shares by itself
+
+
+def test_lowest_limit_is_that_of_the_processes_and_0_without_any(child: int) -> None:
+    resource.prlimit(child, resource.RLIMIT_NOFILE, (512, 512))
+    assert lowest_limit([os.getpid()]) == 512
+    assert lowest_limit([]) == 0
 
 
 async def test_guest_is_asked_above_half_of_the_limit_and_not_below(

@@ -27,8 +27,6 @@ from tests.kit.leaks import processes_naming
 from tests.kit.registry import HOST
 from tests.kit.scratch import scratch_dir
 
-pytestmark = pytest.mark.vm
-
 BUSYBOX = f"{HOST}/husk/busybox:1"
 LARGE = f"{HOST}/husk/large:1"
 LIMIT = 4096
@@ -37,6 +35,9 @@ IMAGE_FILES = max(24_000, FILES * 3 // 4)  # the tests' machines have a limit of
 PER_DIRECTORY = 1000
 EACH_S = FILES / 50  # what one pass over all files may take on a busy machine without KVM
 SAMPLE_S = 0.005
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300 + 12 * EACH_S)]
+
 WORK = """
 cd $1 && mkdir made && cd made || exit 1
 d=0; while [ $d -lt $2 ]; do
