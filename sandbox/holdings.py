@@ -140,8 +140,8 @@ class _Finder:
         )
 
     def _state(self, found: _Found, pod: str, container: str, own: bool) -> State:
-        if not found.id or re.match("[a-z]+-", found.id):
-            return State.SHARED
+        if not found.id or (own and re.match("[a-z]+-", found.id)):
+            return State.SHARED  # such as a template; that of another daemon is not ours
         if pod in self._problems or found.id in self._problems:
             return State.QUARANTINED
         record = self._pods.get(pod)
