@@ -7,6 +7,7 @@ name, which ends with its descriptor. A record is a size and msgpack.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 import tempfile
@@ -14,9 +15,10 @@ from collections.abc import Iterator
 
 import msgspec
 
-from image.tar import Xattrs
+from image.tar import TarError, Xattrs
 
 MEMORY = 2 << 20
+_XATTRS_MAX = 1 << 20  # bytes; a disk with less free may really be full
 _SIZE = struct.Struct("=I")
 
 
@@ -30,12 +32,31 @@ class Attributes(msgspec.Struct, frozen=True, array_like=True):
     xattrs: Xattrs
 
     def apply(self, fd: int) -> None:
-        """Set them on an open directory. Raises OSError."""
+        """Set them on an open directory. Raises OSError, TarError."""
         os.fchown(fd, self.uid, self.gid)
         os.fchmod(fd, self.mode)
-        for key, value in self.xattrs:
-            os.setxattr(fd, key, value)
+        set_xattrs(fd, self.xattrs)
         os.utime(fd, ns=(self.mtime_ns, self.mtime_ns))
+
+
+def set_xattrs(fd: int, xattrs: Xattrs) -> None:
+    """Set extended attributes of an open file.
+
+    Raises OSError, and TarError for more than the filesystem stores for one file: ext4 reports that as a full
+    disk too (xattr(7)).
+    """
+    for key, value in xattrs:
+        try:
+            os.setxattr(fd, key, value)
+        except OSError as error:
+            found = os.fstatvfs(fd)
+            if error.errno == errno.ENOSPC and found.f_bavail * found.f_frsize > _XATTRS_MAX:
+                total = sum(len(key) + len(value) for key, value in xattrs)
+                problem = f"{len(xattrs)} extended attributes of {total} bytes"
+                raise TarError(
+                    f"{problem}, more than the filesystem of images stores for one file"
+                ) from error
+            raise
 
 
 class DeferredAttributes:

@@ -29,7 +29,7 @@ from sandbox.host.files import write_json
 log = logging.getLogger(__name__)
 
 _HEX = re.compile(r"[a-f0-9]{3,64}")  # an id or its beginning
-_FILE = re.compile(r"([a-f0-9]{64})\.json")
+_FILE = re.compile(r"(sha512:[a-f0-9]{128}|[a-f0-9]{64})\.json")
 _FILE_LIMIT = 16 << 20  # bytes
 
 
@@ -118,7 +118,7 @@ class Index:
                 log.warning("dropping %s, which is not an image's entry", file)
                 _drop(file)
                 continue
-            image = Image(id=f"sha256:{name[1]}", size=1)
+            image = Image(id=name[1] if ":" in name[1] else f"sha256:{name[1]}", size=1)
             try:
                 image = self._read(file, image.id)
                 problem = find_excess(image.config, self._limits)

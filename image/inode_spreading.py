@@ -9,18 +9,13 @@ start in another block group. Other filesystems do not know the flag, or spread 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import struct
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from image.inode_flags import TOPDIR, change_flags
 
-# ioctl_iflags(2). The kernel reads and writes an int, although the request numbers encode a long.
-_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
-_FS_TOPDIR_FL = 0x20000
-_FLAGS = struct.Struct("=i4x")
+log = logging.getLogger(__name__)
 
 
 def spread_directories(parent: Path) -> None:
@@ -30,9 +25,7 @@ def spread_directories(parent: Path) -> None:
     """
     fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        (flags,) = _FLAGS.unpack(fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(_FLAGS.size)))
-        if not flags & _FS_TOPDIR_FL:
-            fcntl.ioctl(fd, _FS_IOC_SETFLAGS, _FLAGS.pack(flags | _FS_TOPDIR_FL))
+        change_flags(fd, add=TOPDIR)
     except OSError as error:
         log.debug("%s: its directories are not spread: %s", parent, error)
     finally:

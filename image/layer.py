@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from image import tar, tree
-from image.attributes import Attributes, DeferredAttributes
+from image.attributes import Attributes, DeferredAttributes, set_xattrs
 from image.budget import Budget, Limits, OverLimit, Watch, check
 from image.errors import DiskFull, LayerRejected, StorageFailed
 from image.free_space import describe_free
@@ -218,8 +218,8 @@ class _Unpacker:
                 plain = False
             if not plain:
                 os.fchmod(fd, entry.mode)  # after chown, which clears set-id bits (chown(2))
-            for key, value in entry.xattrs:
-                os.setxattr(fd, key, value)  # after chown, which clears file capabilities (capabilities(7))
+            if entry.xattrs:
+                set_xattrs(fd, entry.xattrs)  # after chown, which clears file capabilities (capabilities(7))
             os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
         finally:
             os.close(fd)
@@ -411,6 +411,8 @@ class _Unpacker:
                 continue  # a later entry replaced it
             try:
                 attributes.apply(fd)
+            except tar.TarError as error:
+                raise LayerRejected(os.fsdecode(b"/".join(path)), error.reason) from error
             finally:
                 os.close(fd)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from image.archive import Archive, Archived, Opening, open_archive
 from image.auth import Auth
 from image.blobs import BlobWriter, Fetched, Progress, Source
 from image.budget import Budget, Limits, OverLimit, Watch
-from image.errors import ManifestInvalid, ManifestNotFound, PullDeadline, UnsupportedMedia
+from image.errors import ImageError, ManifestInvalid, ManifestNotFound, PullDeadline, UnsupportedMedia
 from image.hosts import find_hosts
 from image.index import Image, Index
 from image.layers import STOP_LIMIT_S, LayerStore
@@ -162,6 +163,9 @@ class Puller:
         try:
             with self.transfers.follow(str(reference), report) as follow:
                 return await self._bounded(reference, auth, follow)
+        except ImageError as error:
+            _forget_documents(error)
+            raise
         finally:
             self._on_end()
 
@@ -180,6 +184,9 @@ class Puller:
         try:
             with self.transfers.follow(str(path), on_progress or (lambda progress: None)) as follow:
                 return await self._import(path, name, follow)
+        except ImageError as error:
+            _forget_documents(error)
+            raise
         finally:
             self._on_end()
 
@@ -397,3 +404,14 @@ class Puller:
                     return False
             report(Progress(item=blob.digest, step="unpack", current=blob.size, total=blob.size))
         return True
+
+
+def _forget_documents(error: BaseException) -> None:
+    """Clear the local variables in an error's tracebacks: documents of megabytes would stay in memory with
+    it, as long as the garbage collector does not find the cycle."""
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import msgspec
 
+from image.inode_flags import APPEND_ONLY, IMMUTABLE, change_flags, make_removable
+
 LEVELS = 64  # directories open at a time
 ENTRIES = 1000  # directory entries read at a time by `remove`
 DU = "/usr/bin/du"
@@ -89,7 +91,8 @@ def remove(path: Path | str | bytes, *, at: int | None = None) -> None:
 
     Follows no link. An absent path is not an error, and after an error or a crash it may be called again.
     Raises OSError. Directories that lie LEVELS deep are first moved up into `path` itself under unused
-    names, so nothing else may work in the tree at the same time.
+    names, so nothing else may work in the tree at the same time. Immutable and append-only flags, which a
+    container without a VM may set, are cleared.
     """
     try:
         top = os.open(path, _DIRECTORY, dir_fd=at)
@@ -98,9 +101,13 @@ def remove(path: Path | str | bytes, *, at: int | None = None) -> None:
     try:
         names = (name for n in count() if (name := f"deep-{n}") and not _exists(name, top))
         _empty(top, top, LEVELS, names)
+        try:
+            os.rmdir(path, dir_fd=at)
+        except PermissionError:
+            change_flags(top, remove=IMMUTABLE | APPEND_ONLY)
+            os.rmdir(path, dir_fd=at)
     finally:
         os.close(top)
-    os.rmdir(path, dir_fd=at)
 
 
 def _exists(name: str, at: int) -> bool:
@@ -114,17 +121,27 @@ def _exists(name: str, at: int) -> bool:
 def _empty(directory: int, top: int, levels: int, names: Iterator[str]) -> None:
     while batch := _read_batch(directory):
         for entry in batch:
-            if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.name, dir_fd=directory)
-            elif levels == 0:
-                os.rename(entry.name, next(names), src_dir_fd=directory, dst_dir_fd=top)
-            else:
-                child = os.open(entry.name, _DIRECTORY, dir_fd=directory)
-                try:
-                    _empty(child, top, levels - 1, names)
-                finally:
-                    os.close(child)
-                os.rmdir(entry.name, dir_fd=directory)
+            try:
+                _remove_entry(entry, directory, top, levels, names)
+            except PermissionError:
+                make_removable(directory, entry.name)
+                _remove_entry(entry, directory, top, levels, names)
+
+
+def _remove_entry(
+    entry: os.DirEntry[str], directory: int, top: int, levels: int, names: Iterator[str]
+) -> None:
+    if not entry.is_dir(follow_symlinks=False):
+        os.unlink(entry.name, dir_fd=directory)
+    elif levels == 0:
+        os.rename(entry.name, next(names), src_dir_fd=directory, dst_dir_fd=top)
+    else:
+        child = os.open(entry.name, _DIRECTORY, dir_fd=directory)
+        try:
+            _empty(child, top, levels - 1, names)
+        finally:
+            os.close(child)
+        os.rmdir(entry.name, dir_fd=directory)
 
 
 def _read_batch(directory: int) -> list[os.DirEntry[str]]:

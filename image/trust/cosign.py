@@ -24,8 +24,9 @@ from typing import Literal, Protocol, TypeVar
 import msgspec
 
 from image.blobs import Fetched
+from image.budget import Limits, OverLimit
 from image.errors import DigestMismatch, ManifestInvalid, ManifestNotFound
-from image.manifest import Descriptor
+from image.manifest import Descriptor, check_shape
 from image.reference import Reference
 from image.trust import keys
 from image.trust.keys import Verify
@@ -243,7 +244,10 @@ def _pre_authentication(kind: bytes, payload: bytes) -> bytes:
 
 def _decode(data: bytes, shape: type[T]) -> T:
     try:
+        check_shape(data, Limits())
         return msgspec.json.decode(data, type=shape)
+    except OverLimit as error:
+        raise ManifestInvalid("signature", error.reason) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestInvalid("signature", str(error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from image import tree_ops
+from image import inode_flags, tree_ops
 
 LEVELS = 3000
 
@@ -119,3 +120,19 @@ def test_failed_measurement_names_the_path(home: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="upper"):
         tree_ops.measure(home / "upper")
     tree_ops.remove(home)
+
+
+@pytest.mark.parametrize("flag", [inode_flags.IMMUTABLE, inode_flags.APPEND_ONLY])
+def test_tree_with_protected_files_and_directories_is_removed(home: Path, flag: int) -> None:
+    """Where the filesystem has such flags; chattr(1) sets them in a container that may."""
+    (home / "upper/d/e").mkdir(parents=True)
+    (home / "upper/d/f").write_bytes(b"x")
+    (home / "upper/d/l").symlink_to("f")
+    os.mkfifo(home / "upper/d/p")
+    for name in ("upper/d/f", "upper/d/e", "upper/d", "upper", ""):
+        fd = os.open(home / name, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            inode_flags.change_flags(fd, add=flag)
+        os.close(fd)
+    tree_ops.remove(home)
+    assert not home.exists()
