@@ -21,9 +21,17 @@ __all__ = ["Rootfs", "RootfsStore", "Usage"]
 class RootfsStore(Protocol):
     """Makes and removes writable root filesystems. tests/contract/test_rootfs_store.py checks each store."""
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
+    async def up(
+        self,
+        key: str,
+        chain_ids: Sequence[str],
+        target: Path,
+        ids: IdMap | None = None,
+        plain: Sequence[str] = (),
+    ) -> Rootfs:
         """Make a new writable root from these layers, bottom first. With `ids`, their files belong to the
-        ids outside, and so does what is written.
+        ids outside, and so does what is written. `plain` are paths of directories on which an overlay can be
+        mounted, none beneath another; they have the image's content, and are made where it has none.
 
         A HostTree is mounted at `target`, a directory, which is made if it is missing. What an earlier `up`
         with this key left, after a failure or a crash, is replaced. When cancelled, nothing stays. Raises

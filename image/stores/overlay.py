@@ -3,6 +3,7 @@
     ROOT/rootfs/KEY/upper    what the container wrote
     ROOT/rootfs/KEY/work     overlayfs's work directory
     ROOT/rootfs/KEY/empty    the only lower layer of an image without layers
+    ROOT/rootfs/KEY/plain    directories that are mounted over their places, so as not to be in the overlay
     ROOT/rootfs/KEY/points   mount points of layers with mapped ids
 
 Layers are passed to the kernel as /proc/self/fd/N. mount(2) takes one page of options, which the paths of
@@ -24,7 +25,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from image import idmap, tree_ops
+from image import idmap, plain_directory, tree_ops
 from image.blobs import storage_error
 from image.errors import ImageNotFound
 from image.idmap import IdMap
@@ -46,7 +47,14 @@ class OverlayStore:
         self._root = root / "rootfs"
         self._layers = layers
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
+    async def up(
+        self,
+        key: str,
+        chain_ids: Sequence[str],
+        target: Path,
+        ids: IdMap | None = None,
+        plain: Sequence[str] = (),
+    ) -> Rootfs:
         """Mount a new root filesystem. A cancelled call waits for the mount and undoes it."""
         for chain_id in chain_ids:
             if self._layers.find(chain_id) is None:
@@ -55,7 +63,7 @@ class OverlayStore:
                 )
         with self._layers.pinned(chain_ids):
             await threads.run(
-                lambda: self._up(key, chain_ids, target, ids),
+                lambda: self._up(key, chain_ids, target, ids, plain),
                 "husk-rootfs",
                 discard=lambda _: self._down(key, target),
             )
@@ -66,8 +74,9 @@ class OverlayStore:
         await asyncio.to_thread(self._down, key, target)
 
     def usage(self, key: str) -> Usage:
-        """Measure the writable layer."""
-        return tree_ops.measure(self._home(key) / "upper")
+        """Measure the writable layer, plain directories included."""
+        parts = [tree_ops.measure(self._home(key) / name) for name in ("upper", "plain")]
+        return Usage(bytes=sum(each.bytes for each in parts), inodes=sum(each.inodes for each in parts))
 
     def read(self, rootfs: Rootfs, name: str, limit: int) -> bytes:
         """Read a file through the mount."""
@@ -87,7 +96,9 @@ class OverlayStore:
             raise ValueError(f"not a key: {key!r}")
         return self._root / key
 
-    def _up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None) -> None:
+    def _up(
+        self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None, plain: Sequence[str]
+    ) -> None:
         home = self._home(key)
         self._down(key, target)
         try:
@@ -99,6 +110,8 @@ class OverlayStore:
             lowers = self._layers.stack(chain_ids)
             _copy_root_attributes(lowers, home / "upper", ids)
             _mount(lowers or [home / "empty"], home, target, ids)
+            for number, path in enumerate(plain):
+                plain_directory.attach(target, path, home / "plain" / str(number), ids)
         except OSError as error:
             self._down(key, target)
             raise storage_error(error, target, "mounting a root filesystem") from error

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sandbox.capabilities import capability_sets, includes
 from sandbox.errors import InvalidSpec
 from sandbox.host.ids import to_outside
 from sandbox.host.mount_flags import (
@@ -42,6 +43,9 @@ from sandbox.spec import (
 )
 
 POD_SHM = "/run/husk/shm"
+
+# Where dockerd, containerd, buildkitd and podman keep layers by default.
+ENGINE_DIRECTORIES = ("/var/lib/docker", "/var/lib/containerd", "/var/lib/buildkit", "/var/lib/containers")
 
 _INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC
 _OPTIONS = {"noexec": MS_NOEXEC, "nodev": MS_NODEV, "nosuid": MS_NOSUID}
@@ -92,6 +96,25 @@ def compile_mounts(
     ours = [*_standard(container.security), *_volumes(container, defaults)]
     kept = [mount for mount in ours if not any(covers(target, mount.target) for target in targets)]
     return tuple(sorted([*kept, *requested], key=lambda mount: depth(mount.target)))  # stable
+
+
+def plain_directories(container: ContainerSpec, defaults: ImageDefaults) -> tuple[str, ...]:
+    """Return the directories of the root on which the container may want to mount overlays, none beneath
+    another: only one that may mount needs them.
+
+    They are the VOLUMEs of its image (those of Docker, podman and buildkit declare where they keep layers),
+    and the places where these programs keep them by default. Raises InvalidSpec.
+    """
+    if not includes(capability_sets(container.security).effective, "SYS_ADMIN"):
+        return ()
+    volumes = [container_path(path, "the image's Volumes") for path in defaults.volumes]
+    places = () if container.security.readonly_rootfs else ENGINE_DIRECTORIES
+    covering = mount_targets(container)
+    found: list[str] = []
+    for path in sorted((*volumes, *places), key=depth):
+        if path != "/" and not any(covers(other, path) for other in (*covering, *found)):
+            found.append(path)
+    return tuple(found)
 
 
 def rootfs_propagation(container: ContainerSpec) -> int:

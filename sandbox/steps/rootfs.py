@@ -12,6 +12,7 @@ from image.rootfs import HostTree, Rootfs
 from image.stores import RootfsStore
 from sandbox.container import Container
 from sandbox.errors import RootfsUnusable
+from sandbox.plan.mounts import plain_directories
 from sandbox.spec import UserNamespace
 
 
@@ -26,8 +27,9 @@ class ContainerRootfs:
         """Make the root filesystem and record of which kind it is."""
         await asyncio.to_thread(self._point(container).mkdir, 0o755, exist_ok=True)
         ids = id_map(container.pod.record.spec.user_namespace)
-        chain_ids, target = container.record.chain_ids, container.rootfs_mount
-        container.record_rootfs(await self.store.up(container.id, chain_ids, target, ids))
+        record, target = container.record, container.rootfs_mount
+        plain = plain_directories(record.spec, record.defaults)
+        container.record_rootfs(await self.store.up(container.id, record.chain_ids, target, ids, plain))
 
     async def down(self, container: Container) -> None:
         """Delete it, and what the container wrote to it. Idempotent."""

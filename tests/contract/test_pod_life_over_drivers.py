@@ -68,8 +68,15 @@ class BusyboxRootfs(FakeRootfs):
 
     homes: Path = field(kw_only=True)
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
-        rootfs = await super().up(key, chain_ids, target, ids)
+    async def up(
+        self,
+        key: str,
+        chain_ids: Sequence[str],
+        target: Path,
+        ids: IdMap | None = None,
+        plain: Sequence[str] = (),
+    ) -> Rootfs:
+        rootfs = await super().up(key, chain_ids, target, ids, plain)
         target.mkdir(parents=True, exist_ok=True)
         mounts.bind(make_rootfs(self.homes / key), target, recursive=False)
         return rootfs

@@ -22,6 +22,7 @@ from image.rootfs import HostTree
 from image.stores import RootfsStore
 from image.stores.overlay import OverlayStore
 from sandbox.errors import InvalidSpec
+from sandbox.host import syscalls
 from sandbox.host.ids import IdRange
 from tests.fakes.disk import small_disk
 from tests.fakes.registry import make_layer
@@ -203,6 +204,72 @@ async def test_up_after_a_crash_starts_from_the_image(site: Site) -> None:
     await site.store.up("c1", chain, site.target)
     assert sorted(p.name for p in site.target.iterdir()) == ["f"]
     assert site.mounts() == [str(site.target)]
+
+
+PLAIN = ("/kept", "/var/lib/engine")
+
+
+async def test_plain_directory_has_the_images_content_and_takes_overlays(site: Site) -> None:
+    chain = await site.stack({"kept": None, "kept/a": None, "kept/a/file": b"1", "kept/link": "/etc"})
+    kept = site.layers.path(chain[0]) / "kept"
+    kept.chmod(0o2750)
+    os.chown(kept, 5, 6)
+    os.setxattr(kept / "a/file", "user.note", b"2")
+    await site.store.up("c1", chain, site.target, plain=PLAIN)
+    made = site.target / "kept"
+    info = made.stat()
+    assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o2750, 5, 6)
+    assert (made / "a/file").read_bytes() == b"1" and (made / "link").readlink() == Path("/etc")
+    assert os.getxattr(made / "a/file", "user.note") == b"2"
+    engine = site.target / "var/lib/engine"
+    assert stat.S_IMODE(engine.stat().st_mode) == 0o755
+    for name in ("lower", "upper", "work", "merged"):
+        (engine / name).mkdir()
+    (engine / "lower/file").touch()
+    options = ",".join(f"{name}dir={engine / name}" for name in ("lower", "upper", "work"))
+    syscalls.mount("o", engine / "merged", "overlay", 0, options)
+    (engine / "merged/file").unlink()
+    assert (engine / "upper/file").is_char_device(), "a whiteout, which an overlay could not hold"
+    before = site.store.usage("c1").bytes
+    (made / "big").write_bytes(os.urandom(1 << 20))
+    os.sync()
+    assert site.store.usage("c1").bytes >= before + (1 << 20)
+    await site.store.down("c1", site.target)
+    assert site.nothing_left()
+    assert (kept / "a/file").exists() and not (kept / "big").exists()
+
+
+async def test_plain_directory_is_removed_after_a_crash_and_made_again(site: Site) -> None:
+    chain = await site.stack({"kept": None, "kept/file": b"1"})
+    await site.store.up("c1", chain, site.target, plain=PLAIN)
+    (site.target / "kept/file").write_bytes(b"changed")
+    site.store = site.restarted()
+    await site.store.up("c1", chain, site.target, plain=PLAIN)
+    assert (site.target / "kept/file").read_bytes() == b"1"
+    assert len(site.mounts()) == 1 + len(PLAIN)
+    await site.store.down("c1", site.target)
+    await site.store.down("c1", site.target)
+    assert site.nothing_left()
+
+
+async def test_plain_directory_follows_links_inside_the_root_only(site: Site) -> None:
+    outside = site.root / "outside"
+    outside.mkdir()
+    chain = await site.stack({"kept": str(outside), "var": None, "var/lib": b"a file"})
+    await site.store.up("c1", chain, site.target, plain=PLAIN)
+    assert (site.target / "var/lib").read_bytes() == b"a file", "nothing is mounted there"
+    assert not any(mount.startswith(str(outside)) for mount in site.mounts())
+    assert list(outside.iterdir()) == []
+
+
+async def test_plain_directory_that_cannot_be_filled_leaves_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = await site.stack({"kept": None, "kept/file": b"1"})
+    monkeypatch.setenv("PATH", str(site.root))
+    with pytest.raises(ImageError):
+        await site.store.up("c1", chain, site.target, plain=PLAIN)
+    assert site.nothing_left()
 
 
 async def test_up_with_a_missing_layer_names_it(site: Site) -> None:

@@ -193,7 +193,14 @@ class FakeHypervisor:
 class FakeRootfs:
     ledger: Ledger
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
+    async def up(
+        self,
+        key: str,
+        chain_ids: Sequence[str],
+        target: Path,
+        ids: IdMap | None = None,
+        plain: Sequence[str] = (),
+    ) -> Rootfs:
         self.ledger.take("rootfs.up", f"rootfs {key}")
         return HostTree(path=str(target))
 

@@ -64,7 +64,14 @@ class HostRootfs:
             for name in ("sh", "sleep", "cat", "echo", "true"):
                 (binaries / name).symlink_to("busybox")
 
-    async def up(self, key: str, chain_ids: Sequence[str], target: Path, ids: IdMap | None = None) -> Rootfs:
+    async def up(
+        self,
+        key: str,
+        chain_ids: Sequence[str],
+        target: Path,
+        ids: IdMap | None = None,
+        plain: Sequence[str] = (),
+    ) -> Rootfs:
         mounts.bind(self.root, target)
         return HostTree(path=str(target))
 

@@ -20,7 +20,7 @@ from sandbox.plan import (
 )
 from sandbox.plan.configure import sysctl_path
 from sandbox.plan.devices import guest_devices
-from sandbox.plan.mounts import compile_mounts
+from sandbox.plan.mounts import ENGINE_DIRECTORIES, compile_mounts, plain_directories
 from sandbox.plan.paths import container_path, covers, depth
 from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.size import BOOT_FLOOR_MIB
@@ -93,6 +93,29 @@ def test_user_namespace_maps_ids_of_process_and_mounts() -> None:
 def bind(spec: MountSpec, source: MountSource) -> MountPlan:
     mounts = compile_mounts(ContainerSpec(name="c", image="i", mounts=(spec,)), ImageDefaults(), [source])
     return next(mount for mount in mounts if mount.target == spec.container_path)
+
+
+def plain(
+    security: SecuritySpec, *volumes: str, mounts: tuple[str, ...] = (), readonly: bool = False
+) -> list[str]:
+    spec = ContainerSpec(
+        name="c",
+        image="i",
+        security=msgspec.structs.replace(security, readonly_rootfs=readonly),
+        mounts=tuple(MountSpec(container_path=path, host_path="/h") for path in mounts),
+    )
+    return list(plain_directories(spec, ImageDefaults(volumes=volumes)))
+
+
+def test_container_that_may_mount_has_plain_directories_for_overlays() -> None:
+    engines = list(ENGINE_DIRECTORIES)
+    for security in (SecuritySpec(privileged=True), SecuritySpec(add_capabilities=("SYS_ADMIN",))):
+        assert plain(security, "/data") == ["/data", *engines]
+        assert plain(security, "/data", readonly=True) == ["/data"]
+        assert plain(security, "/var/lib", "/var/lib/docker/x", "/") == ["/var/lib"]
+        assert plain(security, "/a/b", mounts=("/a", "/var/lib/docker")) == engines[1:]
+    assert plain(SecuritySpec(), "/data") == []
+    assert plain(SecuritySpec(privileged=False, drop_capabilities=("ALL",)), "/data") == []
 
 
 def test_mount_options_and_submounts_are_planned() -> None:

@@ -1,4 +1,4 @@
-"""overlayfs inside a pod: with its upper and lower directories on a volume, on disk or in memory."""
+"""overlayfs inside a pod: on a volume, on disk or in memory, and on directories of the container's root."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.kit.scratch import scratch_dir
 pytestmark = pytest.mark.vm
 
 BUSYBOX = f"{HOST}/husk/busybox:1"
+MEET = f"{HOST}/husk/meet:1"
 SLEEP = ("sleep", "3600")
 PRIVILEGED = api.LinuxContainerSecurityContext(privileged=True)
 
@@ -119,6 +120,30 @@ def test_overlay_whose_lower_layer_is_the_containers_root_is_mounted(
     assert sh(cri, container, script) == "low\nruns\ngone\n"
 
 
+@pytest.mark.parametrize(
+    "place", ["/kept/a", "/var/lib/docker/a", "/var/lib/containers/storage", "/dev/shm/a"]
+)
+def test_overlay_on_a_plain_directory_of_the_root_has_all_changes(cri: Cri, pod: Pod, place: str) -> None:
+    """/kept is a VOLUME of the image."""
+    cri.pull(MEET)
+    container = privileged(cri, pod, image=MEET)
+    sh(cri, container, MOUNT + CHANGE, place)
+    assert sh(cri, container, LOOK, place) == EXPECTED
+    assert sh(cri, container, "stat -c %u:%g:%a /kept; cat /kept/file") == "1000:2000:2750\nof the image\n"
+
+
+def test_overlay_elsewhere_on_the_root_is_refused(cri: Cri, pod: Pod) -> None:
+    """See docs/limits.md: the root is an overlay itself."""
+    container = privileged(cri, pod)
+    result = cri.exec(container, "sh", "-c", MOUNT, "sh", "/elsewhere")
+    assert result.code != 0 and "Invalid argument" in result.stderr
+
+
+def test_container_that_may_not_mount_has_no_plain_directories(cri: Cri, pod: Pod) -> None:
+    container = cri.run(pod, BUSYBOX, SLEEP)
+    assert cri.exec(container, "ls", "/var/lib/docker").code != 0
+
+
 @pytest.mark.parametrize("volume", ["disk"], indirect=True)
 def test_trusted_attributes_of_host_and_guest_do_not_meet(
     site: Site, cri: Cri, pod: Pod, volume: Path
@@ -142,16 +167,3 @@ def test_trusted_attributes_of_host_and_guest_do_not_meet(
     # one of a file capability would be removed by the guest, where it can be seen, with a change of owner
     sh(cri, container, "chown 5 /data/caps")
     assert os.listxattr(volume / "caps") == []
-
-
-@pytest.mark.parametrize("volume", ["disk"], indirect=True)
-def test_unnamed_file_is_refused_with_the_error_that_programs_expect(
-    cri: Cri, pod: Pod, volume: Path
-) -> None:
-    """See docs/limits.md: neither of the two virtiofsds has the operation."""
-    (volume / "unnamed").write_bytes(images.helper("unnamed"))
-    (volume / "unnamed").chmod(0o755)
-    container = privileged(cri, pod, volume=volume)
-    for folder in ("/data", "/root"):
-        assert sh(cri, container, f"/data/unnamed {folder} || true") == "Operation not supported\n"
-    assert sh(cri, container, "/data/unnamed /dev/shm") == "made\n"
