@@ -169,9 +169,12 @@ class _Parser:
         if not isinstance(table, dict):
             raise self._invalid(f'host."{url}"', "must be a table")
         text = url
-        if "://" not in url:
-            text = ("http://" if is_loopback(url.partition("/")[0]) else "https://") + url
-        parts = urlsplit(text)
+        try:
+            if "://" not in url:
+                text = ("http://" if is_loopback(url.partition("/")[0]) else "https://") + url
+            parts = urlsplit(text)
+        except ValueError as error:  # brackets that do not hold an IPv6 address
+            raise self._invalid(f'"{url}"', "is not an http or https URL of a host") from error
         if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
             raise self._invalid(f'"{url}"', "is not an http or https URL of a host")
         path = parts.path.rstrip("/")
