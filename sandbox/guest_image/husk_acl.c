@@ -34,6 +34,7 @@ static struct kretprobe probe = {
     .entry_handler = begin,
     .handler = end,
     .data_size = sizeof(struct fs_context *),
+    .maxactive = 64, // calls at a time: one that is not probed would make a mount without ACLs
 };
 
 static int __init husk_acl_init(void) {

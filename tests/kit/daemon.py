@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 
+from sandbox.vm_pods.boot_image import ACL_MODULE, find_image
 from tests.kit.cni import PLUGINS
 from tests.kit.cri import Cri
 from tests.kit.eventually import eventually_sync
@@ -36,6 +37,13 @@ class Program:
 def _guest_of_environment() -> Path | None:
     guest = os.environ.get(GUEST_VARIABLE)
     return Path(guest) if guest else None
+
+
+def acls_on_volumes() -> bool:
+    """Return whether the guest's kernel has the module for it."""
+    image = find_image(Path(os.environ[GUEST_VARIABLE]).parent)
+    assert image is not None
+    return ACL_MODULE in image.modules
 
 
 class Daemon:

@@ -4,7 +4,6 @@ on the host, no looser and no stricter, on a root filesystem and on a volume."""
 from __future__ import annotations
 
 import json
-import os
 import stat
 import struct
 import sys
@@ -13,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from cri.proto import runtime_v1_pb2 as api
-from sandbox.vm_pods.boot_image import ACL_MODULE, find_image
 from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
-from tests.kit.daemon import GUEST_VARIABLE
+from tests.kit.daemon import acls_on_volumes
 from tests.kit.registry import HOST
 from tests.kit.scratch import scratch_dir
 
@@ -89,13 +87,6 @@ for name in sys.argv[2:]:
     attributes = sorted(os.listxattr(name, follow_symlinks=False))
     print(name, status.st_uid, status.st_gid, oct(status.st_mode), *attributes)
 """
-
-
-def acls_on_volumes() -> bool:
-    """Return whether the guest's kernel has the module for it."""
-    image = find_image(Path(os.environ[GUEST_VARIABLE]).parent)
-    assert image is not None
-    return ACL_MODULE in image.modules
 
 
 @pytest.fixture(params=["volume", "rootfs"])
