@@ -27,7 +27,7 @@ log = logging.getLogger("cri.streaming")
 HANDSHAKE_TIMEOUT_S = 10.0
 # Connections that have not shown a token yet. A client needs none for long, so a legitimate crowd stays far
 # below, and any process of the node could otherwise hold the daemon's descriptors.
-HANDSHAKES_MAX = 256
+HANDSHAKES_MAX = 1024
 
 PATHS: dict[type[SessionOptions], str] = {
     ExecOptions: "exec",
@@ -79,6 +79,7 @@ class StreamingServer:
                 self._on_connection,
                 address,
                 port,
+                backlog=HANDSHAKES_MAX,
                 ssl=tls,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls else None,
             )

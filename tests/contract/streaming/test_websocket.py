@@ -259,6 +259,34 @@ async def test_process_that_closes_its_outputs_early_still_gets_stdin(site: Site
     await site.idle()
 
 
+async def test_five_hundred_sessions_at_once_are_served(site: Site) -> None:
+    site.backend.program = echo
+
+    async def by_spdy(number: int) -> bytes:
+        client = await SpdyClient.dial(site.server.url(EXEC), V4)
+        streams = await client.open_command("error", "stdin", "stdout", "stderr")
+        await client.send(streams["stdin"], b"%d" % number)
+        await client.until(streams["stdout"], lambda seen: bool(seen))
+        await everyone.wait()
+        await client.end(streams["stdin"])
+        return await client.all(streams["stdout"])
+
+    async def by_websocket(number: int) -> bytes:
+        client = await WebSocketClient.dial(site.server.url(EXEC), V5)
+        await client.send(b"\0%d" % number)
+        await client.until(lambda: bool(client.channel(1)))
+        await everyone.wait()
+        await client.send(b"\xff\0")
+        await client.read_all()
+        return client.channel(1)
+
+    everyone = asyncio.Barrier(500)
+    async with asyncio.timeout(60):
+        seen = await asyncio.gather(*((by_spdy, by_websocket)[number % 2](number) for number in range(500)))
+    assert seen == [b"%d" % number for number in range(500)]
+    await site.idle()
+
+
 @pytest.mark.parametrize("kind", ["spdy", "websocket"])
 async def test_large_output_arrives_with_bounded_buffers(site: Site, kind: str) -> None:
     size = 48 << 20
