@@ -13,6 +13,7 @@ import pytest
 
 from image.errors import ImageError, RegistryUnavailable
 from image.image_store import ImageStore
+from sandbox.host.limiter import FairLimiter
 from tests.fakes.registry import Drip, FakeRegistry, StallAfter, make_layer
 from tests.kit.eventually import eventually
 from tests.kit.pulls import BASE, QUICK, TOP, leftovers, open_store, pull_error
@@ -144,3 +145,33 @@ async def test_layer_fails_at_the_deadline_of_a_blob(hostile: FakeRegistry, tmp_
     hostile.fail(hostile.layer_digests("a", "1")[0], STEADY, times=99)
     error: ImageError = await pull_error(open_store(tmp_path, timing=timing), f"{hostile.address}/a:1")
     assert isinstance(error, RegistryUnavailable) and "in 0.5 s, the limit of a blob" in str(error)
+
+
+async def test_same_layer_that_drips_for_one_repository_does_not_hold_up_another(
+    hostile: FakeRegistry, tmp_path: Path
+) -> None:
+    """Equal layers of one registry are downloaded once, but waited for only so long."""
+    store = open_store(tmp_path, timing=msgspec.structs.replace(QUICK, share_s=0.3))
+    for repository in ("evil", "good"):
+        hostile.put_image(repository, "1", [TOP])
+    hostile.fail("/v2/evil/blobs/" + hostile.layer_digests("evil", "1")[0], SLOW, times=9)
+    pull: asyncio.Task[object] = asyncio.create_task(store.pull(f"{hostile.address}/evil:1"))
+    await eventually(
+        lambda: any("/evil/blobs/" + hostile.layer_digests("evil", "1")[0] in p for p in hostile.paths())
+    )
+    async with asyncio.timeout(10):
+        assert (await store.pull(f"{hostile.address}/good:1")).chain_ids
+    assert not pull.done()
+    await cancelled(pull)
+    await store.close()
+    assert leftovers(store) == []
+
+
+async def test_places_for_unpacking_are_shared_among_registries(store: ImageStore) -> None:
+    unpacks = store.puller.limiters[1]
+    assert isinstance(unpacks, FairLimiter)
+    async with unpacks.share("hostile", "a"), unpacks.share("hostile", "b"):
+        assert unpacks.active == unpacks.limit
+        async with asyncio.timeout(5), unpacks.share("honest", "c"):
+            assert unpacks.active == unpacks.limit + 1
+    await store.close()
