@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,9 @@ class RawHost:
     def __init__(self, path: Path, timeout_s: float = 20) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(timeout_s)
-        self.socket.connect(str(path))
+        # between bind(2) and listen(2) the path is there, and refuses
+        connect = partial(self.socket.connect, str(path))
+        eventually_sync(connect, until=lambda _: True, retry_on=(ConnectionRefusedError,))
         self.seen = b""
 
     def send(self, data: bytes) -> None:
