@@ -91,6 +91,16 @@ class HelperGone(VmmGone):
     """A helper of the VM has ended, without which its guest can do nothing; the VMM may still run."""
 
 
+class DeviceBusy(SandboxError):
+    """A device of the host is in use by something that excludes the requested use."""
+
+    def __init__(self, field: str, path: str, problem: str) -> None:
+        super().__init__(f"{field}: {path!r} is busy: {problem}")
+        self.field = field
+        self.path = path
+        self.problem = problem
+
+
 class RootfsUnusable(SandboxError):
     """A root filesystem is of a kind that cannot be used where the container is to run."""
 

@@ -48,6 +48,7 @@ class Pod(Recorded[PodRecord]):
         self.link: PodLink | None = None
         self.lock = asyncio.Lock()  # held by start, stop and remove
         self.exports_lock = asyncio.Lock()  # held while volumes are exported or released
+        self.disks_lock = asyncio.Lock()  # held while disks are plugged or unplugged
         self.on_state: Callable[[Pod], None] = lambda pod: None  # its state has changed
         self.watch: asyncio.Task[None] | None = None
 

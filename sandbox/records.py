@@ -27,6 +27,7 @@ from sandbox.host.process import ProcessIdentity
 from sandbox.spec import (
     ContainerId,
     ContainerSpec,
+    GuestDisk,
     ImageDefaults,
     Isolation,
     PodId,
@@ -208,6 +209,16 @@ class SocketUse(Value, frozen=True, kw_only=True):
     kind: str  # a `SocketKind`
 
 
+class DiskUse(Value, frozen=True, kw_only=True):
+    """A block device of the host that the pod's VM has as a disk (see `vm_pods.disks`)."""
+
+    path: str  # as the specification names it, in a device or a mount
+    device: str  # the host's "MAJOR:MINOR"
+    serial: str  # of the disk; two containers that use one disk have the same
+    readonly: bool = False
+    guest: GuestDisk | None = None  # None: the guest has not found it yet
+
+
 class HostProcess(Value, frozen=True, kw_only=True):
     """The processes of a container that runs on the host itself."""
 
@@ -228,6 +239,7 @@ class ContainerRecord(Value, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     chain_ids: tuple[str, ...] = ()  # of its root filesystem; these layers are not collected
     image_volumes: tuple[ImageVolume, ...] = ()
     volumes: tuple[VolumeUse, ...] = ()  # of a pod in a VM
+    disks: tuple[DiskUse, ...] = ()  # likewise
     rootfs: Rootfs | None = None  # None: not made yet
     defaults: ImageDefaults
     state: ContainerState = ContainerState.CREATING

@@ -300,3 +300,15 @@ class VmSize(Value, frozen=True, kw_only=True):
     memory_mib: int
     vcpus: int
     huge_mib: int = 0  # part of `memory_mib`, reserved as huge pages
+
+
+class GuestDisk(Value, frozen=True, kw_only=True):
+    """A block device of the host as its VM has it. Permissions and owner are those of the host's node."""
+
+    name: str  # of the node in the guest's /dev
+    major: int  # numbers that the guest chose
+    minor: int
+    size: int  # bytes
+    mode: int = 0o660
+    uid: int = 0
+    gid: int = 0

@@ -34,6 +34,7 @@ typedef Husk__Guest__V1__Export Export;
 typedef Husk__Guest__V1__ExportPart ExportPart;
 typedef Husk__Guest__V1__KeepExports KeepExports;
 typedef Husk__Guest__V1__Device Device;
+typedef Husk__Guest__V1__DiskFound DiskFound;
 typedef Husk__Guest__V1__Link Link;
 typedef Husk__Guest__V1__File File;
 typedef Husk__Guest__V1__CgroupFile CgroupFile;

@@ -12,6 +12,7 @@
 #include "connection.h"
 #include "container.h"
 #include "dial.h"
+#include "disks.h"
 #include "exec.h"
 #include "exports.h"
 #include "hello.h"
@@ -171,6 +172,10 @@ static void remove_container(struct agent *agent, uint32_t id, const Request *re
     container_remove(agent, id, request->remove->container_id);
 }
 
+static void find_disk(struct agent *agent, uint32_t id, const Request *request) {
+    disks_find(agent, id, request->find_disk->serial);
+}
+
 // ------------------------------------------------------------------------------- the table
 
 // Exactly one of the two is set.
@@ -205,6 +210,7 @@ static const struct handler handlers[] = {
     [HUSK__GUEST__V1__REQUEST__BODY_LISTEN_SOCKETS] = {.run = listen_sockets},
     [HUSK__GUEST__V1__REQUEST__BODY_KEEP_SOCKETS] = {.run = keep_sockets},
     [HUSK__GUEST__V1__REQUEST__BODY_ACCEPT_SOCKET] = {.start = accept_socket},
+    [HUSK__GUEST__V1__REQUEST__BODY_FIND_DISK] = {.start = find_disk},
 };
 
 // A body that a newer protocol has is an unknown field here, and its tag is the number of the body.

@@ -272,6 +272,7 @@ class Request(_message.Message):
     LISTEN_SOCKETS_FIELD_NUMBER: _builtins.int
     KEEP_SOCKETS_FIELD_NUMBER: _builtins.int
     ACCEPT_SOCKET_FIELD_NUMBER: _builtins.int
+    FIND_DISK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ping(self) -> Global___Ping: ...
     @_builtins.property
@@ -322,6 +323,8 @@ class Request(_message.Message):
     def keep_sockets(self) -> Global___KeepSockets: ...
     @_builtins.property
     def accept_socket(self) -> Global___AcceptSocket: ...
+    @_builtins.property
+    def find_disk(self) -> Global___FindDisk: ...
     def __init__(
         self,
         *,
@@ -350,12 +353,13 @@ class Request(_message.Message):
         listen_sockets: Global___ListenSockets | None = ...,
         keep_sockets: Global___KeepSockets | None = ...,
         accept_socket: Global___AcceptSocket | None = ...,
+        find_disk: Global___FindDisk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "find_disk", b"find_disk", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "find_disk", b"find_disk", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees", "mount_exports", "keep_exports", "release_inodes", "listen_sockets", "keep_sockets", "accept_socket"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees", "mount_exports", "keep_exports", "release_inodes", "listen_sockets", "keep_sockets", "accept_socket", "find_disk"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -371,6 +375,7 @@ class Reply(_message.Message):
     LOG_OPENED_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def failure(self) -> Global___Failure:
         """absent on success"""
@@ -395,6 +400,10 @@ class Reply(_message.Message):
     def accepted(self) -> Global___SocketAccepted:
         """to AcceptSocket"""
 
+    @_builtins.property
+    def disk(self) -> Global___DiskFound:
+        """to FindDisk"""
+
     def __init__(
         self,
         *,
@@ -404,12 +413,13 @@ class Reply(_message.Message):
         log_opened: Global___LogOpened | None = ...,
         values: Global___CgroupValues | None = ...,
         accepted: Global___SocketAccepted | None = ...,
+        disk: Global___DiskFound | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "body", b"body", "clocks", b"clocks", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "body", b"body", "clocks", b"clocks", "disk", b"disk", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "body", b"body", "clocks", b"clocks", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "body", b"body", "clocks", b"clocks", "disk", b"disk", "failure", b"failure", "log_opened", b"log_opened", "started", b"started", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["clocks", "started", "log_opened", "values", "accepted"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["clocks", "started", "log_opened", "values", "accepted", "disk"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -626,6 +636,57 @@ class OnlineCpus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OnlineCpus: _TypeAlias = OnlineCpus  # noqa: Y015
+
+@_typing.final
+class FindDisk(_message.Message):
+    """Find a disk that the host has plugged in. Fails with ENODEV until the kernel has found it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIAL_FIELD_NUMBER: _builtins.int
+    serial: _builtins.str
+    def __init__(
+        self,
+        *,
+        serial: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["serial", b"serial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindDisk: _TypeAlias = FindDisk  # noqa: Y015
+
+@_typing.final
+class DiskFound(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MAJOR_FIELD_NUMBER: _builtins.int
+    MINOR_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """of its node in /dev"""
+    major: _builtins.int
+    minor: _builtins.int
+    size: _builtins.int
+    """bytes"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        major: _builtins.int = ...,
+        minor: _builtins.int = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["major", b"major", "minor", b"minor", "name", b"name", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskFound: _TypeAlias = DiskFound  # noqa: Y015
 
 @_typing.final
 class ReleaseInodes(_message.Message):

@@ -256,7 +256,11 @@ def container_steps(store: RootfsStore) -> Sequence[Step[Container]]:
         ContainerRootfs(store),
         HostVolumes(store),
         CompiledPlan(
-            store, lambda container: str(require_tree(container.rootfs)), find_volumes, find_devices, _policy
+            store,
+            lambda container: str(require_tree(container.rootfs)),
+            find_volumes,
+            lambda container: find_devices(container.record.spec),
+            _policy,
         ),
         Check(),
     )

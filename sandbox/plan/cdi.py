@@ -171,9 +171,14 @@ def gather(directories: Iterable[Sequence[tuple[str, Spec]]]) -> Found:
 # -------------------------------------------------------------------------------- a container's
 
 
-def apply(container: ContainerSpec, found: Found, *, in_vm: bool = True) -> ContainerSpec:
-    """Return the container with all that its CDI devices add. Raises InvalidSpec with the field."""
-    nodes = frozenset(GUEST_DEVICES) if in_vm else None
+def apply(
+    container: ContainerSpec, found: Found, *, in_vm: bool = True, disks: Iterable[str] = ()
+) -> ContainerSpec:
+    """Return the container with all that its CDI devices add; `disks` are block devices of the host.
+
+    Raises InvalidSpec with the field.
+    """
+    nodes = frozenset((*GUEST_DEVICES, *disks)) if in_vm else None
     once: set[int] = set()  # a file's own edits apply once, however many of its devices are requested
     for name, field in {request.name: request.field for request in container.cdi_devices}.items():
         spec, device = _look_up(name, field, found)

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from sandbox.apparmor.profile import UNCONFINED, Policy
 from sandbox.errors import InvalidSpec
+from sandbox.host.mount_flags import MS_BIND
 from sandbox.plan.devices import STANDARD, RequestedDevice
 from sandbox.plan.mounts import MountSource, compile_mounts, mount_targets, rootfs_propagation
 from sandbox.plan.paths import container_path, covers
@@ -15,7 +16,7 @@ from sandbox.plan.pod_files import PodFiles
 from sandbox.plan.process import compile_process
 from sandbox.plan.resources import compile_resources
 from sandbox.plan.users import ResolvedUser
-from sandbox.plan.values import ContainerPlan, DevicePlan, FilePlan, LinkPlan
+from sandbox.plan.values import ContainerPlan, DevicePlan, FilePlan, LinkPlan, Make, MountPlan
 from sandbox.seccomp.profile import Filter
 from sandbox.spec import ContainerSpec, ImageDefaults, PidMode, PodSpec, Resources, SecuritySpec
 
@@ -64,7 +65,7 @@ def compile_container(
         process=compile_process(container, defaults, user, _hostname(pod, files), seccomp, apparmor),
         pid_namespace=security.pid_mode,
         pid_target=_pid_target(container),
-        mounts=compile_mounts(container, defaults, mount_sources),
+        mounts=(*compile_mounts(container, defaults, mount_sources), *_bound_nodes(container, devices)),
         devices=_devices(container, devices, own_dev),
         links=_links(container, own_dev),
         files=_files(container, files, targets),
@@ -127,8 +128,21 @@ def _devices(
     """
     standard = STANDARD if own_dev and not container.security.privileged else ()
     nodes = {node.path: node for node in standard}
-    nodes |= {each.node.path: each.node for each in requested}
+    bound = container.security.privileged
+    nodes |= {each.node.path: each.node for each in requested if not (bound and each.bound)}
     return tuple(nodes.values())
+
+
+def _bound_nodes(container: ContainerSpec, requested: Sequence[RequestedDevice]) -> tuple[MountPlan, ...]:
+    """Return the guest's nodes of disks as mounts: privileged containers have one /dev in common, and another
+    one may have a node at the same path."""
+    if not container.security.privileged:
+        return ()
+    return tuple(
+        MountPlan(source=each.bound, target=each.node.path, flags=MS_BIND, make=Make.FILE)
+        for each in requested
+        if each.bound
+    )
 
 
 def _links(container: ContainerSpec, own_dev: bool) -> tuple[LinkPlan, ...]:

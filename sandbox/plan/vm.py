@@ -11,6 +11,7 @@ from sandbox.vmm import NicSpec, VmSpec
 # MAC of the first NIC until its pod is known; locally administered.
 FIRST_MAC = "02:00:00:68:75:73"
 MAX_NICS = 5  # interfaces that a network may give a pod
+MAX_DISKS = 24  # disks that the containers of a pod may have at one time
 # A guest reserves memory for each CPU and each GiB that may be added, so growth is bounded.
 # Pods that need more boot a VM of their size.
 GROWTH_MIB = 16 << 10
@@ -50,6 +51,7 @@ def plan_vm(
         max_memory_mib=size.memory_mib + _growth_mib(size, host),
         max_vcpus=max(size.vcpus, min(host.cpus, GROWTH_VCPUS)),
         max_nics=MAX_NICS,
+        max_disks=MAX_DISKS,
         nics=(NicSpec(mac=FIRST_MAC),),
     )
 

@@ -6,7 +6,7 @@ file is named in the error for a device that is not found; devices of the other 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -51,9 +51,20 @@ def with_devices(
 
     Raises InvalidSpec with the field, also for a mount whose source does not exist.
     """
-    whole = cdi.apply(container, find(directories), in_vm=in_vm)
+    found = find(directories)
+    whole = cdi.apply(container, found, in_vm=in_vm, disks=_disks(found))
     for mount in whole.mounts[len(container.mounts) :]:
         if not Path(mount.host_path).exists():
             names = ", ".join(request.name for request in container.cdi_devices)
             raise InvalidSpec(container.cdi_devices[0].field, f"{names}: {mount.host_path!r} does not exist")
     return whole
+
+
+def _disks(found: Found) -> Iterator[str]:
+    """Paths of block devices of this host that a CDI device has as a node."""
+    for spec, device in found.devices.values():
+        for edits in (spec.container_edits, device.container_edits):
+            for node in edits.device_nodes:
+                path = node.host_path or node.path
+                if Path(path).is_block_device():
+                    yield path

@@ -24,7 +24,7 @@ from sandbox.plan.users import resolve_user
 from sandbox.plan.values import ContainerPlan, Make
 from sandbox.records import ContainerUser, PodRecord
 from sandbox.seccomp import seccomp_for
-from sandbox.spec import AppArmor, ContainerSpec
+from sandbox.spec import AppArmor
 from sandbox.steps.node_files import read_node_files
 
 # Of an image's passwd and group files; larger ones are rejected, not read.
@@ -38,7 +38,7 @@ class CompiledPlan:
     store: RootfsStore
     rootfs: Callable[[Container], str]  # the directory of the root, as it is seen there
     sources: Callable[[Container], Sequence[MountSource]]  # of its mounts, as they are found there
-    devices: Callable[[ContainerSpec], Sequence[RequestedDevice]]
+    devices: Callable[[Container], Sequence[RequestedDevice]]
     policy: Callable[[AppArmor], Policy]
     name = "plan"
 
@@ -58,7 +58,7 @@ class CompiledPlan:
             passwd=self.store.read(rootfs, "etc/passwd", MAX_USER_FILE_BYTES),
             group=self.store.read(rootfs, "etc/group", MAX_USER_FILE_BYTES),
         )
-        devices = self.devices(record.spec)
+        devices = self.devices(container)
         plan = compile_container(
             record.spec,
             pod.spec,

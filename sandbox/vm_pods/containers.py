@@ -25,6 +25,7 @@ from sandbox.plan.encode import encode_container
 from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.spec import ContainerId, ExitCode
+from sandbox.vm_pods.disks import Disks
 from sandbox.vm_pods.guest_mounts import GuestSources
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.propagation import PropagationSync
@@ -45,6 +46,7 @@ class VmContainers:
         tasks: Tasks,
         propagation: PropagationSync,
         guest_sources: Sequence[GuestSources],
+        disks: Disks,
         container_steps: Steps[Container],
     ) -> None:
         self._inventory = inventory
@@ -52,6 +54,7 @@ class VmContainers:
         self._tasks = tasks
         self._propagation = propagation
         self._guest_sources = guest_sources
+        self._disks = disks
         # ends that the guest reported before StartContainer had its answer, or the log was resumed
         self._early: WeakKeyDictionary[Container, Exit] = WeakKeyDictionary()
         self.container_steps = container_steps
@@ -122,6 +125,7 @@ class VmContainers:
                 async with asyncio.timeout(LOG_END_TIMEOUT_S):
                     await relay.complete()
         self._exits.exited(container, end)
+        await self._disks.release(container)
 
     # ------------------------------------------------------------------------------- recovery
 
@@ -131,6 +135,7 @@ class VmContainers:
         await self.settle(pod, welcome)
         for each in self._guest_sources:
             await each.recover(pod)
+        await self._disks.recover(pod)
 
     async def settle(self, pod: Pod, welcome: pb.Welcome) -> None:
         """Resume the logs of the pod's containers, and report those that ended meanwhile. Makes only requests

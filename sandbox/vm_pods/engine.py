@@ -32,6 +32,7 @@ from sandbox.vm_pods.accelerator import AcceleratorChoice
 from sandbox.vm_pods.clock_sync import sync_clock
 from sandbox.vm_pods.containers import VmContainers
 from sandbox.vm_pods.control import VmControl
+from sandbox.vm_pods.disks import Disks
 from sandbox.vm_pods.guest_mounts import GuestMounts
 from sandbox.vm_pods.host_sockets import HostSockets
 from sandbox.vm_pods.inode_watch import watch_inodes
@@ -71,14 +72,17 @@ def make_engine(inventory: Inventory, exits: Exits, deps: VmDeps) -> Engine:
     """Make the engine of pods in VMs."""
     propagation = PropagationSync(deps.tasks)
     live, sockets = LiveFiles(deps.tasks, inventory, deps.live_paths), HostSockets(deps.tasks, inventory)
-    guest_mounts = GuestMounts((live, sockets))
+    guest_mounts, disks = GuestMounts((live, sockets)), Disks(inventory, deps.tasks)
     container_steps = (
         ContainerRootfs(deps.rootfs),
+        disks,
         guest_mounts,
         Volumes(deps.rootfs, deps.resizer, inventory),
         plan_for_guest(deps.rootfs, deps.default_profile),
     )
-    containers = VmContainers(inventory, exits, deps.tasks, propagation, guest_mounts.kinds, container_steps)
+    containers = VmContainers(
+        inventory, exits, deps.tasks, propagation, guest_mounts.kinds, disks, container_steps
+    )
     return Engine(
         pods=VmPods(inventory, exits, containers, deps),
         containers=containers,

@@ -12,7 +12,7 @@ def guest_root(container: Container) -> str:
     """Return the guest's directory that is the container's root.
 
     A tree is mounted in the share of root filesystems by its store, so nothing has to be attached. Raises
-    RootfsUnusable for a disk, as no store makes disks and no hypervisor driver plugs them in.
+    RootfsUnusable for a disk, as no store makes disks.
     """
     match container.rootfs:
         case HostTree():

@@ -50,6 +50,7 @@ from sandbox.steps.pod import Cgroup, Netns, Network, RunDir, Shares
 from sandbox.vm_pods.boot_image import modules_of
 from sandbox.vm_pods.boot_phases import guest_phases
 from sandbox.vm_pods.clock_sync import check_clock
+from sandbox.vm_pods.disks import guest_disks
 from sandbox.vm_pods.inode_watch import guest_bound, lowest_limit
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.rootfs import guest_root
@@ -348,8 +349,8 @@ class Guest:
         assert machine is not None
         taps = await self.networks.open_taps(pod.id, begin=1)
         try:
-            for number, nic, tap in zip(range(1, MAX_NICS), others, taps, strict=False):
-                await machine.plug_nic(number, NicSpec(mac=nic.mac, mtu=nic.mtu), tap)
+            for nic, tap in zip(others, taps, strict=False):
+                await machine.plug(NicSpec(mac=nic.mac, mtu=nic.mtu), tap)
         finally:
             for tap in taps:
                 os.close(tap)
@@ -403,6 +404,6 @@ def plan_for_guest(store: RootfsStore, default_profile: Path) -> CompiledPlan:
         store,
         guest_root,
         find_sources,
-        guest_devices,
+        lambda container: guest_devices(container.record.spec, guest_disks(container)),
         lambda wanted: policy_for(wanted, default_profile),
     )

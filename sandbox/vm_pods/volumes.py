@@ -44,6 +44,7 @@ from sandbox.spec import MountSpec, Propagation
 from sandbox.steps.pod import remove_tree
 from sandbox.steps.rootfs import id_map
 from sandbox.steps.volumes import mount_images, open_source, unmount_images
+from sandbox.vm_pods.disks import guest_disks
 from sandbox.vm_pods.exports import (
     Export,
     Exporter,
@@ -134,6 +135,9 @@ def find_sources(container: Container) -> list[MountSource]:
     for number, mount in enumerate(container.record.spec.mounts):
         if number in container.live:
             found.append(container.live[number])
+            continue
+        if disk := guest_disks(container).get(mount.host_path):
+            found.append(MountSource(path=f"/dev/{disk.name}", is_directory=False))
             continue
         with _source(container, number, mount) as source:
             is_directory = stat.S_ISDIR(os.fstat(source).st_mode)
@@ -230,7 +234,7 @@ def _attach_all(
         directories, wanted = [], []
         table = mountinfo.read()
         for number, mount in enumerate(container.record.spec.mounts):
-            if number in container.live:
+            if number in container.live or mount.host_path in guest_disks(container):
                 continue
             source = held.enter_context(_source(container, number, mount))
             if huge := find_directory(source, number, mount):

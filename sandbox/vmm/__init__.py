@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from sandbox.errors import VmmError
 from sandbox.host.findings import HostCheck
@@ -23,13 +23,12 @@ from sandbox.spec import Value
 
 class Feature(StrEnum):
     """What a driver may be unable to do. Without it the verb, or a VmSpec that asks for it, is refused with
-    Unsupported. The bounds max_memory_mib, max_vcpus and max_nics ask for nothing yet."""
+    Unsupported. The bounds max_memory_mib, max_vcpus, max_nics and max_disks ask for nothing yet."""
 
     PAUSE = "pause"  # Machine.pause, Machine.resume
     GROW = "grow"  # Machine.grow
-    PLUG_NIC = "plug-nic"  # Machine.plug_nic
+    PLUG = "plug"  # Machine.plug, Machine.unplug, Machine.resize_disk
     SAVE = "save"  # Machine.save; VmSpec.savable, VmSpec.template
-    DISKS = "disks"  # VmSpec.disks
 
 
 class Unsupported(VmmError):
@@ -60,12 +59,13 @@ class NicSpec(Value, frozen=True, kw_only=True):
 
 
 class DiskSpec(Value, frozen=True, kw_only=True):
-    """A disk of the guest: a regular file or a block device of the host. The driver only opens it."""
+    """A disk of the guest: a block device of the host, or a regular file with the disk's content."""
 
-    path: str
-    serial: str  # what the guest finds it by; letters, digits and -_., at most 20 (virtio-blk's limit)
+    serial: str  # unique in the VM: what the guest finds it by; letters, digits and -_., at most 20
     readonly: bool = False
-    format: str = "raw"  # the only one: other formats name further files, and the guest may write them
+
+
+Device: TypeAlias = NicSpec | DiskSpec  # what can be plugged into a running VM
 
 
 class VmSpec(Value, frozen=True, kw_only=True):
@@ -83,12 +83,12 @@ class VmSpec(Value, frozen=True, kw_only=True):
     vcpus: int
     max_memory_mib: int = 0  # upper bound of `Machine.grow`; 0: no growth
     max_vcpus: int = 0  # likewise
-    max_nics: int = 0  # interfaces in all, with those that `Machine.plug_nic` adds; 0: no more than `nics`
+    max_nics: int = 0  # interfaces in all, with those that `Machine.plug` adds; 0: no more than `nics`
+    max_disks: int = 0  # disks that `Machine.plug` adds
     savable: bool = False  # a VM to be saved as a template: its RAM is a file in `run_dir`
     template: str = ""  # directory of a saved VM to restore; empty: boot
     shares: tuple[ShareSpec, ...] = ()
     nics: tuple[NicSpec, ...] = ()
-    disks: tuple[DiskSpec, ...] = ()  # present from boot, in this order
     netns: str = ""  # path of the network namespace that the VMM runs in; empty: the daemon's
     cgroups: tuple[str, ...] = ()  # cgroup directories joined before exec
 
@@ -114,6 +114,8 @@ class Candidate(Value, frozen=True, kw_only=True):
 
 # ------------------------------------------------------------------------------------ a running VM
 
+DISK_FACT = "disk."  # begins the names of facts about disks, see RunningVm.describe
+
 
 class RunningVm(Protocol):
     """What every driver's VM can do."""
@@ -130,8 +132,11 @@ class RunningVm(Protocol):
         """Return the last lines that the guest printed (at most 64 KiB are kept), for error messages."""
 
     async def describe(self) -> Mapping[str, str]:
-        """Return facts for `crictl inspectp`: at least `state`, `accelerator`, `pid`. Never raises for a
-        VM that has ended: `state` begins with "unknown" then."""
+        """Return facts for `crictl inspectp`: at least `state`, `accelerator`, `pid`, and for each disk that
+        uses a device of the host DISK_FACT followed by its serial number.
+
+        Never raises for a VM that has ended: `state` begins with "unknown" then.
+        """
 
     async def close(self) -> None:
         """Release the connection to the VM, which runs on. Idempotent."""
@@ -164,10 +169,26 @@ class Growable(Protocol):
         """
         raise Unsupported(self.handle.hypervisor, Feature.GROW)
 
-    async def plug_nic(self, number: int, nic: NicSpec, tap: int) -> None:
-        """Add network interface `number`, from 1 on and below VmSpec.max_nics; interfaces of VmSpec.nics
-        come first. The caller keeps the descriptor `tap`. Raises VmmError."""
-        raise Unsupported(self.handle.hypervisor, Feature.PLUG_NIC)
+    async def plug(self, device: Device, fd: int) -> None:
+        """Add a device, whose other end is `fd`: a tap, or an open disk. The caller keeps the descriptor.
+
+        A disk is opened for reading alone or for both, as its DiskSpec says; blocks and discards are as the
+        host's device has them. After a failure, nothing of the device is left. Raises VmmError, also for
+        more devices than VmSpec allows.
+        """
+        raise Unsupported(self.handle.hypervisor, Feature.PLUG)
+
+    async def unplug(self, device: Device) -> None:
+        """Remove a device, and close what it uses on the host. Idempotent, also for one that was never there.
+
+        A guest that does not release it in time keeps a device that fails. Raises VmmError, VmmGone,
+        DeadlineExceeded.
+        """
+        raise Unsupported(self.handle.hypervisor, Feature.PLUG)
+
+    async def resize_disk(self, disk: DiskSpec, size: int) -> None:
+        """Let the guest see that the host's device has this many bytes now. Raises VmmError."""
+        raise Unsupported(self.handle.hypervisor, Feature.PLUG)
 
 
 class Savable(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -207,3 +208,10 @@ async def test_template_adopts_a_new_token_after_the_snapshot_hello(agent: Agent
 async def test_request_to_release_inodes_is_answered_at_once_and_repeatable(guest: Guest) -> None:
     for _ in range(2):
         await guest.call(release_inodes=pb.ReleaseInodes())
+
+
+@pytest.mark.parametrize("serial", ["none-with-this-number", "", "../vda", "x" * 4000])
+async def test_disk_that_the_kernel_does_not_have_is_not_found(guest: Guest, serial: str) -> None:
+    with pytest.raises(GuestError) as refused:
+        await guest.client.call(pb.Request(find_disk=pb.FindDisk(serial=serial)), 10)
+    assert refused.value.errno == errno.ENODEV

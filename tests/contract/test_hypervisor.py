@@ -39,7 +39,7 @@ from sandbox.vmm import (
     VmSpec,
 )
 from sandbox.vmm.drivers import find_host, find_hypervisor, find_hypervisors
-from sandbox.vmm.qemu import hotplug
+from sandbox.vmm.qemu import devices, hotplug
 from tests.drivers import Kit, find_kit
 from tests.kit.eventually import eventually
 
@@ -290,36 +290,6 @@ async def test_channel_accepts_a_connection_before_the_guest_is_ready(site: Site
         assert process.alive(handle.vmm)
 
 
-# ------------------------------------------------------------------------------------------ disks
-
-
-async def test_disks_are_attached_as_requested(site: Site, tmp_path: Path) -> None:
-    for name, size in (("root", 1 << 20), ("scratch", 3 << 20)):
-        with (tmp_path / name).open("wb") as disk:
-            disk.truncate(size)
-        (tmp_path / name).chmod(0o600)
-    disks = (
-        DiskSpec(path=str(tmp_path / "root"), serial="root", readonly=True),
-        DiskSpec(path=str(tmp_path / "scratch"), serial="scratch-1"),
-    )
-    if await site.refuses(Feature.DISKS, disks=disks):
-        return
-    machine = await site.start(disks=disks)
-    described = await machine.describe()
-    assert described["disk.root"] == f"{1 << 20} ro"
-    assert described["disk.scratch-1"] == f"{3 << 20} rw"
-
-
-@pytest.mark.parametrize("path", ["/nonexistent/disk", "/dev/null"])
-async def test_start_with_a_path_that_is_no_disk_leaves_nothing(site: Site, path: str) -> None:
-    disks = (DiskSpec(path=path, serial="root"),)
-    if await site.refuses(Feature.DISKS, disks=disks):
-        return
-    with pytest.raises(VmmError, match=f"disk root: {path}"):
-        await site.start(disks=disks)
-    assert site.processes() == []
-
-
 # ---------------------------------------------------------------------------------------- pausing
 
 
@@ -347,7 +317,7 @@ async def test_paused_vm_prints_nothing_until_it_is_resumed(site: Site) -> None:
 
 # ---------------------------------------------------------------------------------------- growing
 
-GROWTH = {"max_memory_mib": 192, "max_vcpus": 2, "max_nics": 2}
+GROWTH = {"max_memory_mib": 192, "max_vcpus": 2, "max_nics": 2, "max_disks": 2}
 
 
 async def test_vm_is_not_grown_beyond_its_spec(site: Site) -> None:
@@ -377,16 +347,97 @@ async def test_qemu_guest_that_accepts_no_memory_fails_the_growth(
     await machine.close()
 
 
-async def test_nic_beyond_the_spec_is_rejected(site: Site) -> None:
+# --------------------------------------------------------------------------------------- plugging
+
+
+@contextmanager
+def opened(directory: Path, name: str, size: int = 1 << 20, mode: int = os.O_RDWR) -> Iterator[int]:
+    """A new file, which QEMU's user may not open."""
+    path = directory / name
+    path.touch(mode=0o600)
+    os.truncate(path, size)
+    fd = os.open(path, mode | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def plugging(site: Site) -> Machine | None:
+    """A VM with slots for a NIC and two disks. None: the driver cannot plug, and refuses to."""
     machine = await site.start(**GROWTH)
-    nic = NicSpec(mac="02:00:00:00:00:02")
-    if not site.supports(Feature.PLUG_NIC):
-        with unsupported(site, Feature.PLUG_NIC):
-            await machine.plug_nic(1, nic, -1)
+    if site.supports(Feature.PLUG):
+        return machine
+    disk = DiskSpec(serial="d")
+    with unsupported(site, Feature.PLUG):
+        await machine.plug(disk, -1)
+    with unsupported(site, Feature.PLUG):
+        await machine.unplug(disk)
+    with unsupported(site, Feature.PLUG):
+        await machine.resize_disk(disk, 1 << 20)
+    return None
+
+
+async def test_disks_are_plugged_resized_and_unplugged(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest of this suite releases no device, so what is unplugged stays there, and fails."""
+    monkeypatch.setattr(devices, "UNPLUG_TIMEOUT_S", 0.2)
+    machine = await plugging(site)
+    if machine is None:
         return
-    for number in (0, 2):
-        with pytest.raises(VmmError, match="more than"):
-            await machine.plug_nic(number, nic, -1)
+    root, scratch = DiskSpec(serial="root", readonly=True), DiskSpec(serial="scratch-1")
+    with opened(tmp_path, "root", mode=os.O_RDONLY) as fd:
+        await machine.plug(root, fd)
+        os.fstat(fd)  # still open: it belongs to the caller
+    with opened(tmp_path, "scratch", 3 << 20) as fd:
+        await machine.plug(scratch, fd)
+    described = await machine.describe()
+    assert (described["disk.root"], described["disk.scratch-1"]) == (f"{1 << 20} ro", f"{3 << 20} rw")
+    await machine.resize_disk(scratch, 4 << 20)
+    assert (await machine.describe())["disk.scratch-1"] == f"{4 << 20} rw"
+    with opened(tmp_path, "third") as fd, pytest.raises(VmmError, match="more than"):
+        await machine.plug(DiskSpec(serial="third"), fd)
+    # another daemon attaches and goes on
+    await machine.close()
+    machine = await site.hypervisor.attach(machine.handle)
+    for disk in (scratch, root):
+        for _ in range(2):
+            await machine.unplug(disk)
+    assert not [name for name in await machine.describe() if name.startswith("disk.")]
+    descriptors = [fd.readlink() for fd in Path(f"/proc/{machine.handle.vmm.pid}/fd").iterdir()]
+    assert not [path for path in descriptors if tmp_path in path.parents and path.name in ("root", "scratch")]
+    await machine.unplug(DiskSpec(serial="never"))
+    await machine.close()
+
+
+async def test_disk_that_cannot_be_plugged_leaves_nothing(site: Site, tmp_path: Path) -> None:
+    machine = await plugging(site)
+    if machine is None:
+        return
+    null = os.open("/dev/null", os.O_RDONLY)
+    with pytest.raises(VmmError, match="neither a block device"):
+        await machine.plug(DiskSpec(serial="null", readonly=True), null)
+    os.close(null)
+    with opened(tmp_path, "plain") as fd:
+        for serial in ("a,share-rw=on", "a" * 21, ""):
+            with pytest.raises(InvalidSpec, match="serial"):
+                await machine.plug(DiskSpec(serial=serial), fd)
+        with pytest.raises(VmmError):
+            await machine.plug(DiskSpec(serial="closed"), 1 << 20)
+        await machine.plug(DiskSpec(serial="plain"), fd)
+        with pytest.raises(VmmError):
+            await machine.plug(DiskSpec(serial="plain"), fd)
+    await machine.close()
+
+
+async def test_nic_beyond_the_spec_is_rejected(site: Site) -> None:
+    machine = await site.start()  # none beyond those of its start
+    if not site.supports(Feature.PLUG):
+        return
+    with pytest.raises(VmmError, match="more than"):
+        await machine.plug(NicSpec(mac="02:00:00:00:00:02"), -1)
+    await machine.close()
 
 
 # -------------------------------------------------------------------------------------- templates
@@ -466,7 +517,7 @@ async def test_fingerprint_covers_what_a_template_depends_on(site: Site) -> None
     first = await fingerprint()
     same = {"pod_id": "other", "run_dir": "/elsewhere", "shares": (), "netns": "/n", "cgroups": ()}
     assert await fingerprint(**same) == first
-    for changes in ({"memory_mib": 128}, {"vcpus": 2}, {"max_nics": 2}):
+    for changes in ({"memory_mib": 128}, {"vcpus": 2}):
         assert await fingerprint(**changes) != first
     site.guest("another guest")
     assert await fingerprint() != first

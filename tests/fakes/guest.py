@@ -77,6 +77,7 @@ class FakeAgent:
         self.token: bytes | None = None
         self.containers: dict[str, FakeContainer] = {}
         self.programs: dict[str, FakeProgram] = {}
+        self.disks: list[str] = []  # serial numbers of those that were found
         self.requests: list[pb.Request] = []
         self.hellos: list[pb.Hello] = []
         self.resets: list[int] = []
@@ -303,6 +304,10 @@ class FakeAgent:
                 del log.log[: opened - log.log_start]
                 log.log_start = opened
                 return pb.Reply(log_opened=pb.LogOpened(offset=opened))
+            case "find_disk":
+                self.disks.append(request.find_disk.serial)
+                number = len(self.disks) - 1
+                return pb.Reply(disk=pb.DiskFound(name=f"vd{chr(97 + number)}", major=254, minor=16 * number))
             case "remove":
                 self.containers.pop(request.remove.container_id, None)
         return pb.Reply()

@@ -20,7 +20,7 @@ from network.attach import Attachment, Interface, NetworkRequest
 from sandbox.errors import VmmError, VmmGone
 from sandbox.host.openat import read_beneath
 from sandbox.host.process import ProcessIdentity
-from sandbox.vmm import Feature, Machine, NicSpec, VmHandle, VmSpec
+from sandbox.vmm import Device, DiskSpec, Feature, Machine, VmHandle, VmSpec
 from tests.fakes import cri
 from tests.fakes.guest import FakeAgent
 
@@ -106,8 +106,19 @@ class FakeMachine:
         self._vm.take("vm.grow")
         self._vm.grown = (memory_mib, vcpus)
 
-    async def plug_nic(self, number: int, nic: NicSpec, tap: int) -> None:
-        self._vm.take("vm.plug_nic")
+    async def plug(self, device: Device, fd: int) -> None:
+        self._vm.take("vm.plug")
+        if isinstance(device, DiskSpec):
+            self._vm.disks[device.serial] = os.fstat(fd).st_rdev
+
+    async def unplug(self, device: Device) -> None:
+        self._vm.take("vm.unplug")
+        if isinstance(device, DiskSpec):
+            self._vm.disks.pop(device.serial, None)
+
+    async def resize_disk(self, disk: DiskSpec, size: int) -> None:
+        self._vm.take("vm.resize_disk")
+        self._vm.sizes[disk.serial] = size
 
     async def save(self, directory: Path) -> None:
         self._vm.take("vm.save")
@@ -118,7 +129,7 @@ class FakeMachine:
         return "the guest's last words"
 
     async def describe(self) -> Mapping[str, str]:
-        return {"state": "running"}
+        return {"state": "running"} | {f"disk.{serial}": "" for serial in self._vm.disks}
 
     async def close(self) -> None:
         return None
@@ -135,6 +146,8 @@ class FakeVm:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     paused: bool = False
     grown: tuple[int, int] = (0, 0)
+    disks: dict[str, int] = field(default_factory=dict)  # device numbers of the host by serial number
+    sizes: dict[str, int] = field(default_factory=dict)  # by serial number, as reported to the guest
 
     def take(self, operation: str) -> None:
         """Something is done to it that holds nothing new."""

@@ -27,6 +27,7 @@ from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, 
 from sandbox.steps.container import CompiledPlan
 from sandbox.steps.pod import Netns, Network, RunDir, Shares
 from sandbox.steps.rootfs import ContainerRootfs
+from sandbox.vm_pods.disks import Disks
 from sandbox.vm_pods.guest_mounts import GuestMounts
 from sandbox.vm_pods.steps import Guest, Identity, Size, Vm
 from sandbox.vm_pods.volumes import Volumes
@@ -36,7 +37,7 @@ from tests.fakes.guest import FakeAgent
 from tests.kit.eventually import eventually
 
 POD_STEPS: list[type[Any]] = [RunDir, Netns, Network, Shares, Vm, Size, Identity, Guest]
-CONTAINER_STEPS: list[type[Any]] = [ContainerRootfs, GuestMounts, Volumes, CompiledPlan]
+CONTAINER_STEPS: list[type[Any]] = [ContainerRootfs, Disks, GuestMounts, Volumes, CompiledPlan]
 POD_FAULTS = ["cgroup.create", "network.prepare", "network.up", "vm.start"]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from sandbox.host.proc import read_stat
 from tests.kit.cni import BRIDGE, leases_in
 from tests.kit.eventually import eventually_sync
+from tests.kit.loops import loops_naming
 from tests.kit.namespace import Namespace
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -34,6 +35,7 @@ class Census:
     directories: frozenset[str] = frozenset()
     leases: frozenset[str] = frozenset()
     links: frozenset[str] = frozenset()
+    loops: frozenset[str] = frozenset()
 
     def since(self, before: Census) -> list[str]:
         """Return what exists now and did not in `before`, one line each."""
@@ -129,7 +131,10 @@ def processes_of_run(directory: str) -> frozenset[str]:
 def left_over(mark: str) -> list[str]:
     """Return anything on the machine that names `mark`, a run's directory."""
     return Census(
-        processes=processes_of_run(mark), mounts=mounts_naming(mark), cgroups=cgroups_naming(Path(mark).name)
+        processes=processes_of_run(mark),
+        mounts=mounts_naming(mark),
+        cgroups=cgroups_naming(Path(mark).name),
+        loops=loops_naming(mark),
     ).since(Census())
 
 
@@ -141,6 +146,8 @@ def end_all(mark: str) -> None:
     for point in sorted(mounts_naming(mark), reverse=True):
         subprocess.run(["umount", "--lazy", point], check=False)
     wait_for_leaks(lambda: sorted(processes_of_run(mark)), 5)
+    for loop in loops_naming(mark):
+        subprocess.run(["losetup", "--detach", f"/dev/{loop.partition(':')[0]}"], check=False)
     remove_cgroups(Path(mark).name)
 
 

@@ -97,7 +97,7 @@ def test_privileged_container_has_no_filter() -> None:
 def test_requested_device_is_allowed_with_its_permissions() -> None:
     device = DeviceSpec(container_path="/dev/fuse", host_path="/dev/fuse", permissions="r")
     spec = ContainerSpec(name="c", image="i", devices=(device,))
-    program = device_filter_for(spec, guest_devices(spec))
+    program = device_filter_for(spec, guest_devices(spec, {}))
     assert run(program, CHAR, READ, 10, 229) == 1
     assert run(program, CHAR, RW, 10, 229) == 0
 
@@ -114,7 +114,7 @@ def test_requested_device_is_allowed_with_its_permissions() -> None:
 def test_device_that_no_guest_has_is_rejected_with_its_field(device: DeviceSpec, field: str) -> None:
     null = DeviceSpec(container_path="/dev/null", host_path="/dev/null")
     with pytest.raises(InvalidSpec) as caught:
-        guest_devices(ContainerSpec(name="c", image="i", devices=(null, device)))
+        guest_devices(ContainerSpec(name="c", image="i", devices=(null, device)), {})
     assert caught.value.field == f"config.devices[1].{field}"
 
 

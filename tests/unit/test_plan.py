@@ -62,7 +62,7 @@ def start(
         files=FILES,
         seccomp=Filter(),
         device_filter=b"",
-        devices=guest_devices(container),
+        devices=guest_devices(container, {}),
     )
 
 

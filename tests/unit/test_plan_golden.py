@@ -76,7 +76,7 @@ def start(
         seccomp=seccomp or Filter(),
         device_filter=device_filter,
         apparmor=apparmor,
-        devices=guest_devices(spec),
+        devices=guest_devices(spec, {}),
     )
 
 

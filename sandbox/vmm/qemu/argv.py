@@ -1,12 +1,12 @@
 """The command line of a QEMU that runs a pod, computed from values alone.
 
 Pure and pinned by golden files, where what a VM is made of can be read, reviewed and compared.
-QEMU gets every file, socket, disk and tap as an inherited descriptor: it opens nothing by name, so it can
+QEMU gets every file, socket and tap as an inherited descriptor: it opens nothing by name, so it can
 run as an unprivileged user, and no path of the host reaches it.
 
 A VM that is restored from a template (`spec.template`) has the same devices in the same slots as the one
 that was saved, with two differences: it needs no kernel, and its shares are missing, as QEMU before 8.2
-cannot migrate a VM with vhost-user-fs devices. They are hot-plugged into the ports reserved for them.
+cannot migrate a VM with vhost-user-fs devices. They are hot-plugged, as other devices are (see `devices`).
 
 The driver's own options (VmSpec.options):
 
@@ -22,7 +22,7 @@ import msgspec
 
 from sandbox.errors import InvalidSpec
 from sandbox.spec import Value
-from sandbox.vmm import DiskSpec, VmSpec
+from sandbox.vmm import VmSpec
 
 NAME = "qemu"  # of the driver, in handles and facts
 CHANNEL_PORT = "husk.0"
@@ -30,8 +30,11 @@ GROWING = "growing"  # id of the virtio-mem device
 ACCELERATORS = ("kvm", "tcg")
 OPTIONS = ("machine", "cpu")
 DEFAULT_MACHINE = "q35"
-SHARE_PORTS = 2  # PCIe ports reserved for shares, which are plugged in after a restore
-SERIAL_MAX = 20  # bytes; VIRTIO_BLK_ID_BYTES
+# The bus of hot-plugged devices, with 32 slots. The first is the channel's: without a device at boot, the
+# guest's kernel would give the bus no memory; with one, it gives a MiB of each kind, enough for all slots.
+PLUG_BUS = "plug"
+SLOTS = 31
+MAX_SHARES = 2
 
 # Kernel arguments of every guest. A panic or a reboot ends the VM (with -no-reboot) instead of booting
 # again; the rest saves time: probing a clock that is known to be good, self-tests of ciphers, serial
@@ -62,13 +65,6 @@ class NicFds(msgspec.Struct, frozen=True, kw_only=True):
     vhost: int = -1  # of /dev/vhost-net; -1: packets go through QEMU
 
 
-class DiskFd(msgspec.Struct, frozen=True, kw_only=True):
-    """Descriptor of one disk, opened for reading or for both as its DiskSpec says."""
-
-    fd: int
-    device: bool = False  # a block device, not a regular file
-
-
 class Fds(msgspec.Struct, frozen=True, kw_only=True):
     """Descriptors that QEMU inherits: files open for reading and sockets listening, unless said otherwise."""
 
@@ -80,14 +76,12 @@ class Fds(msgspec.Struct, frozen=True, kw_only=True):
     ram: int = -1  # the file that holds the guest's RAM; -1: QEMU allocates it
     shares: Mapping[str, int] = {}  # by tag: connected to the share's virtiofsd
     nics: tuple[NicFds, ...] = ()
-    disks: tuple[DiskFd, ...] = ()
 
     def all(self) -> tuple[int, ...]:
         """Return every descriptor, in no particular order."""
         single = (self.monitor, self.console, self.channel, self.kernel, self.initramfs, self.ram)
         nics = (fd for nic in self.nics for fd in (nic.tap, nic.vhost))
-        disks = (disk.fd for disk in self.disks)
-        return tuple(fd for fd in (*single, *self.shares.values(), *nics, *disks) if fd >= 0)
+        return tuple(fd for fd in (*single, *self.shares.values(), *nics) if fd >= 0)
 
 
 class LaunchPlan(Value, frozen=True, kw_only=True):
@@ -108,8 +102,8 @@ def plan(program: str, spec: VmSpec, fds: Fds) -> LaunchPlan:
         *_machine(spec),
         *_memory(spec, fds),
         *_boot(spec, fds),
+        *("-device", f"pcie-pci-bridge,id={PLUG_BUS},addr=0x10"),
         *_channels(fds),
-        *_ports(spec),
     ]
     for tag, fd in fds.shares.items():
         argv += ["-chardev", f"socket,id=fs-{tag},fd={fd}"]
@@ -117,8 +111,6 @@ def plan(program: str, spec: VmSpec, fds: Fds) -> LaunchPlan:
             argv += ["-device", _written(share_device(tag))]
     for number, (nic, nic_fds) in enumerate(zip(spec.nics, fds.nics, strict=True)):
         argv += _nic(number, nic.mac, nic.mtu, nic_fds)
-    for number, (disk, disk_fd) in enumerate(zip(spec.disks, fds.disks, strict=True)):
-        argv += _disk(number, disk, disk_fd)
     # spawn: no child processes. elevateprivileges: no set-user-id. resourcecontrol: no change of scheduling.
     argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     return LaunchPlan(argv=tuple(argv), pass_fds=fds.all())
@@ -140,7 +132,7 @@ def check_settings(accelerator: str, options: Mapping[str, str]) -> None:
         if name not in OPTIONS:
             raise InvalidSpec(f"options.{name}", "is not an option of QEMU's driver", ", ".join(OPTIONS))
         # a CPU model is a list of features with values
-        _check_text(f"options.{name}", value.replace(",", "").replace("=", "") if name == "cpu" else value)
+        check_text(f"options.{name}", value.replace(",", "").replace("=", "") if name == "cpu" else value)
 
 
 def check(spec: VmSpec) -> None:
@@ -154,28 +146,18 @@ def check(spec: VmSpec) -> None:
         *(("share", share.tag) for share in spec.shares),
         *(("mac", nic.mac) for nic in spec.nics),
     ):
-        _check_text(field, text)
-    for disk in spec.disks:
-        _check_disk(disk)
-    if spec.disks and (spec.savable or spec.template):
-        raise InvalidSpec("disks", "a template has no disks, as their content would be shared", "none")
+        check_text(field, text)
     if spec.memory_mib < 64 or spec.vcpus < 1:
         raise InvalidSpec("size", f"{spec.memory_mib} MiB and {spec.vcpus} CPUs", "at least 64 MiB and 1 CPU")
-    if spec.template and len(spec.shares) > SHARE_PORTS:
-        raise InvalidSpec(
-            "shares", f"{len(spec.shares)} shares with a template", f"at most {SHARE_PORTS} of them"
-        )
+    if len(spec.shares) > MAX_SHARES:
+        raise InvalidSpec("shares", f"{len(spec.shares)} shares", f"at most {MAX_SHARES} of them")
+    plugged = MAX_SHARES + max(0, spec.max_nics - 1) + spec.max_disks
+    if plugged > SLOTS:
+        raise InvalidSpec("max_disks", f"{plugged} devices to plug, with NICs and shares", f"at most {SLOTS}")
 
 
-def _check_disk(disk: DiskSpec) -> None:
-    _check_text("disks.serial", disk.serial)
-    if len(disk.serial) > SERIAL_MAX:
-        raise InvalidSpec("disks.serial", f"{disk.serial!r} is too long", f"at most {SERIAL_MAX} bytes")
-    if disk.format != "raw":
-        raise InvalidSpec("disks.format", f"{disk.format!r} is not supported", "raw")
-
-
-def _check_text(field: str, text: str) -> None:
+def check_text(field: str, text: str) -> None:
+    """Check that a value can be a part of an option. Raises InvalidSpec."""
     if not text or not all(c.isascii() and (c.isalnum() or c in "-_.:") for c in text):
         raise InvalidSpec(field, f"{text!r} cannot be passed to QEMU", "letters, digits and -_.:")
 
@@ -259,42 +241,9 @@ def _channels(fds: Fds) -> list[str]:
         *listening("console", fds.console),
         *("-serial", "chardev:console"),
         *listening("channel", fds.channel),
-        *("-device", "virtio-serial-pci,id=serial,max_ports=2"),
+        *("-device", f"virtio-serial-pci,id=serial,max_ports=2,bus={PLUG_BUS},addr=0,disable-legacy=on"),
         *("-device", f"virtserialport,bus=serial.0,chardev=channel,name={CHANNEL_PORT}"),
     ]
-
-
-def _ports(spec: VmSpec) -> list[str]:
-    """PCIe ports for hot-plugged devices, one device each: shares first, then NICs beyond the first."""
-    nics = max(0, spec.max_nics - 1)
-    ports = SHARE_PORTS + nics if nics or spec.savable or spec.template else 0
-    device = "pcie-root-port,id={port},chassis={number},addr={slot}.{function},multifunction=on"
-    return [
-        part
-        for number in range(ports)
-        for part in (
-            "-device",
-            # eight functions to a slot, in slots of nothing else: all other devices keep their addresses,
-            # whatever the number of ports
-            device.format(
-                port=_port(number), number=number + 1, slot=hex(0x10 + number // 8), function=number % 8
-            ),
-        )
-    ]
-
-
-def _port(number: int) -> str:
-    return f"port{number}"
-
-
-def share_port(number: int) -> str:
-    """Return the port of share `number`, from 0 on."""
-    return _port(number)
-
-
-def nic_port(number: int) -> str:
-    """Return the port of network interface `number`, from 1 on."""
-    return _port(SHARE_PORTS + number - 1)
 
 
 def share_device(tag: str) -> dict[str, object]:
@@ -302,9 +251,9 @@ def share_device(tag: str) -> dict[str, object]:
     return {"driver": "vhost-user-fs-pci", "chardev": f"fs-{tag}", "tag": tag, "queue-size": 1024}
 
 
-def nic_device(number: int, mac: str, mtu: int) -> dict[str, object]:
-    """Return the device of a NIC whose other end is the netdev `netNUMBER`."""
-    device: dict[str, object] = {"driver": "virtio-net-pci", "netdev": f"net{number}", "mac": mac}
+def nic_device(netdev: str, mac: str, mtu: int) -> dict[str, object]:
+    """Return the device of a NIC whose other end is the netdev of this id."""
+    device: dict[str, object] = {"driver": "virtio-net-pci", "netdev": netdev, "mac": mac}
     return device | ({"host_mtu": mtu} if mtu else {}) | {"romfile": ""}
 
 
@@ -312,22 +261,7 @@ def _nic(number: int, mac: str, mtu: int, fds: NicFds) -> list[str]:
     vhost = f",vhost=on,vhostfd={fds.vhost}" if fds.vhost >= 0 else ""
     return [
         *("-netdev", f"tap,id=net{number},fd={fds.tap}{vhost}"),
-        *("-device", _written(nic_device(number, mac, mtu))),
-    ]
-
-
-def _disk(number: int, disk: DiskSpec, fd: DiskFd) -> list[str]:
-    """A disk by a set of one descriptor: opening /dev/fdset/N duplicates it, where opening
-    /proc/self/fd/N would check the permissions of QEMU's user again. The descriptor has to be open in the
-    mode that `read-only` implies."""
-    name, number_of_set = f"disk{number}", number + 1
-    readonly = "on" if disk.readonly else "off"
-    file = f"file.driver={'host_device' if fd.device else 'file'},file.filename=/dev/fdset/{number_of_set}"
-    node = f"driver=raw,node-name={name},read-only={readonly},{file}"
-    return [
-        *("-add-fd", f"fd={fd.fd},set={number_of_set}"),
-        *("-blockdev", node if disk.readonly else f"{node},discard=unmap"),
-        *("-device", f"virtio-blk-pci,id={name},drive={name},serial={disk.serial}"),
+        *("-device", _written(nic_device(f"net{number}", mac, mtu))),
     ]
 
 

@@ -1,19 +1,18 @@
-"""What a QEMU inherits: files, disks, listening sockets and the memory of its guest."""
+"""What a QEMU inherits: files, listening sockets and the memory of its guest."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import stat
 from pathlib import Path
 
 from sandbox.errors import MissingProgram, VmmError
 from sandbox.host import unix_sockets
 from sandbox.host.process import Credentials
-from sandbox.vmm import DiskSpec, VmSpec
+from sandbox.vmm import VmSpec
 from sandbox.vmm.qemu import snapshot
-from sandbox.vmm.qemu.argv import DiskFd, Fds, NicFds
+from sandbox.vmm.qemu.argv import Fds, NicFds
 
 VHOST_NET = "/dev/vhost-net"
 LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -40,7 +39,6 @@ def open_files(spec: VmSpec, taps: tuple[int, ...], held: contextlib.ExitStack) 
         kernel=kernel,
         initramfs=initramfs,
         nics=tuple(NicFds(tap=tap, vhost=_open_vhost(held)) for tap in taps),
-        disks=tuple(_open_disk(disk, held) for disk in spec.disks),
     )
 
 
@@ -56,18 +54,6 @@ def _open_guest(spec: VmSpec, held: contextlib.ExitStack) -> tuple[int, int]:
         # QEMU would run anything else as a boot sector
         raise VmmError(f"{spec.kernel} is not an ELF kernel (vmlinux); husk guest build makes one")
     return kernel, readable(spec.initramfs, "guest initramfs")
-
-
-def _open_disk(disk: DiskSpec, held: contextlib.ExitStack) -> DiskFd:
-    mode = os.O_RDONLY if disk.readonly else os.O_RDWR
-    try:
-        fd = keep(held, os.open(disk.path, mode | os.O_CLOEXEC))
-    except OSError as error:
-        raise VmmError(f"disk {disk.serial}: {disk.path}: {error.strerror}") from error
-    kind = os.fstat(fd).st_mode
-    if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
-        raise VmmError(f"disk {disk.serial}: {disk.path} is neither a regular file nor a block device")
-    return DiskFd(fd=fd, device=stat.S_ISBLK(kind))
 
 
 async def open_ram(spec: VmSpec, user: Credentials, held: contextlib.ExitStack) -> int:

@@ -12,10 +12,10 @@ from sandbox.errors import DeadlineExceeded, VmmError
 from sandbox.host import process
 from sandbox.host.process import ProcessIdentity
 from sandbox.host.tasks import end
-from sandbox.vmm import Machine, NicSpec, VmHandle
+from sandbox.vmm import Device, DiskSpec, Machine, VmHandle
 from sandbox.vmm.console import Console, printable
-from sandbox.vmm.qemu import hotplug, snapshot
-from sandbox.vmm.qemu.argv import NAME, nic_device, nic_port, process_name, share_device, share_port
+from sandbox.vmm.qemu import devices, hotplug, snapshot
+from sandbox.vmm.qemu.argv import NAME, process_name
 from sandbox.vmm.qemu.qmp import Monitor
 
 LOG_LIMIT = 256 << 10
@@ -30,6 +30,7 @@ class QemuMachine(Machine):
         self._monitor = monitor
         self._console = console
         self._run_dir = Path(handle.spec.run_dir)
+        self._plugging = asyncio.Lock()  # so that what a command is about is not changed by another
         self._trim = asyncio.create_task(_limit_log(self._run_dir / "qemu.log"), name="qemu-log")
 
     async def wait(self) -> str:
@@ -88,16 +89,19 @@ class QemuMachine(Machine):
         await hotplug.plug_cpus(self._monitor, vcpus)
         await hotplug.add_memory(self._monitor, (memory_mib - spec.memory_mib) << 20)
 
-    async def plug_nic(self, number: int, nic: NicSpec, tap: int) -> None:
+    async def plug(self, device: Device, fd: int) -> None:
+        """See Growable and `devices`."""
+        async with self._plugging:
+            await devices.plug(self._monitor, self.handle.spec, device, fd)
+
+    async def unplug(self, device: Device) -> None:
+        """See Growable and `devices`."""
+        async with self._plugging:
+            await devices.unplug(self._monitor, device)
+
+    async def resize_disk(self, disk: DiskSpec, size: int) -> None:
         """See Growable."""
-        if not 1 <= number < self.handle.spec.max_nics:
-            limit = max(self.handle.spec.max_nics, len(self.handle.spec.nics))
-            raise VmmError(f"network interface {number + 1} is more than this VM can have ({limit})")
-        name = f"net{number}"
-        await self._monitor.pass_descriptor(name, tap)
-        await self._monitor.execute("netdev_add", {"type": "tap", "id": name, "fd": name})
-        device = nic_device(number, nic.mac, nic.mtu)
-        await self._monitor.execute("device_add", device | {"bus": nic_port(number)})
+        await devices.resize_disk(self._monitor, disk, size)
 
     async def restore(self) -> None:
         """Load the template's state, then plug in the shares, which could not be saved with it.
@@ -106,9 +110,8 @@ class QemuMachine(Machine):
         """
         spec = self.handle.spec
         await snapshot.restore(self._monitor, Path(spec.template))
-        for number, share in enumerate(spec.shares):
-            device = share_device(share.tag) | {"id": f"share-{share.tag}", "bus": share_port(number)}
-            await self._monitor.execute("device_add", device)
+        for share in spec.shares:
+            await devices.plug_share(self._monitor, share.tag)
 
     async def save(self, directory: Path) -> None:
         """See Savable and `snapshot`."""
@@ -131,7 +134,7 @@ class QemuMachine(Machine):
         try:
             status = await self._monitor.execute("query-status")
             version = await self._monitor.execute("query-version")
-            facts |= await self._describe_disks()
+            facts |= await devices.describe_disks(self._monitor)
         except (VmmError, DeadlineExceeded) as error:
             return facts | {"state": f"unknown: {error}"}
         if isinstance(status, dict):
@@ -140,16 +143,6 @@ class QemuMachine(Machine):
             numbers = version["qemu"]
             facts["version"] = ".".join(str(numbers.get(part)) for part in ("major", "minor", "micro"))
         return facts
-
-    async def _describe_disks(self) -> Mapping[str, str]:
-        disks = self.handle.spec.disks
-        nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True}) if disks else []
-        found = {node["node-name"]: node for node in nodes} if isinstance(nodes, list) else {}
-        return {
-            f"disk.{disk.serial}": f"{node['image']['virtual-size']} {'ro' if node['ro'] else 'rw'}"
-            for number, disk in enumerate(disks)
-            if (node := found.get(f"disk{number}")) is not None
-        }
 
     async def close(self) -> None:
         """See RunningVm."""

@@ -95,12 +95,16 @@ class Monitor:
 
     async def pass_descriptor(self, name: str, fd: int) -> None:
         """Give QEMU a duplicate of a descriptor under `name` (QMP `getfd`). Raises as `execute` does."""
+        await self.execute_with_descriptor("getfd", {"fdname": name}, fd)
+
+    async def execute_with_descriptor(self, command: str, arguments: Mapping[str, object], fd: int) -> object:
+        """Run a command that takes a duplicate of a descriptor. Raises as `execute` does."""
         try:
             # Directly, as uvloop hides the socket from the package. QEMU ignores white space.
             socket.send_fds(self._connection, [b" "], [fd])
         except OSError as error:
             raise VmmGone(f"passing a descriptor to QEMU: {error}") from error
-        await self.execute("getfd", {"fdname": name})
+        return await self.execute(command, arguments)
 
     async def close(self) -> None:
         """Close the connection; the VM runs on. Idempotent."""

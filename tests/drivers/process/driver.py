@@ -117,8 +117,6 @@ def _check(spec: VmSpec) -> None:
         raise InvalidSpec("accelerator", "'auto' has to be decided before")
     if spec.savable or spec.template:
         raise Unsupported(NAME, Feature.SAVE)
-    if spec.disks:
-        raise Unsupported(NAME, Feature.DISKS)
     _stat(spec.kernel)
     with Path(spec.kernel).open("rb") as program:
         if program.read(4)[:2] not in (b"\x7fE", b"#!"):
