@@ -33,6 +33,8 @@ typedef Husk__Guest__V1__MountExports MountExports;
 typedef Husk__Guest__V1__Export Export;
 typedef Husk__Guest__V1__ExportPart ExportPart;
 typedef Husk__Guest__V1__KeepExports KeepExports;
+typedef Husk__Guest__V1__RefreshNames RefreshNames;
+typedef Husk__Guest__V1__RefreshFile RefreshFile;
 typedef Husk__Guest__V1__Device Device;
 typedef Husk__Guest__V1__DiskFound DiskFound;
 typedef Husk__Guest__V1__Link Link;

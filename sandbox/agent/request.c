@@ -19,6 +19,7 @@
 #include "huge.h"
 #include "inodes.h"
 #include "live.h"
+#include "refresh.h"
 #include "reply.h"
 #include "sockets.h"
 
@@ -50,6 +51,14 @@ static int reserve_huge_pages(struct agent *agent, const Request *request, struc
 static int release_inodes(struct agent *agent, const Request *request, struct error *error) {
     (void)request;
     return inodes_release(agent, error);
+}
+
+static int refresh_cached_names(struct agent *agent, const Request *request, struct error *error) {
+    return refresh_names(agent, request->refresh_names, error);
+}
+
+static int refresh_cached_file(struct agent *agent, const Request *request, struct error *error) {
+    return refresh_file(agent, request->refresh_file, error);
 }
 
 static int configure(struct agent *agent, const Request *request, struct error *error) {
@@ -211,6 +220,8 @@ static const struct handler handlers[] = {
     [HUSK__GUEST__V1__REQUEST__BODY_KEEP_SOCKETS] = {.run = keep_sockets},
     [HUSK__GUEST__V1__REQUEST__BODY_ACCEPT_SOCKET] = {.start = accept_socket},
     [HUSK__GUEST__V1__REQUEST__BODY_FIND_DISK] = {.start = find_disk},
+    [HUSK__GUEST__V1__REQUEST__BODY_REFRESH_NAMES] = {.run = refresh_cached_names},
+    [HUSK__GUEST__V1__REQUEST__BODY_REFRESH_FILE] = {.run = refresh_cached_file},
 };
 
 // A body that a newer protocol has is an unknown field here, and its tag is the number of the body.

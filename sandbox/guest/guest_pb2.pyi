@@ -273,6 +273,8 @@ class Request(_message.Message):
     KEEP_SOCKETS_FIELD_NUMBER: _builtins.int
     ACCEPT_SOCKET_FIELD_NUMBER: _builtins.int
     FIND_DISK_FIELD_NUMBER: _builtins.int
+    REFRESH_NAMES_FIELD_NUMBER: _builtins.int
+    REFRESH_FILE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ping(self) -> Global___Ping: ...
     @_builtins.property
@@ -325,6 +327,10 @@ class Request(_message.Message):
     def accept_socket(self) -> Global___AcceptSocket: ...
     @_builtins.property
     def find_disk(self) -> Global___FindDisk: ...
+    @_builtins.property
+    def refresh_names(self) -> Global___RefreshNames: ...
+    @_builtins.property
+    def refresh_file(self) -> Global___RefreshFile: ...
     def __init__(
         self,
         *,
@@ -354,12 +360,14 @@ class Request(_message.Message):
         keep_sockets: Global___KeepSockets | None = ...,
         accept_socket: Global___AcceptSocket | None = ...,
         find_disk: Global___FindDisk | None = ...,
+        refresh_names: Global___RefreshNames | None = ...,
+        refresh_file: Global___RefreshFile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "find_disk", b"find_disk", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "find_disk", b"find_disk", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "refresh_file", b"refresh_file", "refresh_names", b"refresh_names", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "find_disk", b"find_disk", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_socket", b"accept_socket", "attach", b"attach", "body", b"body", "change_files", b"change_files", "configure", b"configure", "dial", b"dial", "exec", b"exec", "find_disk", b"find_disk", "huge_pages", b"huge_pages", "keep_exports", b"keep_exports", "keep_sockets", b"keep_sockets", "keep_trees", b"keep_trees", "listen_sockets", b"listen_sockets", "mount_exports", b"mount_exports", "online_cpus", b"online_cpus", "open_log", b"open_log", "ping", b"ping", "power_off", b"power_off", "prepare", b"prepare", "read_cgroup", b"read_cgroup", "read_clocks", b"read_clocks", "refresh_file", b"refresh_file", "refresh_names", b"refresh_names", "release_inodes", b"release_inodes", "remove", b"remove", "resize", b"resize", "signal", b"signal", "start", b"start", "write_cgroup", b"write_cgroup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees", "mount_exports", "keep_exports", "release_inodes", "listen_sockets", "keep_sockets", "accept_socket", "find_disk"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ping", "power_off", "read_clocks", "prepare", "online_cpus", "huge_pages", "configure", "start", "exec", "signal", "resize", "attach", "dial", "open_log", "write_cgroup", "read_cgroup", "remove", "change_files", "keep_trees", "mount_exports", "keep_exports", "release_inodes", "listen_sockets", "keep_sockets", "accept_socket", "find_disk", "refresh_names", "refresh_file"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -706,6 +714,59 @@ class ReleaseInodes(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseInodes: _TypeAlias = ReleaseInodes  # noqa: Y015
+
+@_typing.final
+class RefreshNames(_message.Message):
+    """Begin to look up names again where the host has mounted or unmounted something: what the guest has cached of
+    them, and mounted there, is dropped. The reply does not wait for it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_ID_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    container_id: _builtins.str
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """in the container"""
+
+    def __init__(
+        self,
+        *,
+        container_id: _builtins.str = ...,
+        paths: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "paths", b"paths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefreshNames: _TypeAlias = RefreshNames  # noqa: Y015
+
+@_typing.final
+class RefreshFile(_message.Message):
+    """Read a file of a share again that the host has changed, and cause the inotify events of a file that was
+    written, for who watches it in the guest.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """an export that is a file"""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefreshFile: _TypeAlias = RefreshFile  # noqa: Y015
 
 @_typing.final
 class HugePages(_message.Message):

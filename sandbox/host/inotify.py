@@ -7,11 +7,12 @@ caused it returns, so a queue that is empty after files were read shows that the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from sandbox.host import syscalls
@@ -122,3 +123,14 @@ class Watcher(Generic[T]):
         if event.mask & IN_IGNORED:
             return self._owners.pop(event.watch, {})
         return self._owners.get(event.watch, {})
+
+
+async def follow(watcher: Watcher[T], changed: Callable[[], None]) -> None:
+    """Call `changed` whenever the watcher has events to read, until cancelled; then close the watcher."""
+    loop = asyncio.get_running_loop()
+    loop.add_reader(watcher.descriptor, changed)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        loop.remove_reader(watcher.descriptor)
+        watcher.close()

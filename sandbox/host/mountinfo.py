@@ -91,13 +91,8 @@ def relative(path: str, above: str) -> str | None:
 def find_tree(descriptor: int, table: Sequence[Mounted]) -> Tree | None:
     """Return the tree of an open file (an O_PATH descriptor does) by the caller's own mount table; None: the
     mount is not in the table, as it has been unmounted or belongs to another namespace."""
-    for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "mnt_id":
-            mount = next((each for each in table if each.id == int(value)), None)
-            break
-    else:
-        return None
+    number = mount_id(descriptor)
+    mount = next((each for each in table if each.id == number), None)
     if mount is None:
         return None
     place = str(Path(f"/proc/self/fd/{descriptor}").readlink())
@@ -111,6 +106,15 @@ def find_tree(descriptor: int, table: Sequence[Mounted]) -> Tree | None:
         readonly=mount.readonly,
         submounts=dict(_beneath(place, table)),
     )
+
+
+def mount_id(descriptor: int) -> int:
+    """Return the id of the mount that an open file is in (proc(5), /proc/PID/fdinfo). Raises OSError."""
+    for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "mnt_id":
+            return int(value)
+    return -1  # Linux before 3.15
 
 
 def _beneath(place: str, table: Iterable[Mounted]) -> Iterable[tuple[str, Mounted]]:

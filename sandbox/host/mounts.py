@@ -45,14 +45,17 @@ def set_propagation(target: Path, flags: int) -> None:
     syscalls.mount("", target, flags=flags)
 
 
-def clone_tree(source: int, what: Path) -> int:
-    """Copy the mount that `source` (an O_PATH descriptor) is in, from there on, with all mounts below it.
+def clone_tree(source: int, what: Path, *, recursive: bool = True) -> int:
+    """Copy the mount that `source` (an O_PATH descriptor) is in, from there on.
+
+    `recursive` includes all mounts below it.
 
     Returns a descriptor that the caller owns. The copy is attached nowhere yet: it lasts as long as the
     descriptor, unless `attach_tree` mounts it (open_tree(2), OPEN_TREE_CLONE). `what` names the source in
     errors.
     """
-    flags = syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC | syscalls.AT_EMPTY_PATH | syscalls.AT_RECURSIVE
+    flags = syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC | syscalls.AT_EMPTY_PATH
+    flags |= syscalls.AT_RECURSIVE if recursive else 0
     return syscalls.open_tree(source, "", flags, what=what)
 
 

@@ -26,7 +26,7 @@ from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.spec import ContainerId, ExitCode
 from sandbox.vm_pods.disks import Disks
-from sandbox.vm_pods.guest_mounts import GuestSources
+from sandbox.vm_pods.guest_mounts import Recoverable
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.propagation import PropagationSync
 from sandbox.vm_pods.volumes import release_unused
@@ -45,7 +45,7 @@ class VmContainers:
         exits: Exits,
         tasks: Tasks,
         propagation: PropagationSync,
-        guest_sources: Sequence[GuestSources],
+        followed: Sequence[Recoverable],
         disks: Disks,
         container_steps: Steps[Container],
     ) -> None:
@@ -53,7 +53,7 @@ class VmContainers:
         self._exits = exits
         self._tasks = tasks
         self._propagation = propagation
-        self._guest_sources = guest_sources
+        self._followed = followed
         self._disks = disks
         # ends that the guest reported before StartContainer had its answer, or the log was resumed
         self._early: WeakKeyDictionary[Container, Exit] = WeakKeyDictionary()
@@ -133,7 +133,7 @@ class VmContainers:
         """Recover a pod whose connection was lost, by what its guest says."""
         await release_unused(self._inventory, pod)
         await self.settle(pod, welcome)
-        for each in self._guest_sources:
+        for each in self._followed:
             await each.recover(pod)
         await self._disks.recover(pod)
 

@@ -33,15 +33,17 @@ from sandbox.vm_pods.clock_sync import sync_clock
 from sandbox.vm_pods.containers import VmContainers
 from sandbox.vm_pods.control import VmControl
 from sandbox.vm_pods.disks import Disks
-from sandbox.vm_pods.guest_mounts import GuestMounts
+from sandbox.vm_pods.guest_mounts import GuestMounts, Recoverable
 from sandbox.vm_pods.host_sockets import HostSockets
 from sandbox.vm_pods.inode_watch import watch_inodes
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.live_files import LiveFiles
 from sandbox.vm_pods.pool import VmPool
 from sandbox.vm_pods.propagation import PropagationSync
+from sandbox.vm_pods.received_mounts import ReceivedMounts
 from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.sessions import VmSessions
+from sandbox.vm_pods.shared_files import HostChanges, SharedFiles
 from sandbox.vm_pods.steps import PodSteps, connect, plan_for_guest
 from sandbox.vm_pods.volumes import Volumes
 from sandbox.vmm import Hypervisor
@@ -73,16 +75,18 @@ def make_engine(inventory: Inventory, exits: Exits, deps: VmDeps) -> Engine:
     propagation = PropagationSync(deps.tasks)
     live, sockets = LiveFiles(deps.tasks, inventory, deps.live_paths), HostSockets(deps.tasks, inventory)
     guest_mounts, disks = GuestMounts((live, sockets)), Disks(inventory, deps.tasks)
+    received = ReceivedMounts(deps.tasks, inventory)
+    shared = SharedFiles(deps.tasks, inventory, deps.live_paths)
     container_steps = (
         ContainerRootfs(deps.rootfs),
         disks,
         guest_mounts,
         Volumes(deps.rootfs, deps.resizer, inventory),
+        HostChanges(received, shared),
         plan_for_guest(deps.rootfs, deps.default_profile),
     )
-    containers = VmContainers(
-        inventory, exits, deps.tasks, propagation, guest_mounts.kinds, disks, container_steps
-    )
+    followed: Sequence[Recoverable] = (*guest_mounts.kinds, received, shared)
+    containers = VmContainers(inventory, exits, deps.tasks, propagation, followed, disks, container_steps)
     return Engine(
         pods=VmPods(inventory, exits, containers, deps),
         containers=containers,

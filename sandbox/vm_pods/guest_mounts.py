@@ -11,7 +11,14 @@ from sandbox.plan import MountSource
 from sandbox.pod import Pod
 
 
-class GuestSources(Protocol):
+class Recoverable(Protocol):
+    """What follows the host for pods, and may have missed something while there was no connection."""
+
+    async def recover(self, pod: Pod) -> None:
+        """Bring all up to date, after a new connection to the agent was made. Failures are logged."""
+
+
+class GuestSources(Recoverable, Protocol):
     """One kind of them."""
 
     async def attach(self, container: Container) -> Mapping[int, MountSource]:
@@ -20,9 +27,6 @@ class GuestSources(Protocol):
 
     async def release(self, container: Container) -> None:
         """Remove what no other container uses, from the guest if it can be reached. Idempotent."""
-
-    async def recover(self, pod: Pod) -> None:
-        """Bring all up to date, after a new connection to the agent was made. Failures are logged."""
 
 
 @dataclass(frozen=True, slots=True)

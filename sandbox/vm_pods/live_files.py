@@ -33,6 +33,7 @@ from weakref import WeakKeyDictionary
 from sandbox.container import Container
 from sandbox.errors import GuestError, PlanUnreadable, SandboxError
 from sandbox.guest import guest_pb2 as pb
+from sandbox.host import inotify
 from sandbox.host.inotify import Watcher
 from sandbox.host.tasks import Tasks
 from sandbox.inventory import Inventory
@@ -128,7 +129,7 @@ class LiveFiles:
         if mount.image or not mount.readonly or mount.propagation is not Propagation.PRIVATE:
             return False
         path = os.path.normpath(mount.host_path)
-        return any(_fits(path, pattern) for pattern in self._patterns)
+        return any(fits(path, pattern) for pattern in self._patterns)
 
     async def _acquire(self, container: Container, source: Source) -> None:
         """Raises Unsuitable, RootGone, Moved, GuestError, GuestUnreachable, DeadlineExceeded, OSError."""
@@ -242,13 +243,9 @@ class LiveFiles:
 
     async def _hold(self, watcher: Watcher[_Copy]) -> None:
         """Own the watcher until the daemon ends."""
-        loop = asyncio.get_running_loop()
-        loop.add_reader(watcher.descriptor, self._read_events)
         try:
-            await asyncio.Event().wait()
+            await inotify.follow(watcher, self._read_events)
         finally:
-            loop.remove_reader(watcher.descriptor)
-            watcher.close()
             self._watcher = None
 
     def _read_events(self) -> None:
@@ -362,8 +359,8 @@ class LiveFiles:
         await link_of(copy.pod).call(pb.Request(change_files=request))
 
 
-def _fits(path: str, pattern: str) -> bool:
-    """Whether the pattern fits the end of a path, name by name; a leading `*` stands for any directories."""
+def fits(path: str, pattern: str) -> bool:
+    """Return whether the pattern fits the end of a path, name by name; a leading `*` is any directories."""
     names, parts = path.split("/"), pattern.split("/")
     if parts[0] == "*":
         parts = parts[1:]

@@ -40,7 +40,7 @@ from sandbox.plan.shares import GUEST_VOLUMES
 from sandbox.plan.values import HugeDirectory
 from sandbox.pod import Pod
 from sandbox.records import VolumeUse
-from sandbox.spec import MountSpec, Propagation
+from sandbox.spec import MountSpec
 from sandbox.steps.pod import remove_tree
 from sandbox.steps.rootfs import id_map
 from sandbox.steps.volumes import mount_images, open_source, unmount_images
@@ -271,12 +271,11 @@ def _shift(number: int, tree: int, what: Path, mount: MountSpec) -> None:
 
 
 def _shape(tree: int, what: Path, mount: MountSpec) -> None:
-    """A slave of the source's peer group, or out of it: what is mounted in here stays here."""
-    private = mount.propagation is Propagation.PRIVATE
+    """Out of the source's peer group: the host can unmount what is below it (see `received_mounts`)."""
     mounts.set_tree_attributes(
         tree,
         what,
-        propagation=mount_flags.MS_PRIVATE if private else mount_flags.MS_SLAVE,
+        propagation=mount_flags.MS_PRIVATE,
         readonly=mount.readonly,
         recursive=mount.recursive_readonly or bool(mount.image),
     )

@@ -205,6 +205,17 @@ async def test_template_adopts_a_new_token_after_the_snapshot_hello(agent: Agent
     await again.close()
 
 
+async def test_request_to_refresh_names_of_unknown_container_is_refused(guest: Guest) -> None:
+    with pytest.raises(GuestError) as fault:
+        await guest.call(refresh_names=pb.RefreshNames(container_id="absent", paths=["/data/sub"]))
+    assert fault.value.errno == errno.ESRCH
+
+
+async def test_request_to_refresh_a_missing_file_is_answered_at_once(guest: Guest) -> None:
+    for path in ("", "/run/husk/volumes/absent", "x" * 5000):
+        await guest.call(refresh_file=pb.RefreshFile(path=path))
+
+
 async def test_request_to_release_inodes_is_answered_at_once_and_repeatable(guest: Guest) -> None:
     for _ in range(2):
         await guest.call(release_inodes=pb.ReleaseInodes())
