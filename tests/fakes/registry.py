@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import socket
 import ssl
 import tarfile
 import threading
@@ -240,16 +241,17 @@ class FakeRegistry:
     # ------------------------------------------------------------------------------ serving
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[FakeRegistry]:
-        """Serve on a free port of loopback."""
+    def serving(self, host: str = "127.0.0.1") -> Iterator[FakeRegistry]:
+        """Serve on a free port of an address of loopback."""
         handler = type("Handler", (_Handler,), {"registry": self})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        kind = _ServerV6 if ":" in host else ThreadingHTTPServer
+        server = kind((host, 0), handler)
         server.daemon_threads = True
         if self.tls is not None:
             server.socket = self.tls.wrap_socket(
                 server.socket, server_side=True, do_handshake_on_connect=False
             )
-        self.address = f"127.0.0.1:{server.server_address[1]}"
+        self.address = f"{f'[{host}]' if ':' in host else host}:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
@@ -259,6 +261,10 @@ class FakeRegistry:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+class _ServerV6(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
 
 
 class _Handler(BaseHTTPRequestHandler):

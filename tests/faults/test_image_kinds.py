@@ -14,7 +14,7 @@ from image.errors import ManifestInvalid, ManifestNotFound, UnsupportedMedia
 from image.image_store import ImageStore
 from image.reference import parse
 from tests.fakes.registry import DOCKER, OCI, FakeRegistry
-from tests.kit.pulls import BASE, TOP, open_store, pull_error
+from tests.kit.pulls import BASE, TOP, credentials, open_store, pull_error
 
 AMD64 = {"architecture": "amd64", "os": "linux"}
 UNKNOWN = {"architecture": "unknown", "os": "unknown"}
@@ -49,6 +49,17 @@ def store(tmp_path: Path) -> ImageStore:
 )
 def test_short_and_unusual_names_mean_what_the_kubelet_means(text: str, name: str) -> None:
     assert parse(text).tagged == name
+
+
+@pytest.mark.parametrize("sign_in", ["", "basic", "bearer"])
+async def test_image_of_an_ipv6_host_is_pulled(store: ImageStore, sign_in: str) -> None:
+    with FakeRegistry(sign_in=sign_in).serving("::1") as registry:
+        digest = registry.put_image("team/app", "1", [BASE])
+        image = await store.pull(f"{registry.address}/team/app:1", credentials(registry, "password"))
+        assert image.repo_tags == (f"{registry.address}/team/app:1",)
+        assert registry.address.startswith("[::1]:")
+        assert store.find(f"{registry.address}/team/app@{digest}").id == image.id
+    await store.close()
 
 
 async def test_index_with_attestations_gives_the_image(registry: FakeRegistry, store: ImageStore) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import stat
+import subprocess
 import tarfile
 import threading
 import tracemalloc
@@ -226,6 +227,27 @@ def test_empty_segments_of_a_sparse_file_are_ignored(jail: Jail) -> None:
         with_pax(entry("holes", size=8), b"datatail", GNU__sparse__map=sparse_map, GNU__sparse__size="8196")
     )
     assert (jail.root / "holes").read_bytes() == SPARSE
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix 0.0", "posix 0.1", "posix 1.0"])
+def test_sparse_file_of_gnu_tar_keeps_its_holes(jail: Jail, tmp_path: Path, form: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with (source / "holes").open("wb") as sparse:
+        for at in (0, 5 << 20, 20 << 20):
+            sparse.seek(at)
+            sparse.write(b"data" * 1024)
+        sparse.truncate(64 << 20)  # ends in a hole
+    kind, _, version = form.partition(" ")
+    options = [f"--format={kind}", *([f"--sparse-version={version}"] if version else [])]
+    made = tmp_path / "layer.tar"
+    subprocess.run(["tar", "-c", "--sparse", *options, "-f", made, "-C", source, "holes"], check=True)
+    assert made.stat().st_size < 1 << 20
+    usage = jail.unpack_bytes(made.read_bytes())
+    unpacked = jail.root / "holes"
+    assert unpacked.read_bytes() == (source / "holes").read_bytes()
+    assert unpacked.stat().st_blocks * 512 < 1 << 20
+    assert usage.bytes < 1 << 20
 
 
 def test_endless_bytes_after_the_end_are_rejected(jail: Jail) -> None:
