@@ -21,7 +21,7 @@ from sandbox.exits import Exits
 from sandbox.guest import versions
 from sandbox.host.tasks import Tasks
 from sandbox.inventory import Inventory
-from sandbox.lifecycle import Steps
+from sandbox.lifecycle import Joined, Steps
 from sandbox.plan import vm_size
 from sandbox.pod import Pod
 from sandbox.records import ContainerState, PodRecord, PodState, VmRuntime
@@ -77,12 +77,11 @@ def make_engine(inventory: Inventory, exits: Exits, deps: VmDeps) -> Engine:
     guest_mounts, disks = GuestMounts((live, sockets)), Disks(inventory, deps.tasks)
     received = ReceivedMounts(deps.tasks, inventory)
     shared = SharedFiles(deps.tasks, inventory, deps.live_paths)
+    volumes = Volumes(deps.rootfs, deps.resizer, inventory)
     container_steps = (
         ContainerRootfs(deps.rootfs),
-        disks,
         guest_mounts,
-        Volumes(deps.rootfs, deps.resizer, inventory),
-        HostChanges(received, shared),
+        Joined(volumes.name, (disks, volumes, HostChanges(received, shared))),
         plan_for_guest(deps.rootfs, deps.default_profile),
     )
     followed: Sequence[Recoverable] = (*guest_mounts.kinds, received, shared)

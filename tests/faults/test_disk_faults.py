@@ -118,7 +118,7 @@ async def test_failing_hypervisor_leaves_nothing_plugged(
 ) -> None:
     daemon.ledger.faults[operation] = "before"
     if operation == "vm.plug":
-        with pytest.raises(PhaseFailed, match="disks"):
+        with pytest.raises(PhaseFailed, match="volumes"):
             await create(daemon, pod, disk)
     else:
         container = await create(daemon, pod, disk)
