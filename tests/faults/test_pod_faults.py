@@ -21,7 +21,7 @@ from sandbox.engine import Engine
 from sandbox.errors import GuestError, InvalidSpec, PhaseFailed, Reserved, SandboxError, WrongState
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host.mounts import mounts_below
-from sandbox.lifecycle import UndoFailed, step_names
+from sandbox.lifecycle import Joined, UndoFailed, step_names
 from sandbox.records import ContainerRecord, ContainerState, PodRecord, PodState
 from sandbox.spec import ContainerSpec, Handler, Isolation, MountSpec, PodSpec, SecuritySpec
 from sandbox.steps.container import CompiledPlan
@@ -29,6 +29,7 @@ from sandbox.steps.pod import Netns, Network, RunDir, Shares
 from sandbox.steps.rootfs import ContainerRootfs
 from sandbox.vm_pods.disks import Disks
 from sandbox.vm_pods.guest_mounts import GuestMounts
+from sandbox.vm_pods.shared_files import HostChanges
 from sandbox.vm_pods.steps import Guest, Identity, Size, Vm
 from sandbox.vm_pods.volumes import Volumes
 from tests.fakes.daemon import HANDLER, FakeHost, RestartableDaemon
@@ -37,7 +38,12 @@ from tests.fakes.guest import FakeAgent
 from tests.kit.eventually import eventually
 
 POD_STEPS: list[type[Any]] = [RunDir, Netns, Network, Shares, Vm, Size, Identity, Guest]
-CONTAINER_STEPS: list[type[Any]] = [ContainerRootfs, Disks, GuestMounts, Volumes, CompiledPlan]
+CONTAINER_STEPS: list[type[Any]] = [
+    ContainerRootfs,
+    GuestMounts,
+    *(Disks, Volumes, HostChanges),  # joined
+    CompiledPlan,
+]
 POD_FAULTS = ["cgroup.create", "network.prepare", "network.up", "vm.start"]
 
 
@@ -154,7 +160,8 @@ async def test_create_with_failing_step_undoes_all_steps(
     held, mounted = set(daemon.ledger.held), mounts_below(daemon.root)
     with monkeypatch.context() as patch:
         patch.setattr(step, "up", _struck(step, moment))
-        with pytest.raises(PhaseFailed, match=f"{step.name} failed.*the fault of the test"):
+        name = "volumes" if step in (Disks, HostChanges) else step.name
+        with pytest.raises(PhaseFailed, match=f"{name} failed.*the fault of the test"):
             await daemon.containers.create(id, spec)
     assert (daemon.ledger.held, mounts_below(daemon.root)) == (held, mounted)
     assert list((daemon.root / "containers").iterdir()) == []
@@ -162,7 +169,9 @@ async def test_create_with_failing_step_undoes_all_steps(
 
 
 async def test_every_step_is_in_the_lists_of_this_file(daemon: Daemon) -> None:
-    assert [type(step) for step in daemon.engine.containers.container_steps] == CONTAINER_STEPS
+    steps = daemon.engine.containers.container_steps
+    parts = [part for step in steps for part in (step.parts if isinstance(step, Joined) else (step,))]
+    assert [type(part) for part in parts] == CONTAINER_STEPS
     names = set(step_names(daemon.engine.pods.pod_steps))
     assert names == {"cgroup", *(step.name for step in POD_STEPS)}  # cgroup is in POD_FAULTS
 
