@@ -38,11 +38,16 @@ class Census:
     loops: frozenset[str] = frozenset()
 
     def since(self, before: Census) -> list[str]:
-        """Return what exists now and did not in `before`, one line each."""
+        """Return what exists now and did not in `before`, one line each.
+
+        A process with another command line is the same one: a container's had not executed its program yet.
+        """
+        known = {each.partition(" ")[0] for each in before.processes}
         return [
             f"{field.name}: {each}"
             for field in fields(self)
             for each in sorted(getattr(self, field.name) - getattr(before, field.name))
+            if field.name != "processes" or each.partition(" ")[0] not in known
         ]
 
 
