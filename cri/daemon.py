@@ -323,6 +323,7 @@ class _Builder:
             networks=self.networks,
             images=self.images,
             preloader=Preloader(
+                self.tasks,
                 Path(self.config.images.preload_dir),
                 Path(self.config.root) / "images/preloaded.json",
                 self.images.import_archive,

@@ -22,8 +22,9 @@ import msgspec
 
 from image.errors import ImageError
 from image.index import Image
-from sandbox.host import inotify
 from sandbox.host.files import write_json
+from sandbox.host.inotify import Watching
+from sandbox.host.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,12 @@ class Preloader:
     """
 
     def __init__(
-        self, directory: Path, memory: Path, import_archive: Import, is_stored: Callable[[str], bool]
+        self,
+        tasks: Tasks,
+        directory: Path,
+        memory: Path,
+        import_archive: Import,
+        is_stored: Callable[[str], bool],
     ) -> None:
         self._directory = directory
         self._memory = memory
@@ -60,6 +66,7 @@ class Preloader:
         self._imported: dict[str, _Imported] = {}
         self._failed: dict[str, _State] = {}
         self._changed = asyncio.Event()
+        self._watching = Watching[Preloader](tasks, "preload directory", lambda _: self._changed.set())
 
     async def run(self) -> None:
         """Import what is there, then what appears, until cancelled."""
@@ -68,18 +75,16 @@ class Preloader:
         except OSError as error:
             log.warning("preload: %s cannot be used, no image is preloaded: %s", self._directory, error)
             return
-        watcher = self._watch()
         try:
-            while True:
-                self._changed.clear()
-                if await self._scan():
-                    await asyncio.sleep(SETTLE_S)  # some file is still being written
-                else:
-                    await self._changed.wait()
-        finally:
-            if watcher is not None:
-                asyncio.get_running_loop().remove_reader(watcher.descriptor)
-                watcher.close()
+            self._watch()
+        except OSError as error:
+            log.warning("preload: %s is read at start only: %s", self._directory, error)
+        while True:
+            self._changed.clear()
+            if await self._scan():
+                await asyncio.sleep(SETTLE_S)  # some file is still being written
+            else:
+                await self._changed.wait()
 
     def _prepare(self) -> None:
         self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -91,24 +96,13 @@ class Preloader:
                     "preload: archives are imported again, as %s cannot be read: %s", self._memory, error
                 )
 
-    def _watch(self) -> inotify.Watcher[Preloader] | None:
+    def _watch(self) -> None:
+        """Raises OSError."""
+        folder = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            watcher: inotify.Watcher[Preloader] = inotify.Watcher()
-        except OSError as error:
-            log.warning("preload: %s is read at start only: %s", self._directory, error)
-            return None
-        folder = os.open(self._directory, os.O_PATH | os.O_DIRECTORY)
-        try:
-            watcher.add(self, folder, str(self._directory))
+            self._watching.open().add(self, folder, str(self._directory))
         finally:
             os.close(folder)
-
-        def wake() -> None:
-            watcher.read()
-            self._changed.set()
-
-        asyncio.get_running_loop().add_reader(watcher.descriptor, wake)
-        return watcher
 
     async def _scan(self) -> bool:
         """Import what is new; return whether there is a file that changes now."""

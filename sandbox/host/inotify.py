@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from sandbox.host import syscalls
+from sandbox.host.tasks import Tasks
 
 IN_MODIFY, IN_ATTRIB, IN_CLOSE_WRITE = 0x2, 0x4, 0x8
 IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 0x40, 0x80, 0x100, 0x200
@@ -125,12 +126,44 @@ class Watcher(Generic[T]):
         return self._owners.get(event.watch, {})
 
 
-async def follow(watcher: Watcher[T], changed: Callable[[], None]) -> None:
-    """Call `changed` whenever the watcher has events to read, until cancelled; then close the watcher."""
-    loop = asyncio.get_running_loop()
-    loop.add_reader(watcher.descriptor, changed)
-    try:
-        await asyncio.Event().wait()
-    finally:
-        loop.remove_reader(watcher.descriptor)
-        watcher.close()
+class Watching(Generic[T]):
+    """A Watcher that is opened with the first use, and belongs to the daemon's tasks, which close it.
+
+    `changed` is called with each owner of a file that has changed. All methods must be called in the event
+    loop's thread.
+    """
+
+    def __init__(self, tasks: Tasks, name: str, changed: Callable[[T], None]) -> None:
+        """`name` says what is watched, for the log."""
+        self._tasks = tasks
+        self._name = name
+        self._changed = changed
+        self._watcher: Watcher[T] | None = None
+
+    def open(self) -> Watcher[T]:
+        """Return the watcher. Raises OSError as its constructor does."""
+        if self._watcher is None:
+            self._watcher = Watcher()
+            self._tasks.spawn(self._follow(self._watcher), self._name)
+        return self._watcher
+
+    def forget(self, owner: T) -> None:
+        """Remove all watches of an owner. Idempotent."""
+        if self._watcher is not None:
+            self._watcher.keep(owner, set())
+
+    def read(self) -> None:
+        """Report what has changed until now, without waiting."""
+        if self._watcher is not None:
+            for owner in self._watcher.read():
+                self._changed(owner)
+
+    async def _follow(self, watcher: Watcher[T]) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(watcher.descriptor, self.read)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            loop.remove_reader(watcher.descriptor)
+            watcher.close()
+            self._watcher = None

@@ -45,7 +45,7 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.guest.sockets import SocketConnection
 from sandbox.host import socket_files
-from sandbox.host.inotify import Watcher
+from sandbox.host.inotify import Watching
 from sandbox.host.limiter import Limiter
 from sandbox.host.socket_files import Identity, SocketKind
 from sandbox.host.tasks import Tasks, end
@@ -127,7 +127,7 @@ class HostSockets:
         self._inventory = inventory
         self._pods: WeakKeyDictionary[Pod, _PodSockets] = WeakKeyDictionary()
         self._connections = Limiter("socket_connections", _all_connections())
-        self._watcher: Watcher[_Socket] | None = None
+        self._watching = Watching[_Socket](tasks, "sockets of the host", lambda each: each.changed.set())
 
     def _of(self, pod: Pod) -> _PodSockets:
         return self._pods.setdefault(pod, _PodSockets())
@@ -232,8 +232,7 @@ class HostSockets:
     def _forget(self, each: _Socket) -> None:
         if each.task is not None:
             each.task.cancel()
-        if self._watcher is not None:
-            self._watcher.keep(each, set())
+        self._watching.forget(each)
 
     async def _keep_up(self, each: _Socket) -> None:
         """Give the guest the socket's mode and owner whenever they change: a server may set them late."""
@@ -252,34 +251,16 @@ class HostSockets:
     def _watch(self, each: _Socket) -> bool:
         """Watch the directory, which another one may have replaced. Returns whether that can be done."""
         try:
-            if self._watcher is None:
-                self._watcher = Watcher()
-                self._tasks.spawn(self._hold(self._watcher), "sockets of the host")
+            watcher = self._watching.open()
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             directory = os.open(Path(each.use.path).parent, flags)
             try:
-                self._watcher.keep(each, {self._watcher.add(each, directory, each.use.path)})
+                watcher.keep(each, {watcher.add(each, directory, each.use.path)})
             finally:
                 os.close(directory)
         except OSError:
             return False
         return True
-
-    async def _hold(self, watcher: Watcher[_Socket]) -> None:
-        """Own the watcher until the daemon ends."""
-
-        def read() -> None:
-            for each in watcher.read():
-                each.changed.set()
-
-        loop = asyncio.get_running_loop()
-        loop.add_reader(watcher.descriptor, read)
-        try:
-            await asyncio.Event().wait()
-        finally:
-            loop.remove_reader(watcher.descriptor)
-            watcher.close()
-            self._watcher = None
 
     # ------------------------------------------------------------------------------ connections
 

@@ -33,8 +33,7 @@ from weakref import WeakKeyDictionary
 from sandbox.container import Container
 from sandbox.errors import GuestError, PlanUnreadable, SandboxError
 from sandbox.guest import guest_pb2 as pb
-from sandbox.host import inotify
-from sandbox.host.inotify import Watcher
+from sandbox.host.inotify import Watcher, Watching
 from sandbox.host.tasks import Tasks
 from sandbox.inventory import Inventory
 from sandbox.plan import MountSource
@@ -101,7 +100,7 @@ class LiveFiles:
         self._tasks = tasks
         self._inventory = inventory
         self._patterns = (*PATTERNS, *patterns)
-        self._watcher: Watcher[_Copy] | None = None
+        self._watching = Watching(tasks, "live files", self._changed)
         self._pods: WeakKeyDictionary[Pod, _PodCopies] = WeakKeyDictionary()
 
     # --------------------------------------------------------------------------- containers
@@ -185,8 +184,7 @@ class LiveFiles:
 
     def _forget(self, copy: _Copy) -> None:
         copy.gone = True
-        if self._watcher is not None:
-            self._watcher.keep(copy, set())
+        self._watching.forget(copy)
         if copy.task is not None:
             copy.task.cancel()
 
@@ -234,25 +232,9 @@ class LiveFiles:
 
     # ------------------------------------------------------------------------------ changes
 
-    def _require_watcher(self) -> Watcher[_Copy]:
-        """Raises OSError."""
-        if self._watcher is None:
-            self._watcher = Watcher()
-            self._tasks.spawn(self._hold(self._watcher), "live files")
-        return self._watcher
-
-    async def _hold(self, watcher: Watcher[_Copy]) -> None:
-        """Own the watcher until the daemon ends."""
-        try:
-            await inotify.follow(watcher, self._read_events)
-        finally:
-            self._watcher = None
-
-    def _read_events(self) -> None:
-        if self._watcher is not None:
-            for copy in self._watcher.read():
-                copy.changes += 1
-                self._schedule(copy)
+    def _changed(self, copy: _Copy) -> None:
+        copy.changes += 1
+        self._schedule(copy)
 
     def _schedule(self, copy: _Copy) -> None:
         """Compare the copy soon. One task at a time does it, until nothing has changed meanwhile."""
@@ -290,8 +272,7 @@ class LiveFiles:
 
     def _freeze(self, copy: _Copy) -> None:
         copy.gone = True
-        if self._watcher is not None:
-            self._watcher.keep(copy, set())
+        self._watching.forget(copy)
 
     async def _sync(self, copy: _Copy, limit: int, *, must_watch: bool = False) -> None:
         """Read the source and send what differs.
@@ -329,7 +310,7 @@ class LiveFiles:
         watches: set[int] = set()
         failures: list[OSError] = []
         try:
-            watcher: Watcher[_Copy] | None = self._require_watcher()
+            watcher: Watcher[_Copy] | None = self._watching.open()
         except OSError as error:
             watcher = None
             failures.append(error)
@@ -351,7 +332,7 @@ class LiveFiles:
             problem = "pod %s: %s cannot be watched, so it is compared every second: %s"
             log.error(problem, copy.pod.id, copy.source.path, failures[0])
         copy.blind = bool(failures)
-        self._read_events()
+        self._watching.read()
         return tree
 
     async def _send(self, copy: _Copy, request: pb.ChangeFiles) -> None:

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from sandbox.container import Container
 from sandbox.errors import GuestError, SandboxError
 from sandbox.guest import guest_pb2 as pb
-from sandbox.host import inotify
-from sandbox.host.inotify import Watcher
+from sandbox.host.inotify import Watcher, Watching
 from sandbox.host.tasks import Tasks
 from sandbox.inventory import Inventory
 from sandbox.plan.shares import GUEST_VOLUMES
@@ -62,14 +61,14 @@ class SharedFiles:
         self._tasks = tasks
         self._inventory = inventory
         self._patterns = (*PATTERNS, *patterns)
-        self._watcher: Watcher[_File] | None = None
+        self._watching = Watching(tasks, "shared files", self._changed)
         self._files: dict[Container, list[_File]] = {}
 
     async def follow(self, container: Container) -> None:
         """Report changes of the container's shared files from now on. Idempotent; failures are logged."""
         for file in self._files.setdefault(container, list(self._find(container))):
             try:
-                await asyncio.to_thread(_watch, self._require_watcher(), file)
+                await asyncio.to_thread(_watch, self._watching.open(), file)
             except OSError as error:
                 log.warning("container %s: %s is not watched: %s", container.id, file.source, error)
 
@@ -87,8 +86,7 @@ class SharedFiles:
         """Forget a container's shared files. Idempotent."""
         for file in self._files.pop(container, ()):
             file.gone = True
-            if self._watcher is not None:
-                self._watcher.keep(file, set())
+            self._watching.forget(file)
             if file.task is not None:
                 file.task.cancel()
 
@@ -113,23 +111,6 @@ class SharedFiles:
             with contextlib.suppress(OSError):
                 if stat.S_ISREG(os.lstat(source).st_mode):
                     yield _File(container, source, f"{GUEST_VOLUMES}/{use.export}")
-
-    def _require_watcher(self) -> Watcher[_File]:
-        if self._watcher is None:
-            self._watcher = Watcher()
-            self._tasks.spawn(self._hold(self._watcher), "shared files")
-        return self._watcher
-
-    async def _hold(self, watcher: Watcher[_File]) -> None:
-        try:
-            await inotify.follow(watcher, self._read_events)
-        finally:
-            self._watcher = None
-
-    def _read_events(self) -> None:
-        if self._watcher is not None:
-            for file in self._watcher.read():
-                self._changed(file)
 
     def _changed(self, file: _File) -> None:
         file.changes += 1

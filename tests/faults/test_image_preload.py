@@ -15,6 +15,7 @@ from image.image_store import ImageStore
 from image.index import Index
 from image.options import ImageOptions
 from image.preload import Preloader
+from sandbox.host.tasks import Tasks
 from tests.kit.eventually import eventually
 from tests.kit.images import Image, Layer, write_docker_archive, write_oci_layout
 
@@ -39,19 +40,19 @@ async def preloading(store: ImageStore, folder: Path) -> AsyncIterator[list[str]
         imported.append(path.name)
         return await store.import_archive(path)
 
+    tasks = Tasks()
     preloader = Preloader(
+        tasks,
         folder,
         folder.parent / "preloaded.json",
         load,  # type: ignore[arg-type]
         lambda id: store.index.get(id) is not None,
     )
-    task = asyncio.create_task(preloader.run())
+    tasks.spawn(preloader.run(), "preload")
     try:
         yield imported
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await tasks.close()
 
 
 def tags(store: ImageStore) -> set[str]:
