@@ -31,21 +31,13 @@ from sandbox.vm_pods.guest_mounts import GuestMounts
 from sandbox.vm_pods.host_sockets import HostSockets
 from sandbox.vm_pods.link import link_of
 from tests.fakes.inventory import make_inventory
-from tests.kit.agent import Agent, Guest, build
+from tests.kit.agent import Agent, Guest
 from tests.kit.eventually import eventually
-from tests.kit.scratch import scratch_dir
 from tests.kit.unix_server import UnixServer
 
 T = TypeVar("T")
 ROOT = ProcessPlan(cap_bounding=(1 << 41) - 1)
 USER = ProcessPlan(uid=1000, gid=1000, groups=(2000,), no_new_privs=True)
-
-
-@pytest.fixture(scope="module")
-def agent() -> Iterator[Agent]:
-    agent = Agent(build("husk-agent"), scratch_dir("agent"))
-    yield agent
-    assert agent.close() == 0, agent.stderr()
 
 
 @dataclass

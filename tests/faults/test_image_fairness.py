@@ -34,11 +34,6 @@ def hostile() -> Iterator[FakeRegistry]:
         yield serving
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return open_store(tmp_path)
-
-
 async def cancelled(*pulls: asyncio.Task[object]) -> None:
     """Cancel pulls and wait for their end."""
     for pull in pulls:

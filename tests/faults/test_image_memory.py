@@ -37,12 +37,6 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageDaemon]:
 
 
 @pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry().serving() as serving:
-        yield serving
-
-
-@pytest.fixture
 def client(daemon: ImageDaemon) -> Iterator[Client]:
     with Client(daemon.socket) as client:
         yield client

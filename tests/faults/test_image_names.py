@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from image.errors import DigestMismatch, ManifestInvalid
 from image.image_store import ImageStore
 from tests.fakes.registry import FakeRegistry, make_layer
-from tests.kit.pulls import BASE, open_store, pull_error
-
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry().serving() as serving:
-        yield serving
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return open_store(tmp_path)
+from tests.kit.pulls import BASE, pull_error
 
 
 async def test_pull_by_tag_and_digest_takes_the_digest(registry: FakeRegistry, store: ImageStore) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -37,18 +36,6 @@ from tests.fakes.registry import (
 )
 from tests.kit.eventually import eventually
 from tests.kit.pulls import BASE, QUICK, TOP, leftovers, open_store, pull_error
-
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry().serving() as serving:
-        yield serving
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return open_store(tmp_path)
-
 
 # ----------------------------------------------------------------------------------------------- good images
 

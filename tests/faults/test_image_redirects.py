@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from image.errors import Unauthorized
 from image.image_store import ImageStore
 from tests.fakes.registry import FakeRegistry, Status
-from tests.kit.pulls import BASE, TOP, credentials, open_store, pull_error
+from tests.kit.pulls import BASE, TOP, credentials, pull_error
 
 
 @pytest.fixture
@@ -23,11 +22,6 @@ def first() -> Iterator[FakeRegistry]:
 def second() -> Iterator[FakeRegistry]:
     with FakeRegistry(sign_in="bearer", open_tokens=True, token="second-secret").serving() as serving:
         yield serving
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return open_store(tmp_path)
 
 
 def redirect_all(first: FakeRegistry, second: FakeRegistry, *kinds: str) -> None:

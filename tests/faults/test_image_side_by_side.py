@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,9 @@ from image.image_store import ImageStore
 from tests.fakes.registry import FakeRegistry, Hang, Status, make_layer
 from tests.kit.eventually import eventually
 from tests.kit.layers import archive, file, folder, hard
-from tests.kit.pulls import leftovers, open_store
+from tests.kit.pulls import leftovers
 
 BELOW = make_layer({"etc": None, "etc/os": b"below"})
-
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry().serving() as serving:
-        yield serving
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return open_store(tmp_path)
 
 
 def hold_first_layer(registry: FakeRegistry, upper: bytes) -> list[str]:

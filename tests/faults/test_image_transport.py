@@ -32,18 +32,6 @@ from tests.fakes.registry import (
 )
 from tests.kit.pulls import BASE, QUICK, TOP, credentials, open_store, pull_error, write_hosts
 
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry().serving() as serving:
-        yield serving
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return open_store(tmp_path)
-
-
 # ------------------------------------------------------------------------------------------ retry and resume
 
 

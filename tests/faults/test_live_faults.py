@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,17 +25,9 @@ from sandbox.vm_pods.guest_mounts import GuestMounts
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.live_files import LiveFiles
 from tests.fakes.inventory import make_inventory
-from tests.kit.agent import Agent, Guest, build
+from tests.kit.agent import Agent, Guest
 from tests.kit.atomic_writer import write_volume
 from tests.kit.eventually import eventually
-from tests.kit.scratch import scratch_dir
-
-
-@pytest.fixture(scope="module")
-def agent() -> Iterator[Agent]:
-    agent = Agent(build("husk-agent"), scratch_dir("agent"))
-    yield agent
-    assert agent.close() == 0, agent.stderr()
 
 
 @dataclass
