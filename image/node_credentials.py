@@ -102,7 +102,7 @@ def _keys(registry: str, reference: Reference) -> tuple[str, ...]:
     names = [registry]
     if registry in (DEFAULT_DOMAIN, HUB_SERVER):
         names = [DEFAULT_DOMAIN, "index.docker.io", HUB_SERVER]
-    return tuple(key for name in names for key in (*_above(f"{name}/{reference.path}"),))
+    return tuple(key for name in names for key in _above(f"{name}/{reference.path}"))
 
 
 def _above(name: str) -> Iterator[str]:

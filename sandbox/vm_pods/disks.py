@@ -89,6 +89,9 @@ class Disks:
 
         Raises InvalidSpec with the field for what is not a block device, DeviceBusy, VmmError, GuestError.
         """
+        spec = container.record.spec
+        if not spec.devices and not spec.security.privileged:
+            return  # as most containers; no thread is needed to find that out
         requested = await asyncio.to_thread(find_requested, container)
         if not requested:
             return
