@@ -20,7 +20,7 @@ import errno
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandbox.container import Container
@@ -101,6 +101,15 @@ def receives(mount: MountSpec) -> bool:
     return not mount.image and mount.propagation is not Propagation.PRIVATE
 
 
+@dataclass(slots=True)
+class _Followed:
+    """A pod's containers whose mounts receive."""
+
+    containers: dict[str, Container] = field(default_factory=dict)  # by id
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    known: Known = field(default_factory=dict)
+
+
 class ReceivedMounts:
     """Keeps the exports of all pods in step with the host's mounts. Without a volume that receives, nothing
     is watched. All methods must be called in the event loop's thread."""
@@ -108,93 +117,102 @@ class ReceivedMounts:
     def __init__(self, tasks: Tasks, inventory: Inventory) -> None:
         self._tasks = tasks
         self._inventory = inventory
-        self._watch: MountWatch | None = None
-        self._changes: dict[Pod, asyncio.Event] = {}  # of pods that are followed
-        self._known: dict[Pod, Known] = {}  # of the same
+        self._wake: asyncio.Event | None = None  # while the host's mounts are watched
+        self._followed: dict[Pod, _Followed] = {}
 
-    def follow(self, pod: Pod) -> None:
-        """Bring the pod's exports up to date now and after each change, while a container needs it.
+    def follow(self, container: Container) -> None:
+        """Bring the container's exports up to date now and after each change, until it is released.
 
-        Idempotent. To be called when exports were made, or were left by an earlier daemon.
+        Idempotent. To be called when exports were made, or were left by an earlier daemon. Raises OSError.
         """
-        if pod in self._changes:
-            self._changes[pod].set()
-        elif any(self.uses(pod)):
-            if self._watch is None:
-                self._watch = MountWatch()
-                self._tasks.spawn(self._hold(self._watch), "the host's mounts")
-            self._changes[pod], self._known[pod] = asyncio.Event(), {}
-            self._changes[pod].set()
+        if not any(uses(container)):
+            return
+        pod = container.pod
+        if self._wake is None:
+            watch, self._wake = MountWatch(), asyncio.Event()
+            self._tasks.spawn(self._hold(watch, self._wake), "the host's mounts")
+        if pod not in self._followed:
+            self._followed[pod] = _Followed()
             self._tasks.spawn(self._follow(pod), f"received mounts of pod {pod.id[:12]}")
+        self._followed[pod].containers[container.id] = container
+        self._followed[pod].changed.set()
+
+    def release(self, container: Container) -> None:
+        """Leave the container's exports as they are from now on. Idempotent."""
+        if followed := self._followed.get(container.pod):
+            followed.containers.pop(container.id, None)
+            followed.changed.set()
 
     @property
     def followed(self) -> Collection[Pod]:
         """Return the pods whose exports are kept up to date."""
-        return self._changes.keys()
+        return self._followed.keys()
 
     async def recover(self, pod: Pod) -> None:
         """Bring the pod's exports up to date, as changes may have been missed."""
-        self.follow(pod)
+        for container in self._inventory.containers_of(pod):
+            if not container.quarantined:
+                self.follow(container)
 
-    async def _hold(self, watch: MountWatch) -> None:
+    async def _hold(self, watch: MountWatch, wake: asyncio.Event) -> None:
         """Own the watch until no pod is followed, or the daemon ends."""
         loop = asyncio.get_running_loop()
-        changed = asyncio.Event()
 
         def report() -> None:
             watch.clear()
-            changed.set()
+            wake.set()
 
         loop.add_reader(watch.descriptor, report)
         try:
             await asyncio.sleep(SETTLE_S)
-            changed.set()  # a change before the loop waits for the descriptor is not reported
-            while self._changes:
-                await changed.wait()
-                changed.clear()
-                for event in self._changes.values():
-                    event.set()
+            wake.set()  # a change before the loop waits for the descriptor is not reported
+            while self._followed:
+                await wake.wait()
+                wake.clear()
+                for followed in self._followed.values():
+                    followed.changed.set()
         finally:
             loop.remove_reader(watch.descriptor)
             watch.close()
-            self._watch = None
-
-    def uses(self, pod: Pod) -> Iterator[Use]:
-        """Return the mounts of the pod's containers that receive."""
-        for container in self._inventory.containers_of(pod):
-            if container.quarantined:
-                continue
-            for use in container.record.volumes:
-                mount = container.record.spec.mounts[use.mount]
-                if receives(mount):
-                    yield Use(container, mount, _place(use))
+            self._wake = None
 
     async def _follow(self, pod: Pod) -> None:
+        followed = self._followed[pod]
         try:
-            while pod.record.ready:
-                await self._changes[pod].wait()
-                self._changes[pod].clear()
+            while followed.containers and pod.record.ready:
+                await followed.changed.wait()
+                followed.changed.clear()
                 async with pod.exports_lock:
-                    uses = list(self.uses(pod))
-                    if not uses:
-                        return
-                    changed = await self._update(pod, uses)
+                    changed = await self._update(pod, followed)
                 for use, paths in changed:
                     await _refresh(use, paths)
                 if changed:
                     self._tasks.spawn(_refresh_later(changed), f"received mounts of pod {pod.id[:12]}")
                 await asyncio.sleep(SETTLE_S)
         finally:
-            del self._changes[pod], self._known[pod]
+            del self._followed[pod]
+            if not self._followed and self._wake is not None:
+                self._wake.set()
 
-    async def _update(self, pod: Pod, uses: list[Use]) -> list[tuple[Use, list[str]]]:
+    async def _update(self, pod: Pod, followed: _Followed) -> list[tuple[Use, list[str]]]:
         own = {held.path for each in self._inventory.containers_of(pod) for held in each.record.propagated}
+        receiving = [use for container in followed.containers.values() for use in uses(container)]
+        if not receiving:
+            return []
         try:
-            return await asyncio.to_thread(update, Exporter(pod), uses, own, self._known[pod])
+            return await asyncio.to_thread(update, Exporter(pod), receiving, own, followed.known)
         except (SandboxError, OSError) as error:
             if pod.record.ready:
                 log.error("pod %s: mounts of the host below its volumes are missing: %s", pod.id, error)
             return []
+
+
+def uses(container: Container) -> Iterator[Use]:
+    """Return the container's mounts that receive, while they are exported."""
+    for use in container.record.volumes:
+        mount = container.record.spec.mounts[use.mount]
+        if receives(mount):
+            yield Use(container, mount, _place(use))
 
 
 def _place(use: VolumeUse) -> str:

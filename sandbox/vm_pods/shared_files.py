@@ -175,9 +175,10 @@ class HostChanges:
     async def up(self, container: Container) -> None:
         """Begin to follow the host. Failures are logged."""
         if container.record.volumes:
-            self.received.follow(container.pod)
+            self.received.follow(container)
             await self.shared.follow(container)
 
     async def down(self, container: Container) -> None:
         """Forget the container. Idempotent."""
+        self.received.release(container)
         self.shared.release(container)

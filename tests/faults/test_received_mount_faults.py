@@ -3,6 +3,7 @@ the host; with a volume that vanishes, links in the way, and a daemon that start
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from sandbox.host.mounts import unmount_tree
 from sandbox.host.tasks import Tasks
 from sandbox.spec import MountSpec, Propagation
 from sandbox.vm_pods.exports import Exporter
-from sandbox.vm_pods.received_mounts import Known, ReceivedMounts, update
+from sandbox.vm_pods.received_mounts import Known, ReceivedMounts, update, uses
 from tests.fakes.exporter import Site, exporting
 from tests.kit.eventually import eventually
 
@@ -59,9 +60,14 @@ async def up(site: Site, *specs: MountSpec, id: str = A) -> Container:
 
 def repeat(site: Site, own: Collection[str] = (), known: Known | None = None) -> list[str]:
     """Bring the exports up to date, and return what has changed in them."""
-    received = ReceivedMounts(Tasks(), site.inventory)
-    changed = update(Exporter(site.pod), list(received.uses(site.pod)), own, {} if known is None else known)
+    receiving = [use for each in site.inventory.containers_of(site.pod) for use in uses(each)]
+    changed = update(Exporter(site.pod), receiving, own, {} if known is None else known)
     return [path for _, paths in changed for path in paths]
+
+
+def background() -> set[str]:
+    """The tasks that run beside this one, by name."""
+    return {task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()}}
 
 
 def exported(site: Site) -> list[str]:
@@ -187,15 +193,38 @@ async def test_changes_are_followed_until_no_container_is_left(site: Site, folde
     tasks = Tasks()
     received = ReceivedMounts(tasks, site.inventory)
     container = await up(site, receiving(folder))
-    received.follow(site.pod)
-    received.follow(site.pod)
+    received.follow(container)
+    received.follow(container)
     try:
         mount(folder / "sub")
         await eventually(lambda: exported(site), until=lambda found: found == ["sub"])
         unmount(folder / "sub")
         await eventually(lambda: exported(site), until=lambda found: found == [])
-        await site.step.down(container)
+        received.release(container)
+        received.release(container)
+        # at once, and not with the next change of the host's mounts
+        await eventually(background, until=lambda tasks: not tasks)
+        assert not received.followed
+    finally:
+        await tasks.close()
+
+
+async def test_pod_is_followed_while_one_of_its_containers_is_left(site: Site, folder: Path) -> None:
+    tasks = Tasks()
+    received = ReceivedMounts(tasks, site.inventory)
+    first, second = await up(site, receiving(folder)), await up(site, receiving(folder), id=B)
+    for container in (first, second):
+        received.follow(container)
+    try:
+        received.release(first)
+        await site.step.down(first)
         mount(folder / "sub")
-        await eventually(lambda: received.followed, until=lambda pods: not pods)
+        await eventually(lambda: exported(site), until=lambda found: found == ["sub"])
+        received.release(second)
+        received.follow(second)
+        unmount(folder / "sub")
+        await eventually(lambda: exported(site), until=lambda found: found == [])
+        received.release(second)
+        await eventually(background, until=lambda tasks: not tasks)
     finally:
         await tasks.close()
