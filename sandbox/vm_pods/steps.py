@@ -69,6 +69,7 @@ MARGIN_MIB = 512
 MAX_PROCESSES = 1024  # and threads
 BOOT_TIMEOUT_S = 120.0
 RESTORE_TIMEOUT_S = 20.0
+EXIT_GRACE_S = 1.0  # between the end of the connection and the exit of the VMM, where that is the cause
 SHARES = (
     pb.Share(tag=ROOTFS_TAG, path=GUEST_ROOTFS),
     pb.Share(tag=VOLUMES_TAG, path=GUEST_VOLUMES, submounts=True),
@@ -286,7 +287,10 @@ async def connect(hypervisor: Hypervisor, pod: Pod, timeout_s: float, *, foreign
     death = asyncio.create_task(link.machine.wait())
     try:
         await asyncio.wait({greeting, death}, return_when=asyncio.FIRST_COMPLETED)
-        if not greeting.done():
+        if greeting.done() and isinstance(greeting.exception(), GuestUnreachable):
+            # the kernel resets a vsock connection shortly before the VMM has exited
+            await asyncio.wait({death}, timeout=EXIT_GRACE_S)
+        if death.done() and not (greeting.done() and greeting.exception() is None):
             raise VmmGone(f"the VM ended before its agent answered: {death.result()}")
         link.client = greeting.result()
     finally:

@@ -125,6 +125,11 @@ class FakeAgent:
 
     # ------------------------------------------------------------------------------ faults
 
+    @property
+    def linked(self) -> bool:
+        """Whether a host has connected."""
+        return self._writer is not None
+
     def drop(self) -> None:
         """Cut the connection."""
         if self._writer is not None:

@@ -199,6 +199,21 @@ async def test_run_with_vm_ending_while_it_boots_fails(
     daemon.assert_empty()
 
 
+async def test_run_with_connection_ending_before_its_vm_names_the_vm(daemon: Daemon) -> None:
+    agent = daemon.hypervisor.make_agent()
+    agent.silent = True
+    daemon.hypervisor.make_agent = lambda: agent
+    run = asyncio.create_task(daemon.pods.run(pod_spec()))
+    await eventually(lambda: agent.linked)
+    [vm] = daemon.hypervisor.vms.values()
+    agent.drop()
+    await asyncio.sleep(0.05)
+    vm.ended.set()
+    with pytest.raises(PhaseFailed, match="the VM ended"):
+        await run
+    daemon.assert_empty()
+
+
 @pytest.mark.parametrize("wrong", [1, 2])
 async def test_run_with_wrong_guest_clock_boots_once_more(daemon: Daemon, wrong: int) -> None:
     agents: list[FakeAgent] = []

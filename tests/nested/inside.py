@@ -27,6 +27,7 @@ IMAGE = "example.test/husk/web:1"
 PAGE = "a page from under KVM\n"
 START_TIMEOUT_S = 120
 CURRENT = "/proc/self/attr/apparmor/current"
+EVIDENCE = Path("/nested/evidence")  # for the report of a test that failed
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +46,8 @@ def daemon() -> Iterator[Daemon]:
             yield made
             made.remove_all()
             assert made.leaks_since(before, 20) == []
-        except BaseException:
-            print(made.evidence())
-            raise
         finally:
+            EVIDENCE.write_text(f"{made.evidence()}\n{memory()}")
             made.close()
 
 
@@ -60,6 +59,12 @@ def pod(daemon: Daemon) -> Pod:
 @pytest.fixture(scope="module")
 def web(daemon: Daemon, pod: Pod) -> str:
     return daemon.cri.run(pod, IMAGE)
+
+
+def memory() -> str:
+    """What this machine's kernel says about its memory, and killed for the lack of it."""
+    log = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
+    return f"--- memory\n{Path('/proc/meminfo').read_text()}\n{log[-4000:]}"
 
 
 def info_of(cri: Cri) -> dict[str, Any]:

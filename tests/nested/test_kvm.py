@@ -68,17 +68,21 @@ def problems() -> Mapping[str, str]:
     shared = scratch_dir("nested")
     program = [sys.executable, "-m", "tests.nested.outer", str(shared), str(TIMEOUT_S), *command()]
     done = subprocess.run(program, cwd=TREE, capture_output=True, text=True, check=False)
-    output, results = shared / "output", shared / "results.xml"
-    # with the daemon's log and the guests' consoles when a test inside has failed
-    text = output.read_text(errors="replace") if output.exists() else ""
-    assert results.exists(), f"{text}\n{done.stdout}\n{done.stderr}"
+    results = shared / "results.xml"
+    texts = [
+        path.read_text(errors="replace") for path in (shared / "output", shared / "evidence") if path.exists()
+    ]
+    assert results.exists(), "\n".join([*texts, done.stdout, done.stderr])
     found: dict[str, str] = {}
     for case in ElementTree.parse(results).iter("testcase"):
         reasons = [f"{each.get('message')}\n{each.text}" for each in case if each.tag in PROBLEMS]
         found[str(case.get("name"))] = "\n".join([found.get(str(case.get("name")), ""), *reasons]).strip()
+    if any(found.values()):
+        print(*texts, sep="\n")
     return found
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inside_outer_vm_passes(problems: Mapping[str, str], name: str) -> None:
-    assert problems.get(name, "it did not run") == ""
+    if problem := problems.get(name, "it did not run"):
+        pytest.fail(" ".join(problem.split())[:1000], pytrace=False)
