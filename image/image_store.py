@@ -87,7 +87,7 @@ class ImageStore:
             await asyncio.wait(self._background)
 
     def limiters(self) -> Sequence[Limiter]:
-        """Return the limiters of layers that are downloaded or unpacked at once, over all pulls."""
+        """Return the limiters of what pulls do at once: downloads, unpacking, reading of documents."""
         return self.puller.limiters
 
     async def pull(

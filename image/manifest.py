@@ -133,6 +133,9 @@ class RootFs(msgspec.Struct, frozen=True, kw_only=True):
     diff_ids: list[str] = []
 
 
+CREATED_CHARACTERS = 64  # RFC 3339 needs 35
+
+
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     """An image configuration (image-spec, config.md); `created` is RFC 3339 as the builder wrote it."""
 
@@ -142,6 +145,11 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     created: str | None = None
     config: RunConfig | None = None
     rootfs: RootFs = RootFs()
+
+    @property
+    def created_at(self) -> str:
+        """`created`; empty if it is too long to be a time."""
+        return (self.created or "") if len(self.created or "") <= CREATED_CHARACTERS else ""
 
 
 def digest_of(data: bytes, like: str = "sha256:") -> str:
@@ -178,6 +186,14 @@ def decode(
     if kind in MANIFESTS or not probe.media_type:
         return _checked_manifest(what, _convert(what, document, Manifest), limits)
     raise UnsupportedMedia(what, kind, "not an image")
+
+
+def without_annotations(found: Manifest | ImageIndex) -> Manifest | ImageIndex:
+    """Return the same without annotations, which may be megabytes and of which a pull needs none."""
+    replace = msgspec.structs.replace
+    if isinstance(found, Manifest):
+        return replace(found, layers=[replace(each, annotations=None) for each in found.layers])
+    return replace(found, manifests=[replace(each, annotations=None) for each in found.manifests])
 
 
 def decode_index(what: str, data: bytes, limits: Limits | None = None) -> ImageIndex:

@@ -32,7 +32,7 @@ from image.errors import ImageError, ManifestInvalid, ManifestNotFound, PullDead
 from image.hosts import find_hosts
 from image.index import Image, Index
 from image.layers import STOP_LIMIT_S, LayerStore
-from image.manifest import Descriptor, ImageConfig, ImageIndex, Manifest, Platform, run_defaults
+from image.manifest import Descriptor, ImageIndex, Manifest, Platform, RunDefaults, run_defaults
 from image.node_credentials import NodeCredentials
 from image.options import ImageOptions
 from image.reference import Reference, parse
@@ -46,6 +46,9 @@ from sandbox.host.limiter import FairLimiter, Limiter
 
 EXTRA_DOWNLOADS = 16  # beyond the limit, of registries that would else have none
 EXTRA_UNPACKS = 2
+# Pulls that read manifests and configurations: each may hold two documents of 4 MiB.
+RESOLVES = 4
+EXTRA_RESOLVES = 4
 
 
 class _Names(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,11 +60,14 @@ class _Names(msgspec.Struct, frozen=True, kw_only=True):
     digests: tuple[str, ...] = ()
 
 
-class _Chosen(msgspec.Struct, frozen=True):
-    """The manifest for this host's platform, and its configuration."""
+class _Chosen(msgspec.Struct, frozen=True, kw_only=True):
+    """What is needed of the manifest for this host's platform, and of its configuration."""
 
-    manifest: Manifest
-    config: ImageConfig
+    id: str
+    layers: Sequence[Descriptor]
+    diff_ids: Sequence[str]
+    config: RunDefaults
+    created: str
     config_bytes: int
 
 
@@ -84,13 +90,15 @@ class _Choice:
         self._manifests = Budget(limits, "manifests")
         self._depth = Budget(limits, "index_depth")
 
-    async def make(self, fetched: Fetched) -> _Chosen:
+    async def make(self, document: Manifest | ImageIndex) -> _Chosen:
         """Return the image of a manifest or index. Raises ImageError, OverLimit, _OtherPlatform."""
-        return await self._among(self._decode(fetched, fetched.media_type), 1, vouched=False)
+        return await self._among(document, 1, vouched=False)
 
-    def _decode(self, fetched: Fetched, media_type: str) -> Manifest | ImageIndex:
+    def decode(self, fetched: Fetched, media_type: str = "") -> Manifest | ImageIndex:
+        """Decode a manifest or index, without annotations. Raises ImageError, OverLimit."""
         self._manifests.spend()
-        return manifest.decode(self._what, fetched.data, media_type, self._limits)
+        kind = media_type or fetched.media_type
+        return manifest.without_annotations(manifest.decode(self._what, fetched.data, kind, self._limits))
 
     async def _among(self, document: Manifest | ImageIndex, depth: int, *, vouched: bool) -> _Chosen:
         """`vouched`: the index says that it is for this platform, which counts more than a configuration that
@@ -101,9 +109,8 @@ class _Choice:
         offers = {f"{e.platform.os}/{e.platform.architecture}" for e in document.manifests if e.platform}
         for entry in platforms.candidates(document, self._wanted):
             known = platforms.has_platform(entry)
-            fetched = await self._source.manifest(entry.digest, entry.size)
             try:
-                found = self._decode(fetched, entry.media_type or fetched.media_type)
+                found = self.decode(await self._source.manifest(entry.digest, entry.size), entry.media_type)
                 return await self._among(found, depth + 1, vouched=vouched or known)
             except _OtherPlatform as error:
                 offers |= error.offered
@@ -119,7 +126,14 @@ class _Choice:
         offered = Platform(os=config.os, architecture=config.architecture)
         if not vouched and not platforms.is_for(offered, self._wanted):
             raise _OtherPlatform(f"{offered.os}/{offered.architecture}")
-        return _Chosen(found, config, len(raw))
+        return _Chosen(
+            id=found.config.digest,
+            layers=found.layers,
+            diff_ids=config.rootfs.diff_ids,
+            config=run_defaults(config.config),
+            created=config.created_at,
+            config_bytes=len(raw),
+        )
 
 
 class Puller:
@@ -141,7 +155,8 @@ class Puller:
         self._platform = platforms.host_platform(platform.machine())
         self._downloads = FairLimiter("download", options.max_downloads, EXTRA_DOWNLOADS)
         self._unpacks = FairLimiter("unpack", options.max_unpacks, EXTRA_UNPACKS)
-        self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks)
+        self._resolves = FairLimiter("resolve", RESOLVES, EXTRA_RESOLVES)
+        self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks, self._resolves)
         self.transfers = Transfers()
         self._making = KeyedLock()
         self._credentials = NodeCredentials(options.auth_file)
@@ -234,7 +249,7 @@ class Puller:
             tags=tuple(reference.tagged for reference in named if reference.tagged),
             digests=tuple(f"{r.name}@{found.target}" for r in named) if found.has_digest else (),
         )
-        return await self._store(archive, fetched, names, report)
+        return await self._store(archive, await self._choose(archive, [fetched], names), names, report)
 
     # ----------------------------------------------------------------------------- one pull
 
@@ -255,48 +270,47 @@ class Puller:
         auths = [auth or await self._credentials.find(host, reference) for host in hosts]
         registry = Registry(reference, hosts, auths, self._options.timing, limits)
         try:
-            fetched = await registry.manifest(reference.target)
-            await self._trust.check(registry, reference, fetched)
-            names = _Names(
-                what=str(reference),
-                host=reference.domain,
-                # by digest: no tag, and the digest as it was asked for
-                tags=() if reference.digest else (reference.tagged,),
-                digests=(f"{reference.name}@{fetched.digest}",),
-            )
-            return await self._store(registry, fetched, names, report)
+            async with self._resolves.share(reference.domain, str(reference)):
+                fetched = [await registry.manifest(reference.target)]
+                await self._trust.check(registry, reference, fetched[0])
+                names = _Names(
+                    what=str(reference),
+                    host=reference.domain,
+                    # by digest: no tag, and the digest as it was asked for
+                    tags=() if reference.digest else (reference.tagged,),
+                    digests=(f"{reference.name}@{fetched[0].digest}",),
+                )
+                chosen = await self._choose(registry, fetched, names)
+            return await self._store(registry, chosen, names, report)
         finally:
             await registry.close()
 
-    async def _store(self, source: Source, fetched: Fetched, names: _Names, report: Report) -> Image:
-        chosen = await self._choose(source, fetched, names)
-        config = chosen.config
-        chain = manifest.chain_ids(config.rootfs.diff_ids)
+    async def _store(self, source: Source, chosen: _Chosen, names: _Names, report: Report) -> Image:
+        chain = manifest.chain_ids(chosen.diff_ids)
         with self._layers.pinned(chain):
-            await self._store_layers(
-                source, chosen.manifest.layers, config.rootfs.diff_ids, chain, names.host, report
-            )
+            await self._store_layers(source, chosen.layers, chosen.diff_ids, chain, names.host, report)
             layers = [self._layers.find(chain_id) for chain_id in chain]
             return self._index.add(
                 Image(
-                    id=chosen.manifest.config.digest,
+                    id=chosen.id,
                     repo_tags=names.tags,
                     repo_digests=names.digests,
                     size=chosen.config_bytes + sum(layer.bytes for layer in layers if layer),
                     chain_ids=chain,
-                    config=run_defaults(config.config),
-                    created=config.created or "",
+                    config=chosen.config,
+                    created=chosen.created,
                 )
             )
 
-    async def _choose(self, source: Source, fetched: Fetched, names: _Names) -> _Chosen:
-        """Return the image for this host: of the manifest itself, or of an index.
+    async def _choose(self, source: Source, fetched: list[Fetched], names: _Names) -> _Chosen:
+        """Return the image for this host: of the one manifest that is fetched, or of an index.
 
-        Raises ManifestNotFound when there is none.
+        The list is emptied: its megabytes are not needed while others are read. Raises ManifestNotFound when
+        there is none.
         """
         choice = _Choice(source, names.what, self._platform, self._options.limits)
         try:
-            return await choice.make(fetched)
+            return await choice.make(choice.decode(fetched.pop()))
         except OverLimit as error:
             raise ManifestInvalid(names.what, error.reason) from error
         except _OtherPlatform as error:

@@ -99,6 +99,28 @@ async def test_four_dripping_layers_of_one_registry_do_not_hold_up_another_regis
     assert downloads.active == downloads.waiting == 0
 
 
+async def test_slow_manifests_of_one_registry_do_not_hold_up_another_registry(
+    honest: FakeRegistry, hostile: FakeRegistry, tmp_path: Path
+) -> None:
+    store = open_store(tmp_path, timing=msgspec.structs.replace(QUICK, answer_s=60.0, stall_s=60.0))
+    honest.put_image("a", "1", [TOP])
+    hostile.fail("manifests", SLOW, times=99)
+    for n in range(6):
+        hostile.put_image("a", str(n), [TOP])
+    resolves = store.limiters()[2]
+    pulls: list[asyncio.Task[object]] = [
+        asyncio.create_task(store.pull(f"{hostile.address}/a:{n}")) for n in range(6)
+    ]
+    await eventually(lambda: resolves.active == resolves.limit and resolves.waiting == 2)
+    async with asyncio.timeout(10):
+        await store.pull(f"{honest.address}/a:1")
+    assert not any(pull.done() for pull in pulls)
+    for pull in pulls:
+        await cancelled(pull)
+    await store.close()
+    assert resolves.active == resolves.waiting == 0
+
+
 async def test_layer_below_the_rate_after_10_s_is_retried_and_then_fails(
     hostile: FakeRegistry, tmp_path: Path
 ) -> None:

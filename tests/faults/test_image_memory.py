@@ -216,6 +216,8 @@ DOCUMENTS: dict[str, tuple[Put, str]] = {
     "90,000 variables": (configured({"config": {"Env": ["A=xy"] * 90_000}}), "run_bytes"),
     "80,000 labels": (labels(80_000), "json_values"),
     "20,000 labels": (labels(20_000), ""),
+    "time of 3 MiB": (configured({"created": "2" * (3 * MIB)}), ""),
+    "architecture of 3 MiB": (configured({"architecture": "x" * (3 * MIB)}), "no image for linux/"),
     "thousands of layers": (lambda r: put_image(r, b"{}", [b"x"] * 5000), "registry.limits.layers"),
     "digest of another algorithm": (manifest_of(json.dumps(ODD).encode()), "bad digest"),
 }
@@ -284,6 +286,30 @@ def test_memory_under_many_hostile_pulls_at_once_is_bounded(
     with ThreadPoolExecutor(8) as pool:
         errors = dict(zip(names, pool.map(lambda name: pull(client, registry, name), names), strict=True))
     assert all(("diff id" in error) == name.startswith("a:z") for name, error in errors.items()), errors
+    assert daemon.peak_mib() < BOUND_MIB
+
+
+def test_memory_under_forty_pulls_of_large_documents_at_once_is_bounded(
+    daemon: ImageDaemon, client: Client, registry: FakeRegistry
+) -> None:
+    """Each has 3 MiB of annotations and 3 MiB of labels, below their limits."""
+    notes = {f"note{n}": "x" * 1000 for n in range(3000)}
+    labels = {f"label{n}": "x" * 1000 for n in range(3000)}
+    tags = [f"n{n}" for n in range(40)]
+    for tag in tags:
+        rootfs = {"type": "layers", "diff_ids": [digest(tag.encode())]}
+        config = json.dumps(CONFIG | {"config": {"Labels": labels | {"n": tag}}, "rootfs": rootfs}).encode()
+        value = {
+            "schemaVersion": 2,
+            "config": descriptor(registry, config, f"{OCI}.config.v1+json"),
+            "layers": [descriptor(registry, tag.encode(), f"{OCI}.layer.v1.tar")],
+            "annotations": notes,
+        }
+        registry.put_manifest("a", tag, value, f"{OCI}.manifest.v1+json")
+    daemon.forget_peak()
+    with ThreadPoolExecutor(len(tags)) as pool:
+        errors = list(pool.map(lambda tag: pull(client, registry, f"a:{tag}"), tags))
+    assert all("layer rejected" in error for error in errors), errors
     assert daemon.peak_mib() < BOUND_MIB
 
 
