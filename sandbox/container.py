@@ -15,7 +15,7 @@ from sandbox.logs.relay import LogRelay
 from sandbox.plan import MountSource
 from sandbox.plan.values import ContainerPlan
 from sandbox.pod import Pod
-from sandbox.records import ContainerRecord, ContainerState
+from sandbox.records import ContainerRecord, ContainerState, ContainerUser
 from sandbox.spec import ContainerId
 from sandbox.store import Recorded, Store
 
@@ -62,6 +62,10 @@ class Container(Recorded[ContainerRecord]):
     def record_rootfs(self, rootfs: Rootfs) -> None:
         """Keep it with the next `update`: a creation that is cut short before that is undone by its id."""
         self.record = msgspec.structs.replace(self.record, rootfs=rootfs)
+
+    def record_user(self, user: ContainerUser) -> None:
+        """Keep whom it runs as with the next `update`, which is that of its state."""
+        self.record = msgspec.structs.replace(self.record, user=user)
 
     @property
     def volumes(self) -> Path:

@@ -149,8 +149,7 @@ class Containers:
             log_path=_log_path(pod.record.spec.log_directory, spec.log_path),
         )
         container = self._inventory.make_container(record, pod)
-        container.update()
-        self._inventory.add_container(container)
+        self._inventory.add_container(container)  # its record is written with the names of its steps
         try:
             await bring_up(self._engines.of(pod).containers.container_steps, container)
             container.update(state=ContainerState.CREATED)

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")  # space, tab, newline and backslash
+_MOUNT_ID = re.compile(rb"^mnt_id:\s*(\d+)", re.MULTILINE)
 _DELETED = "//deleted"
+FDINFO_BYTES = 4096  # `mnt_id` is among the first lines
 _REMOTE = ("autofs", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "fuse")
 
 
@@ -88,40 +91,54 @@ def relative(path: str, above: str) -> str | None:
     return path[len(begin) :] if path.startswith(begin) else None
 
 
-def find_tree(descriptor: int, table: Sequence[Mounted]) -> Tree | None:
-    """Return the tree of an open file (an O_PATH descriptor does) by the caller's own mount table; None: the
-    mount is not in the table, as it has been unmounted or belongs to another namespace."""
-    number = mount_id(descriptor)
-    mount = next((each for each in table if each.id == number), None)
-    if mount is None:
-        return None
-    place = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-    beneath = relative(place, mount.point)
-    deleted = mount.root.endswith(_DELETED) or beneath is None or os.fstat(descriptor).st_nlink == 0
-    if deleted or beneath is None:
-        return Tree(device=mount.device, path=None, readonly=mount.readonly)
-    return Tree(
-        device=mount.device,
-        path=join(mount.root, beneath),
-        readonly=mount.readonly,
-        submounts=dict(_beneath(place, table)),
-    )
+class Trees:
+    """Finds trees by one state of the caller's own mount table, sorted once: a node has thousands of mounts,
+    and a container dozens."""
+
+    def __init__(self, table: Sequence[Mounted]) -> None:
+        self._by_id = {line.id: line for line in table}
+        self._sorted = sorted(table, key=_point)  # stable: later lines stay behind earlier ones
+
+    def find(self, descriptor: int) -> Tree | None:
+        """Return the tree of an open file (an O_PATH descriptor does); None: the mount is not in the table,
+        as it has been unmounted or belongs to another namespace."""
+        mount = self._by_id.get(mount_id(descriptor))
+        if mount is None:
+            return None
+        place = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 -- a Path takes longer than the call
+        beneath = relative(place, mount.point)
+        deleted = mount.root.endswith(_DELETED) or beneath is None or os.fstat(descriptor).st_nlink == 0
+        if deleted or beneath is None:
+            return Tree(device=mount.device, path=None, readonly=mount.readonly)
+        return Tree(
+            device=mount.device,
+            path=join(mount.root, beneath),
+            readonly=mount.readonly,
+            submounts=self.beneath(place),
+        )
+
+    def beneath(self, place: str) -> dict[str, Mounted]:
+        """Return what is mounted beneath a path, by relative paths. Later lines cover earlier ones."""
+        begin = place.rstrip("/") + "/"
+        found = {}
+        for number in range(bisect_left(self._sorted, begin, key=_point), len(self._sorted)):
+            line = self._sorted[number]
+            if not line.point.startswith(begin):
+                break
+            if line.point != begin:
+                found[line.point[len(begin) :]] = line
+        return found
+
+
+def _point(line: Mounted) -> str:
+    return line.point
 
 
 def mount_id(descriptor: int) -> int:
     """Return the id of the mount that an open file is in (proc(5), /proc/PID/fdinfo). Raises OSError."""
-    for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "mnt_id":
-            return int(value)
-    return -1  # Linux before 3.15
-
-
-def _beneath(place: str, table: Iterable[Mounted]) -> Iterable[tuple[str, Mounted]]:
-    """Later lines are mounted over earlier ones."""
-    for line in table:
-        if path := relative(line.point, place):
-            yield path, line
+    with open(f"/proc/self/fdinfo/{descriptor}", "rb", buffering=0) as file:  # noqa: PTH123 -- as above
+        found = _MOUNT_ID.search(file.read(FDINFO_BYTES))
+    return int(found[1]) if found else -1  # Linux before 3.15
 
 
 def join(above: str, beneath: str) -> str:

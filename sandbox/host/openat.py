@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sandbox.errors import InvalidSpec
@@ -17,14 +18,8 @@ def open_beneath(root: Path, name: str, flags: int, *, links: bool = True) -> in
     Returns a descriptor that the caller owns. Raises OSError; without `links` also (ELOOP) where a component
     of the path is a symbolic link.
     """
-    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        resolve = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
-        if not links:
-            resolve |= syscalls.RESOLVE_NO_SYMLINKS
-        return syscalls.openat2(directory, name, flags | os.O_CLOEXEC, resolve=resolve)
-    finally:
-        os.close(directory)
+    with opened_root(root) as directory:
+        return _resolve(directory, name, flags, 0 if links else syscalls.RESOLVE_NO_SYMLINKS)
 
 
 def make_beneath(root: Path, path: str, *, directory: bool) -> None:
@@ -33,27 +28,49 @@ def make_beneath(root: Path, path: str, *, directory: bool) -> None:
     Idempotent. Raises nothing: what cannot be created, and what exists as another kind of file, fails in the
     step that needs it, whose error names the problem. Modes are 0644 and 0755 whatever the daemon's umask is.
     """
+    with suppress(OSError), opened_root(root) as top:
+        make_at(top, path, directory=directory)
+
+
+@contextmanager
+def opened_root(root: Path) -> Iterator[int]:
+    """Give a descriptor of a root for several calls. Raises OSError."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.close(open_beneath(root, path, os.O_PATH))
-    except FileNotFoundError:
-        pass
-    except OSError:
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def make_at(root: int, path: str, *, directory: bool) -> None:
+    """Do the same as `make_beneath` in an open root."""
+    parent, _, name = path.rstrip("/").rpartition("/")
+    if not name:
         return
-    else:
-        return
-    parent, _, name = path.rpartition("/")
-    if parent:
-        make_beneath(root, parent, directory=True)
     with suppress(OSError):
-        at = open_beneath(root, parent or "/", os.O_PATH | os.O_DIRECTORY)
+        at = _open_parent(root, parent)
         try:
             _make(at, name, directory)
         finally:
             os.close(at)
 
 
+def _open_parent(root: int, path: str) -> int:
+    """Open a directory, which is made where it does not exist. Raises OSError."""
+    try:
+        return _resolve(root, path or "/", os.O_PATH | os.O_DIRECTORY)
+    except FileNotFoundError:
+        make_at(root, path, directory=True)
+        return _resolve(root, path or "/", os.O_PATH | os.O_DIRECTORY)
+
+
+def _resolve(root: int, path: str, flags: int, more: int = 0) -> int:
+    resolve = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS | more
+    return syscalls.openat2(root, path, flags | os.O_CLOEXEC, resolve=resolve)
+
+
 def _make(at: int, name: str, directory: bool) -> None:
-    """Raises FileExistsError also for a dangling symbolic link, which stays as it is."""
+    """Raises FileExistsError for what exists, also for a dangling symbolic link, which stays as it is."""
     if directory:
         os.mkdir(name, dir_fd=at)
         os.chmod(name, 0o755, dir_fd=at)

@@ -7,7 +7,8 @@ the image's user files and makes mount points in the root.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import posixpath
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,9 @@ from image.rootfs import HostTree
 from image.stores import RootfsStore
 from sandbox.apparmor import Policy
 from sandbox.container import Container
-from sandbox.host.openat import make_beneath
+from sandbox.host.openat import make_at, opened_root
 from sandbox.plan import MountSource, compile_container, device_filter_for
 from sandbox.plan.devices import RequestedDevice
-from sandbox.plan.paths import covers
 from sandbox.plan.pod_files import PodFiles, pod_files
 from sandbox.plan.users import resolve_user
 from sandbox.plan.values import ContainerPlan, Make
@@ -77,7 +77,7 @@ class CompiledPlan:
         if isinstance(rootfs, HostTree):
             make_mount_points(Path(rootfs.path), plan)
         container.save_plan(plan)
-        container.update(user=ContainerUser(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))
+        container.record_user(ContainerUser(uid=user.uid, gid=user.gid, groups=tuple(user.groups)))
 
 
 def _files(pod: PodRecord) -> PodFiles:
@@ -91,15 +91,20 @@ def make_mount_points(rootfs: Path, plan: ContainerPlan) -> None:
     This is for speed only: the guest needs several requests over virtio-fs for what is one call here. What
     cannot be created is left for the agent to report. Blocking.
     """
-    tops = [mount.target for mount in plan.mounts]
-    for mount in plan.mounts:
-        if mount.make in (Make.DIRECTORY, Make.FILE) and not _beneath(mount.target, tops):
-            make_beneath(rootfs, mount.target, directory=mount.make == Make.DIRECTORY)
-    for file in plan.files:
-        if not _beneath(file.path, tops):
-            make_beneath(rootfs, file.path, directory=False)
+    tops = frozenset(mount.target for mount in plan.mounts)
+    with opened_root(rootfs) as root:
+        for mount in plan.mounts:
+            if mount.make in (Make.DIRECTORY, Make.FILE) and not _beneath(mount.target, tops):
+                make_at(root, mount.target, directory=mount.make == Make.DIRECTORY)
+        for file in plan.files:
+            if not _beneath(file.path, tops):
+                make_at(root, file.path, directory=False)
 
 
-def _beneath(path: str, tops: Sequence[str]) -> bool:
+def _beneath(path: str, tops: Collection[str]) -> bool:
     """Return whether another mount covers this path, so that nothing created here would be visible."""
-    return any(top != path and covers(top, path) for top in tops)
+    while path != "/":
+        path = posixpath.dirname(path)
+        if path in tops:
+            return True
+    return False

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,13 +165,13 @@ def _relative_to(root: str, table: Iterable[Mounted]) -> Iterator[Mounted]:
 
 
 def attach(
-    exporter: Exporter, wanted: Iterable[Wanted], known: dict[str, Export]
+    exporter: Exporter, back: Path, wanted: Iterable[Wanted], known: dict[str, Export]
 ) -> tuple[list[VolumeUse], list[Export]]:
     """Give each wanted mount a place in an export: in a known one, which is made writable where needed, or
     in a new one. Returns the places, and the exports that were made.
 
-    `known` are the exports in use, which get the new ones. Whole trees come before their parts. Blocking.
-    Raises OSError, VmmGone.
+    `back` is the writable directory behind the share, `known` are the exports in use, which get the new ones.
+    Whole trees come before their parts. Blocking. Raises OSError, VmmGone.
     """
     ordered = sorted(wanted, key=lambda each: len(each.tree.path or "") if each.tree else 0)
     places: dict[int, tuple[Export, str]] = {}
@@ -178,11 +179,15 @@ def attach(
     def work() -> None:
         table = exporter.table()
         for each in ordered:
-            places[each.number] = _place(exporter, each, known, table)
+            places[each.number] = _place(exporter.root, points, each, known, table)
 
     if ordered:
         with exporter.opened():
-            exporter.run(work)
+            points = os.open(back, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # has no path in there
+            try:
+                exporter.run(work)
+            finally:
+                os.close(points)
     uses = [
         VolumeUse(
             mount=each.number,
@@ -197,17 +202,18 @@ def attach(
 
 
 def _place(
-    exporter: Exporter, wanted: Wanted, known: dict[str, Export], table: list[Mounted]
+    root: Path, points: int, wanted: Wanted, known: dict[str, Export], table: list[Mounted]
 ) -> tuple[Export, str]:
     """`table` is the exporter's, and gets what is mounted here: reading it for each mount takes longer."""
-    export, path = _find(exporter.root, wanted, known, table) or (None, "")
+    export, path = _find(root, wanted, known, table) or (None, "")
     if export is None:
-        export = _make(exporter.root, wanted, known, table)
+        _make_point(points, wanted)
+        export = _make(root, wanted, known, table)
     else:
-        _relax(exporter.root, wanted, export.key, path, table)
+        _relax(root, wanted, export.key, path, table)
     for part in export.parts:
         if _related("/" + part.path, "/" + path):
-            _relax(exporter.root, wanted, part.export, "", table)
+            _relax(root, wanted, part.export, "", table)
     return export, path
 
 
@@ -326,12 +332,12 @@ def _relax(root: Path, wanted: Wanted, key: str, path: str, table: list[Mounted]
 # ------------------------------------------------------------------------------------ mount points
 
 
-def make_point(back: Path, key: str, *, directory: bool) -> None:
-    """Make the mount point of an export. Raises OSError."""
-    if directory:
-        (back / key).mkdir(mode=0o755)
+def _make_point(points: int, wanted: Wanted) -> None:
+    """Make the mount point of a new export. Raises OSError."""
+    if stat.S_ISDIR(os.fstat(wanted.source).st_mode):
+        os.mkdir(wanted.key, 0o755, dir_fd=points)
     else:
-        (back / key).touch(mode=0o644)
+        os.close(os.open(wanted.key, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=points))
 
 
 def remove_points(pod: Pod, keys: Iterable[str]) -> None:

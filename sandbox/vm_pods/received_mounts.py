@@ -231,7 +231,7 @@ def update(
     what each use had the last time, and is brought up to date: a mount point that the host removes takes its
     mounts with it in all namespaces. Blocking. Raises OSError, VmmGone.
     """
-    host = mountinfo.read()
+    host = mountinfo.Trees(mountinfo.read())
     changed = []
     with exporter.opened():
         for use in uses:
@@ -255,14 +255,16 @@ def _moved(line: Mounted, point: str) -> Mounted:
     return Mounted(line.id, line.device, line.root, point, line.readonly, line.kind)
 
 
-def _wanted(use: Use, host: list[Mounted], actual: list[Mounted], own: Collection[str]) -> dict[str, Mounted]:
+def _wanted(
+    use: Use, host: mountinfo.Trees, actual: list[Mounted], own: Collection[str]
+) -> dict[str, Mounted]:
     """What the host has below the use's source; nothing if that is no longer the tree that is exported."""
     try:
         descriptor = os.open(use.source, OPEN)
     except OSError:
         return {}
     try:
-        tree = mountinfo.find_tree(descriptor, host)
+        tree = host.find(descriptor)
     finally:
         os.close(descriptor)
     if tree is None or tree.path is None or (tree.device, tree.path) != _tree_at(use.place, actual):

@@ -51,7 +51,6 @@ from sandbox.vm_pods.exports import (
     Wanted,
     attach,
     known_exports,
-    make_point,
     names_in_use,
     remove_points,
 )
@@ -131,12 +130,14 @@ def _old(container: Container) -> Path:
 def find_sources(container: Container) -> list[MountSource]:
     """Where the guest finds them, and what they are, while they are up. Raises InvalidSpec."""
     uses = {use.mount: use for use in container.record.volumes}
+    disks = guest_disks(container)
+    host: mountinfo.Trees | None = None  # read once, for all that need it
     found = []
     for number, mount in enumerate(container.record.spec.mounts):
         if number in container.live:
             found.append(container.live[number])
             continue
-        if disk := guest_disks(container).get(mount.host_path):
+        if disk := disks.get(mount.host_path):
             found.append(MountSource(path=f"/dev/{disk.name}", is_directory=False))
             continue
         with _source(container, number, mount) as source:
@@ -145,13 +146,17 @@ def find_sources(container: Container) -> list[MountSource]:
         if huge:
             found.append(MountSource(path=guest_path(huge), is_directory=True))
             continue
+        submounts: tuple[str, ...] = ()
+        if is_directory and _needs_submounts(mount):
+            host = host or mountinfo.Trees(mountinfo.read())
+            submounts = tuple(host.beneath(os.path.realpath(mount.host_path)))
         use = uses[number]
         found.append(
             MountSource(
                 path=mountinfo.join(f"{GUEST_VOLUMES}/{use.export}", use.path),
                 within=f"{GUEST_VOLUMES}/{use.export}",
                 is_directory=is_directory,
-                submounts=_submounts(mount) if is_directory else (),
+                submounts=submounts,
                 parts=tuple(_parts_below(use)),
             )
         )
@@ -164,13 +169,9 @@ def _parts_below(use: VolumeUse) -> Iterator[str]:
             yield path
 
 
-def _submounts(mount: MountSpec) -> tuple[str, ...]:
-    """Relative paths of what is mounted below the source, where the guest must know (see MountSource)."""
-    if not mount.readonly or mount.recursive_readonly or mount.image:
-        return ()
-    source = Path(os.path.realpath(mount.host_path))
-    points = (point for point in mounts.mounts_below(source) if point != source)
-    return tuple(dict.fromkeys(str(point.relative_to(source)) for point in points))
+def _needs_submounts(mount: MountSpec) -> bool:
+    """Whether the guest must know what is mounted below the source (see MountSource)."""
+    return mount.readonly and not mount.recursive_readonly and not mount.image
 
 
 # ------------------------------------------------------------------------------------ the guest
@@ -232,9 +233,9 @@ def _attach_all(
     back = pod.back_of(pod.volumes_share)
     with contextlib.ExitStack() as held:
         directories, wanted = [], []
-        table = mountinfo.read()
+        disks, trees = guest_disks(container), mountinfo.Trees(mountinfo.read())
         for number, mount in enumerate(container.record.spec.mounts):
-            if number in container.live or mount.host_path in guest_disks(container):
+            if number in container.live or mount.host_path in disks:
                 continue
             source = held.enter_context(_source(container, number, mount))
             if huge := find_directory(source, number, mount):
@@ -245,15 +246,14 @@ def _attach_all(
             held.callback(os.close, clone)
             _shift(number, clone, what, mount)
             _shape(clone, what, mount)
-            tree = mountinfo.find_tree(source, table)
+            tree = trees.find(source)
             wanted.append(Wanted(number, mount, source, tree, clone, key=f"{container.id}-{number}"))
         # what may be made, then what was: how many of them are new is known only once they are searched for
-        container.update(volumes=tuple(VolumeUse(mount=each.number, export=each.key) for each in wanted))
-        for each in wanted:
-            make_point(back, each.key, directory=stat.S_ISDIR(os.fstat(each.source).st_mode))
-        uses, made = attach(Exporter(pod), wanted, known_exports(others))
-        container.update(volumes=tuple(uses))
-        remove_points(pod, {each.key for each in wanted} - {export.key for export in made})
+        intended = tuple(VolumeUse(mount=each.number, export=each.key) for each in wanted)
+        container.update(volumes=intended)
+        uses, made = attach(Exporter(pod), back, wanted, known_exports(others))
+        if tuple(uses) != intended:
+            container.update(volumes=tuple(uses))
     return directories, made
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.host import mountinfo, mounts, syscalls
-from sandbox.host.mountinfo import Tree
+from sandbox.host.mountinfo import Mounted, Tree
 
 TABLE = rb"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 30 22 8:1 /var/volumes/a\040b\134c\011d /mnt/with\040space ro,relatime shared:1 master:2 - ext4 /dev/sda1 rw
@@ -57,6 +57,18 @@ def test_any_table_is_parsed(text: bytes) -> None:
     mountinfo.parse(TABLE + text.replace(b"-", b"\n"))
 
 
+def test_mounts_beneath_a_path_are_found_among_names_that_begin_alike() -> None:
+    def line(number: int, point: str) -> Mounted:
+        return Mounted(number, "8:1", "/", point, False, "ext4")
+
+    points = ["/", "/a/b", "/a", "/a-b/c", "/ab", "/a/b/c", "/a.b", "/a/b", "/a b/c"]
+    trees = mountinfo.Trees([line(number, point) for number, point in enumerate(points)])
+    found = {path: mount.id for path, mount in trees.beneath("/a").items()}
+    assert found == {"b": 7, "b/c": 5}  # the later one of two at one point
+    assert set(trees.beneath("/")) == {point[1:] for point in points if point != "/"}
+    assert trees.beneath("/a/b/c") == {}
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs, with what a test mounts in it."""
@@ -70,7 +82,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
 def tree_of(path: Path) -> Tree | None:
     source = os.open(path, os.O_PATH)
     try:
-        return mountinfo.find_tree(source, mountinfo.read())
+        return mountinfo.Trees(mountinfo.read()).find(source)
     finally:
         os.close(source)
 
@@ -117,7 +129,7 @@ def test_deleted_directory_has_no_path(place: Path) -> None:
     source = os.open(place / "gone", os.O_PATH)
     try:
         (place / "gone").rmdir()
-        tree = mountinfo.find_tree(source, mountinfo.read())
+        tree = mountinfo.Trees(mountinfo.read()).find(source)
     finally:
         os.close(source)
     assert tree
@@ -128,6 +140,6 @@ def test_tree_of_a_mount_that_is_gone_is_unknown(place: Path) -> None:
     source = os.open(place, os.O_PATH)
     try:
         mounts.unmount_tree(place)
-        assert mountinfo.find_tree(source, mountinfo.read()) is None
+        assert mountinfo.Trees(mountinfo.read()).find(source) is None
     finally:
         os.close(source)
