@@ -8,7 +8,7 @@ its end. Kernel and modules come from the package that guest images are made of.
 /dev/vhost-net, /dev/vhost-vsock, AppArmor, and only cgroup v2.
 
 KVM does without nested paging there. With it, QEMU's emulation (7.2) now and then goes on in one kernel with
-registers of the other, and one of them panics; without it, pods also start in half the time.
+registers of the other, and one of them panics.
 
     SHARED/start       the first process, seen inside as /nested/start
     SHARED/{lib,usr}   the kernel's modules
