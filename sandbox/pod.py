@@ -73,6 +73,11 @@ class Pod(Recorded[PodRecord]):
         """Where volumes are mounted, as virtiofsd exports them: read-only itself."""
         return self.run_dir / "share" / "volumes"
 
+    @property
+    def uncached_share(self) -> Path:
+        """The same directory as `volumes_share`, for another virtiofsd."""
+        return self.run_dir / "share" / "uncached"
+
     def back_of(self, share: Path) -> Path:
         """Return the writable directory behind a share, in which mount points are made."""
         return self.run_dir / "back" / share.name

@@ -199,6 +199,7 @@ class VolumeUse(Value, frozen=True, kw_only=True):
     path: str = ""  # in the export; empty: all of it
     frozen: bool = False  # the host's own mount is read-only
     parts: tuple[VolumePart, ...] = ()  # of the export
+    uncached: bool = False  # exported for the guest to cache nothing of it
 
 
 class SocketUse(Value, frozen=True, kw_only=True):

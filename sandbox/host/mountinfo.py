@@ -50,6 +50,7 @@ class Tree:
     path: str | None  # None: it has been deleted, so no path leads to it
     readonly: bool = False  # the mount that leads to it
     submounts: Mapping[str, Mounted] = field(default_factory=dict)  # beneath it, by relative path
+    kind: str = ""  # of the file system
 
 
 def read() -> list[Mounted]:
@@ -109,12 +110,13 @@ class Trees:
         beneath = relative(place, mount.point)
         deleted = mount.root.endswith(_DELETED) or beneath is None or os.fstat(descriptor).st_nlink == 0
         if deleted or beneath is None:
-            return Tree(device=mount.device, path=None, readonly=mount.readonly)
+            return Tree(device=mount.device, path=None, readonly=mount.readonly, kind=mount.kind)
         return Tree(
             device=mount.device,
             path=join(mount.root, beneath),
             readonly=mount.readonly,
             submounts=self.beneath(place),
+            kind=mount.kind,
         )
 
     def beneath(self, place: str) -> dict[str, Mounted]:

@@ -134,6 +134,16 @@ class Network:
         )
 
 
+def make_share(back: Path, share: Path) -> None:
+    """Bind `share`, a new directory, read-only over its writable twin, and make it shared. The step `Shares`
+    undoes it. Raises OSError."""
+    share.mkdir(mode=0o755, parents=True)
+    mounts.bind(back, share, recursive=False)
+    mounts.make_readonly(share)
+    mounts.set_propagation(share, mount_flags.MS_PRIVATE)
+    mounts.set_propagation(share, mount_flags.MS_SHARED)
+
+
 @dataclass(frozen=True, slots=True)
 class Shares:
     """The directories that virtiofsd exports.
@@ -154,11 +164,7 @@ class Shares:
         for share in (pod.rootfs_share, pod.volumes_share):
             back = pod.back_of(share)
             back.mkdir(mode=0o755, parents=True)
-            share.mkdir(mode=0o755, parents=True)
-            mounts.bind(back, share, recursive=False)
-            mounts.make_readonly(share)
-            mounts.set_propagation(share, mount_flags.MS_PRIVATE)
-            mounts.set_propagation(share, mount_flags.MS_SHARED)
+            make_share(back, share)
         if modules := self.modules(pod):
             (pod.back_of(pod.rootfs_share) / MODULES_NAME).mkdir(mode=0o755)
             mounts.bind(modules, pod.rootfs_share / MODULES_NAME, recursive=False)

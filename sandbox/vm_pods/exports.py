@@ -34,7 +34,7 @@ from sandbox.errors import VmmGone
 from sandbox.host import mountinfo, mounts, process
 from sandbox.host.mountinfo import Mounted, Tree
 from sandbox.host.openat import open_beneath
-from sandbox.plan.shares import VOLUMES_TAG
+from sandbox.plan.shares import GUEST_UNCACHED, GUEST_VOLUMES, UNCACHED_TAG, VOLUMES_TAG
 from sandbox.pod import Pod
 from sandbox.records import VolumePart, VolumeUse
 from sandbox.spec import MountSpec, Propagation, UserNamespace
@@ -53,11 +53,12 @@ class Kind:
     receives: bool  # later mounts of the host
     ids: UserNamespace | None
     frozen: bool  # the host's own mount is read-only
+    uncached: bool  # it is in another share, see `uncached`
 
 
-def kind_of(mount: MountSpec, *, frozen: bool) -> Kind:
+def kind_of(mount: MountSpec, *, frozen: bool, uncached: bool) -> Kind:
     """Return the kind of export that a mount of a specification needs."""
-    return Kind(mount.propagation is not Propagation.PRIVATE, mount.ids, frozen)
+    return Kind(mount.propagation is not Propagation.PRIVATE, mount.ids, frozen, uncached)
 
 
 @dataclass(slots=True)
@@ -70,11 +71,13 @@ class Wanted:
     tree: Tree | None
     clone: int  # detached copy of the source's mount tree, with its attributes
     key: str  # of a new export, if it needs one
+    uncached: bool = False
 
     @property
     def kind(self) -> Kind:
         """Return the kind of export that it needs."""
-        return kind_of(self.mount, frozen=self.tree.readonly if self.tree else False)
+        frozen = self.tree.readonly if self.tree else False
+        return kind_of(self.mount, frozen=frozen, uncached=self.uncached)
 
     @property
     def recursive(self) -> bool:
@@ -99,7 +102,8 @@ def known_exports(containers: Iterable[Container]) -> dict[str, Export]:
     for container in containers:
         for use in container.record.volumes:
             mount = container.record.spec.mounts[use.mount]
-            found[use.export] = Export(use.export, kind_of(mount, frozen=use.frozen), use.parts)
+            kind = kind_of(mount, frozen=use.frozen, uncached=use.uncached)
+            found[use.export] = Export(use.export, kind, use.parts)
     return found
 
 
@@ -109,15 +113,23 @@ def names_in_use(containers: Iterable[Container]) -> set[str]:
     return {use.export for use in uses} | {part.export for use in uses for part in use.parts}
 
 
+def guest_place(use: VolumeUse) -> str:
+    """Return where the guest has the export of a mount."""
+    return f"{GUEST_UNCACHED if use.uncached else GUEST_VOLUMES}/{use.export}"
+
+
 # ------------------------------------------------------------------------------------ the exporter
 
 
 class Exporter:
-    """What exports a pod's volumes: its mount table, and work in its mount namespace. All methods block."""
+    """What exports a pod's volumes: its mount table, and work in its mount namespace. All methods block.
 
-    def __init__(self, pod: Pod) -> None:
+    `uncached` chooses between its two shares, which have one directory behind them.
+    """
+
+    def __init__(self, pod: Pod, *, uncached: bool = False) -> None:
         handle = runtime_of(pod).handle
-        self._process = handle.helpers.get(VOLUMES_TAG) if handle else None
+        self._process = handle.helpers.get(UNCACHED_TAG if uncached else VOLUMES_TAG) if handle else None
         # the share is the root of virtiofsd; a VMM that exports it by itself sees it as the daemon does
         self.root = Path("/") if self._process else pod.volumes_share
         self._table: io.FileIO
@@ -166,9 +178,9 @@ def _relative_to(root: str, table: Iterable[Mounted]) -> Iterator[Mounted]:
 
 def attach(
     exporter: Exporter, back: Path, wanted: Iterable[Wanted], known: dict[str, Export]
-) -> tuple[list[VolumeUse], list[Export]]:
+) -> list[VolumeUse]:
     """Give each wanted mount a place in an export: in a known one, which is made writable where needed, or
-    in a new one. Returns the places, and the exports that were made.
+    in a new one. Returns the places.
 
     `back` is the writable directory behind the share, `known` are the exports in use, which get the new ones.
     Whole trees come before their parts. Blocking. Raises OSError, VmmGone.
@@ -188,17 +200,17 @@ def attach(
                 exporter.run(work)
             finally:
                 os.close(points)
-    uses = [
+    return [
         VolumeUse(
             mount=each.number,
             export=places[each.number][0].key,
             path=places[each.number][1],
             frozen=each.kind.frozen,
             parts=places[each.number][0].parts,
+            uncached=each.uncached,
         )
         for each in ordered
     ]
-    return sorted(uses, key=lambda use: use.mount), [each for each in known.values() if each.made]
 
 
 def _place(
@@ -271,7 +283,8 @@ def _make(root: Path, wanted: Wanted, known: dict[str, Export], table: list[Moun
     tree = wanted.tree
     if tree and tree.path is not None:
         table += _lines_of(wanted, tree, tree.path)
-    parts = _parts(root, wanted, known, table)
+    # nothing is cached, so it does not matter that a part is another file system there
+    parts = () if wanted.uncached else _parts(root, wanted, known, table)
     export = Export(wanted.key, wanted.kind, parts, made=True)
     if tree and not export.kind.receives:  # what the host unmounts later must not be busy
         near = [path for path, line in sorted(tree.submounts.items()) if not line.remote]

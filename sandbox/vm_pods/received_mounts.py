@@ -19,7 +19,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,6 +83,7 @@ class Use:
     container: Container
     mount: MountSpec
     place: str
+    uncached: bool = False  # the share
 
     @property
     def key(self) -> tuple[str, str]:
@@ -200,7 +201,7 @@ class ReceivedMounts:
         if not receiving:
             return []
         try:
-            return await asyncio.to_thread(update, Exporter(pod), receiving, own, followed.known)
+            return await asyncio.to_thread(_update_all, pod, receiving, own, followed.known)
         except (SandboxError, OSError) as error:
             if pod.record.ready:
                 log.error("pod %s: mounts of the host below its volumes are missing: %s", pod.id, error)
@@ -212,7 +213,7 @@ def uses(container: Container) -> Iterator[Use]:
     for use in container.record.volumes:
         mount = container.record.spec.mounts[use.mount]
         if receives(mount):
-            yield Use(container, mount, _place(use))
+            yield Use(container, mount, _place(use), use.uncached)
 
 
 def _place(use: VolumeUse) -> str:
@@ -220,6 +221,16 @@ def _place(use: VolumeUse) -> str:
 
 
 # ------------------------------------------------------------------------------------ the host
+
+
+def _update_all(
+    pod: Pod, uses: Sequence[Use], own: Collection[str], known: Known
+) -> list[tuple[Use, list[str]]]:
+    changed = []
+    for uncached in (False, True):
+        if found := [use for use in uses if use.uncached is uncached]:
+            changed += update(Exporter(pod, uncached=uncached), found, own, known)
+    return changed
 
 
 def update(

@@ -27,8 +27,8 @@ from sandbox.guest import guest_pb2 as pb
 from sandbox.host.inotify import Watcher, Watching
 from sandbox.host.tasks import Tasks
 from sandbox.inventory import Inventory
-from sandbox.plan.shares import GUEST_VOLUMES
 from sandbox.pod import Pod
+from sandbox.vm_pods.exports import guest_place
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.live_files import fits
 from sandbox.vm_pods.received_mounts import ReceivedMounts
@@ -110,7 +110,7 @@ class SharedFiles:
             source = os.path.realpath(path)
             with contextlib.suppress(OSError):
                 if stat.S_ISREG(os.lstat(source).st_mode):
-                    yield _File(container, source, f"{GUEST_VOLUMES}/{use.export}")
+                    yield _File(container, source, guest_place(use))
 
     def _changed(self, file: _File) -> None:
         file.changes += 1

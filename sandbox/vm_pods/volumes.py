@@ -50,6 +50,7 @@ from sandbox.vm_pods.exports import (
     Exporter,
     Wanted,
     attach,
+    guest_place,
     known_exports,
     names_in_use,
     remove_points,
@@ -57,6 +58,7 @@ from sandbox.vm_pods.exports import (
 from sandbox.vm_pods.hugepages import find_directory, guest_path
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.resize import Resizer
+from sandbox.vm_pods.uncached import is_uncached, open_share
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +95,12 @@ class Volumes:
         await mount_images(self.store, container)
         async with container.pod.exports_lock:
             others = self._others(container)
-            directories, made = await asyncio.to_thread(_attach_all, container, others)
+            found = await asyncio.to_thread(_attach_all, container, others)
+            if found is None:
+                able = await open_share(container.pod)
+                found = await asyncio.to_thread(_attach_all, container, others, uncached=able)
+            assert found is not None
+            directories, made = found
             await _mount_in_guest(container.pod, made)
         return directories
 
@@ -153,8 +160,8 @@ def find_sources(container: Container) -> list[MountSource]:
         use = uses[number]
         found.append(
             MountSource(
-                path=mountinfo.join(f"{GUEST_VOLUMES}/{use.export}", use.path),
-                within=f"{GUEST_VOLUMES}/{use.export}",
+                path=mountinfo.join(guest_place(use), use.path),
+                within=guest_place(use),
                 is_directory=is_directory,
                 submounts=submounts,
                 parts=tuple(_parts_below(use)),
@@ -178,7 +185,8 @@ def _needs_submounts(mount: MountSpec) -> bool:
 
 
 async def _mount_in_guest(pod: Pod, made: Iterable[Export]) -> None:
-    """Let the agent mount new exports for all containers. A file is not a mount in the guest."""
+    """Let the agent mount new exports for all containers. A file is not a mount in the guest, and nothing is
+    that the guest must not cache."""
     back = pod.back_of(pod.volumes_share)
     exports = [
         pb.Export(
@@ -190,7 +198,7 @@ async def _mount_in_guest(pod: Pod, made: Iterable[Export]) -> None:
             ],
         )
         for export in made
-        if (back / export.key).is_dir()
+        if not export.kind.uncached and (back / export.key).is_dir()
     ]
     if not exports:
         return
@@ -227,8 +235,13 @@ async def release_unused(inventory: Inventory, pod: Pod) -> None:
 
 
 def _attach_all(
-    container: Container, others: Sequence[Container]
-) -> tuple[Sequence[HugeDirectory], Sequence[Export]]:
+    container: Container, others: Sequence[Container], *, uncached: bool | None = None
+) -> tuple[Sequence[HugeDirectory], Sequence[Export]] | None:
+    """Return what lies on huge pages, and the exports that were made.
+
+    `uncached` says whether there is a share for what must not be cached. With None, nothing is done if one is
+    needed, and None is returned.
+    """
     pod = container.pod
     back = pod.back_of(pod.volumes_share)
     with contextlib.ExitStack() as held:
@@ -246,15 +259,25 @@ def _attach_all(
             held.callback(os.close, clone)
             _shift(number, clone, what, mount)
             _shape(clone, what, mount)
-            tree = trees.find(source)
-            wanted.append(Wanted(number, mount, source, tree, clone, key=f"{container.id}-{number}"))
+            tree, key = trees.find(source), f"{container.id}-{number}"
+            if uncached is None and is_uncached(tree):
+                return None
+            wanted.append(
+                Wanted(number, mount, source, tree, clone, key, bool(uncached) and is_uncached(tree))
+            )
         # what may be made, then what was: how many of them are new is known only once they are searched for
-        intended = tuple(VolumeUse(mount=each.number, export=each.key) for each in wanted)
+        intended = tuple(
+            VolumeUse(mount=each.number, export=each.key, uncached=each.uncached) for each in wanted
+        )
         container.update(volumes=intended)
-        uses, made = attach(Exporter(pod), back, wanted, known_exports(others))
+        known, uses = known_exports(others), list[VolumeUse]()
+        for share in (False, True):
+            group = [each for each in wanted if each.uncached is share]
+            uses += attach(Exporter(pod, uncached=share), back, group, known)
+        uses.sort(key=lambda use: use.mount)
         if tuple(uses) != intended:
             container.update(volumes=tuple(uses))
-    return directories, made
+    return directories, [export for export in known.values() if export.made]
 
 
 def _shift(number: int, tree: int, what: Path, mount: MountSpec) -> None:

@@ -27,7 +27,7 @@ class Feature(StrEnum):
 
     PAUSE = "pause"  # Machine.pause, Machine.resume
     GROW = "grow"  # Machine.grow
-    PLUG = "plug"  # Machine.plug, Machine.unplug, Machine.resize_disk
+    PLUG = "plug"  # Machine.plug, Machine.unplug, Machine.resize_disk, Machine.add_share
     SAVE = "save"  # Machine.save; VmSpec.savable, VmSpec.template
 
 
@@ -48,7 +48,9 @@ class ShareSpec(Value, frozen=True, kw_only=True):
 
     tag: str
     source: str
-    cache: str  # "always" (only the guest writes) or "auto" (the host may change it, mounts included)
+    # "always" (only the guest writes), "auto" (the host may change it, mounts included) or "none" (each read
+    # is the host's, whatever the file's size is)
+    cache: str
 
 
 class NicSpec(Value, frozen=True, kw_only=True):
@@ -188,6 +190,14 @@ class Growable(Protocol):
 
     async def resize_disk(self, disk: DiskSpec, size: int) -> None:
         """Let the guest see that the host's device has this many bytes now. Raises VmmError."""
+        raise Unsupported(self.handle.hypervisor, Feature.PLUG)
+
+    async def add_share(self, share: ShareSpec) -> VmHandle:
+        """Add a directory of the host that stays until the VM ends, and return the handle with it.
+
+        The guest has to mount it. Idempotent, also for one that an earlier daemon added without saving the
+        handle. After a failure, nothing of it is left. Raises VmmError, VmmGone, DeadlineExceeded.
+        """
         raise Unsupported(self.handle.hypervisor, Feature.PLUG)
 
 

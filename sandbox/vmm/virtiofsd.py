@@ -55,7 +55,7 @@ class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
-    """What one virtiofsd exports. `cache` is "always" or "auto" (see ShareSpec)."""
+    """What one virtiofsd exports. `cache` is "always", "auto" or "none" (see ShareSpec)."""
 
     source: str
     cache: str
@@ -134,7 +134,7 @@ def plan_virtiofsd(program: Virtiofsd, share: Share, listen_fd: int) -> list[str
         f"--fd={listen_fd}",
         limit,
         in_rust,
-        f"--cache={share.cache}",
+        f"--cache={'never' if share.cache == 'none' else share.cache}",
         "--sandbox=namespace",
         "--seccomp=kill",
         "--announce-submounts" if share.cache == "auto" else "--no-announce-submounts",

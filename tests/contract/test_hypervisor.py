@@ -431,6 +431,48 @@ async def test_disk_that_cannot_be_plugged_leaves_nothing(site: Site, tmp_path: 
     await machine.close()
 
 
+def another_share(site: Site) -> ShareSpec:
+    source = site.run_dir / "share" / "more"
+    source.mkdir()
+    return ShareSpec(tag="more", source=str(source), cache="none")
+
+
+async def test_share_that_is_added_ends_with_the_vm_and_its_end_is_seen(site: Site) -> None:
+    machine, share = await site.start(), another_share(site)
+    if not site.supports(Feature.PLUG):
+        with unsupported(site, Feature.PLUG):
+            await machine.add_share(share)
+        return
+    before = machine.handle
+    end = asyncio.create_task(machine.wait())
+    await asyncio.sleep(0)  # it waits for the helpers that there are
+    handle = await machine.add_share(share)
+    assert await machine.add_share(share) == handle == machine.handle
+    assert process.alive(handle.helpers["more"]) and handle.spec.shares[-1] == share
+    # a daemon that was killed before it saved the handle is followed by one that finds the share again
+    await machine.close()
+    another = await site.hypervisor.attach(before)
+    assert await another.add_share(share) == handle
+    await another.close()
+    await process.kill(handle.helpers["more"])
+    assert "virtiofsd for more ended" in await asyncio.wait_for(end, DEADLINE_S)
+
+
+async def test_share_that_cannot_be_added_leaves_nothing(site: Site) -> None:
+    machine = await site.start()
+    if not site.supports(Feature.PLUG):
+        return
+    before, processes = machine.handle, len(site.processes())
+    missing = ShareSpec(tag="more", source=str(site.run_dir / "share" / "missing"), cache="none")
+    for wrong in (missing, msgspec.structs.replace(missing, tag="a,b")):
+        with pytest.raises((VmmError, InvalidSpec)):
+            await machine.add_share(wrong)
+    assert machine.handle == before
+    await eventually(lambda: len(site.processes()), until=lambda count: count == processes)
+    assert "more" in (await machine.add_share(another_share(site))).helpers
+    await machine.close()
+
+
 async def test_nic_beyond_the_spec_is_rejected(site: Site) -> None:
     machine = await site.start()  # none beyond those of its start
     if not site.supports(Feature.PLUG):

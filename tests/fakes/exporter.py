@@ -15,6 +15,7 @@ from typing import cast
 import msgspec
 
 from sandbox.container import Container
+from sandbox.errors import VmmGone
 from sandbox.guest import guest_pb2 as pb
 from sandbox.guest.client import GuestClient
 from sandbox.host import process
@@ -34,10 +35,12 @@ from sandbox.spec import (
 from sandbox.steps.pod import Shares
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.resize import Resizer
+from sandbox.vm_pods.runtime import handle_of
 from sandbox.vm_pods.volumes import Volumes
-from sandbox.vmm import VmHandle, VmSpec
+from sandbox.vmm import Feature, ShareSpec, Unsupported, VmHandle, VmSpec
 from tests.fakes.host import FakeRootfs, Ledger
 from tests.fakes.inventory import make_inventory
+from tests.fakes.vmm import StillMachine
 
 ID = "c" * 64
 # as virtiofsd does for --sandbox=namespace: the share is the root of its mount namespace
@@ -54,16 +57,46 @@ class Guest:
     def __init__(self) -> None:
         self.mounted: dict[str, pb.Export] = {}
         self.fault: Exception | None = None
+        self.shares: dict[str, str] = {}  # that were added, by tag
 
     async def call(self, request: pb.Request, timeout_s: float) -> pb.Reply:
         if self.fault is not None:
             raise self.fault
-        if request.WhichOneof("body") == "mount_exports":
+        if request.WhichOneof("body") == "prepare":
+            self.shares |= {share.tag: share.path for share in request.prepare.shares}
+        elif request.WhichOneof("body") == "mount_exports":
             self.mounted |= {Path(each.path).name: each for each in request.mount_exports.exports}
         else:
             kept = request.keep_exports.names
             self.mounted = {name: each for name, each in self.mounted.items() if name in kept}
         return pb.Reply()
+
+
+class Adding(StillMachine):
+    """Adds a share by a process in the place of its virtiofsd."""
+
+    def __init__(self, pod: Pod) -> None:
+        self._pod = pod
+        self.handle = handle_of(pod)
+        self.able = True
+        self.exporters: list[subprocess.Popen[bytes]] = []
+
+    async def add_share(self, share: ShareSpec) -> VmHandle:
+        if not self.able:
+            raise Unsupported("fake", Feature.PLUG)
+        if not self.exporters:
+            self.exporters.append(_start_exporter(Path(share.source)))
+        identity = process.identify(self.exporters[0].pid)
+        if identity is None:
+            raise VmmGone("virtiofsd has ended")
+        helpers = {**self.handle.helpers, share.tag: identity}
+        self.handle = msgspec.structs.replace(self.handle, helpers=helpers)
+        return self.handle
+
+    def end(self) -> None:
+        for exporter in self.exporters:
+            exporter.kill()
+            exporter.wait()
 
 
 @dataclass
@@ -74,6 +107,7 @@ class Site:
     ledger: Ledger
     inventory: Inventory
     guest: Guest
+    machine: Adding
 
     @property
     def step(self) -> Volumes:
@@ -114,7 +148,14 @@ class Site:
 
     def options(self) -> dict[str, str]:
         """Mount points of volumes in the exporter's namespace, and the options of the mounts."""
-        lines = Path(f"/proc/{self.exporter.pid}/mountinfo").read_text().splitlines()
+        return self._options(self.exporter)
+
+    def uncached(self) -> dict[str, str]:
+        """The same of the exporter that was added."""
+        return self._options(self.machine.exporters[0])
+
+    def _options(self, exporter: subprocess.Popen[bytes]) -> dict[str, str]:
+        lines = Path(f"/proc/{exporter.pid}/mountinfo").read_text().splitlines()
         points = {line.split()[4]: line.split()[5] for line in lines}
         return {point: text for point, text in points.items() if point[1:33] in (32 * "a", 32 * "b", ID[:32])}
 
@@ -128,14 +169,18 @@ async def exporting() -> AsyncIterator[Site]:
     pod.run_dir.mkdir()
     await Shares().up(pod)
     (pod.back_of(pod.volumes_share) / "old").mkdir()
-    exporter = _start_exporter(pod)
+    exporter = _start_exporter(pod.volumes_share)
+    machine: Adding | None = None
     try:
         runtime = VmRuntime(handle=_handle(exporter.pid))
         pod.record = msgspec.structs.replace(record, state=PodState.READY, runtime=runtime)
         guest = Guest()
         link_of(pod).client = cast(GuestClient, guest)
-        yield Site(root, pod, exporter, Ledger(), make_inventory(root / "state"), guest)
+        link_of(pod).machine = machine = Adding(pod)
+        yield Site(root, pod, exporter, Ledger(), make_inventory(root / "state"), guest, machine)
     finally:
+        if machine is not None:
+            machine.end()
         exporter.kill()
         exporter.wait()
         await Shares().down(pod)
@@ -143,8 +188,8 @@ async def exporting() -> AsyncIterator[Site]:
         shutil.rmtree(root)
 
 
-def _start_exporter(pod: Pod) -> subprocess.Popen[bytes]:
-    exporter = subprocess.Popen(["unshare", "--mount", "sh", "-c", EXPORTER], cwd=pod.volumes_share)
+def _start_exporter(share: Path) -> subprocess.Popen[bytes]:
+    exporter = subprocess.Popen(["unshare", "--mount", "sh", "-c", EXPORTER], cwd=share)
     while Path(f"/proc/{exporter.pid}/comm").read_text() != "busybox\n":
         assert exporter.poll() is None
     return exporter

@@ -13,6 +13,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from image.idmap import IdMap
 from image.rootfs import HostTree, Rootfs
 from image.stores import Usage
@@ -20,7 +22,7 @@ from network.attach import Attachment, Interface, NetworkRequest
 from sandbox.errors import VmmError, VmmGone
 from sandbox.host.openat import read_beneath
 from sandbox.host.process import ProcessIdentity
-from sandbox.vmm import Device, DiskSpec, Feature, Machine, VmHandle, VmSpec
+from sandbox.vmm import Device, DiskSpec, Feature, Machine, ShareSpec, VmHandle, VmSpec
 from tests.fakes import cri
 from tests.fakes.guest import FakeAgent
 
@@ -119,6 +121,12 @@ class FakeMachine:
     async def resize_disk(self, disk: DiskSpec, size: int) -> None:
         self._vm.take("vm.resize_disk")
         self._vm.sizes[disk.serial] = size
+
+    async def add_share(self, share: ShareSpec) -> VmHandle:
+        self._vm.take("vm.add_share")
+        if share.tag not in self.handle.helpers:
+            self.handle = replace(self.handle, helpers={**self.handle.helpers, share.tag: identity(5)})
+        return self.handle
 
     async def save(self, directory: Path) -> None:
         self._vm.take("vm.save")

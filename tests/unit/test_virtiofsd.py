@@ -44,13 +44,14 @@ async def test_missing_program_is_reported_with_its_package(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("implementation", list(Implementation))
-@pytest.mark.parametrize("cache", ["always", "auto"])
+@pytest.mark.parametrize("cache", ["always", "auto", "none"])
 def test_both_implementations_get_the_same_options(implementation: Implementation, cache: str) -> None:
     daemon = Virtiofsd(path="/x/virtiofsd", implementation=implementation, version="")
     argv = virtiofsd.plan_virtiofsd(daemon, Share(source="/pod/share", cache=cache), 7)
     text = " ".join(argv)
     assert argv[0] == "/x/virtiofsd"
-    for expected in ("--fd=7", f"cache={cache}", "sandbox=namespace", "xattr"):
+    never = implementation is Implementation.RUST and cache == "none"
+    for expected in ("--fd=7", f"cache={'never' if never else cache}", "sandbox=namespace", "xattr"):
         assert expected in text
     announced = (
         "announce_submounts" if implementation is Implementation.C else "--announce-submounts"

@@ -34,7 +34,7 @@ DEFAULT_MACHINE = "q35"
 # guest's kernel would give the bus no memory; with one, it gives a MiB of each kind, enough for all slots.
 PLUG_BUS = "plug"
 SLOTS = 31
-MAX_SHARES = 2
+MAX_SHARES = 3  # with one that is added
 
 # Kernel arguments of every guest. A panic or a reboot ends the VM (with -no-reboot) instead of booting
 # again; the rest saves time: probing a clock that is known to be good, self-tests of ciphers, serial

@@ -38,14 +38,33 @@ _POLL_S = 0.005
 
 async def plug_share(monitor: Monitor, tag: str) -> None:
     """Plug in a share, whose connection to its virtiofsd QEMU has already. Raises VmmError."""
-    await monitor.execute("device_add", share_device(tag) | {"id": f"share-{tag}", "bus": PLUG_BUS})
+    await monitor.execute("device_add", share_device(tag) | {"id": share_id(tag), "bus": PLUG_BUS})
+
+
+async def connect_share(monitor: Monitor, tag: str, fd: int) -> None:
+    """Give QEMU the connection to a share's virtiofsd. Raises VmmError."""
+    name = f"fs-{tag}"
+    await monitor.pass_descriptor(name, fd)
+    address = {"type": "fd", "data": {"str": name}}
+    backend = {"type": "socket", "data": {"addr": address, "server": False}}
+    await monitor.execute("chardev-add", {"id": name, "backend": backend})
+
+
+async def disconnect_share(monitor: Monitor, tag: str) -> None:
+    """Close the connection of a share that is not plugged in. Raises VmmError."""
+    await monitor.execute("chardev-remove", {"id": f"fs-{tag}"})
+
+
+def share_id(tag: str) -> str:
+    """Return QEMU's id of a share's device that was plugged in."""
+    return f"share-{tag}"
 
 
 async def plug(monitor: Monitor, spec: VmSpec, device: Device, fd: int) -> None:
     """See Growable.plug."""
     arguments = _describe(device, fd)
     kind, most = ("nic-", spec.max_nics - 1) if isinstance(device, NicSpec) else ("disk-", spec.max_disks)
-    present = await _plugged(monitor)
+    present = await plugged(monitor)
     if sum(name.startswith(kind) for name in present) >= most:
         raise VmmError(f"{device_id(device)} is more than this VM can have ({max(most, 0)} to plug in)")
     try:
@@ -65,7 +84,7 @@ async def plug(monitor: Monitor, spec: VmSpec, device: Device, fd: int) -> None:
 async def unplug(monitor: Monitor, device: Device) -> None:
     """See Growable.unplug."""
     name = device_id(device)
-    if name in await _plugged(monitor):
+    if name in await plugged(monitor):
         with contextlib.suppress(VmmError):  # it may be leaving already
             await monitor.execute("device_del", {"id": name})
     deadline = time.monotonic() + UNPLUG_TIMEOUT_S
@@ -176,7 +195,7 @@ async def _remove_backend(monitor: Monitor, device: Device) -> bool:
     if isinstance(device, NicSpec):
         with contextlib.suppress(VmmError):
             await monitor.execute("netdev_del", {"id": f"net-{device_id(device)}"})
-        return device_id(device) not in await _plugged(monitor)
+        return device_id(device) not in await plugged(monitor)
     nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
     present = {node["node-name"] for node in nodes} if isinstance(nodes, list) else set()
     for name in (_node(device), _file(device)):
@@ -226,7 +245,7 @@ def _failing(name: str, size: int, readonly: bool) -> dict[str, object]:
     }
 
 
-async def _plugged(monitor: Monitor) -> set[str]:
+async def plugged(monitor: Monitor) -> set[str]:
     """Return the ids of the devices that the VM has, those that are about to leave included."""
     answer = await monitor.execute("qom-list", {"path": "/machine/peripheral"})
     return {entry["name"] for entry in answer} if isinstance(answer, list) else set()

@@ -29,6 +29,7 @@ from sandbox.host.process import Credentials, ProcessIdentity
 from sandbox.host.tasks import end, together
 from sandbox.vmm import Feature, Machine, ShareSpec, VmHandle, VmSpec, virtiofsd
 from sandbox.vmm.console import Console
+from sandbox.vmm.qemu import shares
 from sandbox.vmm.qemu.argv import NAME, Fds, NicFds, check, plan
 from sandbox.vmm.qemu.descriptors import LOG_FLAGS, has_vhost, identify, keep, open_files, open_ram
 from sandbox.vmm.qemu.host import find_firmware, find_program, find_user, private_kvm
@@ -80,7 +81,7 @@ class Qemu:
                     helpers=identities,
                     channel=f"serial:{run_dir / 'agent.sock'}",
                 )
-                machine = await _assemble(handle, monitor)
+                machine = await self._assemble(handle, monitor)
                 if spec.template:
                     await _restore(machine)
             except BaseException:
@@ -98,13 +99,7 @@ class Qemu:
         daemon = await self._virtiofsd.find()
 
         async def start(share: ShareSpec) -> tuple[ProcessIdentity, int]:
-            identity, connection = await virtiofsd.start_virtiofsd(
-                daemon,
-                virtiofsd.Share(source=share.source, cache=share.cache),
-                at=Path(spec.run_dir) / f"fs-{share.tag}.sock",
-                cgroups=spec.cgroups,
-                log_fd=log,
-            )
+            identity, connection = await shares.start(daemon, spec, share, log)
             return identity, held.enter_context(connection).fileno()
 
         started = await together(*(start(share) for share in spec.shares))
@@ -130,14 +125,24 @@ class Qemu:
         for tag, helper in handle.helpers.items():
             if not process.alive(helper):
                 reason = describe_end(tag, None) + log_tail(run_dir)
-                if await asyncio.to_thread(_find_helper, handle, tag):
+                if await asyncio.to_thread(shares.find, handle, tag):
                     raise VmmGone(f"{reason}: the record names another process for it")
                 raise HelperGone(reason)
         try:
             monitor = await Monitor.connect(run_dir / "qmp.sock", MONITOR_TIMEOUT_S)
         except VmmGone as error:
             raise VmmGone(f"{error}{log_tail(run_dir)}") from error
-        return await _assemble(handle, monitor)
+        return await self._assemble(handle, monitor)
+
+    async def _assemble(self, handle: VmHandle, monitor: Monitor) -> QemuMachine:
+        """Connect to the console. Owns `monitor`, also when it raises VmmGone."""
+        run_dir = Path(handle.spec.run_dir)
+        try:
+            connection = unix_sockets.connect(run_dir / "console.sock")
+        except OSError as error:
+            await monitor.close()
+            raise VmmGone(f"QEMU's console at {run_dir}: {error}") from error
+        return QemuMachine(handle, monitor, Console(connection, run_dir), self._virtiofsd)
 
     async def destroy(self, pod_id: str, run_dir: Path) -> None:
         """See Hypervisor."""
@@ -148,14 +153,6 @@ class Qemu:
 
 
 # ----------------------------------------------------------------------------------- starting
-
-
-def _find_helper(handle: VmHandle, tag: str) -> list[ProcessIdentity]:
-    """Find the virtiofsd of a share by its command line. Blocking."""
-    sources = [share.source for share in handle.spec.shares if share.tag == tag]
-    return process.find_by_argument(
-        *(argument for each in sources for argument in virtiofsd.source_arguments(each))
-    )
 
 
 async def _launch(program: str, spec: VmSpec, fds: Fds, user: Credentials, log: int) -> ProcessIdentity:
@@ -174,17 +171,6 @@ async def _launch(program: str, spec: VmSpec, fds: Fds, user: Credentials, log: 
         )
     except OSError as error:
         raise VmmError(f"QEMU could not be started: {error}") from error
-
-
-async def _assemble(handle: VmHandle, monitor: Monitor) -> QemuMachine:
-    """Connect to the console. Owns `monitor`, also when it raises VmmGone."""
-    run_dir = Path(handle.spec.run_dir)
-    try:
-        connection = unix_sockets.connect(run_dir / "console.sock")
-    except OSError as error:
-        await monitor.close()
-        raise VmmGone(f"QEMU's console at {run_dir}: {error}") from error
-    return QemuMachine(handle, monitor, Console(connection, run_dir))
 
 
 async def _restore(machine: QemuMachine) -> None:

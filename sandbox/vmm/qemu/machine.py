@@ -8,13 +8,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from sandbox.errors import DeadlineExceeded, VmmError
 from sandbox.host import process
 from sandbox.host.process import ProcessIdentity
 from sandbox.host.tasks import end
-from sandbox.vmm import Device, DiskSpec, Machine, VmHandle
+from sandbox.vmm import Device, DiskSpec, Machine, ShareSpec, VmHandle, virtiofsd
 from sandbox.vmm.console import Console, printable
-from sandbox.vmm.qemu import devices, hotplug, snapshot
+from sandbox.vmm.qemu import devices, hotplug, shares, snapshot
 from sandbox.vmm.qemu.argv import NAME, process_name
 from sandbox.vmm.qemu.qmp import Monitor
 
@@ -25,8 +27,12 @@ EXIT_GRACE_S = 0.2  # between the exit of a helper and that of QEMU, where QEMU'
 class QemuMachine(Machine):
     """See `sandbox.vmm.Machine`. Owns the monitor and the console that it is given."""
 
-    def __init__(self, handle: VmHandle, monitor: Monitor, console: Console) -> None:
+    def __init__(
+        self, handle: VmHandle, monitor: Monitor, console: Console, prober: virtiofsd.Prober
+    ) -> None:
         self.handle = handle
+        self._virtiofsd = prober
+        self._added = asyncio.Event()  # a helper
         self._monitor = monitor
         self._console = console
         self._run_dir = Path(handle.spec.run_dir)
@@ -39,11 +45,16 @@ class QemuMachine(Machine):
         QEMU and the guest outlive a virtiofsd, but each access to its files blocks from then on.
         """
         vmm = asyncio.create_task(process.wait_exit(self.handle.vmm))
-        helpers = {
-            tag: asyncio.create_task(process.wait_exit(each)) for tag, each in self.handle.helpers.items()
-        }
+        helpers: dict[str, asyncio.Task[int | None]] = {}
         try:
-            await asyncio.wait({vmm, *helpers.values()}, return_when=asyncio.FIRST_COMPLETED)
+            while not any(task.done() for task in (vmm, *helpers.values())):
+                for tag, helper in self.handle.helpers.items():
+                    if tag not in helpers:
+                        helpers[tag] = asyncio.create_task(process.wait_exit(helper))
+                self._added.clear()
+                added = asyncio.create_task(self._added.wait())
+                await asyncio.wait({vmm, added, *helpers.values()}, return_when=asyncio.FIRST_COMPLETED)
+                await end(added)
             # a helper exits with QEMU's connection, which closes shortly before QEMU has exited
             await asyncio.wait({vmm}, timeout=EXIT_GRACE_S)
             if not vmm.done():
@@ -102,6 +113,21 @@ class QemuMachine(Machine):
     async def resize_disk(self, disk: DiskSpec, size: int) -> None:
         """See Growable."""
         await devices.resize_disk(self._monitor, disk, size)
+
+    async def add_share(self, share: ShareSpec) -> VmHandle:
+        """See Growable and `shares`."""
+        async with self._plugging:
+            if share.tag not in self.handle.helpers:
+                spec = self.handle.spec
+                spec = msgspec.structs.replace(spec, shares=(*spec.shares, share))
+                handle = msgspec.structs.replace(self.handle, spec=spec)
+                if await shares.is_plugged(self._monitor, share.tag):
+                    helper = await asyncio.to_thread(shares.find_added, handle, share.tag)
+                else:
+                    helper = await shares.add(self._monitor, await self._virtiofsd.find(), spec, share)
+                self.handle = msgspec.structs.replace(handle, helpers={**handle.helpers, share.tag: helper})
+                self._added.set()
+        return self.handle
 
     async def restore(self) -> None:
         """Load the template's state, then plug in the shares, which could not be saved with it.
