@@ -125,3 +125,16 @@ def test_mounts_of_the_host_below_sys_appear_and_can_be_unmounted(cri: Cri, own:
     eventually_sync(
         lambda: read(cri, container, f"ls /host{point}"), until=lambda seen: "came" not in seen, timeout_s=10
     )
+
+
+def test_proc_and_sys_mounted_over_their_places_in_the_root_of_the_host(cri: Cri, own: Pod) -> None:
+    """As node exporters have them."""
+    mounts = [
+        mount("/", "/host", readonly=True, propagation=api.PROPAGATION_HOST_TO_CONTAINER),
+        mount("/proc", "/host/proc", readonly=True),
+        mount("/sys", "/host/sys", readonly=True),
+    ]
+    container = cri.run(own, BUSYBOX, SLEEP, mounts=mounts)
+    assert read(cri, container, "cat /host/proc/version") == Path("/proc/version").read_text()
+    assert read(cri, container, "cat /host/etc/hostname") == Path("/etc/hostname").read_text()
+    assert read(cri, container, "cat /host/sys/class/net/lo/mtu").strip().isdigit()
