@@ -21,7 +21,8 @@ import shutil
 import socket
 import struct
 import termios
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -36,7 +37,7 @@ from sandbox.errors import (
     SandboxError,
     StreamReset,
 )
-from sandbox.host import cgroup, process
+from sandbox.host import cgroup, process, threads
 from sandbox.host.process import ProcessIdentity
 from sandbox.host.tasks import end
 from sandbox.host_pods import cgroups, conmon
@@ -50,6 +51,8 @@ from sandbox.plan.values import ProcessPlan
 from sandbox.session import ExecResult
 
 START_TIMEOUT_S = 60.0
+STARTED_TIMEOUT_S = 5.0
+_POLL_S = 0.005
 
 _numbers = count()
 
@@ -98,7 +101,7 @@ class CrunExec:
         directory = site.bundle.execs / f"{os.getpid()}-{next(_numbers)}"
         session = cls(site, directory)
         try:
-            await asyncio.to_thread(_make_directory, directory, text)
+            await threads.run(lambda: _make_directory(directory, text), "husk-exec", pooled=True)
             if plan.tty:
                 await session._start_on_terminal(stdin=stdin, stdout=stdout)
             else:
@@ -155,20 +158,32 @@ class CrunExec:
             self.stdout = FdReader(fcntl.fcntl(self._terminal, fcntl.F_DUPFD_CLOEXEC, 3))
 
     async def _spawn(self, options: list[str], ends: list[int], pass_fds: tuple[int, ...] = ()) -> None:
+        """Start crun. A caller that is cancelled still learns what was started, for `kill` to end it."""
         bundle = self._site.bundle
         files = ["--process", str(self._directory / "process.json"), "--pid-file", str(self._pid_file)]
         argv = bundle.crun(f"--log={self._log}", "exec", *files, *options, bundle.id)
-        self._crun = await process.start(
-            argv,
-            cgroups=self._site.cgroups,
-            pass_fds=pass_fds,
-            stdin=ends[0],
-            stdout=ends[1],
-            stderr=ends[2],
-            umask=0o022,
-            new_privs=True,
+        starting = asyncio.create_task(
+            process.start(
+                argv,
+                cgroups=self._site.cgroups,
+                pass_fds=pass_fds,
+                stdin=ends[0],
+                stdout=ends[1],
+                stderr=ends[2],
+                umask=0o022,
+                new_privs=True,
+            )
         )
+        cancelled = False
+        while not starting.done():
+            try:
+                await asyncio.wait({starting})
+            except asyncio.CancelledError:
+                cancelled = True
+        self._crun = starting.result()
         self._ended = asyncio.create_task(self._await_end(self._crun))
+        if cancelled:
+            raise asyncio.CancelledError
 
     async def _accept(self, listener: socket.socket) -> int:
         """Return the terminal that crun passes. Raises GuestError if it ends without, DeadlineExceeded."""
@@ -230,8 +245,7 @@ class CrunExec:
     async def kill(self) -> None:
         """Kill the process and all that it started. Raises DeadlineExceeded."""
         assert self._crun is not None and self._ended is not None
-        leaders = [self._crun.pid, *_leader_in(self._directory)]
-        await asyncio.to_thread(self._site.kill, leaders)
+        await asyncio.to_thread(_kill_all, self._site, {self._directory: [self._crun]})
         await process.kill(self._crun)
         with suppress(SandboxError):
             await asyncio.shield(self._ended)
@@ -255,10 +269,26 @@ def end_execs(site: ExecSite) -> None:
     directories = list(site.bundle.execs.iterdir())
     if not directories:
         return
-    leaders = [identity.pid for identity in process.find_by_argument(f"{site.bundle.execs}/")]
-    site.kill([*leaders, *(leader for each in directories for leader in _leader_in(each))])
+    found = process.find_by_argument(f"{site.bundle.execs}/")
+    _kill_all(site, dict.fromkeys(directories, found))
     for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _kill_all(site: ExecSite, crun: Mapping[Path, Sequence[ProcessIdentity]]) -> None:
+    """Kill the execs of these directories, each with the processes that may be its crun. Blocking.
+
+    crun is let come to where it has named the program: killed before, it leaves a child of which nothing says
+    that it belongs to the exec. One that does not get there within STARTED_TIMEOUT_S is killed as it is.
+    """
+    deadline = time.monotonic() + STARTED_TIMEOUT_S
+    for directory, processes in crun.items():
+        while (
+            time.monotonic() < deadline and any(map(process.alive, processes)) and not _leader_in(directory)
+        ):
+            time.sleep(_POLL_S)
+    pids = {each.pid for processes in crun.values() for each in processes}
+    site.kill([*pids, *(leader for each in crun for leader in _leader_in(each))])
 
 
 def _leader_in(directory: Path) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import shutil
 import signal
 import tempfile
@@ -437,3 +438,33 @@ async def test_missing_programs_are_named_before_anything_is_made(
     with pytest.raises(SandboxError, match="no-such-crun was not found"):
         await daemon.pods.run(pod_spec())
     assert list(daemon.pod_store) == []
+
+
+async def test_execs_cancelled_at_any_moment_of_their_start_leave_no_process(daemon: Daemon) -> None:
+    pod = await daemon.pods.run(pod_spec())
+    container = await daemon.containers.create(pod, container_spec())
+    await daemon.containers.start(container)
+    before = len(cgroup_pids(daemon))
+    moments = random.Random(1)
+
+    async def cancelled() -> None:
+        running = asyncio.create_task(daemon.containers.exec_sync(container, ["sleep", "4243"], 60))
+        await asyncio.sleep(moments.uniform(0, 0.3))  # the moment is under test
+        running.cancel()
+        await asyncio.wait({running})
+
+    for _ in range(10):
+        await asyncio.gather(*(cancelled() for _ in range(8)))
+    await eventually(lambda: len(cgroup_pids(daemon)) == before)
+    assert list(daemon.root.rglob("execs/*")) == []
+
+
+def cgroup_pids(daemon: Daemon) -> list[int]:
+    """List the processes in all cgroups of this test, each once."""
+    return sorted(
+        {
+            int(pid)
+            for directory in cgroups_naming(daemon.root.name)
+            for pid in (Path(directory) / "cgroup.procs").read_text().split()
+        }
+    )
