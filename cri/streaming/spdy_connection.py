@@ -1,4 +1,8 @@
-"""A SPDY connection over a transport, and its streams as channels."""
+"""A SPDY connection over a transport, and its streams as channels.
+
+A stream costs until the session has released it, also one that the client has reset meanwhile. So these are
+counted, and a client that opens more of them than its session needs has them refused.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import AsyncIterator
 
 from cri.streaming.channels import Channel, ChannelClosed, ConnectionLost, ReceiveBuffer
 from cri.streaming.spdy import (
+    STREAMS_MAX,
     DataReceived,
     FinReceived,
     GoAway,
@@ -15,7 +20,7 @@ from cri.streaming.spdy import (
     SynStream,
     WindowUpdate,
 )
-from cri.streaming.spdy_frames import Headers, SpdyError
+from cri.streaming.spdy_frames import Headers, SpdyError, Status
 from cri.streaming.transport import IdleTimer, Transport, wait_for_space
 
 
@@ -61,14 +66,22 @@ class SpdyChannel:
 
 
 class SpdyConnection:
-    """The connection of one client. `run` receives for every stream, so it must run while any is in use."""
+    """The connection of one client. `run` receives for every stream, so it must run while any is in use.
 
-    def __init__(self, transport: Transport, idle: IdleTimer) -> None:
+    `channels_max` is how many channels there are at once, those included that the client has reset and the
+    session has not.
+    """
+
+    def __init__(self, transport: Transport, idle: IdleTimer, channels_max: int = STREAMS_MAX) -> None:
         self.spdy = SpdyProtocol()
         self._transport = transport
         self._idle = idle
         self._channels: dict[int, SpdyChannel] = {}
-        self._opened: asyncio.Queue[SpdyChannel | None] = asyncio.Queue()
+        self._channels_max = channels_max
+        self._held: set[int] = set()  # by the session, which ends with `reset`
+        self._waiting: dict[int, SpdyChannel] = {}  # for `accept`
+        self._opens_no_more = False
+        self._opened = asyncio.Event()
         self._window_changed = asyncio.Event()
         self._lost: ConnectionLost | None = None
 
@@ -82,7 +95,7 @@ class SpdyConnection:
                 await self._handle(data)
             for channel in self._channels.values():
                 channel.buffer.end()
-            self._opened.put_nowait(None)
+            self._end_accept()
         except SpdyError as cause:
             lost = ConnectionLost(f"the client violated SPDY: {cause}")
             self._fail(lost)
@@ -97,9 +110,7 @@ class SpdyConnection:
         for event in self.spdy.receive(data):
             match event:
                 case SynStream(id, headers):
-                    self.spdy.reply(id)
-                    self._channels[id] = SpdyChannel(self, id, headers)
-                    self._opened.put_nowait(self._channels[id])
+                    self._open(id, headers)
                 case DataReceived(id, part) if id in self._channels:
                     self._idle.touch()
                     self._channels[id].buffer.put(part)
@@ -108,14 +119,27 @@ class SpdyConnection:
                     self._channels[id].buffer.end()
                 case RstStream(id) if id in self._channels:
                     self._channels.pop(id).buffer.fail(ChannelClosed())
+                    self._waiting.pop(id, None)
                     self._window_changed.set()
                 case WindowUpdate():
                     self._window_changed.set()
                 case GoAway():
-                    self._opened.put_nowait(None)
+                    self._end_accept()
         self._send_output()
         for channel in received:
             await wait_for_space(channel.buffer, self._transport)
+
+    def _open(self, id: int, headers: Headers) -> None:
+        if len(self._held) + len(self._waiting) >= self._channels_max:
+            self.spdy.reset(id, Status.REFUSED_STREAM)
+            return
+        self.spdy.reply(id)
+        self._channels[id] = self._waiting[id] = SpdyChannel(self, id, headers)
+        self._opened.set()
+
+    def _end_accept(self) -> None:
+        self._opens_no_more = True
+        self._opened.set()
 
     def _fail(self, lost: ConnectionLost) -> None:
         self._lost = lost
@@ -123,12 +147,18 @@ class SpdyConnection:
             channel.buffer.fail(lost)
         self._channels.clear()
         self._window_changed.set()
-        self._opened.put_nowait(None)
+        self._end_accept()
 
     async def accept(self) -> AsyncIterator[Channel]:
         """See `ChannelListener.accept`. Ends at GOAWAY."""
-        while (channel := await self._opened.get()) is not None:
-            yield channel
+        while self._waiting or not self._opens_no_more:
+            if not self._waiting:
+                self._opened.clear()
+                await self._opened.wait()
+                continue
+            id = next(iter(self._waiting))
+            self._held.add(id)
+            yield self._waiting.pop(id)
         if self._lost is not None:
             raise self._lost
 
@@ -169,6 +199,7 @@ class SpdyConnection:
     def forget(self, id: int) -> None:
         """Drop events of a stream that was reset here. Idempotent."""
         self._channels.pop(id, None)
+        self._held.discard(id)
 
     async def close(self) -> None:
         """Send GOAWAY. Raises ConnectionLost."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 CONTROL_MAX = 64 << 10  # bytes of a control frame's payload; ours and those of all clients are far smaller
-HEADERS_MAX = 64 << 10  # bytes of a header block, decompressed
+HEADERS_MAX = 4 << 10  # bytes of a header block, decompressed; those of clients have about 100
 DATA_MAX = (1 << 24) - 1
 FIN = 0x01
 HEADER_BYTES = 8

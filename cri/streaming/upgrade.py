@@ -33,6 +33,7 @@ from sandbox.session import PortConnection, Session
 
 log = logging.getLogger("cri.streaming")
 
+COMMAND_CHANNELS_MAX = 8  # a command has at most 5; others are reset one by one
 STREAMS_TIMEOUT_S = 30.0  # for a client to open the streams of its command
 SPDY = "SPDY/3.1"
 PROTOCOL_HEADER = "X-Stream-Protocol-Version"
@@ -161,7 +162,7 @@ class ClientSession:
         return await self._run(connection, work(), LINGER_S)
 
     async def _command_spdy(self, transport: Transport, version: str) -> str:
-        connection = SpdyConnection(transport, self._idle)
+        connection = SpdyConnection(transport, self._idle, COMMAND_CHANNELS_MAX)
         options = self._options
         assert not isinstance(options, PortForwardOptions)
         expected = {"error"} | {name for name in ("stdin", "stdout", "stderr") if getattr(options, name)}
