@@ -321,7 +321,7 @@ def _clone(use: Use, line: Mounted, held: contextlib.ExitStack) -> int | None:
             return None
         clone = mounts.clone_tree(source, what, recursive=False)
         held.callback(os.close, clone)
-        mounts.set_tree_attributes(clone, what, propagation=mount_flags.MS_PRIVATE)
+        mounts.set_tree_attributes(clone, what, propagation=mount_flags.MS_PRIVATE, inert=True)
     except OSError as error:
         if error.errno == errno.ENOENT:  # unmounted meanwhile
             return None

@@ -294,13 +294,15 @@ def _shift(number: int, tree: int, what: Path, mount: MountSpec) -> None:
 
 
 def _shape(tree: int, what: Path, mount: MountSpec) -> None:
-    """Out of the source's peer group: the host can unmount what is below it (see `received_mounts`)."""
+    """Out of the source's peer group: the host can unmount what is below it (see `received_mounts`). Set-id
+    programs and device nodes are for the guest's kernel, and without effect on the host."""
     mounts.set_tree_attributes(
         tree,
         what,
         propagation=mount_flags.MS_PRIVATE,
         readonly=mount.readonly,
         recursive=mount.recursive_readonly or bool(mount.image),
+        inert=True,
     )
 
 

@@ -13,7 +13,9 @@ import pytest
 from cri.proto import runtime_v1_pb2 as api
 from tests.conftest import Site
 from tests.kit.cri import Cri, Pod
+from tests.kit.daemon import Daemon
 from tests.kit.eventually import eventually_sync
+from tests.kit.leaks import processes_naming
 from tests.kit.registry import HOST
 from tests.kit.scratch import scratch_dir
 
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.vm
 
 BUSYBOX = f"{HOST}/husk/busybox:1"
 WEB = f"{HOST}/husk/web:1"
+SETUID = f"{HOST}/husk/setuid:1"
 SLEEP = ("sleep", "3600")
 
 Mount = Callable[..., None]
@@ -44,6 +47,10 @@ def mount(site: Site, folder: Path) -> Iterator[Mount]:
     )
 
 
+def security(**fields: Any) -> api.LinuxContainerConfig:
+    return api.LinuxContainerConfig(security_context=api.LinuxContainerSecurityContext(**fields))
+
+
 def volume(folder: Path, **fields: Any) -> api.Mount:
     return api.Mount(container_path="/data", host_path=str(folder), **fields)
 
@@ -60,6 +67,55 @@ def test_read_only_mount_is_recursive_only_on_request(
     beneath = cri.exec(container, "touch", "/data/sub/x")
     assert ("Read-only file system" in beneath.stderr) is recursive
     assert (beneath.code == 0) is not recursive
+
+
+def exported(daemon: Daemon, pod: Pod, folder: Path) -> set[str]:
+    """Return the options that all mounts of `folder` have in the namespaces of the pod's virtiofsds."""
+    lines = {
+        line
+        for process in processes_naming(f"{daemon.run_directory}/pods/{pod.id}")
+        if "virtiofsd" in process
+        for line in Path(f"/proc/{process.split(' ', 1)[0]}/mountinfo").read_text().splitlines()
+    }
+    fields = [line.split() for line in lines]
+    # their roots are the shares, so the path of the folder is a mount's root and never its point
+    options = [set(each[5].split(",")) for each in fields if each[3].endswith(str(folder))]
+    assert options, lines
+    return set.intersection(*options)
+
+
+def test_set_id_programs_and_devices_on_a_volume_work_inside_and_not_on_the_host(
+    daemon: Daemon, cri: Cri, pod: Pod, folder: Path
+) -> None:
+    cri.pull(SETUID)
+    root = security(privileged=True, run_as_user=api.Int64Value(value=0))
+    container = cri.run(pod, SETUID, SLEEP, mounts=[volume(folder)], linux=root)
+    assert cri.exec(container, "cp", "-p", "/bin/effective", "/data/effective").code == 0
+    assert cri.exec(container, "mknod", "/data/null", "c", "1", "3").code == 0
+    assert cri.exec(container, "sh", "-c", "echo lost >/data/null && test -c /data/null").code == 0
+    code, text = cri.run_to_end(pod, SETUID, ["/data/effective"], mounts=[volume(folder)], name="user")
+    assert (code, text.split()[:2]) == (0, ["uid=1000", "euid=0"])
+    assert {"nosuid", "nodev", "rw"} <= exported(daemon, pod, folder)
+
+
+def test_read_only_volume_beside_a_bidirectional_one_is_read_only_on_the_host(
+    daemon: Daemon, cri: Cri, pod: Pod, folder: Path, mount: Mount
+) -> None:
+    both, kept = folder / "both", folder / "kept"
+    for each in (both, kept):
+        each.mkdir()
+    mount("--bind", str(both), str(both))
+    mount("--make-shared", str(both))
+    volumes = [
+        api.Mount(container_path="/both", host_path=str(both), propagation=api.PROPAGATION_BIDIRECTIONAL),
+        api.Mount(container_path="/kept", host_path=str(kept), readonly=True),
+    ]
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=volumes, linux=security(privileged=True))
+    assert {"ro", "nosuid", "nodev"} <= exported(daemon, pod, kept)
+    assert {"rw", "nosuid", "nodev"} <= exported(daemon, pod, both)
+    cri.exec(container, "mount", "-o", "remount,rw,bind", "/kept")
+    assert cri.exec(container, "touch", "/kept/file").code != 0
+    assert list(kept.iterdir()) == []
 
 
 def test_volume_unmounted_on_the_host_is_not_busy(
@@ -101,9 +157,8 @@ def test_mount_of_the_container_is_propagated_to_the_host_on_request(
     (folder / "point").mkdir()
     mount("--bind", str(folder), str(folder))
     mount("--make-shared", str(folder))
-    privileged = api.LinuxContainerConfig(security_context=api.LinuxContainerSecurityContext(privileged=True))
     shared = volume(folder, propagation=api.PROPAGATION_BIDIRECTIONAL)
-    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[shared], linux=privileged)
+    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[shared], linux=security(privileged=True))
     cri.exec(container, "mount", "--bind", "/etc", "/data/point")
     seen = site.namespace.run("ls", str(folder / "point")).split()
     assert {"passwd", "image-mark"} <= set(seen)
