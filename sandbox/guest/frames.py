@@ -45,6 +45,8 @@ TOKEN_BYTES = 16
 NONCE_BYTES = 16
 MAX_PAYLOAD = 4 << 20
 MAX_DATA = 64 << 10
+MAX_WELCOME = 256 << 10  # above 1,000 containers; parsing 4 MiB would delay the calls of all pods
+MAX_EVENT = 4 << 10
 MAX_STALE = 64 << 20  # bytes before the nonce; far above what any transport can buffer
 BUFFER_BYTES = 128 << 10  # two full DATA frames; also the most that one read returns
 
@@ -69,7 +71,7 @@ class Kind(IntEnum):
 
 # Bounds of the payload's length by kind; 0 is not a valid kind.
 _LEAST = (1, 0, 0, 0, 0, 0, 1, 4, 0, 0)
-_MOST = (0, *[MAX_PAYLOAD] * 5, MAX_DATA, 4, 0, 0)
+_MOST = (0, MAX_PAYLOAD, MAX_WELCOME, MAX_PAYLOAD, MAX_PAYLOAD, MAX_EVENT, MAX_DATA, 4, 0, 0)
 _KINDS = (Kind.HELLO, *Kind)  # by number: calling the enum for each frame is slow
 
 

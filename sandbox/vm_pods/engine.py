@@ -41,6 +41,7 @@ from sandbox.vm_pods.live_files import LiveFiles
 from sandbox.vm_pods.pool import VmPool
 from sandbox.vm_pods.propagation import PropagationSync
 from sandbox.vm_pods.received_mounts import ReceivedMounts
+from sandbox.vm_pods.reconnects import Reconnects
 from sandbox.vm_pods.resize import Resizer
 from sandbox.vm_pods.sessions import VmSessions
 from sandbox.vm_pods.shared_files import HostChanges, SharedFiles
@@ -51,7 +52,6 @@ from sandbox.vmm import Hypervisor
 log = logging.getLogger(__name__)
 
 ADOPT_TIMEOUT_S = 30.0
-RECONNECT_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +206,16 @@ class VmPods:
         inodes = self._deps.tasks.spawn(
             watch_inodes(helpers, lambda: link.compatible), f"inodes of pod {pod.id[:12]}"
         )
+        reconnects = Reconnects()
         try:
             while not death.done():
                 assert link.client is not None
+                reconnects.connected()
                 lost = asyncio.create_task(link.client.wait_closed())
                 await asyncio.wait({death, lost}, return_when=asyncio.FIRST_COMPLETED)
                 lost.cancel()
                 if not death.done():
-                    await self._reconnect(pod, death)
+                    await self._reconnect(pod, death, reconnects)
         except VersionMismatch as error:
             self._set_unknown(pod, error)
             return
@@ -223,26 +225,34 @@ class VmPods:
             inodes.cancel()
         await self._vm_gone(pod, death.result())
 
-    async def _reconnect(self, pod: Pod, death: asyncio.Task[str]) -> None:
+    async def _reconnect(self, pod: Pod, death: asyncio.Task[str], reconnects: Reconnects) -> None:
         """Retry until the pod is connected or its VM has ended. Raises VersionMismatch without a retry."""
-        log.warning("pod %s: lost the connection to its agent; reconnecting", pod.id)
         link_of(pod).lose_client()
-        while not death.done():
+        problem = "the connection was lost"
+        while True:
+            reconnects.failed()
+            if reconnects.hopeless and pod.record.ready:
+                log.error("pod %s: given up, as its agent cannot be reached: %s", pod.id, problem)
+                pod.update_anyway(state=PodState.NOT_READY, problem=f"its agent cannot be reached: {problem}")
+            elif reconnects.may_log():
+                log.warning("pod %s: no connection to its agent, retrying: %s", pod.id, problem)
+            await asyncio.wait({death}, timeout=reconnects.pause_s)
+            if death.done():
+                return
             try:
                 await self._connect(pod)
                 return
             except VersionMismatch:
                 raise
             except SandboxError as error:
-                log.warning("pod %s: no connection to its agent: %s", pod.id, error)
-                await asyncio.wait({death}, timeout=RECONNECT_PAUSE_S)
+                problem = str(error)
 
     async def _adopt_later(self, pod: Pod) -> None:
         link = link_of(pod)
         assert link.machine is not None
         death = asyncio.create_task(link.machine.wait())
         try:
-            await self._reconnect(pod, death)
+            await self._reconnect(pod, death, Reconnects())
         except VersionMismatch as error:
             death.cancel()
             self._set_unknown(pod, error)

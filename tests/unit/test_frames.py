@@ -10,8 +10,10 @@ from sandbox.errors import ProtocolError
 from sandbox.guest.frames import (
     BUFFER_BYTES,
     MAX_DATA,
+    MAX_EVENT,
     MAX_PAYLOAD,
     MAX_STALE,
+    MAX_WELCOME,
     Frame,
     FrameParser,
     Kind,
@@ -83,6 +85,8 @@ def test_payload_is_a_view_of_the_buffer() -> None:
         (0, 0x0106),  # a byte that must be zero
         (MAX_PAYLOAD + 1, Kind.REPLY),
         (0xFFFFFFFF, Kind.EVENT),
+        (MAX_WELCOME + 1, Kind.WELCOME),
+        (MAX_EVENT + 1, Kind.EVENT),
         (MAX_DATA + 1, Kind.DATA),
         (0, Kind.DATA),
         (3, Kind.WINDOW),
