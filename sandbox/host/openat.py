@@ -70,16 +70,20 @@ def _resolve(root: int, path: str, flags: int, more: int = 0) -> int:
 
 
 def _make(at: int, name: str, directory: bool) -> None:
-    """Raises FileExistsError for what exists, also for a dangling symbolic link, which stays as it is."""
+    """Raises FileExistsError for what exists, also for a dangling symbolic link, which stays as it is.
+
+    A guest may put a link in the place of what was made, so its mode is set by a descriptor (ELOOP, ENOTDIR).
+    """
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
     if directory:
         os.mkdir(name, dir_fd=at)
-        os.chmod(name, 0o755, dir_fd=at)
-        return
-    file = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+        made = os.open(name, os.O_RDONLY | os.O_DIRECTORY | flags, dir_fd=at)
+    else:
+        made = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | flags, dir_fd=at)
     try:
-        os.fchmod(file, 0o644)
+        os.fchmod(made, 0o755 if directory else 0o644)
     finally:
-        os.close(file)
+        os.close(made)
 
 
 def read_beneath(root: Path, name: str, limit: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from sandbox.host.openat import make_beneath
 from sandbox.plan.values import ContainerPlan, FilePlan, Make, MountPlan, ProcessPlan
 from sandbox.steps.container import make_mount_points
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -90,3 +93,37 @@ def test_mount_point_below_another_mount_is_not_created(root: Path) -> None:
     made = {str(path.relative_to(root)) for path in root.rglob("*")}
     assert made == {"dev", "data", "data/one", "etc", "etc/hostname"}
     assert (root / "data/one").is_file()
+
+
+def test_directory_replaced_by_a_link_while_it_is_made_leaves_the_target_alone(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o700)
+    mkdir = os.mkdir
+
+    def replaced(name: str, *, dir_fd: int) -> None:
+        """Do what a guest may do the moment after."""
+        mkdir(name, dir_fd=dir_fd)
+        os.rmdir(name, dir_fd=dir_fd)
+        os.symlink(victim, name, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", replaced)
+        make_beneath(root, "/data", directory=True)
+    assert victim.stat().st_mode & 0o7777 == 0o700
+
+
+def test_modes_and_owners_of_names_below_a_descriptor_are_set_by_descriptor() -> None:
+    """A guest may replace any name of its root and volumes by a link at any moment (chmod(2) follows it)."""
+    calls = {
+        f"{path}:{call.lineno}"
+        for package in ("sandbox", "network", "cri")
+        for path in (ROOT / package).rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("chmod", "chown", "utime", "lchown", "truncate", "setxattr")
+        and any(keyword.arg in ("dir_fd", "follow_symlinks") for keyword in call.keywords)
+    }
+    assert calls == set()
