@@ -17,6 +17,7 @@ from sandbox.records import ContainerRecord, PodRecord, Side
 from sandbox.spec import Isolation
 from sandbox.stats.host_usage import HostUsage
 from sandbox.store import Store
+from sandbox.vmm import EMULATION
 
 # Phases that the guest reports and that get a series each. A guest chooses its phase names, so any other
 # name is dropped: it could make series without bound.
@@ -40,6 +41,7 @@ class MetricSources:
         return Sources(
             sandboxes=self._pods_by_state,
             isolation=self._ready_by_isolation,
+            emulated=self._ready_and_emulated,
             containers=self._containers_by_state,
             quarantined=self._quarantined,
             usage=self._usage,
@@ -52,6 +54,10 @@ class MetricSources:
     def _ready_by_isolation(self) -> Mapping[str, int]:
         ready = Counter(str(record.isolation) for record in self.pods if record.ready)
         return {str(kind): ready[str(kind)] for kind in Isolation}
+
+    def _ready_and_emulated(self) -> int:
+        handles = [record.vm_handle for record in self.pods if record.ready]
+        return sum(handle is not None and handle.spec.accelerator == EMULATION for handle in handles)
 
     def _containers_by_state(self) -> Mapping[str, int]:
         return Counter(str(record.state) for record in self.containers)

@@ -46,6 +46,7 @@ class Sources(Value, frozen=True, kw_only=True):
 
     sandboxes: Callable[[], Mapping[str, int]] = dict  # by state
     isolation: Callable[[], Mapping[str, int]] = dict  # ready sandboxes by isolation
+    emulated: Callable[[], int] = int  # ready sandboxes in VMs that are emulated
     containers: Callable[[], Mapping[str, int]] = dict  # by state
     quarantined: Callable[[], Mapping[str, int]] = dict  # records, by kind: pod, container or image
     usage: Callable[[], Sequence[SandboxUsage]] = tuple
@@ -168,6 +169,11 @@ class _FromSources(Collector):
             "Ready pod sandboxes by isolation: vm, or process for pods without a VM.",
             "isolation",
             self._sources.isolation,
+        )
+        yield GaugeMetricFamily(
+            "husk_ready_emulated_sandboxes",
+            "Ready pod sandboxes in VMs that are emulated, which QEMU does not promise to confine.",
+            value=self._sources.emulated(),
         )
         yield _counts("husk_containers", "Containers by state.", "state", self._sources.containers)
         yield _counts(

@@ -21,7 +21,7 @@ from sandbox.pods import find_handler
 from sandbox.spec import Handler
 from sandbox.vm_pods.accelerator import AcceleratorChoice, Prober
 from sandbox.vm_pods.boot_image import GuestImage, find_image
-from sandbox.vmm import Hypervisor
+from sandbox.vmm import EMULATION, Hypervisor
 from sandbox.vmm.drivers import find_host
 
 HOW_TO_BUILD = "husk guest build"
@@ -117,14 +117,15 @@ class HuskNode:
         except SandboxError as error:
             self._problem = str(error)
 
-    async def warm_up(self) -> None:
+    async def warm_up(self) -> AcceleratorChoice | None:
         """Choose the default handler's accelerator in advance, and record what prevents it."""
         try:
-            await self.accelerator(self.handler(""))
+            choice = await self.accelerator(self.handler(""))
         except SandboxError as error:
             self._problem = str(error)
-        else:
-            self._problem = None
+            return None
+        self._problem = None
+        return choice
 
     def handlers(self) -> Sequence[str]:
         """Return the names of the configured handlers, "" (the default) first."""
@@ -138,12 +139,12 @@ class HuskNode:
 
     async def describe(self) -> Mapping[str, object]:
         """Return versions, accelerator, guest image and the configuration in force."""
-        await self.warm_up()
-        default = next(iter(self._choices.values()), None)
+        default = await self.warm_up()
         image = find_image(Path(self._config.root))
         return {
             "version": version(),
             "accelerator": default.accelerator if default else "",
+            "emulated": default is not None and default.accelerator == EMULATION,
             "acceleratorReason": default.reason if default else self._problem,
             "guestKernel": image.kernel_version if image else "",
             "guestImage": image.hash if image else "",

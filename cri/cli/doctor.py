@@ -29,6 +29,7 @@ from sandbox.seccomp import seccomp_for
 from sandbox.spec import Seccomp, SeccompKind, SecuritySpec
 from sandbox.vm_pods import boot_image
 from sandbox.vm_pods.accelerator import Prober
+from sandbox.vmm import EMULATION
 from sandbox.vmm.drivers import Hypervisors, find_host
 
 TRIAL_TIMEOUT_S = 20
@@ -164,13 +165,21 @@ async def accelerator(host: Host) -> Finding:
     driver = find_host(handler.hypervisor, host.fs)
     first = driver.candidates()[0]
     if handler.accelerator == "auto" and not first.trial:
-        return ok("accelerator", f"{first.accelerator}: {first.reason}")
+        return _accelerator(first.accelerator, first.reason)
     image = boot_image.find_image(Path(host.config.root))
     if image is None:
         return warn("accelerator", "not tried, as there is no guest image yet", "husk guest build")
     prober = Prober(handler.hypervisor, driver, Hypervisors(), Path(host.config.run))
     choice = await prober.choose(handler.accelerator, image)
-    return ok("accelerator", f"{choice.accelerator}: {choice.reason}")
+    return _accelerator(choice.accelerator, choice.reason)
+
+
+def _accelerator(name: str, reason: str) -> Finding:
+    """QEMU promises isolation with KVM alone (its documentation, "Security", the virtualization use case)."""
+    if name != EMULATION:
+        return ok("accelerator", f"{name}: {reason}")
+    detail = f"{name}: {reason}; QEMU does not promise that an emulated VM confines its guest"
+    return warn("accelerator", detail, 'a host with KVM, and accelerator = "kvm" for pods of strangers')
 
 
 def _missing_files(config: Config) -> str:

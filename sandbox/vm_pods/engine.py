@@ -232,7 +232,7 @@ class VmPods:
         while True:
             reconnects.failed()
             if reconnects.hopeless and pod.record.ready:
-                log.error("pod %s: given up, as its agent cannot be reached: %s", pod.id, problem)
+                log.error("pod %s: NOT_READY, as its agent cannot be reached: %s", pod.id, problem)
                 pod.update_anyway(state=PodState.NOT_READY, problem=f"its agent cannot be reached: {problem}")
             elif reconnects.may_log():
                 log.warning("pod %s: no connection to its agent, retrying: %s", pod.id, problem)

@@ -2,7 +2,7 @@
 
 A connection is lost for a reason that passes (the daemon was busy, QEMU was stopped), or because the agent
 does not keep to the protocol. The former is made again at once. An agent that ends each new one gets pauses
-that double, so that it costs no more than a silent one, and at last its pod is given up.
+that double, so that it costs no more than a silent one, and at last its pod is NOT_READY.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Reconnects:
 
     @property
     def hopeless(self) -> bool:
-        """Whether the agent is to be given up, while attempts go on."""
+        """Whether the pod is to be NOT_READY, while attempts go on."""
         return self._failures > FAILURES_MAX
 
     def may_log(self) -> bool:

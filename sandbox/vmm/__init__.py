@@ -105,6 +105,9 @@ class VmHandle(Value, frozen=True, kw_only=True):
     channel: str  # transport address of the agent: "serial:PATH", "vsock:CID:PORT", "unix:PATH"
 
 
+EMULATION = "tcg"  # the accelerator that executes a guest's instructions in software
+
+
 class Candidate(Value, frozen=True, kw_only=True):
     """A way to run VMs on this host, which `auto` may choose."""
 

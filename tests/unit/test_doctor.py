@@ -134,10 +134,11 @@ async def test_guest_with_missing_kernel_of_a_handler_fails(tmp_path: Path) -> N
     assert "handlers.own: /nowhere/vmlinux" in finding.detail
 
 
-async def test_accelerator_without_kvm_is_tcg_and_ok(tmp_path: Path) -> None:
+async def test_accelerator_without_kvm_is_tcg_and_warns(tmp_path: Path) -> None:
     finding = await doctor.accelerator(host(tmp_path))
-    assert finding.result is CheckResult.OK
+    assert finding.result is CheckResult.WARN
     assert "tcg" in finding.detail and "there is no" in finding.detail
+    assert "does not promise" in finding.detail and 'accelerator = "kvm"' in finding.fix
 
 
 async def test_missing_device_fails_or_warns_by_its_importance(tmp_path: Path) -> None:
