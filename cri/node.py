@@ -117,8 +117,11 @@ class HuskNode:
         except SandboxError as error:
             self._problem = str(error)
 
-    async def warm_up(self) -> AcceleratorChoice | None:
+    async def warm_up(self) -> None:
         """Choose the default handler's accelerator in advance, and record what prevents it."""
+        await self._default()
+
+    async def _default(self) -> AcceleratorChoice | None:
         try:
             choice = await self.accelerator(self.handler(""))
         except SandboxError as error:
@@ -139,7 +142,7 @@ class HuskNode:
 
     async def describe(self) -> Mapping[str, object]:
         """Return versions, accelerator, guest image and the configuration in force."""
-        default = await self.warm_up()
+        default = await self._default()
         image = find_image(Path(self._config.root))
         return {
             "version": version(),
