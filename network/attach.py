@@ -31,12 +31,21 @@ from network import netns
 from network.attachment_cache import AttachmentCache, CachedAttachment, CacheUnreadable
 from network.capabilities import capability_args, cni_args
 from network.cni import Cni
-from network.errors import NetnsError, NetworkNotReady, TapError, TeardownFailed, Unsatisfiable
+from network.errors import CniError, NetnsError, NetworkNotReady, TapError, TeardownFailed, Unsatisfiable
 from network.links import list_links, open_netlink, read_links
 from network.plugins import Plugins
 from network.readiness import Readiness
 from network.result import Result
-from network.spec import Attachment, Dns, Interface, NetworkRequest, NetworkStatus, PublishedPort, Route
+from network.spec import (
+    IFNAME,
+    Attachment,
+    Dns,
+    Interface,
+    NetworkRequest,
+    NetworkStatus,
+    PublishedPort,
+    Route,
+)
 from network.tap import FIRST_TAP, join, open_tap, open_taps
 from sandbox.host import threads
 from sandbox.host.keyed_lock import KeyedLock
@@ -54,7 +63,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-IFNAME = "eth0"  # the name that clients of Kubernetes expect of a pod's first interface
 _POD_CIDR = "pod-cidr"
 
 
@@ -248,6 +256,8 @@ class Networks:
     def _describe(self, cached: CachedAttachment) -> Attachment:
         result = cached.result or Result()
         interfaces, routes = netns.run_in(Path(cached.netns), lambda: _read_and_join(result))
+        if not result.ips:
+            raise CniError(cached.conf.plugins[-1].type, "ADD", "its result names no IP address for the pod")
         dns = result.dns
         return Attachment(
             netns=cached.netns,
@@ -361,7 +371,7 @@ def _pod_ips(result: Result, first: Interface) -> tuple[str, ...]:
     """Return the addresses of the first interface in the order of the result: the first is the pod's IP.
 
     An address whose interface the result does not name counts as the first interface's. Where the result has
-    no addresses, those of the kernel are returned.
+    no addresses of that interface, those of the kernel are returned.
     """
     interfaces = result.interfaces or ()
     ips = [

@@ -1,8 +1,8 @@
 """Reads the interfaces and routes of a pod's namespace from the kernel: what the guest is given.
 
 A plug-in's result says what it did; a later plug-in (tuning, sbr) or the kernel may have changed it, and
-results have no MTU before 1.1.0. So the result only names the interfaces and orders the pod's addresses, and
-everything else is read here. Called in a thread inside the namespace.
+results have no MTU before 1.1.0. So the result only orders the interfaces and the pod's addresses, and
+everything else is read here, with interfaces that it does not name. Called in a thread inside the namespace.
 
 Not passed to the guest: routes of tables other than main, routing rules, all but the first hop of a multipath
 route, preferred source addresses.
@@ -14,14 +14,14 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from pyroute2 import IPRoute
 
 from network.errors import TapError
 from network.result import Result
-from network.spec import Interface, Route
+from network.spec import IFNAME, Interface, Route
 
 _IFF_UP, _IFF_LOOPBACK = 1, 8  # netdevice(7)
 _ETHERNET = 1  # ARPHRD_ETHER
@@ -57,19 +57,19 @@ def read_links(netlink: Any, links: Links, result: Result) -> tuple[tuple[Interf
 
     Raises TapError when an interface of the result does not exist or is not an Ethernet device.
     """
-    names = find_names(result, links)
+    found = [(each, f"{_own(each)}/{each['prefixlen']}") for each in netlink.get_addr()]
+    addressed = {each["index"] for each, cidr in found if not _is_link_local(cidr)}
+    names = find_names(result, links, addressed)
     indexes = {int(links[name]["index"]): name for name in names}
-    addresses = [each for each in netlink.get_addr() if each["index"] in indexes]
     routes = [
         _route(each, indexes)
         for each in netlink.get_routes(table=_TABLE_MAIN)
         if each["type"] == _UNICAST and _hop(each)[0] in indexes
     ]
     cidrs: dict[str, list[str]] = {name: [] for name in names}
-    for each in addresses:
-        # IFA_ADDRESS is the peer's where the address is point-to-point
-        address = each.get_attr("IFA_LOCAL") or each.get_attr("IFA_ADDRESS")
-        cidrs[indexes[each["index"]]].append(f"{address}/{each['prefixlen']}")
+    for each, cidr in found:
+        if each["index"] in indexes:
+            cidrs[indexes[each["index"]]].append(cidr)
     interfaces = tuple(
         Interface(
             name=name,
@@ -83,26 +83,36 @@ def read_links(netlink: Any, links: Links, result: Result) -> tuple[tuple[Interf
     return interfaces, guest_routes(routes, interfaces)
 
 
-def find_names(result: Result, links: Links) -> list[str]:
-    """Name the pod's interfaces: those that the result puts into a sandbox, else every one that is up.
+def find_names(result: Result, links: Links, addressed: Collection[int] = ()) -> list[str]:
+    """Name the pod's interfaces: those that the result puts into a sandbox, then every other one that is up,
+    as plug-ins of several networks report the first alone. IFNAME comes first in any case.
+    `addressed` are the indexes of those that have an address.
 
-    Raises TapError when there is none, or one does not exist or is not an Ethernet device.
+    Raises TapError when there is none, or one of the result does not exist or is not an Ethernet device.
     """
     named = [each.name for each in result.interfaces or () if each.sandbox]
-    if not named:
-        named = [
-            name for name, link in links.items() if link["ifi_type"] == _ETHERNET and link["flags"] & _IFF_UP
-        ]
     for name in named:
         if name not in links:
             raise TapError(name, "find", "the CNI result names it, but it is not in the namespace")
-    names = [name for name in dict.fromkeys(named) if not links[name]["flags"] & _IFF_LOOPBACK]
+    others = [name for name, link in links.items() if _is_own(link, addressed)]
+    names = [name for name in dict.fromkeys([*named, *others]) if not links[name]["flags"] & _IFF_LOOPBACK]
     for name in names:
         if links[name]["ifi_type"] != _ETHERNET:
             raise TapError(name, "find", "it is not an Ethernet device, so a VM cannot have it")
     if not names:
         raise TapError("(none)", "find", "the CNI plug-ins created no interface in the namespace")
-    return names
+    return sorted(names, key=lambda name: name != IFNAME)
+
+
+def _is_own(link: Any, addressed: Collection[int]) -> bool:
+    """Return whether an interface that the result does not name is the pod's: not a tap, a port of a bridge
+    or bond, or, without an address, the other end of an interface of the same namespace."""
+    info = link.get_attr("IFLA_LINKINFO")
+    is_tap = info is not None and info.get_attr("IFLA_INFO_KIND") == "tun"
+    if link["ifi_type"] != _ETHERNET or not link["flags"] & _IFF_UP or is_tap or link.get_attr("IFLA_MASTER"):
+        return False
+    is_inner = link.get_attr("IFLA_LINK") and link.get_attr("IFLA_LINK_NETNSID") is None
+    return not is_inner or link["index"] in addressed
 
 
 def guest_addresses(cidrs: Sequence[str], name: str, routes: Sequence[Route]) -> tuple[str, ...]:
@@ -133,13 +143,19 @@ def guest_routes(routes: Sequence[Route], interfaces: Sequence[Interface]) -> tu
     kept = [
         each
         for each in routes
-        if each.gateway or ((each.destination, each.interface) not in automatic and not _is_link_local(each))
+        if each.gateway
+        or ((each.destination, each.interface) not in automatic and not _is_link_local(each.destination))
     ]
     return tuple(sorted(kept, key=lambda route: bool(route.gateway)))
 
 
-def _is_link_local(route: Route) -> bool:
-    network = ipaddress.ip_network(route.destination)
+def _own(address: Any) -> str:
+    """Return the address itself: IFA_ADDRESS is the peer's where it is point-to-point."""
+    return str(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS"))
+
+
+def _is_link_local(cidr: str) -> bool:
+    network = ipaddress.ip_interface(cidr).network
     return isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_LINK_LOCAL)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+IFNAME = "eth0"  # the name that clients of Kubernetes expect of a pod's first interface
+
 
 class PublishedPort(msgspec.Struct, frozen=True, kw_only=True):
     """A port of the pod that is reachable on the host, as the CNI `portMappings` capability has it."""

@@ -216,6 +216,37 @@ async def test_several_interfaces_of_one_result_have_taps_in_order(space: Space)
     assert space.census() == CLEAN
 
 
+@pytest.mark.parametrize("named", [(), ("eth0",), ("net1",)])
+@in_space
+async def test_interface_that_the_result_does_not_name_is_the_pods_too(
+    space: Space, named: tuple[str, ...]
+) -> None:
+    """As of a plug-in for several networks, which reports the first alone."""
+    space.add_fake("multi")
+    make = "".join(
+        f"ip link add {name} type veth peer name p{name}; ip link set {name} up; ip link set p{name} up;"
+        f"ip addr add 10.{number}.0.2/24 dev {name};"
+        for number, name in enumerate(("net1", "eth0"), 5)
+    )
+    result = {
+        "cniVersion": "1.0.0",
+        "interfaces": [{"name": name, "sandbox": "/ns"} for name in named],
+        "ips": [{"address": "10.6.0.2/24"}],
+    }
+    space.configure({"type": "multi", "result": result, "inside": make})
+    networks = space.networks()
+    attachment = await networks.up(make_request())
+    assert [(nic.name, nic.tap, nic.addresses) for nic in attachment.interfaces] == [
+        ("eth0", "tap0", ("10.6.0.2/24",)),
+        ("net1", "tap1", ("10.5.0.2/24",)),
+    ]
+    assert attachment.ips == ("10.6.0.2",)
+    for tap in await networks.open_taps("pod-1"):
+        os.close(tap)
+    await networks.down("pod-1")
+    assert space.census() == CLEAN
+
+
 @in_space
 async def test_taps_can_be_opened_again_for_a_new_vm(space: Space) -> None:
     """Taps go with their descriptors; the next ones are connected in their place."""

@@ -72,6 +72,18 @@ async def test_interface_of_the_result_that_does_not_exist_fails(space: Space) -
     assert space.census() == CLEAN
 
 
+@pytest.mark.parametrize("ips", [{}, {"ips": []}, {"ips": None}])
+@in_space
+async def test_result_without_an_address_is_refused_and_undone(space: Space, ips: dict[str, Any]) -> None:
+    """The bridge has made an interface with an address, and its lease, but the last plug-in reports none."""
+    space.add_fake("silent")
+    result = {"cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "sandbox": "/ns"}], **ips}
+    space.configure(bridge(), {"type": "silent", "result": result})
+    with pytest.raises(CniError, match="CNI plug-in silent failed to ADD: its result names no IP address"):
+        await space.networks().up(make_request())
+    assert space.census() == CLEAN
+
+
 @in_space
 async def test_missing_plugin_fails_before_any_effect(space: Space) -> None:
     space.configure(bridge(), {"type": "absent"})

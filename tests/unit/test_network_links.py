@@ -22,17 +22,28 @@ from tests.fakes.cni.space import Space, in_space
 UP, LOOPBACK = 1, 8
 
 
-def link(flags: int = UP, kind: int = 1) -> dict[str, int]:
-    return {"flags": flags, "ifi_type": kind}
+class Link(dict[str, Any]):
+    """A message of rtnetlink, or a nested attribute of one."""
+
+    def get_attr(self, name: str) -> object:
+        """Return an attribute, None if it is not there."""
+        return self.get(name)
+
+
+def link(flags: int = UP, kind: int = 1, index: int = 9, **attributes: object) -> Link:
+    return Link({"flags": flags, "ifi_type": kind, "index": index, **attributes})
 
 
 LINKS: dict[str, Any] = {
     "lo": link(UP | LOOPBACK, 772),
     "tunl0": link(0, 768),
-    "net1": link(),
+    "net1": link(IFLA_LINK=9, IFLA_LINK_NETNSID=0),
     "eth0": link(),
     "down0": link(0),
     "wg0": link(UP, 65534),
+    "tap0": link(IFLA_LINKINFO=Link(IFLA_INFO_KIND="tun")),
+    "port0": link(IFLA_MASTER=7),
+    "peer0": link(IFLA_LINK=9, index=20),
 }
 
 
@@ -47,8 +58,17 @@ def test_result_names_and_orders_interfaces() -> None:
     assert found == ["eth0", "net1"]
 
 
-def test_result_without_names_means_every_interface_that_is_up() -> None:
-    assert find_names(Result(), LINKS) == ["net1", "eth0"]
+@pytest.mark.parametrize(
+    "named", [(), (("eth0", "/ns"),), (("cni0", ""), ("net1", "/ns")), (("net1", "/ns"), ("eth0", "/ns"))]
+)
+def test_interface_that_the_result_does_not_name_is_the_pods_if_it_is_up(
+    named: tuple[tuple[str, str], ...],
+) -> None:
+    assert find_names(result(*named), LINKS) == ["eth0", "net1"]
+
+
+def test_end_of_a_pair_in_the_namespace_counts_with_an_address_only() -> None:
+    assert find_names(result(("eth0", "/ns")), LINKS, {20}) == ["eth0", "net1", "peer0"]
 
 
 @pytest.mark.parametrize(("name", "problem"), [("eth9", "not in the namespace"), ("wg0", "Ethernet")])
