@@ -13,6 +13,7 @@
 
 #include "agent.h"
 #include "boot.h"
+#include "derived.h"
 #include "guest.h"
 #include "modules.h"
 #include "pod_init.h"
@@ -35,6 +36,7 @@ static _Noreturn void run_guest(struct agent *agent) {
     modules_boot();
     agent_record_phase(agent, "modules");
     boot_cgroups(agent);
+    derived_begin();
     serve_open(agent);
     boot_channel(agent);
     agent_record_phase(agent, "channel");

@@ -11,6 +11,7 @@
 #include "configure.h"
 #include "connection.h"
 #include "container.h"
+#include "derived.h"
 #include "dial.h"
 #include "disks.h"
 #include "exec.h"
@@ -41,6 +42,7 @@ static int prepare(struct agent *agent, const Request *request, struct error *er
 }
 
 static int bring_cpus_online(struct agent *agent, const Request *request, struct error *error) {
+    derived_follow(agent); // the host has added memory before
     return online_cpus(agent, request->online_cpus->count, error);
 }
 
@@ -137,10 +139,12 @@ static void read_clocks(struct agent *agent, uint32_t id, const Request *request
 }
 
 static void start(struct agent *agent, uint32_t id, const Request *request) {
+    derived_follow(agent); // the last block of memory may come online after the host's request
     container_start(agent, id, request->start);
 }
 
 static void exec(struct agent *agent, uint32_t id, const Request *request) {
+    derived_follow(agent);
     exec_start(agent, id, request->exec);
 }
 

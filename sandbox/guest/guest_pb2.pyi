@@ -626,7 +626,9 @@ Global___Share: _TypeAlias = Share  # noqa: Y015
 
 @_typing.final
 class OnlineCpus(_message.Message):
-    """Bring hot-plugged CPUs online until `count` are. Waits up to 5 s for them to appear."""
+    """The VM has grown: bring hot-plugged CPUs online until `count` are, and derive the kernel's limits again from
+    the memory that it has. Waits up to 5 s for the CPUs to appear.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
