@@ -398,7 +398,9 @@ class _Builder:
                 accelerator=self.node.accelerator,
                 rootfs=self.rootfs,
                 tasks=self.tasks,
-                resizer=Resizer(self.inventory, self.overrides.grow_vm or self.vm_step.grow),
+                resizer=Resizer(
+                    self.inventory, self.overrides.grow_vm or self.vm_step.grow, self.vm_step.host
+                ),
                 default_profile=default_profile(root),
                 host_usage=self._vm_usage,
                 live_paths=self.config.volumes.live_paths,

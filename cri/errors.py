@@ -33,6 +33,7 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = {
     sandbox.PlanUnreadable: Code.FAILED_PRECONDITION,
     sandbox.MissingProgram: Code.FAILED_PRECONDITION,
     sandbox.InvalidContainerConfig: Code.FAILED_PRECONDITION,
+    sandbox.BeyondNode: Code.RESOURCE_EXHAUSTED,
     sandbox.DeviceBusy: Code.FAILED_PRECONDITION,
     sandbox.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
     sandbox.FellBehind: Code.RESOURCE_EXHAUSTED,

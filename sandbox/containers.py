@@ -404,17 +404,16 @@ class Containers:
         """Change limits in place; fields that are 0 or empty stay as they are. On return the limits of the
         record are in force; on failure the previous ones are.
 
-        Raises NotFound, WrongState if the container is neither CREATED nor RUNNING, InvalidSpec, GuestError,
-        VmmError.
+        Raises NotFound, WrongState if the container is neither CREATED nor RUNNING, InvalidSpec, BeyondNode,
+        GuestError, VmmError.
         """
         container = self._inventory.container(id)
         async with container.lock:
             merged = merge_resources(container.record.resources, resources)
-            if container.running:
-                _require_known(container.pod)
-                await self._engines.of(container.pod).control.limit(container, merged)
-            elif container.record.state is not ContainerState.CREATED:
+            if not container.running and container.record.state is not ContainerState.CREATED:
                 raise WrongState("container", container.id, container.record.state, "created or running")
+            _require_known(container.pod)
+            await self._engines.of(container.pod).control.limit(container, merged)
             container.save_plan(limited(container.plan, merged, vcpus=container.pod.vcpus))
             container.update(resources=merged)
 

@@ -145,8 +145,8 @@ class Control(Protocol):
         use beyond them. On failure the previous limits stay in force. Raises InvalidSpec too."""
 
     async def limit(self, container: Container, resources: Resources) -> None:
-        """Apply limits to a running container. On failure the previous limits stay in force. Raises
-        InvalidSpec too."""
+        """Apply limits to a running container; for one that is CREATED, make sure that there is space for
+        them. On failure the previous limits stay in force. Raises InvalidSpec and BeyondNode too."""
 
     async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> UsageSample:
         """Sample the accounting files of the pod and of these containers of it. `files`: count open

@@ -91,6 +91,16 @@ class HelperGone(VmmGone):
     """A helper of the VM has ended, without which its guest can do nothing; the VMM may still run."""
 
 
+class BeyondNode(SandboxError):
+    """A limit is more than this node, or a VM on it, can have; nothing was changed."""
+
+    def __init__(self, what: str, wanted: str, has: str) -> None:
+        super().__init__(f"{what}: {wanted} asked for; {has}")
+        self.what = what
+        self.wanted = wanted
+        self.has = has
+
+
 class DeviceBusy(SandboxError):
     """A device of the host is in use by something that excludes the requested use."""
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
-from sandbox.errors import InvalidSpec, MissingProgram, PhaseFailed, SandboxError
+from sandbox.errors import BeyondNode, InvalidSpec, MissingProgram, PhaseFailed, SandboxError
 
 
 class Subject(Protocol):
@@ -62,7 +62,7 @@ class UndoFailed(SandboxError):
 
 
 # Mistakes of the caller and missing programs keep their type: a phase would add nothing to them.
-UNWRAPPED = (InvalidSpec, MissingProgram, PhaseFailed)
+UNWRAPPED = (InvalidSpec, BeyondNode, MissingProgram, PhaseFailed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from sandbox.host_pods import cgroups
 from sandbox.host_pods.layout import HostLayout, runtime_of
 from sandbox.host_pods.network import run_in_network
 from sandbox.inventory import Inventory
-from sandbox.plan.resources import compile_pod_resources, compile_resources
+from sandbox.plan.resources import compile_resources
 from sandbox.plan.values import CgroupFile
 from sandbox.pod import Pod
 from sandbox.spec import ContainerId, Resources
@@ -31,15 +31,17 @@ class ProcessControl:
 
     async def limit_pod(self, pod: Pod, resources: Resources, overhead: Resources) -> None:
         """Limit the pod's cgroup, which holds those of its containers. `overhead` has no effect here."""
-        files = compile_pod_resources(resources)
+        files = compile_resources(resources)
         current = pod.record.resources
         path = self._layout.pod_cgroup(pod)
-        await self._limit(path, files, resources, compile_pod_resources(current), current)
+        await self._limit(path, files, resources, compile_resources(current), current)
 
     async def limit(self, container: Container, resources: Resources) -> None:
         """Limit the container's cgroup, and set the OOM score of all its processes."""
         path, current = self._layout.container_cgroup(container), container.record.resources
         files = compile_resources(resources)
+        if not container.running:
+            return
         await self._limit(path, files, resources, compile_resources(current), current)
         hierarchies = self._layout.hierarchies
         await asyncio.to_thread(cgroups.set_oom_score, hierarchies, path, resources.oom_score_adj)

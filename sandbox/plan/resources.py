@@ -31,14 +31,15 @@ _MAX_VALUE_BYTES = 4096
 def compile_resources(resources: Resources, *, vcpus: int = 0) -> tuple[CgroupFile, ...]:
     """Return the files in the order in which to write them. Raises InvalidSpec with the field.
 
-    A cpuset names CPUs of the host, as the kubelet's CPU manager assigns those. With `vcpus`, a set that
-    names CPUs or memory nodes which the guest does not have is left out, as the guest's kernel would
-    reject it. `unified` comes last and overrides the dedicated fields.
+    A cpuset names CPUs of the host, as the kubelet's CPU manager assigns those. With `vcpus`, those of the
+    guest, a set that names CPUs or memory nodes which the guest does not have is left out, as the guest's
+    kernel would reject it, and swap is refused, which no guest has. `unified` comes last and overrides the
+    dedicated fields. An OOM kill ends one process, unless `unified` sets memory.oom.group.
     """
-    # an OOM kill ends the whole container, as with every runtime on cgroup v2 (KEP 3570 aside)
-    files = {"memory.oom.group": "1"}
-    files |= _cpu(resources)
+    files = _cpu(resources)
     files |= _memory(resources)
+    if vcpus:
+        _refuse_swap(resources)
     files |= _cpusets(resources, vcpus)
     files |= _hugepages(resources)
     for name, value in resources.unified.items():
@@ -53,26 +54,19 @@ def compile_resources(resources: Resources, *, vcpus: int = 0) -> tuple[CgroupFi
     )
 
 
-def compile_pod_resources(resources: Resources, *, vcpus: int = 0) -> tuple[CgroupFile, ...]:
-    """Return the same for the cgroup that holds all containers of a pod.
-
-    At its memory limit one process is killed, as on a host whose kubelet limits the pod, and not all.
-    """
-    return tuple(
-        file for file in compile_resources(resources, vcpus=vcpus) if file.name != "memory.oom.group"
-    )
-
-
 def merge_resources(current: Resources, requested: Resources) -> Resources:
     """Return `current` with what is requested.
 
-    0 and "" mean "leave as it is" (CRI, LinuxContainerResources).
+    0 and "" mean "leave as it is" (CRI, LinuxContainerResources), but the limit of memory and swap together
+    follows one of memory alone: as under containerd, no swap is left then.
     """
     changes = {
         name: value
         for name in Resources.__struct_fields__
         if (value := getattr(requested, name)) and name not in ("unified", "hugepage_limits")
     }
+    if requested.memory_limit and current.memory_swap_limit:
+        changes.setdefault("memory_swap_limit", requested.memory_limit)
     return Resources(
         **{name: getattr(current, name) for name in Resources.__struct_fields__}
         | changes
@@ -127,6 +121,21 @@ def _memory(resources: Resources) -> dict[str, str]:
             )
         files["memory.swap.max"] = str(total - limit)
     return files
+
+
+def _refuse_swap(resources: Resources) -> None:
+    """Raise InvalidSpec for swap that a guest would have to have. No limit (-1, "max") asks for none."""
+    limit, total = resources.memory_limit, resources.memory_swap_limit
+    if total > limit > 0:
+        raise InvalidSpec(
+            f"{_FIELD}.memory_swap_limit_in_bytes",
+            f"{total} is {total - limit} more than memory_limit_in_bytes, and a VM has no swap",
+            f"{limit}, the memory limit; or -1",
+        )
+    for name in ("memory.swap.max", "memory.swap.high"):
+        value = resources.unified.get(name, "max").strip()
+        if value not in ("0", "max"):
+            raise InvalidSpec(f"{_FIELD}.unified['{name}']", f"{value!r}: a VM has no swap", "0 or max")
 
 
 def _cpusets(resources: Resources, vcpus: int) -> dict[str, str]:

@@ -18,6 +18,8 @@ HUGE_PAGE_MIB = 2
 # x86-64 without interrupt remapping: APIC ids have 8 bits, and 255 means all CPUs
 MAX_VCPUS = 255
 
+NOTHING = VmSize(memory_mib=0, vcpus=0)
+
 
 def vm_size(pod: PodSpec, handler: Handler) -> VmSize:
     """Return the limits and overhead of a pod that has limits; else the size that the handler configures.
@@ -29,20 +31,33 @@ def vm_size(pod: PodSpec, handler: Handler) -> VmSize:
 
 
 def grown_size(
-    current: VmSize, pod: Resources, overhead: Resources, containers: Sequence[Resources]
+    current: VmSize,
+    pod: Resources,
+    overhead: Resources,
+    containers: Sequence[Resources],
+    unlimited: VmSize = NOTHING,
 ) -> VmSize:
     """Return the size with which the VM satisfies the limits of the pod and of its containers together;
-    never less than `current`. No limit needs nothing. Huge pages are added, as memory limits do not count
-    them. Raises InvalidSpec for huge pages of a size other than 2 MiB."""
+    never less than `current`. Beside containers with limits, those without share `unlimited`; by themselves
+    they need nothing. Huge pages are added, as memory limits do not count them. Raises InvalidSpec for huge
+    pages of a size other than 2 MiB."""
     huge = max(current.huge_mib, huge_mib(pod), sum(huge_mib(each) for each in containers))
-    memory = max(pod.memory_limit, sum(max(0, each.memory_limit) for each in containers))
-    cpu = max(_cpu_microseconds(pod), sum(_cpu_microseconds(each) for each in containers))
+    memory = _demand(pod.memory_limit, [each.memory_limit for each in containers], unlimited.memory_mib * MIB)
+    cpu = _demand(
+        _cpu_microseconds(pod), [_cpu_microseconds(each) for each in containers], unlimited.vcpus * 1_000_000
+    )
     return VmSize(
         memory_mib=huge
         + max(current.memory_mib - current.huge_mib, _with_overhead(memory, overhead) if memory > 0 else 0),
         vcpus=min(max(current.vcpus, _cpus(cpu, overhead) if cpu > 0 else 0), MAX_VCPUS),
         huge_mib=huge,
     )
+
+
+def limited_size(limits: Resources) -> VmSize:
+    """Return the memory and the whole CPUs of these limits alone; 0 for no limit."""
+    memory = -(-max(0, limits.memory_limit) // MIB)
+    return VmSize(memory_mib=memory, vcpus=_cpus(_cpu_microseconds(limits), Resources()))
 
 
 def huge_mib(resources: Resources) -> int:
@@ -56,6 +71,17 @@ def huge_mib(resources: Resources) -> int:
             raise InvalidSpec("config.linux.resources.hugepage_limits", problem, f"pages of {HUGE_PAGE}")
     pages = -(-resources.hugepage_limits.get(HUGE_PAGE, 0) // (HUGE_PAGE_MIB * MIB))
     return pages * HUGE_PAGE_MIB
+
+
+def _demand(pod: int, containers: Sequence[int], unlimited: int) -> int:
+    """Return what the limits of a pod and its containers need together; 0 or less means none.
+
+    A container without one may use what the pod's leaves it, or else `unlimited`: a kubelet sends the sum of
+    the containers' limits as the pod's, also where some have none.
+    """
+    limited = [each for each in containers if each > 0]
+    extra = unlimited if limited and len(limited) < len(containers) and pod <= sum(limited) else 0
+    return max(pod, sum(limited) + extra)
 
 
 def _memory_mib(pod: PodSpec, handler: Handler) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sandbox.plan.size import BOOT_FLOOR_MIB
-from sandbox.spec import Handler, Value, VmSize
+from sandbox.errors import BeyondNode
+from sandbox.plan.size import BOOT_FLOOR_MIB, limited_size
+from sandbox.spec import Handler, Resources, Value, VmSize
 from sandbox.vmm import NicSpec, VmSpec
 
 # MAC of the first NIC until its pod is known; locally administered.
@@ -59,6 +60,38 @@ def plan_vm(
 def _growth_mib(size: VmSize, host: HostSize) -> int:
     growth = max(0, min(host.memory_mib - size.memory_mib, GROWTH_MIB))
     return growth - growth % SECTION_MIB
+
+
+def within_node(wanted: VmSize, current: VmSize, host: HostSize) -> VmSize:
+    """Return what of a size this machine has: limits may together exceed that, as on a node without VMs.
+    Never less than `current`."""
+    whole = host.memory_mib - host.memory_mib % SECTION_MIB
+    return VmSize(
+        memory_mib=min(wanted.memory_mib, max(whole, current.memory_mib)),
+        vcpus=min(wanted.vcpus, max(host.cpus, current.vcpus)),
+        huge_mib=wanted.huge_mib,
+    )
+
+
+def check_limits(limits: Resources, current: VmSize, host: HostSize) -> None:
+    """Raise BeyondNode for a limit that neither the machine has nor the VM, which may have booted larger."""
+    wanted = limited_size(limits)
+    has = f"the node has {host.memory_mib} MiB and {host.cpus} CPUs"
+    if wanted.memory_mib > max(host.memory_mib, current.memory_mib):
+        raise BeyondNode("memory_limit_in_bytes", f"{wanted.memory_mib} MiB", has)
+    if wanted.vcpus > max(host.cpus, current.vcpus):
+        raise BeyondNode("cpu_quota", f"{wanted.vcpus} CPUs", has)
+
+
+def check_growth(spec: VmSpec, size: VmSize, host: HostSize) -> None:
+    """Raise BeyondNode where a running VM cannot be grown to this size."""
+    if not can_grow(spec, size):
+        raise BeyondNode(
+            "limits of the pod's containers",
+            f"{size.memory_mib} MiB and {size.vcpus} CPUs, with what the guest needs,",
+            f"this VM can have {spec.max_memory_mib} MiB and {spec.max_vcpus} CPUs, "
+            f"the node {host.memory_mib} MiB and {host.cpus} CPUs",
+        )
 
 
 def can_grow(spec: VmSpec, size: VmSize) -> bool:

@@ -11,7 +11,7 @@ from sandbox.errors import GuestError, GuestUnreachable, SandboxError
 from sandbox.guest import guest_pb2 as pb
 from sandbox.inventory import Inventory
 from sandbox.plan.encode import encode_cgroup_files
-from sandbox.plan.resources import compile_pod_resources, compile_resources
+from sandbox.plan.resources import compile_resources
 from sandbox.pod import Pod
 from sandbox.spec import ContainerId, Resources
 from sandbox.stats.host_usage import HostUsage
@@ -36,7 +36,7 @@ class VmControl:
         """Write the limits to the guest's cgroup that holds those of all containers, after the VM was given
         the memory and CPUs that it lacks. A cpuset counts the host's CPUs, so it is applied on the host
         alone (see `compile_resources`)."""
-        files = compile_pod_resources(resources, vcpus=pod.vcpus)
+        files = compile_resources(resources, vcpus=pod.vcpus)
         await self._resizer.ensure_capacity(pod, resources, overhead)
         write = pb.WriteCgroup(container_id=POD_CGROUP, files=encode_cgroup_files(files))
         await link_of(pod).call(pb.Request(write_cgroup=write))
@@ -44,10 +44,11 @@ class VmControl:
     async def limit(self, container: Container, resources: Resources) -> None:
         """Grow the VM if it must, then write the files of the container's cgroup in the guest."""
         pod, current = container.pod, container.record.resources
-        compile_resources(resources, vcpus=pod.vcpus)  # an invalid one must be found before anything changes
         await self._resizer.ensure_capacity(
             pod, pod.record.resources, pod.record.overhead, {container.id: resources}
         )
+        if not container.running:
+            return
         try:
             await link_of(pod).call(_limits(container, resources))
         except GuestError:

@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from sandbox.guest import guest_pb2 as pb
 from sandbox.inventory import Inventory
-from sandbox.plan import HUGE_PAGE_MIB, grown_size
+from sandbox.plan import HUGE_PAGE_MIB, compile_resources, grown_size
 from sandbox.plan.encode import encode_huge_directories
 from sandbox.plan.values import HugeDirectory
+from sandbox.plan.vm import HostSize, check_growth, check_limits, within_node
 from sandbox.pod import Pod
 from sandbox.records import ContainerState
 from sandbox.spec import ContainerId, Resources, VmSize
@@ -26,9 +27,10 @@ Grow = Callable[[Pod, VmSize], Awaitable[None]]
 class Resizer:
     """Grows VMs to the limits of their pods and containers."""
 
-    def __init__(self, inventory: Inventory, grow: Grow) -> None:
+    def __init__(self, inventory: Inventory, grow: Grow, host: HostSize) -> None:
         self._inventory = inventory
         self._grow = grow
+        self._host = host
 
     async def ensure_capacity(
         self,
@@ -41,20 +43,28 @@ class Resizer:
         """Grow the pod's VM until it satisfies these limits of the pod and those of its containers, and
         make `directories` on huge pages in the guest.
 
-        `changes` are limits that containers, existing or new, are about to get. Idempotent. Raises VmmError
-        when the VM cannot grow that far; nothing has changed then. Raises InvalidSpec, GuestError when the
-        guest cannot allocate the huge pages.
+        `changes` are limits that containers, existing or new, are about to get. One alone must not exceed
+        what the node has; together they may, and the VM gets what there is. Idempotent. Raises BeyondNode
+        when the VM cannot grow that far, VmmError; nothing has changed then. Raises InvalidSpec, GuestError
+        when the guest cannot allocate the huge pages.
         """
-        current = runtime_of(pod).size
-        if current is None:
+        current, handle = runtime_of(pod).size, runtime_of(pod).handle
+        if current is None or handle is None:
             return
+        for each in (resources, *(changes or {}).values()):
+            compile_resources(each, vcpus=current.vcpus)  # an invalid one is found before anything changes
+            check_limits(each, current, self._host)
         limits = {
             container.id: container.record.resources
             for container in self._inventory.containers_of(pod)
             if container.record.state in _ALIVE
         }
-        size = grown_size(current, resources, overhead, list({**limits, **(changes or {})}.values()))
+        together = list({**limits, **(changes or {})}.values())
+        started = VmSize(memory_mib=handle.spec.memory_mib, vcpus=handle.spec.vcpus)
+        wanted = grown_size(current, resources, overhead, together, unlimited=started)
+        size = within_node(wanted, current, self._host)
         if size != current:
+            check_growth(handle.spec, size, self._host)
             await self._grow(pod, size)
         if size.huge_mib or directories:
             pages = pb.HugePages(

@@ -35,7 +35,7 @@ from sandbox.errors import DeadlineExceeded, GuestError, GuestUnreachable, Inval
 from sandbox.guest import guest_pb2 as pb
 from sandbox.host import mount_flags, mountinfo, mounts
 from sandbox.inventory import Inventory
-from sandbox.plan import MountSource, huge_mib
+from sandbox.plan import MountSource
 from sandbox.plan.shares import GUEST_VOLUMES
 from sandbox.plan.values import HugeDirectory
 from sandbox.pod import Pod
@@ -67,7 +67,7 @@ RELEASE_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Volumes:
-    """A container's volumes: its mounts as seen by the guest, and memory for its huge pages."""
+    """A container's mounts as seen by the guest, and a VM that is large enough for its limits."""
 
     store: RootfsStore
     resizer: Resizer
@@ -75,20 +75,19 @@ class Volumes:
     name = "volumes"
 
     async def up(self, container: Container) -> None:
-        """Export what the container mounts, and grow the VM by its huge pages.
+        """Export what the container mounts, and grow the VM to the container's limits.
 
         Raises InvalidSpec with the field, VmmGone, GuestError, GuestUnreachable, ImageNotFound, DiskFull,
-        StorageFailed, RootfsUnusable, VmmError.
+        StorageFailed, RootfsUnusable, BeyondNode, VmmError.
         """
         directories = await self._attach(container) if container.record.spec.mounts else []
-        if directories or huge_mib(container.record.resources):
-            pod = container.pod
-            async with pod.lock:
-                pod.require_ready()
-                limits = {container.id: container.record.resources}
-                await self.resizer.ensure_capacity(
-                    pod, pod.record.resources, pod.record.overhead, limits, directories
-                )
+        pod = container.pod
+        async with pod.lock:
+            pod.require_ready()
+            limits = {container.id: container.record.resources}
+            await self.resizer.ensure_capacity(
+                pod, pod.record.resources, pod.record.overhead, limits, directories
+            )
 
     async def _attach(self, container: Container) -> Sequence[HugeDirectory]:
         """Return what lies on huge pages, which is attached to nothing."""

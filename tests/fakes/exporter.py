@@ -21,6 +21,7 @@ from sandbox.guest.client import GuestClient
 from sandbox.host import process
 from sandbox.host.mounts import mounts_below
 from sandbox.inventory import Inventory
+from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ImageVolume, PodRecord, PodState, VmRuntime
 from sandbox.spec import (
@@ -111,7 +112,7 @@ class Site:
 
     @property
     def step(self) -> Volumes:
-        resizer = Resizer(self.inventory, _never)
+        resizer = Resizer(self.inventory, _never, HostSize(memory_mib=4096, cpus=4))
         return Volumes(FakeRootfs(self.ledger), resizer, self.inventory)
 
     def container(self, *specs: MountSpec, images: tuple[ImageVolume, ...] = (), id: str = ID) -> Container:

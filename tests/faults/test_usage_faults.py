@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sandbox.errors import GuestError, InvalidSpec, NotFound, VmmError, WrongState
+from sandbox.errors import BeyondNode, GuestError, InvalidSpec, NotFound, PhaseFailed, VmmError, WrongState
 from sandbox.events import Event, EventKind, Subscription
 from sandbox.guest import guest_pb2 as pb
 from sandbox.pod import Pod
@@ -330,7 +330,6 @@ async def test_limits_of_a_running_container_are_changed(daemon: Daemon) -> None
     assert {file.name: file.value for file in first.files}["memory.max"] == str(64 * MIB)
     assert first.oom_score.adj == 500
     assert {file.name: file.value for file in second.files} == {
-        "memory.oom.group": "1",
         "cpu.max": "50000 100000",
         "memory.max": str(64 * MIB),
     }
@@ -402,6 +401,86 @@ async def test_vm_grows_before_limits_are_written(daemon: Daemon) -> None:
     assert daemon.grown[1] == VmSize(memory_mib=2128, vcpus=2)
     await daemon.containers.update(container, Resources(memory_limit=10 * MIB))
     assert guest.writes, "and a lowered limit is written too"
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (Resources(memory_limit=4097 * MIB), "4097 MiB asked for; the node has 4096 MiB and 4 CPUs"),
+        (Resources(cpu_quota=500_000), "5 CPUs asked for; the node has 4096 MiB and 4 CPUs"),
+    ],
+)
+async def test_limits_beyond_the_node_are_refused_and_change_nothing(
+    daemon: Daemon, limits: Resources, words: str
+) -> None:
+    id, container, guest = await running(daemon, resources=Resources(memory_limit=64 * MIB))
+    created = await daemon.containers.create(id, container_spec(attempt=1))
+    grown = list(daemon.grown)
+    for each in (container, created):
+        before = daemon.containers.find(each).resources
+        with pytest.raises(BeyondNode, match=words):
+            await daemon.containers.update(each, limits)
+        assert daemon.containers.find(each).resources == before
+    with pytest.raises(BeyondNode, match=words):
+        await daemon.pods.update(id, limits, Resources())
+    with pytest.raises(BeyondNode, match=words):
+        await daemon.containers.create(id, container_spec(attempt=2, resources=limits))
+    assert daemon.pods.find(id).resources == Resources()
+    assert (guest.writes, daemon.grown, len(daemon.containers.list())) == ([], grown, 2)
+
+
+async def test_memory_alone_after_swap_is_applied_without_swap(daemon: Daemon) -> None:
+    _, container, guest = await running(
+        daemon, resources=Resources(memory_limit=64 * MIB, memory_swap_limit=64 * MIB)
+    )
+    for limit in (128 * MIB, 32 * MIB):
+        await daemon.containers.update(container, Resources(memory_limit=limit))
+        written = {file.name: file.value for file in guest.writes[-1].files}
+        assert written == {"memory.max": str(limit), "memory.swap.max": "0"}
+        resources = daemon.containers.find(container).resources
+        assert (resources.memory_limit, resources.memory_swap_limit) == (limit, limit)
+
+
+async def test_swap_is_refused_where_it_is_asked_for_and_changes_nothing(daemon: Daemon) -> None:
+    id, container, guest = await running(daemon)
+    swap = Resources(memory_limit=64 * MIB, memory_swap_limit=128 * MIB)
+    with pytest.raises(InvalidSpec, match="a VM has no swap"):
+        await daemon.containers.update(container, swap)
+    with pytest.raises(InvalidSpec, match="a VM has no swap"):
+        await daemon.pods.update(id, swap, Resources())
+    with pytest.raises(InvalidSpec, match="a VM has no swap"):
+        await daemon.containers.create(id, container_spec(attempt=1, resources=swap))
+    assert (guest.writes, daemon.grown, len(daemon.containers.list())) == ([], [], 1)
+
+
+async def test_vm_has_the_limits_of_its_containers_before_they_start(daemon: Daemon) -> None:
+    """Each grows it in turn; one that was created counts, one that has ended does not."""
+    id = await daemon.pods.run(pod_spec("web"))
+    limits = Resources(memory_limit=500 * MIB, cpu_quota=100_000)
+    sizes = []
+    for attempt in range(3):
+        await daemon.containers.create(id, container_spec(attempt=attempt, resources=limits))
+        sizes.append(daemon.grown[-1])
+    assert [(size.memory_mib, size.vcpus) for size in sizes] == [(628, 1), (1128, 2), (1628, 3)]
+    await daemon.containers.create(id, container_spec(attempt=3))
+    assert (daemon.grown[-1].memory_mib, daemon.grown[-1].vcpus) == (1628 + 256, 4), "beside one without"
+    raised = Resources(memory_limit=1000 * MIB)
+    await daemon.containers.update(daemon.containers.list()[0].id, raised)
+    assert daemon.grown[-1].memory_mib == 1628 + 256 + 500, "a limit that is raised before the start too"
+
+
+async def test_container_whose_vm_cannot_grow_is_not_created(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec("web"))
+
+    async def refuse(pod: Pod, size: VmSize) -> None:
+        raise VmmError("no memory")
+
+    daemon.fakes.grow = refuse  # type: ignore[method-assign]
+    limits = Resources(memory_limit=500 * MIB)
+    with pytest.raises(PhaseFailed, match="no memory"):
+        await daemon.containers.create(id, container_spec(resources=limits))
+    assert daemon.containers.list() == []
+    await daemon.containers.create(id, container_spec())
 
 
 async def test_container_has_its_huge_pages_before_it_starts(daemon: Daemon) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.errors import InvalidSpec
-from sandbox.plan.resources import compile_resources, weight_of_shares
+from sandbox.plan.resources import compile_resources, merge_resources, weight_of_shares
 from sandbox.spec import Resources
 
 
@@ -15,8 +15,14 @@ def files(resources: Resources, *, vcpus: int = 0) -> dict[str, str]:
     return {file.name: file.value for file in compile_resources(resources, vcpus=vcpus)}
 
 
-def test_no_limits_set_the_oom_group_alone() -> None:
-    assert files(Resources()) == {"memory.oom.group": "1"}
+def test_no_limits_write_no_file() -> None:
+    assert files(Resources()) == {}
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_oom_group_is_written_only_where_it_is_asked_for(value: str) -> None:
+    assert "memory.oom.group" not in files(Resources(memory_limit=4096, oom_score_adj=5))
+    assert files(Resources(unified={"memory.oom.group": value}))["memory.oom.group"] == value
 
 
 @pytest.mark.parametrize(
@@ -98,3 +104,55 @@ def test_more_cpu_shares_never_weigh_less(one: int, other: int) -> None:
     assert (weight_of_shares(min(one, other)) <= weight_of_shares(max(one, other))) and weight_of_shares(
         one
     ) >= 1
+
+
+@pytest.mark.parametrize(
+    ("resources", "field"),
+    [
+        (Resources(memory_limit=4096, memory_swap_limit=8192), "memory_swap_limit_in_bytes"),
+        (Resources(unified={"memory.swap.max": "4096"}), "unified['memory.swap.max']"),
+        (Resources(unified={"memory.swap.high": "1"}), "unified['memory.swap.high']"),
+    ],
+)
+def test_swap_is_refused_in_a_guest_and_allowed_on_the_host(resources: Resources, field: str) -> None:
+    with pytest.raises(InvalidSpec, match="a VM has no swap") as caught:
+        compile_resources(resources, vcpus=1)
+    assert caught.value.field == f"config.linux.resources.{field}"
+    assert files(resources)
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [
+        Resources(memory_limit=4096, memory_swap_limit=4096),
+        Resources(memory_limit=4096, memory_swap_limit=-1),
+        Resources(memory_limit=-1, memory_swap_limit=-1),
+        Resources(unified={"memory.swap.max": "0"}),
+        Resources(unified={"memory.swap.max": "max"}),
+    ],
+)
+def test_no_swap_or_no_limit_of_it_is_accepted_in_a_guest(resources: Resources) -> None:
+    assert "memory.swap.max" in files(resources, vcpus=1)
+
+
+@pytest.mark.parametrize("before", [8192, 4096, -1])
+@pytest.mark.parametrize("limit", [16384, 1024])
+def test_memory_alone_after_swap_leaves_no_swap(before: int, limit: int) -> None:
+    current = Resources(memory_limit=4096, memory_swap_limit=before)
+    merged = merge_resources(current, Resources(memory_limit=limit))
+    assert (merged.memory_limit, merged.memory_swap_limit) == (limit, limit)
+    assert files(merged, vcpus=1) == {"memory.max": str(limit), "memory.swap.max": "0"}
+
+
+def test_memory_without_limit_after_swap_has_no_limit_of_swap() -> None:
+    merged = merge_resources(Resources(memory_limit=4096, memory_swap_limit=8192), Resources(memory_limit=-1))
+    assert files(merged) == {"memory.max": "max", "memory.swap.max": "max"}
+
+
+def test_other_limits_leave_swap_as_it_is() -> None:
+    current = Resources(memory_limit=4096, memory_swap_limit=8192)
+    assert merge_resources(current, Resources(cpu_quota=5000)).memory_swap_limit == 8192
+    both = merge_resources(current, Resources(memory_limit=1024, memory_swap_limit=2048))
+    assert (both.memory_limit, both.memory_swap_limit) == (1024, 2048)
+    never = merge_resources(Resources(memory_limit=4096), Resources(memory_limit=1024))
+    assert never.memory_swap_limit == 0
