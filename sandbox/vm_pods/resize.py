@@ -6,8 +6,11 @@ does what its hypervisor supports. Then the guest allocates the huge pages. A VM
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
+from sandbox.container import Container
 from sandbox.guest import guest_pb2 as pb
 from sandbox.inventory import Inventory
 from sandbox.plan import HUGE_PAGE_MIB, compile_resources, grown_size
@@ -20,7 +23,7 @@ from sandbox.spec import ContainerId, Resources, VmSize
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.runtime import runtime_of
 
-_ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)
+_ALIVE = (ContainerState.CREATING, ContainerState.CREATED, ContainerState.RUNNING)
 Grow = Callable[[Pod, VmSize], Awaitable[None]]
 
 
@@ -31,6 +34,9 @@ class Resizer:
         self._inventory = inventory
         self._grow = grow
         self._host = host
+        self._locks: WeakKeyDictionary[Pod, asyncio.Lock] = WeakKeyDictionary()
+        # limits that containers are about to get: their records have them once they are in force
+        self._asked: WeakKeyDictionary[Container, Resources] = WeakKeyDictionary()
 
     async def ensure_capacity(
         self,
@@ -48,24 +54,36 @@ class Resizer:
         when the VM cannot grow that far, VmmError; nothing has changed then. Raises InvalidSpec, GuestError
         when the guest cannot allocate the huge pages.
         """
+        async with self._locks.setdefault(pod, asyncio.Lock()):
+            await self._ensure(pod, resources, overhead, changes or {}, directories)
+
+    async def _ensure(
+        self,
+        pod: Pod,
+        resources: Resources,
+        overhead: Resources,
+        changes: Mapping[ContainerId, Resources],
+        directories: Sequence[HugeDirectory],
+    ) -> None:
         current, handle = runtime_of(pod).size, runtime_of(pod).handle
         if current is None or handle is None:
             return
-        for each in (resources, *(changes or {}).values()):
+        for each in (resources, *changes.values()):
             compile_resources(each, vcpus=current.vcpus)  # an invalid one is found before anything changes
             check_limits(each, current, self._host)
-        limits = {
-            container.id: container.record.resources
-            for container in self._inventory.containers_of(pod)
-            if container.record.state in _ALIVE
-        }
-        together = list({**limits, **(changes or {})}.values())
+        alive = [
+            each
+            for each in self._inventory.containers_of(pod)
+            if each.record.state in _ALIVE or each.id in changes
+        ]
+        asked = {each: changes.get(each.id, self._asked.get(each, each.record.resources)) for each in alive}
         started = VmSize(memory_mib=handle.spec.memory_mib, vcpus=handle.spec.vcpus)
-        wanted = grown_size(current, resources, overhead, together, unlimited=started)
+        wanted = grown_size(current, resources, overhead, list(asked.values()), unlimited=started)
         size = within_node(wanted, current, self._host)
         if size != current:
             check_growth(handle.spec, size, self._host)
             await self._grow(pod, size)
+        self._asked.update(asked)
         if size.huge_mib or directories:
             pages = pb.HugePages(
                 count=size.huge_mib // HUGE_PAGE_MIB, directories=encode_huge_directories(directories)

@@ -469,6 +469,20 @@ async def test_vm_has_the_limits_of_its_containers_before_they_start(daemon: Dae
     assert daemon.grown[-1].memory_mib == 1628 + 256 + 500, "a limit that is raised before the start too"
 
 
+async def test_limits_that_are_raised_at_once_add_up(daemon: Daemon) -> None:
+    id = await daemon.pods.run(pod_spec("web"))
+    limits, raised = Resources(memory_limit=100 * MIB), Resources(memory_limit=500 * MIB)
+    made = await asyncio.gather(
+        *(daemon.containers.create(id, container_spec(attempt=each, resources=limits)) for each in range(3))
+    )
+    assert daemon.grown[-1].memory_mib == 3 * 100 + 128
+    await asyncio.gather(*(daemon.containers.update(each, raised) for each in made))
+    assert daemon.grown[-1].memory_mib == 3 * 500 + 128
+    await daemon.containers.update(made[0], limits)
+    await daemon.containers.update(made[1], Resources(memory_limit=950 * MIB))
+    assert daemon.grown[-1].memory_mib == 100 + 950 + 500 + 128, "and one that was lowered counts as lowered"
+
+
 async def test_container_whose_vm_cannot_grow_is_not_created(daemon: Daemon) -> None:
     id = await daemon.pods.run(pod_spec("web"))
 

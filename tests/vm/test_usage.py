@@ -337,6 +337,6 @@ def test_limits_of_a_pod_apply_to_all_containers_together(cri: Cri) -> None:
     for container in (one, two):
         assert stats_of(cri, container).memory.available_bytes.value <= 48 * MIB
     assert pod_stats(cri, pod).memory.available_bytes.value <= 48 * MIB
-    killed = cri.run(pod, BUSYBOX, ["sh", "-c", "dd if=/dev/zero bs=60M count=1 | sleep 3600"])
-    cri.wait_exited(killed)
+    killed = cri.run(pod, BUSYBOX, ["dd", "if=/dev/zero", "of=/dev/null", "bs=60M", "count=1"])
+    assert cri.wait_exited(killed).exit_code == 137
     assert cri.status(one).state == cri.status(two).state == api.CONTAINER_RUNNING
