@@ -107,7 +107,7 @@ def test_argv_contains_no_path_of_the_host(name: str) -> None:
         ("vcpus", 0),
         ("shares", (ShareSpec(tag="a,path=/etc", source="/", cache="auto"),)),
         ("nics", (NicSpec(mac="02:00,romfile=/x"),)),
-        ("shares", (*SHARES, ShareSpec(tag="third", source="/", cache="auto"))),
+        ("shares", (*SHARES, *SHARES)),
         ("max_disks", 30),
     ],
 )
