@@ -189,6 +189,7 @@ class VolumePart(Value, frozen=True, kw_only=True):
 
     path: str  # in the whole
     export: str
+    uncached: bool = False  # another file system of the host, in the share of that name
 
 
 class VolumeUse(Value, frozen=True, kw_only=True):

@@ -113,8 +113,8 @@ def names_in_use(containers: Iterable[Container]) -> set[str]:
     return {use.export for use in uses} | {part.export for use in uses for part in use.parts}
 
 
-def guest_place(use: VolumeUse) -> str:
-    """Return where the guest has the export of a mount."""
+def guest_place(use: VolumeUse | VolumePart) -> str:
+    """Return where the guest has the export of a mount, or of a part."""
     return f"{GUEST_UNCACHED if use.uncached else GUEST_VOLUMES}/{use.export}"
 
 

@@ -16,7 +16,7 @@ import logging
 
 from sandbox.errors import GuestError, VmmError, VmmGone
 from sandbox.guest import guest_pb2 as pb
-from sandbox.host import mounts
+from sandbox.host import mountinfo, mounts
 from sandbox.host.mountinfo import Tree
 from sandbox.plan.shares import GUEST_UNCACHED, SHM_BYTES, UNCACHED_TAG
 from sandbox.pod import Pod
@@ -26,6 +26,7 @@ from sandbox.vmm import ShareSpec
 
 log = logging.getLogger(__name__)
 
+MAX_PARTS = 16  # of one mount
 # File systems of the kernel whose files are made when they are read (proc(5), sysfs(5), cgroups(7) ...).
 KINDS = frozenset(
     (
@@ -38,6 +39,15 @@ KINDS = frozenset(
 def is_uncached(tree: Tree | None) -> bool:
     """Return whether the sizes of a tree's files do not say what they hold."""
     return tree is not None and tree.kind in KINDS
+
+
+def uncached_below(tree: Tree) -> list[str]:
+    """Return the outermost mounts beneath a tree that must not be cached, at most MAX_PARTS paths."""
+    found: list[str] = []
+    for path, line in sorted(tree.submounts.items()):
+        if line.kind in KINDS and not any(mountinfo.relative(path, each) for each in found):
+            found.append(path)
+    return found[:MAX_PARTS]
 
 
 async def open_share(pod: Pod) -> bool:

@@ -22,7 +22,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from sandbox.plan import MountSource
 from sandbox.plan.shares import GUEST_VOLUMES
 from sandbox.plan.values import HugeDirectory
 from sandbox.pod import Pod
-from sandbox.records import VolumeUse
+from sandbox.records import VolumePart, VolumeUse
 from sandbox.spec import MountSpec
 from sandbox.steps.pod import remove_tree
 from sandbox.steps.rootfs import id_map
@@ -58,7 +58,7 @@ from sandbox.vm_pods.exports import (
 from sandbox.vm_pods.hugepages import find_directory, guest_path
 from sandbox.vm_pods.link import link_of
 from sandbox.vm_pods.resize import Resizer
-from sandbox.vm_pods.uncached import is_uncached, open_share
+from sandbox.vm_pods.uncached import MAX_PARTS, is_uncached, open_share, uncached_below
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,8 @@ def find_sources(container: Container) -> list[MountSource]:
 
 def _parts_below(use: VolumeUse) -> Iterator[str]:
     for part in use.parts:
-        if path := mountinfo.relative(f"/{part.path}", f"/{use.path}"):
+        path = mountinfo.relative(f"/{part.path}", f"/{use.path}")
+        if path and not part.uncached:
             yield path
 
 
@@ -191,10 +192,7 @@ async def _mount_in_guest(pod: Pod, made: Iterable[Export]) -> None:
         pb.Export(
             path=f"{GUEST_VOLUMES}/{export.key}",
             submounts=export.submounts,
-            parts=[
-                pb.ExportPart(path=part.path, source=f"{GUEST_VOLUMES}/{part.export}")
-                for part in export.parts
-            ],
+            parts=[pb.ExportPart(path=part.path, source=guest_place(part)) for part in export.parts],
         )
         for export in made
         if not export.kind.uncached and (back / export.key).is_dir()
@@ -259,24 +257,65 @@ def _attach_all(
             _shift(number, clone, what, mount)
             _shape(clone, what, mount)
             tree, key = trees.find(source), f"{container.id}-{number}"
-            if uncached is None and is_uncached(tree):
+            if uncached is None and (is_uncached(tree) or (tree and uncached_below(tree))):
                 return None
             wanted.append(
                 Wanted(number, mount, source, tree, clone, key, bool(uncached) and is_uncached(tree))
             )
         # what may be made, then what was: how many of them are new is known only once they are searched for
+        parts = {each.key: _parts_of(each, trees, held) if uncached else {} for each in wanted}
         intended = tuple(
-            VolumeUse(mount=each.number, export=each.key, uncached=each.uncached) for each in wanted
+            VolumeUse(
+                mount=each.number, export=each.key, uncached=each.uncached, parts=_named(parts[each.key])
+            )
+            for each in wanted
         )
         container.update(volumes=intended)
         known, uses = known_exports(others), list[VolumeUse]()
         for share in (False, True):
             group = [each for each in wanted if each.uncached is share]
             uses += attach(Exporter(pod, uncached=share), back, group, known)
+        for export in known.values():
+            if export.made and (below := parts[export.key]):
+                export.parts += _named(below)
+                # apart from all other exports: they end with the whole
+                attach(Exporter(pod, uncached=True), back, below.values(), {})
+        uses = [msgspec.structs.replace(use, parts=known[use.export].parts) for use in uses]
         uses.sort(key=lambda use: use.mount)
         if tuple(uses) != intended:
             container.update(volumes=tuple(uses))
     return directories, [export for export in known.values() if export.made]
+
+
+def _parts_of(whole: Wanted, trees: mountinfo.Trees, held: contextlib.ExitStack) -> dict[str, Wanted]:
+    """Return what the host has mounted beneath a tree that must not be cached, by its path there.
+
+    As in any bind mount, it is read-only with the whole only if the whole is so recursively.
+    """
+    found: dict[str, Wanted] = {}
+    if whole.uncached or whole.tree is None:
+        return found
+    for path in uncached_below(whole.tree):
+        try:
+            source = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=whole.source)
+        except OSError:  # unmounted by now
+            continue
+        held.callback(os.close, source)
+        tree = trees.find(source)
+        if not is_uncached(tree):  # covered by another mount
+            continue
+        what = Path(mountinfo.join(whole.mount.host_path, path))
+        clone = mounts.clone_tree(source, what)
+        held.callback(os.close, clone)
+        _shape(clone, what, msgspec.structs.replace(whole.mount, readonly=whole.recursive))
+        key = f"{whole.key}-{len(found)}"
+        number = -1 - len(found) - MAX_PARTS * whole.number  # no mount of the specification
+        found[path] = Wanted(number, whole.mount, source, tree, clone, key, uncached=True)
+    return found
+
+
+def _named(parts: Mapping[str, Wanted]) -> tuple[VolumePart, ...]:
+    return tuple(VolumePart(path=path, export=part.key, uncached=True) for path, part in parts.items())
 
 
 def _shift(number: int, tree: int, what: Path, mount: MountSpec) -> None:

@@ -76,6 +76,33 @@ async def test_share_is_chosen_by_the_file_system_and_not_by_the_path(site: Site
         unmount_tree(folder)
 
 
+@pytest.mark.parametrize("recursive", [False, True])
+async def test_kernel_files_beneath_a_volume_are_exported_apart_and_mounted_over_it(
+    site: Site, recursive: bool
+) -> None:
+    folder = site.root / "somewhere"
+    (folder / "deep/sys").mkdir(parents=True)
+    syscalls.mount("sysfs", folder / "deep/sys", kind="sysfs")
+    spec = MountSpec(container_path="/x", host_path=str(folder), readonly=True, recursive_readonly=recursive)
+    try:
+        first = await up(site, A, spec)
+        assert list(site.uncached()) == [f"/{A}-0-0"]
+        part = site.guest.mounted[f"{A}-0"].parts[0]
+        assert (part.path, part.source) == ("deep/sys", f"/run/husk/uncached/{A}-0-0")
+        assert ("ro" in site.uncached()[f"/{A}-0-0"]) == recursive
+        # another container uses the same export, which keeps its part when the first one is gone
+        second = await up(site, B, spec)
+        await site.step.down(first)
+        site.inventory.forget_container(first)
+        assert (list(site.uncached()), len(site.machine.exporters)) == ([f"/{A}-0-0"], 1)
+        assert find_sources(second)[0].path == f"/run/husk/volumes/{A}-0"
+        await site.step.down(second)
+        site.inventory.forget_container(second)
+        assert (site.options(), site.uncached(), list(_points(site))) == ({}, {}, [])
+    finally:
+        unmount_tree(folder)
+
+
 async def test_vm_that_cannot_add_a_share_has_the_files_in_the_other_one(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:

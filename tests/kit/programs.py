@@ -77,3 +77,11 @@ def docker() -> Image:
     programs |= {f"usr/bin/{name}": installed(name) for name in ("containerd", "containerd-shim-runc-v2")}
     programs |= {f"usr/sbin/{name}": installed(name) for name in ("runc", "ip", LEGACY, NFT)}
     return Image((base_layer(), _add_iptables(programs_layer(programs))), cmd=("sh",))
+
+
+@cache
+def node_exporter() -> Image:
+    """Return busybox with Prometheus' exporter of a node's figures, as Debian has it."""
+    own = "usr/bin/prometheus-node-exporter"
+    layer = programs_layer({own: unpacked("prometheus-node-exporter") / own})
+    return Image((base_layer(), layer), cmd=(f"/{own}",))

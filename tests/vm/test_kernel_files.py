@@ -138,3 +138,13 @@ def test_proc_and_sys_mounted_over_their_places_in_the_root_of_the_host(cri: Cri
     assert read(cri, container, "cat /host/proc/version") == Path("/proc/version").read_text()
     assert read(cri, container, "cat /host/etc/hostname") == Path("/etc/hostname").read_text()
     assert read(cri, container, "cat /host/sys/class/net/lo/mtu").strip().isdigit()
+
+
+@pytest.mark.parametrize("propagation", [api.PROPAGATION_PRIVATE, api.PROPAGATION_HOST_TO_CONTAINER])
+def test_root_of_the_host_has_the_files_of_its_kernel(cri: Cri, own: Pod, propagation: int) -> None:
+    for _ in range(2):  # the second one uses the export of the first
+        root = mount("/", "/host", readonly=True, propagation=propagation)
+        container = cri.run(own, BUSYBOX, SLEEP, mounts=[root])
+        assert read(cri, container, "cat /host/proc/version") == Path("/proc/version").read_text()
+        assert read(cri, container, "cat /host/sys/class/net/lo/mtu").strip().isdigit()
+        assert read(cri, container, "cat /host/etc/passwd") == Path("/etc/passwd").read_text()

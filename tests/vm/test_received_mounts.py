@@ -178,12 +178,10 @@ def test_mounts_made_while_the_daemon_was_down_appear(daemon: Daemon, cri: Cri, 
     eventually(lambda: cri.exec(container, "ls", "/data/gone").stdout, "")
 
 
-def test_volume_of_another_pod_is_not_busy_for_a_pod_with_the_hosts_root(
-    cri: Cri, pod: Pod, host: Host
-) -> None:
+def test_volume_of_another_pod_is_not_busy_for_a_pod_with_the_hosts_root(cri: Cri, host: Host) -> None:
     """As a node exporter has it: / at /host, HostToContainer."""
     exporter = cri.run(
-        pod,
+        cri.run_pod("exporter"),  # its second virtiofsd ends with it
         BUSYBOX,
         SLEEP,
         mounts=[volume(host, container_path="/host", host_path="/", readonly=True)],

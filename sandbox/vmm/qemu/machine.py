@@ -53,8 +53,10 @@ class QemuMachine(Machine):
                         helpers[tag] = asyncio.create_task(process.wait_exit(helper))
                 self._added.clear()
                 added = asyncio.create_task(self._added.wait())
-                await asyncio.wait({vmm, added, *helpers.values()}, return_when=asyncio.FIRST_COMPLETED)
-                await end(added)
+                try:
+                    await asyncio.wait({vmm, added, *helpers.values()}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    await end(added)
             # a helper exits with QEMU's connection, which closes shortly before QEMU has exited
             await asyncio.wait({vmm}, timeout=EXIT_GRACE_S)
             if not vmm.done():
