@@ -68,7 +68,8 @@ class Resizer:
         current, handle = runtime_of(pod).size, runtime_of(pod).handle
         if current is None or handle is None:
             return
-        for each in (resources, *changes.values()):
+        asked_for = [*changes.values(), *([resources] if resources != pod.record.resources else [])]
+        for each in asked_for:
             compile_resources(each, vcpus=current.vcpus)  # an invalid one is found before anything changes
             check_limits(each, current, self._host)
         alive = [

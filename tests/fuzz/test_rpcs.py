@@ -37,6 +37,7 @@ FITTING = {
     Code.FAILED_PRECONDITION,
     Code.UNIMPLEMENTED,
     Code.UNAUTHENTICATED,  # by a registry
+    Code.RESOURCE_EXHAUSTED,  # beyond the node
 }
 
 

@@ -148,10 +148,3 @@ def test_locks_end_at_the_pod(cri: Cri, pod: Pod) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     cri.remove_pod(other_pod)
-
-
-def test_host_files_without_a_size_are_empty(cri: Cri, pod: Pod) -> None:
-    """A limit (docs/limits.md): the guest's kernel reads no further than a file's size."""
-    container = cri.run(pod, BUSYBOX, SLEEP, mounts=[mounted(Path("/proc"), "/host/proc", readonly=True)])
-    assert cri.exec(container, "cat", "/host/proc/version").stdout == ""
-    assert "version" in cri.exec(container, "ls", "/host/proc").stdout.split()

@@ -30,7 +30,7 @@ echo ready
 while :; do
   cd -P /conf/..data || { echo no data; continue; }
   a=$(cat a 2>/dev/null) b=$(cat b 2>/dev/null)
-  [ -e a ] || continue # removed since: a later state is in force
+  [ -e a ] && [ -e b ] || continue # one is removed since: a later state is in force
   [ "$a" = "$b" ] || echo "mixed $a $b"
   [ "$a" = last ] && { echo done; exit 0; }
 done
