@@ -270,7 +270,7 @@ class Puller:
         auths = [auth or await self._credentials.find(host, reference) for host in hosts]
         registry = Registry(reference, hosts, auths, self._options.timing, limits)
         try:
-            async with self._resolves.share(reference.domain, str(reference)):
+            async with self._resolving(reference):
                 fetched = [await registry.manifest(reference.target)]
                 await self._trust.check(registry, reference, fetched[0])
                 names = _Names(
@@ -284,6 +284,15 @@ class Puller:
             return await self._store(registry, chosen, names, report)
         finally:
             await registry.close()
+
+    @contextlib.asynccontextmanager
+    async def _resolving(self, reference: Reference) -> AsyncIterator[None]:
+        """Wait for a place to read documents, at most for `share_s`: what others read there may drip."""
+        async with contextlib.AsyncExitStack() as stack:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._options.timing.share_s):
+                    await stack.enter_async_context(self._resolves.share(reference.domain, str(reference)))
+            yield
 
     async def _store(self, source: Source, chosen: _Chosen, names: _Names, report: Report) -> Image:
         chain = manifest.chain_ids(chosen.diff_ids)

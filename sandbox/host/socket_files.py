@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -96,16 +96,24 @@ def _connect(file: int, kind: SocketKind) -> socket.socket:
     return client
 
 
-async def connect_as(path: str, kind: SocketKind, identity: Identity) -> socket.socket:
+async def connect_as(
+    path: str,
+    kind: SocketKind,
+    identity: Identity,
+    may: Callable[[os.stat_result], bool] = lambda info: True,
+) -> socket.socket:
     """Return a non-blocking socket that is connected to what the path names now, as this user.
 
-    The caller owns it. Raises OSError as `opened` does, and as connect(2): ECONNREFUSED where nothing
+    `may` decides by the status of the very file that is connected to; it is called in a thread. The caller
+    owns the socket. Raises OSError as `opened` does, and as connect(2): ECONNREFUSED where nothing
     listens, EACCES, EPROTOTYPE for a socket of another kind, EAGAIN (BlockingIOError) while its queue is
     full.
     """
 
     def work() -> socket.socket:
         with opened(path) as file:
+            if not may(os.fstat(file)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
             syscalls.set_thread_credentials(
                 identity.uid, identity.gid, identity.groups, identity.capabilities
             )

@@ -361,16 +361,17 @@ def _find_identity(each: _Socket, connection: SocketConnection) -> Identity:
 
 async def _connect(each: _Socket, identity: Identity) -> socket.socket:
     """Connect to what the path names now; waits while the server's queue is full. Raises OSError."""
-    path, ids = each.use.path, each.mount.ids
+    path, ids, user = each.use.path, each.mount.ids, identity
     if ids is not None:
-        info = await asyncio.to_thread(os.stat, path, follow_symlinks=False)
-        if not may_write(info, identity, ids):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         identity = replace(identity, capabilities=_OVERRIDE)
+
+    def may(info: os.stat_result) -> bool:
+        return ids is None or may_write(info, user, ids)
+
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
         try:
-            return await socket_files.connect_as(path, SocketKind(each.use.kind), identity)
+            return await socket_files.connect_as(path, SocketKind(each.use.kind), identity, may)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise

@@ -8,7 +8,7 @@ A share must be a mount point with shared propagation: what is mounted below it 
 propagates to the namespace of a running virtiofsd. The step that owns the directories makes it so. Where
 the host may change files (cache "auto"), such a mount appears in the guest as a separate mount
 (announce-submounts). Root filesystems do without: their overlays take inode numbers from one disk, and
-unmounting such a mount is delicate in the guest's kernel (see `let_mounts_go` in agent/container.c).
+unmounting such a mount is delicate in the guest's kernel (see `exports_settle` in agent/exports.c).
 
 Crash story: it leaves no name behind, and exits when the VMM closes the connection.
 """

@@ -377,6 +377,32 @@ async def test_mount_that_shifts_owners_is_checked_by_the_shifted_owner(
     assert [each[:2] for each in server.seen] == [(100_000, 100_000)]
 
 
+async def test_socket_is_checked_that_is_connected_to(tmp_path: Path) -> None:
+    """Its path may name another one by then: of a server that starts, or by who may write the directory."""
+    good, other = UnixServer(tmp_path / "s.sock"), UnixServer(tmp_path / "other.sock")
+    user = socket_files.Identity(uid=0, gid=0, groups=(), capabilities=0)
+
+    def replace_after(info: os.stat_result) -> bool:
+        other.path.rename(good.path)
+        return info.st_mode & 0o777 == 0o600
+
+    try:
+        good.path.chmod(0o600)
+        client = await socket_files.connect_as(
+            str(good.path), socket_files.SocketKind.STREAM, user, replace_after
+        )
+        await in_thread(good.accept)
+        client.close()
+        with pytest.raises(PermissionError):
+            await socket_files.connect_as(
+                str(good.path), socket_files.SocketKind.STREAM, user, lambda info: False
+            )
+        assert (len(good.seen), len(other.seen)) == (1, 0)
+    finally:
+        good.stop()
+        other.stop()
+
+
 async def test_connection_to_a_server_that_started_again_reaches_the_new_one(
     site: Site, server: UnixServer
 ) -> None:

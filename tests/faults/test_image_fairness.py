@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from image.errors import ImageError, RegistryUnavailable
 from image.image_store import ImageStore
+from image.puller import EXTRA_RESOLVES
 from sandbox.host.limiter import FairLimiter
 from tests.fakes.registry import Drip, FakeRegistry, StallAfter, make_layer
 from tests.kit.eventually import eventually
@@ -119,6 +121,24 @@ async def test_slow_manifests_of_one_registry_do_not_hold_up_another_registry(
         await cancelled(pull)
     await store.close()
     assert resolves.active == resolves.waiting == 0
+
+
+async def test_manifests_of_many_registries_that_drip_do_not_hold_up_another_registry(
+    honest: FakeRegistry, tmp_path: Path
+) -> None:
+    """They may have all places, but are waited for only so long."""
+    store = open_store(tmp_path, timing=msgspec.structs.replace(QUICK, share_s=0.3))
+    honest.put_image("a", "1", [TOP])
+    resolves = store.puller.limiters[2]
+    assert isinstance(resolves, FairLimiter)
+    async with contextlib.AsyncExitStack() as held:
+        for number in range(EXTRA_RESOLVES + resolves.limit):
+            await held.enter_async_context(resolves.share(f"registry{number}", "a"))
+        async with asyncio.timeout(30):
+            assert (await store.pull(f"{honest.address}/a:1")).chain_ids
+        assert resolves.waiting == 0
+    await store.close()
+    assert resolves.active == 0
 
 
 async def test_layer_below_the_rate_after_10_s_is_retried_and_then_fails(
