@@ -29,7 +29,7 @@ class Attributes(msgspec.Struct, frozen=True, array_like=True):
     uid: int
     gid: int
     mtime_ns: int
-    xattrs: Xattrs
+    xattrs: tuple[tuple[bytes, bytes], ...]  # their names may be of any encoding
 
     def apply(self, fd: int) -> None:
         """Set them on an open directory. Raises OSError, TarError."""
@@ -39,7 +39,7 @@ class Attributes(msgspec.Struct, frozen=True, array_like=True):
         os.utime(fd, ns=(self.mtime_ns, self.mtime_ns))
 
 
-def set_xattrs(fd: int, xattrs: Xattrs) -> None:
+def set_xattrs(fd: int, xattrs: Xattrs | tuple[tuple[bytes, bytes], ...]) -> None:
     """Set extended attributes of an open file.
 
     Raises OSError, and TarError for more than the filesystem stores for one file: ext4 reports that as a full

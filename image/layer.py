@@ -232,7 +232,8 @@ class _Unpacker:
             at = self._tree.directory(path[:-1])
             self._ensure_directory(path, at)
         # set at the end, as entries that follow change the times
-        attributes = Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.xattrs)
+        xattrs = tuple((os.fsencode(name), value) for name, value in entry.xattrs)
+        attributes = Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, xattrs)
         self._directories.append(path, attributes)
 
     def _ensure_directory(self, path: tree.Path, at: int) -> None:

@@ -339,6 +339,8 @@ def _apply(entry: Entry, records: dict[str, bytes]) -> None:
             case "mtime":
                 entry.mtime_ns = _time(value)
             case _ if key.startswith("SCHILY.xattr."):
+                if "\0" in key:
+                    raise TarError("the name of an extended attribute has a null byte")
                 xattrs.append((key.removeprefix("SCHILY.xattr."), value))
     # the "path" of a sparse file is a placeholder for readers that do not know the format
     if (name := records.get("GNU.sparse.name") or records.get("path")) is not None:

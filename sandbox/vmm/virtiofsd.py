@@ -15,8 +15,10 @@ Crash story: it leaves no name behind, and exits when the VMM closes the connect
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
+import select
 import socket
 from collections.abc import Sequence
 from enum import StrEnum
@@ -33,6 +35,8 @@ PACKAGE = "apt-get install virtiofsd (Debian 13, Ubuntu 24.04) or qemu-system-co
 
 
 MOST_DESCRIPTORS = 1 << 20
+ACCEPT_TIMEOUT_S = 10.0
+ACCEPT_POLL_S = 0.002
 CAP_SYS_RESOURCE = 24  # capabilities(7), linux/capability.h
 # "trusted.x" of the guest is "user.virtiofs.trusted.x" on the host, whose own "trusted.x" the guest does not
 # see, nor "user.virtiofs.x" under that name (virtiofsd(1), "xattrmap", type "map").
@@ -175,12 +179,13 @@ def source_arguments(source: str) -> tuple[str, str]:
 
 
 async def start_virtiofsd(
-    program: Virtiofsd, share: Share, *, at: Path, cgroups: Sequence[str], log_fd: int
+    program: Virtiofsd, share: Share, *, at: Path, cgroups: Sequence[str], log_fd: int, accepted: bool = False
 ) -> tuple[ProcessIdentity, socket.socket]:
     """Start it on a socket that is already listening, so that the VMM need not poll for it.
 
     Returns the connection for the VMM, which the caller owns. The name `at` is removed as soon as we are
-    connected, so nothing else can use the one connection that virtiofsd accepts. Raises VmmError.
+    connected, so nothing else can use the one connection that virtiofsd accepts. With `accepted`, waits until
+    it has done so: what is wrong with the share is known then. Raises VmmError.
     """
     try:
         listener, connection = _open(at)
@@ -203,7 +208,31 @@ async def start_virtiofsd(
         except BaseException:
             connection.close()
             raise
+        if accepted:
+            try:
+                await _await_accept(listener, identity)
+            except BaseException:
+                connection.close()
+                await process.kill(identity)
+                raise
     return identity, connection
+
+
+async def _await_accept(listener: socket.socket, identity: ProcessIdentity) -> None:
+    """Wait until it has accepted the connection. Raises VmmError when it exits or takes longer than 10 s.
+
+    A QEMU whose vhost-user connection ends while it waits for the first answer may hang for ever (7.2).
+    """
+    pending = select.poll()
+    pending.register(listener, select.POLLIN)
+    try:
+        async with asyncio.timeout(ACCEPT_TIMEOUT_S):
+            while pending.poll(0):
+                if not process.alive(identity):
+                    raise VmmError("virtiofsd exited while starting")
+                await asyncio.sleep(ACCEPT_POLL_S)
+    except TimeoutError as error:
+        raise VmmError(f"virtiofsd did not start within {ACCEPT_TIMEOUT_S:g} s") from error
 
 
 def _open(at: Path) -> tuple[socket.socket, socket.socket]:

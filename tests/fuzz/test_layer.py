@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from image import layer
@@ -165,6 +165,8 @@ SAMPLE = sample()
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(SAMPLE) - 1), st.binary(min_size=1, max_size=16)), max_size=6),
        st.integers(0, len(SAMPLE)), st.booleans())  # fmt: skip
+@example([(546, b"\x80")], 0, False)  # in the name of an attribute of a directory
+@example([(546, b"\0")], 0, False)
 def test_damaged_archive_stays_inside(damage: list[tuple[int, bytes]], cut: int, repair: bool) -> None:
     data = bytearray(SAMPLE)
     for at, new in damage:

@@ -10,7 +10,7 @@ import os
 import socket
 from pathlib import Path
 
-from sandbox.errors import VmmError, VmmGone
+from sandbox.errors import DeadlineExceeded, VmmError, VmmGone
 from sandbox.host import process
 from sandbox.host.process import ProcessIdentity
 from sandbox.vmm import ShareSpec, VmHandle, VmSpec, virtiofsd
@@ -22,7 +22,7 @@ from sandbox.vmm.virtiofsd import Virtiofsd
 
 
 async def start(
-    program: Virtiofsd, spec: VmSpec, share: ShareSpec, log: int
+    program: Virtiofsd, spec: VmSpec, share: ShareSpec, log: int, *, accepted: bool = False
 ) -> tuple[ProcessIdentity, socket.socket]:
     """Start the virtiofsd of a share. Returns it with QEMU's connection, which the caller owns. Raises
     VmmError."""
@@ -32,6 +32,7 @@ async def start(
         at=Path(spec.run_dir) / f"fs-{share.tag}.sock",
         cgroups=spec.cgroups,
         log_fd=log,
+        accepted=accepted,
     )
 
 
@@ -51,7 +52,7 @@ async def add(monitor: Monitor, program: Virtiofsd, spec: VmSpec, share: ShareSp
     check(spec)
     log = os.open(Path(spec.run_dir) / "qemu.log", LOG_FLAGS, 0o600)
     try:
-        helper, connection = await start(program, spec, share, log)
+        helper, connection = await start(program, spec, share, log, accepted=True)
     finally:
         os.close(log)
     try:
@@ -59,7 +60,7 @@ async def add(monitor: Monitor, program: Virtiofsd, spec: VmSpec, share: ShareSp
             await devices.connect_share(monitor, share.tag, connection.fileno())
         await devices.plug_share(monitor, share.tag)
     except BaseException:
-        with contextlib.suppress(VmmError):
+        with contextlib.suppress(VmmError, DeadlineExceeded):
             await devices.disconnect_share(monitor, share.tag)
         # the one in C serves in a child, which ends with the connection
         await process.kill(helper)
