@@ -270,7 +270,7 @@ class Puller:
         auths = [auth or await self._credentials.find(host, reference) for host in hosts]
         registry = Registry(reference, hosts, auths, self._options.timing, limits)
         try:
-            async with self._resolving(reference):
+            async with self._for_a_while(self._resolves.share(reference.domain, str(reference))):
                 fetched = [await registry.manifest(reference.target)]
                 await self._trust.check(registry, reference, fetched[0])
                 names = _Names(
@@ -284,15 +284,6 @@ class Puller:
             return await self._store(registry, chosen, names, report)
         finally:
             await registry.close()
-
-    @contextlib.asynccontextmanager
-    async def _resolving(self, reference: Reference) -> AsyncIterator[None]:
-        """Wait for a place to read documents, at most for `share_s`: what others read there may drip."""
-        async with contextlib.AsyncExitStack() as stack:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._options.timing.share_s):
-                    await stack.enter_async_context(self._resolves.share(reference.domain, str(reference)))
-            yield
 
     async def _store(self, source: Source, chosen: _Chosen, names: _Names, report: Report) -> Image:
         chain = manifest.chain_ids(chosen.diff_ids)
@@ -346,7 +337,7 @@ class Puller:
         keys = manifest.chain_ids([blob.digest for blob in blobs])
 
         async def store(n: int, stage: Path) -> None:
-            async with self._alone(f"{host} {chain[n]} {keys[n]}"):
+            async with self._for_a_while(self._making.hold(f"{host} {chain[n]} {keys[n]}")):
                 if self._layers.find(chain[n]):
                     report(Progress(item=blobs[n].digest, step="present", current=1, total=1))
                 else:
@@ -383,12 +374,12 @@ class Puller:
                 raise errors.exceptions[0] from errors
 
     @contextlib.asynccontextmanager
-    async def _alone(self, key: str) -> AsyncIterator[None]:
-        """Wait until no other pull downloads a layer, at most for `share_s`; then go on beside it."""
+    async def _for_a_while(self, place: contextlib.AbstractAsyncContextManager[None]) -> AsyncIterator[None]:
+        """Wait for a place and hold it; after `share_s` go on without: what the others wait for may drip."""
         async with contextlib.AsyncExitStack() as stack:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._options.timing.share_s):
-                    await stack.enter_async_context(self._making.hold(key))
+                    await stack.enter_async_context(place)
             yield
 
     async def _download(

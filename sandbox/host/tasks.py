@@ -41,6 +41,22 @@ class Tasks:
             log.debug("background task failed: %s", task.get_name(), exc_info=error)
 
 
+async def until_done(future: asyncio.Future[Any], limit_s: float | None = None) -> bool:
+    """Wait, however often the caller is cancelled meanwhile; return whether it was. At most `limit_s`."""
+    loop = asyncio.get_running_loop()
+    deadline = None if limit_s is None else loop.time() + limit_s
+    cancelled = False
+    while not future.done():
+        left = None if deadline is None else deadline - loop.time()
+        if left is not None and left <= 0:
+            break
+        try:
+            await asyncio.wait({future}, timeout=left)
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled
+
+
 async def end(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks and wait for their end, whatever it is; at least one.
 

@@ -12,7 +12,6 @@ stop (`on_cancel`), the caller waits for its end (`linger_s`), and a result that
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sandbox.host import syscalls
+from sandbox.host.tasks import until_done
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ async def run(
     except asyncio.CancelledError:
         ended.add_done_callback(asyncio.Future.exception)  # retrieved: `_release` logs it
         on_cancel()
-        await _until_done(asyncio.wrap_future(start(lambda: _release(work, name, discard), name)), linger_s)
+        await until_done(asyncio.wrap_future(start(lambda: _release(work, name, discard), name)), linger_s)
         raise
     return ended.result()
 
@@ -130,15 +130,3 @@ def _release(work: Future[T], name: str, discard: Callable[[T], None]) -> None:
         discard(work.result())
     except Exception as problem:  # the thread's edge: there is no caller left to raise it to
         log.warning("%s: its result could not be released after its caller was cancelled: %s", name, problem)
-
-
-async def _until_done(future: asyncio.Future[None], limit_s: float | None) -> None:
-    """Wait, however often the caller is cancelled meanwhile."""
-    loop = asyncio.get_running_loop()
-    deadline = None if limit_s is None else loop.time() + limit_s
-    while not future.done():
-        left = None if deadline is None else deadline - loop.time()
-        if left is not None and left <= 0:
-            return
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait({future}, timeout=left)

@@ -39,7 +39,7 @@ from sandbox.errors import (
 )
 from sandbox.host import cgroup, process, threads
 from sandbox.host.process import ProcessIdentity
-from sandbox.host.tasks import end
+from sandbox.host.tasks import end, until_done
 from sandbox.host_pods import cgroups, conmon
 from sandbox.host_pods.conmon import SIZE_MAX, Bundle
 from sandbox.host_pods.host_files import node_limits
@@ -174,12 +174,7 @@ class CrunExec:
                 new_privs=True,
             )
         )
-        cancelled = False
-        while not starting.done():
-            try:
-                await asyncio.wait({starting})
-            except asyncio.CancelledError:
-                cancelled = True
+        cancelled = await until_done(starting)
         self._crun = starting.result()
         self._ended = asyncio.create_task(self._await_end(self._crun))
         if cancelled:
