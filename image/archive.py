@@ -214,7 +214,7 @@ class Archive:
         manifest.check(f"blob {descriptor.digest}", data, descriptor.digest, descriptor.size)
         return data
 
-    async def blob(self, descriptor: Descriptor, into: BlobWriter) -> None:
+    async def blob(self, descriptor: Descriptor, into: BlobWriter, *, parallel: bool = True) -> None:
         """Copy a blob and verify it."""
         await into.append(self._chunks(self._member(descriptor.digest)))
         await into.finish()

@@ -22,7 +22,7 @@ from image.free_space import describe_free
 from image.manifest import Descriptor
 from sandbox.host import threads
 
-BATCH = 1 << 20  # bytes written at a time
+BATCH = 256 << 10  # bytes written at a time: each connection holds so many
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,11 +38,19 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fetched(msgspec.Struct, frozen=True, kw_only=True):
-    """A manifest or index as it came, with its verified digest and the media type that the source states."""
+    """A manifest or index as it came, with its verified digest and the media type that the source states.
+
+    It may have megabytes: who gets one decodes and drops it before the next await.
+    """
 
     data: bytes
     digest: str
     media_type: str = ""
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """What refers to it."""
+        return Descriptor(media_type=self.media_type, digest=self.digest, size=len(self.data))
 
 
 class Source(Protocol):
@@ -52,10 +60,11 @@ class Source(Protocol):
         """Return the manifest or index of this tag or digest, verified by its digest and size if known."""
 
     async def small_blob(self, descriptor: Descriptor, key: str) -> bytes:
-        """Return a whole blob, verified. `key` names the limit of its size."""
+        """Return a whole blob, verified, as `manifest` does. `key` names the limit of its size."""
 
-    async def blob(self, descriptor: Descriptor, into: BlobWriter) -> None:
-        """Write the blob, from where `into` ends, and call its `finish`."""
+    async def blob(self, descriptor: Descriptor, into: BlobWriter, *, parallel: bool = True) -> None:
+        """Write the blob, from where `into` ends, and call its `finish`. `parallel` allows more than one
+        connection for it."""
 
     async def close(self) -> None:
         """Release connections or files."""

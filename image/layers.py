@@ -111,6 +111,11 @@ class LayerStore:
         return self._root / "layers" / chain_id.removeprefix("sha256:")
 
     @property
+    def scratch(self) -> Path:
+        """A directory for nameless files, on the store's file system."""
+        return self._root / "staging"
+
+    @property
     def trash(self) -> Path:
         """The directory of what is being deleted."""
         return self._root / "trash"

@@ -188,12 +188,18 @@ def decode(
     raise UnsupportedMedia(what, kind, "not an image")
 
 
-def without_annotations(found: Manifest | ImageIndex) -> Manifest | ImageIndex:
-    """Return the same without annotations, which may be megabytes and of which a pull needs none."""
-    replace = msgspec.structs.replace
-    if isinstance(found, Manifest):
-        return replace(found, layers=[replace(each, annotations=None) for each in found.layers])
-    return replace(found, manifests=[replace(each, annotations=None) for each in found.manifests])
+def bare(found: Manifest) -> Manifest:
+    """Return a manifest's version, configuration and layers: what else it has may be megabytes."""
+    return Manifest(
+        schema_version=found.schema_version,
+        config=bare_descriptor(found.config),
+        layers=[bare_descriptor(each) for each in found.layers],
+    )
+
+
+def bare_descriptor(found: Descriptor) -> Descriptor:
+    """Return a descriptor without its platform and annotations."""
+    return Descriptor(media_type=found.media_type, digest=found.digest, size=found.size)
 
 
 def decode_index(what: str, data: bytes, limits: Limits | None = None) -> ImageIndex:

@@ -16,6 +16,7 @@ _ARCHITECTURES = {
     "armv7l": "arm", "i386": "386", "i686": "386",
 }  # fmt: skip
 _IMPLIED_VARIANTS = {"armhf": "v7", "armel": "v6", "armv6l": "v6", "armv7l": "v7"}
+_SHOWN = 32  # characters of a name in errors
 _BASELINES = {"amd64": 1, "arm64": 8, "arm": 7}
 
 
@@ -46,6 +47,11 @@ def is_for(platform: Platform, wanted: Platform) -> bool:
         wanted.os,
         wanted.architecture,
     )
+
+
+def describe(platform: Platform) -> str:
+    """Return "os/architecture" for an error, cut to a length that can be read."""
+    return f"{platform.os[:_SHOWN]}/{platform.architecture[:_SHOWN]}"
 
 
 def candidates(index: ImageIndex, wanted: Platform) -> Sequence[Descriptor]:

@@ -26,13 +26,14 @@ import msgspec
 from image import manifest, platforms
 from image.archive import Archive, Archived, Opening, open_archive
 from image.auth import Auth
-from image.blobs import BlobWriter, Fetched, Progress, Source
-from image.budget import Budget, Limits, OverLimit, Watch
-from image.errors import ImageError, ManifestInvalid, ManifestNotFound, PullDeadline, UnsupportedMedia
+from image.blobs import BlobWriter, Progress, Source
+from image.budget import Watch
+from image.choice import Choice, Chosen
+from image.errors import ImageError, ManifestNotFound, PullDeadline
 from image.hosts import find_hosts
 from image.index import Image, Index
 from image.layers import STOP_LIMIT_S, LayerStore
-from image.manifest import Descriptor, ImageIndex, Manifest, Platform, RunDefaults, run_defaults
+from image.manifest import Descriptor
 from image.node_credentials import NodeCredentials
 from image.options import ImageOptions
 from image.reference import Reference, parse
@@ -46,94 +47,14 @@ from sandbox.host.limiter import FairLimiter, Limiter
 
 EXTRA_DOWNLOADS = 16  # beyond the limit, of registries that would else have none
 EXTRA_UNPACKS = 2
-# Pulls that read manifests and configurations: each may hold two documents of 4 MiB.
-RESOLVES = 4
-EXTRA_RESOLVES = 4
 
 
 class _Names(msgspec.Struct, frozen=True, kw_only=True):
-    """The names of an image that is being stored, and what it is called in errors."""
+    """The names of an image that is being stored, and where it comes from."""
 
-    what: str
     host: str
     tags: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
-
-
-class _Chosen(msgspec.Struct, frozen=True, kw_only=True):
-    """What is needed of the manifest for this host's platform, and of its configuration."""
-
-    id: str
-    layers: Sequence[Descriptor]
-    diff_ids: Sequence[str]
-    config: RunDefaults
-    created: str
-    config_bytes: int
-
-
-class _OtherPlatform(Exception):
-    """A manifest or index is for other platforms only, "os/architecture" each."""
-
-    def __init__(self, *offered: str) -> None:
-        super().__init__(*offered)
-        self.offered = frozenset(offered)
-
-
-class _Choice:
-    """Finds the image for one platform, through indexes; `what` is its name in errors."""
-
-    def __init__(self, source: Source, what: str, wanted: Platform, limits: Limits) -> None:
-        self._source = source
-        self._what = what
-        self._wanted = wanted
-        self._limits = limits
-        self._manifests = Budget(limits, "manifests")
-        self._depth = Budget(limits, "index_depth")
-
-    async def make(self, document: Manifest | ImageIndex) -> _Chosen:
-        """Return the image of a manifest or index. Raises ImageError, OverLimit, _OtherPlatform."""
-        return await self._among(document, 1, vouched=False)
-
-    def decode(self, fetched: Fetched, media_type: str = "") -> Manifest | ImageIndex:
-        """Decode a manifest or index, without annotations. Raises ImageError, OverLimit."""
-        self._manifests.spend()
-        kind = media_type or fetched.media_type
-        return manifest.without_annotations(manifest.decode(self._what, fetched.data, kind, self._limits))
-
-    async def _among(self, document: Manifest | ImageIndex, depth: int, *, vouched: bool) -> _Chosen:
-        """`vouched`: the index says that it is for this platform, which counts more than a configuration that
-        names another one, as builders write there what they run on."""
-        if isinstance(document, Manifest):
-            return await self._configured(document, vouched=vouched)
-        self._depth.check(depth)
-        offers = {f"{e.platform.os}/{e.platform.architecture}" for e in document.manifests if e.platform}
-        for entry in platforms.candidates(document, self._wanted):
-            known = platforms.has_platform(entry)
-            try:
-                found = self.decode(await self._source.manifest(entry.digest, entry.size), entry.media_type)
-                return await self._among(found, depth + 1, vouched=vouched or known)
-            except _OtherPlatform as error:
-                offers |= error.offered
-            except UnsupportedMedia:
-                if known:
-                    raise
-                # without a platform it may be anything, such as a signature or an attestation
-        raise _OtherPlatform(*offers)
-
-    async def _configured(self, found: Manifest, *, vouched: bool) -> _Chosen:
-        raw = await self._source.small_blob(found.config, "config_bytes")
-        config = manifest.decode_config(f"configuration of {self._what}", raw, found, self._limits)
-        offered = Platform(os=config.os, architecture=config.architecture)
-        if not vouched and not platforms.is_for(offered, self._wanted):
-            raise _OtherPlatform(f"{offered.os}/{offered.architecture}")
-        return _Chosen(
-            id=found.config.digest,
-            layers=found.layers,
-            diff_ids=config.rootfs.diff_ids,
-            config=run_defaults(config.config),
-            created=config.created_at,
-            config_bytes=len(raw),
-        )
 
 
 class Puller:
@@ -155,8 +76,7 @@ class Puller:
         self._platform = platforms.host_platform(platform.machine())
         self._downloads = FairLimiter("download", options.max_downloads, EXTRA_DOWNLOADS)
         self._unpacks = FairLimiter("unpack", options.max_unpacks, EXTRA_UNPACKS)
-        self._resolves = FairLimiter("resolve", RESOLVES, EXTRA_RESOLVES)
-        self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks, self._resolves)
+        self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks)
         self.transfers = Transfers()
         self._making = KeyedLock()
         self._credentials = NodeCredentials(options.auth_file)
@@ -241,15 +161,15 @@ class Puller:
     async def _import_one(
         self, archive: Source, found: Archived, tag: str, path: Path, report: Report
     ) -> Image:
-        fetched = await archive.manifest(found.target)
+        choice = self._choice(archive, found.target, str(path))
+        _, document = await choice.fetch(found.target)
         named = [parse(text) for text in ((tag,) if tag else found.names)]
         names = _Names(
-            what=found.target,
             host=str(path),
             tags=tuple(reference.tagged for reference in named if reference.tagged),
             digests=tuple(f"{r.name}@{found.target}" for r in named) if found.has_digest else (),
         )
-        return await self._store(archive, await self._choose(archive, [fetched], names), names, report)
+        return await self._store(archive, await choice.make(document), names, report)
 
     # ----------------------------------------------------------------------------- one pull
 
@@ -268,24 +188,22 @@ class Puller:
         limits = self._options.limits
         hosts = await asyncio.to_thread(find_hosts, self._options.config_path, reference.domain, limits)
         auths = [auth or await self._credentials.find(host, reference) for host in hosts]
-        registry = Registry(reference, hosts, auths, self._options.timing, limits)
+        registry = Registry(reference, hosts, auths, self._options.timing, limits, self._layers.scratch)
         try:
-            async with self._for_a_while(self._resolves.share(reference.domain, str(reference))):
-                fetched = [await registry.manifest(reference.target)]
-                await self._trust.check(registry, reference, fetched[0])
-                names = _Names(
-                    what=str(reference),
-                    host=reference.domain,
-                    # by digest: no tag, and the digest as it was asked for
-                    tags=() if reference.digest else (reference.tagged,),
-                    digests=(f"{reference.name}@{fetched[0].digest}",),
-                )
-                chosen = await self._choose(registry, fetched, names)
-            return await self._store(registry, chosen, names, report)
+            choice = self._choice(registry, str(reference), reference.domain)
+            target, document = await choice.fetch(reference.target)
+            await self._trust.check(registry, reference, target)
+            names = _Names(
+                host=reference.domain,
+                # by digest: no tag, and the digest as it was asked for
+                tags=() if reference.digest else (reference.tagged,),
+                digests=(f"{reference.name}@{target.digest}",),
+            )
+            return await self._store(registry, await choice.make(document), names, report)
         finally:
             await registry.close()
 
-    async def _store(self, source: Source, chosen: _Chosen, names: _Names, report: Report) -> Image:
+    async def _store(self, source: Source, chosen: Chosen, names: _Names, report: Report) -> Image:
         chain = manifest.chain_ids(chosen.diff_ids)
         with self._layers.pinned(chain):
             await self._store_layers(source, chosen.layers, chosen.diff_ids, chain, names.host, report)
@@ -302,22 +220,8 @@ class Puller:
                 )
             )
 
-    async def _choose(self, source: Source, fetched: list[Fetched], names: _Names) -> _Chosen:
-        """Return the image for this host: of the one manifest that is fetched, or of an index.
-
-        The list is emptied: its megabytes are not needed while others are read. Raises ManifestNotFound when
-        there is none.
-        """
-        choice = _Choice(source, names.what, self._platform, self._options.limits)
-        try:
-            return await choice.make(choice.decode(fetched.pop()))
-        except OverLimit as error:
-            raise ManifestInvalid(names.what, error.reason) from error
-        except _OtherPlatform as error:
-            have = ", ".join(sorted(error.offered)) or "none"
-            wanted = f"{self._platform.os}/{self._platform.architecture}"
-            problem = f"no image for {wanted}, only for {have}"
-            raise ManifestNotFound(names.what, names.host, problem) from error
+    def _choice(self, source: Source, what: str, host: str) -> Choice:
+        return Choice(source, what, host, self._platform, self._options.limits)
 
     # ------------------------------------------------------------------------------- layers
 
@@ -389,11 +293,11 @@ class Puller:
             self._layers.space.check("downloading", blob.size - written)
             report(Progress(item=blob.digest, step="download", current=written, total=blob.size))
 
-        async with self._downloads.share(host, str(id(source))):
+        async with self._downloads.share(host, str(id(source))) as within_limit:
             self._layers.space.check("downloading", blob.size)
             writer = await asyncio.to_thread(BlobWriter, path, blob, report_written)
             try:
-                await source.blob(blob, writer)
+                await source.blob(blob, writer, parallel=within_limit)
             finally:
                 writer.close()
 

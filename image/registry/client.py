@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from image import manifest
@@ -42,15 +43,17 @@ class Registry:
         reference: Reference,
         hosts: Sequence[Host],
         auths: Sequence[Auth | None],
-        timing: Timing | None = None,
-        limits: Limits | None = None,
+        timing: Timing,
+        limits: Limits,
+        scratch: Path,
     ) -> None:
-        """`auths` are the credentials for each of `hosts`."""
+        """`auths` are the credentials for each of `hosts`; documents arrive in nameless files in the
+        directory `scratch`."""
         self._reference = reference
-        self._timing = timing or Timing()
-        self._limits = limits or Limits()
+        self._timing = timing
+        self._limits = limits
         self._endpoints = [
-            Endpoint(host, reference, auth, self._timing, self._limits)
+            Endpoint(host, reference, auth, timing, limits, scratch)
             for host, auth in zip(hosts, auths, strict=True)
         ]
 
@@ -107,7 +110,7 @@ class Registry:
 
         return await self._first("pull", fetch)
 
-    async def blob(self, descriptor: Descriptor, into: BlobWriter) -> None:
+    async def blob(self, descriptor: Descriptor, into: BlobWriter, *, parallel: bool = True) -> None:
         """Append to `into` what it still lacks, from wherever it continues, and check the whole.
 
         The next host continues what the last one sent, unless that had the wrong digest.
@@ -115,7 +118,7 @@ class Registry:
 
         async def fetch(endpoint: Endpoint) -> None:
             try:
-                await endpoint.download(f"blobs/{descriptor.digest}", into)
+                await endpoint.download(f"blobs/{descriptor.digest}", into, parallel=parallel)
                 await into.finish()
             except DigestMismatch:
                 into.restart()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from image import manifest
 from image.auth import ANONYMOUS, Auth, find_credential
 from image.blobs import BlobWriter
-from image.budget import Budget, Limits, OverLimit
+from image.budget import Limits, OverLimit
 from image.errors import ManifestInvalid, RegistryUnavailable
 from image.hosts import HUB_SERVER, Host
 from image.reference import DEFAULT_DOMAIN, Reference
 from image.registry.challenge import parse_challenges
-from image.registry.errors import TemporaryFailure, check_status, read_bounded
+from image.registry.errors import TemporaryFailure, check_status
 from image.registry.parts import PARALLEL_BYTES, download_parts
 from image.registry.rate import RateFloor, TooSlow
 from image.registry.resume import download_rest
@@ -42,12 +43,18 @@ class Endpoint:
     """
 
     def __init__(
-        self, host: Host, reference: Reference, auth: Auth | None, timing: Timing, limits: Limits
+        self,
+        host: Host,
+        reference: Reference,
+        auth: Auth | None,
+        timing: Timing,
+        limits: Limits,
+        scratch: Path,
     ) -> None:
         self._reference = reference
         self._timing = timing
         self._limits = limits
-        self._transport = Transport(host, timing, limits)
+        self._transport = Transport(host, timing, limits, scratch)
         # credentials for the registry itself must not reach its mirrors
         names = (host.address,) if host.mirror else (host.address, reference.domain)
         credential = find_credential(auth, hosts=names)
@@ -69,13 +76,14 @@ class Endpoint:
     async def read(self, path: str, key: str) -> tuple[bytes, Mapping[str, str]]:
         """Return a whole body, and the response's headers. `key` names the limit of its size.
 
-        Raises ManifestInvalid above it.
+        The body may have megabytes: callers drop it before their next await. Raises ManifestInvalid above the
+        limit.
         """
 
         async def attempt() -> tuple[bytes, Mapping[str, str]]:
             try:
                 async with asyncio.timeout(self._timing.answer_s), self._get(path, {}) as response:
-                    return await read_bounded(response, Budget(self._limits, key)), response.headers
+                    return await self._transport.read(response, key), response.headers
             except TimeoutError as error:
                 raise TemporaryFailure(f"no whole answer within {self._timing.answer_s:g} s") from error
 
@@ -84,11 +92,11 @@ class Endpoint:
         except OverLimit as error:
             raise ManifestInvalid(f"{self.host.address}: {path}", error.reason) from error
 
-    async def download(self, path: str, into: BlobWriter) -> None:
+    async def download(self, path: str, into: BlobWriter, *, parallel: bool) -> None:
         """Append to `into` what it still lacks of this blob. Its digest is not checked here."""
 
-        large = into.descriptor.size - into.written > PARALLEL_BYTES and self._timing.connections > 1
-        if large and await self._download_parts(path, into):
+        large = into.descriptor.size - into.written > PARALLEL_BYTES
+        if parallel and large and self._timing.connections > 1 and await self._download_parts(path, into):
             return
         floor, useful = RateFloor(self._timing), 0
 

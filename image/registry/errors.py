@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from image.budget import Budget
 from image.errors import ManifestNotFound, RegistryUnavailable, Unauthorized
 from image.registry.transport import Response, TransportError
 
@@ -41,18 +40,6 @@ class _ErrorBody(msgspec.Struct, frozen=True):
     """The body of an error response (distribution-spec, "Error Codes")."""
 
     errors: list[_ErrorItem] = []
-
-
-async def read_bounded(response: Response, budget: Budget) -> bytes:
-    """Read a whole body. Raises OverLimit, before anything is read if the server says how long it is."""
-    announced = response.headers.get("content-length", "")
-    if announced.isdecimal() and len(announced) < 20:
-        budget.check(int(announced))
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        budget.spend(len(chunk))
-        body += chunk
-    return bytes(body)
 
 
 async def check_status(

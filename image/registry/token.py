@@ -19,7 +19,7 @@ from image.errors import Unauthorized
 from image.hosts import Host, is_loopback
 from image.reference import Reference
 from image.registry.challenge import Challenge, parse_challenges
-from image.registry.errors import TemporaryFailure, error_detail, is_temporary, read_bounded, retry_after_s
+from image.registry.errors import TemporaryFailure, error_detail, is_temporary, retry_after_s
 from image.registry.timing import Timing
 from image.registry.transport import (
     REDIRECT_LIMIT,
@@ -146,7 +146,7 @@ class Authorizer:
         try:
             if not 200 <= response.status_code < 300:
                 await self._raise_refused(response)
-            return await read_bounded(response, Budget(self._limits, "token_answer_bytes"))
+            return await self._transport.read(response, "token_answer_bytes")
         finally:
             await response.aclose()
 

@@ -9,23 +9,29 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
+import tempfile
 from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
 import msgspec
 
+from image.blobs import storage_error
 from image.budget import Budget, Limits, OverLimit
 from image.errors import MirrorConfigInvalid, RegistryUnavailable
 from image.hosts import Host
 from image.registry.proxy import ProxyRules
 from image.registry.timing import Timing
+from sandbox.host import threads
 
 Response = httpx2.Response
 TransportError = httpx2.TransportError
 
 REDIRECT_LIMIT = 10
 CONNECTION_LIMIT = 64  # per host and pull
+SPOOL_BYTES = 64 << 10  # of a body that are kept in memory while it arrives
 _REDIRECT_STATUS = frozenset((301, 302, 303, 307, 308))
 
 
@@ -35,10 +41,12 @@ class Transport:
     `host` changes once at most: to http, when a registry on loopback does not speak TLS.
     """
 
-    def __init__(self, host: Host, timing: Timing, limits: Limits) -> None:
+    def __init__(self, host: Host, timing: Timing, limits: Limits, scratch: Path) -> None:
+        """Bodies that are read whole arrive in nameless files in the directory `scratch`."""
         self.host = host
         self._timing = timing
         self._limits = limits
+        self._scratch = scratch
         self._client: httpx2.AsyncClient | None = None
 
     async def close(self) -> None:
@@ -62,6 +70,27 @@ class Transport:
     async def post(self, url: str, form: Mapping[str, str]) -> Response:
         """Send a form. The caller reads and closes the response. Raises as `get`."""
         return await self._send(self._open().build_request("POST", url, data=dict(form)))
+
+    async def read(self, response: Response, key: str) -> bytes:
+        """Read a whole body and close the response. `key` names the limit of its size.
+
+        It waits in a file while it arrives: many slow ones would take much memory. Raises OverLimit, before
+        anything is read if the server says how long it is; TransportError, DiskFull, StorageFailed.
+        """
+        budget = Budget(self._limits, key)
+        announced = response.headers.get("content-length", "")
+        if announced.isdecimal() and len(announced) < 20:
+            budget.check(int(announced))
+        try:
+            with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(self._scratch)) as body:
+                async for chunk in response.aiter_raw():
+                    budget.spend(len(chunk))
+                    await threads.run(partial(body.write, chunk), "husk-download", pooled=True)
+                await response.aclose()
+                body.seek(0)
+                return body.read()  # here, from the page cache: those of several threads would wait in memory
+        except OSError as error:
+            raise storage_error(error, self._scratch / "-", "downloading a document") from error
 
     async def _send(self, request: httpx2.Request) -> Response:
         try:
@@ -197,6 +226,8 @@ def is_permanent(error: TransportError) -> bool:
 
 def _tls_context(host: Host) -> ssl.SSLContext:
     """Raises MirrorConfigInvalid where a certificate or key of hosts.toml cannot be loaded."""
+    if not (host.ca or host.client or host.skip_verify):
+        return _default_tls_context()
     context = ssl.create_default_context()
     try:
         for authority in host.ca:
@@ -210,3 +241,9 @@ def _tls_context(host: Host) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+@cache
+def _default_tls_context() -> ssl.SSLContext:
+    """The system's authorities, read once: a megabyte and some 30 ms each."""
+    return ssl.create_default_context()

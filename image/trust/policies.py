@@ -8,8 +8,8 @@ from typing import Literal
 
 import msgspec
 
-from image.blobs import Fetched
 from image.errors import ImageRefused, InvalidReference
+from image.manifest import Descriptor
 from image.reference import Reference, parse
 from image.trust import cosign, keys, verifier
 from image.trust.cosign import SignatureSource
@@ -77,8 +77,8 @@ class Trust:
                 return policy
         return self._policies.get(EVERYWHERE, Policy())
 
-    async def check(self, source: SignatureSource, reference: Reference, fetched: Fetched) -> None:
-        """Return if the image with this manifest or index may be pulled.
+    async def check(self, source: SignatureSource, reference: Reference, target: Descriptor) -> None:
+        """Return if the image whose manifest or index this is may be pulled.
 
         Raises ImageRefused, and what `source` raises when it cannot be asked.
         """
@@ -87,8 +87,8 @@ class Trust:
             if policy.policy == "refuse":
                 raise cosign.Refused("the policy of its prefix is to refuse")
             if policy.policy == "key":
-                await cosign.check(source, reference, fetched.digest, policy.keys, policy.match)
+                await cosign.check(source, reference, target.digest, policy.keys, policy.match)
             elif policy.policy == "verifier":
-                await verifier.check(policy.verifier, reference, fetched)
+                await verifier.check(policy.verifier, reference, target)
         except cosign.Refused as error:
-            raise ImageRefused(str(reference), fetched.digest, str(error)) from error
+            raise ImageRefused(str(reference), target.digest, str(error)) from error

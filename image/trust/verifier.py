@@ -15,8 +15,8 @@ import stat
 
 import msgspec
 
-from image.blobs import Fetched
 from image.errors import bounded
+from image.manifest import Descriptor
 from image.reference import Reference
 from image.trust.cosign import Refused
 from sandbox.host import process
@@ -37,10 +37,10 @@ def find_problem(program: str) -> str:
     return ""
 
 
-async def check(program: str, reference: Reference, fetched: Fetched) -> None:
+async def check(program: str, reference: Reference, target: Descriptor) -> None:
     """Return if the program accepts the image. Raises Refused."""
-    described = {"mediaType": fetched.media_type, "digest": fetched.digest, "size": len(fetched.data)}
-    arguments = ("-name", str(reference), "-digest", fetched.digest, "-stdin-media-type", DESCRIPTOR)
+    described = {"mediaType": target.media_type, "digest": target.digest, "size": target.size}
+    arguments = ("-name", str(reference), "-digest", target.digest, "-stdin-media-type", DESCRIPTOR)
     try:
         done = await process.run(
             (program, *arguments),

@@ -84,7 +84,7 @@ class FairLimiter(Limiter):
         self._extra = extra
         self._held: Counter[str] = Counter()  # by group
         self._owned: Counter[tuple[str, str]] = Counter()
-        self._wanted: deque[tuple[str, str, asyncio.Future[None]]] = deque()
+        self._wanted: deque[tuple[str, str, asyncio.Future[bool]]] = deque()
 
     @property
     def waiting(self) -> int:
@@ -92,15 +92,14 @@ class FairLimiter(Limiter):
         return sum(not granted.done() for _, _, granted in self._wanted)
 
     @contextlib.asynccontextmanager
-    async def share(self, group: str, owner: str) -> AsyncIterator[None]:
-        """Wait for a slot and hold it, for one of a group's owners."""
-        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def share(self, group: str, owner: str) -> AsyncIterator[bool]:
+        """Wait for a slot and hold it, for one of a group's owners. Yields whether it is within `limit`."""
+        granted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         entry = (group, owner, granted)
         self._wanted.append(entry)
         self._grant_shares()
         try:
-            await granted
-            yield
+            yield await granted
         finally:
             if entry in self._wanted:
                 self._wanted.remove(entry)
@@ -122,4 +121,4 @@ class FairLimiter(Limiter):
             self._held[group] += 1
             self._owned[group, owner] += 1
             if not granted.done():
-                granted.set_result(None)
+                granted.set_result(self.active <= self.limit)

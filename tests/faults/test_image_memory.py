@@ -289,30 +289,6 @@ def test_memory_under_many_hostile_pulls_at_once_is_bounded(
     assert daemon.peak_mib() < BOUND_MIB
 
 
-def test_memory_under_forty_pulls_of_large_documents_at_once_is_bounded(
-    daemon: ImageDaemon, client: Client, registry: FakeRegistry
-) -> None:
-    """Each has 3 MiB of annotations and 3 MiB of labels, below their limits."""
-    notes = {f"note{n}": "x" * 1000 for n in range(3000)}
-    labels = {f"label{n}": "x" * 1000 for n in range(3000)}
-    tags = [f"n{n}" for n in range(40)]
-    for tag in tags:
-        rootfs = {"type": "layers", "diff_ids": [digest(tag.encode())]}
-        config = json.dumps(CONFIG | {"config": {"Labels": labels | {"n": tag}}, "rootfs": rootfs}).encode()
-        value = {
-            "schemaVersion": 2,
-            "config": descriptor(registry, config, f"{OCI}.config.v1+json"),
-            "layers": [descriptor(registry, tag.encode(), f"{OCI}.layer.v1.tar")],
-            "annotations": notes,
-        }
-        registry.put_manifest("a", tag, value, f"{OCI}.manifest.v1+json")
-    daemon.forget_peak()
-    with ThreadPoolExecutor(len(tags)) as pool:
-        errors = list(pool.map(lambda tag: pull(client, registry, f"a:{tag}"), tags))
-    assert all("layer rejected" in error for error in errors), errors
-    assert daemon.peak_mib() < BOUND_MIB
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

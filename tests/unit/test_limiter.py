@@ -124,6 +124,7 @@ class Shares:
     def __init__(self, limiter: FairLimiter) -> None:
         self.limiter = limiter
         self.held: list[str] = []
+        self.within: dict[str, bool] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
     async def want(self, *names: str) -> None:
@@ -135,7 +136,7 @@ class Shares:
 
     async def _hold(self, name: str) -> None:
         group, owner, _ = name.split()
-        async with self.limiter.share(group, owner):
+        async with self.limiter.share(group, owner) as self.within[name]:
             self.held.append(name)
             try:
                 await asyncio.Event().wait()
@@ -154,6 +155,7 @@ async def test_fair_limiter_gives_a_group_without_slots_an_extra_one() -> None:
     shares = Shares(FairLimiter("download", 2, extra=1))
     await shares.want("a x 1", "a x 2", "a x 3", "b y 1", "c z 1")
     assert shares.held == ["a x 1", "a x 2", "b y 1"]
+    assert shares.within == {"a x 1": True, "a x 2": True, "b y 1": False}
     assert (shares.limiter.active, shares.limiter.waiting) == (3, 2)
     await shares.release("b y 1")
     assert shares.held == ["a x 1", "a x 2", "c z 1"]
