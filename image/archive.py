@@ -27,7 +27,7 @@ from image import manifest, tar
 from image.blobs import BATCH, BlobWriter, Fetched, storage_error
 from image.budget import Budget, Limits, OverLimit, Watch
 from image.compression import LargeWindows, broken_stream, inflate, is_compressed
-from image.errors import ArchiveInvalid, InvalidReference, ManifestInvalid
+from image.errors import ArchiveInvalid, InvalidReference, ManifestInvalid, bounded
 from image.manifest import Descriptor
 from image.reference import parse
 
@@ -142,17 +142,22 @@ class _Tar:
         self._links: dict[str, str] = {}
         self._file = path.open("rb")
         try:
-            self._find_members(limits, watch)
+            self._find_members(path, limits, watch)
         except BaseException:
             self._file.close()
             raise
 
-    def _find_members(self, limits: Limits, watch: Watch) -> None:
-        entries = Budget(limits, "archive_entries")
+    def _find_members(self, path: Path, limits: Limits, watch: Watch) -> None:
+        entries, names = Budget(limits, "archive_entries"), Budget(limits, "archive_names_bytes")
         chunks = _Seeking(self._file)
         for entry in tar.entries(chunks, limits):
             watch.check()
-            entries.spend()
+            try:
+                entries.spend()
+                names.spend(len(entry.name) + len(entry.link))
+            except OverLimit as error:
+                shown = bounded(os.fsdecode(entry.name))
+                raise ArchiveInvalid(str(path), f"{error.reason}, at {shown}") from error
             name = posixpath.normpath(os.fsdecode(entry.name))
             target = os.fsdecode(entry.link)
             if entry.kind == tar.REGULAR and entry.segments is None:
@@ -287,6 +292,7 @@ class Archive:
         images = self._decode(docker, list[_DockerImage])
         index = self._read("index.json", "manifest_bytes")
         entries = manifest.decode_index("index.json", index, self._limits).manifests
+        self._check("archive_images", len(entries))
         names: dict[str, tuple[str, ...]] = {}
         for entry in entries:
             data = self._optional(self._member(entry.digest))
@@ -299,6 +305,7 @@ class Archive:
             if isinstance(found, manifest.Manifest):
                 wanted = self._member(found.config.digest)
                 tags = [tag for image in images if image.config == wanted for tag in image.repo_tags or ()]
+                self._check("image_names", len(tags))
                 names[entry.digest] = tuple(tags)
         return names
 

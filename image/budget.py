@@ -61,6 +61,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # an archive that is imported
     archive_bytes: _Bytes = 1 << 40
     archive_entries: _Count = 20_000
+    archive_names_bytes: _Small = 4 << 20
     archive_images: _Count = 256
     image_names: _Count = 256
     import_s: _Seconds = 7200

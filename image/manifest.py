@@ -133,6 +133,7 @@ class RootFs(msgspec.Struct, frozen=True, kw_only=True):
     diff_ids: list[str] = []
 
 
+TEXT_BYTES = 50  # what each text takes beside its characters
 CREATED_CHARACTERS = 64  # RFC 3339 needs 35
 
 
@@ -248,7 +249,7 @@ def find_excess(config: RunDefaults, limits: Limits) -> str:
         }
         for field, texts in fields.items():  # noqa: B007 (names the field in the error)
             for text in texts:
-                total.spend(len(text) + 1)
+                total.spend(len(text) + TEXT_BYTES)
     except OverLimit as error:
         return f"{field}: {error.reason}"
     return ""
@@ -314,7 +315,8 @@ def _convert(what: str, document: object, kind: type[T]) -> T:
         raise ManifestInvalid(what, str(error)) from error
 
 
-def _checked_descriptor(what: str, descriptor: Descriptor) -> None:
+def check_descriptor(what: str, descriptor: Descriptor) -> None:
+    """Raise ManifestInvalid unless the digest can be verified and the size is one."""
     if not is_digest(descriptor.digest):
         raise ManifestInvalid(what, f"bad digest {descriptor.digest!r}")
     if descriptor.size < 0:
@@ -323,12 +325,12 @@ def _checked_descriptor(what: str, descriptor: Descriptor) -> None:
 
 def _checked_index(what: str, index: ImageIndex) -> ImageIndex:
     for entry in index.manifests:
-        _checked_descriptor(what, entry)
+        check_descriptor(what, entry)
     return index
 
 
 def _checked_manifest(what: str, manifest: Manifest, limits: Limits) -> Manifest:
-    _checked_descriptor(what, manifest.config)
+    check_descriptor(what, manifest.config)
     if manifest.config.media_type not in CONFIGS:
         raise UnsupportedMedia(what, manifest.config.media_type, "an artifact, not a container image")
     try:
@@ -336,7 +338,7 @@ def _checked_manifest(what: str, manifest: Manifest, limits: Limits) -> Manifest
     except OverLimit as error:
         raise ManifestInvalid(what, error.reason) from error
     for layer in manifest.layers:
-        _checked_descriptor(what, layer)
+        check_descriptor(what, layer)
         _checked_layer(what, layer.media_type)
     return manifest
 

@@ -47,6 +47,7 @@ from sandbox.host.limiter import FairLimiter, Limiter
 
 EXTRA_DOWNLOADS = 16  # beyond the limit, of registries that would else have none
 EXTRA_UNPACKS = 2
+IMPORTS = 2  # at once: each may hold an archive's index and a document of 4 MiB
 
 
 class _Names(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,11 +77,12 @@ class Puller:
         self._platform = platforms.host_platform(platform.machine())
         self._downloads = FairLimiter("download", options.max_downloads, EXTRA_DOWNLOADS)
         self._unpacks = FairLimiter("unpack", options.max_unpacks, EXTRA_UNPACKS)
-        self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks)
+        self._imports = Limiter("import", IMPORTS)
+        self.limiters: tuple[Limiter, ...] = (self._downloads, self._unpacks, self._imports)
         self.transfers = Transfers()
         self._making = KeyedLock()
         self._credentials = NodeCredentials(options.auth_file)
-        self._trust = Trust(options.trust)
+        self._trust = Trust(options.trust, options.limits)
         self._on_end = on_end
         self._flights = Flights(cancel_abandoned=True)
 
@@ -118,7 +120,8 @@ class Puller:
         """
         try:
             with self.transfers.follow(str(path), on_progress or (lambda progress: None)) as follow:
-                return await self._import(path, name, follow)
+                async with self._imports.slot():
+                    return await self._import(path, name, follow)
         except ImageError as error:
             _forget_documents(error)
             raise
@@ -134,9 +137,10 @@ class Puller:
                     raise ManifestNotFound(
                         name, str(path), f"{len(archive.images)} images, and one name for them"
                     )
-                return tuple(
-                    [await self._import_one(archive, found, tag, path, report) for found in archive.images]
-                )
+                images: list[Image] = []  # no comprehension: its closure stays with an error's traceback
+                for found in archive.images:
+                    images.append(await self._import_one(archive, found, tag, path, report))  # noqa: PERF401
+                return tuple(images)
             finally:
                 await archive.close()
 

@@ -25,9 +25,9 @@ import msgspec
 
 from image.blobs import Fetched
 from image.budget import Limits, OverLimit
-from image.errors import DigestMismatch, ManifestInvalid, ManifestNotFound
-from image.manifest import Descriptor, check_shape
-from image.reference import Reference
+from image.errors import DigestMismatch, ManifestInvalid, ManifestNotFound, bounded
+from image.manifest import Descriptor, bare_descriptor, check_descriptor, check_shape
+from image.reference import Reference, is_digest
 from image.trust import keys
 from image.trust.keys import Verify
 
@@ -37,6 +37,7 @@ BUNDLE = "application/vnd.dev.sigstore.bundle"  # followed by its version
 STATEMENT = "application/vnd.in-toto+json"
 SIGNED = "https://sigstore.dev/cosign/sign/v1"  # the statement's predicate; other kinds attest something else
 COUNT_LIMIT = 64  # signatures of one image that are read
+SIGNATURE_CHARACTERS = 8192  # of one in an annotation; RSA with 4,096 bits needs 684
 
 T = TypeVar("T")
 
@@ -131,6 +132,7 @@ async def check(
     digest: str,
     key_files: Sequence[str],
     match: Literal["digest", "repository"],
+    limits: Limits,
 ) -> None:
     """Return if one of the keys signed this digest. Raises Refused, and what `source` raises."""
     try:
@@ -138,11 +140,11 @@ async def check(
     except keys.KeyUnusable as error:
         raise Refused(str(error)) from error
     problems: list[str] = []
-    async for claim in _claims(source, digest, problems):
+    async for claim in _Signatures(source, digest, limits, problems).claims():
         problem = _find_problem(claim, reference, digest, trusted, match)
         if not problem:
             return
-        problems.append(problem)
+        problems.append(bounded(problem))
     raise Refused("; ".join(dict.fromkeys(problems)) or "it has no signature")
 
 
@@ -158,98 +160,113 @@ def _find_problem(
     return ""
 
 
-async def _claims(source: SignatureSource, digest: str, problems: list[str]) -> AsyncIterator[_Claim]:
-    """Yield every signature of both forms; add to `problems` why one cannot be read."""
-    for find in (_find_simple, _find_bundles):
-        try:
-            readers = await find(source, digest)
-        except ManifestInvalid as error:
-            problems.append(f"signatures cannot be read: {error.problem}")
-            continue
-        for read in readers:
+class _Signatures:
+    """Reads the signatures of one digest. A document may have megabytes, so that each is decoded before the
+    next await, and only what is needed of it is kept. `problems` gets why one cannot be read."""
+
+    def __init__(self, source: SignatureSource, digest: str, limits: Limits, problems: list[str]) -> None:
+        self._source = source
+        self._digest = digest
+        self._limits = limits
+        self._problems = problems
+
+    async def claims(self) -> AsyncIterator[_Claim]:
+        """Yield every signature of both forms."""
+        for find in (self._find_simple, self._find_bundles):
             try:
-                yield await read()
-            except (ManifestInvalid, ManifestNotFound, DigestMismatch) as error:
-                problems.append(f"a signature cannot be read: {error}")
+                readers = await find()
+            except ManifestInvalid as error:
+                self._problems.append(f"signatures cannot be read: {error.problem}")
+                continue
+            for read in readers:
+                try:
+                    yield await read()
+                except (ManifestInvalid, ManifestNotFound, DigestMismatch) as error:
+                    self._problems.append(bounded(f"a signature cannot be read: {error}"))
 
-
-async def _find_simple(source: SignatureSource, digest: str) -> Sequence[_Reader]:
-    try:
-        fetched = await source.manifest(f"{digest.replace(':', '-')}.sig")
-    except ManifestNotFound:
-        return ()
-
-    async def read(layer: Descriptor) -> _Claim:
-        return _read_simple(layer, await source.small_blob(layer, "signature_bytes"))
-
-    layers = _decode(fetched.data, _Artifact).layers or ()
-    return [partial(read, layer) for layer in layers[:COUNT_LIMIT] if layer.media_type == SIMPLE]
-
-
-async def _find_bundles(source: SignatureSource, digest: str) -> Sequence[_Reader]:
-    try:
-        fetched = await source.referrers(digest)
-    except ManifestNotFound:
+    async def _find_simple(self) -> Sequence[_Reader]:
         try:
-            fetched = await source.manifest(digest.replace(":", "-"))
+            fetched = await self._source.manifest(f"{self._digest.replace(':', '-')}.sig")
         except ManifestNotFound:
             return ()
+        layers = self._decode(fetched.data, _Artifact).layers or ()
+        return [
+            partial(self._read_simple, bare_descriptor(layer), _signature_of(layer))
+            for layer in layers[:COUNT_LIMIT]
+            if layer.media_type == SIMPLE
+        ]
 
-    async def read(entry: _Entry) -> _Claim:
-        return _read_bundle(await _bundle_blob(source, entry.digest))
+    async def _read_simple(self, layer: Descriptor, signature: str) -> _Claim:
+        payload = await self._blob(layer)
+        critical = self._decode(payload, _SimpleSigning).critical
+        return _Claim(
+            signed=payload,
+            signatures=(_decode64(signature),),
+            digests=frozenset((critical.image.docker_manifest_digest,)),
+            repository=critical.identity.docker_reference,
+        )
 
-    entries = _decode(fetched.data, _Referrers).manifests or ()
-    return [
-        partial(read, entry)
-        for entry in entries[:COUNT_LIMIT]
-        if (entry.artifact_type or BUNDLE).startswith(BUNDLE)
-    ]
+    async def _find_bundles(self) -> Sequence[_Reader]:
+        try:
+            fetched = await self._source.referrers(self._digest)
+        except ManifestNotFound:
+            try:
+                fetched = await self._source.manifest(self._digest.replace(":", "-"))
+            except ManifestNotFound:
+                return ()
+        entries = self._decode(fetched.data, _Referrers).manifests or ()
+        return [
+            partial(self._read_bundle, entry.digest)
+            for entry in entries[:COUNT_LIMIT]
+            if (entry.artifact_type or BUNDLE).startswith(BUNDLE) and is_digest(entry.digest)
+        ]
+
+    async def _read_bundle(self, digest: str) -> _Claim:
+        layer = self._bundle_layer(digest, (await self._source.manifest(digest)).data)
+        envelope = self._decode(await self._blob(layer), _Bundle).dsse_envelope
+        payload = _decode64(envelope.payload)
+        statement = self._decode(payload, _Statement)
+        if envelope.payload_type != STATEMENT or statement.predicate_type != SIGNED:
+            problem = f"it is about {statement.predicate_type or envelope.payload_type}"
+            raise ManifestInvalid("bundle", problem)
+        return _Claim(
+            signed=_pre_authentication(envelope.payload_type.encode(), payload),
+            signatures=tuple(_decode64(each.sig) for each in envelope.signatures),
+            digests=frozenset(
+                f"{kind}:{hex}" for one in statement.subject for kind, hex in one.digest.items()
+            ),
+            repository="",  # cosign names none there
+        )
+
+    def _bundle_layer(self, digest: str, data: bytes) -> Descriptor:
+        layers = self._decode(data, _Artifact).layers or []
+        if len(layers) != 1 or not layers[0].media_type.startswith(BUNDLE):
+            raise ManifestInvalid(digest, "has no bundle")
+        return bare_descriptor(layers[0])
+
+    async def _blob(self, layer: Descriptor) -> bytes:
+        check_descriptor("signature", layer)
+        return await self._source.small_blob(layer, "signature_bytes")
+
+    def _decode(self, data: bytes, shape: type[T]) -> T:
+        try:
+            check_shape(data, self._limits)
+            return msgspec.json.decode(data, type=shape)
+        except OverLimit as error:
+            raise ManifestInvalid("signature", error.reason) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ManifestInvalid("signature", str(error)) from error
 
 
-async def _bundle_blob(source: SignatureSource, digest: str) -> bytes:
-    layers = _decode((await source.manifest(digest)).data, _Artifact).layers or []
-    if len(layers) != 1 or not layers[0].media_type.startswith(BUNDLE):
-        raise ManifestInvalid(digest, "has no bundle")
-    return await source.small_blob(layers[0], "signature_bytes")
-
-
-def _read_simple(layer: Descriptor, payload: bytes) -> _Claim:
-    critical = _decode(payload, _SimpleSigning).critical
-    return _Claim(
-        signed=payload,
-        signatures=(_decode64((layer.annotations or {}).get(SIGNATURE, "")),),
-        digests=frozenset((critical.image.docker_manifest_digest,)),
-        repository=critical.identity.docker_reference,
-    )
-
-
-def _read_bundle(data: bytes) -> _Claim:
-    envelope = _decode(data, _Bundle).dsse_envelope
-    payload = _decode64(envelope.payload)
-    statement = _decode(payload, _Statement)
-    if envelope.payload_type != STATEMENT or statement.predicate_type != SIGNED:
-        raise ManifestInvalid("bundle", f"it is about {statement.predicate_type or envelope.payload_type}")
-    return _Claim(
-        signed=_pre_authentication(envelope.payload_type.encode(), payload),
-        signatures=tuple(_decode64(each.sig) for each in envelope.signatures),
-        digests=frozenset(f"{kind}:{hex}" for one in statement.subject for kind, hex in one.digest.items()),
-        repository="",  # cosign names none there
-    )
+def _signature_of(layer: Descriptor) -> str:
+    """Return a layer's annotation; empty, which no key accepts, if it is too long to be a signature."""
+    text = (layer.annotations or {}).get(SIGNATURE, "")
+    return text if len(text) <= SIGNATURE_CHARACTERS else ""
 
 
 def _pre_authentication(kind: bytes, payload: bytes) -> bytes:
     """Return what a DSSE signature is of (secure-systems-lab/dsse, protocol.md, "PAE")."""
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
-
-
-def _decode(data: bytes, shape: type[T]) -> T:
-    try:
-        check_shape(data, Limits())
-        return msgspec.json.decode(data, type=shape)
-    except OverLimit as error:
-        raise ManifestInvalid("signature", error.reason) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ManifestInvalid("signature", str(error)) from error
 
 
 def _decode64(text: str) -> bytes:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from image.budget import Limits
 from image.errors import ImageRefused, InvalidReference
 from image.manifest import Descriptor
 from image.reference import Reference, parse
@@ -66,8 +67,9 @@ def check_policy(policy: Policy) -> tuple[str, str]:
 class Trust:
     """The policies of one node, by prefix: "registry.example.com", "registry.example.com/team", or "*"."""
 
-    def __init__(self, policies: Mapping[str, Policy]) -> None:
+    def __init__(self, policies: Mapping[str, Policy], limits: Limits | None = None) -> None:
         self._policies = policies
+        self._limits = limits or Limits()
 
     def find(self, reference: Reference) -> Policy:
         """Return the policy of the longest prefix that ends at a slash of the name or at its end."""
@@ -87,7 +89,7 @@ class Trust:
             if policy.policy == "refuse":
                 raise cosign.Refused("the policy of its prefix is to refuse")
             if policy.policy == "key":
-                await cosign.check(source, reference, target.digest, policy.keys, policy.match)
+                await cosign.check(source, reference, target.digest, policy.keys, policy.match, self._limits)
             elif policy.policy == "verifier":
                 await verifier.check(policy.verifier, reference, target)
         except cosign.Refused as error:

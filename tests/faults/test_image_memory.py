@@ -213,6 +213,7 @@ DOCUMENTS: dict[str, tuple[Put, str]] = {
     "configuration of a million lists": (configured(LISTS), "json_values"),
     "User of 3 MiB": (configured({"config": {"User": "1" * (3 * MIB)}}), "user_characters"),
     "Env of 3 MiB": (configured({"config": {"Env": ["A=" + "x" * (3 * MIB)]}}), "run_bytes"),
+    "6,000 empty arguments": (configured({"config": {"Cmd": [""] * 6000}}), "run_bytes"),
     "90,000 variables": (configured({"config": {"Env": ["A=xy"] * 90_000}}), "run_bytes"),
     "80,000 labels": (labels(80_000), "json_values"),
     "20,000 labels": (labels(20_000), ""),

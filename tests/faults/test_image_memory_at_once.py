@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
+import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +14,16 @@ from pathlib import Path
 import pytest
 
 from cri.cli.client import CallFailed, Client
+from cri.proto import husk_v1_pb2 as husk
 from cri.proto import runtime_v1_pb2 as pb
 from tests.fakes.registry import OCI, FakeRegistry, StallAfter, Status
 from tests.kit.eventually import eventually_sync
 from tests.kit.image_daemon import ImageDaemon, image_daemon
+from tests.kit.layers import archive, entry, file, padded, raw_header, raw_header_gnu
 
 BOUND_MIB = 150
 MIB = 1 << 20
+IMAGES = husk.DESCRIPTOR.services_by_name["Images"]
 IMAGE_SERVICE = pb.DESCRIPTOR.services_by_name["ImageService"]
 PLATFORM = {"architecture": "amd64", "os": "linux"}
 BIG = {f"note{n}": "x" * 1000 for n in range(3800)}
@@ -156,4 +161,92 @@ def test_memory_under_twenty_registries_with_large_layers_is_bounded(daemon: Ima
             put(registry, f"n{n}", layer, large=False)
         errors = pull_all(daemon, [f"{each.address}/a:n{n}" for n, each in enumerate(serving)])
     assert all("layer rejected" in error for error in errors), errors
+    check_peak(daemon)
+
+
+def import_error(daemon: ImageDaemon, path: Path) -> str:
+    """Import an archive; return the error, or nothing."""
+    with Client(daemon.socket) as client:
+        try:
+            list(client.stream(IMAGES, "Import", husk.ImportRequest(path=str(path))))
+        except CallFailed as error:
+            return error.details
+    return ""
+
+
+def long_member(kind: str, number: int) -> bytes:
+    """Return an entry with a name, or the target of a link, of 4,000 bytes."""
+    name = f"{number:05}".encode() + b"n" * 3995
+    if kind == "name":
+        header = raw_header(entry("long", tarfile.GNUTYPE_LONGNAME, size=len(name) + 1))
+        return header + padded(name + b"\0") + raw_header_gnu(entry("f"))
+    header = raw_header(entry("long", tarfile.GNUTYPE_LONGLINK, size=len(name) + 1))
+    return header + padded(name + b"\0") + raw_header_gnu(entry(f"l{number}", tarfile.SYMTYPE))
+
+
+@pytest.mark.parametrize("kind", ["name", "target"])
+def test_memory_under_an_archive_of_long_names_is_bounded(
+    daemon: ImageDaemon, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "long.tar"
+    with path.open("wb") as out:
+        for number in range(19_000):
+            out.write(long_member(kind, number))
+    daemon.forget_peak()
+    error = import_error(daemon, path)
+    assert "archive names bytes: " in error and "is above the limit of 4194304" in error
+    assert "at 010" in error if kind == "name" else "at l10" in error
+    check_peak(daemon)
+
+
+def test_memory_under_twenty_imports_at_once_is_bounded(daemon: ImageDaemon, tmp_path: Path) -> None:
+    """Each archive has many members, and an index and a manifest of nearly 4 MiB each."""
+    value = {"schemaVersion": 2, "config": {}, "layers": [], "annotations": BIG}
+    manifest = json.dumps(value).encode()
+    digits = hashlib.sha256(manifest).hexdigest()
+    index = {
+        "schemaVersion": 2,
+        "manifests": [{"mediaType": f"{OCI}.manifest.v1+json", "digest": f"sha256:{digits}", "size": 1}],
+        "annotations": BIG,
+    }
+    members = [file(f"blobs/{n:04}" + "n" * 200, b"") for n in range(6000)]
+    documents = [file("index.json", json.dumps(index).encode()), file(f"blobs/sha256/{digits}", manifest)]
+    path = tmp_path / "large.tar"
+    path.write_bytes(archive(*members, *documents))
+    daemon.forget_peak()
+    with ThreadPoolExecutor(20) as pool:
+        errors = list(pool.map(lambda _: import_error(daemon, path), range(20)))
+    assert all("sha256" in error for error in errors), errors
+    check_peak(daemon)
+
+
+def test_memory_under_an_archive_of_many_manifests_with_many_names_is_bounded(
+    daemon: ImageDaemon, tmp_path: Path
+) -> None:
+    """Each manifest of the index would get all names that manifest.json has for its configuration."""
+    config = "sha256:" + hashlib.sha256(b"{}").hexdigest()
+    described = {"mediaType": f"{OCI}.config.v1+json", "digest": config, "size": 2}
+    manifests = [
+        json.dumps({"schemaVersion": 2, "config": described, "layers": [], "n": n}).encode()
+        for n in range(5000)
+    ]
+    digests = [hashlib.sha256(each).hexdigest() for each in manifests]
+    index = {
+        "schemaVersion": 2,
+        "manifests": [{"digest": f"sha256:{each}", "size": 1} for each in digests],
+    }
+    member = f"blobs/sha256/{config.removeprefix('sha256:')}"
+    docker = [{"Config": member, "Layers": [], "RepoTags": [f"a:{n}" for n in range(90_000)]}]
+    blobs = [file(f"blobs/sha256/{each}", data) for each, data in zip(digests, manifests, strict=True)]
+    path = tmp_path / "names.tar"
+    path.write_bytes(
+        archive(
+            file("index.json", json.dumps(index).encode()),
+            file("manifest.json", json.dumps(docker).encode()),
+            file(member, b"{}"),
+            *blobs,
+        )
+    )
+    daemon.forget_peak()
+    assert "archive_images" in import_error(daemon, path)
     check_peak(daemon)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from image.errors import ImageRefused, RegistryUnavailable
 from image.reference import parse
 from image.trust import Policy, Trust, verifier
-from image.trust.cosign import BUNDLE, SIGNATURE, SIGNED, SIMPLE, STATEMENT
+from image.trust.cosign import BUNDLE, COUNT_LIMIT, SIGNATURE, SIGNED, SIMPLE, STATEMENT
 from tests.fakes.registry import OCI, FakeRegistry, Status
 from tests.kit.pulls import BASE, TOP, open_store, pull_error
 
@@ -180,6 +180,104 @@ async def test_image_without_a_good_signature_is_refused(
     assert str(error).startswith(f"SignatureValidationFailed: {registry.address}/app:1 ({image}): ")
     assert expected in str(error)
     assert not [path for path in registry.paths() if path.endswith(registry.layer_digests("app", "1")[0])]
+
+
+D = "sha256:" + "0" * 64
+
+
+def simple(**fields: object) -> dict[str, object]:
+    """Return a signature's layer, with other fields."""
+    return {"mediaType": SIMPLE, "digest": D, "size": 2, "annotations": {SIGNATURE: "AAAA"}} | fields
+
+
+ODD_SIGNATURES: dict[str, object] = {
+    "null": {"layers": None},
+    "text": {"layers": "x"},
+    "empty": {},
+    "list": [],
+    "unknown algorithm": {"layers": [simple(digest="md9:00")]},
+    "weak algorithm": {"layers": [simple(digest="md5:" + "0" * 32)]},
+    "digest that is a path": {"layers": [simple(digest="../../x")]},
+    "digest without a size": {"layers": [{"mediaType": SIMPLE, "digest": D}]},
+    "negative size": {"layers": [simple(size=-1)]},
+    "size above the limit": {"layers": [simple(size=1 << 40)]},
+    "size beyond integers": {"layers": [simple(size=1 << 70)]},
+    "no annotations": {"layers": [simple(annotations=None)]},
+    "annotation of another type": {"layers": [simple(annotations={SIGNATURE: 1})]},
+    "signature of a megabyte": {"layers": [simple(annotations={SIGNATURE: "A" * 1_000_000})]},
+    "blob that is missing": {"layers": [simple()]},
+    "2,000 layers": {"layers": [simple()] * 2000},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_SIGNATURES)
+async def test_image_whose_signatures_are_odd_is_refused(
+    registry: FakeRegistry, tmp_path: Path, key: ec.EllipticCurvePrivateKey, kind: str
+) -> None:
+    image = registry.put_image("app", "1", [BASE])
+    data = json.dumps(ODD_SIGNATURES[kind]).encode()
+    registry.put_manifest("app", f"{image.replace(':', '-')}.sig", data, f"{OCI}.manifest.v1+json")
+    store = open_store(tmp_path, trust=of_key(write_key(tmp_path, key)))
+    error = await pull_error(store, f"{registry.address}/app:1")
+    assert isinstance(error, ImageRefused) and len(str(error)) < 1000
+    assert sum("/blobs/" in path for path in registry.paths()) <= COUNT_LIMIT
+
+
+BUNDLED = {"mediaType": f"{BUNDLE}.v0.3+json", "digest": D, "size": 2}
+ODD_REFERRERS: dict[str, tuple[object, object]] = {
+    "null": ({"manifests": None}, {}),
+    "number": ({"manifests": 1}, {}),
+    "digest that is a tag": ({"manifests": [{"digest": "1", "artifactType": BUNDLE}]}, {}),
+    "digest that is a path": ({"manifests": [{"digest": "../x", "artifactType": BUNDLE}]}, {}),
+    "type of another type": ({"manifests": [{"digest": D, "artifactType": 1}]}, {}),
+    "missing bundle": ({"manifests": [{"digest": D, "artifactType": BUNDLE}]}, {}),
+    "many": ({"manifests": [{"digest": D, "artifactType": BUNDLE}] * 2000}, {}),
+    "no layers": ({"manifests": [{"digest": "BUNDLE"}]}, {"layers": None}),
+    "two layers": ({"manifests": [{"digest": "BUNDLE"}]}, {"layers": [BUNDLED, BUNDLED]}),
+    "unknown algorithm": ({"manifests": [{"digest": "BUNDLE"}]}, {"layers": [BUNDLED | {"digest": "md9:0"}]}),
+    "negative size": ({"manifests": [{"digest": "BUNDLE"}]}, {"layers": [BUNDLED | {"size": -1}]}),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_REFERRERS)
+async def test_image_whose_bundles_are_odd_is_refused(
+    registry: FakeRegistry, tmp_path: Path, key: ec.EllipticCurvePrivateKey, kind: str
+) -> None:
+    image = registry.put_image("app", "1", [BASE])
+    referrers, artifact = ODD_REFERRERS[kind]
+    bundle = registry.put_manifest("app", "", json.dumps(artifact).encode(), f"{OCI}.manifest.v1+json")
+    data = json.dumps(referrers).replace("BUNDLE", bundle).encode()
+    registry.put_manifest("app", image.replace(":", "-"), data, f"{OCI}.index.v1+json")
+    store = open_store(tmp_path, trust=of_key(write_key(tmp_path, key)))
+    error = await pull_error(store, f"{registry.address}/app:1")
+    assert isinstance(error, ImageRefused) and len(str(error)) < 1000
+    assert len(registry.paths()) < 2 * COUNT_LIMIT
+
+
+ODD_BUNDLES: dict[str, object] = {
+    "null": None,
+    "no envelope": {"dsseEnvelope": None},
+    "no signatures": {"dsseEnvelope": {"payload": "e30=", "payloadType": STATEMENT, "signatures": []}},
+    "null signatures": {"dsseEnvelope": {"payload": "e30=", "payloadType": STATEMENT, "signatures": None}},
+    "not base64": {"dsseEnvelope": {"payload": "%", "payloadType": STATEMENT, "signatures": []}},
+    "long type": {"dsseEnvelope": {"payload": "e30=", "payloadType": "x" * 500_000, "signatures": []}},
+    "deep": [[[[]]]],
+}
+
+
+@pytest.mark.parametrize("kind", ODD_BUNDLES)
+async def test_image_whose_bundle_holds_odd_values_is_refused(
+    registry: FakeRegistry, tmp_path: Path, key: ec.EllipticCurvePrivateKey, kind: str
+) -> None:
+    image = registry.put_image("app", "1", [BASE])
+    blob = json.dumps(ODD_BUNDLES[kind]).encode()
+    layer = BUNDLED | {"digest": registry.put_blob(blob), "size": len(blob)}
+    bundle = registry.put_manifest("app", "", {"layers": [layer]}, f"{OCI}.manifest.v1+json")
+    index = {"manifests": [{"digest": bundle, "artifactType": BUNDLE}]}
+    registry.put_manifest("app", image.replace(":", "-"), index, f"{OCI}.index.v1+json")
+    store = open_store(tmp_path, trust=of_key(write_key(tmp_path, key)))
+    error = await pull_error(store, f"{registry.address}/app:1")
+    assert isinstance(error, ImageRefused) and len(str(error)) < 1000
 
 
 async def test_one_good_signature_among_bad_ones_is_enough(
