@@ -114,6 +114,9 @@ def _add_guest(guest: argparse.ArgumentParser, common: argparse.ArgumentParser) 
     which.add_argument(
         "--kernel-source", action="store_true", help="compile a small kernel from the distribution's source"
     )
+    which.add_argument(
+        "--kernel-package", default="", metavar="NAME", help="use this package of the distribution's"
+    )
     build.add_argument(
         "--modules", type=Path, metavar="DIR", help="the /lib/modules/VERSION that belongs to --kernel"
     )
@@ -216,6 +219,7 @@ def _guest_build(args: argparse.Namespace) -> int:
                 kernel=args.kernel,
                 modules=args.modules,
                 from_source=args.kernel_source,
+                package=args.kernel_package,
                 progress=progress,
             )
         )

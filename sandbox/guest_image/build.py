@@ -77,6 +77,7 @@ MODULES = (
 )
 # Meta-packages in the order in which they are tried, the smallest kernels for VMs first: Debian, then Ubuntu.
 KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", "linux-image-generic")
+_IMAGE = re.compile(r"\b(linux-image-(?:unsigned-)?\d[^\s,(]*)")
 AGENT = Path(__file__).parents[1] / "agent"
 DIRECTORIES = ("dev", "modules", "proc", "run", "sbin", "sys", "tmp")
 MODPROBE = "sbin/modprobe"  # CONFIG_MODPROBE_PATH
@@ -88,6 +89,7 @@ async def build(
     kernel: Path | None = None,
     modules: Path | None = None,
     from_source: bool = False,
+    package: str = "",
     progress: Progress = lambda line: None,
     agent: Path = AGENT,
     parser: Path | None = None,
@@ -95,7 +97,8 @@ async def build(
     """Build the image below `root` and make it the one that new pods boot. Quick when nothing has changed.
 
     `kernel` is used instead of the distribution's; its modules are taken from `modules`, or from where an
-    installed or unpacked kernel has them. With `from_source` a small kernel is compiled. `agent` is the
+    installed or unpacked kernel has them. With `from_source` a small kernel is compiled. `package` is a
+    package, or meta-package, of the distribution's that is used in place of its smallest. `agent` is the
     source directory or the program itself. `parser` is an apparmor_parser to use instead of the host's or its
     distribution's. Waits while another build runs. `progress` gets a line for each step. Raises BuildFailed,
     BadKernel, OptionsDropped, MissingProgram, and OSError.
@@ -110,7 +113,7 @@ async def build(
             elif from_source:
                 chosen = await build_kernel(guest, scratch, progress)
             else:
-                chosen = await fetch_kernel(guest / "packages", scratch, progress)
+                chosen = await fetch_kernel(guest / "packages", scratch, progress, package)
                 made = await acl_module.compile_module(chosen.version, guest, scratch, progress)
                 chosen = msgspec.structs.replace(chosen, acls=made)
             progress(f"kernel {chosen.version}")
@@ -137,13 +140,13 @@ def find_modules_of(kernel: Path) -> Path:
     raise BadKernel(str(kernel), "its modules were not found; name their directory with --modules")
 
 
-async def fetch_kernel(packages: Path, scratch: Path, progress: Progress) -> Kernel:
-    """Download (once per version) and unpack the newest kernel for VMs that apt knows.
+async def fetch_kernel(packages: Path, scratch: Path, progress: Progress, package: str = "") -> Kernel:
+    """Download (once per version) and unpack the newest kernel for VMs that apt knows, or that of `package`.
 
     Raises BuildFailed, BadKernel, and MissingProgram on a host without apt.
     """
     need_apt("husk guest build --kernel PATH")
-    names = await find_kernel_packages()
+    names = await find_kernel_packages((package,) if package else KERNELS)
     tree = scratch / "package"
     for name, version in names:
         deb = await download(packages, name, version, progress)
@@ -157,15 +160,18 @@ async def fetch_kernel(packages: Path, scratch: Path, progress: Progress) -> Ker
     return Kernel(image=images[0], modules=directory / version, keep_signatures=False)
 
 
-async def find_kernel_packages() -> list[tuple[str, str]]:
-    """Find the kernel's package, and that of its modules where it is separate (Ubuntu), with their versions.
+async def find_kernel_packages(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Find the first of these that apt knows, and the package of its modules where it is separate (Ubuntu);
+    return both with their versions.
 
     A meta-package, whose name is the same for all versions, depends on the package with the version in its
     name. Raises BuildFailed.
     """
-    for meta in KERNELS:
-        shown = await show(meta)
-        image = re.search(r"\b(linux-image-(?:unsigned-)?\d[^\s,(]*)", field(shown, "Depends"))
+    for name in names:
+        shown = await show(name)
+        if not field(shown, "Version"):
+            continue
+        image = _IMAGE.search(field(shown, "Depends")) or _IMAGE.fullmatch(name)
         if image is None:
             continue
         details = await show(image[1])
@@ -174,7 +180,8 @@ async def find_kernel_packages() -> list[tuple[str, str]]:
         if modules is not None:
             found.append((modules[1], field(await show(modules[1]), "Version")))
         return found
-    raise BuildFailed("apt-cache show", f"none of {', '.join(KERNELS)} is known; run apt-get update")
+    problem = f"no package of a kernel is known by the name {' or '.join(names)}; run apt-get update"
+    raise BuildFailed("apt-cache show", problem)
 
 
 # --------------------------------------------------------------------------------------- agent

@@ -94,7 +94,7 @@ def need_apt(instead: str) -> None:
 
 async def show(package: str) -> str:
     """Return what apt knows of a package's newest version; "" for a name that it does not know."""
-    done = await process.run(["apt-cache", "show", "--no-all-versions", package], timeout_s=60)
+    done = await process.run(["apt-cache", "show", "--no-all-versions", "--", package], timeout_s=60)
     return done.stdout.decode(errors="replace") if done.status == 0 else ""
 
 

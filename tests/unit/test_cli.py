@@ -195,7 +195,7 @@ def test_broken_configuration_exits_with_2(
 
 
 def test_wrong_usage_exits_with_2() -> None:
-    both = ["guest", "build", "--kernel", "k", "--kernel-source"]
+    both = ["guest", "build", "--kernel-package", "k", "--kernel-source"]
     for words in ([], ["image"], ["serve", "--nonsense"], ["image", "rm"], both):
         with pytest.raises(SystemExit) as caught:
             cli.main(words)
