@@ -213,6 +213,19 @@ def attach(
     ]
 
 
+def relax(exporter: Exporter, wanted: Iterable[tuple[Wanted, str]]) -> None:
+    """Make exports writable as far as mounts of them, given with the export's key, may be written, and the
+    host's own mounts may. Blocking. Raises OSError, VmmGone."""
+
+    def work() -> None:
+        table = exporter.table()
+        for each, key in wanted:
+            _relax(exporter.root, each, key, "", table)
+
+    with exporter.opened():
+        exporter.run(work)
+
+
 def _place(
     root: Path, points: int, wanted: Wanted, known: dict[str, Export], table: list[Mounted]
 ) -> tuple[Export, str]:

@@ -53,6 +53,7 @@ from sandbox.vm_pods.exports import (
     guest_place,
     known_exports,
     names_in_use,
+    relax,
     remove_points,
 )
 from sandbox.vm_pods.hugepages import find_directory, guest_path
@@ -280,6 +281,8 @@ def _attach_all(
                 export.parts += _named(below)
                 # apart from all other exports: they end with the whole
                 attach(Exporter(pod, uncached=True), back, below.values(), {})
+        if used := _parts_in_use(wanted, parts, uses, known):
+            relax(Exporter(pod, uncached=True), used)
         uses = [msgspec.structs.replace(use, parts=known[use.export].parts) for use in uses]
         uses.sort(key=lambda use: use.mount)
         if tuple(uses) != intended:
@@ -307,10 +310,31 @@ def _parts_of(whole: Wanted, trees: mountinfo.Trees, held: contextlib.ExitStack)
         what = Path(mountinfo.join(whole.mount.host_path, path))
         clone = mounts.clone_tree(source, what)
         held.callback(os.close, clone)
-        _shape(clone, what, msgspec.structs.replace(whole.mount, readonly=whole.recursive))
+        mount = msgspec.structs.replace(whole.mount, readonly=whole.recursive)
+        _shape(clone, what, mount)
         key = f"{whole.key}-{len(found)}"
         number = -1 - len(found) - MAX_PARTS * whole.number  # no mount of the specification
-        found[path] = Wanted(number, whole.mount, source, tree, clone, key, uncached=True)
+        found[path] = Wanted(number, mount, source, tree, clone, key, uncached=True)
+    return found
+
+
+def _parts_in_use(
+    wanted: Iterable[Wanted],
+    parts: Mapping[str, Mapping[str, Wanted]],
+    uses: Iterable[VolumeUse],
+    known: Mapping[str, Export],
+) -> list[tuple[Wanted, str]]:
+    """Return what of the mounts' uncached parts another mount has exported before, with that export's key."""
+    use_of = {use.mount: use for use in uses}
+    found = []
+    for each in wanted:
+        use = use_of[each.number]
+        exported = {part.path: part.export for part in known[use.export].parts if part.uncached}
+        if use.export == each.key:
+            continue
+        for path, part in parts[each.key].items():
+            if key := exported.get(f"{use.path}/{path}".lstrip("/")):
+                found.append((part, key))
     return found
 
 

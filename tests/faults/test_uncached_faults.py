@@ -76,6 +76,36 @@ async def test_share_is_chosen_by_the_file_system_and_not_by_the_path(site: Site
         unmount_tree(folder)
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    "later",
+    [{}, {"readonly": True}, {"readonly": True, "recursive_readonly": True}],
+    ids=["writable", "read-only", "recursively read-only"],
+)
+async def test_kernel_files_beneath_a_volume_can_be_written_where_a_later_mount_allows_it(
+    site: Site, later: dict[str, bool], together: bool
+) -> None:
+    """The first mount takes all read-only; a plain read-only one would leave what is beneath it writable."""
+    folder = site.root / "somewhere"
+    (folder / "deep/sys").mkdir(parents=True)
+    syscalls.mount("sysfs", folder / "deep/sys", kind="sysfs")
+    first = MountSpec(container_path="/x", host_path=str(folder), readonly=True, recursive_readonly=True)
+    whole = MountSpec(container_path="/y", host_path=str(folder), **later)  # type: ignore[arg-type]
+    inner = msgspec.structs.replace(whole, container_path="/z", host_path=str(folder / "deep"))
+    try:
+        await up(site, A, first, *((whole, inner) if together else ()))
+        if not together:
+            assert "ro" in site.uncached()[f"/{A}-0-0"]
+            await up(site, B, inner)
+        assert list(site.uncached()) == [f"/{A}-0-0"]
+        assert ("ro" in site.uncached()[f"/{A}-0-0"]) == ("recursive_readonly" in later)
+    finally:
+        for container in list(site.inventory.containers_of(site.pod)):
+            await site.step.down(container)
+            site.inventory.forget_container(container)
+        unmount_tree(folder)
+
+
 @pytest.mark.parametrize("recursive", [False, True])
 async def test_kernel_files_beneath_a_volume_are_exported_apart_and_mounted_over_it(
     site: Site, recursive: bool
