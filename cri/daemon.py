@@ -399,7 +399,10 @@ class _Builder:
                 rootfs=self.rootfs,
                 tasks=self.tasks,
                 resizer=Resizer(
-                    self.inventory, self.overrides.grow_vm or self.vm_step.grow, self.vm_step.host
+                    self.inventory,
+                    self.overrides.grow_vm or self.vm_step.grow,
+                    self.vm_step.confine,
+                    self.vm_step.host,
                 ),
                 default_profile=default_profile(root),
                 host_usage=self._vm_usage,

@@ -24,7 +24,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from sandbox.host.process import find_by_cgroup
 _V1_WANTED = frozenset({"cpu", "cpuacct", "cpuset", "memory", "pids", "hugetlb", "name=systemd"})
 _V1_WHOLE = _V1_WANTED | {"blkio", "devices", "freezer", "net_cls", "net_prio", "perf_event", "rdma", "misc"}
 _ATTEMPTS = 100
+_FIELD = "config.linux.resources"
 
 
 class Mode(StrEnum):
@@ -142,6 +143,47 @@ class Cgroups(msgspec.Struct, frozen=True, kw_only=True):
                 with contextlib.suppress(OSError):
                     if Path(directory, name).exists():
                         Path(directory, name).write_text(str(value))
+
+    def confine(self, pod_id: str, parent: str, cpus: Collection[int], mems: Collection[int]) -> None:
+        """Let the pod's processes run on these CPUs alone and take memory from these nodes; none of either
+        gives all that the cgroup above has. What the guest has already moves with it. Blocking.
+
+        Raises InvalidSpec for CPUs or nodes that the cgroup above lacks, and where the host has no cpusets.
+        """
+        for root, directory in zip(self.layout.roots, self.directories(pod_id, parent), strict=True):
+            if root == self.layout.unified and (cpus or mems):
+                _enable(Path(root), Path(directory), ("cpuset",))
+            if Path(directory, "cpuset.cpus").exists():
+                _set_cpuset(Path(directory), {"cpuset.cpus": cpus, "cpuset.mems": mems})
+                return
+        if cpus or mems:
+            raise InvalidSpec(f"{_FIELD}.cpuset_cpus", "this host has no controller for it", "nothing")
+
+    def weigh(self, pod_id: str, *, shares: int, quota_us: int, period_us: int) -> None:
+        """Set the CPU weight and quota of the pod's cgroup in the daemon's own root, as cgroup v1 gives them;
+        0: none. Without a controller there is none. Blocking."""
+        weight = 1 + (max(shares, 2) - 2) * 9999 // 262_142  # as runc and systemd convert it
+        quota, period = quota_us or -1, period_us or 100_000
+        for root, directory in zip(self.layout.roots, self.directories(pod_id, ""), strict=True):
+            if root == self.layout.unified:
+                _enable(Path(root), Path(directory), ("cpu",))
+            for name, value in (
+                ("cpu.shares", str(shares or 1024)),
+                ("cpu.weight", str(weight if shares else 100)),
+                ("cpu.cfs_quota_us", "-1"),  # the quota in force may be invalid with another period
+                ("cpu.cfs_period_us", str(period)),
+                ("cpu.cfs_quota_us", str(quota)),
+                ("cpu.max", f"{quota_us or 'max'} {period}"),
+            ):
+                with contextlib.suppress(OSError):
+                    if Path(directory, name).exists():
+                        Path(directory, name).write_text(value)
+
+    def set_oom_score(self, pod_id: str, parent: str, score: int) -> None:
+        """Set oom_score_adj (proc(5)) of the pod's processes; what they start inherits it. Blocking."""
+        for pid in _processes(Path(self.directories(pod_id, parent)[-1])):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                Path(f"/proc/{pid}/oom_score_adj").write_text(str(score))
 
     def remove(self, pod_id: str, parent: str) -> None:
         """Kill what is inside and remove it, also from the pool. Blocks up to 5 s. Idempotent.
@@ -281,6 +323,31 @@ def _fill_cpuset(directory: Path) -> None:
             return
         if not file.read_text().strip():
             file.write_text((directory.parent / name).read_text())
+
+
+def _set_cpuset(directory: Path, wanted: Mapping[str, Collection[int]]) -> None:
+    """Write the files of a cpuset, after all were compared with what the cgroup above has: v2 would accept
+    any, and use what it can."""
+    unified = (directory / "cgroup.controllers").exists()
+    values: dict[str, str] = {}
+    for name, numbers in wanted.items():
+        above = (directory.parent / (f"{name}.effective" if unified else name)).read_text().strip()
+        if missing := sorted(set(numbers) - set(_numbers(above))):
+            field = f"{_FIELD}.{name.replace('.', '_')}"
+            raise InvalidSpec(field, f"there is no {missing[0]} for the pod", f"some of {above}")
+        # v1 has no word for "all that is above"
+        values[name] = ",".join(map(str, sorted(numbers))) or ("\n" if unified else above)
+    with contextlib.suppress(FileNotFoundError):
+        (directory / "cpuset.memory_migrate").write_text("1")  # v2 always does
+    for name, value in values.items():
+        (directory / name).write_text(value)
+
+
+def _numbers(text: str) -> Iterator[int]:
+    """Yield the numbers of a kernel's list such as "0-3,7" (cpuset(7), "List format")."""
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
 
 
 def remove(layout: Layout, path: str, *, timeout_s: float = 5.0) -> None:

@@ -7,6 +7,7 @@ runtime-spec for the meaning of the CRI's fields, which are those of cgroup v1.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from sandbox.errors import InvalidSpec
 from sandbox.plan.values import CgroupFile
@@ -139,8 +140,8 @@ def _refuse_swap(resources: Resources) -> None:
 
 
 def _cpusets(resources: Resources, vcpus: int) -> dict[str, str]:
-    cpus = _members(resources.cpuset_cpus, "cpuset_cpus")
-    nodes = _members(resources.cpuset_mems, "cpuset_mems")
+    cpus = members(resources.cpuset_cpus, "cpuset_cpus")
+    nodes = members(resources.cpuset_mems, "cpuset_mems")
     files = {}
     if cpus and (not vcpus or max(cpus) < vcpus):
         files["cpuset.cpus"] = resources.cpuset_cpus
@@ -149,19 +150,22 @@ def _cpusets(resources: Resources, vcpus: int) -> dict[str, str]:
     return files
 
 
-def _members(text: str, name: str) -> tuple[int, ...]:
-    """First and last of each range of a list such as "0-3,7" (cpuset(7), "List format")."""
+def members(text: str, name: str) -> Sequence[int]:
+    """Return the numbers of a list such as "0-3,7" (cpuset(7), "List format"); "" has none.
+
+    Raises InvalidSpec with the field of this name.
+    """
     if not text:
         return ()
     if not _LIST.fullmatch(text):
         raise InvalidSpec(f"{_FIELD}.{name}", f"{text!r} is not a list", "such as 0-3,7")
-    bounds = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
             raise InvalidSpec(f"{_FIELD}.{name}", f"{part!r} ends before it begins", "such as 0-3,7")
-        bounds += [int(first), int(last or first)]
-    return tuple(bounds)
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def _hugepages(resources: Resources) -> dict[str, str]:

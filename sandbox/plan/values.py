@@ -190,3 +190,18 @@ class HugeDirectory(Value, frozen=True, kw_only=True):
     mode: int
     uid: int = 0
     gid: int = 0
+
+
+class HostShare(Value, frozen=True, kw_only=True):
+    """What a VM may use of the host.
+
+    Numbers of CPUs and memory nodes, none: what the cgroup above has; shares and quota as in cgroup v1, 0:
+    not limited here; `oom_score_adj` as in proc(5), None: it stays as it is.
+    """
+
+    cpus: frozenset[int] = frozenset()
+    mems: frozenset[int] = frozenset()
+    oom_score_adj: int | None = None
+    cpu_shares: int = 0
+    cpu_quota_us: int = 0
+    cpu_period_us: int = 0

@@ -55,6 +55,10 @@ class VmControl:
             # one of several files was refused: restore those written before it
             with contextlib.suppress(SandboxError):
                 await link_of(pod).call(_limits(container, current))
+            with contextlib.suppress(SandboxError):
+                await self._resizer.ensure_capacity(
+                    pod, pod.record.resources, pod.record.overhead, {container.id: current}
+                )
             raise
 
     async def usage(self, pod: Pod, ids: Sequence[ContainerId], *, files: bool) -> UsageSample:

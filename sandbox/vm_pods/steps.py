@@ -41,6 +41,7 @@ from sandbox.plan import compile_identity, compile_network
 from sandbox.plan.devices import guest_devices
 from sandbox.plan.encode import encode_configuration
 from sandbox.plan.shares import GUEST_ROOTFS, GUEST_VOLUMES, ROOTFS_TAG, SHM_BYTES, VOLUMES_TAG
+from sandbox.plan.values import HostShare
 from sandbox.plan.vm import FIRST_MAC, MAX_NICS, HostSize, base_size, can_grow, plan_vm
 from sandbox.pod import Pod
 from sandbox.records import PodState, Source
@@ -192,6 +193,19 @@ class Vm:
         if not pod.record.spec.cgroup_parent and pod.record.state is not PodState.WAITING:
             memory = (memory_mib + MARGIN_MIB) << 20
             await asyncio.to_thread(self.cgroups.limit, pod.id, memory, MAX_PROCESSES)
+
+    async def confine(self, pod: Pod, share: HostShare) -> None:
+        """Set what the VM's processes may use of the host. Raises InvalidSpec, OSError."""
+        await asyncio.to_thread(self._confine, pod, share)
+
+    def _confine(self, pod: Pod, share: HostShare) -> None:
+        parent = pod.record.spec.cgroup_parent
+        self.cgroups.confine(pod.id, parent, share.cpus, share.mems)
+        if not parent:
+            shares, quota_us, period_us = share.cpu_shares, share.cpu_quota_us, share.cpu_period_us
+            self.cgroups.weigh(pod.id, shares=shares, quota_us=quota_us, period_us=period_us)
+        if share.oom_score_adj is not None:
+            self.cgroups.set_oom_score(pod.id, parent, share.oom_score_adj)
 
     def directories(self, pod: Pod) -> tuple[str, ...]:
         """Return the cgroup directories that the VMM and its helpers join."""

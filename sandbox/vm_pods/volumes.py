@@ -116,6 +116,7 @@ class Volumes:
                     await asyncio.to_thread(remove_points, container.pod, sorted(unused))
             # the record is written, or deleted, with the end of the step
             container.record = msgspec.structs.replace(container.record, volumes=())
+        await self.resizer.release(container)
         if _old(container).exists():
             await asyncio.to_thread(_remove_old, container)
         await unmount_images(self.store, container)

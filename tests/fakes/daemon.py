@@ -7,9 +7,12 @@ with its guests, networks, cgroups and root filesystems, all of which count what
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
+
+import msgspec
 
 from cri.config import Config, Images, Metrics
 from cri.daemon import Daemon, Overrides, build
@@ -17,6 +20,7 @@ from image.image_store import ImageStore
 from image.index import Image
 from image.manifest import RunDefaults
 from network.attach import Networks
+from sandbox.errors import InvalidSpec
 from sandbox.host import cgroup
 from sandbox.host.mounts import mounts_below
 from sandbox.plan.vm import HostSize
@@ -52,6 +56,10 @@ class LedgerCgroups(cgroup.Cgroups, frozen=True, kw_only=True):
     """Counts cgroups of pods and makes none; tests/unit/test_cgroup.py has the real ones."""
 
     ledger: Ledger
+    # of each pod; the host has CPUs 0 to 3
+    cpus: dict[str, tuple[int, ...]] = msgspec.field(default_factory=dict)
+    scores: dict[str, int] = msgspec.field(default_factory=dict)  # oom_score_adj
+    weights: dict[str, tuple[int, int]] = msgspec.field(default_factory=dict)  # shares and quota
 
     def create_pooled(self, pod_id: str) -> None:
         self.ledger.take("cgroup.create", f"cgroup {pod_id}")
@@ -62,6 +70,17 @@ class LedgerCgroups(cgroup.Cgroups, frozen=True, kw_only=True):
     def remove(self, pod_id: str, parent: str) -> None:
         self.ledger.give("cgroup.remove", f"cgroup {pod_id}")
 
+    def confine(self, pod_id: str, parent: str, cpus: Collection[int], mems: Collection[int]) -> None:
+        if max(cpus, default=0) > 3:
+            raise InvalidSpec("config.linux.resources.cpuset_cpus", "there is no such CPU", "some of 0-3")
+        self.cpus[pod_id] = tuple(sorted(cpus))
+
+    def set_oom_score(self, pod_id: str, parent: str, score: int) -> None:
+        self.scores[pod_id] = score
+
+    def weigh(self, pod_id: str, *, shares: int, quota_us: int, period_us: int) -> None:
+        self.weights[pod_id] = shares, quota_us
+
 
 @dataclass
 class FakeHost:
@@ -71,17 +90,19 @@ class FakeHost:
     handlers: dict[str, Handler] = field(default_factory=lambda: {"": HANDLER})  # read by daemons, also later
     ledger: Ledger = field(default_factory=Ledger)
     hypervisor: FakeHypervisor = field(init=False)
+    cgroups: LedgerCgroups = field(init=False)
     grown: list[VmSize] = field(default_factory=list)  # sizes that pods were resized to
 
     def __post_init__(self) -> None:
         self.hypervisor = FakeHypervisor(self.ledger)
+        layout = cgroup.Layout(mode=cgroup.Mode.V2, hierarchies=(), unified="")
+        self.cgroups = LedgerCgroups(layout=layout, root="/husk-test", ledger=self.ledger)
 
     def build(self, images: ImageStore | None = None) -> Daemon:
         """Build a daemon, and start nothing.
 
         Containers find their image in `images`, or IMAGE by any name.
         """
-        layout = cgroup.Layout(mode=cgroup.Mode.V2, hierarchies=(), unified="")
         return build(
             self.config(),
             Overrides(
@@ -92,7 +113,7 @@ class FakeHost:
                 images=images,
                 find_image=None if images else find_image,
                 rootfs=FakeRootfs(self.ledger),
-                vm_cgroups=LedgerCgroups(layout=layout, root="/husk-test", ledger=self.ledger),
+                vm_cgroups=self.cgroups,
                 host_size=HOST_SIZE,
                 grow_vm=lambda pod, size: self.grow(pod, size),  # a test may replace it
                 vm_usage=_no_usage,

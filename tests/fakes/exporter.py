@@ -21,6 +21,7 @@ from sandbox.guest.client import GuestClient
 from sandbox.host import process
 from sandbox.host.mounts import mounts_below
 from sandbox.inventory import Inventory
+from sandbox.plan.values import HostShare
 from sandbox.plan.vm import HostSize
 from sandbox.pod import Pod
 from sandbox.records import ContainerRecord, ImageVolume, PodRecord, PodState, VmRuntime
@@ -50,6 +51,10 @@ EXPORTER = "pivot_root . old && exec old/bin/busybox sleep 600"
 
 async def _never(pod: Pod, size: VmSize) -> None:
     raise AssertionError("no volume here needs a larger VM")
+
+
+async def _nothing(pod: Pod, share: HostShare) -> None:
+    return
 
 
 class Guest:
@@ -112,7 +117,7 @@ class Site:
 
     @property
     def step(self) -> Volumes:
-        resizer = Resizer(self.inventory, _never, HostSize(memory_mib=4096, cpus=4))
+        resizer = Resizer(self.inventory, _never, _nothing, HostSize(memory_mib=4096, cpus=4))
         return Volumes(FakeRootfs(self.ledger), resizer, self.inventory)
 
     def container(self, *specs: MountSpec, images: tuple[ImageVolume, ...] = (), id: str = ID) -> Container:

@@ -22,6 +22,7 @@ from tests.posix.suites import TOOLS, Place
 IMAGE = f"{HOST}/husk/posix:1"
 SHORT = os.environ.get("HUSK_TEST_POSIX") == "short"
 PLACES = ("rootfs", "disk", "memory")
+MEMORY_SIZE = "64m"  # sizeLimit of the memory volume: what stress-ng may fill of the VM's memory
 
 
 def image() -> images.Image:
@@ -68,7 +69,7 @@ def container(site: Site, started: Cri, tools: Path) -> Iterator[str]:
     which the kubelet makes as here."""
     disk, memory = scratch_dir("disk"), scratch_dir("memory")
     disk.chmod(0o755)
-    site.namespace.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", str(memory))
+    site.namespace.run("mount", "-t", "tmpfs", "-o", f"mode=755,size={MEMORY_SIZE}", "tmpfs", str(memory))
     site.registry.push("husk/posix", "1", image())
     started.pull(IMAGE)
     sandbox = api.LinuxSandboxSecurityContext(privileged=True)

@@ -20,6 +20,17 @@ from tests.kit.scratch import scratch_dir, scratch_root
 BUSYBOX = f"{HOST}/husk/busybox:1"
 WEB = f"{HOST}/husk/web:1"
 UNUSED = f"{HOST}/husk/unused:1"
+RESERVED_CPU = "0"
+MANAGERS: dict[str, object] = {
+    "cpuManagerPolicy": "static",
+    "cpuManagerReconcilePeriod": "1s",
+    "reservedSystemCPUs": RESERVED_CPU,
+    "memoryManagerPolicy": "Static",
+    "evictionHard": {"memory.available": "100Mi"},
+    "systemReserved": {"memory": "400Mi"},
+    # as the manager requires: what is reserved for the system and for eviction
+    "reservedMemory": [{"numaNode": 0, "limits": {"memory": "500Mi"}}],
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ def node() -> Iterator[Node]:
         before = daemon.census()
         for image in (BUSYBOX, WEB):
             daemon.cri.pull(image)
-        kubelet = Kubelet(namespace, gotools.tool("kubelet"), daemon.socket)
+        kubelet = Kubelet(namespace, gotools.tool("kubelet"), daemon.socket, settings=MANAGERS)
         undo.callback(kubelet.close)
         kubelet.start()
         shared = directory / "shared"
