@@ -96,23 +96,34 @@ def _connect(file: int, kind: SocketKind) -> socket.socket:
     return client
 
 
+def has_access_list(file: int) -> bool:
+    """Return whether the socket of a descriptor has a POSIX ACL (acl(5)). Raises OSError."""
+    try:
+        os.getxattr(f"/proc/self/fd/{file}", "system.posix_acl_access")
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
 async def connect_as(
     path: str,
     kind: SocketKind,
     identity: Identity,
-    may: Callable[[os.stat_result], bool] = lambda info: True,
+    may: Callable[[int], bool] = lambda file: True,
 ) -> socket.socket:
     """Return a non-blocking socket that is connected to what the path names now, as this user.
 
-    `may` decides by the status of the very file that is connected to; it is called in a thread. The caller
-    owns the socket. Raises OSError as `opened` does, and as connect(2): ECONNREFUSED where nothing
+    `may` decides by a descriptor (O_PATH) of the very file that is connected to; it is called in a thread.
+    The caller owns the socket. Raises OSError as `opened` does, and as connect(2): ECONNREFUSED where nothing
     listens, EACCES, EPROTOTYPE for a socket of another kind, EAGAIN (BlockingIOError) while its queue is
     full.
     """
 
     def work() -> socket.socket:
         with opened(path) as file:
-            if not may(os.fstat(file)):
+            if not may(file):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
             syscalls.set_thread_credentials(
                 identity.uid, identity.gid, identity.groups, identity.capabilities

@@ -365,8 +365,10 @@ async def _connect(each: _Socket, identity: Identity) -> socket.socket:
     if ids is not None:
         identity = replace(identity, capabilities=_OVERRIDE)
 
-    def may(info: os.stat_result) -> bool:
-        return ids is None or may_write(info, user, ids)
+    def may(file: int) -> bool:
+        if ids is None:
+            return True
+        return may_write(os.fstat(file), user, ids, listed=socket_files.has_access_list(file))
 
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while True:

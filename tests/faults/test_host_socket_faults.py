@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import stat
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -377,14 +378,35 @@ async def test_mount_that_shifts_owners_is_checked_by_the_shifted_owner(
     assert [each[:2] for each in server.seen] == [(100_000, 100_000)]
 
 
+async def test_socket_with_an_access_list_is_its_owners_alone_where_ids_are_shifted(
+    site: Site, server: UnixServer
+) -> None:
+    """An entry of the list may deny what the mode allows."""
+    ranges = (IdRange(inside=0, outside=100_000, length=65_536),)
+    process = ProcessPlan(uid_ranges=ranges, gid_ranges=ranges, cap_bounding=(1 << 41) - 1)
+    server.path.chmod(0o666)
+    await site.create("c", server.path, process=process, ids=UserNamespace(uids=ranges, gids=ranges))
+    await site.connect_as("c-0", 100_001, 100_001)
+    await in_thread(server.accept)
+    # u::rw- u:1:--- g::rw- m::rw- o::rw- (linux/posix_acl_xattr.h)
+    none = 0xFFFFFFFF
+    entries = ((0x01, 6, none), (0x02, 0, 1), (0x04, 6, none), (0x10, 6, none), (0x20, 6, none))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *each) for each in entries)
+    os.setxattr(server.path, "system.posix_acl_access", acl)
+    await ends(await site.connect_as("c-0", 100_001, 100_001))
+    await site.connect_as("c-0", 100_000, 100_000)
+    await in_thread(server.accept)
+    assert [each[:2] for each in server.seen] == [(100_001, 100_001), (100_000, 100_000)]
+
+
 async def test_socket_is_checked_that_is_connected_to(tmp_path: Path) -> None:
     """Its path may name another one by then: of a server that starts, or by who may write the directory."""
     good, other = UnixServer(tmp_path / "s.sock"), UnixServer(tmp_path / "other.sock")
     user = socket_files.Identity(uid=0, gid=0, groups=(), capabilities=0)
 
-    def replace_after(info: os.stat_result) -> bool:
+    def replace_after(file: int) -> bool:
         other.path.rename(good.path)
-        return info.st_mode & 0o777 == 0o600
+        return os.fstat(file).st_mode & 0o777 == 0o600
 
     try:
         good.path.chmod(0o600)
@@ -395,7 +417,7 @@ async def test_socket_is_checked_that_is_connected_to(tmp_path: Path) -> None:
         client.close()
         with pytest.raises(PermissionError):
             await socket_files.connect_as(
-                str(good.path), socket_files.SocketKind.STREAM, user, lambda info: False
+                str(good.path), socket_files.SocketKind.STREAM, user, lambda file: False
             )
         assert (len(good.seen), len(other.seen)) == (1, 0)
     finally:

@@ -76,13 +76,16 @@ def test_identity_is_one_that_the_container_could_have(
         (0o060, (1, 5), (100_001, 100_005), False),
         (0o006, (0, 0), (100_001, 100_001), True),
         (0o660, (5000, 5000), (100_000, 100_000), False),
+        (0o660, (5000, 5000), (100_000, OVERFLOW_ID), False),
+        (0o660, (5000, 5000), (OVERFLOW_ID, 100_000), False),
     ],
 )
 def test_mode_counts_for_the_shifted_owner(
     mode: int, owner: tuple[int, int], user: tuple[int, int], allowed: bool
 ) -> None:
     info = os.stat_result((stat.S_IFSOCK | mode, 1, 1, 1, *owner, 0, 0, 0, 0))
-    assert may_write(info, Identity(*user), IDS) is allowed
+    assert may_write(info, Identity(*user), IDS, listed=False) is allowed
+    assert may_write(info, Identity(*user), IDS, listed=True) is (allowed and user[0] == 100_000 + owner[0])
 
 
 @given(messages=st.lists(st.binary(max_size=300), max_size=20), cuts=st.lists(st.integers(1, 50)))
