@@ -21,10 +21,12 @@ from cri.config import Config
 from network.conf import find_conf
 from network.errors import CniError, NetworkNotReady
 from network.plugins import Plugins
+from sandbox import capabilities
 from sandbox.apparmor.loaded import HOST_POLICY
 from sandbox.errors import MissingProgram
 from sandbox.host import cgroup
 from sandbox.host.findings import CheckResult, Finding, HostCheck, device_check, fail, ok, warn
+from sandbox.host.proc import effective_capabilities
 from sandbox.seccomp import seccomp_for
 from sandbox.spec import Seccomp, SeccompKind, SecuritySpec
 from sandbox.vm_pods import boot_image
@@ -91,6 +93,15 @@ async def user(host: Host) -> Finding:
     if os.geteuid() == 0:
         return ok("user", "runs as root")
     return fail("user", "not root, which mounts, namespaces and cgroups need", "run husk with sudo")
+
+
+async def oom_score(host: Host) -> Finding:
+    """Check that VMs can be protected from the host's OOM killer, as Guaranteed pods are."""
+    name = "oom-score"
+    if effective_capabilities() & capabilities.mask_of(["SYS_RESOURCE"]):
+        return ok(name, "VMs get the oom_score_adj of their containers")
+    problem = "oom_score_adj of VMs cannot be below that of husk serve: CAP_SYS_RESOURCE is missing"
+    return warn(name, problem, "run husk with all capabilities of root")
 
 
 async def host_pods(host: Host) -> Finding:
@@ -299,6 +310,7 @@ async def _run(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 CHECKS: Sequence[Check] = (
     Check("user", user),
+    Check("oom-score", oom_score),
     Check("libseccomp", seccomp),
     Check("guest", guest),
     Check("apparmor", apparmor),

@@ -179,11 +179,21 @@ class Cgroups(msgspec.Struct, frozen=True, kw_only=True):
                     if Path(directory, name).exists():
                         Path(directory, name).write_text(value)
 
-    def set_oom_score(self, pod_id: str, parent: str, score: int) -> None:
-        """Set oom_score_adj (proc(5)) of the pod's processes; what they start inherits it. Blocking."""
+    def set_oom_score(self, pod_id: str, parent: str, score: int) -> bool:
+        """Set oom_score_adj (proc(5)) of the pod's processes; what they start inherits it. Blocking.
+
+        Return whether it could be: without CAP_SYS_RESOURCE it is this process's at least.
+        """
+        able = True
         for pid in _processes(Path(self.directories(pod_id, parent)[-1])):
+            file = Path(f"/proc/{pid}/oom_score_adj")
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                Path(f"/proc/{pid}/oom_score_adj").write_text(str(score))
+                try:
+                    file.write_text(str(score))
+                except PermissionError:
+                    able = False
+                    file.write_text(Path("/proc/self/oom_score_adj").read_text())
+        return able
 
     def remove(self, pod_id: str, parent: str) -> None:
         """Kill what is inside and remove it, also from the pool. Blocks up to 5 s. Idempotent.

@@ -46,3 +46,19 @@ def read_stat(pid: int) -> ProcessStat | None:
         system_ticks=int(fields[12]),
         start_time=int(fields[19]),
     )
+
+
+def oom_score_adj(pid: int) -> int | None:
+    """Return a process's oom_score_adj (proc(5)); None once it has ended. Blocking."""
+    try:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def effective_capabilities() -> int:
+    """Return the capabilities of this process, as bits (capabilities(7)). Raises OSError."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from sandbox.container import Container
 from sandbox.errors import GuestError, GuestUnreachable, SandboxError
 from sandbox.guest import guest_pb2 as pb
+from sandbox.host.proc import oom_score_adj
 from sandbox.inventory import Inventory
 from sandbox.plan.encode import encode_cgroup_files
 from sandbox.plan.resources import compile_resources
@@ -99,6 +100,7 @@ class VmControl:
         }
         if handle is not None:
             facts["pid"] = handle.vmm.pid
+            facts["oomScoreAdj"] = await asyncio.to_thread(oom_score_adj, handle.vmm.pid)
             facts["helpers"] = {name: identity.pid for name, identity in handle.helpers.items()}
             facts["hostUsage"] = _usage_facts(await asyncio.to_thread(self._host_usage, pod))
         machine = link_of(pod).machine

@@ -204,8 +204,12 @@ class Vm:
         if not parent:
             shares, quota_us, period_us = share.cpu_shares, share.cpu_quota_us, share.cpu_period_us
             self.cgroups.weigh(pod.id, shares=shares, quota_us=quota_us, period_us=period_us)
-        if share.oom_score_adj is not None:
-            self.cgroups.set_oom_score(pod.id, parent, share.oom_score_adj)
+        score = share.oom_score_adj
+        if score is not None and not self.cgroups.set_oom_score(pod.id, parent, score):
+            log.warning(
+                "pod %s: oom_score_adj of its VM is the daemon's, not %d: CAP_SYS_RESOURCE is missing",
+                pod.id, score,
+            )  # fmt: skip
 
     def directories(self, pod: Pod) -> tuple[str, ...]:
         """Return the cgroup directories that the VMM and its helpers join."""

@@ -75,8 +75,9 @@ class LedgerCgroups(cgroup.Cgroups, frozen=True, kw_only=True):
             raise InvalidSpec("config.linux.resources.cpuset_cpus", "there is no such CPU", "some of 0-3")
         self.cpus[pod_id] = tuple(sorted(cpus))
 
-    def set_oom_score(self, pod_id: str, parent: str, score: int) -> None:
+    def set_oom_score(self, pod_id: str, parent: str, score: int) -> bool:
         self.scores[pod_id] = score
+        return True
 
     def weigh(self, pod_id: str, *, shares: int, quota_us: int, period_us: int) -> None:
         self.weights[pod_id] = shares, quota_us

@@ -51,6 +51,18 @@ async def test_every_check_has_one_finding_with_its_name(tmp_path: Path) -> None
     assert all(finding.detail for finding in findings)
 
 
+@pytest.mark.parametrize(
+    ("held", "expected"), [(1 << 24, CheckResult.OK), ((1 << 41) - 1 - (1 << 24), CheckResult.WARN)]
+)
+async def test_missing_right_to_protect_vms_from_the_oom_killer_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int, expected: CheckResult
+) -> None:
+    monkeypatch.setattr(doctor, "effective_capabilities", lambda: held)
+    finding = await doctor.oom_score(host(tmp_path))
+    assert finding.result is expected
+    assert ("CAP_SYS_RESOURCE is missing" in finding.detail) == (expected is CheckResult.WARN)
+
+
 def test_drivers_of_configured_handlers_bring_their_checks(tmp_path: Path) -> None:
     def names(**changes: object) -> set[str]:
         return {check.name for check in doctor.checks_of(host(tmp_path, **changes))}

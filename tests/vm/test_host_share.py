@@ -99,6 +99,7 @@ def test_vm_runs_on_the_cpus_of_its_containers_alone(
     cri.stop(second, 0)
     cri.call("RemoveContainer", container_id=second)
     assert (allowed(cri, pod), scores(cri, pod)) == ({frozenset(other)}, {800})
+    assert json.loads(cri.pod_status(pod, verbose=True).info["info"])["oomScoreAdj"] == 800
     cri.stop(first, 0)
     cri.call("RemoveContainer", container_id=first)
     assert allowed(cri, pod) == {frozenset(every)}
