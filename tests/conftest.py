@@ -15,6 +15,7 @@ from typing import cast
 
 import pytest
 
+from sandbox.vmm import virtiofsd
 from tests.bench.containerd import Containerd
 from tests.kit import cni, images
 from tests.kit.cri import Cri, Pod
@@ -70,8 +71,9 @@ def site() -> Iterator[Site]:
     """Make the session's namespace, registry, CNI configuration and mirrors."""
     with Namespace(scratch_root()) as namespace:
         if RUST:
-            namespace.run("mount", "--bind", RUST, "/usr/lib/qemu/virtiofsd")
-            assert namespace.run("/usr/lib/qemu/virtiofsd", "--version").startswith("virtiofsd 1.")
+            found = next(each for each in virtiofsd.PLACES if Path(each).exists())
+            namespace.run("mount", "--bind", RUST, found)
+            assert namespace.run(found, "--version").startswith("virtiofsd 1.")
         registry = Registry(namespace)
         try:
             fill(registry)
