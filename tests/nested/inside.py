@@ -135,6 +135,33 @@ def test_pod_on_cgroup_v2_has_vmm_and_virtiofsd_in_its_group(daemon: Daemon, pod
     assert programs == {"qemu-system-x86_64", "virtiofsd"}
 
 
+def test_vm_has_the_cpus_and_the_weight_of_its_containers_on_cgroup_v2(
+    daemon: Daemon, pod: Pod, web: str
+) -> None:
+    (group,) = cgroup.directories(cgroup.find_layout(), cgroup.pod_path("", pod.id, root=daemon.cgroup))
+    (vmm,) = daemon.vmm_pids(pod.id)
+    resources = api.LinuxContainerResources(
+        cpuset_cpus="0", cpuset_mems="0", cpu_shares=1024, oom_score_adj=100
+    )
+
+    def read(name: str) -> str:
+        return Path(group, name).read_text().strip()
+
+    linux = api.LinuxContainerConfig(resources=resources)
+    container = daemon.cri.run(pod, IMAGE, ("sleep", "3600"), linux=linux)
+    assert (read("cpuset.cpus"), read("cpuset.mems"), read("cpu.weight")) == ("0", "0", "39")
+    threads = [each.read_text() for each in Path(f"/proc/{vmm}/task").glob("*/status")]
+    assert threads and all("Cpus_allowed_list:\t0\n" in each for each in threads)
+    assert Path(f"/proc/{vmm}/oom_score_adj").read_text() == "0\n", "beside a container with 0"
+    with pytest.raises(grpc.RpcError) as caught:
+        more = api.LinuxContainerResources(cpuset_cpus="0,99")
+        daemon.cri.call("UpdateContainerResources", container_id=container, linux=more)
+    assert "there is no 99 for the pod" in str(caught.value.details())
+    assert read("cpuset.cpus") == "0"
+    daemon.cri.remove(container)
+    assert (read("cpuset.cpus"), read("cpu.weight")) == ("", "100")
+
+
 def test_container_memory_limit_holds(daemon: Daemon, pod: Pod) -> None:
     eat = ["dd", "if=/dev/zero", "of=/dev/null", "bs=120M", "count=1"]
     limits = api.LinuxContainerConfig(resources=api.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
