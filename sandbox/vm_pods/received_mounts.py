@@ -310,7 +310,10 @@ def _apply(exporter: Exporter, use: Use, difference: Difference) -> list[str]:
 
 
 def _clone(use: Use, line: Mounted, held: contextlib.ExitStack) -> int | None:
-    """Copy a mount of the host, unless another one is at its path by now, or covers it."""
+    """Copy a mount of the host, unless another one is at its path by now, or covers it.
+
+    The host cannot unmount it while its source is open, so that is closed at once.
+    """
     what = Path(mountinfo.join(use.source, line.point))
     try:
         source = os.open(what, OPEN)
@@ -320,14 +323,14 @@ def _clone(use: Use, line: Mounted, held: contextlib.ExitStack) -> int | None:
         if mountinfo.mount_id(source) != line.id:
             return None
         clone = mounts.clone_tree(source, what, recursive=False)
-        held.callback(os.close, clone)
-        mounts.set_tree_attributes(clone, what, propagation=mount_flags.MS_PRIVATE, inert=True)
     except OSError as error:
         if error.errno == errno.ENOENT:  # unmounted meanwhile
             return None
         raise
     finally:
         os.close(source)
+    held.callback(os.close, clone)
+    mounts.set_tree_attributes(clone, what, propagation=mount_flags.MS_PRIVATE, inert=True)
     return clone
 
 

@@ -4,6 +4,7 @@ container has read, the host can take them away again."""
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,13 @@ def test_mounts_come_and_go_under_a_reading_container(cri: Cri, pod: Pod, host: 
     for _ in range(30):
         point = host.mount("sub")
         deep = host.mount("sub/deep")
-        host.run("umount", str(deep))
-        host.run("umount", str(point))
+        # a mount is busy for the moment in which the daemon copies it; as the kubelet does, try again
+        for each in (deep, point):
+            eventually_sync(
+                lambda each=each: host.run("umount", str(each)) == "",  # type: ignore[misc]
+                timeout_s=5,
+                retry_on=(subprocess.CalledProcessError,),
+            )
     host.mount("sub")
     eventually(lambda: shown(cri, reader, "/data/sub"), "sub\n")
     assert cri.status(reader).state == api.CONTAINER_RUNNING
