@@ -19,7 +19,7 @@ from sandbox.plan.values import ProcessPlan
 from sandbox.spec import UserNamespace
 
 OVERFLOW_ID = 65534
-_NOBODY = -1  # no process's id
+_NO_ID = -1  # no process's id
 _SETUID = capabilities.mask_of(["SETUID", "SETGID"])
 _OVERRIDE = capabilities.mask_of(["DAC_OVERRIDE"])
 
@@ -73,11 +73,11 @@ def may_write(info: os.stat_result, identity: Identity, ids: UserNamespace, *, l
     """Whether the mode lets this user connect through a mount that shifts owners (path_resolution(7)).
 
     The kernel decides by the real owner, which the user is not: so this decides instead. An owner or group
-    that the mount does not map is nobody's, whatever the user's ids are. `listed`: the file has an ACL, whose
-    entries are not read: then it is the owner's alone, as they may deny what the mode allows to others.
+    that the mount does not map matches none, whatever the user's ids are. `listed`: the file has an ACL,
+    whose entries are not read: then it is the owner's alone, as they may deny what the mode allows to others.
     """
-    uid = to_outside(ids.uids, info.st_uid, unmapped=_NOBODY)
-    gid = to_outside(ids.gids, info.st_gid, unmapped=_NOBODY)
+    uid = to_outside(ids.uids, info.st_uid, unmapped=_NO_ID)
+    gid = to_outside(ids.gids, info.st_gid, unmapped=_NO_ID)
     if identity.uid == uid:
         return bool(info.st_mode & stat.S_IWUSR)
     if listed:
