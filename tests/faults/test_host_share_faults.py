@@ -70,6 +70,14 @@ async def test_limits_that_the_guest_refuses_leave_the_host_as_it_was(daemon: Da
     assert cpus(daemon, id) == (1,)
 
 
+async def test_share_of_a_stopped_pod_is_left_alone(daemon: Daemon, caplog: pytest.LogCaptureFixture) -> None:
+    id, first, _ = await running(daemon, resources=Resources(cpuset_cpus="1"))
+    await daemon.containers.create(id, container_spec(attempt=1, resources=Resources(cpuset_cpus="2")))
+    await daemon.pods.stop(id)
+    await daemon.containers.remove(first)
+    assert (cpus(daemon, id), [each for each in caplog.messages if "its share" in each]) == ((1, 2), [])
+
+
 async def test_share_after_a_restart_is_that_of_all_containers(daemon: Daemon) -> None:
     id, _, _ = await running(daemon, resources=Resources(cpuset_cpus="1"))
     await daemon.restart()
