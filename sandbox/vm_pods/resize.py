@@ -71,8 +71,8 @@ class Resizer:
         pod = container.pod
         async with self._locks.setdefault(pod, asyncio.Lock()):
             self._asked.pop(container, None)
-            if runtime_of(pod).handle is None or not pod.record.ready:
-                return  # its VM ends, and its cgroup with it
+            if not pod.record.ready or runtime_of(pod).handle is None:
+                return  # its VM ends, and its cgroup with it; or it is not known
             alive = [each for each in self._alive(pod) if each is not container]
             asked = [self._asked.get(each, each.record.resources) for each in alive]
             try:
