@@ -21,12 +21,14 @@ BUSYBOX = f"{HOST}/husk/busybox:1"
 WEB = f"{HOST}/husk/web:1"
 UNUSED = f"{HOST}/husk/unused:1"
 RESERVED_CPU = "0"
+MEMORY_EVICTION = {"memory.available": "100Mi"}
+# their policies cannot be changed while a node has pods
 MANAGERS: dict[str, object] = {
     "cpuManagerPolicy": "static",
     "cpuManagerReconcilePeriod": "1s",
     "reservedSystemCPUs": RESERVED_CPU,
     "memoryManagerPolicy": "Static",
-    "evictionHard": {"memory.available": "100Mi"},
+    "evictionHard": MEMORY_EVICTION,
     "systemReserved": {"memory": "400Mi"},
     # as the manager requires: what is reserved for the system and for eviction
     "reservedMemory": [{"numaNode": 0, "limits": {"memory": "500Mi"}}],

@@ -13,7 +13,7 @@ import pytest
 from tests.kit.cri import ExecResult
 from tests.kit.eventually import eventually_sync
 from tests.kit.kubelet import NODE, container_of, is_ready
-from tests.node.kubelet.conftest import BUSYBOX, UNUSED, WEB, Node
+from tests.node.kubelet.conftest import BUSYBOX, MANAGERS, MEMORY_EVICTION, UNUSED, WEB, Node
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(600)]
 
@@ -351,7 +351,8 @@ def test_full_disk_evicts_unused_images(node: Node) -> None:
     """The threshold makes the kubelet consider the disk full by the runtime's figures."""
     node.kubelet.stop()
     node.daemon.cri.pull(UNUSED)
-    node.kubelet.settings = {"evictionHard": {"imagefs.available": "99%"}}
+    hard = {**MEMORY_EVICTION, "imagefs.available": "99%"}
+    node.kubelet.settings = {**MANAGERS, "evictionHard": hard}
     node.kubelet.start()
 
     def names() -> list[str]:
