@@ -347,7 +347,7 @@ def _set_cpuset(directory: Path, wanted: Mapping[str, Collection[int]]) -> None:
             raise InvalidSpec(field, f"there is no {missing[0]} for the pod", f"some of {above}")
         # v1 has no word for "all that is above"
         values[name] = ",".join(map(str, sorted(numbers))) or ("\n" if unified else above)
-    with contextlib.suppress(FileNotFoundError):
+    if not unified:
         (directory / "cpuset.memory_migrate").write_text("1")  # v2 always does
     for name, value in values.items():
         (directory / name).write_text(value)
