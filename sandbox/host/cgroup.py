@@ -345,8 +345,9 @@ def _set_cpuset(directory: Path, wanted: Mapping[str, Collection[int]]) -> None:
         if missing := sorted(set(numbers) - set(_numbers(above))):
             field = f"{_FIELD}.{name.replace('.', '_')}"
             raise InvalidSpec(field, f"there is no {missing[0]} for the pod", f"some of {above}")
-        # v1 has no word for "all that is above"
-        values[name] = ",".join(map(str, sorted(numbers))) or ("\n" if unified else above)
+        # none is "all that is above" on v2, and may be written on neither while there are processes (ENOSPC)
+        if numbers or (directory / name).read_text().strip():
+            values[name] = ",".join(map(str, sorted(numbers))) or above
     if not unified:
         (directory / "cpuset.memory_migrate").write_text("1")  # v2 always does
     for name, value in values.items():

@@ -99,7 +99,15 @@ def test_cpuset_is_written_and_given_back(files: Files) -> None:
     if files.cgroups.layout.hierarchies:
         assert (files.pod / "cpuset.memory_migrate").read_text() == "1"
     files.cgroups.confine("p", "/above", (), ())
-    assert files.read() == (("", "") if files.cgroups.layout.unified else ("0-3", "0"))
+    assert files.read() == ("0-3", "0")
+
+
+def test_cpuset_that_was_never_set_is_left_as_it_is(tmp_path: Path) -> None:
+    """On cgroup v2 it follows the cgroup above then."""
+    files = Files(tmp_path, unified=True)
+    (files.pod / "cpuset.cpus").write_text("\n")
+    files.cgroups.confine("p", "/above", (), ())
+    assert files.read() == ("", "0")
 
 
 @pytest.mark.parametrize(
